@@ -1,0 +1,99 @@
+"""The LoRA study: rank, alpha, learning rate, target modules, head-only and full fine-tuning.
+
+    python benchmarks/lora_study.py            # an hour and a half on one core
+
+Trains minilm on movie sentiment once for each point and seed and adds a row to
+data/results/lora_study.csv. Rows that are there are not run again, so it can be stopped and started
+at will. Learning rates are to be chosen by the column `validation`, never by `test`.
+"""
+
+import csv
+import datetime
+import platform
+from pathlib import Path
+
+import torch
+
+from peft_lessons import LoRA, evaluate, fit, freeze, inject, load_model, load_task, measure
+
+RESULTS = Path(__file__).parent.parent / "data" / "results" / "lora_study.csv"
+KEY = ("method", "targets", "rank", "alpha", "lr", "steps", "seed")
+COLUMNS = (
+    *KEY,
+    "trainable",
+    "validation",
+    "test",
+    "test_loss",
+    "seconds_per_step",
+    "torch",
+    "machine",
+    "date",
+)
+TARGETS = {"qv": ("query", "value"), "all-linear": "all-linear"}
+SEEDS = (0, 1, 2)
+
+
+def points() -> list[tuple]:
+    """(method, targets, rank, alpha, lr, steps) of every point, what matters most first."""
+    short = [  # the very runs that the lesson makes live
+        ("head", "", 0, 0, 1e-2, 60),
+        ("lora", "qv", 8, 16, 3e-3, 60),
+        ("full", "", 0, 0, 2e-4, 60),
+    ]
+    baselines = [("head", "", 0, 0, lr, 200) for lr in (3e-3, 1e-2, 3e-2)]
+    baselines += [("full", "", 0, 0, lr, 200) for lr in (5e-5, 1e-4, 2e-4, 4e-4)]
+    rates = [
+        ("lora", "qv", rank, 16, lr, 200) for rank in (8, 1, 64) for lr in (1e-3, 3e-3, 1e-2)
+    ]
+    ranks = [("lora", "qv", rank, 16, 3e-3, 200) for rank in (2, 4, 16, 32)]
+    alphas = [("lora", "qv", 8, alpha, 3e-3, 200) for alpha in (1, 4, 64)]
+    modules = [("lora", "all-linear", 8, 16, lr, 200) for lr in (1e-3, 3e-3)]
+    modules += [("lora", "all-linear", 1, 16, 3e-3, 200)]
+    return [*short, *baselines, *rates, *modules, *ranks, *alphas]
+
+
+def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps: int, seed: int):
+    """Train one point and return its measured columns."""
+    model = load_model("minilm", labels=2, seed=seed)
+    torch.manual_seed(seed)
+    if method == "lora":
+        inject(model, LoRA(rank=rank, alpha=alpha, targets=TARGETS[targets]))
+    elif method == "head":
+        freeze(model)
+    history = fit(model, task, steps, lr=lr, seed=seed, show=False)
+    test = evaluate(model, task, "test")
+    return {
+        "trainable": measure.parameters(model).trainable,
+        "validation": round(evaluate(model, task, "validation").accuracy, 5),
+        "test": round(test.accuracy, 5),
+        "test_loss": round(test.loss, 5),
+        "seconds_per_step": round(history.seconds / steps, 4),
+        "torch": torch.__version__.split("+")[0],
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    done = set()
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as f:
+            done = {tuple(row[k] for k in KEY) for row in csv.DictReader(f)}
+    task = load_task("sentiment")
+    todo = [(*point, seed) for point in points() for seed in SEEDS]
+    todo = [t for t in todo if tuple(map(str, t)) not in done]
+    for i, point in enumerate(todo, 1):
+        row = dict(zip(KEY, point, strict=True)) | run(task, *point)
+        new = not RESULTS.exists()
+        with RESULTS.open("a", newline="") as f:
+            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(f"{i}/{len(todo)} {point} test {row['test']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""PEFT Lessons: parameter-efficient fine-tuning, built from scratch, proved and measured.
+
+The verbs of the course, the same for every method:
+
+    task = load_task("sentiment")
+    model = load_model("minilm", labels=2)
+    inject(model, LoRA(rank=8, alpha=16, targets=("query", "value")))
+    fit(model, task, steps=200)
+    evaluate(model, task)
+    save_adapter(model, "my-adapter"); merge(model)
+"""
+
+from . import checks as check
+from . import measure, plots
+from .adapters_io import load_adapter, read_adapter, save_adapter
+from .inject import freeze, inject, injection_of, merge, methods, report, unload, unmerge
+from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model
+from .models import load_model, load_tokenizer
+from .tasks import load_task
+from .training import History, Scores, TrainingDiverged, evaluate, fit
+
+__all__ = [
+    "History",
+    "LinearWithLoRA",
+    "LoRA",
+    "LoRALayer",
+    "Scores",
+    "TrainingDiverged",
+    "apply_lora_to_model",
+    "check",
+    "evaluate",
+    "fit",
+    "freeze",
+    "inject",
+    "injection_of",
+    "load_adapter",
+    "load_model",
+    "load_task",
+    "load_tokenizer",
+    "measure",
+    "merge",
+    "methods",
+    "plots",
+    "read_adapter",
+    "report",
+    "save_adapter",
+    "unload",
+    "unmerge",
+]

@@ -1,0 +1,20 @@
+"""Keep the libraries below us from writing bars and notices into a lesson; imported first."""
+
+import logging
+import os
+import warnings
+
+# The tokenizers' threads would warn at every later fork, and a lesson's batches don't need them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Imported by peft; without a GPU it reports one missing library after another.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Saving an adapter, peft asks the Hub for the base's config; without a network it says so twice,
+# and assumes that the vocabulary is unchanged, which is so here.
+warnings.filterwarnings("ignore", message="Unable to fetch remote file due to")
+warnings.filterwarnings("ignore", message="Could not find a config file in")
+# Between peft and transformers; nothing that a learner can mend.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+transformers_logging.disable_progress_bar()

@@ -1,0 +1,272 @@
+"""Save and load what a method learned, in the file format of Hugging Face PEFT.
+
+An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. PEFT opens ours
+wherever it has the method, and we open PEFT's. The header of our weights says two things more,
+which PEFT passes over: a fingerprint of the base they belong to, and a digest of their config.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from .inject import (
+    ATTACHED,
+    Injection,
+    Method,
+    Report,
+    _require_injection,
+    fingerprint,
+    inject,
+    injection_of,
+    matches,
+    methods,
+)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Where the header of our weights keeps them.
+_BASE, _CONFIG_DIGEST = "peft_lessons_base", "peft_lessons_config"
+# Entries of PEFT's config that say nothing about the function the adapter computes, or nothing
+# unless another entry, which is not among these, is on.
+_SAYS_NOTHING = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "inference_mode",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+}
+_OFF = (None, False, {}, [], "none")
+# PiSSA, OLoRA and LoftQ change the base before training, so their files need more than the factors.
+_PLAIN_START = (True, False, "gaussian")
+
+
+def _slots(model: nn.Module, injection: Injection) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key in PEFT's file, tensor in the model) of all that the file holds."""
+    method = injection.method
+    for path, module in injection.modules().items():
+        prefix = "" if path == ATTACHED else f"{_PREFIX}{path}."
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if name in method.tensors:
+                yield prefix + method.tensors[name], tensor
+    for name, tensor in model.named_parameters():
+        if name in injection.whole:
+            yield _PREFIX + name, tensor
+
+
+def _task_type(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    if name.endswith("ForCausalLM"):
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if name.endswith("ForSequenceClassification") else None
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
+    """Write the model's adapter to `folder` (made if missing) and return the path.
+
+    Both files are complete under temporary names before either takes its place, so an interrupted
+    save leaves an older adapter whole.
+
+    Raises ValueError if the model holds no method, RuntimeError while it is merged (the branch
+    would be added to weights that contain it), ValueError if a tensor is NaN or infinite."""
+    injection = _require_injection(model, "save_adapter")
+    if injection.merged:
+        raise RuntimeError("save_adapter: the adapter is merged; unmerge(model) first")
+    tensors = {k: t.detach().cpu().contiguous() for k, t in _slots(model, injection)}
+    _refuse_non_finite(tensors, "save_adapter")
+    entries, tensors = injection.method.to_peft(tensors)
+    if entries.get("target_modules") == "all-linear":
+        entries["target_modules"] = list(injection.wrappers)
+    entries = {
+        "peft_type": injection.method.peft_type,
+        "task_type": _task_type(model),
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
+        "inference_mode": True,
+        **entries,
+        "modules_to_save": list(injection.whole_modules) or None,
+    }
+    config = (json.dumps(entries, indent=2) + "\n").encode()
+    header = {"format": "pt", _BASE: injection.fingerprint, _CONFIG_DIGEST: _digest(config)}
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save_adapter: folder={str(folder)!r} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace({folder / WEIGHTS: save(tensors, metadata=header), folder / CONFIG: config})
+    return folder
+
+
+def _replace(files: dict[Path, bytes]) -> None:
+    """Write all files beside their places, then move each into its place."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    try:
+        for path, content in files.items():
+            with open(temporary[path], "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+        for path in files:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _refuse_non_finite(tensors: dict[str, torch.Tensor], verb: str) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.is_meta and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{verb}: {key!r} holds NaN or infinity; nothing was changed")
+
+
+def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor], dict]:
+    """(config, tensors, header of the weights) of an adapter folder, checked as files only.
+
+    Raises FileNotFoundError if one of the two files is missing, ValueError if one is broken."""
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{str(folder)!r} holds no {name}: an adapter is a folder with {CONFIG} and "
+                f"{WEIGHTS}"
+            )
+    text = (folder / CONFIG).read_bytes()
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{CONFIG} in {str(folder)!r} is broken or cut off: {error}") from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise ValueError(f"{CONFIG} in {str(folder)!r} names no peft_type: not an adapter's config")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS} in {str(folder)!r} is broken or cut off: {error}") from None
+    if header.get(_CONFIG_DIGEST, _digest(text)) != _digest(text):
+        raise ValueError(
+            f"{CONFIG} in {str(folder)!r} is not the one that {WEIGHTS} was saved with: one of the "
+            "two was changed or exchanged since; save the adapter again"
+        )
+    _refuse_non_finite(tensors, "load_adapter")
+    return config, tensors, header
+
+
+def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
+    """The method that the config describes, and its tensors. ValueError if the course has none."""
+    kind = config["peft_type"]
+    known = [m for m in methods() if m.peft_type == kind]
+    if not known:
+        names = ", ".join(sorted({m.peft_type for m in methods()}))
+        raise ValueError(f"peft_type {kind!r} is no method of the course; known are {names}")
+    complaints = {}
+    for method in known:
+        read = {name for name, _ in method.peft_fields.values()} | set(method.peft_constants)
+        wrong = [k for k, v in method.peft_constants.items() if config.get(k) != v]
+        wrong += [k for k, v in config.items() if k not in read | _SAYS_NOTHING and not _off(k, v)]
+        if not wrong:
+            return method.from_peft(config, tensors)
+        complaints[method.__name__] = wrong
+    said = "; ".join(
+        f"{name} does not read {', '.join(f'{k}={config.get(k)!r}' for k in keys)}"
+        for name, keys in complaints.items()
+    )
+    raise ValueError(f"this {kind} adapter uses what the course does not have: {said}")
+
+
+def _off(key: str, value: object) -> bool:
+    return value in (_PLAIN_START if key == "init_lora_weights" else _OFF)
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the model without values: it takes no memory and can be changed freely."""
+    memo = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = tensor.detach().to("meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, trainable: bool = False, check_base: bool = True
+) -> Report:
+    """Put the adapter in `folder`, ours or PEFT's, into an untouched base model, in place.
+
+    Everything is tried on a copy without values first; the model changes only if it all fits.
+
+    Args:
+        trainable: False freezes all (to use the adapter), True lets it train on.
+        check_base: False loads an adapter that was made for another base on purpose.
+
+    Raises FileNotFoundError, ValueError (broken file, unknown method or option, keys or shapes that
+    do not fit, NaN, another base) or RuntimeError (a method is in the model); model unchanged."""
+    config, tensors, header = read_adapter(folder)
+    if injection_of(model) is not None:
+        raise RuntimeError("load_adapter: the model holds a method already; unload(model) first")
+    if check_base:
+        _check_base(model, config, header)
+    method, tensors = _method_of(config, tensors)
+    # PEFT lists every name that a head may have; those of other models match nothing here.
+    paths = [path for path, _ in model.named_modules()]
+    saved = config.get("modules_to_save") or ()
+    whole = [name for name in saved if any(matches(path, (name,)) for path in paths)]
+
+    skeleton = _on_meta(model)
+    inject(skeleton, method, also_train=whole)
+    expected = dict(_slots(skeleton, injection_of(skeleton)))
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(_keys("misses", missing, len(expected)))
+    if surplus := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(_keys("has, with no place in the model,", surplus, len(tensors)))
+    for key, slot in expected.items():
+        if slot.shape != tensors[key].shape:
+            raise ValueError(
+                f"{key!r} has shape {tuple(tensors[key].shape)} in the file, but the model and the "
+                f"config ask for {tuple(slot.shape)}"
+            )
+
+    result = inject(model, method, also_train=whole)
+    with torch.no_grad():
+        for key, slot in _slots(model, injection_of(model)):
+            slot.copy_(tensors[key])
+    if not trainable:
+        model.requires_grad_(False)
+    return result
+
+
+def _keys(what: str, keys: list[str], total: int) -> str:
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"the file {what} {keys[0]!r}{more} of {total} tensors: it was made for another model"
+
+
+def _check_base(model: nn.Module, config: dict, header: dict) -> None:
+    theirs, ours = header.get(_BASE), fingerprint(model)
+    remedy = "load its own base, or pass check_base=False if you mean it"
+    if theirs is not None:
+        if "meta" not in (theirs, ours) and theirs != ours:
+            raise ValueError(f"the adapter was made for a base with other weights: {remedy}")
+        return
+    # PEFT's own files carry no fingerprint, only a name, which may be missing.
+    name, here = config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
+    if name and here and name != here:
+        raise ValueError(f"the adapter was made for {name!r}, this model is {here!r}: {remedy}")
+

@@ -1,0 +1,611 @@
+"""Freeze a base model, put a method's modules in the place of its layers, and take them out again.
+
+Every method of the course goes through the verbs of this file. What a method must say of itself is
+in `Method`; what a module must offer that takes the place of a layer is in `Adapted`. Everything a
+user can get wrong is refused here, before anything is changed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+# ------------------------------------------------------------------ what a method says of itself
+
+
+def _whole(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return "must be a whole number (an int)"
+    return None if value >= 1 else "must be at least 1"
+
+
+def _positive(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "must be a number"
+    return None if 0 < value < math.inf else "must be a finite number above 0"
+
+
+def _fraction(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "must be a number"
+    return None if 0 <= value < 1 else "must lie in [0, 1): 0 switches it off, 1 drops everything"
+
+
+# A field of this name means the same in every method, so it is checked once, here.
+_FIELD_RULES: dict[str, Callable[[Any], str | None]] = {
+    "rank": _whole,
+    "width": _whole,
+    "tokens": _whole,
+    "alpha": _positive,
+    "dropout": _fraction,
+}
+
+
+def validate(owner: str, **values: Any) -> None:
+    """Raise ValueError for the first of `values` that breaks the rule of its name (rank...)."""
+    for name, value in values.items():
+        complaint = _FIELD_RULES[name](value) if name in _FIELD_RULES else None
+        if complaint:
+            raise ValueError(f"{owner}: {name}={value!r} {complaint}")
+
+
+def _names(value: Any, argument: str) -> tuple[str, ...] | str:
+    """`targets` or `also_train` as a tuple of names; a string stays one: a pattern."""
+    if isinstance(value, str):
+        if not value:
+            raise ValueError(f"{argument}='' is empty: name at least one module")
+        return value
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{argument}={value!r} must be a tuple of module names")
+    names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    if not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"{argument}={names!r} must hold non-empty strings only")
+    return names
+
+
+class Method:
+    """Base class of the frozen dataclasses that describe a method (`LoRA(rank=8, ...)`).
+
+    A method changes the base in up to three ways, and overrides what it needs of
+    `wrap` (a module in the place of each target), `attach` (one module for the whole model) and
+    `select` (parameters of the base that train themselves).
+
+    Class attributes:
+        peft_type:      the name of the method in `adapter_config.json`
+        peft_fields:    {field: (name in that file, value PEFT takes if the name is absent)}
+        peft_constants: entries of that file that are always so for this method
+        tensors:        {parameter of the wrapping or attached module: its name in the file}
+        takes:          the module types that `wrap` accepts; exactly these, no subclasses, since a
+                        subclass may store its weight differently (4-bit) or never call `forward`
+        learning_rate:  what `fit` uses if it is not told otherwise
+    """
+
+    peft_type: ClassVar[str]
+    peft_fields: ClassVar[Mapping[str, tuple[str, Any]]] = {}
+    peft_constants: ClassVar[Mapping[str, Any]] = {}
+    tensors: ClassVar[Mapping[str, str]] = {}
+    takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    learning_rate: ClassVar[float] = 1e-3
+
+    def __post_init__(self):
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        validate(type(self).__name__, **values)
+        if "targets" in values:
+            object.__setattr__(self, "targets", _names(values["targets"], "targets"))
+
+    # --- what it changes
+
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules to wrap, {path: module}. By default those that `targets` names."""
+        if not hasattr(self, "targets"):
+            return {}
+        return find_targets(model, self.targets, self.takes)
+
+    def check(self, path: str, layer: nn.Module) -> None:
+        """Raises ValueError if this layer cannot be wrapped. Called for every target first."""
+        rank = getattr(self, "rank", None)
+        if rank is not None and rank > min(layer.weight.shape):
+            raise ValueError(
+                f"rank={rank} is above min(in, out)={min(layer.weight.shape)} of {path!r}: that "
+                "adds parameters but no freedom; choose a rank up to that size"
+            )
+
+    def wrap(self, layer: nn.Module) -> Adapted:
+        """The module that takes the place of `layer`."""
+        raise NotImplementedError
+
+    def attach(self, model: nn.Module) -> tuple[nn.Module, list] | None:
+        """One module for the whole model and the hook handles that make it work, or None."""
+        return None
+
+    def select(self, model: nn.Module) -> Iterable[str]:
+        """Names of the base's own parameters that train (BitFit, partial fine-tuning)."""
+        return ()
+
+    # --- what it does during training
+
+    def before_fit(self, injection: Injection, steps: int) -> None:
+        """Called once before the first of `steps` steps; may refuse them."""
+
+    def penalty(self, injection: Injection) -> torch.Tensor | float:
+        """What is added to the task's loss."""
+        return 0.0
+
+    def after_step(self, injection: Injection, step: int) -> None:
+        """Called after the optimiser's step (counted from 1), while gradients are still there."""
+
+    # --- its files
+
+    def to_peft(self, tensors: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
+        """(entries of adapter_config.json, tensors of the file) for the tensors in memory."""
+        entries = {name: getattr(self, f) for f, (name, _) in self.peft_fields.items()}
+        return {**entries, **self.peft_constants}, tensors
+
+    @classmethod
+    def from_peft(cls, config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
+        """(the method, the tensors in memory) for what a file holds."""
+        values = {f: config.get(name, default) for f, (name, default) in cls.peft_fields.items()}
+        return cls(**values), tensors
+
+
+class Adapted(nn.Module):
+    """A layer of the base and what a method adds to it; takes the layer's place in the model.
+
+    A subclass computes `forward` from `self.base` and, while `self.merged`, from the base alone.
+    If the method merges, it gives the merge rule as two pure functions, `merged_tensors` and
+    `unmerged_tensors`: the base layer's new (weight, bias) from what the base layer holds now;
+    None for a bias means that it stays.
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.merged = False
+
+    def merged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise TypeError(f"{type(self).__name__} cannot be merged into its base layer")
+
+    def unmerged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise TypeError(f"{type(self).__name__} cannot be taken out of its base layer")
+
+    def merge_weights(self) -> None:
+        """Fold what was learned into the base layer, and switch the branch off.
+
+        Raises RuntimeError if it is merged already (the change would count twice), ValueError if
+        the result holds NaN or infinity (nothing is changed then)."""
+        self._move(merged=True)
+
+    def unmerge_weights(self) -> None:
+        """Take it out again (to rounding), and switch the branch on. Errors as above."""
+        self._move(merged=False)
+
+    def _moved(self, merged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.merged == merged:
+            raise RuntimeError(
+                "already merged: merging again would add the change twice; unmerge first"
+                if merged
+                else "not merged: there is nothing to take out"
+            )
+        with torch.no_grad():
+            new = self.merged_tensors() if merged else self.unmerged_tensors()
+        for what, tensor in zip(("weight", "bias"), new, strict=True):
+            if tensor is not None and not tensor.is_meta and not tensor.isfinite().all():
+                raise ValueError(
+                    f"the new {what} would hold NaN or infinity; nothing was changed: look at the "
+                    "adapter's values, training may have diverged"
+                )
+        return new
+
+    def _move(self, merged: bool) -> None:
+        weight, bias = self._moved(merged)
+        with torch.no_grad():
+            self.base.weight.copy_(weight)
+            if bias is not None:
+                self.base.bias.copy_(bias)
+        self.merged = merged
+
+
+def methods() -> list[type[Method]]:
+    """Every method that has been defined so far: the registry."""
+
+    def below(cls):
+        return [d for c in cls.__subclasses__() for d in (c, *below(c))]
+
+    return [m for m in below(Method) if "peft_type" in vars(m)]
+
+
+# ------------------------------------------------------------------ finding modules by name
+
+
+def matches(path: str, names: tuple[str, ...] | str) -> bool:
+    """PEFT's rule: a name matches whole segments at the end of a path; a string is a pattern that
+    must match the whole path."""
+    if isinstance(names, str):
+        try:
+            return re.fullmatch(names, path) is not None
+        except re.error as error:
+            raise ValueError(f"{names!r} is no regular expression: {error}") from None
+    return any(path == name or path.endswith("." + name) for name in names)
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """{id of a parameter: every name under which it is reachable}."""
+    owners: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(p), []).append(name)
+    return owners
+
+
+def _refuse_tied(model: nn.Module, path: str, module: nn.Module, argument: str) -> None:
+    owners = _owners(model)
+    for name, p in module.named_parameters():
+        others = [n for n in owners[id(p)] if n != f"{path}.{name}"]
+        if others:
+            raise ValueError(
+                f"{argument}: {path!r} shares its {name} with {others[0]!r} (tied weights): "
+                "changing one changes both; leave it out"
+            )
+
+
+def find_targets(
+    model: nn.Module, targets: tuple[str, ...] | str, takes: tuple[type[nn.Module], ...]
+) -> dict[str, nn.Module]:
+    """The modules that `targets` names, {path: module}; "all-linear" means all but the head.
+
+    Raises ValueError if a name matches nothing, or a module that cannot be wrapped."""
+    # A module reachable under two paths would be wrapped in one of them only, hence the duplicates.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    usable = [path for path, m in modules.items() if type(m) in takes]
+    kinds = " or ".join(t.__name__ for t in takes)
+    if targets == "all-linear":
+        heads = fresh_modules(model) or ("lm_head",)
+        found = [path for path in usable if not matches(path, heads)]
+        if not found:
+            raise ValueError(f"targets='all-linear': the model has no {kinds} besides its head")
+    else:
+        for name in [targets] if isinstance(targets, str) else targets:
+            rule = name if isinstance(targets, str) else (name,)
+            if not any(path and matches(path, rule) for path in modules):
+                raise ValueError(_nothing_found(name, isinstance(targets, str), usable, kinds))
+        found = [path for path in modules if path and matches(path, targets)]
+        if not found:
+            raise ValueError(f"targets is empty: name at least one {kinds}: {_leaves(usable)}")
+    for path in found:
+        module = modules[path]
+        if isinstance(module, Adapted):
+            raise ValueError(f"targets: {path!r} is wrapped already; unload(model) first")
+        if type(module) not in takes:
+            raise ValueError(
+                f"targets: {path!r} is a {type(module).__name__}, but only {kinds} can be wrapped"
+                + (
+                    "; a Conv1D stores its weight as (in, out): convert it to a Linear first"
+                    if type(module).__name__ == "Conv1D"
+                    else f"; those are called {_leaves(usable)}"
+                )
+            )
+        _refuse_tied(model, path, module, "targets")
+    return {path: modules[path] for path in found}
+
+
+def _leaves(paths: Iterable[str]) -> str:
+    return ", ".join(repr(n) for n in dict.fromkeys(p.rsplit(".", 1)[-1] for p in paths)) or "none"
+
+
+def _nothing_found(name: str, is_pattern: bool, usable: list[str], kinds: str) -> str:
+    known = list(dict.fromkeys(p.rsplit(".", 1)[-1] for p in usable))
+    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], known, n=1)
+    text = f"targets: {name!r} matches no module of the model"
+    if is_pattern:
+        text += f" (a string is a pattern for whole paths; a name goes in a tuple: ({name!r},))"
+    elif near:
+        text += f"; did you mean {near[0]!r}?"
+    return f"{text}. Its {kinds} layers are called {_leaves(usable)}"
+
+
+def fresh_modules(model: nn.Module) -> tuple[str, ...]:
+    """Modules with random values (a new head): these always train and are saved in full."""
+    return tuple(getattr(model, "fresh_modules", ()))
+
+
+def _find_whole(model: nn.Module, also_train: Any, wrapped: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules that train in full: the fresh ones and those that `also_train` names."""
+    names = _names((also_train,) if isinstance(also_train, str) else also_train, "also_train")
+    names = tuple(dict.fromkeys((*fresh_modules(model), *names)))
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        here = {p: m for p, m in model.named_modules() if p and matches(p, (name,))}
+        if not here:
+            known = [p for p, m in model.named_modules() if p and list(m.parameters(recurse=False))]
+            known += [p.rsplit(".", 1)[-1] for p in known]
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"also_train: {name!r} matches no module of the model"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        found.update(here)
+    for path, module in found.items():
+        if not any(True for _ in module.parameters()):
+            raise ValueError(f"also_train: {path!r} has no parameters to train")
+        for target in wrapped:
+            if (path + ".").startswith(target + ".") or target.startswith(path + "."):
+                raise ValueError(f"{path!r} trains in full, so {target!r} cannot be a target too")
+        _refuse_tied(model, path, module, "also_train")
+    return found
+
+
+# ------------------------------------------------------------------ what was done, and to undo it
+
+
+@dataclass
+class Injection:
+    """What `inject` did to a model; kept on the model, used by the other verbs."""
+
+    method: Method
+    wrappers: dict[str, Adapted]
+    attached: nn.Module | None
+    handles: list
+    whole: dict[str, torch.Tensor]  # parameters of the base that train, with their old values
+    whole_modules: tuple[str, ...]
+    were_trainable: dict[str, bool]
+    fingerprint: str
+
+    @property
+    def merged(self) -> bool:
+        return any(w.merged for w in self.wrappers.values())
+
+    def modules(self) -> dict[str, nn.Module]:
+        """{path in the model: module}: all that the method added."""
+        attached = {} if self.attached is None else {ATTACHED: self.attached}
+        return {**self.wrappers, **attached}
+
+    def added(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of all that the method added."""
+        for path, module in self.modules().items():
+            for name, p in module.named_parameters():
+                if not (path in self.wrappers and name.startswith("base.")):
+                    yield f"{path}.{name}", p
+
+
+ATTACHED = "peft_attached"  # the name under which a model holds an attached module
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """What `inject` did to this model, or None if it is an untouched base."""
+    return model.__dict__.get("_peft_injection")
+
+
+def _require_injection(model: nn.Module, verb: str) -> Injection:
+    injection = injection_of(model)
+    if injection is None:
+        raise ValueError(f"{verb}: the model holds no method; inject(model, ...) one first")
+    return injection
+
+
+@dataclass(frozen=True)
+class Report:
+    """What trains after `inject` or `freeze`. Printing it shows a table."""
+
+    method: Method | None
+    trainable: int
+    total: int
+    base: int
+    modules: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+    whole: tuple[str, ...] = ()
+    whole_parameters: int = 0
+    fresh: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        rows = [("base, frozen", self.base - self.whole_parameters, "")]
+        if added := self.total - self.base:
+            leaves = (m.rsplit(".", 1)[-1] for m in self.modules)
+            sites = Counter(zip(leaves, self.shapes, strict=True))
+            where = ", ".join(
+                f"{n} × {leaf} {s[1]}→{s[0]}" if len(s) == 2 else f"{n} × {leaf}"
+                for (leaf, s), n in sites.items()
+            )
+            rows.append(("added, trains", added, where))
+        if self.whole_parameters:
+            names = [f"{n} (fresh head)" if n in self.fresh else n for n in self.whole]
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            rows.append(("of the base, trains", self.whole_parameters, shown))
+        share = 100 * self.trainable / self.base
+        rows.append(("trainable", self.trainable, f"{share:.3g} % of the base's {self.base:,}"))
+        head = repr(self.method) if self.method else "all frozen but what is named below"
+        body = (f"  {what:<20}{n:>13,}  {note}".rstrip() for what, n, note in rows)
+        return "\n".join((head, *body))
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short digest of the base's names, shapes and a sample of its values, without what is fresh.
+
+    The same base gives the same digest in float32 and bfloat16. A model on the meta device has no
+    values: its digest says "meta" and is not compared."""
+    digest, fresh = hashlib.sha256(), fresh_modules(model)
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            return "meta"
+        if matches(name.rsplit(".", 1)[0], fresh):
+            continue
+        flat = p.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32).bfloat16()
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+# ------------------------------------------------------------------ the verbs
+
+
+def freeze(model: nn.Module, also_train: Iterable[str] | str = ()) -> Report:
+    """Freeze the whole model but a fresh head and the modules named in `also_train`, in place.
+
+    Raises ValueError if a name matches nothing, RuntimeError if a method is in the model."""
+    _refuse_injected(model)
+    whole = _find_whole(model, also_train, ())
+    model.requires_grad_(False)
+    for module in whole.values():
+        module.requires_grad_(True)
+    n, trainable = _size(model.parameters()), _trainable(model)
+    return Report(None, trainable, n, n, (), (), tuple(whole), trainable, fresh_modules(model))
+
+
+def _trainable(model: nn.Module) -> int:
+    return _size(p for p in model.parameters() if p.requires_grad)
+
+
+def _refuse_injected(model: nn.Module) -> None:
+    injection = injection_of(model)
+    if injection is not None:
+        raise RuntimeError(
+            f"the model holds {injection.method!r} already: a second method would wrap the first; "
+            "unload(model) first"
+        )
+
+
+def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = ()) -> Report:
+    """Freeze `model` and put `method` into it, in place.
+
+    What the method adds trains, and with it a fresh head and the modules that `also_train` names
+    (PEFT's modules_to_save). Added parameters lie on the device of their layer; in a half-precision
+    base they are float32, as in PEFT, since small steps would be lost in 16 bits.
+
+    Returns a `Report`. Raises TypeError or ValueError, with the model unchanged, if the method does
+    not fit the model, and RuntimeError if a method is in it already."""
+    if not isinstance(method, Method):
+        known = ", ".join(sorted(m.__name__ for m in methods()))
+        raise TypeError(f"method={method!r} must describe a method, such as one of: {known}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    _refuse_injected(model)
+    targets = method.find(model)
+    whole = _find_whole(model, also_train, targets)
+    for path, layer in targets.items():
+        method.check(path, layer)
+    # A method that merely chooses parameters must choose some; the names are checked here, once.
+    parameters = dict(model.named_parameters())
+    chosen = list(method.select(model))
+    if unknown := [n for n in chosen if n not in parameters]:
+        raise ValueError(f"{type(method).__name__}: {unknown[0]!r} is no parameter of the model")
+    digest = fingerprint(model)
+    were_trainable = {n: p.requires_grad for n, p in parameters.items()}
+    try:
+        wrappers = {p: method.wrap(layer).train(layer.training) for p, layer in targets.items()}
+        attached, handles = method.attach(model) or (None, [])
+        if not (wrappers or attached or chosen):
+            raise ValueError(f"{type(method).__name__} finds nothing to train in this model")
+    except Exception:
+        _restore(model, were_trainable)
+        raise
+
+    # From here on nothing can fail: the model is changed.
+    names = {f"{path}.{n}" for path, m in whole.items() for n, _ in m.named_parameters()}
+    old = {n: p.detach().clone() for n, p in parameters.items() if n in names or n in chosen}
+    model.requires_grad_(False)
+    for name in old:
+        parameters[name].requires_grad_(True)
+    for path, wrapper in wrappers.items():
+        _put(model, path, wrapper)
+    if attached is not None:
+        model.add_module(ATTACHED, attached)
+    model._peft_injection = injection = Injection(
+        method, wrappers, attached, handles, old, tuple(whole), were_trainable, digest
+    )
+    for _, p in injection.added():
+        p.data = p.data.float() if p.dtype in (torch.float16, torch.bfloat16) else p.data
+        p.requires_grad_(True)
+    return report(model)
+
+
+def _restore(model: nn.Module, were_trainable: dict[str, bool]) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(were_trainable[name])
+
+
+def report(model: nn.Module) -> Report:
+    """The report of an injected model once more."""
+    injection = _require_injection(model, "report")
+    total, added = _size(model.parameters()), _size(p for _, p in injection.added())
+    shapes = tuple(
+        tuple(getattr(getattr(w.base, "weight", None), "shape", ()))
+        for w in injection.wrappers.values()
+    )
+    return Report(
+        injection.method,
+        _trainable(model),
+        total,
+        total - added,
+        tuple(injection.wrappers),
+        shapes,
+        injection.whole_modules or tuple(injection.whole),
+        sum(t.numel() for t in injection.whole.values()),
+        fresh_modules(model),
+    )
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _move(model: nn.Module, verb: str, merged: bool) -> None:
+    injection = _require_injection(model, verb)
+    if not injection.wrappers:
+        raise TypeError(f"{verb}: {type(injection.method).__name__} has no weights to {verb}")
+    # First everything is computed and thrown away: an error in the last layer leaves the first one
+    # as it was, and never more than one layer's new weight is held.
+    for path, wrapper in injection.wrappers.items():
+        try:
+            wrapper._moved(merged)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise type(error)(f"{verb}: {path!r}: {error}") from None
+    for wrapper in injection.wrappers.values():
+        wrapper._move(merged)
+
+
+def merge(model: nn.Module) -> None:
+    """Fold the method into the base's weights; the model computes the same, without the branch.
+
+    Raises RuntimeError if merged already, TypeError if the method cannot be merged, ValueError if a
+    weight would hold NaN or infinity. In each case the model stays as it was."""
+    _move(model, "merge", True)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take the method out of the base's weights again. Exact to rounding: in float32 about 1e-8, in
+    bfloat16 enough to matter after many rounds (keep the base instead). Errors as `merge`."""
+    _move(model, "unmerge", False)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Give the plain base back, in place, and return it.
+
+    Not merged: bit by bit what it was before `inject`, trained heads included. Merged: the same
+    layers with what was learned in their weights. What trained before may train again."""
+    injection = _require_injection(model, "unload")
+    for handle in injection.handles:
+        handle.remove()
+    if injection.attached is not None:
+        delattr(model, ATTACHED)
+    for path, wrapper in injection.wrappers.items():
+        _put(model, path, wrapper.base)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in injection.whole and not injection.merged:
+                p.copy_(injection.whole[name])
+    _restore(model, injection.were_trainable)
+    del model._peft_injection
+    return model

@@ -1,0 +1,157 @@
+"""Count and weigh: parameters, bytes, peak memory, time; also for models too big to load."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+# The profiler's native part writes two lines to stderr at each start unless told otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def numbers(parameter: torch.Tensor) -> int:
+    """How many numbers a parameter stands for; a packed 4-bit weight for more than it has bytes."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else torch.Size(state.shape).numel()
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of a model's parameters, tied ones once, buffers left out."""
+
+    total: int
+    trainable: int
+
+    def __repr__(self) -> str:
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.3g} %)"
+
+
+def parameters(model: nn.Module) -> Parameters:
+    """Count a model's parameters."""
+    every = list(model.parameters())
+    return Parameters(
+        sum(numbers(p) for p in every), sum(numbers(p) for p in every if p.requires_grad)
+    )
+
+
+def nbytes(tensors) -> int:
+    """Bytes of the tensors' storages, a shared one once."""
+    storages = {t.untyped_storage().data_ptr() or id(t): t.untyped_storage() for t in tensors}
+    return sum(s.nbytes() for s in storages.values())
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """The bytes of one training step by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __repr__(self) -> str:
+        rows = [*vars(self).items(), ("total", self.total)]
+        return "\n".join(f"{name:<12}{value / 2**20:>10.1f} MiB" for name, value in rows)
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> TrainingBytes:
+    """Bytes that lie in the tensors of a model in training, now: weights (and buffers), gradients,
+    and the optimiser's state. Activations only exist during a step: see `activation_bytes`."""
+    state = [] if optimizer is None else optimizer.state.values()
+    return TrainingBytes(
+        nbytes([*model.parameters(), *model.buffers()]),
+        nbytes([p.grad for p in model.parameters() if p.grad is not None]),
+        nbytes([t for s in state for t in s.values() if torch.is_tensor(t)]),
+    )
+
+
+def activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that `forward` keeps for the backward pass, the model's own tensors left out.
+
+    `forward` runs the model and returns the loss, say; what it returns is dropped."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    size = nbytes([t for t in kept if t.untyped_storage().data_ptr() not in own])
+    del result
+    return size
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most bytes that `function` held at a time beyond what was held before it.
+
+    On the CPU read from the profiler's record of every allocation and release, inside the operators
+    too; on a GPU from torch's own counter. A call costs several times the function's own time."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def step_time(function: Callable[[], object], repeats: int = 7, warmup: int = 2) -> float:
+    """Median seconds of a call, after `warmup` calls that are not counted."""
+    times = []
+    for i in range(warmup + repeats):
+        started = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if i >= warmup:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+@contextlib.contextmanager
+def on_meta():
+    """Build a model of any size without memory: its tensors have shapes and no values."""
+    with torch.device("meta"):
+        yield
+
+
+def estimate_bytes(
+    model: nn.Module,
+    weight: float = 2,
+    gradient: float = 2,
+    master: float = 4,
+    moments: float = 8,
+) -> TrainingBytes:
+    """What training `model` takes without activations, from counts alone (any device, also meta).
+
+    Bytes a parameter: `weight` for all; `gradient`, `master` copy and optimiser `moments` for what
+    trains. The defaults are mixed-precision training with Adam; all in float32 is 4, 4, 0, 8. The
+    master copy is counted with the optimiser."""
+    count = parameters(model)
+    return TrainingBytes(
+        round(count.total * weight),
+        round(count.trainable * gradient),
+        round(count.trainable * (master + moments)),
+    )

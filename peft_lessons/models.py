@@ -1,0 +1,321 @@
+"""Load the base models: the bundled ones from data/, any other by its Hub id or folder.
+
+Bundled models need neither network nor cache. `PEFT_LESSONS_DATA` names another data folder;
+`PEFT_LESSONS_BASE` (a Hub id or a folder) takes the place of the bundled encoder in every lesson.
+"""
+
+# isort: off
+from peft_lessons import _quiet  # noqa: F401  (before anything below imports bitsandbytes)
+# isort: on
+
+import hashlib
+import json
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertModel,
+    BertPreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging as transformers_logging
+
+
+class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
+    """BERT, the mean of its last hidden states over the mask, and one linear layer on top.
+
+    Sentence encoders are trained to be pooled this way; their [CLS] pooler is untrained.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        past_key_values=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Return logits (batch, labels), and the mean cross entropy for given labels (batch,).
+
+        `input_ids` is (batch, tokens), `inputs_embeds` (batch, tokens, hidden). The mask is
+        (batch, tokens), or longer on the left where `past_key_values` holds a prefix; a prefix is
+        attended to but isn't pooled.
+        """
+        hidden = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        states = hidden.last_hidden_state  # (batch, tokens, hidden)
+        if attention_mask is None:
+            pooled = states.mean(dim=1)  # (batch, hidden)
+        else:
+            mask = attention_mask[:, -states.shape[1] :]  # (batch, tokens)
+            mask = mask[..., None].to(states.dtype)  # (batch, tokens, 1)
+            pooled = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # (batch, hidden)
+        logits = self.classifier(pooled)  # (batch, labels)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        output = SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=hidden.get("hidden_states"),
+            attentions=hidden.get("attentions"),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A model in data/: its folder, its name at its authors', and what it becomes when loaded."""
+
+    folder: str
+    published_as: str
+    base: tuple[type, dict]
+    classifier: type
+
+
+BUNDLED = {
+    "minilm": Bundled(
+        folder="models/minilm",
+        published_as="sentence-transformers/all-MiniLM-L6-v2",
+        base=(BertModel, {"add_pooling_layer": False}),
+        classifier=MeanPooledBertForSequenceClassification,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BundledFile:
+    """The state of one file in data/; `intact` says whether it has the recorded sha256."""
+
+    path: str
+    present: bool
+    size: int
+    intact: bool
+
+
+def data_folder() -> Path:
+    """Return the folder of bundled files: data/ of this checkout, or $PEFT_LESSONS_DATA."""
+    chosen = os.environ.get("PEFT_LESSONS_DATA")
+    return Path(chosen) if chosen else Path(__file__).resolve().parent.parent / "data"
+
+
+def _records() -> dict[str, dict]:
+    """Return bytes, sha256 and rebuild command of every bundled file, by its path in data/."""
+    file = data_folder() / "checksums.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing. Restore it: git checkout -- data/checksums.json. Lessons need the "
+            "whole checkout; PEFT_LESSONS_DATA can name a data folder elsewhere."
+        )
+    return json.loads(file.read_text())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def bundled_files() -> list[BundledFile]:
+    """Return path (relative to data/), presence, size and integrity of every bundled file.
+
+    Raises FileNotFoundError when the list of checksums itself is missing.
+    """
+    states = []
+    for path, entry in _records().items():
+        file = data_folder() / path
+        present = file.is_file()
+        intact = present and _sha256(file) == entry["sha256"]
+        states.append(BundledFile(path, present, file.stat().st_size if present else 0, intact))
+    return states
+
+
+def bundled_path(path: str, verify: bool = False) -> Path:
+    """Return where the bundled file `path` (relative to data/) lies.
+
+    Raises FileNotFoundError when it is missing, ValueError when it has another size than recorded
+    or, with `verify`, another sha256; both name the command that rebuilds it.
+    """
+    file, entry = data_folder() / path, _records().get(path)
+    if entry is None:
+        raise FileNotFoundError(
+            f"{data_folder() / 'checksums.json'} knows no {path}. Restore it: "
+            "git checkout -- data/checksums.json"
+        )
+    remedy = f"Rebuild it from the top of the checkout: {entry['rebuild']}"
+    if not file.is_file():
+        raise FileNotFoundError(f"the bundled file {file} is missing. {remedy}")
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        raise ValueError(
+            f"the bundled file {file} is damaged: {size} bytes, not {entry['bytes']}. {remedy}"
+        )
+    if verify and _sha256(file) != entry["sha256"]:
+        raise ValueError(f"the bundled file {file} is damaged: its sha256 is wrong. {remedy}")
+    return file
+
+
+def _bundled_model_folder(bundled: Bundled, verify: bool) -> Path:
+    listed = [path for path in _records() if path.startswith(bundled.folder + "/")]
+    for path in listed or [f"{bundled.folder}/config.json"]:
+        bundled_path(path, verify)
+    return data_folder() / bundled.folder
+
+
+def _resolve(name: str) -> str:
+    """Return the bundled name, folder or Hub id that `name` stands for."""
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"name must be a string, got {name!r}; try 'minilm'")
+    name = os.fspath(name)
+    if name == "minilm":
+        name = os.environ.get("PEFT_LESSONS_BASE") or name
+    # A Hub id has an owner: a plain word is a typing error, and no reason to ask the network.
+    if name not in BUNDLED and not Path(name).is_dir() and "/" not in name:
+        raise ValueError(_unknown(name, "it is no folder, and a Hub id has the form owner/model"))
+    return name
+
+
+def _unknown(name: str, reason: str) -> str:
+    return (
+        f"there is no model {name!r}: {reason}. Bundled: {', '.join(map(repr, sorted(BUNDLED)))}. "
+        "Any Hub id or local folder works too, a Hub id with a network or from the cache."
+    )
+
+
+@contextmanager
+def _loading(name: str):
+    """Silence reports about fresh heads, and turn a failed look-up into a clear error."""
+    level, hub = transformers_logging.get_verbosity(), logging.getLogger("huggingface_hub")
+    transformers_logging.set_verbosity_error()
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)  # it reports every attempt to reach a network that isn't there
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(_unknown(name, str(error).strip().split("\n")[0].rstrip("."))) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        hub.setLevel(hub_level)
+
+
+def _hub_options() -> dict:
+    # Never code or pickles from a repository, and no network where the user switched it off.
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return {"trust_remote_code": False, "local_files_only": offline}
+
+
+def load_tokenizer(name: str):
+    """Load the tokenizer of a model, named as for `load_model`. It always has a padding token.
+
+    Raises TypeError, ValueError (unknown name) and FileNotFoundError as `load_model` does.
+    """
+    name = _resolve(name)
+    if name in BUNDLED:
+        return AutoTokenizer.from_pretrained(_bundled_model_folder(BUNDLED[name], verify=False))
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options())
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    verify: bool = False,
+    seed: int = 0,
+):
+    """Load a base model in eval mode; with `labels=n` it gets a fresh classification head.
+
+    `name` is a bundled name (`BUNDLED`), a local folder or a Hub id. Weights come in `dtype`. The
+    bundled encoder gives token states (batch, tokens, hidden), or logits (batch, n) from the mean
+    over the mask. `model.fresh_modules` names the modules that hold untrained weights, which `seed`
+    decides; the global random state stays as it is. `verify` checks the bundled files' sha256.
+
+    Raises FileNotFoundError for a missing bundled file, ValueError for a damaged one, an unknown
+    name, labels below 2 or incomplete weights, and TypeError for arguments of a wrong type.
+    """
+    if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int)):
+        raise TypeError(f"labels must be an integer of at least 2 or None, got {labels!r}")
+    if labels is not None and labels < 2:
+        raise ValueError(f"labels must be at least 2, got {labels}: give one output to each class")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating dtype such as torch.float32, got {dtype!r}")
+    name = _resolve(name)
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if name in BUNDLED:
+        source = _bundled_model_folder(BUNDLED[name], verify)
+        kind, extra = BUNDLED[name].base if labels is None else (BUNDLED[name].classifier, {})
+        options |= extra
+    else:
+        source = name
+        options |= _hub_options()
+        with _loading(name):
+            config = AutoConfig.from_pretrained(source, **_hub_options())
+        kind = _auto_class(config, labels)
+        # A classifier on a decoder finds the last real token by looking for the padding.
+        if labels is not None and getattr(config, "pad_token_id", None) is None:
+            end = getattr(config, "eos_token_id", None)
+            options["pad_token_id"] = end[0] if isinstance(end, list) else end
+    if labels is not None:
+        options["num_labels"] = labels
+    with _loading(name), torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that would seed the GPU's generators too, for good.
+        torch.random.default_generator.manual_seed(seed)
+        model, info = kind.from_pretrained(source, **options)
+    model.fresh_modules = _fresh_modules(model, info, name, labels)
+    if name in BUNDLED:
+        model.name_or_path = model.config._name_or_path = BUNDLED[name].published_as
+    return model.eval()
+
+
+def _auto_class(config, labels: int | None):
+    if labels is not None:
+        return AutoModelForSequenceClassification
+    causal = any("CausalLM" in architecture for architecture in config.architectures or ())
+    return AutoModelForCausalLM if causal else AutoModel
+
+
+def _fresh_modules(model, info: dict, name: str, labels: int | None) -> tuple[str, ...]:
+    """Return the top modules whose weights no file gave, in the model's order.
+
+    Raises ValueError where they are more than a head (or a pooler): the file is incomplete.
+    """
+    missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    prefix = model.base_model_prefix + "."
+    broken = sorted(path for path in missing if path.startswith(prefix) and "pooler" not in path)
+    if labels is None:
+        broken = sorted(missing - {path for path in missing if "pooler" in path})
+    if broken or info["mismatched_keys"]:
+        parts = broken or sorted(map(str, info["mismatched_keys"]))
+        raise ValueError(f"the weights of {name!r} lack or do not fit {', '.join(parts[:3])}")
+    if labels is None:
+        return ()
+    tops = {path if path.startswith(prefix) else path.partition(".")[0] for path in missing}
+    return tuple(path for path, _ in model.named_modules() if path in tops)

@@ -1,0 +1,103 @@
+"""The few figures used more than once, and the way every figure is shown."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+from cycler import cycler
+from IPython.display import display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours are told apart by people with any colour vision. Figures stand on white
+# in both themes of JupyterLab: transparent ones would lose their black text in the dark one.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLE = {
+    "axes.prop_cycle": cycler(color=COLORS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "axes.titleweight": "bold",
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "white",
+    "font.size": 10,
+}
+
+
+def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.2, 3.6), **kw):
+    """(figure, axes) in the style of the course; keywords as for `Figure.subplots`.
+
+    The figure belongs to nobody but the caller: no global state, nothing to close."""
+    with mpl.rc_context(_STYLE):
+        fig = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(fig)
+        return fig, fig.subplots(rows, columns, **kw)
+
+
+class Shown:
+    """A figure with its caption and the text for those who cannot see it."""
+
+    def __init__(self, png: bytes, alt: str, caption: str):
+        self.png, self.alt, self.caption = png, alt, caption
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        source = "data:image/png;base64," + base64.b64encode(self.png).decode()
+        # JupyterLab gives image outputs no alternative text; an <img> in HTML keeps its own.
+        return {
+            "text/html": f'<figure style="margin:0"><img src="{source}" style="max-width:100%" '
+            f'alt="{html.escape(self.alt, quote=True)}">'
+            f"<figcaption>{html.escape(self.caption)}</figcaption></figure>",
+            "text/plain": f"{self.caption}\n[{self.alt}]",
+        }
+
+
+def show(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> None:
+    """Display a figure below the cell, with alternative text (what it shows, in a sentence).
+
+    Raises ValueError for an alt text that is too short to say anything."""
+    if len(alt) < 20:
+        raise ValueError(f"alt={alt!r} is too short: say in a sentence what the figure shows")
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    display(Shown(buffer.getvalue(), alt, caption))
+
+
+def curves(
+    ax,
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Lines {label: (x, y)} on axes, labelled, with a legend."""
+    for label, (x, y) in lines.items():
+        ax.plot(x, y, label=label)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if len(lines) > 1:
+        ax.legend()
+
+
+def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> None:
+    """One horizontal bar for each row, {row: {part: length}}, its parts in one colour each."""
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    left = dict.fromkeys(rows, 0.0)
+    for part in parts:
+        lengths = [row.get(part, 0.0) for row in rows.values()]
+        ax.barh(list(rows), lengths, left=list(left.values()), label=part, height=0.62)
+        left = {k: v + n for (k, v), n in zip(left.items(), lengths, strict=True)}
+    for y, total in enumerate(left.values()):
+        ax.text(total, y, f" {total:.3g}", va="center")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.margins(x=0.1)
+    ax.set(title=title, xlabel=xlabel)
+    ax.legend(ncols=len(parts), loc="lower right")

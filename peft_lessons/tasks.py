@@ -1,0 +1,253 @@
+"""Load the bundled data as ready batches. A task knows texts and labels, and nothing of methods."""
+
+import csv
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from peft_lessons.models import bundled_path, load_tokenizer
+
+SPLITS = ("train", "validation", "test")
+LABEL_NAMES = ("negative", "positive")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of one split: texts, token ids, and class indices (None for free text)."""
+
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...] | None = None
+
+    def pick(self, indices) -> "Split":
+        """Return the split that holds only these examples, in this order."""
+        labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
+        return Split(
+            tuple(self.texts[i] for i in indices), tuple(self.tokens[i] for i in indices), labels
+        )
+
+
+class Summary(str):
+    """A text that a notebook shows as it is, line breaks and all."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Task:
+    """Labelled texts in splits, tokenised once, handed out as padded batches.
+
+    Batches are dicts of long tensors: `input_ids` and `attention_mask` (size, tokens), padded on
+    the right to the longest text of the batch, and `labels` (size,).
+    """
+
+    def __init__(self, name, splits, label_names, tokenizer, max_length, source=""):
+        for split, examples in splits.items():
+            known = examples.labels is not None and len(examples.labels) == len(examples.texts)
+            if not known or not set(examples.labels) <= set(range(len(label_names))):
+                raise ValueError(
+                    f"labels of split {split!r} must give each of the {len(examples.texts)} texts "
+                    f"one of 0..{len(label_names) - 1}; drop texts without a label before"
+                )
+        self.name = name
+        self.label_names = tuple(label_names)
+        self.source = source
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        self._splits = dict(splits)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{split} {self.size(split):,}" for split in self._splits)
+        return f"Task({self.name!r}: {sizes}; {' / '.join(self.label_names)})"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits."""
+        return tuple(self._splits)
+
+    def _split(self, split: str) -> Split:
+        if split not in self._splits:
+            raise ValueError(f"split {split!r} is unknown; {self.name!r} has {self.splits}")
+        return self._splits[split]
+
+    def size(self, split: str) -> int:
+        """Return the number of examples of a split. Raises ValueError for an unknown split."""
+        return len(self._split(split).texts)
+
+    def texts(self, split: str) -> list[str]:
+        """Return the texts of a split in stored order. Raises ValueError for an unknown split."""
+        return list(self._split(split).texts)
+
+    def labels(self, split: str) -> torch.Tensor:
+        """Return the class indices (size,) of a split in stored order, as `batches` gives them.
+
+        Raises ValueError for an unknown split.
+        """
+        return torch.tensor(self._split(split).labels)
+
+    def batches(self, split: str, size: int = 16, seed: int | None = None) -> Iterator[dict]:
+        """Go through a split once, in stored order or shuffled by `seed`; the last may be short.
+
+        The global random state is neither read nor changed. Raises ValueError for an unknown split
+        or a size below 1.
+        """
+        examples, size = self._split(split), _at_least("size", size, 1)
+        count = len(examples.texts)
+        order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+        return (self._collate(examples.pick(order[k : k + size])) for k in range(0, count, size))
+
+    def stream(self, size: int, seed: int, start: int = 0) -> Iterator[dict]:
+        """Give full training batches for ever, epoch e shuffled by (seed, e).
+
+        Epochs follow each other without a gap: a batch may end one and begin the next. With
+        `start=k` the stream begins at its batch k, at no cost, so that an interrupted training
+        goes on with the very batches that it would have had. Raises ValueError for a size below 1
+        or a negative start.
+        """
+        examples, size = self._split("train"), _at_least("size", size, 1)
+        return self._stream(examples, size, seed, _at_least("start", start, 0))
+
+    def _stream(self, examples: Split, size: int, seed: int, batch: int) -> Iterator[dict]:
+        count, epoch, order = len(examples.texts), None, None
+        while True:
+            indices = []
+            for position in range(batch * size, (batch + 1) * size):
+                if position // count != epoch:
+                    epoch = position // count
+                    order = np.random.default_rng((seed, epoch)).permutation(count)
+                indices.append(order[position % count])
+            yield self._collate(examples.pick(indices))
+            batch += 1
+
+    def limit(self, **sizes: int) -> "Task":
+        """Return the task with only the first `n` examples of a split, balanced by class.
+
+        `task.limit(train=200)` is for studies on little data. Order is kept; the other splits stay
+        whole. Raises ValueError for an unknown split, or for an n that leaves a class empty or
+        that a class has too few examples for.
+        """
+        splits = dict(self._splits)
+        for split, n in sizes.items():
+            examples, classes = self._split(split), len(self.label_names)
+            _at_least(split, n, classes)
+            labels = np.array(examples.labels)
+            members = [np.flatnonzero(labels == label) for label in range(classes)]
+            wanted = [n // classes + (label < n % classes) for label in range(classes)]
+            if any(len(m) < w for m, w in zip(members, wanted, strict=True)):
+                most = classes * min(map(len, members))
+                raise ValueError(f"{split}={n} is too many for balanced classes; at most {most}")
+            kept = np.concatenate([m[:w] for m, w in zip(members, wanted, strict=True)])
+            splits[split] = examples.pick(np.sort(kept))
+        limited = copy(self)
+        limited._splits = splits
+        return limited
+
+    def encode(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Return a padded batch, without labels, of texts of your own.
+
+        Raises TypeError when `texts` isn't a list of strings, ValueError when it is empty.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"texts must be a list of strings, got {texts!r}")
+        if not texts:
+            raise ValueError("texts is empty; give at least one text")
+        return self._collate(_tokenise(texts, self._tokenizer, self.max_length))
+
+    def _collate(self, examples: Split) -> dict[str, torch.Tensor]:
+        longest = max(map(len, examples.tokens))
+        shape = (len(examples.tokens), longest)
+        ids = torch.full(shape, self._tokenizer.pad_token_id)  # (size, tokens)
+        mask = torch.zeros(shape, dtype=torch.long)  # (size, tokens)
+        for row, tokens in enumerate(examples.tokens):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if examples.labels is not None:
+            batch["labels"] = torch.tensor(examples.labels)  # (size,)
+        return batch
+
+    def describe(self) -> Summary:
+        """Return a table of the splits: sentences, share of the last class, words and tokens."""
+        share = f"share {self.label_names[-1]}"
+        lines = [f"{'split':12}{'sentences':>10}{share:>16}{'mean words':>12}{'mean tokens':>13}"]
+        for split, examples in self._splits.items():
+            positive = np.mean(np.array(examples.labels) == len(self.label_names) - 1)
+            words = np.mean([len(text.split()) for text in examples.texts])
+            tokens = np.mean([len(ids) for ids in examples.tokens])
+            count = len(examples.texts)
+            lines.append(f"{split:12}{count:>10,}{positive:>16.1%}{words:>12.1f}{tokens:>13.1f}")
+        return Summary("\n".join([*lines, f"source: {self.source}"]))
+
+
+def _at_least(argument: str, value: int, least: int) -> int:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{argument} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def _tokenise(texts, tokenizer, max_length: int, labels=None) -> Split:
+    ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    return Split(tuple(texts), tuple(map(tuple, ids)), labels)
+
+
+def sentiment_label(rating: float) -> int | None:
+    """Return 1 for a mean rating above +1, 0 below -1, None for what lies between."""
+    return 1 if rating > 1 else 0 if rating < -1 else None
+
+
+def _load_sentiment(name, tokenizer, max_length, domain: str) -> Task:
+    file = bundled_path(f"tasks/sentiment/{domain}.csv")
+    rows = {split: ([], []) for split in SPLITS}
+    with file.open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            label = sentiment_label(float(row["rating"]))
+            if label is not None:
+                rows[row["split"]][0].append(row["text"])
+                rows[row["split"]][1].append(label)
+    splits = {
+        split: _tokenise(texts, tokenizer, max_length, tuple(labels))
+        for split, (texts, labels) in rows.items()
+    }
+    source = "Hutto & Gilbert (2014), vaderSentiment 3.3.2, MIT licence; labels |mean rating| > 1"
+    return Task(name, splits, LABEL_NAMES, tokenizer, max_length, source)
+
+
+# A loader takes (name, tokenizer, max_length) and returns a task.
+LOADERS = {
+    "sentiment": partial(_load_sentiment, domain="movies"),
+    "sentiment-amazon": partial(_load_sentiment, domain="amazon"),
+    "sentiment-nytimes": partial(_load_sentiment, domain="nytimes"),
+    "sentiment-tweets": partial(_load_sentiment, domain="tweets"),
+}
+
+
+def load_task(name: str, tokenizer=None, max_length: int = 128) -> Task:
+    """Load a bundled task, its texts cut at `max_length` tokens; `LOADERS` has the names.
+
+    `tokenizer` is the model's, by default the bundled encoder's. Raises ValueError for an unknown
+    name, or a max_length that leaves no room for text or exceeds the model's positions; TypeError
+    when `tokenizer` isn't one; FileNotFoundError for a missing file.
+    """
+    if name not in LOADERS:
+        raise ValueError(f"there is no task {name!r}; known are {', '.join(sorted(LOADERS))}")
+    if tokenizer is None:
+        tokenizer = load_tokenizer("minilm")
+    if not hasattr(tokenizer, "num_special_tokens_to_add"):
+        raise TypeError(
+            f"tokenizer must be a tokenizer, got {tokenizer!r}; load_tokenizer(name) gives one"
+        )
+    _at_least("max_length", max_length, tokenizer.num_special_tokens_to_add() + 1)
+    if max_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"max_length must be at most the model's {tokenizer.model_max_length}, got {max_length}"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenizer has no padding token; load_tokenizer(name) gives one that has")
+    return LOADERS[name](name, tokenizer, max_length)

@@ -1,0 +1,288 @@
+"""The one training loop and the one evaluation loop of the course."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.std import tqdm
+
+from .inject import injection_of
+
+FULL_LEARNING_RATE = 1e-4  # without a method, all that is not frozen trains at this rate
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient became NaN or infinite; the weights are those before that step."""
+
+
+@dataclass
+class History:
+    """What `fit` saw: one entry a step, and one of `evaluations` for each evaluation."""
+
+    loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    seconds: float = 0.0  # of the steps alone, evaluations left out
+
+    def smooth_loss(self, window: int = 10) -> list[float]:
+        """The mean loss of up to `window` steps that end at each step."""
+        means = (self.loss[max(0, i - window + 1) : i + 1] for i in range(len(self.loss)))
+        return [sum(m) / len(m) for m in means]
+
+    def __repr__(self) -> str:
+        if not self.loss:
+            return "no step taken"
+        first, last = self.smooth_loss()[min(9, len(self.loss) - 1)], self.smooth_loss()[-1]
+        return f"{len(self.loss)} steps: loss {first:.3f} → {last:.3f} (mean of up to 10 steps)"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `evaluate` measured. `accuracy` is None for language modelling.
+
+    `standard_error` is the accuracy's, from the size of the split alone: sqrt(a (1 - a) / n)."""
+
+    loss: float
+    accuracy: float | None
+    n: int
+
+    @property
+    def standard_error(self) -> float | None:
+        a = self.accuracy
+        return None if a is None else math.sqrt(a * (1 - a) / self.n)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def __repr__(self) -> str:
+        if self.accuracy is None:
+            return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f} ({self.n:,} tokens)"
+        share = f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
+        return f"accuracy {share}, loss {self.loss:.4f} ({self.n:,} examples)"
+
+
+def progress(iterable, description: str, done: int = 0, show: bool = True) -> tqdm:
+    """A progress bar that is live in JupyterLab and leaves one clean line in a stored notebook."""
+    return tqdm(
+        iterable,
+        description,
+        initial=done,
+        total=done + len(iterable),
+        disable=not show,
+        file=sys.stdout,
+        ncols=72,
+        mininterval=0.2,
+        bar_format="{desc}: {n_fmt}/{total_fmt} |{bar:24}| {remaining} left{postfix}",
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+    output = model(**batch)
+    if getattr(output, "loss", None) is None:
+        raise TypeError(
+            f"{type(model).__name__} returns no loss for a batch with labels: load a model with a "
+            "head, load_model(name, labels=2), or a language model"
+        )
+    return output
+
+
+def evaluate(model: nn.Module, task, split: str = "test", batch_size: int = 64) -> Scores:
+    """Mean loss and accuracy (one label a row) or mean loss a token (a label a token) on a split.
+
+    The model is left in the mode (train or eval) it was found in, its random state untouched."""
+    was_training, device = model.training, _device(model)
+    model.eval()
+    loss, right, n, by_row = 0.0, 0, 0, True
+    try:
+        with torch.no_grad():
+            for batch in task.batches(split, batch_size):
+                batch = {k: v.to(device) for k, v in batch.items()}
+                output, labels = _loss(model, batch), batch["labels"]
+                by_row = labels.dim() == 1
+                # A language model predicts the next token: the first one has no prediction.
+                here = len(labels) if by_row else int((labels[:, 1:] != -100).sum())
+                loss += output.loss.item() * here
+                n += here
+                if by_row:
+                    right += int((output.logits.argmax(-1) == labels).sum())
+    finally:
+        model.train(was_training)
+    if n == 0:
+        raise ValueError(f"split={split!r} of {task.name!r} is empty")
+    return Scores(loss / n, right / n if by_row else None, n)
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    """The share of the learning rate at a step: a linear rise, then a linear fall towards zero."""
+    return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+
+
+def _check(steps, lr, batch_size, warmup, weight_decay, clip) -> None:
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"fit: {name}={value!r} must be a whole number of at least 1")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"fit: lr={lr!r} must be a finite number above 0")
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"fit: warmup={warmup!r} is the share of the steps, between 0 and 1")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"fit: weight_decay={weight_decay!r} must be a finite number, 0 or more")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"fit: clip={clip!r} must be above 0, or None for no clipping")
+
+
+def fit(
+    model: nn.Module,
+    task,
+    steps: int = 100,
+    *,
+    lr: float | None = None,
+    batch_size: int = 16,
+    warmup: float = 0.1,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+    seed: int = 0,
+    eval_every: int | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 50,
+    show: bool = True,
+) -> History:
+    """Train what is not frozen in `model` on the training split of `task`, in place.
+
+    AdamW; the learning rate rises over the first `warmup` share of the steps, then falls linearly.
+    The same seed gives the same run on one machine; the global random state is left as it was.
+
+    Args:
+        lr: peak learning rate; None takes the method's own, or 1e-4 without a method.
+        clip: largest norm of the whole gradient, None for no clipping.
+        eval_every: evaluate on the validation split after every so many steps.
+        checkpoint: a file to resume from if it is there, written every `checkpoint_every` steps;
+            an interrupted and resumed run equals an uninterrupted one. Removed at the end.
+        show: whether to draw a progress bar.
+
+    Raises ValueError for a wrong argument, a model without anything to train or a checkpoint of
+    another run; RuntimeError while a method is merged; `TrainingDiverged` at a NaN or infinite
+    loss or gradient, before it reaches the weights."""
+    injection = injection_of(model)
+    if lr is None:
+        lr = injection.method.learning_rate if injection else FULL_LEARNING_RATE
+    _check(steps, lr, batch_size, warmup, weight_decay, clip)
+    if injection and injection.merged:
+        raise RuntimeError("fit: the method is merged, nothing it added is used; unmerge(model)")
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "fit: nothing in the model trains, all is frozen (an adapter loads frozen: "
+            "load_adapter(..., trainable=True) trains on)"
+        )
+    if injection:
+        injection.method.before_fit(injection, steps)
+    run = {"steps": steps, "lr": lr, "batch_size": batch_size, "warmup": warmup, "seed": seed}
+    run |= {"weight_decay": weight_decay, "clip": clip, "names": sorted(trainable)}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=lr, weight_decay=weight_decay)
+    history, device, was_training = History(), _device(model), model.training
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            done = _resume(checkpoint, run, model, optimizer, history)
+            bar = progress(range(done, steps), "training", done, show)
+            batches = task.stream(batch_size, seed, start=done)
+            for step, batch in zip(bar, batches, strict=False):
+                started = time.perf_counter()
+                rate = lr * _schedule(step, steps, round(warmup * steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                loss = _loss(model, {k: v.to(device) for k, v in batch.items()}).loss
+                if injection:
+                    loss = loss + injection.method.penalty(injection)
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(trainable.values(), clip or math.inf)
+                if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                    optimizer.zero_grad()
+                    raise TrainingDiverged(
+                        f"step {step + 1}: loss {loss.item():.3g}, gradient norm {norm.item():.3g} "
+                        f"at learning rate {rate:.2g}. The weights are those before this step. "
+                        "Start again with a smaller lr, or look at the batch."
+                    )
+                optimizer.step()
+                if injection:
+                    injection.method.after_step(injection, step + 1)
+                optimizer.zero_grad()
+                history.loss.append(loss.item())
+                history.lr.append(rate)
+                history.seconds += time.perf_counter() - started
+                recent = history.loss[-10:]
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
+                if eval_every and ((step + 1) % eval_every == 0 or step + 1 == steps):
+                    scores = evaluate(model, task, "validation")
+                    history.evaluations.append((step + 1, asdict(scores)))
+                if checkpoint and (step + 1) % checkpoint_every == 0 and step + 1 < steps:
+                    _store(checkpoint, run, model, optimizer, history)
+    finally:
+        model.train(was_training)
+    if checkpoint:
+        Path(checkpoint).unlink(missing_ok=True)
+    return history
+
+
+def _moving(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that training changes: what trains, and buffers (a method may keep statistics there)."""
+    moving = {n for n, p in model.named_parameters() if p.requires_grad}
+    moving |= {n for n, _ in model.named_buffers()}
+    return {n: t for n, t in model.state_dict().items() if n in moving}
+
+
+def _store(path, run: dict, model: nn.Module, optimizer, history: History) -> None:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    state = {
+        "run": run,
+        "model": _moving(model),
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "history": asdict(history),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _resume(path, run: dict, model: nn.Module, optimizer, history: History) -> int:
+    """Restore everything from the checkpoint, if there is one; the number of steps done."""
+    if path is None or not Path(path).exists():
+        return 0
+    try:
+        state = torch.load(path, weights_only=True)
+        theirs = state["run"]
+    except Exception as error:
+        raise ValueError(f"fit: {str(path)!r} is no whole checkpoint of fit: {error}") from None
+    if differing := [k for k in run if theirs.get(k) != run[k]]:
+        k = differing[0]
+        said = "other parameters train" if k == "names" else f"{k} was {theirs.get(k)!r} there"
+        raise ValueError(
+            f"fit: {str(path)!r} belongs to another run ({said}): delete it or name another file"
+        )
+    model.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    for name, value in state["history"].items():
+        setattr(history, name, value)
+    history.evaluations = [tuple(e) for e in history.evaluations]
+    return len(history.loss)

@@ -1,0 +1,435 @@
+"""inject, merge, unmerge, unload: what they do, and what they refuse without changing anything."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny import same, state, tiny_bert, tiny_llama
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_lessons import (
+    LinearWithLoRA,
+    LoRA,
+    LoRALayer,
+    apply_lora_to_model,
+    freeze,
+    inject,
+    injection_of,
+    merge,
+    methods,
+    report,
+    unload,
+    unmerge,
+)
+from peft_lessons.inject import Adapted, Method
+
+QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
+IDS = torch.arange(1, 25).view(2, 12)
+
+
+def shaken(model):
+    """The model with random values in every B, so that the adapter does something."""
+    for wrapper in injection_of(model).wrappers.values():
+        nn.init.normal_(wrapper.lora.lora_B, std=0.2)
+    return model
+
+
+def injected(method=QV, model=None):
+    model = model or tiny_llama()
+    inject(model, method)
+    return shaken(model)
+
+
+def test_injection_changes_no_output_bit():
+    base = tiny_llama()
+    before = base(IDS).logits
+    inject(base, QV)
+    assert torch.equal(base(IDS).logits, before)
+
+
+def test_only_the_factors_and_a_fresh_head_train():
+    model = tiny_bert()
+    told = inject(model, LoRA(rank=4, alpha=6, targets=("query", "value")))
+    training = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or n.startswith("classifier.") for n in training)
+    assert {"classifier.weight", "classifier.bias"} <= training
+    assert told.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert told.trainable == 4 * 4 * (64 + 64) + 2 * 64 + 2
+    assert told.total == sum(p.numel() for p in model.parameters())
+    assert len(told.modules) == 4 and told.fresh == ("classifier",)
+    text = repr(told)
+    assert "fresh head" in text and f"{told.trainable:,}" in text and "64→64" in text
+    assert repr(report(model)) == text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_merge_and_unmerge_change_no_output(seed):
+    torch.manual_seed(seed)
+    model = injected()
+    before, base = model(IDS).logits, tiny_llama()(IDS).logits
+    assert (before - base).abs().max() > 0.01
+    merge(model)
+    assert torch.allclose(model(IDS).logits, before, atol=1e-5)
+    unmerge(model)
+    assert torch.allclose(model(IDS).logits, before, atol=1e-5)
+    assert torch.allclose(unload(model)(IDS).logits, base, atol=1e-5)
+
+
+def test_unload_gives_the_base_back_bit_by_bit():
+    model = tiny_bert()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    model.bert.pooler.train()
+    untouched = state(model)
+    inject(model, LoRA(rank=4, alpha=6, targets=("query",)), also_train=("pooler",))
+    shaken(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    assert unload(model) is model
+    assert same(state(model), untouched)
+    assert injection_of(model) is None and model.bert.pooler.training
+
+
+def test_unload_while_merged_keeps_what_was_learned():
+    model = injected()
+    expected = model(IDS).logits
+    merge(model)
+    assert torch.allclose(unload(model)(IDS).logits, expected, atol=1e-5)
+    assert not any(isinstance(m, Adapted) for m in model.modules())
+
+
+def test_a_deep_copy_is_independent():
+    model = injected()
+    copy = deepcopy(model)
+    merge(copy)
+    assert not injection_of(model).merged
+    assert torch.equal(unload(model)(IDS).logits, tiny_llama()(IDS).logits)
+
+
+def test_targets_are_whole_segments_patterns_or_all_linear():
+    def found(targets):
+        return inject(tiny_llama(), LoRA(rank=2, alpha=3, targets=targets)).modules
+
+    assert found(("layers.1.self_attn.q_proj",)) == ("model.layers.1.self_attn.q_proj",)
+    assert len(found(["q_proj", "v_proj"])) == 4
+    assert len(found(r".*\.mlp\..*_proj")) == 6
+    every = found("all-linear")
+    assert len(every) == 14 and not any("lm_head" in path for path in every)
+    assert found(("o_proj",)) == tuple(f"model.layers.{i}.self_attn.o_proj" for i in (0, 1))
+
+
+BAD = {
+    "no match": (("q_porj",), "did you mean 'q_proj'"),
+    "one of several does not match": (("q_proj", "nope"), "'nope' matches no module"),
+    "a substring": (("proj",), "'proj' matches no module"),
+    "a single letter": (("o",), "'o' matches no module"),
+    "a name as a string": ("q_proj", r"\('q_proj',\)"),
+    "a broken pattern": ("(", "no regular expression"),
+    "a norm": (("input_layernorm",), "LlamaRMSNorm"),
+    "a container": (("self_attn",), "LlamaAttention"),
+    "an embedding": (("embed_tokens",), "Embedding"),
+    "nothing": ((), "empty"),
+}
+
+
+@pytest.mark.parametrize("targets, message", BAD.values(), ids=BAD)
+def test_wrong_targets_are_refused_and_nothing_changes(targets, message):
+    model = tiny_llama()
+    untouched = state(model)
+    with pytest.raises(ValueError, match=message):
+        inject(model, LoRA(rank=2, alpha=3, targets=targets))
+    assert same(state(model), untouched) and injection_of(model) is None
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(rank=0), "rank=0 must be at least 1"),
+        (dict(rank=-3), "rank=-3"),
+        (dict(rank=2.5), "whole number"),
+        (dict(rank=True), "whole number"),
+        (dict(alpha=0), "alpha=0"),
+        (dict(alpha=float("nan")), "alpha=nan"),
+        (dict(alpha="16"), "must be a number"),
+        (dict(dropout=1.0), "dropout=1.0"),
+        (dict(dropout=-0.1), "dropout=-0.1"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoRA(**({"targets": ("q_proj",)} | settings))
+    with pytest.raises(ValueError, match=message):
+        LoRALayer(8, 8, **settings)
+
+
+@pytest.mark.parametrize("targets", [3, ("q_proj", 3), ("",)])
+def test_targets_of_a_wrong_type_are_refused(targets):
+    with pytest.raises(TypeError, match="targets="):
+        LoRA(targets=targets)
+
+
+def test_a_rank_above_the_layer_is_refused_with_the_layer_named():
+    model = tiny_llama()
+    untouched = state(model)
+    with pytest.raises(ValueError, match=r"rank=33 .*=32 of 'model.layers.0.self_attn.k_proj'"):
+        inject(model, LoRA(rank=33, alpha=3, targets=("q_proj", "k_proj")))
+    assert same(state(model), untouched)
+
+
+def test_a_second_injection_is_refused():
+    model = injected()
+    untouched = state(model)
+    for again in (lambda: inject(model, QV), lambda: freeze(model)):
+        with pytest.raises(RuntimeError, match="unload"):
+            again()
+    with pytest.raises(RuntimeError, match="unload"):
+        apply_lora_to_model(model)
+    assert same(state(model), untouched)
+
+
+def test_a_layer_wrapped_by_hand_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0] = LinearWithLoRA(model[0], rank=2)
+    with pytest.raises(ValueError, match="wrapped already"):
+        inject(model, LoRA(rank=2, alpha=3, targets=("0", "1")))
+
+
+def test_conv1d_and_subclasses_of_linear_are_refused():
+    class Packed(nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match="stores its weight as"):
+        inject(nn.Sequential(Conv1D(4, 4)), LoRA(rank=2, alpha=3, targets=("0",)))
+    with pytest.raises(ValueError, match="Packed"):
+        inject(nn.Sequential(Packed(4, 4)), LoRA(rank=2, alpha=3, targets=("0",)))
+
+
+def test_tied_and_shared_layers_are_refused():
+    tied = tiny_llama(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="tied"):
+        inject(tied, LoRA(rank=2, alpha=3, targets=("lm_head",)))
+    with pytest.raises(ValueError, match="tied"):
+        inject(tied, QV, also_train=("lm_head",))
+    shared = nn.Linear(4, 4)
+    twice = nn.ModuleDict({"a": shared, "b": shared})
+    with pytest.raises(ValueError, match="shares its"):
+        inject(twice, LoRA(rank=2, alpha=3, targets=("a",)))
+
+
+def test_also_train_is_checked():
+    for names, message in (
+        (("norn",), "did you mean 'norm'"),
+        (("act_fn",), "no parameters"),
+        (("self_attn",), "cannot be a target too"),
+    ):
+        model = tiny_llama()
+        untouched = state(model)
+        with pytest.raises(ValueError, match=message):
+            inject(model, QV, also_train=names)
+        assert same(state(model), untouched)
+
+
+def test_a_method_must_be_a_method_and_a_model_a_model():
+    with pytest.raises(TypeError, match="LoRA"):
+        inject(tiny_llama(), "lora")
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        inject("minilm", QV)
+
+
+def test_verbs_need_an_injected_model():
+    for verb in (merge, unmerge, unload, report):
+        with pytest.raises(ValueError, match="inject"):
+            verb(tiny_llama())
+
+
+def test_merging_twice_is_refused():
+    model = injected()
+    with pytest.raises(RuntimeError, match="nothing to take out"):
+        unmerge(model)
+    merge(model)
+    once = state(model)
+    with pytest.raises(RuntimeError, match="twice"):
+        merge(model)
+    assert same(state(model), once)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_in_the_last_layer_leaves_the_first_one_unmerged(poison):
+    model = injected()
+    last = list(injection_of(model).wrappers.values())[-1]
+    with torch.no_grad():
+        last.lora.lora_A[0, 0] = poison
+    untouched = state(model)
+    with pytest.raises(ValueError, match=r"layers\.1.*NaN or infinity"):
+        merge(model)
+    assert not injection_of(model).merged
+    now = state(model)
+    assert all(torch.equal(now[n].nan_to_num(), untouched[n].nan_to_num()) for n in now)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_compute_train_and_merge(dtype):
+    model = tiny_llama().to(dtype)
+    inject(model, QV)
+    shaken(model)
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert trained == {torch.float64 if dtype == torch.float64 else torch.float32}
+    logits = model(IDS).logits
+    assert logits.dtype == dtype
+    logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    merge(model)
+    scale = logits.abs().max()
+    # A merged half-precision weight rounds W + ΔW once more than the branch does.
+    assert (model(IDS).logits - logits).abs().max() < (1e-9 if dtype == torch.float64 else 0.05) * scale
+    assert model.model.layers[0].self_attn.q_proj.base.weight.dtype == dtype
+
+
+def test_the_layer_alone_follows_its_base():
+    layer = LinearWithLoRA(nn.Linear(8, 6, dtype=torch.bfloat16), rank=2, alpha=3)
+    assert layer.lora.lora_A.dtype == torch.bfloat16
+    assert layer(torch.ones(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert layer.linear is layer.base and not layer.linear.weight.requires_grad
+    on_meta = LinearWithLoRA(nn.Linear(8, 6, device="meta"), rank=2)
+    assert on_meta.lora.lora_B.is_meta
+
+
+def test_a_model_on_the_meta_device_can_be_counted():
+    with torch.device("meta"):
+        model = tiny_llama()
+    told = inject(model, QV)
+    assert told.trainable == 2 * 4 * ((64 + 64) + (64 + 32))
+
+
+def test_freeze_leaves_the_head_and_what_is_named():
+    model = tiny_bert()
+    told = freeze(model, also_train="pooler")
+    training = {n.split(".")[-3] + "." + n.split(".")[-2] if "dense" in n else n.split(".")[0]
+                for n, p in model.named_parameters() if p.requires_grad}
+    assert training == {"classifier", "pooler.dense"}
+    assert told.trainable == told.whole_parameters == 64 * 64 + 64 + 2 * 64 + 2
+    with pytest.raises(ValueError, match="matches no module"):
+        freeze(model, also_train=("nope",))
+
+
+# ------------------------------------------------- methods that later lessons will bring, in small
+
+
+class ScaledLinear(Adapted):
+    def __init__(self, base):
+        super().__init__(base)
+        self.scale = nn.Parameter(torch.ones(base.out_features))
+
+    def forward(self, x):
+        return self.base(x) * self.scale
+
+
+@dataclass(frozen=True)
+class Scale(Method):
+    """Wraps, but has no merge rule."""
+
+    targets: tuple[str, ...] = ("q_proj",)
+    peft_type = "TEST_SCALE"
+    tensors = {"scale": "scale"}
+
+    def wrap(self, layer):
+        return ScaledLinear(layer)
+
+
+class Shift(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def forward(self, module, args, output):
+        return output + self.shift
+
+
+@dataclass(frozen=True)
+class ShiftEmbeddings(Method):
+    """Attaches one module for the whole model, with a hook."""
+
+    peft_type = "TEST_SHIFT"
+    tensors = {"shift": "shift_embeddings"}
+
+    def attach(self, model):
+        table = model.get_input_embeddings()
+        shift = Shift(table.weight.shape[1])
+        return shift, [table.register_forward_hook(shift)]
+
+
+@dataclass(frozen=True)
+class Norms(Method):
+    """Selects parameters of the base."""
+
+    missing: bool = False
+    peft_type = "TEST_NORMS"
+
+    def select(self, model):
+        if self.missing:
+            return ["no.such.weight"]
+        return [n for n, _ in model.named_parameters() if "layernorm" in n]
+
+
+@dataclass(frozen=True)
+class Broken(Scale):
+    """Fails in the middle of wrapping."""
+
+    peft_type = "TEST_BROKEN"
+
+    def wrap(self, layer):
+        raise ValueError("this layer cannot be wrapped")
+
+
+def test_the_registry_holds_every_method():
+    assert {LoRA, Scale, ShiftEmbeddings, Norms} <= set(methods())
+    assert Method not in methods()
+
+
+def test_a_wrapping_method_without_merge_rule():
+    model = tiny_llama()
+    before = model(IDS).logits
+    inject(model, Scale())
+    assert torch.equal(model(IDS).logits, before)
+    with pytest.raises(TypeError, match="cannot be merged"):
+        merge(model)
+    assert torch.equal(unload(model)(IDS).logits, before)
+
+
+def test_an_attached_method():
+    model = tiny_llama()
+    before = model(IDS).logits
+    told = inject(model, ShiftEmbeddings())
+    assert told.trainable == 64 and torch.equal(model(IDS).logits, before)
+    nn.init.normal_(injection_of(model).attached.shift)
+    assert not torch.allclose(model(IDS).logits, before)
+    with pytest.raises(TypeError, match="no weights to merge"):
+        merge(model)
+    assert torch.equal(unload(model)(IDS).logits, before)
+
+
+def test_a_selecting_method():
+    model = tiny_llama()
+    untouched = state(model)
+    told = inject(model, Norms())
+    training = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(training) == 4 and told.trainable == 4 * 64 and told.total == told.base
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.add_(1.0)
+    assert same(state(unload(model)), untouched)
+    with pytest.raises(ValueError, match="no.such.weight"):
+        inject(model, Norms(missing=True))
+    bare = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="nothing to train"):
+        inject(bare, Norms())
+
+
+def test_a_failing_wrap_changes_nothing():
+    model = tiny_llama()
+    untouched = state(model)
+    with pytest.raises(ValueError, match="cannot be wrapped"):
+        inject(model, Broken())
+    assert same(state(model), untouched) and injection_of(model) is None

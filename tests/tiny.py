@@ -1,0 +1,81 @@
+"""Small random models of two families, and a small task, for the tests of the engine."""
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+
+def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
+    """With biases, and a head that counts as fresh."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_labels=2,
+    )
+    model = BertForSequenceClassification(config).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    model.fresh_modules = ("classifier",)
+    return model
+
+
+class TinyTask:
+    """Rows whose label says whether their first token is odd; enough of a Task for fit."""
+
+    name = "tiny"
+
+    def __init__(self, n: int = 64, length: int = 6, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(1, 128, (n, length), generator=generator)
+
+    def _batch(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        ids = self.ids[rows]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+
+    def batches(self, split: str, size: int = 16, **options):
+        for rows in torch.arange(len(self.ids)).split(size):
+            yield self._batch(rows)
+
+    def stream(self, size: int, seed: int, start: int = 0):
+        step = start
+        while True:
+            generator = torch.Generator().manual_seed(1000 * seed + step)
+            yield self._batch(torch.randint(len(self.ids), (size,), generator=generator))
+            step += 1
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all values, and of what trains, to show that nothing changed."""
+    values = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    values |= {
+        f"trains {n}": torch.tensor(p.requires_grad) for n, p in model.named_parameters()
+    }
+    return values | {f"module {n}": torch.tensor(0) for n, _ in model.named_modules()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
