@@ -36,9 +36,9 @@ SEEDS = (0, 1, 2)
 def points() -> list[tuple]:
     """(method, targets, rank, alpha, lr, steps) of every point, what matters most first."""
     short = [  # the very runs that the lesson makes live
-        ("head", "", 0, 0, 1e-2, 60),
-        ("lora", "qv", 8, 16, 3e-3, 60),
-        ("full", "", 0, 0, 2e-4, 60),
+        ("head", "", 0, 0, 1e-2, 50),
+        ("lora", "qv", 8, 16, 3e-3, 50),
+        ("full", "", 0, 0, 2e-4, 50),
     ]
     baselines = [("head", "", 0, 0, lr, 200) for lr in (3e-3, 1e-2, 3e-2)]
     baselines += [("full", "", 0, 0, lr, 200) for lr in (5e-5, 1e-4, 2e-4, 4e-4)]

@@ -91,38 +91,47 @@ class Task:
         """
         return torch.tensor(self._split(split).labels)
 
-    def batches(self, split: str, size: int = 16, seed: int | None = None) -> Iterator[dict]:
+    def batches(
+        self, split: str, size: int = 16, seed: int | None = None, by_length: bool = False
+    ) -> Iterator[dict]:
         """Go through a split once, in stored order or shuffled by `seed`; the last may be short.
 
-        The global random state is neither read nor changed. Raises ValueError for an unknown split
-        or a size below 1.
+        `by_length` takes the shortest texts first: less padding, where order is of no account. The
+        global random state is neither read nor changed. Raises ValueError for an unknown split, a
+        size below 1, or a seed together with by_length.
         """
         examples, size = self._split(split), _at_least("size", size, 1)
-        count = len(examples.texts)
-        order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
-        return (self._collate(examples.pick(order[k : k + size])) for k in range(0, count, size))
+        if by_length and seed is not None:
+            raise ValueError(f"seed={seed} and by_length=True: an order can only be one")
+        order = np.arange(len(examples.texts))
+        if by_length:
+            order = np.argsort(_lengths(examples), kind="stable")
+        elif seed is not None:
+            order = np.random.default_rng(seed).permutation(order)
+        return (
+            self._collate(examples.pick(order[k : k + size])) for k in range(0, len(order), size)
+        )
 
     def stream(self, size: int, seed: int, start: int = 0) -> Iterator[dict]:
         """Give full training batches for ever, epoch e shuffled by (seed, e).
 
-        Epochs follow each other without a gap: a batch may end one and begin the next. With
-        `start=k` the stream begins at its batch k, at no cost, so that an interrupted training
-        goes on with the very batches that it would have had. Raises ValueError for a size below 1
-        or a negative start.
+        Texts of about one length share a batch, so that little of it is padding. What does not fill
+        a batch is left out of an epoch, another part in each; a size above the number of examples
+        gives them all. With `start=k` the stream begins at its batch k, at no cost, so that an
+        interrupted training goes on with the very batches that it would have had. Raises ValueError
+        for a size below 1 or a negative start.
         """
         examples, size = self._split("train"), _at_least("size", size, 1)
         return self._stream(examples, size, seed, _at_least("start", start, 0))
 
     def _stream(self, examples: Split, size: int, seed: int, batch: int) -> Iterator[dict]:
-        count, epoch, order = len(examples.texts), None, None
+        size = min(size, len(examples.texts))
+        per_epoch, epoch = len(examples.texts) // size, None
         while True:
-            indices = []
-            for position in range(batch * size, (batch + 1) * size):
-                if position // count != epoch:
-                    epoch = position // count
-                    order = np.random.default_rng((seed, epoch)).permutation(count)
-                indices.append(order[position % count])
-            yield self._collate(examples.pick(indices))
+            if batch // per_epoch != epoch:
+                epoch = batch // per_epoch
+                rows = _epoch(_lengths(examples), size, (seed, epoch))
+            yield self._collate(examples.pick(rows[batch % per_epoch]))
             batch += 1
 
     def limit(self, **sizes: int) -> "Task":
@@ -183,6 +192,20 @@ class Task:
             count = len(examples.texts)
             lines.append(f"{split:12}{count:>10,}{positive:>16.1%}{words:>12.1f}{tokens:>13.1f}")
         return Summary("\n".join([*lines, f"source: {self.source}"]))
+
+
+def _lengths(examples: Split) -> np.ndarray:
+    return np.array([len(tokens) for tokens in examples.tokens])
+
+
+def _epoch(lengths: np.ndarray, size: int, seed: tuple[int, int]) -> np.ndarray:
+    """Return the rows of each batch of an epoch (batches, size), of similar length within one."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))[: len(lengths) // size * size]
+    # Sorting within random groups of 32 batches keeps the batches of two epochs different.
+    groups = np.split(order, range(32 * size, len(order), 32 * size))
+    order = np.concatenate([g[np.argsort(lengths[g], kind="stable")] for g in groups])
+    return rng.permutation(order.reshape(-1, size))
 
 
 def _at_least(argument: str, value: int, least: int) -> int:

@@ -108,7 +108,7 @@ def evaluate(model: nn.Module, task, split: str = "test", batch_size: int = 64) 
     loss, right, n, by_row = 0.0, 0, 0, True
     try:
         with torch.no_grad():
-            for batch in task.batches(split, batch_size):
+            for batch in task.batches(split, batch_size, by_length=True):
                 batch = {k: v.to(device) for k, v in batch.items()}
                 output, labels = _loss(model, batch), batch["labels"]
                 by_row = labels.dim() == 1

@@ -1,0 +1,130 @@
+"""Rebuild data/tasks/sentiment/ from the source archive of vaderSentiment 3.3.2.
+
+It holds the four data sets of Hutto & Gilbert (2014): sentences with the mean of human ratings
+from -4 to 4. Run: python data/build_sentiment.py [--archive PATH]
+"""
+
+import csv
+import hashlib
+import html
+import io
+import re
+import tarfile
+from collections import Counter
+
+from build_common import DATA, parse_arguments, published_archive, record
+
+from peft_lessons.tasks import sentiment_label
+
+REQUIREMENT = "vaderSentiment==3.3.2"
+ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+INSIDE = "vaderSentiment-3.3.2/"
+FOLDER = "tasks/sentiment"
+# The order decides which of several equal sentences of different domains is kept.
+DOMAINS = {
+    "movies": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "nytimes": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+CITATION = """\
+
+
+The CSV files in this folder are derived from the data sets that come with vaderSentiment 3.3.2
+(additional_resources/hutto_ICWSM_2014.tar.gz), under the licence above. Please cite:
+
+Hutto, C.J. & Gilbert, E.E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis
+of Social Media Text. Eighth International Conference on Weblogs and Social Media (ICWSM-14).
+Ann Arbor, MI, June 2014.
+"""
+
+
+def clean(text: str) -> str:
+    """Mend what earlier processing left in a text: HTML entities, lost apostrophes, wide gaps."""
+    # Some were escaped twice or three times: "&amp;amp;", "&amp;#38;".
+    while (plain := html.unescape(text)) != text:
+        text = plain
+    # "Renner?s face": an apostrophe that some encoding had no place for.
+    text = re.sub(r"(?<=[a-z])\?(?=s\b)", "'", text)
+    return " ".join(text.split())
+
+
+def normalise(text: str) -> str:
+    """Return the letters and digits of a text in lower case: equal means duplicate."""
+    return "".join(character for character in text.lower() if character.isalnum())
+
+
+def split_of(key: str) -> str:
+    """Give 70 % of all normalised texts to train, 10 % to validation, 20 % to test."""
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return "train" if share < 0.7 else "validation" if share < 0.8 else "test"
+
+
+def read_domain(source: tarfile.TarFile, stem: str) -> list[tuple[str, str]]:
+    """Return the (rating, cleaned text) pairs of one data set; the rating as it is written."""
+    raw = source.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").read().decode("utf-8")
+    # splitlines() would also split at characters that stand inside a text.
+    fields = [line.rstrip("\r").split("\t") for line in raw.split("\n") if line]
+    return [(rating, clean(text)) for _, rating, text in fields]
+
+
+def build(source: tarfile.TarFile) -> dict[str, bytes]:
+    """Return the CSV file of every domain, and print what was kept and what wasn't."""
+    rows = {domain: read_domain(source, stem) for domain, stem in DOMAINS.items()}
+    labels: dict[str, set] = {}
+    for rating, text in (row for domain in rows.values() for row in domain):
+        labels.setdefault(normalise(text), set()).add(sentiment_label(float(rating)))
+
+    files, seen = {}, set()
+    for domain, pairs in rows.items():
+        buffer, dropped, counts = io.StringIO(newline=""), Counter(), Counter()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(("split", "rating", "text"))
+        for rating, text in pairs:
+            key = normalise(text)
+            if not key:
+                dropped["without a letter or digit"] += 1
+            elif len(labels[key]) > 1:
+                dropped["copies with conflicting labels"] += 1
+            elif key in seen:
+                dropped["further copies"] += 1
+            else:
+                seen.add(key)
+                writer.writerow((split_of(key), rating, text))
+                counts[split_of(key), sentiment_label(float(rating))] += 1
+        files[domain] = buffer.getvalue().encode("utf-8")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
+        print(f"\n{domain}: {len(pairs):,} read, {sum(dropped.values()):,} dropped ({reasons})")
+        print("| domain | split | in the file | negative | positive | share positive |")
+        for split in ("train", "validation", "test"):
+            every = sum(n for (s, _), n in counts.items() if s == split)
+            negative, positive = counts[split, 0], counts[split, 1]
+            share = positive / (negative + positive)
+            print(f"| {domain} | {split} | {every:,} | {negative:,} | {positive:,} | {share:.1%} |")
+    return files
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    folder = DATA / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        # The wheel lacks the data sets.
+        published_archive(
+            REQUIREMENT, arguments.archive, ARCHIVE_SHA256, "--no-binary", ":all:"
+        ) as archive,
+        tarfile.open(archive) as package,
+    ):
+        licence = package.extractfile(INSIDE + "LICENSE.txt").read().decode().replace("\r\n", "\n")
+        inner = package.extractfile(INSIDE + "additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=inner) as source:
+            files = build(source)
+    for domain, content in files.items():
+        (folder / f"{domain}.csv").write_bytes(content)
+    (folder / "LICENSE").write_text(licence.rstrip() + CITATION, encoding="utf-8")
+    print()
+    record(FOLDER, "python data/build_sentiment.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The bundled files are what data/README.md says, and the splits leak nothing."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+DOMAINS = ("movies", "amazon", "nytimes", "tweets")
+README = (DATA / "README.md").read_text(encoding="utf-8")
+CHECKSUMS = json.loads((DATA / "checksums.json").read_text())
+
+# From the published fp32 file: a tensor, a flat index, its value there.
+FP32_VALUES = [
+    ("embeddings.word_embeddings.weight", 776837, 0.003606284037232399),
+    ("embeddings.LayerNorm.weight", 7, 0.6152663826942444),
+    ("encoder.layer.0.attention.self.query.weight", 12345, -0.00583479180932045),
+    ("encoder.layer.3.intermediate.dense.weight", 99999, -0.05077236518263817),
+    ("encoder.layer.5.output.dense.bias", 100, -0.0014857255155220628),
+    ("pooler.dense.weight", 4242, 0.0078125),
+]
+# From the published fp32 file: the norms of whole tensors, in fp64.
+FP32_NORMS = {
+    "embeddings.word_embeddings.weight": 190.427290272,
+    "embeddings.LayerNorm.weight": 12.114802923,
+    "encoder.layer.0.attention.self.query.weight": 36.655678621,
+    "encoder.layer.3.intermediate.dense.weight": 49.725061131,
+    "encoder.layer.5.output.dense.bias": 0.756226410,
+    "pooler.dense.weight": 3.493771930,
+}
+
+
+def table_rows(*first: str) -> list[list[str]]:
+    """Return the cells of the README's table rows whose first cells are these."""
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in README.splitlines()]
+    return [row for row in rows if tuple(row[: len(first)]) == first]
+
+
+def number(cell: str) -> int:
+    return int(cell.replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Every row of every domain: (domain, split, rating, text)."""
+    result = []
+    for domain in DOMAINS:
+        with (DATA / f"tasks/sentiment/{domain}.csv").open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            assert reader.fieldnames == ["split", "rating", "text"]
+            result += [(domain, r["split"], float(r["rating"]), r["text"]) for r in reader]
+    return result
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return load_file(DATA / "models/minilm/model.safetensors")
+
+
+def letters(text: str) -> str:
+    return re.sub(r"[\W_]", "", text.lower())
+
+
+@pytest.mark.parametrize("path", CHECKSUMS)
+def test_checksum(path):
+    content = (DATA / path).read_bytes()
+    assert len(content) == CHECKSUMS[path]["bytes"]
+    assert hashlib.sha256(content).hexdigest() == CHECKSUMS[path]["sha256"]
+
+
+def test_every_bundled_file_has_a_checksum():
+    found = {
+        file.relative_to(DATA).as_posix()
+        for folder in ("models", "tasks")
+        for file in (DATA / folder).rglob("*")
+        if file.is_file()
+    }
+    assert found == set(CHECKSUMS)
+
+
+def test_readme_lists_every_file_with_its_checksum_and_command():
+    for path, entry in CHECKSUMS.items():
+        (row,) = table_rows(path)
+        assert number(row[1]) == entry["bytes"]
+        assert row[2] == entry["sha256"][:12]
+        assert row[3] == f"`{entry['rebuild']}`"
+
+
+def test_rebuild_commands_exist():
+    for entry in CHECKSUMS.values():
+        command = entry["rebuild"].split()
+        assert command[0] in ("python", "git")
+        assert (DATA.parent / command[-1]).is_file()
+
+
+def test_splits_are_disjoint_and_hold_no_duplicates_across_domains(rows):
+    keys = Counter(letters(text) for *_, text in rows)
+    assert [key for key, n in keys.items() if n > 1] == []
+    assert "" not in keys
+
+
+def test_split_is_decided_by_the_text_alone(rows):
+    for _, split, _, text in rows:
+        digest = hashlib.sha256("".join(c for c in text.lower() if c.isalnum()).encode()).digest()
+        tenth = int.from_bytes(digest[:8], "big") * 10 >> 64
+        assert split == ("train" if tenth < 7 else "validation" if tenth < 8 else "test")
+
+
+def test_texts_are_clean(rows):
+    for domain, _, rating, text in rows:
+        assert text == " ".join(text.split()), (domain, text)
+        assert not re.search(r"&#?\w+;|<[a-z/][^>]*>|[a-z]\?s\b", text), (domain, text)
+        # What UTF-8 looks like when it was read as something else, and control characters.
+        assert not re.search("Ã.|Â.|â€|\ufffd|[\x00-\x1f\x7f-\x9f]", text), (domain, text)
+        assert -4 <= rating <= 4
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_readme_counts(rows, domain):
+    mine = [row for row in rows if row[0] == domain]
+    ((_, read, dropped, kept),) = table_rows(domain)[:1]
+    assert number(read) - number(dropped) == number(kept) == len(mine)
+    for split in ("train", "validation", "test"):
+        (row,) = table_rows(domain, split)
+        ratings = [rating for _, s, rating, _ in mine if s == split]
+        negative, positive = sum(r < -1 for r in ratings), sum(r > 1 for r in ratings)
+        share = f"{positive / (positive + negative):.1%}"
+        assert row[2:] == [f"{len(ratings):,}", f"{negative:,}", f"{positive:,}", share]
+
+
+def test_movies_are_balanced_and_plenty(rows):
+    ratings = [rating for domain, _, rating, _ in rows if domain == "movies"]
+    negative, positive = sum(r < -1 for r in ratings), sum(r > 1 for r in ratings)
+    assert negative + positive > 9_000
+    assert abs(positive / (negative + positive) - 0.5) < 0.01
+
+
+def test_weights_are_fp16_and_complete(weights):
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    count = sum(tensor.numel() for tensor in weights.values())
+    assert f"{len(weights)} tensors, {count:,} numbers" in " ".join(README.split())
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(("name", "index", "value"), FP32_VALUES)
+def test_weights_are_the_published_ones_rounded(weights, name, index, value):
+    assert weights[name].flatten()[index] == torch.tensor(value).half()
+    norm = weights[name].double().norm().item()
+    # Rounding to 11 bits: at most 2^-11 of each number, and far less in a sum.
+    assert norm == pytest.approx(FP32_NORMS[name], rel=2**-13)
+
+
+def test_weights_rebuild_byte_for_byte_from_the_archive():
+    archive = os.environ.get("MINILM_ARCHIVE")
+    if not archive:
+        pytest.skip("MINILM_ARCHIVE names no published archive")
+    code = (
+        "import sys, zipfile; from build_minilm import convert, INSIDE\n"
+        "fp32 = zipfile.ZipFile(sys.argv[1]).read(INSIDE + 'model.safetensors')\n"
+        "sys.stderr.buffer.write(convert(fp32))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, archive], cwd=DATA, capture_output=True)
+    assert run.stderr == (DATA / "models/minilm/model.safetensors").read_bytes()
+    assert "largest rounding error 9.8e-04" in run.stdout.decode()
+
+
+@pytest.mark.parametrize("script", ["build_minilm.py", "build_sentiment.py"])
+def test_build_refuses_another_archive(tmp_path, script):
+    other = tmp_path / "other.whl"
+    with zipfile.ZipFile(other, "w") as package:
+        package.writestr("x", "y")
+    run = subprocess.run(
+        [sys.executable, DATA / script, "--archive", other], capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "expected" in run.stderr and "sha256" in run.stderr
+
+
+def test_licences_are_there():
+    apache = (DATA / "models/minilm/LICENSE").read_text()
+    assert "Apache License" in apache and "END OF TERMS AND CONDITIONS" in apache
+    assert "rounded from fp32 to fp16" in (DATA / "models/minilm/NOTICE").read_text()
+    mit = (DATA / "tasks/sentiment/LICENSE").read_text()
+    assert "Copyright (c) 2016 C.J. Hutto" in mit and "Permission is hereby granted" in mit
+    assert "Hutto, C.J. & Gilbert, E.E. (2014)" in mit

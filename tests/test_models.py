@@ -1,0 +1,349 @@
+"""Loading the base models: what comes back, what is refused, and what stays untouched."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from peft_lessons.models import (
+    BUNDLED,
+    MeanPooledBertForSequenceClassification,
+    bundled_files,
+    bundled_path,
+    data_folder,
+    load_model,
+    load_tokenizer,
+)
+
+TEXTS = ["The film is wonderful.", "A great movie!", "Interest rates were raised by the bank."]
+
+
+@pytest.fixture(autouse=True)
+def no_overrides(monkeypatch):
+    monkeypatch.delenv("PEFT_LESSONS_BASE", raising=False)
+    monkeypatch.delenv("PEFT_LESSONS_DATA", raising=False)
+
+
+@pytest.fixture
+def batch():
+    return load_tokenizer("minilm")(TEXTS, padding=True, return_tensors="pt")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folders with tiny models: a BERT without its pooler, a DistilBERT and a Llama."""
+    top = tmp_path_factory.mktemp("tiny")
+    size = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(
+            BertConfig(**size, intermediate_size=32), add_pooling_layer=False
+        ).save_pretrained(top / "bert")
+        DistilBertModel(
+            DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+        ).save_pretrained(top / "distilbert")
+        LlamaForCausalLM(
+            LlamaConfig(**size, num_key_value_heads=2, intermediate_size=32)
+        ).save_pretrained(top / "llama")
+    for name in ("bert", "distilbert", "llama"):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(data_folder() / "models/minilm" / file, top / name)
+    return top
+
+
+@pytest.fixture
+def copy_of_data(tmp_path, monkeypatch):
+    """A data folder of our own with the bundled encoder, to be damaged."""
+    shutil.copytree(data_folder() / "models/minilm", tmp_path / "models/minilm")
+    shutil.copy(data_folder() / "checksums.json", tmp_path)
+    monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_base_gives_token_states(batch):
+    model = load_model("minilm")
+    assert type(model) is BertModel and model.pooler is None and not model.training
+    states = model(**batch).last_hidden_state
+    assert states.shape == (*batch["input_ids"].shape, 384)
+    assert states.dtype == torch.float32
+    assert model.fresh_modules == ()
+    assert model.name_or_path == "sentence-transformers/all-MiniLM-L6-v2"
+    assert model.config.name_or_path == model.name_or_path
+
+
+def test_similar_sentences_are_closer(batch):
+    states = load_model("minilm")(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    film, movie, bank = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1))
+    assert film @ movie > 0.6
+    assert film @ bank < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype(dtype):
+    model = load_model("minilm", labels=2, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_weights_are_the_files(batch):
+    from safetensors.torch import load_file
+
+    stored = load_file(data_folder() / "models/minilm/model.safetensors")
+    for model in (load_model("minilm"), load_model("minilm", labels=3).bert):
+        loaded = dict(model.named_parameters())
+        assert loaded.keys() == {name for name in stored if not name.startswith("pooler")}
+        assert all(torch.equal(loaded[name], stored[name].float()) for name in loaded)
+
+
+def test_classifier_is_the_mean_over_the_mask(batch):
+    model = load_model("minilm", labels=3)
+    assert type(model) is MeanPooledBertForSequenceClassification
+    assert model.fresh_modules == ("classifier",)
+    assert model.config.num_labels == 3 and model.bert.pooler is None
+    labels = torch.tensor([0, 1, 2])
+    output = model(**batch, labels=labels)
+    states = model.bert(**batch).last_hidden_state
+    for row, length in enumerate(batch["attention_mask"].sum(1)):
+        logits = model.classifier(states[row, :length].mean(0))
+        torch.testing.assert_close(output.logits[row], logits, atol=1e-6, rtol=0)
+    loss = -output.logits.log_softmax(-1)[range(3), labels].mean()
+    torch.testing.assert_close(output.loss, loss)
+    assert model(**batch).loss is None
+    assert torch.equal(model(**batch, return_dict=False)[0], model(**batch).logits)
+
+
+def test_padding_changes_nothing(batch):
+    model = load_model("minilm", labels=2)
+    alone = load_tokenizer("minilm")(TEXTS[1], return_tensors="pt")
+    expected = model(**batch).logits[1:2]
+    torch.testing.assert_close(model(**alone).logits, expected, atol=1e-6, rtol=0)
+    del alone["attention_mask"]
+    torch.testing.assert_close(model(**alone).logits, expected, atol=1e-6, rtol=0)
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    logits = model(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(logits[1:2], expected, atol=1e-6, rtol=0)
+
+
+def test_head_is_decided_by_its_seed():
+    torch.manual_seed(1)
+    one, torch_state = load_model("minilm", labels=2), torch.manual_seed(2).get_state()
+    two = load_model("minilm", labels=2)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    other = load_model("minilm", labels=2, seed=1)
+    assert torch.equal(one.classifier.weight, two.classifier.weight)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    assert one.classifier.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not one.classifier.bias.any()
+
+
+def test_dropout_is_berts_own():
+    model = load_model("minilm", labels=2)
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.1} and not model.training
+
+
+def test_tokenizer():
+    tokenizer = load_tokenizer("minilm")
+    ids = tokenizer(["Hello, world!", "a"])["input_ids"]
+    assert ids == [[101, 7592, 1010, 2088, 999, 102], [101, 1037, 102]]
+    assert tokenizer.pad_token_id == 0
+
+
+def test_peft_trains_saves_and_loads_it(batch, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
+    model = get_peft_model(load_model("minilm", labels=2), config)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "classifier" in name for name in trainable)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+    for _ in range(2):  # the first step moves only B, the second A as well
+        optimizer.zero_grad()
+        model(**batch, labels=torch.tensor([1, 1, 0])).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
+    again = PeftModel.from_pretrained(load_model("minilm", labels=2, seed=5), tmp_path)
+    expected = model.eval()(**batch).logits
+    assert torch.equal(again(**batch).logits, expected)
+    plain = load_model("minilm", labels=2)(**batch).logits
+    assert (plain - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_peft_prompts_keep_padding_out(batch, kind):
+    import peft
+
+    config = getattr(peft, kind)(task_type="SEQ_CLS", num_virtual_tokens=4)
+    model = peft.get_peft_model(load_model("minilm", labels=2), config).eval()
+    alone = load_tokenizer("minilm")(TEXTS[1], return_tensors="pt")
+    expected = model(**batch).logits[1:2]
+    torch.testing.assert_close(model(**alone).logits, expected, atol=1e-6, rtol=0)
+
+
+def test_bundled_files_are_intact():
+    states = {file.path: file for file in bundled_files()}
+    for bundled in BUNDLED.values():
+        assert states[f"{bundled.folder}/model.safetensors"].size > 1_000_000
+    assert all(file.present and file.intact and file.size > 0 for file in states.values())
+    assert bundled_path("models/minilm/config.json", verify=True).is_file()
+
+
+def test_missing_file(copy_of_data):
+    (copy_of_data / "models/minilm/tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*python data/build_minilm\.py"):
+        load_tokenizer("minilm")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*python data/build_minilm\.py"):
+        load_model("minilm")
+    state = {file.path: file for file in bundled_files()}["models/minilm/tokenizer.json"]
+    assert (state.present, state.size, state.intact) == (False, 0, False)
+
+
+def test_damaged_file(copy_of_data):
+    file = copy_of_data / "models/minilm/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    load_model("minilm")
+    with pytest.raises(ValueError, match=r"model\.safetensors.*damaged.*data/build_minilm\.py"):
+        load_model("minilm", verify=True)
+    state = {file.path: file for file in bundled_files()}["models/minilm/model.safetensors"]
+    assert state.present and not state.intact
+
+
+def test_truncated_file(copy_of_data):
+    file = copy_of_data / "models/minilm/model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors.*1000 bytes.*data/build_minilm\.py"):
+        load_model("minilm")
+
+
+def test_missing_checksums(copy_of_data):
+    (copy_of_data / "checksums.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"git checkout -- data/checksums\.json"):
+        load_model("minilm")
+    (copy_of_data / "checksums.json").unlink()
+    for call in (bundled_files, lambda: load_model("minilm")):
+        with pytest.raises(FileNotFoundError, match=r"git checkout -- data/checksums\.json"):
+            call()
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_unknown_name(load, monkeypatch):
+    with pytest.raises(ValueError, match=r"'miniln'.*'minilm'.*Any Hub id or local folder"):
+        load("miniln")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"'nobody/nothing'.*'minilm'.*Any Hub id or local folder"):
+        load("nobody/nothing")
+    with pytest.raises(TypeError, match="name must be a string, got 7"):
+        load(7)
+
+
+@pytest.mark.parametrize("labels", [1, 0, -2])
+def test_too_few_labels(labels):
+    with pytest.raises(ValueError, match=f"labels must be at least 2, got {labels}"):
+        load_model("minilm", labels=labels)
+
+
+@pytest.mark.parametrize("labels", [2.0, True, "2"])
+def test_labels_of_a_wrong_type(labels):
+    with pytest.raises(TypeError, match="labels must be an integer"):
+        load_model("minilm", labels=labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float32", None])
+def test_wrong_dtype(dtype):
+    with pytest.raises(TypeError, match="dtype must be a floating dtype"):
+        load_model("minilm", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "classifier", "fresh"),
+    [
+        ("bert", "BertModel", "BertForSequenceClassification", ("bert.pooler.dense", "classifier")),
+        (
+            "distilbert",
+            "DistilBertModel",
+            "DistilBertForSequenceClassification",
+            ("pre_classifier", "classifier"),
+        ),
+        ("llama", "LlamaForCausalLM", "LlamaForSequenceClassification", ("score",)),
+    ],
+)
+def test_a_local_folder(tiny, name, base, classifier, fresh):
+    plain = load_model(tiny / name)
+    assert type(plain).__name__ == base and plain.fresh_modules == ()
+    model = load_model(str(tiny / name), labels=3)
+    assert type(model).__name__ == classifier and model.fresh_modules == fresh
+    assert not model.training and model.config.pad_token_id is not None
+    again = dict(load_model(tiny / name, labels=3).named_parameters())
+    assert all(torch.equal(again[key], value) for key, value in model.named_parameters())
+    assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
+
+
+def test_incomplete_weights(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny / "llama", tmp_path / "llama")
+    file = tmp_path / "llama/model.safetensors"
+    kept = {k: v for k, v in load_file(file).items() if "q_proj" not in k}
+    save_file(kept, file, metadata={"format": "pt"})
+    for labels in (None, 2):
+        with pytest.raises(ValueError, match=r"lack or do not fit .*q_proj"):
+            load_model(tmp_path / "llama", labels=labels)
+
+
+def test_base_override(tiny, monkeypatch):
+    monkeypatch.setenv("PEFT_LESSONS_BASE", str(tiny / "distilbert"))
+    assert type(load_model("minilm")).__name__ == "DistilBertModel"
+    assert load_model("minilm", labels=2).config.dim == 16
+    assert load_tokenizer("minilm").pad_token == "[PAD]"
+    monkeypatch.setenv("PEFT_LESSONS_BASE", "no-such-folder")
+    with pytest.raises(ValueError, match="no-such-folder"):
+        load_model("minilm")
+    monkeypatch.setenv("PEFT_LESSONS_BASE", "minilm")
+    assert type(load_model("minilm")) is BertModel
+
+
+def test_quiet_from_another_folder(tmp_path):
+    code = (
+        "from peft_lessons.models import load_model, load_tokenizer\n"
+        "model = load_model('minilm', labels=2, verify=True)\n"
+        "import peft\n"
+        "model = peft.get_peft_model(model, peft.LoraConfig(task_type='SEQ_CLS'))\n"
+        "model(**load_tokenizer('minilm')(['a', 'b c'], padding=True, return_tensors='pt'))\n"
+        "model.save_pretrained('adapter')\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert Path(tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_logging_levels_are_restored():
+    from transformers.utils import logging as transformers_logging
+
+    hub = logging.getLogger("huggingface_hub")
+    before = transformers_logging.get_verbosity(), hub.level
+    load_model("minilm", labels=2)
+    with pytest.raises(ValueError):
+        load_model("minilm", labels=0)
+    assert (transformers_logging.get_verbosity(), hub.level) == before
+    assert logging.getLogger("bitsandbytes").level == logging.ERROR
