@@ -192,8 +192,13 @@ def fit(
         injection.method.before_fit(injection, steps)
     run = {"steps": steps, "lr": lr, "batch_size": batch_size, "warmup": warmup, "seed": seed}
     run |= {"weight_decay": weight_decay, "clip": clip, "names": sorted(trainable)}
-    optimizer = torch.optim.AdamW(trainable.values(), lr=lr, weight_decay=weight_decay)
     history, device, was_training = History(), _device(model), model.training
+    optimizer = torch.optim.AdamW(
+        trainable.values(),
+        lr=lr,
+        weight_decay=weight_decay,
+        fused=device.type in ("cpu", "cuda"),  # one pass over the weights instead of ten
+    )
     model.train()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

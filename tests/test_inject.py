@@ -284,7 +284,9 @@ def test_other_dtypes_compute_train_and_merge(dtype):
     merge(model)
     scale = logits.abs().max()
     # A merged half-precision weight rounds W + ΔW once more than the branch does.
-    assert (model(IDS).logits - logits).abs().max() < (1e-9 if dtype == torch.float64 else 0.05) * scale
+    assert (model(IDS).logits - logits).abs().max() < (
+        1e-9 if dtype == torch.float64 else 0.05
+    ) * scale
     assert model.model.layers[0].self_attn.q_proj.base.weight.dtype == dtype
 
 
@@ -307,8 +309,11 @@ def test_a_model_on_the_meta_device_can_be_counted():
 def test_freeze_leaves_the_head_and_what_is_named():
     model = tiny_bert()
     told = freeze(model, also_train="pooler")
-    training = {n.split(".")[-3] + "." + n.split(".")[-2] if "dense" in n else n.split(".")[0]
-                for n, p in model.named_parameters() if p.requires_grad}
+    training = {
+        n.split(".")[-3] + "." + n.split(".")[-2] if "dense" in n else n.split(".")[0]
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     assert training == {"classifier", "pooler.dense"}
     assert told.trainable == told.whole_parameters == 64 * 64 + 64 + 2 * 64 + 2
     with pytest.raises(ValueError, match="matches no module"):

@@ -71,9 +71,7 @@ class TinyTask:
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of all values, and of what trains, to show that nothing changed."""
     values = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    values |= {
-        f"trains {n}": torch.tensor(p.requires_grad) for n, p in model.named_parameters()
-    }
+    values |= {f"trains {n}": torch.tensor(p.requires_grad) for n, p in model.named_parameters()}
     return values | {f"module {n}": torch.tensor(0) for n, _ in model.named_modules()}
 
 

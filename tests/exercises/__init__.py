@@ -1,0 +1,20 @@
+"""Answers to the exercises, one module per lesson: wrong ones with what they must be told, and
+right ones that are written otherwise than the solution."""
+
+from collections.abc import Callable
+
+
+class Answers:
+    """The answers of one lesson, by exercise."""
+
+    def __init__(self) -> None:
+        self.wrongs: list[tuple[str, Callable, str]] = []
+        self.rights: list[tuple[str, Callable]] = []
+
+    def wrong(self, exercise: str, told: str) -> Callable[[Callable], Callable]:
+        """A wrong answer below; `told` must be part of the message that refuses it."""
+        return lambda function: self.wrongs.append((exercise, function, told)) or function
+
+    def right(self, exercise: str) -> Callable[[Callable], Callable]:
+        """A right answer below, in another style than the solution's."""
+        return lambda function: self.rights.append((exercise, function)) or function

@@ -1,0 +1,481 @@
+"""The kit of the checks: three outcomes, what each says, and what it never says."""
+
+import re
+
+import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
+from torch import nn
+
+from peft_lessons.checks import kit
+from peft_lessons.checks.compare import difference
+from peft_lessons.checks.kit import Case, Forbid, WrongAnswer, check_for
+
+
+@pytest.fixture(autouse=True)
+def not_strict(monkeypatch):
+    monkeypatch.delenv("PEFT_LESSONS_STRICT", raising=False)
+    monkeypatch.delenv("NBGRADER_EXECUTION", raising=False)
+
+
+@check_for(
+    cases=[
+        Case(lambda: [torch.randn(3, 5), 3.0], note="the first"),
+        Case(lambda: [torch.randn(4, 2).double(), -2.0]),
+    ],
+    gradients=("x",),
+    causes=[("the factor is left out", lambda x, k: x), ("it is added", lambda x, k: x + k)],
+)
+def scale(x, k):
+    """Every entry is k times as large."""
+    return x * k
+
+
+def refusal(one, answer):
+    with pytest.raises(WrongAnswer) as caught:
+        one(answer)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------ right and not attempted
+
+
+def test_right_says_what_was_verified():
+    verdict = scale(lambda x, k: k * x)
+    assert verdict.status == "right"
+    assert repr(verdict) == (
+        "✓ scale: right.\n  Every entry is k times as large. Verified: the result agrees in "
+        "2 cases; the gradients of x agree; unchanged: x."
+    )
+
+
+def test_a_check_is_documented_as_its_reference():
+    assert (scale.__name__, scale.__doc__) == ("scale", "Every entry is k times as large.")
+
+
+def stub(x, k):
+    raise NotImplementedError
+
+
+def hunt(x, k):
+    raise NotImplementedError("remove this line when you start the hunt")
+    return x
+
+
+class StubClass:
+    def __init__(self, x, k):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("answer", [stub, hunt, StubClass])
+def test_an_untouched_stub_is_not_attempted(answer):
+    verdict = scale(answer)
+    assert verdict.status == "not attempted"
+    assert repr(verdict) == (
+        "○ scale: not attempted yet.\n  Write the function, run its cell, then run this cell again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PEFT_LESSONS_STRICT", "1"), ("NBGRADER_EXECUTION", "autograde")]
+)
+def test_strict_mode_refuses_an_untouched_stub(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert refusal(scale, stub).startswith("✗ scale: not attempted yet.")
+    assert scale(scale.reference).status == "right"
+
+
+def test_strict_mode_is_off_at_0(monkeypatch):
+    monkeypatch.setenv("PEFT_LESSONS_STRICT", "0")
+    assert scale(stub).status == "not attempted"
+
+
+def test_a_NotImplementedError_of_torch_is_a_crash():
+    def answer(x, k):
+        return torch.empty(2, device="meta").item()
+
+    message = refusal(scale, answer)
+    assert "NotImplementedError" in message or "RuntimeError" in message
+    assert 'return torch.empty(2, device="meta").item()' in message
+
+    class NoForward(nn.Module):
+        pass
+
+    def forgotten(x, k):
+        return NoForward()(x)
+
+    assert "your function raised NotImplementedError" in refusal(scale, forgotten)
+
+
+def test_half_a_function_is_a_crash():
+    def answer(x, k):
+        if k < 0:
+            raise NotImplementedError
+        return x * k
+
+    assert "your function raised NotImplementedError." in refusal(scale, answer)
+
+
+# ------------------------------------------------------------------ wrong
+
+
+def in_place(x, k):
+    return x.mul_(k)
+
+
+def with_numpy(x, k):
+    return torch.from_numpy(x.numpy() * k)
+
+
+WRONG = {
+    "None": (lambda x, k: None, "the result is None: is a return statement missing?"),
+    "an int": (lambda x, k: 3, "the result is the int 3, expected a tensor"),
+    "an array": (lambda x, k: (x * k).numpy(), "the result is a ndarray, expected a tensor"),
+    "shape": (lambda x, k: (x * k).T, "the result has shape (5, 3), expected (3, 5)"),
+    "dtype": (lambda x, k: x.half() * k, "the result has dtype float16, expected float32"),
+    "nan": (lambda x, k: x * float("nan"), "the result holds nan in 15 of 15 entries"),
+    "infinity": (lambda x, k: x * k / 0, "inf in 15 of 15 entries"),
+    "values": (lambda x, k: x * k + x**2, "the result has wrong values: expected "),
+    "a factor": (lambda x, k: x * k * -1.5, "; yours is -1.5 times the expected everywhere"),
+    "a constant": (lambda x, k: torch.ones(3, 5), "; every entry of yours is 1"),
+    "a cause": (lambda x, k: x + k, "Likely cause: it is added."),
+    "random numbers": (lambda x, k: torch.randn(x.shape), "the result has wrong values"),
+    "the second case": (lambda x, k: x * 3.0, "Called with: x (4, 2) float64, k=-2.0"),
+    "in place": (in_place, "the argument x was changed: leave it as it was"),
+    "detached": (lambda x, k: (x * k).detach(), "no gradient reaches x (detach()"),
+    "a wrong gradient": (
+        lambda x, k: (x * k).detach() + x - x.detach(),
+        "the gradient of x has wrong values",
+    ),
+    "numpy": (with_numpy, "it fails where gradients are wanted: RuntimeError: Can't call numpy()"),
+    "too few parameters": (lambda x: x, "Expected scale(x, k)\n  Yours is scale(x)"),
+    "too many parameters": (lambda x, k, b: x, "Yours is scale(x, k, b)"),
+    "turned parameters": (lambda k, x: x * k, "Yours is scale(k, x)"),
+    "a result": (torch.ones(3), "hand over the function itself, not a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong(name):
+    answer, told = WRONG[name]
+    message = refusal(scale, answer)
+    assert message.startswith("✗ scale: ")
+    assert told in message
+    assert ("Likely cause" in message) == (name == "a cause")
+
+
+@pytest.mark.parametrize("answer", [lambda a, factor: a * factor, lambda *args: args[0] * args[1]])
+def test_other_names_of_parameters_are_no_mistake(answer):
+    assert scale(answer).status == "right"
+
+
+def test_the_call_is_shown_with_its_note():
+    assert "Called with: x (3, 5), k=3.0 (the first)" in refusal(scale, lambda x, k: x)
+
+
+def test_the_notebooks_random_numbers_are_not_disturbed():
+    torch.manual_seed(1)
+    expected = torch.randn(3)
+    torch.manual_seed(1)
+    scale(lambda x, k: x * k + 0 * torch.randn(1).to(x.dtype))
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_causes_that_one_case_cannot_tell_apart():
+    causes = [("plus", lambda a, b: a + b), ("twice", lambda a, b: 2 * a)]
+
+    @check_for(cases=[(4, 4), (3, 4)], causes=causes)
+    def times(a, b):
+        """Products."""
+        return a * b
+
+    assert refusal(times, lambda a, b: a + b).endswith("Likely cause: plus.")
+    assert refusal(times, lambda a, b: a + a).endswith("Likely cause: twice.")
+    # Both at the first case, neither at the second: it says no more than it knows.
+    both = refusal(times, lambda a, b: 8 if a == b else 1)
+    assert both.endswith("Likely cause: plus, or twice.")
+
+
+# ------------------------------------------------------------------ crashes
+
+
+def helper(x):
+    return x @ x
+
+
+def crashes(x, k):
+    y = x * k
+    return helper(y)
+
+
+def line_of(text):
+    with open(__file__, encoding="utf-8") as source:
+        return next(n for n, line in enumerate(source, 1) if line == f"    {text}\n")
+
+
+def test_a_crash_is_shown_with_the_learners_own_lines():
+    with pytest.raises(WrongAnswer) as caught:
+        scale(crashes)
+    assert str(caught.value).splitlines() == [
+        "✗ scale: your function raised RuntimeError: mat1 and mat2 shapes cannot be multiplied "
+        "(3x5 and 3x5).",
+        "  Called with: x (3, 5), k=3.0 (the first)",
+        f"  Line {line_of('return helper(y)')} in crashes: return helper(y)",
+        f"  Line {line_of('return x @ x')} in helper: return x @ x",
+    ]
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_crash_without_words_and_one_without_end():
+    def wordless(x, k):
+        raise ValueError
+
+    def endless(x, k):
+        return endless(x, k)
+
+    assert "your function raised ValueError.\n" in refusal(scale, wordless)
+    message = refusal(scale, endless)
+    assert "your function raised RecursionError" in message
+    assert len(message.splitlines()) == 6
+
+
+# ------------------------------------------------------------------ settings
+
+
+@check_for(
+    cases=[Case(lambda: [torch.randn(30, 40), torch.randn(40), torch.randn(30)])],
+    forbid=Forbid(lambda W, x, m: [tuple(W.shape)], "Scale the output, not the weight."),
+)
+def scaled_rows(W, x, m):
+    """m ⊙ Wx."""
+    return m * (W @ x)
+
+
+def test_forbidden_shapes():
+    def forms(W, x, m):
+        scaled = m[:, None] * W
+        return scaled @ x
+
+    message = refusal(scaled_rows, forms)
+    assert "a tensor of shape (30, 40) is formed on the way" in message
+    assert "Scale the output, not the weight." in message
+    assert re.search(r"Line \d+ in forms: scaled = m\[:, None\] \* W$", message)
+    # A transposed view of an argument is no new tensor.
+    assert scaled_rows(lambda W, x, m: (x @ W.T) * m).status == "right"
+    assert "(40, 30) is formed" in refusal(scaled_rows, lambda W, x, m: x @ (W.T * m))
+
+
+@check_for(
+    cases=[
+        Case(lambda: [nn.Linear(3, 2), 2]),
+        Case(lambda: [nn.Linear(3, 2), 0], raises=ValueError, mentions="0", note="none"),
+        Case(
+            lambda: [nn.Linear(3, 2), 2],
+            earlier=lambda grow, model, times: [grow(model, times), times],
+            raises=ValueError,
+        ),
+    ],
+    view=lambda model: {"the weight": model.weight, "what trains": model.bias.requires_grad},
+    changes=("model",),
+)
+def grow(model, times):
+    """A module, changed in place, once."""
+    if times == 0 or hasattr(model, "grown"):
+        raise ValueError(f"times={times}")
+    model.grown = True
+    model.bias.requires_grad_(False)
+    model.weight.data *= times
+    return model
+
+
+def variant(first="", last=""):
+    """grow with statements before or after."""
+    source = f"""
+def answer(model, times):
+    {first or "pass"}
+    if times == 0 or hasattr(model, "grown"):
+        raise ValueError(f"times={{times}}")
+    model.grown = True
+    model.bias.requires_grad_(False)
+    model.weight.data *= times
+    {last or "return model"}
+"""
+    names = {"nn": nn}
+    exec(source, names)
+    return names["answer"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (variant(last="return model.weight"), "is a tensor, expected a module (Linear)"),
+        (variant(last="return nn.ReLU()"), "what it returned cannot be used: AttributeError"),
+        (variant(last="model.bias.requires_grad_(True); return model"), "what trains is True"),
+        (variant(first="model.weight.data += 1"), "the weight has wrong values"),
+        (
+            variant(first="if times == 0: return model"),
+            "nothing was raised, where ValueError was due.\n"
+            "  Called with: model: a module (Linear), times=0 (none)",
+        ),
+        (variant(first="if times == 0: raise KeyError(0)"), "KeyError: 0, where ValueError was"),
+        (
+            variant(first="if not times: raise ValueError('no')"),
+            "does not name '0': ValueError: no",
+        ),
+        (
+            variant(first="if times == 0: model.requires_grad_(False)"),
+            "the argument model was changed although the call was refused: leave it as it was.",
+        ),
+        (variant(first="vars(model).pop('grown', 0)"), "nothing was raised"),
+    ],
+)
+def test_modules_refusals_and_earlier_calls(answer, told):
+    assert told in refusal(grow, answer)
+
+
+def test_modules_pass():
+    verdict = grow(variant())
+    assert "agrees in 1 cases; 2 bad calls are refused and change nothing" in repr(verdict)
+
+
+@check_for(cases=[Case(lambda: [[{"a": torch.ones(2)}, 3]])])
+def total(parts):
+    """A sum."""
+    return parts[0]["a"] + parts[1]
+
+
+def test_changes_deep_in_an_argument_are_seen():
+    def deep(parts):
+        parts[0]["a"] += parts.pop()
+        return parts[0]["a"]
+
+    assert "the argument parts was changed" in refusal(total, deep)
+
+
+# ------------------------------------------------------------------ difference
+
+T = torch.tensor
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "told"),
+    [
+        (1.0 + 1e-7, 1.0, None),
+        (1, 1.0, None),
+        (1.1, 1.0, "the result is 1.1, expected 1"),
+        (float("nan"), 1.0, "the result is nan, expected 1"),
+        (float("nan"), float("nan"), None),
+        (2.0, 2, "the result is the float 2, expected the int 2"),
+        (True, 1, "the result is True, expected the int 1"),
+        (1, True, "the result is the int 1, expected True"),
+        (False, True, "the result is False, expected True"),
+        (T(2), 2, "the result is a tensor, expected the int 2"),
+        (1_000_001, 1_000_000, "the result is 1,000,001, expected 1,000,000"),
+        ("a", "b", "the result is 'a', expected 'b'"),
+        ([1, 2], (1, 2), None),
+        ((1, 2, 3), (1, 2), "the result has 3 items, expected 2"),
+        ([1, 3], [1, 2], "the result[1] is 3, expected 2"),
+        (["b", "a"], ["a", "b"], "the result differs: the same ones in another order"),
+        (["a", "c"], ["a", "b"], "the result differs: missing 'b', too many 'c'"),
+        (["a"], list("abcdef"), "the result differs: missing 'b', 'c', 'd' and 2 more"),
+        ({"k": 1}, {"k": 1}, None),
+        ({"k": 2}, {"k": 1}, "the result['k'] is 2, expected 1"),
+        ({"v": 1}, {"k": 1}, "the keys of the result differ: missing 'k', too many 'v'"),
+        (T([1, 2]), T([1, 2]), None),
+        (T([1, 3]), T([1, 2]), "the result has wrong values: expected [1, 2], got [1, 3]"),
+        (T([True]), T([True]), None),
+        (T(0.5), T(0.25), "the result has wrong values: expected 0.25, got 0.5"),
+        (T([1.0, float("-inf")]), T([1.0, float("-inf")]), None),
+        (T([1.0, 2.0]), T([1.0, float("inf")]), "the result has wrong values"),
+        (T([float("nan")]), T([float("nan")]), None),
+        (T([0.0, 1e-6]), T([0.0, 0.0]), None),
+        (T([1.0, 2.02]).bfloat16(), T([1.0, 2.0]).bfloat16(), None),
+        (torch.zeros(0, 3), torch.zeros(0, 3), None),
+        (nn.Linear(1, 1), nn.ReLU(), None),
+    ],
+)
+def test_difference(got, expected, told):
+    found = difference(got, expected)
+    assert found is None if told is None else found.startswith(told)
+
+
+def test_difference_names_the_parts():
+    assert difference((1, 2), (1, 3), ("A", "B")) == "B is 2, expected 3"
+    assert difference({"what trains": 1}, {"what trains": 2}, "") == "what trains is 1, expected 2"
+    far = difference(torch.arange(12.0).view(3, 4), torch.arange(12.0).view(3, 4).clamp(max=9))
+    assert far.endswith("expected 9 at [2, 3], got 11; 2 of 12 entries are off")
+
+
+# ------------------------------------------------------------------ in a notebook
+
+CELLS = """
+import torch
+from test_kit import scale
+def right(x, k): return k * x
+def wrong(x, k): return x + k
+def todo(x, k): raise NotImplementedError
+"""
+CRASH = """\
+def crash(x, k):
+    y = x * k
+    return y @ y
+"""
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    shell = InteractiveShell()
+    for cell in (CELLS, CRASH):
+        shell.run_cell(cell).raise_error()
+    yield shell
+    shell.history_manager.end_session()
+
+
+def shown(shell, capsys, cell):
+    result = shell.run_cell(cell, store_history=True)
+    out, err = capsys.readouterr()
+    assert not err
+    return result, re.sub(r"\x1b\[[\d;]*m", "", out)
+
+
+def test_a_right_answer_in_ipython(shell, capsys):
+    result, out = shown(shell, capsys, "scale(right)")
+    assert "✓ scale: right.\n  Every entry is k times as large." in out
+    data, _ = shell.display_formatter.format(result.result)
+    assert data["text/plain"] == repr(result.result)
+    assert "<strong>✓ scale: right.</strong>" in data["text/html"]
+    assert "var(--jp-success-color1, " in data["text/html"]
+
+
+def test_an_untouched_stub_in_ipython(shell, capsys):
+    result, out = shown(shell, capsys, "scale(todo)")
+    assert "○ scale: not attempted yet." in out
+    assert (
+        "var(--jp-border-color1, " in shell.display_formatter.format(result.result)[0]["text/html"]
+    )
+
+
+def test_a_wrong_answer_in_ipython(shell, capsys):
+    result, out = shown(shell, capsys, "scale(wrong)")
+    assert isinstance(result.error_in_exec, WrongAnswer)
+    assert out.strip() == str(result.error_in_exec)
+    assert "Likely cause: it is added." in out
+    assert "Traceback" not in out
+
+
+def test_a_crash_in_ipython(shell, capsys):
+    """The learner sees the line of their own cell, and none of ours."""
+    result, out = shown(shell, capsys, "scale(crash)")
+    assert isinstance(result.error_in_exec.__cause__, RuntimeError)
+    assert "your function raised RuntimeError: mat1 and mat2" in out
+    assert "Line 3 in crash: return y @ y" in out
+    assert "Traceback" not in out
+    assert kit.__file__ not in out
+    assert "_check_case" not in out
+
+
+def test_html_shows_text_as_text():
+    html = kit.Verdict("right", "f: right.", "a < b & c").__repr__()
+    assert "a < b" in html
+    assert "a &lt; b &amp; c" in kit.Verdict("right", "f: right.", "a < b & c")._repr_html_()

@@ -1,0 +1,257 @@
+"""Each rule complains about a notebook that breaks it, and about nothing in one that doesn't."""
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from tools import notebooks, rules
+from tools.environment import ROOT, offline_environment
+
+ALT = "A line that rises from one to two"
+SOLUTION = "def row_norms(weight, eps=0.0):\n    return weight\n"
+STUB = "def row_norms(weight, eps=0.0):\n    raise NotImplementedError"
+
+
+def picture(alt, where="html"):
+    if where == "html":
+        return new_output("display_data", {"text/html": f'<img src="data:,x" alt="{alt}">'})
+    metadata = {"alt": alt} if where == "top" else {"image/png": {"alt": alt}}
+    return new_output("display_data", {"image/png": "aGk="}, metadata=metadata)
+
+
+def text(value, name="stdout"):
+    return new_output("stream", text=value, name=name)
+
+
+def code(source, *outputs, tags=()):
+    return new_code_cell(
+        source, outputs=list(outputs), metadata={"tags": list(tags)} if tags else {}
+    )
+
+
+def good():
+    """A notebook that keeps all rules."""
+    cells = [
+        new_markdown_cell("# Title\n\nSee [the next one](00_start_here.ipynb) and `[a](b)`."),
+        code("#| default_exp methods.start"),
+        code("#| export\nimport math"),
+        code("import base64\n%matplotlib inline"),
+        new_markdown_cell("## Part\n\n```\n# no heading\n```\n\n### Subpart"),
+        code("print('https://example.org/tmp/x')", text("https://example.org/tmp/x\n")),
+        code("show()", picture(ALT), picture(ALT, "nested"), picture(ALT, "top")),
+        code(
+            "1 / 0", new_output("error", ename="E", evalue="", traceback=["E"]),
+            tags=["raises-exception"],
+        ),
+        code(STUB, tags=["exercise"]),
+        code("check.start.row_norms(row_norms)", tags=["check"]),
+    ]  # fmt: skip
+    nb = new_notebook(cells=cells, metadata=nbformat.from_dict(notebooks.CLEAN_METADATA))
+    return number(nb)
+
+
+def number(nb):
+    for count, cell in enumerate(notebooks.code_cells(nb), 1):
+        cell.execution_count = count
+    return nb
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Where the notebook lies: with a solution beside it."""
+    path = tmp_path / "00_start_here.ipynb"
+    path.write_text("{}")
+    (tmp_path / "solutions").mkdir()
+    (tmp_path / "solutions" / "start.py").write_text(SOLUTION)
+    return path
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+def test_a_good_notebook_passes(rule, place):
+    assert rule(good(), place) == []
+
+
+def add(*cells):
+    def breaks(nb, path):
+        nb.cells.extend(cells)
+        number(nb)
+
+    return breaks
+
+
+def change(function):
+    return lambda nb, path: function(nb)
+
+
+def solution(source):
+    return lambda nb, path: (path.parent / "solutions" / "start.py").write_text(source)
+
+
+def without(tag):
+    def breaks(nb, path):
+        nb.cells = [cell for cell in nb.cells if tag not in notebooks.tags(cell)]
+
+    return breaks
+
+
+BAD = {
+    "executed_in_order": {
+        "gap": change(lambda nb: nb.cells[-1].update(execution_count=99)),
+        "not run": change(lambda nb: nb.cells[-1].update(execution_count=None)),
+    },
+    "raises_only_where_tagged": {
+        "error": add(code("x", new_output("error", ename="E", evalue="", traceback=[]))),
+        "no error": add(code("x", tags=["raises-exception"])),
+    },
+    "no_stderr": {"warning": add(code("x", text("UserWarning: old", "stderr")))},
+    "no_machine_paths": {
+        "home": add(code("x", text("saved in /home/ada/x"))),
+        "root": add(code("x", new_output("execute_result", {"text/plain": "'/root/x'"}))),
+        "tmp": add(code("open('/tmp/x')")),
+        "windows": add(code("x", text(r"C:\Users\ada"))),
+        "package": add(code("x", text("lib/site-packages/torch"))),
+        "traceback": add(
+            code("x", new_output("error", ename="E", evalue="", traceback=["/work/x.py"]))
+        ),
+        "checkout": add(new_markdown_cell(f"in {ROOT}")),
+    },
+    "small_file": {"large": lambda nb, path: path.write_text("x" * 1_000_000)},
+    "pictures_have_alt_text": {
+        "none": add(code("x", new_output("display_data", {"image/png": "aGk="}))),
+        "empty": add(code("x", picture(""))),
+        "short": add(code("x", picture("a plot", "nested"))),
+        "second": add(
+            code("x", new_output("display_data", {"text/html": f'<img alt="{ALT}"><img>'}))
+        ),
+        "svg": add(code("x", new_output("display_data", {"text/html": "<svg></svg>"}))),
+    },
+    "short_cells": {"26 lines": add(code("x\n" * 25 + "x"))},
+    "imports_in_setup": {
+        "late": add(code("import torch")),
+        "in a function": add(code("def f():\n    from torch import nn")),
+    },
+    "no_input": {"input": add(code("name = input()")), "getpass": add(code("getpass()"))},
+    "no_shell": {
+        "line": add(code("!ls")),
+        "cell": add(code("%%bash\nls")),
+        "assigned": add(code("files = !ls")),
+        "pip": add(code("%pip install torch")),
+        "os.system": add(code("os.system('ls')")),
+        "subprocess": add(code("import subprocess")),
+    },
+    "no_remote_code": {"keyword": add(code("load(name, trust_remote_code=True)"))},
+    "no_pickle": {
+        "import": add(code("import pickle")),
+        "torch.save": add(code("torch.save(x, f)")),
+        "torch.load": add(code("torch.load(f)")),
+        "numpy": add(code("np.load(f, allow_pickle=True)")),
+    },
+    "no_network": {
+        "urllib": add(code("from urllib.request import urlopen")),
+        "requests": add(code("import requests")),
+        "hub": add(code("huggingface_hub.snapshot_download(name)")),
+    },
+    "exercises_have_checks": {
+        "none": without("check"),
+        "of another": change(lambda nb: nb.cells[-1].update(source="check.start.f(row_norms)")),
+        "without stub": without("exercise"),
+        "two functions": change(lambda nb: nb.cells[-2].update(source=STUB + "\ndef g(): ...")),
+        "next stub first": add(code("def g(): ...", tags=["exercise"])),
+        "not in the map": None,
+    },
+    "solutions_match_stubs": {
+        "no solution": solution(""),
+        "no stub": solution(SOLUTION + "def g(): ..."),
+        "another default": solution("def row_norms(weight, eps=1.0): ..."),
+        "another name": solution("def row_norms(w, eps=0.0): ..."),
+    },
+    "links_lead_somewhere": {
+        "missing": add(new_markdown_cell("[next](99_none.ipynb)")),
+        "absolute": add(new_markdown_cell("[next](/99_none.ipynb)")),
+        "picture": add(new_markdown_cell('<img src="none.png">')),
+    },
+    "headings_in_order": {
+        "no title": change(lambda nb: nb.cells[0].update(source="Title")),
+        "two titles": add(new_markdown_cell("# Another")),
+        "jump": change(lambda nb: nb.cells.insert(1, new_markdown_cell("### Too deep"))),
+    },
+    "clean_metadata": {
+        "kernel": change(lambda nb: nb.metadata.kernelspec.update(name="venv")),
+        "version": change(lambda nb: nb.metadata.language_info.update(version="3.11.2")),
+        "timing": change(lambda nb: nb.cells[1].metadata.update(execution={"x": "2020-01-01"})),
+        "tag": add(code("x", tags=["exercize"])),
+    },
+    "unique_cell_ids": {
+        "none": change(lambda nb: nb.cells[0].pop("id")),
+        "twice": change(lambda nb: nb.cells[0].update(id=nb.cells[1].id)),
+    },
+}
+
+
+def test_every_rule_is_broken_here():
+    assert BAD.keys() == {rule.__name__ for rule in rules.RULES}
+
+
+@pytest.mark.parametrize(
+    ("rule", "case"), [(rule, case) for rule, cases in BAD.items() for case in cases]
+)
+def test_a_bad_notebook_is_refused(rule, case, place):
+    nb, breaks = good(), BAD[rule][case]
+    if breaks is None:
+        place = place.rename(place.with_name("99_unknown.ipynb"))
+    else:
+        breaks(nb, place)
+    assert getattr(rules, rule)(nb, place)
+
+
+def test_solved_puts_the_solution_in_and_leaves_long_cells_out():
+    nb = good()
+    nb.cells.append(code("train()", tags=["long"]))
+    nb.cells[-2].metadata.tags.append("raises-exception")
+    done = notebooks.solved(nb, {"row_norms": SOLUTION}, "start")
+    assert done.cells[-2].source == SOLUTION
+    assert notebooks.tags(done.cells[-1]) == ["check"]
+    assert nb.cells[-3].source == STUB
+
+
+@pytest.mark.parametrize("solutions", [{}, {"row_norms": SOLUTION, "g": "def g(): ..."}])
+def test_solved_refuses_a_mismatch(solutions):
+    with pytest.raises(ValueError, match=r"row_norms|g"):
+        notebooks.solved(good(), solutions, "start")
+
+
+def test_solutions_keep_their_decorators(place):
+    solution("@property\n" + SOLUTION)(None, place)
+    assert notebooks.read_solutions(place)["row_norms"].startswith("@property\ndef")
+
+
+def test_execution_is_strict_and_guarded(tmp_path):
+    """A failing cell fails the run, and a connection that the lesson hides is noticed."""
+    log = tmp_path / "network.log"
+    source = (
+        "import os, urllib.request\n"
+        "try:\n    urllib.request.urlopen('http://192.0.2.1', timeout=1)\n"
+        "except OSError as error:\n    print(error)\n"
+        "assert os.environ['PEFT_LESSONS_STRICT'] == '1'"
+    )
+    nb = new_notebook(cells=[code(source), code("1 / 0")])
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        notebooks.execute(nb, tmp_path, offline_environment(log=log, strict=True))
+    assert "192.0.2.1" in log.read_text()
+    nb.cells.pop()
+    done = notebooks.execute(nb, tmp_path, offline_environment(log=log, strict=True))
+    assert "refused" in done.cells[0].outputs[0].text
+
+
+def test_stored_outputs_are_the_same_twice(tmp_path):
+    path = tmp_path / "00_start_here.ipynb"
+    cells = [code("import sys\nprint(1)\nprint(2, file=sys.stderr)"), code("{1: 2}")]
+    nbformat.write(new_notebook(cells=cells), path)
+    notebooks.store_outputs(path)
+    first = path.read_bytes()
+    notebooks.store_outputs(path)
+    assert path.read_bytes() == first
+    nb = notebooks.read(path)
+    assert [cell.execution_count for cell in nb.cells] == [1, 2]
+    assert nb.metadata == notebooks.CLEAN_METADATA

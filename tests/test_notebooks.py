@@ -1,0 +1,54 @@
+"""Every lesson keeps the rules, exports its module, and runs with its solutions."""
+
+import shutil
+
+import pytest
+
+from tools import notebooks
+from tools.rules import RULES
+
+LESSONS = notebooks.lessons()
+
+
+def test_there_are_lessons():
+    assert LESSONS
+    assert {path.stem for path in LESSONS} <= notebooks.MODULES.keys()
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_rules(path):
+    nb = notebooks.read(path)
+    complaints = [f"{rule.__name__}: {text}" for rule in RULES for text in rule(nb, path)]
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_solved(path, tmp_path):
+    """With its solutions a lesson passes all strict checks, offline, in a folder not its own."""
+    cwd, log = tmp_path / "somewhere else", tmp_path / "network.log"
+    cwd.mkdir()
+    notebooks.run_solved(path, cwd, log)
+    assert not log.exists(), "the lesson opened a network connection:\n" + log.read_text()
+    left = [str(file.relative_to(cwd)) for file in cwd.rglob("*")]
+    assert not left, f"the lesson leaves files where it runs; use a temporary folder: {left}"
+
+
+def test_modules_equal_the_lessons(tmp_path):
+    """Exported from a copy at the same depth, every module of methods/ is the one committed."""
+    (tmp_path / "notebooks").mkdir()
+    shutil.copytree(notebooks.PACKAGE / "methods", tmp_path / "peft_lessons" / "methods")
+    committed = notebooks.PACKAGE / "methods"
+    differ, fresh = [], set()
+    for path in LESSONS:
+        copy = tmp_path / "notebooks" / path.name
+        shutil.copy(path, copy)
+        module = notebooks.export(copy, tmp_path / "peft_lessons")
+        if module is None:
+            continue
+        fresh.add(module.name)
+        here = committed / module.relative_to(tmp_path / "peft_lessons" / "methods")
+        if not here.exists() or here.read_bytes() != module.read_bytes():
+            differ.append(path.stem)
+    assert not differ, f"run `make export`: these lessons differ from their modules: {differ}"
+    stale = {file.name for file in committed.glob("*.py")} - fresh - {"__init__.py"}
+    assert not stale, f"no lesson exports these modules: {stale}"

@@ -1,0 +1,259 @@
+"""fit and evaluate: what they train, that they resume exactly, and what they refuse."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny import TinyTask, same, state, tiny_bert
+from torch import nn
+
+from peft_lessons import LoRA, TrainingDiverged, evaluate, fit, freeze, inject, injection_of, merge
+from peft_lessons.inject import Adapted, Method
+
+QV = LoRA(rank=4, alpha=6, targets=("query", "value"), dropout=0.1)
+TASK = TinyTask()
+
+
+def injected(method=QV):
+    model = tiny_bert()
+    torch.manual_seed(0)
+    inject(model, method)
+    return model
+
+
+def train(model, steps=10, **kw):
+    return fit(model, TASK, steps, **({"lr": 3e-3, "show": False} | kw))
+
+
+def test_training_lowers_the_loss_and_moves_only_what_trains():
+    model = injected()
+    before = state(model)
+    history = train(model, 60, lr=1e-2, weight_decay=0.1)
+    assert history.smooth_loss()[-1] < 0.8 * history.loss[0]
+    assert len(history.loss) == len(history.lr) == 60 and history.seconds > 0
+    after = state(model)
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert evaluate(model, TASK).accuracy > 0.7 and not model.training
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = train(injected(), 20, lr=1.0, warmup=0.25, clip=1e-9).lr
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] == pytest.approx(1 / 15)
+    assert train(injected(), 4, lr=0.4, warmup=0).lr == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_the_same_seed_gives_the_same_run_and_leaves_the_global_one_alone():
+    one, two, other = injected(), injected(), injected()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(one, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    train(two, seed=1)
+    train(other, seed=2)
+    assert same(state(one), state(two)) and not same(state(one), state(other))
+
+
+def test_full_fine_tuning_trains_everything_and_freeze_only_the_head():
+    model = tiny_bert()
+    before = state(model)
+    train(model, 3)
+    assert all(
+        not torch.equal(p, before[n]) for n, p in model.named_parameters() if "key.bias" not in n
+    )
+    head = tiny_bert()
+    freeze(head)
+    before = state(head)
+    train(head, 3)
+    after = state(head)
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+class Interrupted(TinyTask):
+    """Stops like a closed laptop after so many batches."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.left = batches
+
+    def stream(self, *args, **kw):
+        for batch in super().stream(*args, **kw):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield batch
+
+
+@pytest.mark.parametrize("at", [4, 9])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
+    file = tmp_path / "sub" / "run.pt"
+    whole = injected()
+    expected = train(whole, 12, eval_every=4)
+    model = injected()
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            model,
+            Interrupted(at),
+            12,
+            lr=3e-3,
+            eval_every=4,
+            show=False,
+            checkpoint=file,
+            checkpoint_every=4,
+        )
+    assert [f.name for f in file.parent.iterdir()] == ["run.pt"]
+    resumed = injected()
+    history = train(resumed, 12, eval_every=4, checkpoint=file, checkpoint_every=4)
+    assert same(state(resumed), state(whole))
+    assert history.loss == expected.loss and history.evaluations == expected.evaluations
+    assert not file.exists()
+
+
+def test_a_checkpoint_of_another_run_or_broken_is_refused(tmp_path):
+    file = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            injected(), Interrupted(4), 12, lr=3e-3, show=False, checkpoint=file, checkpoint_every=2
+        )
+    content = file.read_bytes()
+    for changes, message in ((dict(lr=1e-3), "lr was 0.003"), (dict(seed=3), "seed was 0")):
+        model = injected()
+        before = state(model)
+        with pytest.raises(ValueError, match=message):
+            train(model, 12, checkpoint=file, **changes)
+        assert same(state(model), before)
+    full = tiny_bert()
+    with pytest.raises(ValueError, match="other parameters train"):
+        train(full, 12, checkpoint=file)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"run\.pt.*no whole checkpoint"):
+        train(injected(), 12, checkpoint=file)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_stops_before_it_reaches_the_weights(poison):
+    model = injected()
+    train(model, 2)
+    with torch.no_grad():
+        model.classifier.bias[0] = poison
+    before = state(model)
+    with pytest.raises(TrainingDiverged, match="step 1: loss nan.*smaller lr"):
+        train(model, 5)
+    now = state(model)
+    assert all(torch.equal(now[n].nan_to_num(), before[n].nan_to_num()) for n in now)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(steps=0), "steps=0"),
+        (dict(steps=2.0), "steps=2.0"),
+        (dict(lr=0), "lr=0"),
+        (dict(lr=float("nan")), "lr=nan"),
+        (dict(batch_size=-1), "batch_size=-1"),
+        (dict(warmup=5), "share of the steps"),
+        (dict(weight_decay=-1), "weight_decay=-1"),
+        (dict(clip=0), "None for no clipping"),
+    ],
+)
+def test_wrong_arguments_are_refused(settings, message):
+    model = injected()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        train(model, **({"steps": 3} | settings))
+    assert same(state(model), before)
+
+
+def test_training_while_merged_frozen_or_without_loss_is_refused():
+    model = injected()
+    merge(model)
+    with pytest.raises(RuntimeError, match="unmerge"):
+        train(model)
+    frozen = tiny_bert()
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing in the model trains"):
+        train(frozen)
+
+    class NoLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(128, 2)
+
+        def forward(self, input_ids, attention_mask, labels):
+            return {"logits": self.table(input_ids)}
+
+    with pytest.raises(TypeError, match="returns no loss"):
+        train(NoLoss())
+
+
+def test_evaluate_restores_the_mode_and_counts_right():
+    model = tiny_bert().train()
+    scores = evaluate(model, TASK, batch_size=7)
+    assert model.training and scores.n == 64
+    model.eval()
+    with torch.no_grad():
+        batch = next(TASK.batches("test", 64))
+        output = model(**batch)
+    assert scores.loss == pytest.approx(output.loss.item(), rel=1e-5)
+    assert scores.accuracy == (output.logits.argmax(-1) == batch["labels"]).float().mean().item()
+    assert "±" in repr(scores) and f"{100 * scores.accuracy:.1f} %" in repr(scores)
+
+
+# ------------------------- the hooks that AdaLoRA and diff pruning will need, in small
+
+
+class Counting(Adapted):
+    def __init__(self, base):
+        super().__init__(base)
+        self.scale = nn.Parameter(torch.ones(base.out_features))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        return self.base(x) * self.scale
+
+
+@dataclass(frozen=True)
+class Hooked(Method):
+    """Counts the steps in a buffer, adds a penalty, and insists on a number of steps."""
+
+    total: int = 10
+    targets: tuple[str, ...] = ("query",)
+    peft_type = "TEST_HOOKED"
+    learning_rate = 0.25
+
+    def wrap(self, layer):
+        return Counting(layer)
+
+    def before_fit(self, injection, steps):
+        if steps != self.total:
+            raise ValueError(f"total={self.total}, but fit takes {steps} steps")
+
+    def penalty(self, injection):
+        return 1000 + sum(w.scale.square().sum() for w in injection.wrappers.values())
+
+    def after_step(self, injection, step):
+        for w in injection.wrappers.values():
+            assert w.scale.grad is not None
+            w.seen += step
+
+
+def test_a_method_takes_part_in_training_and_its_buffers_resume(tmp_path):
+    model = injected(Hooked())
+    with pytest.raises(ValueError, match="total=10"):
+        train(model, 3)
+    history = fit(model, TASK, 10, show=False)
+    assert max(history.lr) == 0.25 and history.loss[0] > 1000
+    seen = [w.seen.item() for w in injection_of(model).wrappers.values()]
+    assert seen == [55, 55]
+    file, again = tmp_path / "run.pt", injected(Hooked())
+    with pytest.raises(KeyboardInterrupt):
+        fit(deepcopy(again), Interrupted(6), 10, show=False, checkpoint=file, checkpoint_every=3)
+    fit(again, TASK, 10, show=False, checkpoint=file)
+    assert same(state(again), state(model))
