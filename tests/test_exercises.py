@@ -70,6 +70,13 @@ def test_solution_is_right(lesson, name, monkeypatch):
     assert repr(verdict).startswith(f"✓ {name}: right.\n")
 
 
+@pytest.mark.parametrize(("lesson", "name"), EXERCISES)
+def test_a_check_leaves_the_notebooks_random_numbers_alone(lesson, name):
+    before = torch.get_rng_state()
+    CHECKS[lesson][name](SOLUTIONS[lesson][name])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(("lesson", "name", "answer"), RIGHT, **by_name)
 def test_right_answer_in_another_style(lesson, name, answer):
     assert CHECKS[lesson][name](answer).status == "right"
@@ -79,6 +86,8 @@ def test_right_answer_in_another_style(lesson, name, answer):
 def test_wrong_answer_is_told_its_cause(lesson, name, answer, told):
     message = refusal(CHECKS[lesson][name], answer)
     assert told in message
+    # A cause that is named is the one that this answer was written for, or none is.
+    assert "Likely cause" not in message or told in message.partition("Likely cause: ")[2]
     assert message.startswith(f"✗ {name}: ")
     assert len(message.splitlines()) <= 5
 

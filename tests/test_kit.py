@@ -44,8 +44,8 @@ def test_right_says_what_was_verified():
     verdict = scale(lambda x, k: k * x)
     assert verdict.status == "right"
     assert repr(verdict) == (
-        "✓ scale: right.\n  Every entry is k times as large. Verified: the result agrees in "
-        "2 cases; the gradients of x agree; unchanged: x."
+        "✓ scale: right.\n  Every entry is k times as large. Verified: cases in which the "
+        "result agrees: 2; gradients that agree: x; arguments left unchanged: x."
     )
 
 
@@ -181,6 +181,24 @@ def test_the_notebooks_random_numbers_are_not_disturbed():
     assert torch.equal(torch.randn(3), expected)
 
 
+def test_a_result_that_is_an_argument():
+    @check_for(cases=[Case(lambda: [torch.ones(2), torch.zeros(2)])])
+    def add_one(x, y):
+        """x + 1."""
+        return x + 1
+
+    assert refusal(add_one, lambda x, y: x * 1).endswith("Your result equals the argument x.")
+
+
+def test_a_function_without_a_signature_is_called_all_the_same():
+    @check_for(cases=[Case(lambda: [torch.ones(2), torch.ones(2)])])
+    def add(x, y):
+        """x + y."""
+        return x + y
+
+    assert add(torch.add).status == "right"
+
+
 def test_causes_that_one_case_cannot_tell_apart():
     causes = [("plus", lambda a, b: a + b), ("twice", lambda a, b: 2 * a)]
 
@@ -309,6 +327,7 @@ def answer(model, times):
     ("answer", "told"),
     [
         (variant(last="return model.weight"), "is a tensor, expected a module (Linear)"),
+        (variant(first="return model"), "the weight has wrong values"),
         (variant(last="return nn.ReLU()"), "what it returned cannot be used: AttributeError"),
         (variant(last="model.bias.requires_grad_(True); return model"), "what trains is True"),
         (variant(first="model.weight.data += 1"), "the weight has wrong values"),
@@ -330,12 +349,14 @@ def answer(model, times):
     ],
 )
 def test_modules_refusals_and_earlier_calls(answer, told):
-    assert told in refusal(grow, answer)
+    message = refusal(grow, answer)
+    assert told in message
+    assert "equals the argument" not in message
 
 
 def test_modules_pass():
     verdict = grow(variant())
-    assert "agrees in 1 cases; 2 bad calls are refused and change nothing" in repr(verdict)
+    assert "agrees: 1; bad calls that are refused and change nothing: 2." in repr(verdict)
 
 
 @check_for(cases=[Case(lambda: [[{"a": torch.ones(2)}, 3]])])

@@ -43,7 +43,7 @@ def moments_doubled(n_params, n_trainable, weight=2, grad=2, master=4, moments=8
     return int(n_params * weight + n_trainable * (grad + master + 2 * moments))
 
 
-@wrong("training_bytes", "is the float 5480, expected the int 5,480")
+@wrong("training_bytes", "the result is a float: bytes are whole")
 def float_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
     return n_params * weight + n_trainable * (grad + master + moments)
 
@@ -183,7 +183,7 @@ def limited_by_the_largest(shapes, budget_bytes, bytes_per_parameter):
     return min(fits, max(min(shape) for shape in shapes))
 
 
-@wrong("largest_rank", "not even rank 1 fits")
+@wrong("largest_rank", "where not even rank 1 fits the answer is 0")
 def at_least_one(shapes, budget_bytes, bytes_per_parameter):
     fits = int(budget_bytes // (sum(map(sum, shapes)) * bytes_per_parameter))
     return max(1, min(fits, min(map(min, shapes))))

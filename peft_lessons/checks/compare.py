@@ -1,0 +1,207 @@
+"""In what way a result differs from the expected one, in words a learner can act on."""
+
+from collections.abc import Iterator
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def difference(
+    got: Any,
+    expected: Any,
+    what: str | tuple[str, ...] = "the result",
+    tolerance: float = 1e-5,
+    values: bool = True,
+) -> str | None:
+    """The first difference by type, shape, dtype, finiteness and, if asked, values; None if equal.
+
+    `tolerance` is relative to the largest expected entry, and is widened for half precision. `what`
+    names the result, or each part of a tuple; where it is empty, a dict's keys are the names.
+    """
+    names = what if isinstance(what, tuple) else ()
+    what = "the result" if names else what
+    if got is None and expected is not None:
+        return f"{what or 'the result'} is None: is a return statement missing?"
+    if not _same_type(got, expected):
+        return f"{what or 'the result'} is {kind(got)}, expected {kind(expected)}"
+    if isinstance(expected, torch.Tensor):
+        return _tensor_difference(got, expected, what, tolerance, values)
+    if isinstance(expected, nn.Module):
+        return None
+    if isinstance(expected, dict):
+        if set(got) != set(expected):
+            return f"the keys of {what or 'the result'} differ: {_sets(got, expected)}"
+        parts = [(f"{what}[{key!r}]" if what else str(key), key) for key in expected]
+    elif isinstance(expected, list | tuple):
+        if all(isinstance(v, str) for v in [*got, *expected]):
+            if list(got) == list(expected):
+                return None
+            order = "the same ones in another order" if sorted(got) == sorted(expected) else ""
+            return f"{what} differs: {order or _sets(got, expected)}"
+        if len(got) != len(expected):
+            return f"{what or 'the result'} has {len(got)} items, expected {len(expected)}"
+        parts = [(names[i] if names else f"{what}[{i}]", i) for i in range(len(expected))]
+    elif not values:
+        return None
+    else:
+        return _scalar_difference(got, expected, what, tolerance)
+    found = (difference(got[key], expected[key], name, tolerance, values) for name, key in parts)
+    return next((text for text in found if text is not None), None)
+
+
+def _same_type(got: Any, expected: Any) -> bool:
+    for family in (torch.Tensor, nn.Module, dict, list | tuple, bool, Integral, Real):
+        if isinstance(expected, family):
+            # bool is an Integral and an int is a Real: only the second makes a right answer.
+            return isinstance(got, family) and isinstance(got, bool) == isinstance(expected, bool)
+    return isinstance(got, type(expected))
+
+
+def _tensor_difference(got, expected, what, tolerance, values) -> str | None:
+    if got.shape != expected.shape:
+        return f"{what} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if got.dtype != expected.dtype:
+        return f"{what} has dtype {_dtype(got)}, expected {_dtype(expected)}"
+    if not values or got.numel() == 0:
+        return None
+    got, expected = got.detach(), expected.detach()
+    if got.is_floating_point():
+        tolerance = tolerance and max(tolerance, 4 * torch.finfo(got.dtype).eps)
+    else:
+        tolerance = 0.0
+    got, expected = got.double(), expected.double()
+    stray = ~got.isfinite() & expected.isfinite()
+    if stray.any():
+        return f"{what} holds {number(got[stray][0])} in {stray.sum()} of {got.numel()} entries"
+    gap = torch.where((got == expected) | (got.isnan() & expected.isnan()), 0.0, got - expected)
+    gap = gap.abs().nan_to_num(nan=torch.inf)
+    size = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
+    if gap.max() <= tolerance * (size or 1.0):
+        return None
+    if got.numel() <= 4:
+        told = f"expected {numbers(expected)}, got {numbers(got)}"
+    else:
+        at = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+        told = (
+            f"expected {number(expected[at])} at {list(at)}, got {number(got[at])}; "
+            f"{(gap > tolerance * (size or 1.0)).sum()} of {gap.numel()} entries are off"
+        )
+    return f"{what} has wrong values: {told}{_pattern(got, expected, tolerance)}"
+
+
+def _pattern(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
+    """A regularity of wrong values that is a fact, whatever its cause."""
+    if got.numel() > 1 and (got == got.view(-1)[0]).all() and expected.min() != expected.max():
+        return f"; every entry of yours is {number(got.view(-1)[0])}"
+    size = expected.abs().max()
+    if got.numel() > 1 and size > 0 and size.isfinite():
+        factor = (got * expected).sum() / (expected * expected).sum()
+        if (got - factor * expected).abs().max() <= max(tolerance, 1e-6) * factor.abs() * size:
+            return f"; yours is {number(factor)} times the expected everywhere"
+    return ""
+
+
+def _scalar_difference(got: Any, expected: Any, what: str, tolerance: float) -> str | None:
+    if got == expected:
+        return None
+    if isinstance(expected, bool) or not isinstance(expected, Real):
+        return f"{what} is {got!r}, expected {expected!r}"
+    if not isinstance(expected, Integral):
+        if abs(got - expected) <= tolerance * (abs(expected) or 1.0):
+            return None
+        if got != got and expected != expected:
+            return None
+    return f"{what} is {number(got)}, expected {number(expected)}"
+
+
+def _sets(got: Any, expected: Any) -> str:
+    """What only one of two collections of names holds."""
+    missing = [v for v in expected if v not in got]
+    extra = [v for v in got if v not in expected]
+    told = [f"missing {_few(missing)}"] if missing else []
+    return ", ".join(told + ([f"too many {_few(extra)}"] if extra else []))
+
+
+def _few(names: list) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(v) for v in names[:3]) + more
+
+
+def number(value: Any) -> str:
+    """A number as a learner reads it best."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, Integral):
+        return f"{value:,}"
+    # A byte count that came out as a float is still read as a count.
+    return f"{value:,}" if value.is_integer() and 1e5 <= abs(value) < 1e15 else f"{value:.6g}"
+
+
+def numbers(t: torch.Tensor) -> str:
+    """A small tensor's entries."""
+    shown = [number(v) for v in t.reshape(-1)]
+    return f"[{', '.join(shown)}]" if t.ndim else shown[0]
+
+
+def _dtype(t: torch.Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def kind(value: Any) -> str:
+    """What a value is, in a few words: "a tensor", "the float 0.5", "a tuple"."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, Real):
+        return f"the {'int' if isinstance(value, Integral) else 'float'} {number(value)}"
+    if isinstance(value, torch.Tensor):
+        return "a tensor"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, nn.Module):
+        return f"a module ({type(value).__name__})"
+    if isinstance(value, str):
+        return "a string"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def shown(name: str, value: Any) -> str:
+    """An argument as it is named in a message: "A (4, 96)", "alpha=6"."""
+    if isinstance(value, torch.Tensor):
+        dtype = "" if value.dtype == torch.float32 else f" {_dtype(value)}"
+        return f"{name} {tuple(value.shape)}{dtype}"
+    if isinstance(value, list | tuple | dict):
+        text = repr(value)
+        short = len(text) <= 60 and "\n" not in text
+        return f"{name}={text}" if short else f"{name}: {kind(value)}"
+    if value is None or isinstance(value, bool | str | Real):
+        return f"{name}={value!r}"
+    return f"{name}: {kind(value)}"
+
+
+def state(value: Any) -> Any:
+    """A value as something that `difference` can compare: a module becomes all that can change."""
+    if isinstance(value, nn.Module):
+        return {
+            "the modules": [f"{n}: {type(m).__name__}" for n, m in value.named_modules()],
+            "what trains": [n for n, p in value.named_parameters() if p.requires_grad],
+            "what is in train mode": [n for n, m in value.named_modules() if m.training],
+            **value.state_dict(),
+        }
+    if isinstance(value, list | tuple):
+        return [state(v) for v in value]
+    if isinstance(value, dict):
+        return {key: state(v) for key, v in value.items()}
+    if value is None or isinstance(value, torch.Tensor | bool | str | Real):
+        return value
+    return type(value).__name__
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from tensors(v)

@@ -1,0 +1,382 @@
+"""What a check is made of: cases, a reference, named causes, and three outcomes.
+
+A check is a reference function under `@check_for`. The reference's name and parameters are those of
+the exercise, and its docstring is the sentence that a right answer is given. Expected values come
+from the reference. A cause is a sentence with a wrong function, and is named only where that
+function gives what the learner's gave.
+"""
+
+import dis
+import html
+import inspect
+import linecache
+import os
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from numbers import Real
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .compare import difference, kind, shown, state, tensors
+
+# The seed of calls, apart from the cases' own: a function that draws must not draw its arguments.
+_CALLS = 2**31 - 1
+
+
+class WrongAnswer(AssertionError):
+    """A refused answer: a headline and a few lines of facts, shown without a traceback."""
+
+    def __init__(self, headline: str, *facts: str) -> None:
+        super().__init__("\n  ".join([f"✗ {headline}", *facts]))
+
+    def _render_traceback_(self) -> list[str]:
+        headline, *facts = str(self).split("\n")
+        return [f"\x1b[1;31m{headline}\x1b[0m", *facts]
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """What a check returns: status "right" or "not attempted", with a text and an HTML form."""
+
+    status: str
+    headline: str
+    details: str
+
+    def __repr__(self) -> str:
+        return f"{'✓' if self.status == 'right' else '○'} {self.headline}\n  {self.details}"
+
+    def _repr_html_(self) -> str:
+        variable = {"right": "success-color1", "not attempted": "border-color1"}[self.status]
+        headline, details = html.escape(repr(self)).split("\n", 1)
+        return (
+            f'<div style="border-left: 4px solid var(--jp-{variable}, #6b8e6b); '
+            'padding: 0.3em 0.8em; color: var(--jp-content-font-color1, inherit)">'
+            f"<strong>{headline}</strong><br>{details}</div>"
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `make()` builds its arguments anew each time, under a seed of the case's own.
+
+    `note` says what the arguments do not show. `earlier(function, *arguments)` calls the function
+    once beforehand and gives the arguments of the call that counts. With `raises`, the right thing
+    is to refuse with that exception, its message naming `mentions`, and to change nothing.
+    """
+
+    make: Callable[[], Sequence[Any]]
+    note: str = ""
+    earlier: Callable[..., Sequence[Any]] | None = None
+    raises: type[Exception] | None = None
+    mentions: str = ""
+
+
+@dataclass(frozen=True)
+class Forbid:
+    """Shapes, told from a case's arguments, that no new tensor may have, in any order; and why."""
+
+    shapes: Callable[..., list[tuple[int, ...]]]
+    sentence: str
+
+
+class Check:
+    """Calls a learner's function on every case and compares what it does with the reference.
+
+    returns: the name of the result, or of each part of a tuple.
+    view: what is compared of a result, where the result itself is not unique (a product of factors)
+        or not comparable (what trains in a model). Type and shape are still those of the result.
+    gradients: the arguments whose gradients must agree too.
+    changes: the arguments that may be changed in place.
+    """
+
+    def __init__(
+        self,
+        reference: Callable,
+        cases: Sequence[Case | tuple],
+        causes: Sequence[tuple[str, Callable]] = (),
+        returns: str | tuple[str, ...] = "the result",
+        view: Callable[[Any], Any] | None = None,
+        gradients: tuple[str, ...] = (),
+        forbid: Forbid | None = None,
+        changes: tuple[str, ...] = (),
+        tolerance: float = 1e-5,
+    ) -> None:
+        self.reference, self.returns, self.view = reference, returns, view
+        self.gradients, self.forbid, self.changes = gradients, forbid, changes
+        self.tolerance = tolerance
+        self.cases = [c if isinstance(c, Case) else Case(lambda c=c: c) for c in cases]
+        self.signature = inspect.signature(reference)
+        self.names = list(self.signature.parameters)
+        self.causes = list(causes)
+        self.__name__, self.__doc__ = reference.__name__, inspect.getdoc(reference)
+
+    def __call__(self, function: Callable) -> Verdict:
+        __tracebackhide__ = True
+        self._check_signature(function)
+        for number in range(len(self.cases)):
+            if not self._check_case(function, number):
+                headline = f"{self.__name__}: not attempted yet."
+                todo = "Write the function, run its cell, then run this cell again."
+                if _strict():
+                    raise WrongAnswer(headline, todo)
+                return Verdict("not attempted", headline, todo)
+        return Verdict("right", f"{self.__name__}: right.", f"{self.__doc__} {self._verified()}")
+
+    def _verified(self) -> str:
+        refusals = sum(case.raises is not None for case in self.cases)
+        args = zip(self.names, self._arguments(0), strict=False)
+        kept = [n for n, arg in args if n not in self.changes and not isinstance(arg, Real)]
+        told = [
+            f"cases in which the result agrees: {len(self.cases) - refusals}",
+            f"bad calls that are refused and change nothing: {refusals}" if refusals else "",
+            f"gradients that agree: {', '.join(self.gradients)}" if self.gradients else "",
+            f"arguments left unchanged: {', '.join(kept)}" if kept else "",
+        ]
+        return f"Verified: {'; '.join(filter(None, told))}."
+
+    def _check_signature(self, function: Callable) -> None:
+        __tracebackhide__ = True
+        if not callable(function):
+            given = kind(function)
+            raise WrongAnswer(f"{self.__name__}: hand over the function itself, not {given}.")
+        try:
+            given = inspect.signature(function)
+        except ValueError:  # some functions written in C have none
+            return
+        theirs = list(given.parameters)
+        try:
+            for number in range(len(self.cases)):
+                given.bind(*self._arguments(number))
+            given.bind(*self.names)
+            fits = theirs == self.names or sorted(theirs) != sorted(self.names)
+        except TypeError:
+            fits = False
+        if not fits:
+            wanted, yours = (_parameters(s) for s in (self.signature, given))
+            facts = f"Expected {self.__name__}{wanted}", f"Yours is {self.__name__}{yours}"
+            raise WrongAnswer(f"{self.__name__}: the parameters differ.", *facts)
+
+    def _check_case(self, function: Callable, number: int) -> bool:
+        """Raise WrongAnswer for the first thing that is wrong; False if this is still the stub."""
+        __tracebackhide__ = True
+        case, args = self.cases[number], self._arguments(number, function)
+        module = getattr(function, "__module__", "")
+        watch = _Watch(self.forbid, args, module) if self.forbid else None
+        got, error = _outcome(function, args, watch)
+        if number == 0 and _is_stub(error, module):
+            return False
+
+        def refuse(problem: str, *facts: str) -> None:
+            __tracebackhide__ = True
+            told = f"Called with: {self._described(number)}"
+            raise WrongAnswer(f"{self.__name__}: {problem}.", told, *facts) from error
+
+        if error is not None and not isinstance(error, case.raises or ()):
+            due = f", where {case.raises.__name__} was due" if case.raises else ""
+            lines = _own_lines(traceback.walk_tb(error.__traceback__), module)
+            refuse(f"your function raised {_summary(error)}{due}", *lines[-4:])
+        if case.raises:
+            if error is None:
+                refuse(f"nothing was raised, where {case.raises.__name__} was due")
+            if case.mentions not in str(error):
+                refuse(f"the message does not name {case.mentions!r}: {_summary(error)}")
+            self._check_arguments(args, function, number, (), refuse)
+            return True
+        with _seeded(_CALLS):
+            expected = self.reference(*self._arguments(number))
+        problem = difference(got, expected, self.returns, self.tolerance, values=not self.view)
+        if self.view and problem is None:
+            seen, unusable = _outcome(self.view, [got])
+            if unusable:
+                refuse(f"what it returned cannot be used: {_summary(unusable)}")
+            with _seeded(_CALLS):
+                problem = difference(seen, self.view(expected), "", self.tolerance)
+        if problem:
+            refuse(problem, *self._likely(function, number))
+        if watch and watch.formed:
+            problem = f"a tensor of shape {watch.formed} is formed on the way"
+            refuse(problem, self.forbid.sentence, *watch.lines)
+        # Before the gradients: autograd meets a change in place with a less telling error.
+        self._check_arguments(args, function, number, self.changes, refuse)
+        try:
+            problem = self._gradient_difference(function, self.reference, number)
+        except Exception as failed:
+            lines = _own_lines(traceback.walk_tb(failed.__traceback__), module)
+            refuse(f"it fails where gradients are wanted: {_summary(failed)}", *lines[-4:])
+        if problem:
+            refuse(problem, *self._likely(function, number, gradients=True))
+        return True
+
+    def _check_arguments(self, args, function, number, changes, refuse) -> None:
+        __tracebackhide__ = True
+        before = self._arguments(number, function)
+        although = " although the call was refused" if self.cases[number].raises else ""
+        for name, arg, fresh in zip(self.names, args, before, strict=False):
+            if name in changes:
+                continue
+            if problem := difference({name: state(arg)}, {name: state(fresh)}, "", 0.0):
+                refuse(f"the argument {name} was changed{although}: leave it as it was", problem)
+
+    def _arguments(self, number: int, function: Callable | None = None) -> list[Any]:
+        case = self.cases[number]
+        with _seeded(number):
+            args = case.make()
+            return list(case.earlier(function or self.reference, *args) if case.earlier else args)
+
+    def _described(self, number: int) -> str:
+        note = self.cases[number].note
+        args = map(shown, self.names, self._arguments(number))
+        return ", ".join(args) + (f" ({note})" if note else "")
+
+    def _likely(self, function: Callable, number: int, gradients: bool = False) -> list[str]:
+        """The causes whose wrong function does what the learner's does, here and before.
+
+        In the cases before it was right: what would have failed there is not the cause.
+        """
+        same = self._same_gradients if gradients else self._same_result
+        results = [i for i, case in enumerate(self.cases) if not case.raises]
+        before = [i for i in results if i <= number]
+        causes = dict(self.causes)
+        named = [s for s, w in causes.items() if all(same(function, w, i) for i in before)]
+        if len(named) > 1:  # these cases do not tell them apart, but perhaps a later one does
+            counts = {s: sum(same(function, causes[s], i) for i in results) for s in named}
+            named = [s for s, count in counts.items() if count == max(counts.values())]
+        if not named and not gradients:
+            got, _ = _outcome(function, self._arguments(number, function))
+            for name, arg in zip(self.names, self._arguments(number), strict=False):
+                if isinstance(arg, torch.Tensor) and not difference(got, arg):
+                    return [f"Your result equals the argument {name}."]
+        return [f"Likely cause: {', or '.join(named)}."] if named else []
+
+    def _same_gradients(self, function: Callable, wrong: Callable, number: int) -> bool:
+        with suppress(Exception):  # a wrong function need not work in every case
+            agree = self._same_result(function, wrong, number)
+            return agree and not self._gradient_difference(function, wrong, number)
+        return False
+
+    def _same_result(self, function: Callable, wrong: Callable, number: int) -> bool:
+        got, error = _outcome(function, self._arguments(number, function))
+        theirs, wrong_error = _outcome(wrong, self._arguments(number, wrong))
+        if error or wrong_error:
+            return False
+        if self.view and not difference(got, theirs, values=False):
+            # A result so wrong that it has no view is known by its parts' types and shapes.
+            (got, error), (theirs, wrong_error) = (_outcome(self.view, [r]) for r in (got, theirs))
+            if error and wrong_error:
+                return type(error) is type(wrong_error)
+        return not difference(got, theirs, tolerance=self.tolerance)
+
+    def _gradient_difference(self, function, against, number) -> str | None:
+        if not self.gradients:
+            return None
+        expected, got = (self._gradients(f, number) for f in (against, function))
+        for name in self.gradients:
+            for ours, theirs in zip(expected[name], got[name], strict=True):
+                if theirs is None and ours is not None:
+                    cut = "detach(), .data, .item(), no_grad() and torch.tensor() cut it off"
+                    return f"no gradient reaches {name} ({cut})"
+                what = f"the gradient of {name}"
+                if problem := difference(theirs, ours, what, 10 * self.tolerance):
+                    return problem
+        return None
+
+    def _gradients(self, function, number) -> dict[str, list[torch.Tensor | None]]:
+        """The gradients of a fixed weighted sum of the result's entries."""
+        named = dict(zip(self.names, self._arguments(number), strict=False))
+        leaves = [(n, t) for n in self.gradients for t in tensors(named[n])]
+        wanted = [t.requires_grad_() for _, t in leaves]
+        with torch.enable_grad(), _seeded(_CALLS):
+            result = function(*named.values())
+            result = self.view(result) if self.view else result
+            flat = torch.cat([t.reshape(-1).double() for t in tensors(result)])
+            loss = flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)
+        grads = [None] * len(wanted)
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        pairs = list(zip(leaves, grads, strict=True))
+        return {name: [g for (n, _), g in pairs if n == name] for name in self.gradients}
+
+
+def check_for(**settings: Any) -> Callable[[Callable], Check]:
+    """Make a check of the reference function below; the settings are those of `Check`."""
+    return lambda reference: Check(reference, **settings)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the first new tensor of a forbidden shape, and the learner's line that made it."""
+
+    def __init__(self, forbid: Forbid, args: Sequence[Any], module: str) -> None:
+        super().__init__()
+        self.shapes = {_bare(shape) for shape in forbid.shapes(*args)}
+        self.given = {t.untyped_storage().data_ptr() for t in tensors(args)}
+        self.module, self.formed, self.lines = module, None, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in tensors(result):
+            # A view of an argument, such as a transposed weight, is not formed: it costs nothing.
+            new = t.untyped_storage().data_ptr() not in self.given
+            if new and not self.formed and _bare(t.shape) in self.shapes:
+                self.formed = tuple(t.shape)
+                self.lines = _own_lines(traceback.walk_stack(None), self.module)[:1]
+        return result
+
+
+def _bare(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(n for n in shape if n != 1))
+
+
+def _strict() -> bool:
+    # nbgrader would give an untouched stub full marks if it raised nothing.
+    return os.environ.get("PEFT_LESSONS_STRICT") == "1" or "NBGRADER_EXECUTION" in os.environ
+
+
+@contextmanager
+def _seeded(seed: int):
+    """A seed of our own; the notebook's random numbers go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _outcome(function, args, watch=None) -> tuple[Any, Exception | None]:
+    __tracebackhide__ = True
+    with _seeded(_CALLS), watch or nullcontext():
+        try:
+            return function(*args), None
+        except Exception as error:
+            return None, error
+
+
+def _is_stub(error: Exception | None, module: str) -> bool:
+    """Whether the learner's own raise gave NotImplementedError: torch raises it at times too."""
+    if not isinstance(error, NotImplementedError):
+        return False
+    last: TracebackType = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    frame = last.tb_frame
+    raised = frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and frame.f_globals.get("__name__") == module
+
+
+def _own_lines(frames: Iterable[tuple[FrameType, int]], module: str) -> list[str]:
+    """The learner's lines among some frames: those of the module that their function is from."""
+    own = [(f, n) for f, n in frames if f.f_globals.get("__name__") == module]
+    codes = [(f.f_code, n, linecache.getline(f.f_code.co_filename, n).strip()) for f, n in own]
+    return [f"Line {n} in {code.co_name}: {text}" for code, n, text in codes]
+
+
+def _summary(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:200].removesuffix(".").removesuffix(": ")
+
+
+def _parameters(signature: inspect.Signature) -> inspect.Signature:
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return inspect.Signature(bare)

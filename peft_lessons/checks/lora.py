@@ -1,0 +1,483 @@
+"""Checks of lesson 02."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..methods.lora import LinearWithLoRA
+from .kit import Case, Forbid, check_for
+
+
+def _factors(out, in_, rank):
+    """A and B of a trained adapter: neither is zero."""
+    return torch.randn(rank, in_), torch.randn(out, rank)
+
+
+def _merged(out, in_, rank, alpha, dtype=torch.float32):
+    A, B = _factors(out, in_, rank)
+    return [t.to(dtype) for t in (torch.randn(out, in_) * 3, A, B)] + [alpha]
+
+
+def _unmerging(scale):
+    return lambda merged, A, B, alpha: merged - scale(alpha, A.shape[0]) * (B @ A)
+
+
+@check_for(
+    cases=[
+        Case(lambda: _merged(48, 96, 4, 10)),
+        Case(lambda: _merged(96, 48, 8, 4.0)),
+        Case(lambda: _merged(32, 32, 6, 9), note="a square weight"),
+        Case(lambda: _merged(20, 30, 1, 0.5)),
+        Case(lambda: _merged(24, 40, 4, 10, torch.bfloat16)),
+        Case(lambda: _merged(24, 40, 4, 10, torch.float64)),
+    ],
+    gradients=("merged_weight", "A", "B"),
+    causes=[
+        ("the scaling alpha / r is left out", _unmerging(lambda alpha, r: 1)),
+        ("alpha is not divided by r", _unmerging(lambda alpha, r: alpha)),
+        ("alpha is left out: only 1 / r scales", _unmerging(lambda alpha, r: 1 / r)),
+        ("the scaling is upside down: it is alpha / r", _unmerging(lambda alpha, r: r / alpha)),
+        ("the scaling alpha / r is applied twice", _unmerging(lambda alpha, r: (alpha / r) ** 2)),
+        ("the update is added again, not subtracted", _unmerging(lambda alpha, r: -alpha / r)),
+        ("alpha is divided by √r, as in rsLoRA", _unmerging(lambda alpha, r: alpha / math.sqrt(r))),
+        ("// drops the fraction of alpha / r", _unmerging(lambda alpha, r: alpha // r)),
+        (
+            "alpha is divided by a width: the rank is A.shape[0]",
+            lambda merged, A, B, alpha: merged - alpha / A.shape[1] * (B @ A),
+        ),
+        (
+            "alpha is divided by a width: the rank is B.shape[1]",
+            lambda merged, A, B, alpha: merged - alpha / B.shape[0] * (B @ A),
+        ),
+        (
+            "this is the update alone: subtract it from the merged weight",
+            lambda merged, A, B, alpha: alpha / A.shape[0] * (B @ A),
+        ),
+        (
+            "the sign is turned: subtract the update from the merged weight",
+            lambda merged, A, B, alpha: alpha / A.shape[0] * (B @ A) - merged,
+        ),
+    ],
+)
+def unmerge_lora(merged_weight, A, B, alpha):
+    """The base weight is back, whatever alpha, rank and shape."""
+    # One outer product a rank, in double precision.
+    weight = merged_weight.double()
+    for row, column in zip(A.double(), B.double().T, strict=True):
+        weight = weight - alpha / len(A) * torch.outer(column, row)
+    return weight.to(merged_weight.dtype)
+
+
+def _product(factors):
+    A, B = factors
+    return {"the product BA": B @ A}
+
+
+def _pair(out, in_, rank, to, dtype=torch.float32):
+    """Factors of a strongly graded spectrum, so that the order of what is kept matters."""
+    A, B = _factors(out, in_, rank)
+    grades = torch.logspace(0, -1.5, rank)[torch.randperm(rank), None]
+    return [(grades * A).to(dtype), B.to(dtype), to]
+
+
+def _truncated(of):
+    """compress_lora by a wrong sharing of the singular values of BA."""
+
+    def compress(A, B, rank):
+        U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+        return of(U[:, :rank], S[:rank], Vh[:rank])
+
+    return compress
+
+
+def _smallest(A, B, rank):
+    U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+    kept = slice(len(A) - rank, len(A))
+    return Vh[kept], U[:, kept] * S[kept]
+
+
+def _rank_of_each(A, B, rank):
+    """Each factor truncated by itself: the best of each is not the best of the product."""
+    Ua, Sa, Va = torch.linalg.svd(A, full_matrices=False)
+    Ub, Sb, Vb = torch.linalg.svd(B, full_matrices=False)
+    middle = (Vb[:rank] @ Ua[:, :rank]) * Sa[:rank]
+    return middle @ Va[:rank], Ub[:, :rank] * Sb[:rank]
+
+
+def _largest_rows(A, B, rank):
+    kept = (A.norm(dim=1) * B.norm(dim=0)).topk(rank).indices
+    return A[kept], B[:, kept]
+
+
+def _qr_alone(A, B, rank):
+    Q, R = torch.linalg.qr(B)
+    return R[:rank] @ A, Q[:, :rank]
+
+
+@check_for(
+    cases=[
+        Case(lambda: _pair(256, 192, 8, to=3)),
+        Case(lambda: _pair(40, 72, 6, to=1)),
+        Case(lambda: _pair(72, 40, 5, to=5), note="nothing to leave out"),
+        Case(lambda: _pair(64, 64, 9, to=4, dtype=torch.float64)),
+    ],
+    returns=("A", "B"),
+    view=_product,
+    tolerance=1e-4,
+    forbid=Forbid(
+        lambda A, B, rank: [(B.shape[0], A.shape[1])],
+        "That is the (out, in) product, which a large layer has no room for: "
+        "take the SVD of a small matrix between two QR factors.",
+    ),
+    causes=[
+        (
+            "the first rows and columns are kept; their order says nothing of their size",
+            lambda A, B, rank: (A[:rank], B[:, :rank]),
+        ),
+        ("whole rows and columns are chosen: the best directions mix them", _largest_rows),
+        ("the factors are truncated each by itself, not their product", _rank_of_each),
+        ("QR alone does not sort directions by size: a small SVD must follow", _qr_alone),
+        ("the smallest singular values are kept, not the largest", _smallest),
+        ("the singular values are left out", _truncated(lambda U, S, Vh: (Vh, U))),
+        (
+            "the singular values are in both factors: share them",
+            _truncated(lambda U, S, Vh: (S[:, None] * Vh, U * S)),
+        ),
+        ("the order is turned: return A first", _truncated(lambda U, S, Vh: (U * S, Vh))),
+        ("both factors are transposed", _truncated(lambda U, S, Vh: (Vh.T, (U * S).T))),
+        ("the factors are returned as they were", lambda A, B, rank: (A, B)),
+    ],
+)
+def compress_lora(A, B, rank):
+    """As close to BA as this rank allows, and without the (out, in) product."""
+    U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+    return Vh[:rank], U[:, :rank] * S[:rank]
+
+
+def _table(ids, alpha, vocabulary=23, d=10, rank=4, dtype=torch.float32):
+    A, B = _factors(d, vocabulary, rank)
+    weight = torch.randn(vocabulary, d)
+    return [torch.tensor(ids), *(t.to(dtype) for t in (weight, A, B)), alpha]
+
+
+def _looked_up(scale, base=1):
+    return lambda ids, weight, A, B, alpha: (
+        base * weight[ids] + scale(alpha, A.shape[0]) * (A.T[ids] @ B.T)
+    )
+
+
+@check_for(
+    cases=[
+        Case(lambda: _table([[3, 0, 22, 3, 7], [1, 1, 20, 9, 4]], 10)),
+        Case(lambda: _table([5, 2, 5], 4.0, vocabulary=17, d=20, rank=6)),
+        Case(lambda: _table([[[0, 1], [2, 3]], [[4, 5], [6, 12]]], 3, vocabulary=13, d=9)),
+        Case(lambda: _table([[8, 3, 8]], 10, dtype=torch.bfloat16)),
+    ],
+    gradients=("weight", "A", "B"),
+    forbid=Forbid(
+        lambda ids, weight, A, B, alpha: [
+            tuple(weight.shape),
+            (*ids.shape, len(weight)),
+            (ids.numel(), len(weight)),
+        ],
+        "That is as wide as the whole vocabulary: look up the rows of the ids, "
+        "and only then go from rank r to width d.",
+    ),
+    causes=[
+        ("the scaling alpha / r is left out", _looked_up(lambda alpha, r: 1)),
+        ("alpha is not divided by r", _looked_up(lambda alpha, r: alpha)),
+        ("the scaling is upside down: it is alpha / r", _looked_up(lambda alpha, r: r / alpha)),
+        ("the scaling alpha / r is applied twice", _looked_up(lambda alpha, r: (alpha / r) ** 2)),
+        ("// drops the fraction of alpha / r", _looked_up(lambda alpha, r: alpha // r)),
+        ("the update is subtracted, not added", _looked_up(lambda alpha, r: -alpha / r)),
+        (
+            "alpha is divided by the vocabulary's size: the rank is A.shape[0]",
+            lambda ids, weight, A, B, alpha: weight[ids] + alpha / A.shape[1] * (A.T[ids] @ B.T),
+        ),
+        (
+            "the token table's own rows are missing: this is the update alone",
+            _looked_up(lambda alpha, r: alpha / r, base=0),
+        ),
+        ("the update is missing: these are the base's rows", _looked_up(lambda alpha, r: 0)),
+        (
+            "the scaling is applied to the base's rows too",
+            lambda ids, weight, A, B, alpha: alpha / A.shape[0] * (weight[ids] + A.T[ids] @ B.T),
+        ),
+        (
+            "A is reshaped where it must be transposed: columns of A are tokens",
+            lambda ids, weight, A, B, alpha: (
+                weight[ids] + alpha / A.shape[0] * (A.reshape(-1, A.shape[0])[ids] @ B.T)
+            ),
+        ),
+    ],
+)
+def embedding_lora(ids, weight, A, B, alpha):
+    """Every token's row of weight + (alpha / r)·(BA)ᵀ, by lookup, for ids of any shape."""
+    # What the lookup must equal: one-hot rows times the merged table.
+    one_hot = F.one_hot(ids, len(weight)).to(weight.dtype)
+    return one_hot @ (weight + alpha / A.shape[0] * (B @ A).T)
+
+
+def _adapters(*settings, out=40, in_=72):
+    return [[(*_factors(out, in_, rank), alpha, weight) for rank, alpha, weight in settings]]
+
+
+def _concatenated(on_A, on_B):
+    """sum_adapters by wrong scales of the factors."""
+
+    def add(adapters):
+        A = [on_A(weight, alpha, len(A)) * A for A, _, alpha, weight in adapters]
+        B = [on_B(weight, alpha, B.shape[1]) * B for _, B, alpha, weight in adapters]
+        return torch.cat(A), torch.cat(B, dim=1)
+
+    return add
+
+
+def _one(*_):
+    return 1
+
+
+def _summed_factors(adapters):
+    """What PEFT's combination_type="linear" does."""
+    scales = [math.sqrt(weight * alpha / len(A)) for A, _, alpha, weight in adapters]
+    return (
+        sum(scale * A for scale, (A, _, _, _) in zip(scales, adapters, strict=True)),
+        sum(scale * B for scale, (_, B, _, _) in zip(scales, adapters, strict=True)),
+    )
+
+
+def _plain_sums(adapters):
+    return (
+        sum(A for A, _, _, _ in adapters),
+        sum(weight * alpha / len(A) * B for A, B, alpha, weight in adapters),
+    )
+
+
+def _by_total_rank(adapters):
+    total = sum(len(A) for A, _, _, _ in adapters)
+    return _concatenated(_one, lambda w, alpha, r: w * alpha / total)(adapters)
+
+
+def _normalised(adapters):
+    total = sum(weight for _, _, _, weight in adapters)
+    return _concatenated(_one, lambda w, alpha, r: w / total * alpha / r)(adapters)
+
+
+def _turned(adapters):
+    _, B = _concatenated(_one, lambda w, alpha, r: w * alpha / r)(adapters)
+    return torch.cat([A for A, *_ in reversed(adapters)]), B
+
+
+_SUMMED = "the factors are summed, not the products: B₁A₁ + B₂A₂ isn't (B₁ + B₂)(A₁ + A₂)"
+
+
+@check_for(
+    cases=[
+        Case(lambda: _adapters((4, 10, 0.7), (4, 6, 0.5)), note="two of rank 4"),
+        Case(lambda: _adapters((2, 8, 0.7), (5, 4.0, 0.6), (3, 9, 1.4)), note="ranks 2, 5, 3"),
+        Case(lambda: _adapters((4, 10, 1.5), (3, 5, -0.5)), note="one weight is negative"),
+        Case(lambda: _adapters((3, 7, 0.4)), note="a single adapter"),
+    ],
+    returns=("A", "B"),
+    view=_product,
+    causes=[
+        (f"{_SUMMED}, and with square roots as in PEFT's 'linear'", _summed_factors),
+        (_SUMMED, _plain_sums),
+        ("the weights are left out", _concatenated(_one, lambda w, alpha, r: alpha / r)),
+        ("the scalings alpha / r are left out", _concatenated(_one, lambda w, alpha, r: w)),
+        ("weights and scalings are left out", _concatenated(_one, _one)),
+        ("alpha is not divided by r", _concatenated(_one, lambda w, alpha, r: w * alpha)),
+        (
+            "weight and scaling are in both factors: they count twice in BA",
+            _concatenated(*[lambda w, alpha, r: w * alpha / r] * 2),
+        ),
+        (
+            "the weights are in both factors: they count twice in BA",
+            _concatenated(lambda w, alpha, r: w, lambda w, alpha, r: w * alpha / r),
+        ),
+        ("alpha is divided by the ranks' sum: each has a rank of its own", _by_total_rank),
+        ("the weights are divided by their sum, which was not asked for", _normalised),
+        (
+            "a negative weight has no square root: put weight and scaling into one factor",
+            _concatenated(*[lambda w, alpha, r: torch.tensor(w * alpha / r).sqrt()] * 2),
+        ),
+        (
+            "the sign of a negative weight is lost",
+            _concatenated(_one, lambda w, alpha, r: abs(w) * alpha / r),
+        ),
+        ("A and B are stacked in different orders", _turned),
+        (
+            "the order is turned: return A first",
+            lambda adapters: _concatenated(_one, lambda w, a, r: w * a / r)(adapters)[::-1],
+        ),
+    ],
+)
+def sum_adapters(adapters):
+    """One pair whose BA is the weighted sum of all updates, of different ranks and signs too."""
+    update = sum(
+        weight * alpha / len(A) * torch.einsum("or,ri->oi", B, A)
+        for A, B, alpha, weight in adapters
+    )
+    # Any factors will do: only their product and their shapes are compared.
+    rank = sum(len(A) for A, _, _, _ in adapters)
+    U, S, Vh = torch.linalg.svd(update, full_matrices=False)
+    return Vh[:rank], U[:, :rank] * S[:rank]
+
+
+class _Block(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm = nn.LayerNorm(d)
+        self.q_proj = nn.Linear(d, 10)
+        # Ends with "q_proj", as "upper" below contains "up": neither is a whole segment.
+        self.seq_proj = nn.Linear(10, d)
+        self.mlp = nn.ModuleDict({"up": nn.Linear(d, 20), "upper": nn.Linear(20, d)})
+
+    def forward(self, x):
+        x = x + self.seq_proj(self.q_proj(self.norm(x)).tanh())
+        return x + self.mlp.upper(self.mlp.up(x).relu())
+
+
+class _Decoder(nn.Module):
+    def __init__(self, d=12):
+        super().__init__()
+        self.embed = nn.Embedding(11, d)
+        self.layers = nn.ModuleList([_Block(d), _Block(d)])
+        self.head = nn.Linear(d, 5)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def _is_wrapped(module):
+    # By what it has, not by its class: the lesson's own class serves as well.
+    return hasattr(getattr(module, "lora", None), "lora_A")
+
+
+def _injected(model):
+    """What injection decided, then what the model computes with trained factors in place."""
+    wrapped = {name: module for name, module in model.named_modules() if _is_wrapped(module)}
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    ids = torch.arange(11).reshape(1, 11)
+    with torch.no_grad():
+        before = model(ids)
+        for seed, module in enumerate(wrapped.values()):
+            for factor in (module.lora.lora_A, module.lora.lora_B):
+                torch.manual_seed(seed + factor.numel())
+                factor.copy_(torch.randn(factor.shape))
+        after = model(ids)
+    return {
+        "the list of modules with a LoRA branch": list(wrapped),
+        "the list of what trains": trains,
+        "the shapes of the factors": [tuple(m.lora.lora_A.shape) for m in wrapped.values()],
+        "the output right after injection": before,
+        "the output once A and B are trained": after,
+    }
+
+
+def _injection(matches, freeze=True, settings=lambda rank, alpha: (rank, alpha)):
+    """A wrong apply_lora by what it matches, freezes and passes on; it refuses nothing."""
+
+    def apply(model, rank, alpha, targets):
+        if freeze:
+            model.requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and any(matches(name, t) for t in targets):
+                parent, _, leaf = name.rpartition(".")
+                wrapped = LinearWithLoRA(module, *settings(rank, alpha))
+                setattr(model.get_submodule(parent), leaf, wrapped)
+        return model
+
+    return apply
+
+
+def _segments(name, target):
+    return f".{name}".endswith(f".{target}")
+
+
+def _substring(name, target):
+    return target in name
+
+
+def _suffix(name, target):
+    return name.endswith(target)
+
+
+def _decoder_case(*settings, **more):
+    return Case(lambda: [_Decoder(), *settings], **more)
+
+
+def _refused(targets, mentions, note):
+    return _decoder_case(4, 10, targets, raises=ValueError, mentions=mentions, note=note)
+
+
+def _second_call(targets, note):
+    def earlier(apply, model, rank, alpha, targets):
+        return [apply(model, 4, 10, ["q_proj"]), rank, alpha, targets]
+
+    return _decoder_case(4, 10, targets, earlier=earlier, raises=ValueError, note=note)
+
+
+_REST_TRAINS = "the rest of the model still trains: freeze it before the branches are added"
+_MATCHES = "targets are found anywhere in a name, and must be whole segments at its end"
+
+
+@check_for(
+    cases=[
+        _decoder_case(4, 10, ["q_proj"], note="seq_proj is another layer"),
+        _decoder_case(2, 3.0, ("up", "head"), note="mlp.upper is another layer"),
+        _decoder_case(3, 6, ["mlp.up", "layers.1.q_proj"], note="targets of several segments"),
+        _refused(["q_porj"], "q_porj", "a target that matches nothing"),
+        _refused(["q_proj", "v_proj"], "v_proj", "the second target matches nothing"),
+        _refused(["q_proj", "embed"], "embed", "embed is no nn.Linear, so it matches nothing"),
+        _second_call(["q_proj"], "a second call: the model has LoRA branches already"),
+        _second_call(["up"], "a second call for other layers of a model with LoRA branches"),
+    ],
+    returns="the model",
+    view=_injected,
+    changes=("model",),
+    causes=[
+        (f"{_REST_TRAINS}; and {_MATCHES}", _injection(_substring, freeze=False)),
+        (_REST_TRAINS, _injection(_segments, freeze=False)),
+        (_MATCHES, _injection(_substring)),
+        (
+            "targets are compared with the end of the name, not with whole segments of it",
+            _injection(_suffix),
+        ),
+        (
+            "only the last segment of a name is compared: a target may have several",
+            _injection(lambda name, target: name.rpartition(".")[2] == target),
+        ),
+        (
+            "a module at the top of the model has no dot before its name",
+            _injection(lambda name, target: name.endswith(f".{target}")),
+        ),
+        ("rank is not passed on", _injection(_segments, settings=lambda r, alpha: (8, alpha))),
+        ("alpha is not passed on", _injection(_segments, settings=lambda r, alpha: (r, 16.0))),
+        (
+            "rank and alpha have changed places",
+            _injection(_segments, settings=lambda r, alpha: (int(alpha), r)),
+        ),
+    ],
+)
+def apply_lora(model, rank, alpha, targets):
+    """LoRA on the named layers alone, all else frozen."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and any(name.split(".")[-len(t.split(".")) :] == t.split(".") for t in targets)
+    ]
+    for p in model.parameters():
+        p.requires_grad = False
+    for name in names:
+        parent = model.get_submodule(".".join(name.split(".")[:-1]))
+        parent._modules[name.split(".")[-1]] = LinearWithLoRA(
+            model.get_submodule(name), rank=rank, alpha=alpha
+        )
+    return model
