@@ -40,16 +40,13 @@ def points() -> list[tuple]:
         ("lora", "qv", 8, 16, 3e-3, 50),
         ("full", "", 0, 0, 2e-4, 50),
     ]
-    baselines = [("head", "", 0, 0, lr, 200) for lr in (3e-3, 1e-2, 3e-2)]
-    baselines += [("full", "", 0, 0, lr, 200) for lr in (5e-5, 1e-4, 2e-4, 4e-4)]
-    rates = [
-        ("lora", "qv", rank, 16, lr, 200) for rank in (8, 1, 64) for lr in (1e-3, 3e-3, 1e-2)
-    ]
-    ranks = [("lora", "qv", rank, 16, 3e-3, 200) for rank in (2, 4, 16, 32)]
-    alphas = [("lora", "qv", 8, alpha, 3e-3, 200) for alpha in (1, 4, 64)]
+    baselines = [("full", "", 0, 0, lr, 200) for lr in (1e-4, 2e-4, 4e-4)]
+    baselines += [("head", "", 0, 0, lr, 200) for lr in (1e-2, 3e-2)]
+    rates = [("lora", "qv", rank, 16, lr, 200) for rank in (8, 1, 64) for lr in (1e-3, 3e-3, 1e-2)]
     modules = [("lora", "all-linear", 8, 16, lr, 200) for lr in (1e-3, 3e-3)]
-    modules += [("lora", "all-linear", 1, 16, 3e-3, 200)]
-    return [*short, *baselines, *rates, *modules, *ranks, *alphas]
+    ranks = [("lora", "qv", rank, 16, 3e-3, 200) for rank in (4, 16)]
+    alphas = [("lora", "qv", 8, alpha, 3e-3, 200) for alpha in (4, 64)]
+    return [*short, *rates[:3], *baselines, *rates[3:], *modules, *ranks, *alphas]
 
 
 def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps: int, seed: int):

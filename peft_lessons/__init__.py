@@ -14,8 +14,10 @@ from . import checks as check
 from . import measure, plots
 from .adapters_io import load_adapter, read_adapter, save_adapter
 from .inject import freeze, inject, injection_of, merge, methods, report, unload, unmerge
+from .machine import machine_check
 from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model
 from .models import load_model, load_tokenizer
+from .results import best, load_results, spread
 from .tasks import load_task
 from .training import History, Scores, TrainingDiverged, evaluate, fit
 
@@ -27,6 +29,7 @@ __all__ = [
     "Scores",
     "TrainingDiverged",
     "apply_lora_to_model",
+    "best",
     "check",
     "evaluate",
     "fit",
@@ -35,8 +38,10 @@ __all__ = [
     "injection_of",
     "load_adapter",
     "load_model",
+    "load_results",
     "load_task",
     "load_tokenizer",
+    "machine_check",
     "measure",
     "merge",
     "methods",
@@ -44,6 +49,7 @@ __all__ = [
     "read_adapter",
     "report",
     "save_adapter",
+    "spread",
     "unload",
     "unmerge",
 ]

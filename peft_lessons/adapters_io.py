@@ -24,6 +24,7 @@ from .inject import (
     Injection,
     Method,
     Report,
+    _refuse_injected,
     _require_injection,
     fingerprint,
     inject,
@@ -51,6 +52,7 @@ _SAYS_NOTHING = {
     "revision",
     "task_type",
 }
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OFF = (None, False, {}, [], "none")
 # PiSSA, OLoRA and LoftQ change the base before training, so their files need more than the factors.
 _PLAIN_START = (True, False, "gaussian")
@@ -80,14 +82,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write the model's adapter to `folder` (made if missing) and return the path.
 
     Both files are complete under temporary names before either takes its place, so an interrupted
-    save leaves an older adapter whole.
+    save leaves an older adapter whole. The same adapter gives the same bytes.
 
     Raises ValueError if the model holds no method, RuntimeError while it is merged (the branch
-    would be added to weights that contain it), ValueError if a tensor is NaN or infinite."""
+    would be added to weights that contain it), ValueError if a tensor is NaN or infinite or has no
+    values (meta device)."""
     injection = _require_injection(model, "save_adapter")
     if injection.merged:
         raise RuntimeError("save_adapter: the adapter is merged; unmerge(model) first")
-    tensors = {k: t.detach().cpu().contiguous() for k, t in _slots(model, injection)}
+    slots = dict(_slots(model, injection))
+    if any(t.is_meta for t in slots.values()):
+        raise ValueError("save_adapter: the model is on the meta device and has no values to save")
+    tensors = {k: t.detach().cpu().contiguous() for k, t in slots.items()}
     _refuse_non_finite(tensors, "save_adapter")
     entries, tensors = injection.method.to_peft(tensors)
     if entries.get("target_modules") == "all-linear":
@@ -106,21 +112,41 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_adapter: folder={str(folder)!r} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    _replace({folder / WEIGHTS: save(tensors, metadata=header), folder / CONFIG: config})
+    _replace({folder / WEIGHTS: _serialized(tensors, header), folder / CONFIG: config})
     return folder
 
 
+def _serialized(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> bytes:
+    """A safetensors file. The library writes the header's entries in an order that changes from
+    call to call; here they are sorted, so that the same adapter gives the same bytes."""
+    content = save(tensors, metadata=header)
+    start = 8 + int.from_bytes(content[:8], "little")
+    parts = json.loads(content[8:start])
+    parts["__metadata__"] = dict(sorted(header.items()))
+    text = json.dumps(parts, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[start:]
+
+
 def _replace(files: dict[Path, bytes]) -> None:
-    """Write all files beside their places, then move each into its place."""
+    """Write all files beside their places, then move each into its place.
+
+    If one of the moves fails, those before it are taken back: old and new files never mix."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    old = {path: path.read_bytes() if path.is_file() else None for path in files}
     try:
         for path, content in files.items():
             with open(temporary[path], "wb") as f:
                 f.write(content)
                 f.flush()
                 os.fsync(f.fileno())
-        for path in files:
-            os.replace(temporary[path], path)
+        try:
+            for path in files:
+                os.replace(temporary[path], path)
+        except BaseException:
+            for path in (p for p in files if not temporary[p].exists()):
+                path.unlink() if old[path] is None else path.write_bytes(old[path])
+            raise
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -150,7 +176,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
     text = (folder / CONFIG).read_bytes()
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG} in {str(folder)!r} is broken or cut off: {error}") from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise ValueError(f"{CONFIG} in {str(folder)!r} names no peft_type: not an adapter's config")
@@ -165,6 +191,12 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
             f"{CONFIG} in {str(folder)!r} is not the one that {WEIGHTS} was saved with: one of the "
             "two was changed or exchanged since; save the adapter again"
         )
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(
+                f"{key!r} in {str(folder)!r} holds {tensor.dtype} numbers, but an adapter is made "
+                "of 16-, 32- or 64-bit floats: it was quantised or is no adapter"
+            )
     _refuse_non_finite(tensors, "load_adapter")
     return config, tensors, header
 
@@ -182,13 +214,19 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
         wrong = [k for k, v in method.peft_constants.items() if config.get(k) != v]
         wrong += [k for k, v in config.items() if k not in read | _SAYS_NOTHING and not _off(k, v)]
         if not wrong:
-            return method.from_peft(config, tensors)
+            try:
+                return method.from_peft(config, tensors)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{CONFIG} describes no {method.__name__}: {error}") from None
         complaints[method.__name__] = wrong
     said = "; ".join(
         f"{name} does not read {', '.join(f'{k}={config.get(k)!r}' for k in keys)}"
         for name, keys in complaints.items()
     )
-    raise ValueError(f"this {kind} adapter uses what the course does not have: {said}")
+    raise ValueError(
+        f"this {kind} adapter uses what the course does not have: {said}. PEFT can load it: "
+        "PeftModel.from_pretrained(model, folder)"
+    )
 
 
 def _off(key: str, value: object) -> bool:
@@ -220,14 +258,15 @@ def load_adapter(
     Raises FileNotFoundError, ValueError (broken file, unknown method or option, keys or shapes that
     do not fit, NaN, another base) or RuntimeError (a method is in the model); model unchanged."""
     config, tensors, header = read_adapter(folder)
-    if injection_of(model) is not None:
-        raise RuntimeError("load_adapter: the model holds a method already; unload(model) first")
+    _refuse_injected(model)
     if check_base:
         _check_base(model, config, header)
     method, tensors = _method_of(config, tensors)
     # PEFT lists every name that a head may have; those of other models match nothing here.
     paths = [path for path, _ in model.named_modules()]
-    saved = config.get("modules_to_save") or ()
+    saved = config.get("modules_to_save") or []
+    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise ValueError(f"{CONFIG}: modules_to_save={saved!r} must be a list of module names")
     whole = [name for name in saved if any(matches(path, (name,)) for path in paths)]
 
     skeleton = _on_meta(model)
@@ -243,6 +282,8 @@ def load_adapter(
                 f"{key!r} has shape {tuple(tensors[key].shape)} in the file, but the model and the "
                 f"config ask for {tuple(slot.shape)}"
             )
+        # The head of a half-precision model may be too narrow for what the file holds.
+        _refuse_non_finite({key: tensors[key].to(slot.dtype)}, f"load_adapter as {slot.dtype}")
 
     result = inject(model, method, also_train=whole)
     with torch.no_grad():
@@ -269,4 +310,3 @@ def _check_base(model: nn.Module, config: dict, header: dict) -> None:
     name, here = config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
     if name and here and name != here:
         raise ValueError(f"the adapter was made for {name!r}, this model is {here!r}: {remedy}")
-

@@ -40,6 +40,10 @@ def _fraction(value: Any) -> str | None:
     return None if 0 <= value < 1 else "must lie in [0, 1): 0 switches it off, 1 drops everything"
 
 
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "must be True or False"
+
+
 # A field of this name means the same in every method, so it is checked once, here.
 _FIELD_RULES: dict[str, Callable[[Any], str | None]] = {
     "rank": _whole,
@@ -47,6 +51,7 @@ _FIELD_RULES: dict[str, Callable[[Any], str | None]] = {
     "tokens": _whole,
     "alpha": _positive,
     "dropout": _fraction,
+    "rslora": _flag,
 }
 
 
@@ -171,6 +176,15 @@ class Adapted(nn.Module):
         self.base = base.requires_grad_(False)
         self.merged = False
 
+    # Some models look at their layers' tensors themselves, T5 at a weight's dtype for one.
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
     def merged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise TypeError(f"{type(self).__name__} cannot be merged into its base layer")
 
@@ -198,7 +212,12 @@ class Adapted(nn.Module):
         with torch.no_grad():
             new = self.merged_tensors() if merged else self.unmerged_tensors()
         for what, tensor in zip(("weight", "bias"), new, strict=True):
-            if tensor is not None and not tensor.is_meta and not tensor.isfinite().all():
+            if tensor is None or tensor.is_meta:
+                continue
+            dtype = getattr(self.base, what).dtype
+            # A float32 sum may be finite and yet too large for a float16 layer.
+            stored = tensor.to(dtype) if dtype.is_floating_point else tensor
+            if not stored.isfinite().all():
                 raise ValueError(
                     f"the new {what} would hold NaN or infinity; nothing was changed: look at the "
                     "adapter's values, training may have diverged"
@@ -263,7 +282,8 @@ def find_targets(
 
     Raises ValueError if a name matches nothing, or a module that cannot be wrapped."""
     # A module reachable under two paths would be wrapped in one of them only, hence the duplicates.
-    modules = dict(model.named_modules(remove_duplicate=False))
+    # The model itself has no parent in which something could take its place.
+    modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if p}
     usable = [path for path, m in modules.items() if type(m) in takes]
     kinds = " or ".join(t.__name__ for t in takes)
     if targets == "all-linear":
@@ -274,9 +294,9 @@ def find_targets(
     else:
         for name in [targets] if isinstance(targets, str) else targets:
             rule = name if isinstance(targets, str) else (name,)
-            if not any(path and matches(path, rule) for path in modules):
+            if not any(matches(path, rule) for path in modules):
                 raise ValueError(_nothing_found(name, isinstance(targets, str), usable, kinds))
-        found = [path for path in modules if path and matches(path, targets)]
+        found = [path for path in modules if matches(path, targets)]
         if not found:
             raise ValueError(f"targets is empty: name at least one {kinds}: {_leaves(usable)}")
     for path in found:
@@ -289,8 +309,17 @@ def find_targets(
                 + (
                     "; a Conv1D stores its weight as (in, out): convert it to a Linear first"
                     if type(module).__name__ == "Conv1D"
-                    else f"; those are called {_leaves(usable)}"
+                    else f"; those are called {_leaves(usable)} (a longer part of the path, as "
+                    "'mlp.dense', tells modules of one name apart)"
                 )
+            )
+        parent = model.get_submodule(path.rpartition(".")[0])
+        fast = isinstance(parent, nn.TransformerEncoderLayer)
+        if fast and torch.backends.mha.get_fastpath_enabled():
+            raise ValueError(
+                f"targets: {path!r} is part of a TransformerEncoderLayer, which in eval mode reads "
+                "the weights past whatever wraps them; call "
+                "torch.backends.mha.set_fastpath_enabled(False) first"
             )
         _refuse_tied(model, path, module, "targets")
     return {path: modules[path] for path in found}
@@ -308,7 +337,8 @@ def _nothing_found(name: str, is_pattern: bool, usable: list[str], kinds: str) -
         text += f" (a string is a pattern for whole paths; a name goes in a tuple: ({name!r},))"
     elif near:
         text += f"; did you mean {near[0]!r}?"
-    return f"{text}. Its {kinds} layers are called {_leaves(usable)}"
+    end = " " if text.endswith("?") else ". "
+    return f"{text}{end}Its {kinds} layers are called {_leaves(usable)}"
 
 
 def fresh_modules(model: nn.Module) -> tuple[str, ...]:
@@ -468,14 +498,18 @@ def _trainable(model: nn.Module) -> int:
 
 
 def _refuse_injected(model: nn.Module) -> None:
-    injection = injection_of(model)
-    if injection is not None:
-        raise RuntimeError(
-            f"the model holds {injection.method!r} already: a second method would wrap the first; "
-            "unload(model) first"
-        )
+    for path, module in model.named_modules():
+        injection = injection_of(module)
+        if injection is not None:
+            where = f"model.{path}" if path else "model"
+            raise RuntimeError(
+                f"the {where} holds {injection.method!r} already: a second method would wrap the "
+                f"first; unload({where}) first"
+            )
 
 
+# Parameters made under a caller's inference_mode() could never train.
+@torch.inference_mode(False)
 def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = ()) -> Report:
     """Freeze `model` and put `method` into it, in place.
 

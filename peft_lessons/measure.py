@@ -45,8 +45,13 @@ def parameters(model: nn.Module) -> Parameters:
 
 def nbytes(tensors) -> int:
     """Bytes of the tensors' storages, a shared one once."""
-    storages = {t.untyped_storage().data_ptr() or id(t): t.untyped_storage() for t in tensors}
+    storages = {_key(t): t.untyped_storage() for t in tensors}
     return sum(s.nbytes() for s in storages.values())
+
+
+def _key(tensor: torch.Tensor) -> int:
+    # The storage's own identity, since on the meta device every data_ptr is 0.
+    return tensor.untyped_storage()._cdata
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> i
     """Bytes that `forward` keeps for the backward pass, the model's own tensors left out.
 
     `forward` runs the model and returns the loss, say; what it returns is dropped."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {_key(t) for t in (*model.parameters(), *model.buffers())}
     kept = []
 
     def keep(tensor):
@@ -91,7 +96,7 @@ def activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> i
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()
-    size = nbytes([t for t in kept if t.untyped_storage().data_ptr() not in own])
+    size = nbytes([t for t in kept if _key(t) not in own])
     del result
     return size
 
@@ -100,9 +105,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
     """The most bytes that `function` held at a time beyond what was held before it.
 
     On the CPU read from the profiler's record of every allocation and release, inside the operators
-    too; on a GPU from torch's own counter. A call costs several times the function's own time."""
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
+    too; on a GPU, if anything lies there yet, from torch's own counter. A call costs several times
+    the function's own time."""
+    if torch.cuda.is_available() and (before := torch.cuda.memory_allocated()):
         torch.cuda.reset_peak_memory_stats()
         function()
         torch.cuda.synchronize()

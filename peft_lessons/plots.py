@@ -71,6 +71,8 @@ def show(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> None:
     display(Shown(buffer.getvalue(), alt, caption))
 
 
+# The style holds at the time of drawing, since titles, lines and legends read it only then.
+@mpl.rc_context(_STYLE)
 def curves(
     ax,
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
@@ -86,6 +88,7 @@ def curves(
         ax.legend()
 
 
+@mpl.rc_context(_STYLE)
 def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> None:
     """One horizontal bar for each row, {row: {part: length}}, its parts in one colour each."""
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))

@@ -191,7 +191,9 @@ def fit(
     if injection:
         injection.method.before_fit(injection, steps)
     run = {"steps": steps, "lr": lr, "batch_size": batch_size, "warmup": warmup, "seed": seed}
-    run |= {"weight_decay": weight_decay, "clip": clip, "names": sorted(trainable)}
+    run |= {"weight_decay": weight_decay, "clip": clip, "task": task.name}
+    run |= {"names": sorted((n, tuple(p.shape)) for n, p in trainable.items())}
+    run |= {"method": repr(injection.method) if injection else "no method"}
     history, device, was_training = History(), _device(model), model.training
     optimizer = torch.optim.AdamW(
         trainable.values(),
@@ -199,6 +201,7 @@ def fit(
         weight_decay=weight_decay,
         fused=device.type in ("cpu", "cuda"),  # one pass over the weights instead of ten
     )
+    optimizer.zero_grad()  # a gradient from before, of an experiment, would join the first step
     model.train()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,0 +1,106 @@
+"""Is this machine ready for the course? Versions, cores, memory, GPU and bundled files."""
+
+from __future__ import annotations
+
+import html
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from packaging.requirements import Requirement
+
+from .models import bundled_files
+
+_NEEDED_GIB = 4  # full fine-tuning of the bundled encoder, JupyterLab and a browser
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing looked at; `ok` is None where there is nothing to demand."""
+
+    what: str
+    found: str
+    ok: bool | None
+
+
+class Readiness:
+    """A table of what was found, and one verdict; `.ready` is False if anything is wrong."""
+
+    def __init__(self, rows: list[Row]):
+        self.rows = rows
+        self.ready = all(row.ok is not False for row in rows)
+        self.verdict = (
+            "This machine is ready."
+            if self.ready
+            else "Not ready: mend what is marked ✗ first; `make .venv` sets up the right versions."
+        )
+
+    def __repr__(self) -> str:
+        width = max(len(row.what) for row in self.rows)
+        marks = {True: "✓", False: "✗", None: "·"}
+        lines = [f"{marks[r.ok]} {r.what:<{width}}  {r.found}" for r in self.rows]
+        return "\n".join((*lines, self.verdict))
+
+    def _repr_html_(self) -> str:
+        marks = {True: "✓", False: "✗", None: "·"}
+        body = "".join(
+            f'<tr><td>{marks[r.ok]}</td><td style="text-align:left">{html.escape(r.what)}</td>'
+            f'<td style="text-align:left">{html.escape(r.found)}</td></tr>'
+            for r in self.rows
+        )
+        return f"<table>{body}</table><p><strong>{html.escape(self.verdict)}</strong></p>"
+
+
+def _memory_gib() -> float | None:
+    """The machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _packages() -> list[Row]:
+    """The installed version of everything the course needs, against the range it needs."""
+    rows = []
+    for line in metadata.requires("peft-lessons") or []:
+        needed = Requirement(line)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(needed.name)
+        except metadata.PackageNotFoundError:
+            rows.append(Row(needed.name, f"missing, needs {needed.specifier}", False))
+            continue
+        fits = needed.specifier.contains(version, prereleases=True)
+        found = version if fits else f"{version}, needs {needed.specifier}"
+        rows.append(Row(needed.name, found, fits))
+    return rows
+
+
+def _files() -> Row:
+    files = bundled_files()
+    broken = [f.path for f in files if not f.intact]
+    size = sum(f.size for f in files) / 2**20
+    found = f"{len(files)} files, {size:.0f} MiB, checksums right"
+    if broken:
+        found = f"missing or damaged: {', '.join(broken)}; data/README.md says how to rebuild them"
+    return Row("bundled models and data", found, not broken)
+
+
+def machine_check() -> Readiness:
+    """Look at everything the lessons need, and say whether it is there."""
+    python = sys.version_info[:2] == (3, 11)
+    rows = [Row("Python", platform.python_version() + ("" if python else ", needs 3.11"), python)]
+    rows += _packages()
+    rows.append(Row("processor", f"{platform.machine()}, {os.cpu_count()} cores", None))
+    memory = _memory_gib()
+    if memory is not None:
+        enough = memory > _NEEDED_GIB
+        needs = "" if enough else f", the lessons need {_NEEDED_GIB}"
+        rows.append(Row("memory", f"{memory:.0f} GiB{needs}", enough))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (none is needed)"
+    rows += [Row("GPU", gpu, None), _files()]
+    return Readiness(rows)
