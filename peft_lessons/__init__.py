@@ -18,6 +18,7 @@ from .machine import machine_check
 from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model
 from .models import load_model, load_tokenizer
 from .results import best, load_results, spread
+from .tables import table
 from .tasks import load_task
 from .training import History, Scores, TrainingDiverged, evaluate, fit
 
@@ -50,6 +51,7 @@ __all__ = [
     "report",
     "save_adapter",
     "spread",
+    "table",
     "unload",
     "unmerge",
 ]

@@ -106,7 +106,8 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
     On the CPU read from the profiler's record of every allocation and release, inside the operators
     too; on a GPU, if anything lies there yet, from torch's own counter. A call costs several times
-    the function's own time."""
+    the function's own time. On the CPU the release of something older goes unseen, so `function`
+    should begin without it (gradients: zero_grad first)."""
     if torch.cuda.is_available() and (before := torch.cuda.memory_allocated()):
         torch.cuda.reset_peak_memory_stats()
         function()

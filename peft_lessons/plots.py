@@ -60,18 +60,24 @@ class Shown:
         }
 
 
+# The style must hold while things are drawn: titles, lines and legends read it only then.
+@mpl.rc_context(_STYLE)
 def show(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> None:
     """Display a figure below the cell, with alternative text (what it shows, in a sentence).
 
     Raises ValueError for an alt text that is too short to say anything."""
     if len(alt) < 20:
         raise ValueError(f"alt={alt!r} is too short: say in a sentence what the figure shows")
+    for ax in fig.axes:
+        # A title set by the lesson itself is a claim like all others: to the left, in bold.
+        if title := ax.get_title():
+            ax.set_title("")
+            ax.set_title(title, loc="left", fontweight="bold", fontsize="medium")
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     display(Shown(buffer.getvalue(), alt, caption))
 
 
-# The style holds at the time of drawing, since titles, lines and legends read it only then.
 @mpl.rc_context(_STYLE)
 def curves(
     ax,

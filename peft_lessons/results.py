@@ -65,7 +65,11 @@ def spread(rows: list[dict], column: str, scale: float = 1.0) -> Spread:
 
 
 def best(rows: list[dict], over: str, by: str) -> tuple[object, list[dict]]:
-    """(value of column `over`, its rows) with the highest mean of column `by`: a tuned setting."""
+    """(value of column `over`, its rows) with the highest mean of column `by`: a tuned setting.
+
+    Raises ValueError for no rows, or a seed that is there twice at one value."""
+    if not rows:
+        raise ValueError(f"no rows to choose {over!r} from: the filter matches nothing")
     groups = {value: [r for r in rows if r[over] == value] for value in {r[over] for r in rows}}
     value = max(sorted(groups), key=lambda v: spread(groups[v], by).mean)
     return value, groups[value]

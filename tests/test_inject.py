@@ -1,5 +1,6 @@
 """inject, merge, unmerge, unload: what they do, and what they refuse without changing anything."""
 
+import pickle
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from tiny import same, state, tiny_bert, tiny_llama
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from peft_lessons import (
@@ -320,6 +322,227 @@ def test_freeze_leaves_the_head_and_what_is_named():
         freeze(model, also_train=("nope",))
 
 
+def test_rslora_must_be_true_or_false():
+    with pytest.raises(ValueError, match="rslora='no' must be True or False"):
+        LoRA(rslora="no")
+
+
+def test_a_model_that_is_one_layer_is_refused():
+    for targets in ("all-linear", ".*", ("weight",)):
+        layer = nn.Linear(4, 4)
+        with pytest.raises(ValueError, match="targets"):
+            inject(layer, LoRA(rank=2, alpha=3, targets=targets))
+        assert layer.weight.requires_grad and injection_of(layer) is None
+
+
+def test_a_method_inside_a_part_is_refused_for_the_whole():
+    model = tiny_bert()
+    inject(model.bert, LoRA(rank=2, alpha=3, targets=("query",)))
+    untouched = state(model)
+    for again in (lambda: inject(model, LoRA(2, 3, ("value",))), lambda: freeze(model)):
+        with pytest.raises(RuntimeError, match=r"unload\(model\.bert\) first"):
+            again()
+    assert same(state(model), untouched)
+    unload(model.bert)
+    inject(model, LoRA(2, 3, ("value",)))
+
+
+def test_modules_of_one_name_and_several_types():
+    model = nn.ModuleDict(
+        {"x": nn.ModuleDict({"q": nn.Linear(4, 4)}), "y": nn.ModuleDict({"q": nn.LayerNorm(4)})}
+    )
+    with pytest.raises(ValueError, match=r"'y\.q' is a LayerNorm.*longer part of the path"):
+        inject(model, LoRA(2, 3, ("q",)))
+    assert inject(model, LoRA(2, 3, ("x.q",))).modules == ("x.q",)
+
+
+def test_layers_called_like_the_parts_of_a_wrapper():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.lora = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.lora(self.base(x))
+
+    model, x = Named(), torch.randn(3, 4)
+    untouched, expected = state(model), model(x)
+    told = inject(model, LoRA(2, 3, ("base", "lora")))
+    assert told.trainable == 40 and told.base == 58
+    shaken(model)
+    before = model(x)
+    merge(model)
+    assert torch.allclose(model(x), before, atol=1e-6)
+    unmerge(model)
+    assert torch.allclose(unload(model)(x), expected, atol=1e-6)
+    assert list(untouched) == list(state(model))
+
+
+def test_pytorchs_own_attention_is_left_alone_or_refused():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(self.attention(x, x, x)[0])
+
+    # It calls no forward of its out_proj, a subclass of Linear: wrapped, it would do nothing.
+    with pytest.raises(ValueError, match="NonDynamicallyQuantizableLinear"):
+        inject(Attends(), LoRA(2, 3, ("out_proj",)))
+    model, x = Attends(), torch.randn(2, 3, 8)
+    before = model(x)
+    assert inject(model, LoRA(2, 3, "all-linear")).modules == ("linear",)
+    assert torch.allclose(model(x), before, atol=1e-6)
+
+
+def test_a_fused_encoder_layer_is_refused_unless_it_is_switched_off():
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8)
+    method = LoRA(2, 3, ("encoder.linear1", "encoder.linear2"))
+    model = nn.ModuleDict({"encoder": layer})
+    for m, targets in ((model, method.targets), (layer, ("linear1",))):
+        with pytest.raises(ValueError, match="set_fastpath_enabled"):
+            inject(m, LoRA(2, 3, targets))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            before = layer(x)
+            inject(model, method)
+            assert torch.allclose(layer(x), before, atol=1e-6)
+            shaken(model)
+            assert not torch.allclose(layer(x), before)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_model_may_look_at_its_layers_tensors():
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).eval()
+    # T5 compares the dtype of its input with that of wo.weight.
+    expected = model(input_ids=IDS, labels=IDS).logits
+    inject(model, LoRA(2, 3, ("wo", "q")))
+    assert torch.allclose(model(input_ids=IDS, labels=IDS).logits, expected, atol=1e-5)
+    wrapper = next(iter(injection_of(model).wrappers.values()))
+    assert wrapper.weight is wrapper.base.weight and wrapper.bias is None
+
+
+def test_a_sum_too_large_for_float16_is_not_merged():
+    model = tiny_llama().half()
+    inject(model, QV)
+    last = list(injection_of(model).wrappers.values())[-1]
+    with torch.no_grad():
+        last.lora.lora_A.fill_(300.0)
+        last.lora.lora_B.fill_(300.0)  # a sum of 540,000, finite in float32
+    untouched = state(model)
+    with pytest.raises(ValueError, match=r"layers\.1.*NaN or infinity"):
+        merge(model)
+    assert same(state(model), untouched)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_injected_where_no_gradients_are_it_still_trains(mode):
+    model = tiny_llama()
+    with mode():
+        inject(model, QV)
+        shaken(model)
+        merge(model)
+        unmerge(model)
+        assert not torch.is_grad_enabled()
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_many_rounds_leave_no_trace():
+    model, fresh = tiny_bert(), tiny_bert()
+    untouched = state(model)
+    for i in range(12):
+        inject(model, LoRA(rank=2, alpha=3, targets="all-linear" if i % 2 else ("query",)))
+        shaken(model)
+        model(IDS)
+        unload(model)
+    assert same(state(model), untouched)
+    assert vars(model).keys() == vars(fresh).keys()
+
+
+def test_what_trains_in_between_does_not_matter_to_unload():
+    model = tiny_bert()
+    model.bert.embeddings.requires_grad_(False)
+    untouched = state(model)
+    inject(model, LoRA(2, 3, ("query",)))
+    model.requires_grad_(True)
+    assert same(state(unload(model)), untouched)
+
+
+def test_copies_through_files(tmp_path):
+    model = injected()
+    expected = model(IDS).logits
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(IDS).logits, expected)
+    merge(again)
+    assert not injection_of(model).merged
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = tiny_llama(seed=1)
+    inject(other, QV)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(other(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_change_of_dtype_after_injection(dtype):
+    model = tiny_bert()
+    inject(model, LoRA(2, 3, ("query",)))
+    shaken(model).to(dtype)
+    assert model(IDS).logits.dtype == dtype
+    merge(model)
+    unmerge(model)
+    assert {p.dtype for p in unload(model).parameters()} == {dtype}
+    # The head's old values come back too, rounded to the new type.
+    assert torch.equal(model.classifier.weight, tiny_bert().classifier.weight.to(dtype))
+
+
+def test_a_move_to_the_meta_device_after_injection():
+    model = tiny_bert()
+    inject(model, LoRA(2, 3, ("query",)))
+    told = repr(report(model))
+    model.to("meta")
+    merge(model)
+    unmerge(model)
+    assert repr(report(model)) == told
+    assert all(p.is_meta for p in unload(model).parameters())
+
+
+def test_autocast():
+    model = injected()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(IDS, labels=IDS)
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16
+    assert torch.allclose(output.logits.float(), model(IDS).logits, atol=0.05)
+    for p in model.parameters():
+        if p.requires_grad:
+            assert p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(reentrant):
+    model = injected().train()
+    model(IDS, labels=IDS).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(IDS, labels=IDS).loss.backward()
+    assert expected and all(
+        torch.equal(p.grad, expected[n]) for n, p in model.named_parameters() if n in expected
+    )
+
+
 # ------------------------------------------------- methods that later lessons will bring, in small
 
 
@@ -414,6 +637,19 @@ def test_an_attached_method():
     with pytest.raises(TypeError, match="no weights to merge"):
         merge(model)
     assert torch.equal(unload(model)(IDS).logits, before)
+
+
+def test_a_copy_of_an_attached_method_has_its_own_hook():
+    model = tiny_llama()
+    before = model(IDS).logits
+    inject(model, ShiftEmbeddings())
+    nn.init.normal_(injection_of(model).attached.shift)
+    expected, copy = model(IDS).logits, deepcopy(model)
+    assert torch.equal(unload(copy)(IDS).logits, before)
+    assert torch.equal(model(IDS).logits, expected)
+    copy = deepcopy(model)
+    unload(model)
+    assert torch.equal(copy(IDS).logits, expected) and torch.equal(model(IDS).logits, before)
 
 
 def test_a_selecting_method():

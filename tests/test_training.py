@@ -1,7 +1,7 @@
 """fit and evaluate: what they train, that they resume exactly, and what they refuse."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -134,6 +134,35 @@ def test_a_checkpoint_of_another_run_or_broken_is_refused(tmp_path):
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"run\.pt.*no whole checkpoint"):
         train(injected(), 12, checkpoint=file)
+
+
+def test_a_checkpoint_of_another_method_task_or_shape_is_refused(tmp_path):
+    file = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            injected(), Interrupted(4), 12, lr=3e-3, show=False, checkpoint=file, checkpoint_every=2
+        )
+    other = TinyTask()
+    other.name = "other"
+    changed = (
+        (dict(rank=2), TASK, "other parameters train"),
+        (dict(alpha=7), TASK, r"method was .LoRA\(rank=4, alpha=6"),
+        ({}, other, "task was 'tiny'"),
+    )
+    for changes, task, message in changed:
+        model = injected(replace(QV, **changes))
+        before = state(model)
+        with pytest.raises(ValueError, match=message):
+            fit(model, task, 12, lr=3e-3, show=False, checkpoint=file)
+        assert same(state(model), before)
+
+
+def test_gradients_from_before_take_no_part():
+    clean, tried = injected(), injected()
+    tried(**next(TASK.batches("test", 16))).loss.backward()
+    train(clean, 3)
+    train(tried, 3)
+    assert same(state(clean), state(tried))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

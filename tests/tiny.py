@@ -1,4 +1,4 @@
-"""Small random models of two families, and a small task, for the tests of the engine."""
+"""Small random models of four families, and a small task, for the tests of the engine."""
 
 import torch
 from torch import nn
@@ -7,6 +7,10 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 
@@ -22,6 +26,47 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
         max_position_embeddings=128,
     )
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """The model, moved a little: biases that start at 0 would hide that they are left out."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.eval()
+
+
+def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
+    """With grouped key-value heads, and biases on q, k and v."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return shaken(Qwen2ForCausalLM(config))
+
+
+def tiny_opt(seed: int = 0) -> OPTForCausalLM:
+    """With learned positions, biases everywhere and a head tied to the embedding."""
+    torch.manual_seed(seed)
+    config = OPTConfig(
+        vocab_size=128,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=64,
+        dropout=0.0,
+    )
+    return shaken(OPTForCausalLM(config))
 
 
 def tiny_bert(seed: int = 0) -> BertForSequenceClassification:

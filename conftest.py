@@ -1,0 +1,121 @@
+"""Pytest's part in running the lessons: offline, one kernel a notebook, and a summary of times."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+from tools.environment import NEVER, OFFLINE, offline_environment
+
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    # Set before torch is imported and before xdist's workers and any kernel inherit it.
+    SCRATCH = Path(tempfile.mkdtemp(prefix="peft-lessons-"))
+    NETWORK_LOG = SCRATCH / "network.log"
+    os.environ.update(offline_environment(log=NETWORK_LOG), IPYTHONDIR=str(SCRATCH / "ipython"))
+    for _name in NEVER:
+        os.environ.pop(_name, None)
+sys.path.append(str(OFFLINE))
+import network_guard  # noqa: E402, F401  # cuts this process off too, once
+
+DURATIONS = "peft-lessons/durations"
+SOLVED = "test_solved["
+_TIMES: dict[tuple[str, str], float] = defaultdict(float)
+
+
+def _lesson(nodeid: str) -> tuple[str, str] | None:
+    """('02_lora', 'as shipped' or 'solved') where a test runs a lesson, else None."""
+    file, _, test = nodeid.partition("::")
+    if file.endswith(".ipynb"):
+        return Path(file).stem, "as shipped"
+    if test.startswith(SOLVED):
+        return test.removeprefix(SOLVED).split("]")[0], "solved"
+    return None
+
+
+class OneKernelPerNotebook(LoadScopeScheduling):
+    """Sends all cells of a notebook to the same worker, and each other test wherever there's room.
+
+    This replaces --dist loadgroup, whose marks have no effect under pytest 9.2 and xdist 3.8.
+    """
+
+    def __init__(self, config, log):
+        super().__init__(config, log)
+        config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems
+
+    def _split_scope(self, nodeid):
+        return " ".join(_lesson(nodeid) or (nodeid,))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return OneKernelPerNotebook(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Begin with the notebooks, and among them with those that took longest the last time."""
+    durations = config.cache.get(DURATIONS, {})
+
+    def order(item):
+        lesson = _lesson(item.nodeid)
+        if lesson is None:
+            # A browser test is as long as a lesson; the rest fills the gaps at the end.
+            return 0 if item.get_closest_marker("browser") else 1
+        return -durations.get(" ".join(lesson), 1e6)
+
+    items.sort(key=order)
+
+
+def pytest_runtest_logreport(report):
+    lesson = _lesson(report.nodeid)
+    if lesson and not IS_WORKER:
+        _TIMES[lesson] += report.duration
+
+
+def _network_attempts() -> list[str]:
+    return NETWORK_LOG.read_text().splitlines() if NETWORK_LOG.exists() else []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    if IS_WORKER:
+        return
+    if _network_attempts() and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    cache = session.config.cache
+    durations = cache.get(DURATIONS, {})
+    cache.set(DURATIONS, durations | {" ".join(k): round(v, 1) for k, v in _TIMES.items()})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    attempts = _network_attempts()
+    if attempts:
+        terminalreporter.section("connections refused: the lessons must run offline", red=True)
+        for line, times in Counter(attempts).items():
+            terminalreporter.write_line(f"{times}x {line}")
+    terminalreporter.section("lessons")
+    if _TIMES:
+        terminalreporter.write_line(f"{'seconds':24s} {'as shipped':>10s} {'solved':>10s}")
+    for stem in sorted({stem for stem, _ in _TIMES}):
+        cells = [_TIMES.get((stem, kind)) for kind in ("as shipped", "solved")]
+        shown = ["-" if seconds is None else f"{seconds:.1f}" for seconds in cells]
+        terminalreporter.write_line(f"{stem:24s} {shown[0]:>10s} {shown[1]:>10s}")
+    kinds = ("passed", "failed", "error", "skipped")
+    count = {kind: len(terminalreporter.stats.get(kind, [])) for kind in kinds}
+    lessons = len({stem for stem, _ in _TIMES})
+    terminalreporter.write_line(
+        f"{sum(count.values()) - count['skipped']} tests ran: {count['passed']} passed, "
+        f"{count['failed']} failed, {count['error']} errors; "
+        f"{count['skipped']} skipped; {lessons} lessons."
+    )
+
+
+def pytest_unconfigure(config):
+    if not IS_WORKER:
+        shutil.rmtree(SCRATCH, ignore_errors=True)

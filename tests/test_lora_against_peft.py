@@ -1,0 +1,237 @@
+"""LoRA and rsLoRA against Hugging Face PEFT on five models: the same values must give the same
+logits, losses, gradients, texts and merged models.
+
+The operations are PEFT's, in PEFT's order, so most results are equal to the last bit. What is
+asserted is 1e-6 and for merged models 1e-5, so that another machine's kernels may differ.
+"""
+
+import math
+from copy import deepcopy
+
+import peft
+import pytest
+import torch
+from tiny import tiny_bert, tiny_llama, tiny_opt, tiny_qwen2
+from torch import nn
+
+from peft_lessons import (
+    LoRA,
+    LoRALayer,
+    inject,
+    injection_of,
+    load_model,
+    merge,
+    unload,
+    unmerge,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
+# Non-square layers, layers with and without a bias, grouped key-value heads.
+TARGETS = {
+    "llama": ("q_proj", "v_proj", "down_proj"),
+    "qwen2": ("q_proj", "k_proj", "up_proj"),
+    "opt": ("q_proj", "v_proj", "fc1", "fc2"),
+    "bert": ("query", "value", "intermediate.dense", "output.dense"),
+}
+TASKS = {"bert": "SEQ_CLS"}
+EACH = pytest.mark.parametrize("name", MODELS)
+
+
+def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
+    """Three rows of 12, 9 and 5 tokens; padded on the left for decoders, as for generation."""
+    torch.manual_seed(11)
+    ids, mask = torch.randint(3, vocabulary, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    for row, length in enumerate((12, 9, 5)):
+        mask[row, length:] = 0
+    if name != "bert":
+        mask = mask.flip(1)
+    ids = ids.where(mask.bool(), 1)
+    labels = torch.tensor([1, 0, 1]) if name == "bert" else ids.where(mask.bool(), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pair(base: nn.Module, targets, task_type=None, rank=4, alpha=6.0, rslora=False, dropout=0.0):
+    """(PEFT's model, ours) on copies of one base, with the same random factors."""
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        task_type=task_type,
+    )
+    theirs, ours = peft.get_peft_model(deepcopy(base), config), deepcopy(base)
+    inject(ours, LoRA(rank, alpha, targets, dropout, rslora))
+    torch.manual_seed(7)
+    wrappers = injection_of(ours).wrappers
+    layers = {n: m for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert list(layers) == list(wrappers)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            for factor in ("lora_A", "lora_B"):
+                value = 0.2 * torch.randn_like(getattr(wrappers[path].lora, factor))
+                getattr(wrappers[path].lora, factor).copy_(value)
+                getattr(layer, factor)["default"].weight.copy_(value)
+    return theirs.eval(), ours.eval()
+
+
+def gradients(theirs, ours) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{parameter: (PEFT's gradient, ours)} of all that trains."""
+    found = {}
+    mine = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    for name, p in theirs.base_model.model.named_parameters():
+        if p.requires_grad:
+            name = name.replace("modules_to_save.default.", "").replace(".default.weight", "")
+            name = name.replace(".lora_", ".lora.lora_")
+            found[name] = (p.grad, mine.pop(name))
+    assert not mine, f"PEFT does not train {list(mine)}"
+    return found
+
+
+def assert_close(a, b, tolerance=1e-6):
+    assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all()
+    assert (a - b).abs().max() <= tolerance
+
+
+def compare_step(theirs, ours, batch, tolerance=1e-6):
+    """Logits, loss and the gradient of every trained tensor; returns our logits."""
+    a, b = theirs(**batch), ours(**batch)
+    assert_close(a.logits, b.logits, tolerance)
+    assert_close(a.loss, b.loss, tolerance)
+    a.loss.backward()
+    b.loss.backward()
+    pairs = gradients(theirs, ours)
+    assert pairs
+    for expected, got in pairs.values():
+        assert expected.abs().max() > 0
+        assert_close(expected, got, tolerance)
+    return b.logits.detach()
+
+
+@EACH
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+def test_logits_loss_and_gradients(name, rslora):
+    base, batch = MODELS[name](), batch_of(name)
+    theirs, ours = pair(base, TARGETS[name], TASKS.get(name), rslora=rslora)
+    logits = compare_step(theirs, ours, batch)
+    assert (logits - base(**batch).logits).abs().max() > 0.05  # the adapter does something
+
+
+@EACH
+def test_dropout_of_the_branch(name):
+    base, batch = MODELS[name](), batch_of(name)
+    theirs, ours = pair(base, TARGETS[name], TASKS.get(name), dropout=0.3)
+    for model in (theirs, ours):
+        model.train()
+        for module in model.modules():  # only the branch's dropout draws numbers
+            if isinstance(module, nn.Dropout) and module.p != 0.3:
+                module.p = 0.0
+    before = ours(**batch).loss
+    assert not torch.equal(ours(**batch).loss, before), "dropout does not drop"
+    torch.manual_seed(3)
+    a = theirs(**batch)
+    torch.manual_seed(3)
+    b = ours(**batch)
+    assert_close(a.logits, b.logits)
+    a.loss.backward()
+    b.loss.backward()
+    for expected, got in gradients(theirs, ours).values():
+        assert_close(expected, got)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+def test_greedy_generation(name):
+    base, batch = MODELS[name](), batch_of(name)
+    theirs, ours = pair(base, TARGETS[name], "CAUSAL_LM")
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
+    prompt = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    expected = theirs.generate(**prompt, **options)
+    assert expected.shape == (3, 20)
+    assert torch.equal(ours.generate(**prompt, **options), expected)
+    assert not torch.equal(base.generate(**prompt, **options), expected)
+    merge(ours)
+    assert torch.equal(ours.generate(**prompt, **options), expected)
+
+
+@EACH
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+def test_merged(name, rslora):
+    base, batch = MODELS[name](), batch_of(name)
+    theirs, ours = pair(base, TARGETS[name], TASKS.get(name), rslora=rslora)
+    before = ours(**batch).logits
+    merge(ours)
+    assert_close(ours(**batch).logits, before, 1e-5)
+    unmerge(ours)
+    assert_close(ours(**batch).logits, before, 1e-5)
+    merge(ours)
+    merged, plain = theirs.merge_and_unload(), unload(ours)
+    assert_close(merged(**batch).logits, plain(**batch).logits, 1e-5)
+    expected = dict(merged.named_parameters())
+    assert [n.replace("modules_to_save.default.", "") for n in expected] == [
+        n for n, _ in plain.named_parameters()
+    ]
+    for (_, e), (_, p) in zip(expected.items(), plain.named_parameters(), strict=True):
+        assert_close(e, p, 1e-6)
+
+
+@EACH
+def test_a_bfloat16_base_keeps_float32_factors(name):
+    base, batch = MODELS[name]().bfloat16(), batch_of(name)
+    theirs, ours = pair(base, TARGETS[name], TASKS.get(name))
+    dtypes = {p.dtype for n, p in ours.named_parameters() if "lora_" in n}
+    assert dtypes == {p.dtype for n, p in theirs.named_parameters() if "lora_" in n}
+    assert dtypes == {torch.float32}
+    a, b = theirs(**batch), ours(**batch)
+    assert a.logits.dtype == b.logits.dtype == torch.bfloat16
+    # One unit in the last place of a bfloat16 is 2^-8 of the number.
+    assert_close(a.logits.float(), b.logits.float(), 2**-8 * a.logits.abs().max().item())
+    a.loss.backward()
+    b.loss.backward()
+    for expected, got in gradients(theirs, ours).values():
+        assert expected.dtype == got.dtype
+        assert_close(expected, got, 2**-7 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("features", [48, 96, 384])
+def test_the_start(features):
+    torch.manual_seed(1)
+    layer, bound = LoRALayer(features, 32, rank=16), 1 / math.sqrt(features)
+    theirs = peft.get_peft_model(
+        nn.Sequential(nn.Linear(features, 32)), peft.LoraConfig(r=16, target_modules=["0"])
+    ).base_model.model[0]
+    for a, b in (
+        (layer.lora_A, layer.lora_B),
+        (theirs.lora_A["default"].weight, theirs.lora_B["default"].weight),
+    ):
+        a, b = a.detach(), b.detach()
+        assert a.shape == (16, features) and b.shape == (32, 16) and not b.any()
+        assert 0.97 * bound < a.abs().max() < 1.000001 * bound
+        # Uniform in ±bound: mean 0, standard deviation bound / √3.
+        assert abs(a.mean()) < 4 * bound / math.sqrt(3 * a.numel())
+        assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.08)
+
+
+def test_the_start_is_the_base_itself_and_b_gets_the_first_gradient():
+    model = tiny_llama()
+    batch = batch_of("llama")
+    expected = model(**batch).logits
+    inject(model, LoRA(4, 6, ("q_proj",)))
+    output = model(**batch)
+    assert torch.equal(output.logits, expected)
+    output.loss.backward()
+    for wrapper in injection_of(model).wrappers.values():
+        assert not wrapper.lora.lora_A.grad.any() and wrapper.lora.lora_B.grad.any()
+
+
+def test_the_bundled_encoder_with_a_head():
+    base = load_model("minilm", labels=2)
+    batch = batch_of("bert", base.config.vocab_size)
+    theirs, ours = pair(base, ("query", "value"), "SEQ_CLS", rank=8, alpha=16)
+    assert any("classifier" in n for n, p in ours.named_parameters() if p.requires_grad)
+    compare_step(theirs, ours, batch)
+    before = ours(**batch).logits
+    merge(ours)
+    assert_close(ours(**batch).logits, before, 1e-5)
+    assert_close(theirs.merge_and_unload()(**batch).logits, unload(ours)(**batch).logits, 1e-5)

@@ -1,0 +1,226 @@
+"""Counting and weighing, against numbers worked out by hand."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_llama
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_lessons import LoRA, inject
+from peft_lessons.measure import (
+    TrainingBytes,
+    activation_bytes,
+    estimate_bytes,
+    held_bytes,
+    nbytes,
+    numbers,
+    on_meta,
+    parameters,
+    peak_bytes,
+    step_time,
+)
+
+QV = LoRA(rank=8, alpha=16, targets=("q_proj", "v_proj"))
+
+
+def mlp(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype)
+
+
+def test_parameters_of_a_small_model():
+    model = mlp()
+    model[0].requires_grad_(False)
+    model.register_buffer("statistics", torch.zeros(1000))
+    count = parameters(model)
+    assert (count.total, count.trainable) == (8 * 16 + 16 + 16 * 4 + 4, 16 * 4 + 4)
+    assert repr(count) == "68 of 212 parameters train (32.1 %)"
+    assert repr(parameters(nn.Sequential())) == "0 of 0 parameters train (0 %)"
+
+
+def test_tied_parameters_count_once():
+    loose, tied = tiny_llama(), tiny_llama(tie_word_embeddings=True)
+    assert parameters(loose).total - parameters(tied).total == 128 * 64
+
+
+def test_a_packed_weight_counts_what_it_stands_for():
+    packed = nn.Parameter(torch.zeros(64 * 32 // 2, 1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = SimpleNamespace(shape=torch.Size((64, 32)))
+    model = nn.Module()
+    model.packed, model.plain = packed, nn.Parameter(torch.zeros(10))
+    assert numbers(packed) == 64 * 32 and packed.numel() == 64 * 16
+    assert (parameters(model).total, parameters(model).trainable) == (64 * 32 + 10, 10)
+    assert nbytes(model.parameters()) == 64 * 16 + 40
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_shared_storage_is_weighed_once(device):
+    whole = torch.zeros(100, device=device)
+    other = torch.zeros(10, dtype=torch.bfloat16, device=device)
+    assert nbytes([whole, whole[:10], whole.view(10, 10).T, whole.detach()]) == 400
+    assert nbytes([whole[:10]]) == 400  # a view keeps the whole storage alive
+    assert nbytes([whole, other]) == 420
+    assert nbytes(t.detach() for t in (whole, other, whole)) == 420
+    assert nbytes([]) == 0
+
+
+def test_a_model_weighs_the_same_on_the_meta_device():
+    with on_meta():
+        empty = tiny_llama(tie_word_embeddings=True)
+    full = tiny_llama(tie_word_embeddings=True)
+    assert held_bytes(empty).weights == held_bytes(full).weights
+    assert held_bytes(full).weights == nbytes([*full.parameters(), *full.buffers()])
+    assert all(p.is_meta for p in empty.parameters())
+
+
+def test_held_bytes_before_and_after_a_step():
+    model, x = mlp(), torch.randn(3, 8)
+    model.register_buffer("statistics", torch.zeros(5))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    weights, trained = 4 * (212 + 5), 4 * 68
+    assert held_bytes(model) == TrainingBytes(weights, 0, 0)
+    assert held_bytes(model, optimizer) == TrainingBytes(weights, 0, 0)
+    model(x).sum().backward()
+    assert held_bytes(model, optimizer) == TrainingBytes(weights, trained, 0)
+    optimizer.step()
+    # Two moments, and a step counter of 4 bytes for each of the two tensors.
+    assert held_bytes(model, optimizer) == TrainingBytes(weights, trained, 2 * trained + 8)
+    optimizer.zero_grad()
+    held = held_bytes(model, optimizer)
+    assert held == TrainingBytes(weights, 0, 2 * trained + 8)
+    assert held.total == weights + 2 * trained + 8
+    assert [line.split()[0] for line in repr(held).splitlines()] == [*vars(held), "total"]
+    assert "MiB" in repr(held)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_activation_bytes_of_a_small_network(device):
+    model, x = mlp().to(device), torch.randn(3, 8, device=device)
+    # The first Linear keeps x, the ReLU its result, which is also the second Linear's input.
+    assert activation_bytes(model, lambda: model(x)) == 4 * (3 * 8 + 3 * 16)
+    # Frozen, the first layer needs no x; a trained bias alone needs no input either.
+    model[0].requires_grad_(False)
+    assert activation_bytes(model, lambda: model(x)) == 4 * 3 * 16
+    model[2].weight.requires_grad_(False)
+    assert activation_bytes(model, lambda: model(x)) == 0
+    with torch.no_grad():
+        assert activation_bytes(model, lambda: model(x)) == 0
+
+
+def test_activation_bytes_in_half_precision_and_with_a_branch():
+    model, x = mlp(torch.bfloat16), torch.randn(3, 8, dtype=torch.bfloat16)
+    assert activation_bytes(model, lambda: model(x)) == 2 * (3 * 8 + 3 * 16)
+    model = mlp()
+    inject(model, LoRA(rank=2, alpha=3, targets=("0",)))
+    x = torch.randn(3, 8)
+    # x for A, A's result for B, and the ReLU's: W itself is the model's own.
+    assert activation_bytes(model, lambda: model(x)) == 4 * (3 * 8 + 3 * 2 + 3 * 16)
+
+
+def slack(most: int):
+    """The profiler and the allocator may add a few small blocks."""
+    return pytest.approx(most, abs=4096)
+
+
+MIB = 2**20
+
+
+def test_peak_bytes_of_known_patterns():
+    def one_after_the_other():
+        for _ in range(4):
+            torch.empty(MIB, dtype=torch.uint8)
+
+    def together():
+        return [torch.empty(MIB, dtype=torch.uint8) for _ in range(4)]
+
+    def a_hill():
+        low = torch.empty(MIB, dtype=torch.uint8)
+        high = torch.empty(5 * MIB, dtype=torch.uint8)
+        del high
+        return low, torch.empty(2 * MIB, dtype=torch.uint8)
+
+    assert peak_bytes(one_after_the_other) == slack(MIB)
+    assert peak_bytes(together) == slack(4 * MIB)
+    assert peak_bytes(a_hill) == slack(6 * MIB)
+    assert peak_bytes(lambda: None) == slack(0)
+
+
+def test_peak_bytes_count_beyond_what_was_held_and_inside_operators():
+    x = torch.ones(MIB // 4)
+    # exp makes one tensor, the sum of squares another; then the first can go.
+    assert peak_bytes(lambda: x.exp().square().sum()) == slack(2 * MIB)
+
+
+def test_peak_bytes_leave_stderr_alone(capfd):
+    peak_bytes(lambda: torch.ones(10))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_peak_bytes_of_training_are_lower_with_lora():
+    torch.manual_seed(0)
+    ids = torch.randint(0, 128, (2, 8))
+
+    def peak(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+        def step():
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+
+        return peak_bytes(step)
+
+    full, lora = tiny_llama(), tiny_llama()
+    inject(lora, QV)
+    trained = parameters(full).total * 4
+    full_peak = peak(full)
+    assert full_peak > 3 * trained  # gradients and two moments, at least
+    assert peak(lora) < 0.5 * full_peak
+
+
+def test_step_time_is_the_median_without_the_warmup():
+    calls = []
+
+    def function():
+        calls.append(None)
+        time.sleep(0.2 if len(calls) <= 2 or len(calls) == 5 else 0.01)
+
+    assert 0.01 <= step_time(function, repeats=5, warmup=2) < 0.1
+    assert len(calls) == 7
+
+
+def test_llama_7b_by_count_alone():
+    with on_meta():
+        model = LlamaForCausalLM(LlamaConfig())
+    assert parameters(model).total == 6_738_415_616
+    told = inject(model, QV)
+    assert told.trainable == parameters(model).trainable == 4_194_304
+    assert told.base == 6_738_415_616
+    assert f"{100 * told.trainable / told.base:.4f}" == "0.0622"
+    bytes_ = estimate_bytes(model)
+    # The base in 2 bytes, and 16 bytes for each trained number: 2 of them with the weights.
+    assert bytes_.weights == 2 * (6_738_415_616 + 4_194_304)
+    assert bytes_.total == 2 * 6_738_415_616 + 16 * 4_194_304
+    assert f"{16 * 4_194_304 / 1e6:.1f}" == "67.1"
+    assert f"{2 * 6_738_415_616 / 1e9:.2f}" == "13.48"
+    assert bytes_.activations == 0
+
+
+def test_llama_7b_full_fine_tuning():
+    with on_meta():
+        model = LlamaForCausalLM(LlamaConfig())
+    assert estimate_bytes(model).total == 16 * 6_738_415_616
+    in_float32 = estimate_bytes(model, weight=4, gradient=4, master=0)
+    assert in_float32.total == 16 * 6_738_415_616
+    assert estimate_bytes(model, master=0).total == 12 * 6_738_415_616  # 80.9 GB
+    assert estimate_bytes(model, 2, 2, 0, 2).optimizer == 2 * 6_738_415_616
+
+
+@pytest.mark.parametrize("targets, trained", [("all-linear", 19_988_480), (("o_proj",), 2_097_152)])
+def test_llama_7b_other_targets(targets, trained):
+    with on_meta():
+        model = LlamaForCausalLM(LlamaConfig())
+    assert inject(model, LoRA(8, 16, targets)).trainable == trained

@@ -1,0 +1,141 @@
+"""Figures: readable without sight, the same bytes each time, and no trace left behind."""
+
+import base64
+import re
+import subprocess
+import sys
+
+import matplotlib as mpl
+import pytest
+
+from peft_lessons import plots
+
+ALT = 'Loss against steps: "full" falls faster than LoRA <r=8> & stays below it.'
+LINES = {"LoRA": ([1, 2, 3], [3.0, 2.0, 1.5]), "full": ([1, 2, 3], [3.0, 1.5, 1.0])}
+ROWS = {
+    "full": {"weights": 4.0, "gradients": 4.0, "moments": 8.0},
+    "LoRA": {"weights": 4.0, "adapter": 0.1},
+}
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "display", shown.append)
+    return shown
+
+
+def drawn():
+    fig, (left, right) = plots.figure(1, 2)
+    plots.curves(left, LINES, "LoRA lags behind", "steps", "loss (nats)")
+    plots.stacked_bars(right, ROWS, "Moments cost most", "bytes a number")
+    return fig, left, right
+
+
+def test_alt_text_is_there_and_escaped(displayed):
+    plots.show(drawn()[0], ALT, 'A "caption" with <b>tags</b> & signs')
+    (shown,) = displayed
+    bundle = shown._repr_mimebundle_()
+    page = bundle["text/html"]
+    assert page.count("<img ") == page.count(" alt=") == page.count("<figcaption>") == 1
+    alt = re.search(r' alt="([^"]*)"', page).group(1)
+    assert alt == ALT.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace(
+        '"', "&quot;"
+    )
+    assert "<b>" not in page and "&lt;b&gt;tags" in page
+    png = base64.b64decode(re.search(r"base64,([^\"]+)", page).group(1))
+    assert png == shown.png and png.startswith(b"\x89PNG")
+    assert ALT in bundle["text/plain"] and 'A "caption"' in bundle["text/plain"]
+    assert set(bundle) == {"text/html", "text/plain"}
+
+
+@pytest.mark.parametrize("alt", ["", "a plot", "nineteen characters"])
+def test_an_alt_text_that_says_nothing_is_refused(alt, displayed):
+    with pytest.raises(ValueError, match="too short: say in a sentence"):
+        plots.show(drawn()[0], alt)
+    assert not displayed
+
+
+def test_the_same_figure_gives_the_same_bytes(displayed):
+    for _ in range(2):
+        plots.show(drawn()[0], ALT)
+    assert displayed[0].png == displayed[1].png
+    assert b"Software" not in displayed[0].png and b"matplotlib" not in displayed[0].png
+    fig, left, _ = drawn()
+    left.set_title("Another")
+    plots.show(fig, ALT)
+    assert displayed[2].png != displayed[0].png
+
+
+def test_no_global_state(displayed):
+    before = dict(mpl.rcParams)
+    plots.show(drawn()[0], ALT)
+    assert dict(mpl.rcParams) == before
+    if "matplotlib.pyplot" in sys.modules:
+        assert not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_pyplot_is_not_even_imported():
+    code = (
+        "import sys; from matplotlib.axes import Axes; from peft_lessons import plots;"
+        "fig, ax = plots.figure(); plots.curves(ax, {'a': ([1], [1])}, 't', 'x', 'y');"
+        "fig.canvas.draw(); pyplot = sys.modules.get('matplotlib.pyplot');"
+        "assert pyplot is None or not pyplot.get_fignums()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_curves_label_everything():
+    _, ax, _ = drawn()
+    assert ax.get_title(loc="left") == "LoRA lags behind"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("steps", "loss (nats)")
+    assert [line.get_label() for line in ax.lines] == list(LINES)
+    assert [text.get_text() for text in ax.get_legend().texts] == list(LINES)
+    assert [line.get_color() for line in ax.lines] == list(plots.COLORS[:2])
+    assert [list(line.get_ydata()) for line in ax.lines] == [y for _, y in LINES.values()]
+
+
+def test_one_curve_needs_no_legend():
+    fig, ax = plots.figure()
+    plots.curves(ax, {"only": ([1, 2], [2, 1])}, "One", "x", "y")
+    assert ax.get_legend() is None and fig.axes == [ax]
+
+
+def test_stacked_bars_label_everything():
+    _, _, ax = drawn()
+    assert ax.get_title(loc="left") == "Moments cost most"
+    assert ax.get_xlabel() == "bytes a number"
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(ROWS)
+    parts = ["weights", "gradients", "moments", "adapter"]
+    assert [text.get_text() for text in ax.get_legend().texts] == parts
+    assert [text.get_text().strip() for text in ax.texts] == ["16", "4.1"]
+    bars = {c.get_label(): [(b.get_x(), b.get_width()) for b in c] for c in ax.containers}
+    assert bars["moments"] == [(8, 8), (4, 0)]
+    assert bars["adapter"] == [(16, 0), (4, pytest.approx(0.1))]
+    assert ax.yaxis_inverted()  # the first row on top
+    colors = [container[0].get_facecolor() for container in ax.containers]
+    assert len(set(colors)) == 4
+
+
+def test_the_style_holds_while_drawing():
+    fig, left, right = drawn()
+    for ax in (left, right):
+        assert not ax.get_title(loc="center")
+        assert ax.title.get_fontsize() == ax._left_title.get_fontsize()
+        assert ax._left_title.get_fontweight() == "bold"
+        assert not ax.get_legend().get_frame_on()
+        assert not ax.spines["top"].get_visible()
+    assert left.lines[0].get_linewidth() == 1.8
+    assert fig.get_facecolor() == (1, 1, 1, 1)
+
+
+def test_the_bytes_do_not_depend_on_the_readers_settings(displayed):
+    plots.show(drawn()[0], ALT)
+    with mpl.rc_context({"axes.titlelocation": "right", "lines.linewidth": 5, "font.size": 20}):
+        plots.show(drawn()[0], ALT)
+    assert displayed[0].png == displayed[1].png
+
+
+def test_figures_of_any_grid():
+    fig, axes = plots.figure(2, 3, size=(4, 3), sharex=True)
+    assert axes.shape == (2, 3) and tuple(fig.get_size_inches()) == (4, 3)

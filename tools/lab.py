@@ -1,0 +1,218 @@
+"""Drive JupyterLab in a headless Chromium: run a notebook, edit and run cells, read and picture it.
+
+Clicks on menus proved flaky. JupyterLab's own commands are called instead, through the object that
+--expose-app-in-browser puts into the page.
+"""
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+from tools.environment import offline_environment
+
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+WIDTH, HEIGHT, MAX_HEIGHT = 1280, 1000, 16_000
+NOTEBOOK = "window.jupyterapp.shell.currentWidget.content"
+STATE = f"""() => {NOTEBOOK}.widgets.map(w => ({{
+    type: w.model.type,
+    source: w.model.sharedModel.getSource(),
+    tags: w.model.getMetadata('tags') ?? [],
+    running: w.model.executionState === 'running',
+    count: w.model.executionCount ?? null,
+    errors: (w.model.outputs?.toJSON() ?? []).filter(o => o.output_type === 'error').length,
+    text: w.node.querySelector('.jp-Cell-outputArea')?.innerText ?? '',
+}}))"""
+READY = f"""async () => {{
+    const widget = window.jupyterapp.shell.currentWidget;
+    await widget.sessionContext.ready;
+    await widget.sessionContext.session.kernel.info;
+    await widget.revealed;
+    return {NOTEBOOK}.widgets.length;
+}}"""
+
+
+def chromium() -> str | None:
+    """The browser's path, or None where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+class Lab:
+    """A notebook open in JupyterLab. Cells count from 0, markdown cells included."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.console_errors: list[str] = []
+        page.on("pageerror", lambda error: self.console_errors.append(str(error)))
+        page.on(
+            "console",
+            lambda entry: entry.type == "error" and self.console_errors.append(entry.text),
+        )
+
+    def open(self, url: str) -> None:
+        self.page.goto(url)
+        self.page.wait_for_function(
+            "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+            "?.status === 'idle'",
+            timeout=90_000,
+        )
+        self.page.evaluate(READY)
+
+    def cells(self) -> list[dict]:
+        """Type, source, tags, state, execution count, errors and visible output of each cell."""
+        return self.page.evaluate(STATE)
+
+    def find(self, text: str, tag: str) -> int:
+        """The number of the one cell with a tag whose source contains some text."""
+        cells = enumerate(self.cells())
+        (number,) = [n for n, cell in cells if tag in cell["tags"] and text in cell["source"]]
+        return number
+
+    def _command(self, name: str) -> None:
+        # Not awaited: its promise may resolve early, after a cell with a tolerated exception.
+        self.page.evaluate(f"() => {{ window.jupyterapp.commands.execute('{name}'); }}")
+
+    def run_all(self, seconds: float = 300) -> None:
+        """Run all cells, and return when none runs or waits any more."""
+        self._command("notebook:clear-all-cell-outputs")
+        self._command("notebook:run-all-cells")
+        deadline, quiet_since = time.monotonic() + seconds, time.monotonic()
+        while True:
+            self.page.wait_for_timeout(200)
+            code = [c for c in self.cells() if c["type"] == "code" and c["source"].strip()]
+            if any(cell["running"] for cell in code):
+                quiet_since = time.monotonic()
+            elif all(cell["count"] for cell in code) or time.monotonic() - quiet_since > 5:
+                return  # done, or stopped by an error
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the notebook still runs after {seconds} s")
+
+    def run_cell(self, number: int, source: str | None = None, seconds: float = 60) -> dict:
+        """Put a source into a cell, if given, run it, and return its state."""
+        cell = f"{NOTEBOOK}.widgets[{number}]"
+        if source is not None:
+            self.page.evaluate(f"s => {cell}.model.sharedModel.setSource(s)", source)
+        before = self.cells()[number]["count"]
+        self.page.evaluate(f"() => {{ {NOTEBOOK}.activeCellIndex = {number}; }}")
+        self._command("notebook:run-cell")
+        self.page.wait_for_function(
+            f"n => {{ const m = {cell}.model; return m.executionState !== 'running'"
+            " && m.executionCount && m.executionCount !== n }",
+            arg=before,
+            timeout=1000 * seconds,
+        )
+        self.page.wait_for_timeout(200)  # outputs are painted after the model changes
+        return self.cells()[number]
+
+    def screenshot(self, file: Path) -> None:
+        """A picture of the whole notebook, up to a height that the browser can paint."""
+        panel = "document.querySelector('.jp-WindowedPanel-outer')"
+        self.page.evaluate(f"() => {{ {NOTEBOOK}.activeCellIndex = 0; }}")
+        height = self.page.evaluate(f"() => {panel}.scrollHeight")
+        size = {"width": WIDTH, "height": min(max(height + 100, HEIGHT), MAX_HEIGHT)}
+        self.page.set_viewport_size(size)
+        self.page.wait_for_timeout(1000)
+        self.page.evaluate(f"() => {{ {panel}.scrollTop = 0; }}")
+        self.page.wait_for_timeout(200)
+        self.page.screenshot(path=file)
+
+
+def _settings(folder: Path, dark: bool) -> None:
+    settings = {
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+        "apputils-extension/themes": {"theme": "JupyterLab Dark" if dark else "JupyterLab Light"},
+        # Cells out of sight exist too, and a picture ends with the notebook.
+        "notebook-extension/tracker": {"windowingMode": "none", "scrollPastEnd": False},
+    }
+    for name, value in settings.items():
+        file = folder / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _server(root: Path, scratch: Path, dark: bool) -> Iterator[str]:
+    """JupyterLab on the loopback address, with nothing of the user's own settings; its URL."""
+    _settings(scratch / "settings", dark)
+    folders = {
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+    }
+    port = _free_port()
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--expose-app-in-browser",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={root}",
+    ]
+    log = scratch / "server.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            env=offline_environment() | {k: str(scratch / v) for k, v in folders.items()},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api").close()
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("JupyterLab doesn't start:\n" + log.read_text()) from None
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@contextlib.contextmanager
+def open_lab(notebook: Path, *, dark: bool = False) -> Iterator[Lab]:
+    """Open a copy of a notebook, among copies of its neighbours, so that no file changes."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder)
+        root = scratch / "notebooks"
+        shutil.copytree(
+            notebook.resolve().parent, root, ignore=shutil.ignore_patterns(".*", "__pycache__")
+        )
+        with _server(root, scratch, dark) as url, sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
+            page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+            lab = Lab(page)
+            lab.open(f"{url}/doc/tree/{notebook.name}")
+            yield lab
+            browser.close()

@@ -1,0 +1,26 @@
+"""Picture a notebook: python -m tools.lab_shot NOTEBOOK OUT.png [--dark] [--no-run]"""
+
+import argparse
+from pathlib import Path
+
+from tools.lab import open_lab
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.lab_shot")
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--dark", action="store_true", help="in JupyterLab's dark theme")
+    parser.add_argument("--no-run", action="store_true", help="with the stored outputs")
+    args = parser.parse_args()
+    with open_lab(args.notebook, dark=args.dark) as lab:
+        if not args.no_run:
+            lab.run_all()
+        lab.screenshot(args.picture)
+        print("execution counts", [c["count"] for c in lab.cells() if c["type"] == "code"])
+        for error in lab.console_errors:
+            print("console:", error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Export, execute and solve lessons: python -m tools.notebooks {export,outputs,solved} [02 ...]"""
+
+import argparse
+import ast
+import copy
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+
+from tools.environment import ROOT, offline_environment
+
+NOTEBOOKS = ROOT / "notebooks"
+PACKAGE = ROOT / "peft_lessons"
+CELL_SECONDS = 300
+
+# The name of a lesson's module in methods/, checks/ and solutions/.
+MODULES = {
+    "00_start_here": "start",
+    "01_why_peft": "why",
+    "02_lora": "lora",
+    "03_qlora": "qlora",
+    "04_dora": "dora",
+    "05_adalora": "adalora",
+    "06_adapters": "adapters",
+    "07_ia3": "ia3",
+    "08_prompt_tuning": "prompt",
+    "09_prefix_tuning": "prefix",
+    "10_selective": "selective",
+    "11_unified_view": "unified",
+    "12_hf_peft": "hf_peft",
+    "13_choosing": "choosing",
+    "14_beyond_lora": "beyond",
+}
+
+CLEAN_METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def lessons(selection: list[str] | None = None) -> list[Path]:
+    """All lessons in order, or those whose names start with one of `selection`."""
+    found = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    if not selection:
+        return found
+    for prefix in selection:
+        if not any(path.name.startswith(prefix) for path in found):
+            raise SystemExit(
+                f"no lesson starts with {prefix!r}; there are "
+                + ", ".join(path.stem for path in found)
+            )
+    return [path for path in found if path.name.startswith(tuple(selection))]
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def code_cells(nb: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def definitions(source: str) -> dict[str, ast.stmt]:
+    """The functions and classes at the top level of some source, by name."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, kinds)}
+
+
+def exercise_name(cell: NotebookNode) -> str:
+    """The one function or class that an exercise cell defines."""
+    names = list(definitions(cell.source))
+    if len(names) != 1:
+        raise ValueError(f"an exercise cell defines one function, this one: {names or 'none'}")
+    return names[0]
+
+
+def solutions_path(path: Path) -> Path:
+    return path.parent / "solutions" / f"{MODULES[path.stem]}.py"
+
+
+def read_solutions(path: Path) -> dict[str, str]:
+    """The source of every solution to a lesson, by name; empty where the lesson has none."""
+    file = solutions_path(path)
+    if not file.exists():
+        return {}
+    source = file.read_text(encoding="utf-8")
+    lines, found = source.splitlines(), {}
+    for name, node in definitions(source).items():
+        first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        found[name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def is_check_of(cell: NotebookNode, module: str, name: str) -> bool:
+    """Whether a cell calls check.<module>.<name>(<name>)."""
+    if cell.cell_type != "code" or "check" not in tags(cell):
+        return False
+    calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+    return any(
+        ast.unparse(call.func) == f"check.{module}.{name}"
+        and len(call.args) == 1
+        and ast.unparse(call.args[0]) == name
+        for call in calls
+    )
+
+
+def solved(nb: NotebookNode, solutions: dict[str, str], module: str) -> NotebookNode:
+    """A copy with the solutions in place of the stubs and without the cells tagged `long`."""
+    nb = copy.deepcopy(nb)
+    nb.cells = [cell for cell in nb.cells if "long" not in tags(cell)]
+    missing = dict(solutions)
+    for cell in nb.cells:
+        if "exercise" not in tags(cell):
+            continue
+        name = exercise_name(cell)
+        if name not in missing:
+            raise ValueError(f"the exercise {name} has no solution in solutions/{module}.py")
+        cell.source = missing.pop(name)
+        for check in nb.cells:
+            # Tolerated as shipped, where a bug hunt is still broken; a solution must pass.
+            if is_check_of(check, module, name):
+                check.metadata.tags = [t for t in tags(check) if t != "raises-exception"]
+    if missing:
+        raise ValueError(
+            f"solutions/{module}.py solves what the lesson doesn't ask: " + ", ".join(missing)
+        )
+    return nb
+
+
+def execute(nb: NotebookNode, cwd: Path, env: dict[str, str]) -> NotebookNode:
+    """Run a copy from a fresh kernel; the first cell that fails raises CellExecutionError."""
+    nb = copy.deepcopy(nb)
+    client = NotebookClient(
+        nb,
+        kernel_name="python3",
+        timeout=CELL_SECONDS,
+        resources={"metadata": {"path": str(cwd)}},
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of TCP on the loopback
+    )
+    with tempfile.TemporaryDirectory() as ipython:
+        # A profile of the user's own could change what the cells print and draw.
+        client.execute(env=env | {"IPYTHONDIR": ipython})
+    return nb
+
+
+def clean(nb: NotebookNode, stem: str) -> NotebookNode:
+    """Metadata that says nothing of the machine, and an id for every cell."""
+    nb = copy.deepcopy(nb)
+    nb.metadata = nbformat.from_dict(CLEAN_METADATA)
+    nb.nbformat, nb.nbformat_minor = 4, 5
+    for number, cell in enumerate(nb.cells):
+        cell.setdefault("id", f"{stem}-{number:03d}".replace("_", "-"))
+        cell.metadata = nbformat.from_dict({"tags": tags(cell)} if tags(cell) else {})
+        for output in cell.get("outputs", []):
+            output.pop("transient", None)
+    return nb
+
+
+def store_outputs(path: Path) -> None:
+    """Execute a lesson in place: its stored outputs are then those of a fresh kernel."""
+    done = execute(read(path), path.parent, offline_environment())
+    part = path.with_suffix(".part")
+    nbformat.write(clean(done, path.stem), part)
+    os.replace(part, path)
+
+
+def run_solved(path: Path, cwd: Path, log: Path | None = None) -> NotebookNode:
+    """Run a lesson with its solutions and strict checks, in a folder that isn't the lesson's."""
+    module = MODULES[path.stem]
+    nb = solved(read(path), read_solutions(path), module)
+    return execute(nb, cwd, offline_environment(log=log, strict=True))
+
+
+def exports(nb: NotebookNode) -> str | None:
+    """The module that a lesson exports to, such as methods.lora, or None."""
+    for cell in code_cells(nb):
+        for line in cell.source.splitlines():
+            if line.replace(" ", "").startswith("#|default_exp"):
+                return line.split()[-1]
+    return None
+
+
+def export(path: Path, package: Path) -> Path | None:
+    """Write the exported cells to their module in `package`; None if the lesson has none."""
+    from nbdev.export import nb_export  # takes a second, which the other commands needn't wait
+
+    module = exports(read(path))
+    if module is None:
+        return None
+    nb_export(str(path), str(package))
+    return package.joinpath(*module.split(".")).with_suffix(".py")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
+    parser.add_argument("command", choices=["export", "outputs", "solved"])
+    parser.add_argument("lesson", nargs="*", help="the first characters of lessons, such as 02")
+    args = parser.parse_args(argv)
+    failed = []
+    for path in lessons(args.lesson):
+        start = time.perf_counter()
+        try:
+            if args.command == "export":
+                export(path, PACKAGE)
+            elif args.command == "outputs":
+                store_outputs(path)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    run_solved(path, Path(folder))
+        except (CellExecutionError, ValueError) as error:
+            failed.append(path.stem)
+            print(f"{path.stem}: {error}", file=sys.stderr)
+        else:
+            seconds = time.perf_counter() - start
+            print(f"{path.stem:24s} {args.command} {seconds:6.1f} s", flush=True)
+    if failed:
+        print("failed: " + ", ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

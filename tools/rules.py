@@ -1,0 +1,421 @@
+"""The rules for lesson notebooks: each is a function from a notebook and its path to complaints."""
+
+import ast
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+from IPython.core.inputtransformer2 import TransformerManager
+from nbformat import NotebookNode
+
+from tools.environment import ROOT
+from tools.notebooks import (
+    CLEAN_METADATA,
+    MODULES,
+    code_cells,
+    definitions,
+    is_check_of,
+    read_solutions,
+    tags,
+)
+
+MAX_BYTES = 1_000_000
+MAX_LINES = 25
+MIN_ALT = 20
+# A misspelt tag would silently do nothing.
+TAGS = {"exercise", "check", "long", "nbval-check-output", "raises-exception"}
+
+_MACHINE_PATH = re.compile(
+    r"(?<![\w.~-])/(?:home|root|tmp|work|Users|mnt|opt|usr|var|private)/|\b[A-Z]:\\[A-Z]"
+    r"|site-packages|dist-packages"
+)
+_DATA_URI = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=\s]*")
+_SHELL = {"system", "getoutput", "getoutput_split"}
+_SHELL_MAGICS = {"system", "sx", "sc", "!", "!!", "bash", "sh", "script", "cmd", "perl", "ruby"}
+_SHELL_MAGICS |= {"pip", "conda", "mamba", "uv"}
+_PROCESS_MODULES = {"subprocess", "pty", "pexpect", "sh"}
+_PROCESS_CALLS = re.compile(r"os\.(system|popen|exec\w*|spawn\w*|posix_spawn\w*)")
+_PICKLE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}
+_NETWORK_MODULES = {
+    "aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "urllib", "urllib3",
+    "wget", "websocket", "gdown", "kagglehub",
+}  # fmt: skip
+_NETWORK_CALLS = {
+    "hf_hub_download", "snapshot_download", "push_to_hub", "urlopen", "urlretrieve",
+    "load_dataset", "load_state_dict_from_url", "download_url_to_file",
+}  # fmt: skip
+
+Complaints = list[str]
+
+
+def _label(number: int, cell: NotebookNode) -> str:
+    first = next((line for line in cell.source.splitlines() if line.strip()), "")
+    return f"cell {number} ({first.strip()[:40]!r})"
+
+
+def _numbered(nb: NotebookNode, kind: str) -> Iterator[tuple[str, NotebookNode]]:
+    for number, cell in enumerate(nb.cells):
+        if cell.cell_type == kind:
+            yield _label(number, cell), cell
+
+
+def _tree(cell: NotebookNode) -> ast.Module:
+    """The cell's syntax tree; magics and shell escapes are calls of get_ipython() in it."""
+    return ast.parse(TransformerManager().transform_cell(cell.source))
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    """The top-level packages that some code imports."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def _calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def _keyword(call: ast.Call, name: str) -> str | None:
+    return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), None)
+
+
+def _texts(output: NotebookNode) -> Iterator[str]:
+    """All that an output shows as text, embedded pictures taken out."""
+    if output.output_type == "stream":
+        yield output.text
+    elif output.output_type == "error":
+        yield "\n".join([output.evalue, *output.traceback])
+    else:
+        for kind, value in output.data.items():
+            if not kind.startswith("image/") or kind == "image/svg+xml":
+                yield _DATA_URI.sub("", value if isinstance(value, str) else str(value))
+
+
+# --- stored outputs -----------------------------------------------------------------------------
+
+
+def executed_in_order(nb: NotebookNode, path: Path) -> Complaints:
+    counts = [cell.execution_count for cell in code_cells(nb) if cell.source.strip()]
+    if counts != list(range(1, len(counts) + 1)):
+        return [f"execution counts are {counts}, not 1 to {len(counts)}: run `make outputs`"]
+    return []
+
+
+def raises_only_where_tagged(nb: NotebookNode, path: Path) -> Complaints:
+    found = []
+    for label, cell in _numbered(nb, "code"):
+        raised = any(output.output_type == "error" for output in cell.outputs)
+        tagged = "raises-exception" in tags(cell)
+        if raised and not tagged:
+            found.append(f"{label} stores an error")
+        if tagged and not raised:
+            found.append(f"{label} is tagged raises-exception and stores no error")
+    return found
+
+
+def no_stderr(nb: NotebookNode, path: Path) -> Complaints:
+    return [
+        f"{label} stores stderr output: {output.text[:80]!r}"
+        for label, cell in _numbered(nb, "code")
+        for output in cell.outputs
+        if output.output_type == "stream" and output.name == "stderr"
+    ]
+
+
+def no_machine_paths(nb: NotebookNode, path: Path) -> Complaints:
+    found = []
+    for number, cell in enumerate(nb.cells):
+        texts = [_DATA_URI.sub("", cell.source)]
+        for output in cell.get("outputs", []):
+            texts += _texts(output)
+        for text in texts:
+            match = _MACHINE_PATH.search(text)
+            if match or str(ROOT) in text:
+                shown = match.group() if match else "the checkout's path"
+                found.append(f"{_label(number, cell)} shows a path of a machine: {shown!r}")
+    return found
+
+
+def small_file(nb: NotebookNode, path: Path) -> Complaints:
+    size = path.stat().st_size
+    return [f"the file has {size:,} bytes, above {MAX_BYTES:,}"] if size >= MAX_BYTES else []
+
+
+class _ImageAlts(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in {"img", "svg"}:
+            self.alts.append(dict(attrs).get("alt" if tag == "img" else "aria-label") or "")
+
+
+def _alt_texts(output: NotebookNode) -> list[str]:
+    """The alt text of each picture in an output, '' where it has none."""
+    html = _ImageAlts()
+    html.feed(output.data.get("text/html", ""))
+    pictures = [kind for kind in output.data if kind.startswith("image/")]
+    if not pictures or html.alts:  # the picture is then the fallback of the HTML
+        return html.alts
+    nested = [output.metadata.get(kind, {}).get("alt", "") for kind in pictures]
+    return [output.metadata.get("alt") or max(nested, key=len)]
+
+
+def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
+    return [
+        f"{label} shows a picture whose alt text is {alt!r}: at least {MIN_ALT} characters"
+        for label, cell in _numbered(nb, "code")
+        for output in cell.outputs
+        if output.output_type in {"display_data", "execute_result"}
+        for alt in _alt_texts(output)
+        if len(alt.strip()) < MIN_ALT
+    ]
+
+
+# --- code ---------------------------------------------------------------------------------------
+
+
+def short_cells(nb: NotebookNode, path: Path) -> Complaints:
+    found = []
+    for label, cell in _numbered(nb, "code"):
+        lines = [line for line in cell.source.splitlines() if not line.startswith("#|")]
+        if len(lines) > MAX_LINES:
+            found.append(f"{label} has {len(lines)} lines, above {MAX_LINES}")
+    return found
+
+
+def imports_in_setup(nb: NotebookNode, path: Path) -> Complaints:
+    """Imports stand in the first code cells, without other code cells between."""
+    found, in_setup = [], True
+    for label, cell in _numbered(nb, "code"):
+        tree = _tree(cell)
+        if not tree.body:  # comments only, such as #| default_exp
+            continue
+        imports = _imports(tree)
+        if imports and not in_setup:
+            found.append(f"{label} imports {', '.join(sorted(imports))} after the set-up cells")
+        in_setup = in_setup and bool(imports)
+    return found
+
+
+def no_input(nb: NotebookNode, path: Path) -> Complaints:
+    return [
+        f"{label} waits for {name}()"
+        for label, cell in _numbered(nb, "code")
+        for name, _ in _calls(_tree(cell))
+        if name in {"input", "getpass", "getpass.getpass", "breakpoint"}
+    ]
+
+
+def no_shell(nb: NotebookNode, path: Path) -> Complaints:
+    found = []
+    for label, cell in _numbered(nb, "code"):
+        tree = _tree(cell)
+        for name, call in _calls(tree):
+            method = name.removeprefix("get_ipython().")
+            magic = str(getattr(call.args[0], "value", "")).split(" ")[0] if call.args else ""
+            if _PROCESS_CALLS.fullmatch(name) or (
+                method != name
+                and (method in _SHELL or ("magic" in method and magic in _SHELL_MAGICS))
+            ):
+                found.append(f"{label} starts a process")
+        if _imports(tree) & _PROCESS_MODULES:
+            found.append(f"{label} imports {_imports(tree) & _PROCESS_MODULES}")
+    return found
+
+
+def no_remote_code(nb: NotebookNode, path: Path) -> Complaints:
+    return [
+        f"{label} uses trust_remote_code"
+        for label, cell in _numbered(nb, "code")
+        if "trust_remote_code" in cell.source
+    ]
+
+
+def no_pickle(nb: NotebookNode, path: Path) -> Complaints:
+    found = []
+    for label, cell in _numbered(nb, "code"):
+        tree = _tree(cell)
+        if _imports(tree) & _PICKLE_MODULES:
+            found.append(f"{label} imports {_imports(tree) & _PICKLE_MODULES}")
+        for name, call in _calls(tree):
+            if (
+                name == "torch.save"
+                or (name == "torch.load" and _keyword(call, "weights_only") != "True")
+                or _keyword(call, "allow_pickle") == "True"
+                or name.endswith((".to_pickle", ".read_pickle"))
+            ):
+                found.append(f"{label} pickles with {name}")
+    return found
+
+
+def no_network(nb: NotebookNode, path: Path) -> Complaints:
+    found = []
+    for label, cell in _numbered(nb, "code"):
+        tree = _tree(cell)
+        if _imports(tree) & _NETWORK_MODULES:
+            found.append(f"{label} imports {_imports(tree) & _NETWORK_MODULES}")
+        found += [
+            f"{label} calls {name}, which downloads or uploads"
+            for name, _ in _calls(tree)
+            if name.split(".")[-1] in _NETWORK_CALLS
+        ]
+    return found
+
+
+# --- exercises ----------------------------------------------------------------------------------
+
+
+def _signature(node: ast.stmt) -> dict[str, str]:
+    """How to call a function, or every method of a class that both stub and solution have."""
+    if isinstance(node, ast.ClassDef):
+        return {
+            name: ast.unparse(method.args)
+            for name, method in ((m.name, m) for m in node.body if isinstance(m, ast.FunctionDef))
+        }
+    return {node.name: ast.unparse(node.args)}
+
+
+def exercises_have_checks(nb: NotebookNode, path: Path) -> Complaints:
+    """After each stub and before the next one stands its check; each check follows its stub."""
+    module = MODULES.get(path.stem)
+    if module is None:
+        return [f"{path.name} is not in the map of lessons"]
+    found, waiting = [], None
+    for label, cell in _numbered(nb, "code"):
+        if "exercise" in tags(cell):
+            if waiting:
+                found.append(f"no check of {waiting} before {label}")
+            names = list(definitions(cell.source))
+            if len(names) != 1:
+                found.append(f"{label} is an exercise and defines {names or 'no function'}")
+            waiting = names[0] if names else None
+        elif "check" in tags(cell):
+            if waiting and is_check_of(cell, module, waiting):
+                waiting = None
+            else:
+                want = f"check.{module}.{waiting}({waiting})" if waiting else "an exercise before"
+                found.append(f"{label} is tagged check and lacks {want}")
+    if waiting:
+        found.append(f"no check of {waiting}")
+    return found
+
+
+def solutions_match_stubs(nb: NotebookNode, path: Path) -> Complaints:
+    stubs = {}
+    for _, cell in _numbered(nb, "code"):
+        if "exercise" in tags(cell):
+            stubs |= definitions(cell.source)
+    solutions = {}
+    for source in read_solutions(path).values() if path.stem in MODULES else ():
+        solutions |= definitions(source)
+    found = [f"no solution to {name}" for name in stubs.keys() - solutions.keys()]
+    found += [f"a solution without stub: {name}" for name in solutions.keys() - stubs.keys()]
+    for name in stubs.keys() & solutions.keys():
+        stub, solution = _signature(stubs[name]), _signature(solutions[name])
+        for method in stub:
+            if stub[method] != solution.get(method):
+                found.append(
+                    f"{name}: the stub's {method}({stub[method]}) is not the solution's "
+                    f"({solution.get(method)})"
+                )
+    return sorted(found)
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def _prose(cell: NotebookNode) -> str:
+    """Markdown without code, in which # and ( mean other things."""
+    text = re.sub(r"^(```|~~~).*?^\1", "", cell.source, flags=re.S | re.M)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def links_lead_somewhere(nb: NotebookNode, path: Path) -> Complaints:
+    found = []
+    inline, html, reference = (
+        r"\]\(\s*<?([^)\s>]+)",
+        r"(?:src|href)=[\"']([^\"']+)",
+        r"^\[[^\]^]+\]:\s*(\S+)",
+    )
+    link = re.compile(f"{inline}|{html}|{reference}", re.M)
+    for label, cell in _numbered(nb, "markdown"):
+        for match in link.finditer(_prose(cell)):
+            target = next(group for group in match.groups() if group)
+            if re.match(r"[a-z][a-z0-9+.-]+:", target) or target.startswith("#"):
+                continue
+            file = unquote(target.split("#")[0].split("?")[0])
+            if file.startswith("/") or not (path.parent / file).exists():
+                found.append(f"{label} links to {target}, which isn't there")
+    return found
+
+
+def headings_in_order(nb: NotebookNode, path: Path) -> Complaints:
+    found, levels = [], []
+    for label, cell in _numbered(nb, "markdown"):
+        for marks in re.findall(r"^ {0,3}(#{1,6})\s+\S", _prose(cell), flags=re.M):
+            if levels and len(marks) > levels[-1] + 1:
+                found.append(f"{label}: a heading of level {len(marks)} under one of {levels[-1]}")
+            levels.append(len(marks))
+    if levels[:1] != [1] or levels.count(1) != 1:
+        found.append("the notebook has one title of level 1, before all other headings")
+    if not nb.cells or nb.cells[0].cell_type != "markdown":
+        found.append("the first cell holds the title")
+    return found
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def clean_metadata(nb: NotebookNode, path: Path) -> Complaints:
+    found = []
+    if nb.metadata != CLEAN_METADATA:
+        found.append("the notebook's metadata is not the clean one: run `make outputs`")
+    for number, cell in enumerate(nb.cells):
+        for kind, names in (
+            ("metadata", set(cell.metadata) - {"tags"}),
+            ("unknown tags", set(tags(cell)) - TAGS),
+        ):
+            if names:
+                found.append(f"{_label(number, cell)} has {kind}: {', '.join(sorted(names))}")
+    return found
+
+
+def unique_cell_ids(nb: NotebookNode, path: Path) -> Complaints:
+    ids = [cell.get("id") for cell in nb.cells]
+    if not all(ids):
+        return ["cells without id: run `make outputs`"]
+    repeated = sorted({i for i in ids if ids.count(i) > 1})
+    return [f"cell ids used twice: {', '.join(repeated)}"] if repeated else []
+
+
+RULES = (
+    executed_in_order,
+    raises_only_where_tagged,
+    no_stderr,
+    no_machine_paths,
+    small_file,
+    pictures_have_alt_text,
+    short_cells,
+    imports_in_setup,
+    no_input,
+    no_shell,
+    no_remote_code,
+    no_pickle,
+    no_network,
+    exercises_have_checks,
+    solutions_match_stubs,
+    links_lead_somewhere,
+    headings_in_order,
+    clean_metadata,
+    unique_cell_ids,
+)
