@@ -45,7 +45,9 @@ def points() -> list[tuple]:
     baselines = [("full", "", 0, 0, lr, 200) for lr in (1e-4, 2e-4, 4e-4)]
     baselines += [("head", "", 0, 0, lr, 200) for lr in (1e-2, 3e-2)]
     rates = [("lora", "qv", rank, 16, lr, 200) for rank in (8, 1, 64) for lr in (1e-3, 3e-3, 1e-2)]
-    modules = [("lora", "all-linear", 8, 16, lr, 200) for lr in (1e-3, 3e-3)]
+    modules = [
+        ("lora", "all-linear", rank, 16, lr, 200) for rank in (8, 4) for lr in (1e-3, 3e-3)
+    ]
     ranks = [("lora", "qv", rank, 16, 3e-3, 200) for rank in (4, 16)]
     alphas = [("lora", "qv", 8, alpha, 3e-3, 200) for alpha in (4, 64)]
     return [*short, *rates[:3], *baselines, *rates[3:], *modules, *ranks, *alphas]

@@ -13,6 +13,8 @@ from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .results import Spread
+
 # Okabe and Ito's colours are told apart by people with any colour vision. Figures stand on white
 # in both themes of JupyterLab: transparent ones would lose their black text in the dark one.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -70,9 +72,9 @@ def show(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> None:
         raise ValueError(f"alt={alt!r} is too short: say in a sentence what the figure shows")
     for ax in fig.axes:
         # A title set by the lesson itself is a claim like all others: to the left, in bold.
-        if title := ax.get_title():
-            ax.set_title("")
-            ax.set_title(title, loc="left", fontweight="bold", fontsize="medium")
+        if title := ax.get_title(loc="center"):
+            ax.set_title("", loc="center")
+            ax.set_title(title, loc="left")
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     display(Shown(buffer.getvalue(), alt, caption))
@@ -92,6 +94,15 @@ def curves(
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if len(lines) > 1:
         ax.legend()
+
+
+@mpl.rc_context(_STYLE)
+def spreads(ax, points: Mapping[float, Spread], label: str | None = None) -> None:
+    """A line through the means of {x: spread}, with whiskers from the worst to the best seed."""
+    mean = [s.mean for s in points.values()]
+    below = [s.mean - s.low for s in points.values()]
+    above = [s.high - s.mean for s in points.values()]
+    ax.errorbar(list(points), mean, (below, above), marker="o", capsize=3, label=label)
 
 
 @mpl.rc_context(_STYLE)

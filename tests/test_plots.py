@@ -9,6 +9,7 @@ import matplotlib as mpl
 import pytest
 
 from peft_lessons import plots
+from peft_lessons.results import Spread
 
 ALT = 'Loss against steps: "full" falls faster than LoRA <r=8> & stays below it.'
 LINES = {"LoRA": ([1, 2, 3], [3.0, 2.0, 1.5]), "full": ([1, 2, 3], [3.0, 1.5, 1.0])}
@@ -139,3 +140,20 @@ def test_the_bytes_do_not_depend_on_the_readers_settings(displayed):
 def test_figures_of_any_grid():
     fig, axes = plots.figure(2, 3, size=(4, 3), sharex=True)
     assert axes.shape == (2, 3) and tuple(fig.get_size_inches()) == (4, 3)
+
+
+def test_spreads_draw_the_mean_and_the_range():
+    _, ax = plots.figure()
+    plots.spreads(ax, {1: Spread(80, 78, 83, 3), 8: Spread(85, 84.5, 86, 3)}, "rank")
+    line, _, (bars,) = ax.containers[0]
+    assert line.get_xdata().tolist() == [1, 8] and line.get_ydata().tolist() == [80, 85]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[78, 83], [84.5, 86]]
+    assert ax.containers[0].get_label() == "rank"
+
+
+def test_a_title_set_outside_stands_once_to_the_left_in_bold():
+    fig, ax = plots.figure()
+    ax.set(title="a claim")
+    plots.show(fig, alt="an empty figure with a title")
+    assert ax.get_title(loc="left") == "a claim" and ax.get_title(loc="center") == ""
+    assert ax._left_title.get_fontweight() == "bold"

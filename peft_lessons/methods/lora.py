@@ -40,14 +40,14 @@ class LoRALayer(nn.Module):
     def delta_weight(self):
         return self.lora_B @ self.lora_A * self.scaling   # (out, in)
 
-# %% ../../notebooks/02_lora.ipynb #712bf13a
+# %% ../../notebooks/02_lora.ipynb #2751d61d
 class LinearWithLoRA(Adapted):
-    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ: a frozen Linear and a branch that starts at 0 (B = 0)."""
+    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ: a frozen Linear and a branch that starts at zero."""
 
     def __init__(self, linear, rank=8, alpha=16.0, dropout=0.0, rslora=False):
         super().__init__(linear)
         out_features, in_features = linear.weight.shape
-        with linear.weight.device:
+        with linear.weight.device:  # new tensors are made there
             lora = LoRALayer(in_features, out_features, rank, alpha, dropout, rslora)
         self.lora = lora.to(linear.weight.dtype)
 
