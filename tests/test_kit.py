@@ -128,7 +128,7 @@ def with_numpy(x, k):
 
 
 WRONG = {
-    "None": (lambda x, k: None, "the result is None: is a return statement missing?"),
+    "None": (lambda x, k: None, "the result is None: is a return statement missing?\n"),
     "an int": (lambda x, k: 3, "the result is the int 3, expected a tensor"),
     "an array": (lambda x, k: (x * k).numpy(), "the result is a ndarray, expected a tensor"),
     "shape": (lambda x, k: (x * k).T, "the result has shape (5, 3), expected (3, 5)"),
@@ -262,7 +262,10 @@ def test_a_crash_without_words_and_one_without_end():
 
 @check_for(
     cases=[Case(lambda: [torch.randn(30, 40), torch.randn(40), torch.randn(30)])],
-    forbid=Forbid(lambda W, x, m: [tuple(W.shape)], "Scale the output, not the weight."),
+    forbid=[
+        Forbid(lambda W, x, m: [tuple(W.shape)], "Scale the output, not the weight."),
+        Forbid(lambda W, x, m: [(len(W), len(W))], "The rows need no matrix."),
+    ],
 )
 def scaled_rows(W, x, m):
     """m ⊙ Wx."""
@@ -281,16 +284,19 @@ def test_forbidden_shapes():
     # A transposed view of an argument is no new tensor.
     assert scaled_rows(lambda W, x, m: (x @ W.T) * m).status == "right"
     assert "(40, 30) is formed" in refusal(scaled_rows, lambda W, x, m: x @ (W.T * m))
+    square = refusal(scaled_rows, lambda W, x, m: m.diag() @ (W @ x))
+    assert "(30, 30) is formed" in square
+    assert "The rows need no matrix." in square
 
 
 @check_for(
     cases=[
         Case(lambda: [nn.Linear(3, 2), 2]),
-        Case(lambda: [nn.Linear(3, 2), 0], raises=ValueError, mentions="0", note="none"),
+        Case(lambda: [nn.Linear(3, 2), 0], raises=(ValueError,), mentions="0", note="none"),
         Case(
             lambda: [nn.Linear(3, 2), 2],
             earlier=lambda grow, model, times: [grow(model, times), times],
-            raises=ValueError,
+            raises=(ValueError, RuntimeError),
         ),
     ],
     view=lambda model: {"the weight": model.weight, "what trains": model.bias.requires_grad},
@@ -345,7 +351,14 @@ def answer(model, times):
             variant(first="if times == 0: model.requires_grad_(False)"),
             "the argument model was changed although the call was refused: leave it as it was.",
         ),
-        (variant(first="vars(model).pop('grown', 0)"), "nothing was raised"),
+        (
+            variant(first="vars(model).pop('grown', 0)"),
+            "nothing was raised, where ValueError or RuntimeError was due.",
+        ),
+        (
+            variant(last="import copy; return copy.deepcopy(model)"),
+            "what is returned is not the argument model itself: change it in place.",
+        ),
     ],
 )
 def test_modules_refusals_and_earlier_calls(answer, told):
@@ -355,6 +368,7 @@ def test_modules_refusals_and_earlier_calls(answer, told):
 
 
 def test_modules_pass():
+    grow(variant(first="if hasattr(model, 'grown'): raise RuntimeError"))
     verdict = grow(variant())
     assert "agrees: 1; bad calls that are refused and change nothing: 2." in repr(verdict)
 

@@ -13,18 +13,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+SIZES = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+FEED_FORWARD = dict(intermediate_size=96)
+
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
+    settings = SIZES | FEED_FORWARD | dict(num_key_value_heads=2, max_position_embeddings=128)
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
 
 
@@ -40,11 +35,8 @@ def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
     """With grouped key-value heads, and biases on q, k and v."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        **SIZES,
+        **FEED_FORWARD,
         num_key_value_heads=2,
         max_position_embeddings=128,
         bos_token_id=1,
@@ -57,11 +49,8 @@ def tiny_opt(seed: int = 0) -> OPTForCausalLM:
     """With learned positions, biases everywhere and a head tied to the embedding."""
     torch.manual_seed(seed)
     config = OPTConfig(
-        vocab_size=128,
-        hidden_size=64,
+        **SIZES,
         ffn_dim=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         max_position_embeddings=64,
         word_embed_proj_dim=64,
         dropout=0.0,
@@ -73,11 +62,8 @@ def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
     """With biases, and a head that counts as fresh."""
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        **SIZES,
+        **FEED_FORWARD,
         max_position_embeddings=64,
         num_labels=2,
     )

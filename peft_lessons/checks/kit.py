@@ -66,13 +66,13 @@ class Case:
 
     `note` says what the arguments do not show. `earlier(function, *arguments)` calls the function
     once beforehand and gives the arguments of the call that counts. With `raises`, the right thing
-    is to refuse with that exception, its message naming `mentions`, and to change nothing.
+    is to refuse with one of these exceptions, its message naming `mentions`, and to change nothing.
     """
 
     make: Callable[[], Sequence[Any]]
     note: str = ""
     earlier: Callable[..., Sequence[Any]] | None = None
-    raises: type[Exception] | None = None
+    raises: tuple[type[Exception], ...] = ()
     mentions: str = ""
 
 
@@ -91,7 +91,9 @@ class Check:
     view: what is compared of a result, where the result itself is not unique (a product of factors)
         or not comparable (what trains in a model). Type and shape are still those of the result.
     gradients: the arguments whose gradients must agree too.
-    changes: the arguments that may be changed in place.
+    forbid: what must not be formed on the way; of one shape twice, the last sentence counts.
+    changes: the arguments that may be changed in place; what the reference returns of them, the
+        learner's function must return too, and no copy.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Check:
         returns: str | tuple[str, ...] = "the result",
         view: Callable[[Any], Any] | None = None,
         gradients: tuple[str, ...] = (),
-        forbid: Forbid | None = None,
+        forbid: Sequence[Forbid] = (),
         changes: tuple[str, ...] = (),
         tolerance: float = 1e-5,
     ) -> None:
@@ -128,7 +130,7 @@ class Check:
         return Verdict("right", f"{self.__name__}: right.", f"{self.__doc__} {self._verified()}")
 
     def _verified(self) -> str:
-        refusals = sum(case.raises is not None for case in self.cases)
+        refusals = sum(bool(case.raises) for case in self.cases)
         args = zip(self.names, self._arguments(0), strict=False)
         kept = [n for n, arg in args if n not in self.changes and not isinstance(arg, Real)]
         told = [
@@ -174,21 +176,24 @@ class Check:
         def refuse(problem: str, *facts: str) -> None:
             __tracebackhide__ = True
             told = f"Called with: {self._described(number)}"
-            raise WrongAnswer(f"{self.__name__}: {problem}.", told, *facts) from error
+            mark = "" if problem.endswith(("?", "!")) else "."
+            raise WrongAnswer(f"{self.__name__}: {problem}{mark}", told, *facts) from error
 
-        if error is not None and not isinstance(error, case.raises or ()):
-            due = f", where {case.raises.__name__} was due" if case.raises else ""
+        wanted = " or ".join(e.__name__ for e in case.raises)
+        due = f", where {wanted} was due" if wanted else ""
+        if error is not None and not isinstance(error, case.raises):
             lines = _own_lines(traceback.walk_tb(error.__traceback__), module)
             refuse(f"your function raised {_summary(error)}{due}", *lines[-4:])
         if case.raises:
             if error is None:
-                refuse(f"nothing was raised, where {case.raises.__name__} was due")
+                refuse(f"nothing was raised{due}")
             if case.mentions not in str(error):
                 refuse(f"the message does not name {case.mentions!r}: {_summary(error)}")
             self._check_arguments(args, function, number, (), refuse)
             return True
+        own = self._arguments(number)
         with _seeded(_CALLS):
-            expected = self.reference(*self._arguments(number))
+            expected = self.reference(*own)
         problem = difference(got, expected, self.returns, self.tolerance, values=not self.view)
         if self.view and problem is None:
             seen, unusable = _outcome(self.view, [got])
@@ -200,7 +205,10 @@ class Check:
             refuse(problem, *self._likely(function, number))
         if watch and watch.formed:
             problem = f"a tensor of shape {watch.formed} is formed on the way"
-            refuse(problem, self.forbid.sentence, *watch.lines)
+            refuse(problem, watch.sentence, *watch.lines)
+        for name, arg, ours in zip(self.names, args, own, strict=False):
+            if name in self.changes and expected is ours and got is not arg:
+                refuse(f"what is returned is not the argument {name} itself: change it in place")
         # Before the gradients: autograd meets a change in place with a less telling error.
         self._check_arguments(args, function, number, self.changes, refuse)
         try:
@@ -310,19 +318,19 @@ def check_for(**settings: Any) -> Callable[[Callable], Check]:
 class _Watch(TorchDispatchMode):
     """Notes the first new tensor of a forbidden shape, and the learner's line that made it."""
 
-    def __init__(self, forbid: Forbid, args: Sequence[Any], module: str) -> None:
+    def __init__(self, forbid: Sequence[Forbid], args: Sequence[Any], module: str) -> None:
         super().__init__()
-        self.shapes = {_bare(shape) for shape in forbid.shapes(*args)}
+        self.sentences = {_bare(shape): f.sentence for f in forbid for shape in f.shapes(*args)}
         self.given = {t.untyped_storage().data_ptr() for t in tensors(args)}
-        self.module, self.formed, self.lines = module, None, []
+        self.module, self.formed, self.sentence, self.lines = module, None, "", []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for t in tensors(result):
             # A view of an argument, such as a transposed weight, is not formed: it costs nothing.
             new = t.untyped_storage().data_ptr() not in self.given
-            if new and not self.formed and _bare(t.shape) in self.shapes:
-                self.formed = tuple(t.shape)
+            if new and not self.formed and _bare(t.shape) in self.sentences:
+                self.formed, self.sentence = tuple(t.shape), self.sentences[_bare(t.shape)]
                 self.lines = _own_lines(traceback.walk_stack(None), self.module)[:1]
         return result
 

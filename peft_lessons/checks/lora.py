@@ -116,6 +116,22 @@ def _qr_alone(A, B, rank):
     return R[:rank] @ A, Q[:, :rank]
 
 
+def _svd_of_a(A, B, rank):
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return Vh[:rank], B @ U[:, :rank] * S[:rank]
+
+
+def _svd_of_b(A, B, rank):
+    U, S, Vh = torch.linalg.svd(B, full_matrices=False)
+    return Vh[:rank] @ A, U[:, :rank] * S[:rank]
+
+
+def _untransposed(A, B, rank):
+    (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(Rb @ Ra)
+    return Vh[:rank] @ Qa.T, Qb @ U[:, :rank] * S[:rank]
+
+
 @check_for(
     cases=[
         Case(lambda: _pair(256, 192, 8, to=3)),
@@ -126,11 +142,19 @@ def _qr_alone(A, B, rank):
     returns=("A", "B"),
     view=_product,
     tolerance=1e-4,
-    forbid=Forbid(
-        lambda A, B, rank: [(B.shape[0], A.shape[1])],
-        "That is the (out, in) product, which a large layer has no room for: "
-        "take the SVD of a small matrix between two QR factors.",
-    ),
+    forbid=[
+        Forbid(
+            lambda A, B, rank: [(B.shape[0], A.shape[1])],
+            "That is the (out, in) product, which a large layer has no room for: "
+            "take the SVD of a small matrix between two QR factors.",
+        ),
+        # In the square case this is true of the product as well.
+        Forbid(
+            lambda A, B, rank: [(A.shape[1], A.shape[1]), (B.shape[0], B.shape[0])],
+            "That is a square as wide as the whole weight: svd gives thin factors with "
+            'full_matrices=False, and qr with mode="reduced".',
+        ),
+    ],
     causes=[
         (
             "the first rows and columns are kept; their order says nothing of their size",
@@ -139,6 +163,9 @@ def _qr_alone(A, B, rank):
         ("whole rows and columns are chosen: the best directions mix them", _largest_rows),
         ("the factors are truncated each by itself, not their product", _rank_of_each),
         ("QR alone does not sort directions by size: a small SVD must follow", _qr_alone),
+        ("only A is decomposed, but B too decides which directions are large", _svd_of_a),
+        ("only B is decomposed, but A too decides which directions are large", _svd_of_b),
+        ("Aᵀ = Q R gives A = Rᵀ Qᵀ: the R of A's QR is not transposed", _untransposed),
         ("the smallest singular values are kept, not the largest", _smallest),
         ("the singular values are left out", _truncated(lambda U, S, Vh: (Vh, U))),
         (
@@ -151,12 +178,12 @@ def _qr_alone(A, B, rank):
     ],
 )
 def compress_lora(A, B, rank):
-    """As close to BA as this rank allows, and without the (out, in) product."""
+    """As close to BA as this rank allows, with no tensor as large as a weight on the way."""
     U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
     return Vh[:rank], U[:, :rank] * S[:rank]
 
 
-def _table(ids, alpha, vocabulary=23, d=10, rank=4, dtype=torch.float32):
+def _table(ids, alpha, vocabulary=23, d=12, rank=4, dtype=torch.float32):
     A, B = _factors(d, vocabulary, rank)
     weight = torch.randn(vocabulary, d)
     return [torch.tensor(ids), *(t.to(dtype) for t in (weight, A, B)), alpha]
@@ -176,15 +203,22 @@ def _looked_up(scale, base=1):
         Case(lambda: _table([[8, 3, 8]], 10, dtype=torch.bfloat16)),
     ],
     gradients=("weight", "A", "B"),
-    forbid=Forbid(
-        lambda ids, weight, A, B, alpha: [
-            tuple(weight.shape),
-            (*ids.shape, len(weight)),
-            (ids.numel(), len(weight)),
-        ],
-        "That is as wide as the whole vocabulary: look up the rows of the ids, "
-        "and only then go from rank r to width d.",
-    ),
+    forbid=[
+        Forbid(
+            lambda ids, weight, A, B, alpha: [tuple(weight.shape)],
+            "That is as large as the whole table (V, d): look up the columns of A for the ids, "
+            "and only then go from rank r to width d.",
+        ),
+        Forbid(
+            # For all ids, flat or not, and for those of one row in a loop.
+            lambda ids, weight, A, B, alpha: [
+                (ids.numel(), len(weight)),
+                *[(*ids.shape[i:], len(weight)) for i in range(ids.ndim)],
+            ],
+            "That is as large as a one-hot matrix of the ids, (…, V): look up rows with table[ids] "
+            "or F.embedding.",
+        ),
+    ],
     causes=[
         ("the scaling alpha / r is left out", _looked_up(lambda alpha, r: 1)),
         ("alpha is not divided by r", _looked_up(lambda alpha, r: alpha)),
@@ -363,6 +397,9 @@ def _injected(model):
     """What injection decided, then what the model computes with trained factors in place."""
     wrapped = {name: module for name, module in model.named_modules() if _is_wrapped(module)}
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    # The new modules' own mode is left open: nothing here depends on it.
+    inside = tuple(f"{name}." for name in wrapped)
+    old = [(n, m) for n, m in model.named_modules() if not f"{n}.".startswith(inside)]
     ids = torch.arange(11).reshape(1, 11)
     with torch.no_grad():
         before = model(ids)
@@ -374,6 +411,7 @@ def _injected(model):
     return {
         "the list of modules with a LoRA branch": list(wrapped),
         "the list of what trains": trains,
+        "the list of modules in train mode": [n or "the model" for n, m in old if m.training],
         "the shapes of the factors": [tuple(m.lora.lora_A.shape) for m in wrapped.values()],
         "the output right after injection": before,
         "the output once A and B are trained": after,
@@ -408,19 +446,21 @@ def _suffix(name, target):
     return name.endswith(target)
 
 
-def _decoder_case(*settings, **more):
-    return Case(lambda: [_Decoder(), *settings], **more)
+def _decoder_case(*settings, training=True, **more):
+    return Case(lambda: [_Decoder().train(training), *settings], **more)
 
 
 def _refused(targets, mentions, note):
-    return _decoder_case(4, 10, targets, raises=ValueError, mentions=mentions, note=note)
+    return _decoder_case(4, 10, targets, raises=(ValueError,), mentions=mentions, note=note)
 
 
 def _second_call(targets, note):
     def earlier(apply, model, rank, alpha, targets):
         return [apply(model, 4, 10, ["q_proj"]), rank, alpha, targets]
 
-    return _decoder_case(4, 10, targets, earlier=earlier, raises=ValueError, note=note)
+    # The course's own `inject` raises RuntimeError here.
+    raises = (ValueError, RuntimeError)
+    return _decoder_case(4, 10, targets, earlier=earlier, raises=raises, note=note)
 
 
 _REST_TRAINS = "the rest of the model still trains: freeze it before the branches are added"
@@ -432,6 +472,7 @@ _MATCHES = "targets are found anywhere in a name, and must be whole segments at 
         _decoder_case(4, 10, ["q_proj"], note="seq_proj is another layer"),
         _decoder_case(2, 3.0, ("up", "head"), note="mlp.upper is another layer"),
         _decoder_case(3, 6, ["mlp.up", "layers.1.q_proj"], note="targets of several segments"),
+        _decoder_case(4, 10, ["q_proj"], training=False, note="a model in eval mode"),
         _refused(["q_porj"], "q_porj", "a target that matches nothing"),
         _refused(["q_proj", "v_proj"], "v_proj", "the second target matches nothing"),
         _refused(["q_proj", "embed"], "embed", "embed is no nn.Linear, so it matches nothing"),

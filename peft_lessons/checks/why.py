@@ -46,6 +46,14 @@ from .kit import Case, check_for
             lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (c + m)),
         ),
         (
+            "the master copy is counted for the frozen weights too",
+            lambda n, t, w=2, g=2, c=4, m=8: int(n * (w + c) + t * (g + m)),
+        ),
+        (
+            "the defaults are counted: use the arguments weight, grad, master and moments",
+            lambda n, t, w=2, g=2, c=4, m=8: 2 * n + 14 * t,
+        ),
+        (
             "`moments` is already both of Adam's moments: don't double it",
             lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (g + c + 2 * m)),
         ),
@@ -66,7 +74,7 @@ def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8)
 
 
 @check_for(
-    cases=[(7_000, 130, 11), (1_000, 1_000, 3), (6_738_415_616, 4_194_304, 2_048), (5_000, 0, 7)],
+    cases=[(7_000, 130, 11), (1_000, 1_000, 3), (6_738_415_616, 4_194_304, 2_048), (5_000, 1, 7)],
     causes=[
         (
             "frozen weights need no weight gradients: only n_trainable counts there",
@@ -75,6 +83,10 @@ def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8)
         (
             "the backward pass still goes through the frozen weights: 2·N·T more",
             lambda n, t, tokens: 2 * n * tokens + 4 * t * tokens,
+        ),
+        (
+            "of the 6 for each weight that trains, 4 are in 4·N already: 2 more are due",
+            lambda n, t, tokens: (4 * n + 6 * t) * tokens,
         ),
         ("only what trains is counted", lambda n, t, tokens: 6 * t * tokens),
         ("the forward pass is left out", lambda n, t, tokens: 2 * (n + t) * tokens),
@@ -115,6 +127,10 @@ _SHAPES = [(48, 96), (96, 48), (320, 96)]
         Case(lambda: [[(64, 64)], 127, 1], note="not even rank 1 fits"),
         Case(lambda: [_SHAPES, 10**9, 2], note="memory for more rank than the layers have"),
         Case(lambda: [[(50, 30)], 1_000, 2.5]),
+        Case(
+            lambda: [[(96, 320), (48, 96), (80, 200)], 10**9, 2],
+            note="the tightest layer is not the first",
+        ),
     ],
     causes=[
         ("a rank costs out + in parameters a layer, not out · in", _ranks(lambda o, i: o * i)),
@@ -148,6 +164,18 @@ _SHAPES = [(48, 96), (96, 48), (320, 96)]
             "the limit is the smallest side of all layers, not the largest",
             lambda shapes, budget, size: min(
                 int(budget // (size * sum(map(sum, shapes)))), max(map(min, shapes))
+            ),
+        ),
+        (
+            "only the first layer limits the rank, and the smallest must",
+            lambda shapes, budget, size: min(
+                int(budget // (size * sum(map(sum, shapes)))), min(shapes[0])
+            ),
+        ),
+        (
+            "the budget is split evenly: layers of one rank differ in what they cost",
+            lambda shapes, budget, size: min(
+                _ranks(lambda o, i: o + i)([shape], budget / len(shapes), size) for shape in shapes
             ),
         ),
         ("the result is a float", lambda *a: float(_ranks(lambda o, i: o + i)(*a))),
@@ -196,11 +224,25 @@ def _buffers():
 
 
 def _packed(out=10, in_=6, **parts):
-    """A frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, beside a quant_state."""
+    """A frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, beside a quant_state.
+
+    Of an odd number of codes the last has a byte to itself.
+    """
     net = _Net(base=nn.Linear(in_, out), branch=nn.Linear(in_, 4, bias=False), **parts)
-    codes = torch.randint(0, 256, (out * in_ // 2, 1), dtype=torch.uint8)
+    codes = torch.randint(0, 256, ((out * in_ + 1) // 2, 1), dtype=torch.uint8)
     net.base.weight = nn.Parameter(codes, requires_grad=False)
     net.base.weight.quant_state = SimpleNamespace(shape=torch.Size([out, in_]))
+    return net
+
+
+def _equal_norms():
+    return _Net(mix=nn.Linear(6, 4), norm1=nn.LayerNorm(4), norm2=nn.LayerNorm(4))
+
+
+def _bytes():
+    net = _Net(mix=nn.Linear(6, 5))
+    codes = torch.randint(0, 256, (7, 3), dtype=torch.uint8)
+    net.table = nn.Parameter(codes, requires_grad=False)
     return net
 
 
@@ -214,6 +256,14 @@ def _size(p):
     return p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()
 
 
+def _packed_twice(p):
+    return p.numel() * (2 if hasattr(p, "quant_state") else 1)
+
+
+def _bytes_twice(p):
+    return p.numel() * (2 if p.dtype == torch.uint8 else 1)
+
+
 def _counted(tensors, size=_size):
     tensors = list(tensors)
     return sum(map(size, tensors)), sum(size(t) for t in tensors if t.requires_grad)
@@ -224,8 +274,11 @@ def _counted(tensors, size=_size):
         Case(lambda: [_frozen_first()], note="one of two layers frozen"),
         Case(lambda: [_tied()], note="the head's weight is the embedding's"),
         Case(lambda: [_tied_and_frozen()], note="a tied weight, frozen"),
+        Case(lambda: [_equal_norms()], note="two layer norms of equal values, not tied"),
         Case(lambda: [_buffers()], note="a batch norm, whose running statistics are buffers"),
         Case(lambda: [_packed()], note="a packed 4-bit weight"),
+        Case(lambda: [_bytes()], note="a uint8 parameter without quant_state: not packed"),
+        Case(lambda: [_packed(3, 3)], note="a packed weight (3, 3), in 5 bytes"),
         Case(lambda: [_everything()], note="tied, packed and with buffers"),
     ],
     returns=("total", "trainable"),
@@ -241,6 +294,18 @@ def _counted(tensors, size=_size):
         (
             "the packed weight is counted by its bytes, and each holds two weights",
             lambda m: _counted(m.parameters(), size=torch.numel),
+        ),
+        (
+            "uint8 alone does not make a packed weight: look for its quant_state",
+            lambda m: _counted(m.parameters(), size=_bytes_twice),
+        ),
+        (
+            "an odd number of weights leaves half of the last byte empty: ask quant_state.shape",
+            lambda m: _counted(m.parameters(), size=_packed_twice),
+        ),
+        (
+            "parameters of equal values are counted once: tied ones are one and the same object",
+            lambda m: _counted({str(p.tolist()): p for p in m.parameters()}.values()),
         ),
         (
             "only what trains is in the total",

@@ -65,7 +65,7 @@ class LinearWithLoRA(Adapted):
     def unmerged_tensors(self):
         return self.base.weight - self.lora.delta_weight(), None
 
-# %% ../../notebooks/02_lora.ipynb #f9030cf9
+# %% ../../notebooks/02_lora.ipynb #7c6b5d7f
 @dataclass(frozen=True)
 class LoRA(Method):
     """LoRA (Hu et al. 2021) on every Linear that `targets` names; settings as in `LoRALayer`."""
@@ -86,6 +86,7 @@ class LoRA(Method):
         "targets": ("target_modules", None), "rslora": ("use_rslora", False),
     }
     tensors = {"lora.lora_A": "lora_A.weight", "lora.lora_B": "lora_B.weight"}
+    learning_rate = 3e-3  # what fit takes if it is not told otherwise; section 5 measures it
 
 # %% ../../notebooks/02_lora.ipynb #aa100dfe
 def apply_lora_to_model(model, rank=8, alpha=16.0, target_modules=("q_proj", "v_proj")):

@@ -1,5 +1,6 @@
 """Answers to the exercises of lesson 02."""
 
+import copy
 import math
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_lessons import LinearWithLoRA
+from peft_lessons.methods.lora import apply_lora_to_model
 
 from . import Answers
 
@@ -145,6 +147,41 @@ def turned_product(A, B, rank):
     return (U[:, :rank] * S[:rank]).T, Vh[:rank].T
 
 
+@wrong("compress_lora", "svd gives thin factors with full_matrices=False")
+def full_svd(A, B, rank):
+    U, S, Vh = torch.linalg.svd(A)
+    middle, values, last = torch.linalg.svd(B @ U * S, full_matrices=False)
+    return last[:rank] @ Vh[: len(S)], middle[:, :rank] * values[:rank]
+
+
+@wrong("compress_lora", "(256, 256) is formed on the way")
+def complete_qr(A, B, rank):
+    Q, R = torch.linalg.qr(B, mode="complete")
+    r = len(A)
+    U, S, Vh = torch.linalg.svd(R[:r] @ A, full_matrices=False)
+    return S[:rank, None] * Vh[:rank], Q[:, :r] @ U[:, :rank]
+
+
+@wrong("compress_lora", "only A is decomposed")
+def svd_of_a(A, B, rank):
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return S[:rank, None] * Vh[:rank], B @ U[:, :rank]
+
+
+@wrong("compress_lora", "only B is decomposed")
+def svd_of_b(A, B, rank):
+    U, S, Vh = torch.linalg.svd(B, full_matrices=False)
+    return Vh[:rank] @ A, U[:, :rank] * S[:rank]
+
+
+@wrong("compress_lora", "the R of A's QR is not transposed")
+def r_untransposed(A, B, rank):
+    Qb, Rb = torch.linalg.qr(B)
+    Qa, Ra = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(Rb @ Ra)
+    return S[:rank, None] * Vh[:rank] @ Qa.T, Qb @ U[:, :rank]
+
+
 @wrong("compress_lora", "the first rows and columns are kept")
 def sliced(A, B, rank):
     return A[:rank], B[:, :rank]
@@ -278,15 +315,22 @@ def reshaped(ids, weight, A, B, alpha):
     return weight[ids] + alpha / A.shape[0] * A.reshape(A.shape[1], -1)[ids] @ B.T
 
 
-@wrong("embedding_lora", "as wide as the whole vocabulary")
+@wrong("embedding_lora", "as large as the whole table (V, d)")
 def merged_table(ids, weight, A, B, alpha):
     return F.embedding(ids, weight + alpha / A.shape[0] * (B @ A).T)
 
 
-@wrong("embedding_lora", "as wide as the whole vocabulary")
+@wrong("embedding_lora", "as large as a one-hot matrix of the ids")
 def one_hot(ids, weight, A, B, alpha):
     hot = F.one_hot(ids, weight.shape[0]).to(A.dtype)
     return weight[ids] + alpha / A.shape[0] * hot @ A.T @ B.T
+
+
+@wrong("embedding_lora", "(5, 23) is formed on the way")
+def one_hot_by_row(ids, weight, A, B, alpha):
+    if ids.ndim > 1:
+        return torch.stack([one_hot_by_row(row, weight, A, B, alpha) for row in ids])
+    return one_hot(ids, weight, A, B, alpha)
 
 
 @wrong("embedding_lora", "your function raised IndexError")
@@ -302,6 +346,12 @@ def frozen_a(ids, weight, A, B, alpha):
 @right("embedding_lora")
 def einsum_lookup(ids, weight, A, B, alpha):
     return weight[ids] + torch.einsum("r...,dr->...d", A[:, ids], B) * (alpha / len(A))
+
+
+@right("embedding_lora")
+def low_rank_copies(ids, weight, A, B, alpha):
+    table = (alpha / len(A) * A).T.contiguous()  # (V, r), no larger than A
+    return F.embedding(ids, weight) + F.linear(F.embedding(ids, table), B)
 
 
 @right("embedding_lora")
@@ -514,19 +564,43 @@ def frozen_too_early(model, rank, alpha, targets):
     return inject(model, rank, alpha, lambda n: at_end(n, targets))
 
 
-@wrong("apply_lora", "is None: is a return statement missing?")
+@wrong("apply_lora", "is None: is a return statement missing?\n")
 def nothing_returned(model, rank, alpha, targets):
     inject(model, rank, alpha, lambda n: at_end(n, targets))
 
 
-@right("apply_lora")
-def on_a_copy(model, rank, alpha, targets):
-    from copy import deepcopy
-
+def refuse_adapted(model, error=ValueError):
     if any(isinstance(m, LinearWithLoRA) for m in model.modules()):
-        raise ValueError("already adapted")
+        raise error("already adapted")
+
+
+@wrong("apply_lora", "what is returned is not the argument model itself: change it in place")
+def on_a_copy(model, rank, alpha, targets):
+    refuse_adapted(model)
     refuse_unmatched(model, targets)
-    return inject(deepcopy(model), rank, alpha, lambda n: at_end(n, targets))
+    return inject(copy.deepcopy(model), rank, alpha, lambda n: at_end(n, targets))
+
+
+@wrong("apply_lora", "modules in train mode differs: missing 'the model', 'embed'")
+def in_eval_mode(model, rank, alpha, targets):
+    return inject(model.eval(), rank, alpha, lambda n: at_end(n, targets))
+
+
+@wrong("apply_lora", "modules in train mode differs: too many 'the model', 'embed'")
+def in_train_mode(model, rank, alpha, targets):
+    return inject(model, rank, alpha, lambda n: at_end(n, targets)).train()
+
+
+@right("apply_lora")
+def by_the_course(model, rank, alpha, targets):
+    return apply_lora_to_model(model, rank, alpha, tuple(targets))
+
+
+@right("apply_lora")
+def runtime_error(model, rank, alpha, targets):
+    refuse_adapted(model, RuntimeError)
+    refuse_unmatched(model, targets)
+    return inject(model, rank, alpha, lambda n: at_end(n, targets))
 
 
 @right("apply_lora")

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from . import Answers
 
 answers = Answers()
@@ -63,6 +65,16 @@ def wrong_default(n_params, n_trainable, weight=1, grad=2, master=4, moments=8):
     return int(n_params * weight + n_trainable * (grad + master + moments))
 
 
+@wrong("training_bytes", "the master copy is counted for the frozen weights too")
+def all_masters(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
+    return int(n_params * (weight + master) + n_trainable * (grad + moments))
+
+
+@wrong("training_bytes", "the defaults are counted: use the arguments")
+def arguments_ignored(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
+    return 16 * n_trainable + 2 * (n_params - n_trainable)
+
+
 @right("training_bytes")
 def by_groups(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
     groups = [(n_params - n_trainable, weight), (n_trainable, weight + grad + master + moments)]
@@ -85,6 +97,11 @@ def six(n_params, n_trainable, tokens):
 @wrong("step_flops", "the backward pass still goes through the frozen weights")
 def cheap_backward(n_params, n_trainable, tokens):
     return 2 * n_params * tokens + 4 * n_trainable * tokens
+
+
+@wrong("step_flops", "of the 6 for each weight that trains, 4 are in 4·N already")
+def six_on_top(n_params, n_trainable, tokens):
+    return 4 * n_params * tokens + 6 * n_trainable * tokens
 
 
 @wrong("step_flops", "only what trains is counted")
@@ -120,6 +137,12 @@ def float_flops(n_params, n_trainable, tokens):
 @right("step_flops")
 def full_minus_saved(n_params, n_trainable, tokens):
     return 6 * n_params * tokens - 2 * (n_params - n_trainable) * tokens
+
+
+@right("step_flops")
+def nothing_for_nothing(n_params, n_trainable, tokens):
+    # Without anything to train there is no backward pass: the exercise leaves this case open.
+    return 2 * n_params * tokens + (2 * (n_params + n_trainable) * tokens if n_trainable else 0)
 
 
 @right("step_flops")
@@ -181,6 +204,18 @@ def unlimited(shapes, budget_bytes, bytes_per_parameter):
 def limited_by_the_largest(shapes, budget_bytes, bytes_per_parameter):
     fits = int(budget_bytes // (sum(map(sum, shapes)) * bytes_per_parameter))
     return min(fits, max(min(shape) for shape in shapes))
+
+
+@wrong("largest_rank", "only the first layer limits the rank")
+def limited_by_the_first(shapes, budget_bytes, bytes_per_parameter):
+    fits = int(budget_bytes // (sum(map(sum, shapes)) * bytes_per_parameter))
+    return min(fits, *shapes[0])
+
+
+@wrong("largest_rank", "the budget is split evenly")
+def split_evenly(shapes, budget_bytes, bytes_per_parameter):
+    share = budget_bytes / len(shapes) / bytes_per_parameter
+    return min(min(int(share // sum(shape)), *shape) for shape in shapes)
 
 
 @wrong("largest_rank", "where not even rank 1 fits the answer is 0")
@@ -254,6 +289,30 @@ def packed_as_half(model):
     return total, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@wrong("count_parameters", "uint8 alone does not make a packed weight")
+def every_uint8_doubled(model):
+    counts = [(p.numel() << (p.dtype == torch.uint8), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+
+
+@wrong("count_parameters", "leaves half of the last byte empty")
+def packed_doubled(model):
+    def size(p):
+        return p.numel() * (2 if hasattr(p, "quant_state") else 1)
+
+    counts = [(size(p), p.requires_grad) for _, p in model.named_parameters()]
+    return sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+
+
+@wrong("count_parameters", "parameters of equal values are counted once")
+def once_by_value(model):
+    unique = []
+    for p in model.parameters():
+        if not any(torch.equal(p, other) for other in unique):
+            unique.append(p)
+    return sum(map(_true_size, unique)), sum(_true_size(p) for p in unique if p.requires_grad)
+
+
 @wrong("count_parameters", "only what trains is in the total")
 def trainable_twice(model):
     trainable = sum(_true_size(p) for p in model.parameters() if p.requires_grad)
@@ -278,12 +337,10 @@ def placeholder(model):
 
 
 @right("count_parameters")
-def doubled_bytes(model):
-    def size(p):
-        return p.numel() * (2 if hasattr(p, "quant_state") else 1)
-
-    counts = [(size(p), p.requires_grad) for _, p in model.named_parameters()]
-    return sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+def by_storage(model):
+    names = model.named_parameters(remove_duplicate=False)
+    unique = {p.data_ptr(): (_true_size(p), p.requires_grad) for _, p in names}.values()
+    return sum(n for n, _ in unique), sum(n for n, trains in unique if trains)
 
 
 @right("count_parameters")
