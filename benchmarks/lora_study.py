@@ -37,7 +37,7 @@ SEEDS = (0, 1, 2)
 
 def points() -> list[tuple]:
     """(method, targets, rank, alpha, lr, steps) of every point, what matters most first."""
-    short = [  # the very runs that the lesson makes live
+    short = [  # as long as the lesson's own runs
         ("head", "", 0, 0, 1e-2, 50),
         ("lora", "qv", 8, 16, 3e-3, 50),
         ("full", "", 0, 0, 2e-4, 50),
@@ -50,7 +50,13 @@ def points() -> list[tuple]:
     ]
     ranks = [("lora", "qv", rank, 16, 3e-3, 200) for rank in (4, 16)]
     alphas = [("lora", "qv", 8, alpha, 3e-3, 200) for alpha in (4, 64)]
-    return [*short, *rates[:3], *baselines, *rates[3:], *modules, *ranks, *alphas]
+    long = [  # one epoch and a half, at the best learning rates of 200 steps
+        ("head", "", 0, 0, 1e-2, 600),
+        ("full", "", 0, 0, 1e-4, 600),
+        ("lora", "qv", 8, 16, 3e-3, 600),
+        ("lora", "all-linear", 4, 16, 1e-3, 600),
+    ]
+    return [*short, *rates[:3], *baselines, *modules, *long, *rates[3:], *ranks, *alphas]
 
 
 def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps: int, seed: int):

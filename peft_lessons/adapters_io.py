@@ -61,6 +61,8 @@ _PLAIN_START = (True, False, "gaussian")
 def _slots(model: nn.Module, injection: Injection) -> Iterator[tuple[str, torch.Tensor]]:
     """(key in PEFT's file, tensor in the model) of all that the file holds."""
     method = injection.method
+    # PEFT's prompt methods hold the base itself; its others hold a tuner that holds the base.
+    base = _PREFIX if injection.attached is None else "base_model."
     for path, module in injection.modules().items():
         prefix = "" if path == ATTACHED else f"{_PREFIX}{path}."
         for name, tensor in module.state_dict(keep_vars=True).items():
@@ -68,7 +70,7 @@ def _slots(model: nn.Module, injection: Injection) -> Iterator[tuple[str, torch.
                 yield prefix + method.tensors[name], tensor
     for name, tensor in model.named_parameters():
         if name in injection.whole:
-            yield _PREFIX + name, tensor
+            yield base + name, tensor
 
 
 def _task_type(model: nn.Module) -> str | None:
@@ -93,7 +95,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     slots = dict(_slots(model, injection))
     if any(t.is_meta for t in slots.values()):
         raise ValueError("save_adapter: the model is on the meta device and has no values to save")
-    tensors = {k: t.detach().cpu().contiguous() for k, t in slots.items()}
+    tensors = {k: t.detach().cpu() for k, t in slots.items()}
     _refuse_non_finite(tensors, "save_adapter")
     entries, tensors = injection.method.to_peft(tensors)
     if entries.get("target_modules") == "all-linear":
@@ -112,6 +114,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_adapter: folder={str(folder)!r} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     _replace({folder / WEIGHTS: _serialized(tensors, header), folder / CONFIG: config})
     return folder
 
@@ -192,13 +195,18 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
             "two was changed or exchanged since; save the adapter again"
         )
     for key, tensor in tensors.items():
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(
-                f"{key!r} in {str(folder)!r} holds {tensor.dtype} numbers, but an adapter is made "
-                "of 16-, 32- or 64-bit floats: it was quantised or is no adapter"
-            )
+        # Indices are whole numbers (diff pruning); `from_peft` makes what they stand for.
+        if tensor.dtype not in (*_FLOATS, torch.int64):
+            raise ValueError(_no_floats(key, tensor))
     _refuse_non_finite(tensors, "load_adapter")
     return config, tensors, header
+
+
+def _no_floats(key: str, tensor: torch.Tensor) -> str:
+    return (
+        f"{key!r} holds {tensor.dtype} numbers, but an adapter is made of 16-, 32- or 64-bit "
+        "floats: it was quantised or is no adapter"
+    )
 
 
 def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
@@ -211,18 +219,18 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
     complaints = {}
     for method in known:
         read = {name for name, _ in method.peft_fields.values()} | set(method.peft_constants)
-        wrong = [k for k, v in method.peft_constants.items() if config.get(k) != v]
-        wrong += [k for k, v in config.items() if k not in read | _SAYS_NOTHING and not _off(k, v)]
+        read |= set(method.peft_others)
+        constants = method.peft_constants.items()
+        wrong = [f"asks for {k}={v!r}" for k, v in constants if config.get(k) != v]
+        unread = {k: v for k, v in config.items() if k not in read | _SAYS_NOTHING}
+        wrong += [f"does not read {k}={v!r}" for k, v in unread.items() if not _off(k, v)]
         if not wrong:
             try:
                 return method.from_peft(config, tensors)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
                 raise ValueError(f"{CONFIG} describes no {method.__name__}: {error}") from None
         complaints[method.__name__] = wrong
-    said = "; ".join(
-        f"{name} does not read {', '.join(f'{k}={config.get(k)!r}' for k in keys)}"
-        for name, keys in complaints.items()
-    )
+    said = "; ".join(f"{name} {', '.join(wrong)}" for name, wrong in complaints.items())
     raise ValueError(
         f"this {kind} adapter uses what the course does not have: {said}. PEFT can load it: "
         "PeftModel.from_pretrained(model, folder)"
@@ -282,6 +290,8 @@ def load_adapter(
                 f"{key!r} has shape {tuple(tensors[key].shape)} in the file, but the model and the "
                 f"config ask for {tuple(slot.shape)}"
             )
+        if slot.is_floating_point() and not tensors[key].is_floating_point():
+            raise ValueError(_no_floats(key, tensors[key]))
         # The head of a half-precision model may be too narrow for what the file holds.
         _refuse_non_finite({key: tensors[key].to(slot.dtype)}, f"load_adapter as {slot.dtype}")
 

@@ -84,10 +84,17 @@ class Method:
     `wrap` (a module in the place of each target), `attach` (one module for the whole model) and
     `select` (parameters of the base that train themselves).
 
+    `find`, `check`, `wrap` and `attach` must work on a meta model, which has shapes and no values:
+    `load_adapter` tries them there first. An attached module must not hold a module of the base
+    (a hook gets the model as its argument). Only parameters are lifted to float32 in a 16-bit base;
+    a buffer that needs it is made so by `wrap`.
+
     Class attributes:
         peft_type:      the name of the method in `adapter_config.json`
         peft_fields:    {field: (name in that file, value PEFT takes if the name is absent)}
         peft_constants: entries of that file that are always so for this method
+        peft_others:    names of further entries that `from_peft` reads, or that say nothing of an
+                        adapter that is trained already (how it started)
         tensors:        {parameter of the wrapping or attached module: its name in the file}
         takes:          the module types that `wrap` accepts; exactly these, no subclasses, since a
                         subclass may store its weight differently (4-bit) or never call `forward`
@@ -97,6 +104,7 @@ class Method:
     peft_type: ClassVar[str]
     peft_fields: ClassVar[Mapping[str, tuple[str, Any]]] = {}
     peft_constants: ClassVar[Mapping[str, Any]] = {}
+    peft_others: ClassVar[tuple[str, ...]] = ()
     tensors: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     learning_rate: ClassVar[float] = 1e-3
@@ -124,7 +132,7 @@ class Method:
                 "adds parameters but no freedom; choose a rank up to that size"
             )
 
-    def wrap(self, layer: nn.Module) -> Adapted:
+    def wrap(self, path: str, layer: nn.Module) -> Adapted:
         """The module that takes the place of `layer`."""
         raise NotImplementedError
 
@@ -139,7 +147,7 @@ class Method:
     # --- what it does during training
 
     def before_fit(self, injection: Injection, steps: int) -> None:
-        """Called once before the first of `steps` steps; may refuse them."""
+        """Called once before the first of `steps` steps, or of those left; may refuse them."""
 
     def penalty(self, injection: Injection) -> torch.Tensor | float:
         """What is added to the task's loss."""
@@ -166,9 +174,10 @@ class Adapted(nn.Module):
     """A layer of the base and what a method adds to it; takes the layer's place in the model.
 
     A subclass computes `forward` from `self.base` and, while `self.merged`, from the base alone.
-    If the method merges, it gives the merge rule as two pure functions, `merged_tensors` and
+    If the method merges, it gives the merge rule as two functions, `merged_tensors` and
     `unmerged_tensors`: the base layer's new (weight, bias) from what the base layer holds now;
-    None for a bias means that it stays.
+    None for a bias means that it stays. `merged_tensors` is called twice for each merge, and may
+    remember in a buffer what `unmerged_tensors` needs.
     """
 
     def __init__(self, base: nn.Module):
@@ -387,6 +396,7 @@ class Injection:
     whole_modules: tuple[str, ...]
     were_trainable: dict[str, bool]
     fingerprint: str
+    size: int  # parameters of the base; a method that quantises it leaves fewer to count
 
     @property
     def merged(self) -> bool:
@@ -534,10 +544,10 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     chosen = list(method.select(model))
     if unknown := [n for n in chosen if n not in parameters]:
         raise ValueError(f"{type(method).__name__}: {unknown[0]!r} is no parameter of the model")
-    digest = fingerprint(model)
+    digest, size = fingerprint(model), _size(parameters.values())
     were_trainable = {n: p.requires_grad for n, p in parameters.items()}
     try:
-        wrappers = {p: method.wrap(layer).train(layer.training) for p, layer in targets.items()}
+        wrappers = {p: method.wrap(p, layer).train(layer.training) for p, layer in targets.items()}
         attached, handles = method.attach(model) or (None, [])
         if not (wrappers or attached or chosen):
             raise ValueError(f"{type(method).__name__} finds nothing to train in this model")
@@ -554,9 +564,9 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     for path, wrapper in wrappers.items():
         _put(model, path, wrapper)
     if attached is not None:
-        model.add_module(ATTACHED, attached)
+        model.add_module(ATTACHED, attached.train(model.training))
     model._peft_injection = injection = Injection(
-        method, wrappers, attached, handles, old, tuple(whole), were_trainable, digest
+        method, wrappers, attached, handles, old, tuple(whole), were_trainable, digest, size
     )
     for _, p in injection.added():
         p.data = p.data.float() if p.dtype in (torch.float16, torch.bfloat16) else p.data
@@ -572,19 +582,24 @@ def _restore(model: nn.Module, were_trainable: dict[str, bool]) -> None:
 def report(model: nn.Module) -> Report:
     """The report of an injected model once more."""
     injection = _require_injection(model, "report")
-    total, added = _size(model.parameters()), _size(p for _, p in injection.added())
-    shapes = tuple(
-        tuple(getattr(getattr(w.base, "weight", None), "shape", ()))
-        for w in injection.wrappers.values()
-    )
+    added = {name: p.numel() for name, p in injection.added()}
+    # A wrapper may add nothing: QLoRA also quantises layers that get no adapter.
+    adding = {
+        path: tuple(getattr(getattr(w.base, "weight", None), "shape", ()))
+        for path, w in injection.wrappers.items()
+        if any(name.startswith(path + ".") for name in added)
+    }
+    # Of the base train whole modules and, beside them, the parameters that the method selects.
+    inside = tuple(module + "." for module in injection.whole_modules)
+    selected = (name for name in injection.whole if not name.startswith(inside))
     return Report(
         injection.method,
         _trainable(model),
-        total,
-        total - added,
-        tuple(injection.wrappers),
-        shapes,
-        injection.whole_modules or tuple(injection.whole),
+        injection.size + sum(added.values()),
+        injection.size,
+        tuple(adding),
+        tuple(adding.values()),
+        (*injection.whole_modules, *selected),
         sum(t.numel() for t in injection.whole.values()),
         fresh_modules(model),
     )
@@ -598,7 +613,8 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 def _move(model: nn.Module, verb: str, merged: bool) -> None:
     injection = _require_injection(model, verb)
     if not injection.wrappers:
-        raise TypeError(f"{verb}: {type(injection.method).__name__} has no weights to {verb}")
+        name = type(injection.method).__name__
+        raise TypeError(f"{verb}: {name} adds nothing to a layer's weights, so none can {verb}")
     # First everything is computed and thrown away: an error in the last layer leaves the first one
     # as it was, and never more than one layer's new weight is held.
     for path, wrapper in injection.wrappers.items():

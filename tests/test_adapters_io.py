@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from copy import deepcopy
+from dataclasses import dataclass
 
 import peft
 import pytest
@@ -25,6 +26,7 @@ from peft_lessons import (
     unmerge,
 )
 from peft_lessons.adapters_io import CONFIG, WEIGHTS
+from peft_lessons.inject import Method
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated",  # between peft and transformers
@@ -623,3 +625,43 @@ def test_onto_a_model_that_holds_a_method(saved):
     model = tiny_bert()
     inject(model.bert, LoRA(2, 3, ("query",)))
     refused(saved, r"model\.bert", model, error=RuntimeError)
+
+
+@dataclass(frozen=True)
+class Shifted(Method):
+    """Attached to the whole model, as prompt methods are."""
+
+    start: str = "zeros"
+    peft_type = "TEST_SHIFTED"
+    peft_fields = {"start": ("how_it_started", "zeros")}
+    peft_others = ("num_layers",)
+    tensors = {"weight": "prompt_embeddings"}
+
+    def attach(self, model):
+        return nn.Linear(3, 2, bias=False), []
+
+
+def test_an_attached_method_has_the_keys_of_peft_s_prompt_methods(tmp_path):
+    model = tiny_bert()
+    inject(model, Shifted())
+    save_adapter(model, tmp_path)
+    _, tensors, _ = read_adapter(tmp_path)
+    assert set(tensors) == {
+        "prompt_embeddings",
+        "base_model.classifier.weight",
+        "base_model.classifier.bias",
+    }
+    again = tiny_bert()
+    load_adapter(again, tmp_path)
+    assert torch.equal(injection_of(again).attached.weight, injection_of(model).attached.weight)
+
+
+def test_entries_that_a_method_passes_over_are_no_reason_to_refuse(tmp_path):
+    model = tiny_bert()
+    inject(model, Shifted())
+    save_adapter(model, tmp_path)
+    rewrite(tmp_path, num_layers=2)
+    load_adapter(tiny_bert(), tmp_path)
+    rewrite(tmp_path, num_layers=2, surprise=7)
+    with pytest.raises(ValueError, match=r"Shifted does not read surprise=7.*PEFT can load it"):
+        load_adapter(tiny_bert(), tmp_path)

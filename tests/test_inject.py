@@ -563,7 +563,7 @@ class Scale(Method):
     peft_type = "TEST_SCALE"
     tensors = {"scale": "scale"}
 
-    def wrap(self, layer):
+    def wrap(self, path, layer):
         return ScaledLinear(layer)
 
 
@@ -608,7 +608,7 @@ class Broken(Scale):
 
     peft_type = "TEST_BROKEN"
 
-    def wrap(self, layer):
+    def wrap(self, path, layer):
         raise ValueError("this layer cannot be wrapped")
 
 
@@ -634,7 +634,7 @@ def test_an_attached_method():
     assert told.trainable == 64 and torch.equal(model(IDS).logits, before)
     nn.init.normal_(injection_of(model).attached.shift)
     assert not torch.allclose(model(IDS).logits, before)
-    with pytest.raises(TypeError, match="no weights to merge"):
+    with pytest.raises(TypeError, match="none can merge"):
         merge(model)
     assert torch.equal(unload(model)(IDS).logits, before)
 
@@ -674,3 +674,25 @@ def test_a_failing_wrap_changes_nothing():
     with pytest.raises(ValueError, match="cannot be wrapped"):
         inject(model, Broken())
     assert same(state(model), untouched) and injection_of(model) is None
+
+
+def test_an_attached_module_follows_the_model_s_mode():
+    for training in (True, False):
+        model = tiny_llama().train(training)
+        inject(model, ShiftEmbeddings())
+        assert injection_of(model).attached.training is training
+
+
+def test_the_report_names_selected_parameters_beside_the_head():
+    model = tiny_bert()
+
+    @dataclass(frozen=True)
+    class KeyBiases(Method):
+        peft_type = "TEST_KEY_BIASES"
+
+        def select(self, model):
+            return [n for n, _ in model.named_parameters() if n.endswith("key.bias")]
+
+    told = inject(model, KeyBiases())
+    assert told.whole == ("classifier", *KeyBiases().select(model))
+    assert told.whole_parameters == told.trainable == 2 * 64 + 2 * 64 + 2

@@ -257,7 +257,7 @@ class Hooked(Method):
     peft_type = "TEST_HOOKED"
     learning_rate = 0.25
 
-    def wrap(self, layer):
+    def wrap(self, path, layer):
         return Counting(layer)
 
     def before_fit(self, injection, steps):

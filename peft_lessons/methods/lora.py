@@ -65,7 +65,7 @@ class LinearWithLoRA(Adapted):
     def unmerged_tensors(self):
         return self.base.weight - self.lora.delta_weight(), None
 
-# %% ../../notebooks/02_lora.ipynb #7c6b5d7f
+# %% ../../notebooks/02_lora.ipynb #0ceb8829
 @dataclass(frozen=True)
 class LoRA(Method):
     """LoRA (Hu et al. 2021) on every Linear that `targets` names; settings as in `LoRALayer`."""
@@ -76,7 +76,7 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
 
-    def wrap(self, layer):
+    def wrap(self, path, layer):
         return LinearWithLoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
 
     # How Hugging Face PEFT's files call all this: (their name, their default).
