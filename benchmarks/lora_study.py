@@ -44,6 +44,8 @@ def points() -> list[tuple]:
     ]
     baselines = [("full", "", 0, 0, lr, 200) for lr in (1e-4, 2e-4, 4e-4)]
     baselines += [("head", "", 0, 0, lr, 200) for lr in (1e-2, 3e-2)]
+    # All but the embeddings: what LoRA on the layers could reach at full rank.
+    baselines += [("encoder", "", 0, 0, lr, 200) for lr in (1e-4, 2e-4)]
     rates = [("lora", "qv", rank, 16, lr, 200) for rank in (8, 1, 64) for lr in (1e-3, 3e-3, 1e-2)]
     modules = [
         ("lora", "all-linear", rank, 16, lr, 200) for rank in (8, 4) for lr in (1e-3, 3e-3)
@@ -65,8 +67,8 @@ def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps
     torch.manual_seed(seed)
     if method == "lora":
         inject(model, LoRA(rank=rank, alpha=alpha, targets=TARGETS[targets]))
-    elif method == "head":
-        freeze(model)
+    elif method in ("head", "encoder"):
+        freeze(model, also_train=("encoder",) if method == "encoder" else ())
     history = fit(model, task, steps, lr=lr, seed=seed, show=False)
     test = evaluate(model, task, "test")
     return {
@@ -99,6 +101,8 @@ def main(backwards: bool) -> None:
         if tuple(map(str, point)) in done():
             continue
         row = dict(zip(KEY, point, strict=True)) | run(task, *point)
+        if tuple(map(str, point)) in done():  # the other process was at the same point
+            continue
         with RESULTS.open("a", newline="") as f:
             csv.DictWriter(f, COLUMNS, lineterminator="\n").writerow(row)
         print(f"{len(done())}/{len(todo)} {point} test {row['test']:.4f}", flush=True)
