@@ -98,11 +98,18 @@ def curves(
 
 @mpl.rc_context(_STYLE)
 def spreads(ax, points: Mapping[float, Spread], label: str | None = None) -> None:
-    """A line through the means of {x: spread}, with whiskers from the worst to the best seed."""
+    """A line through the means of {x: spread}, with whiskers from the worst to the best seed.
+
+    The axis of x is logarithmic, as a sweep is, and marked at its points."""
     mean = [s.mean for s in points.values()]
     below = [s.mean - s.low for s in points.values()]
     above = [s.high - s.mean for s in points.values()]
     ax.errorbar(list(points), mean, (below, above), marker="o", capsize=3, label=label)
+    ax.set_xscale("log")
+    ax.set_xticks(list(points), labels=[f"{x:g}" for x in points])
+    ax.minorticks_off()
+    if label:
+        ax.legend()
 
 
 @mpl.rc_context(_STYLE)

@@ -148,7 +148,8 @@ def test_spreads_draw_the_mean_and_the_range():
     line, _, (bars,) = ax.containers[0]
     assert line.get_xdata().tolist() == [1, 8] and line.get_ydata().tolist() == [80, 85]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[78, 83], [84.5, 86]]
-    assert ax.containers[0].get_label() == "rank"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["rank"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "8"]
 
 
 def test_a_title_set_outside_stands_once_to_the_left_in_bold():
