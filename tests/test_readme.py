@@ -46,3 +46,12 @@ def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
     short = short.replace("evaluate(model, task)", "evaluate(model, task.limit(test=16))")
     exec(short, {})
     assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
+
+
+def test_every_result_table_is_listed_with_the_command_that_makes_it():
+    listed = re.findall(
+        r"\| (results/\S+) \| `python (\S+)` \|", (ROOT / "data/README.md").read_text()
+    )
+    stored = {f"results/{path.name}" for path in (ROOT / "data/results").iterdir()}
+    assert {table for table, _ in listed} == stored
+    assert all((ROOT / script).is_file() for _, script in listed)
