@@ -36,7 +36,8 @@ class WrongAnswer(AssertionError):
 
     def _render_traceback_(self) -> list[str]:
         headline, *facts = str(self).split("\n")
-        return [f"\x1b[1;31m{headline}\x1b[0m", *facts]
+        # Bold, not red: the box is red already, and red on dark red is not to be read.
+        return [f"\x1b[1m{headline}\x1b[0m", *facts]
 
 
 @dataclass(frozen=True, repr=False)
