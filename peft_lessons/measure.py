@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import time
@@ -134,13 +133,6 @@ def step_time(function: Callable[[], object], repeats: int = 7, warmup: int = 2)
         if i >= warmup:
             times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-@contextlib.contextmanager
-def on_meta():
-    """Build a model of any size without memory: its tensors have shapes and no values."""
-    with torch.device("meta"):
-        yield
 
 
 def estimate_bytes(

@@ -17,7 +17,6 @@ from peft_lessons.measure import (
     held_bytes,
     nbytes,
     numbers,
-    on_meta,
     parameters,
     peak_bytes,
     step_time,
@@ -68,7 +67,7 @@ def test_a_shared_storage_is_weighed_once(device):
 
 
 def test_a_model_weighs_the_same_on_the_meta_device():
-    with on_meta():
+    with torch.device("meta"):
         empty = tiny_llama(tie_word_embeddings=True)
     full = tiny_llama(tie_word_embeddings=True)
     assert held_bytes(empty).weights == held_bytes(full).weights
@@ -193,7 +192,7 @@ def test_step_time_is_the_median_without_the_warmup():
 
 
 def test_llama_7b_by_count_alone():
-    with on_meta():
+    with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig())
     assert parameters(model).total == 6_738_415_616
     told = inject(model, QV)
@@ -210,7 +209,7 @@ def test_llama_7b_by_count_alone():
 
 
 def test_llama_7b_full_fine_tuning():
-    with on_meta():
+    with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig())
     assert estimate_bytes(model).total == 16 * 6_738_415_616
     in_float32 = estimate_bytes(model, weight=4, gradient=4, master=0)
@@ -221,6 +220,6 @@ def test_llama_7b_full_fine_tuning():
 
 @pytest.mark.parametrize("targets, trained", [("all-linear", 19_988_480), (("o_proj",), 2_097_152)])
 def test_llama_7b_other_targets(targets, trained):
-    with on_meta():
+    with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig())
     assert inject(model, LoRA(8, 16, targets)).trainable == trained
