@@ -273,15 +273,16 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _refuse_tied(model: nn.Module, path: str, module: nn.Module, argument: str) -> None:
+def _refuse_tied(model: nn.Module, modules: Mapping[str, nn.Module], argument: str) -> None:
     owners = _owners(model)
-    for name, p in module.named_parameters():
-        others = [n for n in owners[id(p)] if n != f"{path}.{name}"]
-        if others:
-            raise ValueError(
-                f"{argument}: {path!r} shares its {name} with {others[0]!r} (tied weights): "
-                "changing one changes both; leave it out"
-            )
+    for path, module in modules.items():
+        for name, p in module.named_parameters():
+            others = [n for n in owners[id(p)] if n != f"{path}.{name}"]
+            if others:
+                raise ValueError(
+                    f"{argument}: {path!r} shares its {name} with {others[0]!r} (tied weights): "
+                    "changing one changes both; leave it out"
+                )
 
 
 def find_targets(
@@ -330,8 +331,9 @@ def find_targets(
                 "the weights past whatever wraps them; call "
                 "torch.backends.mha.set_fastpath_enabled(False) first"
             )
-        _refuse_tied(model, path, module, "targets")
-    return {path: modules[path] for path in found}
+    targeted = {path: modules[path] for path in found}
+    _refuse_tied(model, targeted, "targets")
+    return targeted
 
 
 def _leaves(paths: Iterable[str]) -> str:
@@ -377,7 +379,7 @@ def _find_whole(model: nn.Module, also_train: Any, wrapped: Iterable[str]) -> di
         for target in wrapped:
             if (path + ".").startswith(target + ".") or target.startswith(path + "."):
                 raise ValueError(f"{path!r} trains in full, so {target!r} cannot be a target too")
-        _refuse_tied(model, path, module, "also_train")
+    _refuse_tied(model, found, "also_train")
     return found
 
 

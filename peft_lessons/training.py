@@ -218,11 +218,12 @@ def fit(
                 if injection:
                     loss = loss + injection.method.penalty(injection)
                 loss.backward()
-                norm = nn.utils.clip_grad_norm_(trainable.values(), clip or math.inf)
-                if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                norm = nn.utils.clip_grad_norm_(trainable.values(), clip or math.inf).item()
+                value = loss.item()
+                if not (math.isfinite(value) and math.isfinite(norm)):
                     optimizer.zero_grad()
                     raise TrainingDiverged(
-                        f"step {step + 1}: loss {loss.item():.3g}, gradient norm {norm.item():.3g} "
+                        f"step {step + 1}: loss {value:.3g}, gradient norm {norm:.3g} "
                         f"at learning rate {rate:.2g}. The weights are those before this step. "
                         "Start again with a smaller lr, or look at the batch."
                     )
@@ -230,7 +231,7 @@ def fit(
                 if injection:
                     injection.method.after_step(injection, step + 1)
                 optimizer.zero_grad()
-                history.loss.append(loss.item())
+                history.loss.append(value)
                 history.lr.append(rate)
                 history.seconds += time.perf_counter() - started
                 recent = history.loss[-10:]

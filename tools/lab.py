@@ -202,13 +202,12 @@ def _server(root: Path, scratch: Path, dark: bool) -> Iterator[str]:
 
 @contextlib.contextmanager
 def open_lab(notebook: Path, *, dark: bool = False) -> Iterator[Lab]:
-    """Open a copy of a notebook, among copies of its neighbours, so that no file changes."""
+    """Open a copy of a notebook, alone in a folder of its own, so that no file changes."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         scratch = Path(folder)
         root = scratch / "notebooks"
-        shutil.copytree(
-            notebook.resolve().parent, root, ignore=shutil.ignore_patterns(".*", "__pycache__")
-        )
+        root.mkdir()
+        shutil.copy(notebook, root)
         with _server(root, scratch, dark) as url, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
             page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})

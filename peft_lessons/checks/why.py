@@ -320,6 +320,11 @@ def _counted(tensors, size=_size):
             lambda m: _counted(m.parameters())[::-1],
         ),
         (
+            "what trains is judged by .grad, which is None before a backward pass; ask "
+            "requires_grad",
+            lambda m: (_counted(m.parameters())[0], 0),
+        ),
+        (
             "the frozen parameters are returned, not the trainable ones",
             lambda m: (
                 _counted(m.parameters())[0],

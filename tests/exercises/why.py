@@ -331,6 +331,12 @@ def turned(model):
     return sum(_true_size(p) for p in model.parameters() if p.requires_grad), total
 
 
+@wrong("count_parameters", "judged by .grad, which is None before a backward pass")
+def those_with_a_gradient(model):
+    sizes = [(_true_size(p), p.grad is not None) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+
+
 @wrong("count_parameters", "total is 0, expected 58")
 def placeholder(model):
     return 0, 0
