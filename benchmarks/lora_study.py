@@ -8,29 +8,15 @@ data/results/lora_study.csv. Rows that are there are not run again, so it can be
 at will. Learning rates are to be chosen by the column `validation`, never by `test`.
 """
 
-import csv
-import datetime
-import platform
 import sys
-from pathlib import Path
 
 import torch
+from common import Results
 
 from peft_lessons import LoRA, evaluate, fit, freeze, inject, load_model, load_task, measure
 
-RESULTS = Path(__file__).parent.parent / "data" / "results" / "lora_study.csv"
 KEY = ("method", "targets", "rank", "alpha", "lr", "steps", "seed")
-COLUMNS = (
-    *KEY,
-    "trainable",
-    "validation",
-    "test",
-    "test_loss",
-    "seconds_per_step",
-    "torch",
-    "machine",
-    "date",
-)
+COLUMNS = (*KEY, "trainable", "validation", "test", "test_loss", "seconds_per_step")
 TARGETS = {"qv": ("query", "value"), "all-linear": "all-linear"}
 SEEDS = (0, 1, 2)
 
@@ -47,9 +33,7 @@ def points() -> list[tuple]:
     # All but the embeddings: what LoRA on the layers could reach at full rank.
     baselines += [("encoder", "", 0, 0, lr, 200) for lr in (1e-4, 2e-4)]
     rates = [("lora", "qv", rank, 16, lr, 200) for rank in (8, 1, 64) for lr in (1e-3, 3e-3, 1e-2)]
-    modules = [
-        ("lora", "all-linear", rank, 16, lr, 200) for rank in (8, 4) for lr in (1e-3, 3e-3)
-    ]
+    modules = [("lora", "all-linear", rank, 16, lr, 200) for rank in (8, 4) for lr in (1e-3, 3e-3)]
     ranks = [("lora", "qv", rank, 16, 3e-3, 200) for rank in (4, 16)]
     alphas = [("lora", "qv", 8, alpha, 3e-3, 200) for alpha in (4, 64)]
     long = [  # one epoch and a half, at the best learning rates of 200 steps
@@ -77,34 +61,24 @@ def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps
         "test": round(test.accuracy, 5),
         "test_loss": round(test.loss, 5),
         "seconds_per_step": round(history.seconds / steps, 4),
-        "torch": torch.__version__.split("+")[0],
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
-        "date": datetime.date.today().isoformat(),
     }
-
-
-def done() -> set[tuple[str, ...]]:
-    if not RESULTS.exists():
-        return set()
-    with RESULTS.open(newline="") as f:
-        return {tuple(row[k] for k in KEY) for row in csv.DictReader(f)}
 
 
 def main(backwards: bool) -> None:
     torch.set_num_threads(1)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    if not RESULTS.exists():
-        RESULTS.write_text(",".join(COLUMNS) + "\n")
-    task = load_task("sentiment")
+    task, results = load_task("sentiment"), Results("lora_study", COLUMNS)
+
+    def done() -> set[tuple[str, ...]]:
+        return {tuple(row[k] for k in KEY) for row in results.rows()}
+
     todo = [(*point, seed) for point in points() for seed in SEEDS]
     for point in reversed(todo) if backwards else todo:
         if tuple(map(str, point)) in done():
             continue
-        row = dict(zip(KEY, point, strict=True)) | run(task, *point)
+        row = run(task, *point)
         if tuple(map(str, point)) in done():  # the other process was at the same point
             continue
-        with RESULTS.open("a", newline="") as f:
-            csv.DictWriter(f, COLUMNS, lineterminator="\n").writerow(row)
+        results.add(**dict(zip(KEY, point, strict=True)), **row)
         print(f"{len(done())}/{len(todo)} {point} test {row['test']:.4f}", flush=True)
 
 

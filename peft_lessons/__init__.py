@@ -13,9 +13,11 @@ The verbs of the course, the same for every method:
 from . import checks as check
 from . import measure, plots
 from .adapters_io import load_adapter, read_adapter, save_adapter
+from .hf import setup_qlora
 from .inject import freeze, inject, injection_of, merge, methods, report, unload, unmerge
 from .machine import machine_check
 from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model
+from .methods.qlora import NF4Linear, QLoRA, dequantize
 from .models import load_model, load_tokenizer
 from .results import best, load_results, spread
 from .tables import table
@@ -27,11 +29,14 @@ __all__ = [
     "LinearWithLoRA",
     "LoRA",
     "LoRALayer",
+    "NF4Linear",
+    "QLoRA",
     "Scores",
     "TrainingDiverged",
     "apply_lora_to_model",
     "best",
     "check",
+    "dequantize",
     "evaluate",
     "fit",
     "freeze",
@@ -50,6 +55,7 @@ __all__ = [
     "read_adapter",
     "report",
     "save_adapter",
+    "setup_qlora",
     "spread",
     "table",
     "unload",

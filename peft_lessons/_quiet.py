@@ -15,6 +15,9 @@ warnings.filterwarnings("ignore", message="Could not find a config file in")
 # Between peft and transformers; nothing that a learner can mend.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
+# peft prepares a 4-bit model with a call that transformers has renamed since.
+warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
+
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 transformers_logging.disable_progress_bar()

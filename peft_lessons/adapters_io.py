@@ -1,8 +1,9 @@
 """Save and load what a method learned, in the file format of Hugging Face PEFT.
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. PEFT opens ours
-wherever it has the method, and we open PEFT's. The header of our weights says two things more,
-which PEFT passes over: a fingerprint of the base they belong to, and a digest of their config.
+wherever it has the method, and we open PEFT's. The header of our weights says three things more,
+which PEFT passes over: a fingerprint of the base they belong to, a digest of their config, and the
+method's entries that PEFT does not know.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .inject import (
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Where the header of our weights keeps them.
-_BASE, _CONFIG_DIGEST = "peft_lessons_base", "peft_lessons_config"
+_BASE, _CONFIG_DIGEST, _OWN = "peft_lessons_base", "peft_lessons_config", "peft_lessons_own"
 # Entries of PEFT's config that say nothing about the function the adapter computes, or nothing
 # unless another entry, which is not among these, is on.
 _SAYS_NOTHING = {
@@ -100,6 +101,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     entries, tensors = injection.method.to_peft(tensors)
     if entries.get("target_modules") == "all-linear":
         entries["target_modules"] = list(injection.wrappers)
+    own = {name: entries.pop(name) for name in injection.method.own_entries}
     entries = {
         "peft_type": injection.method.peft_type,
         "task_type": _task_type(model),
@@ -110,6 +112,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     }
     config = (json.dumps(entries, indent=2) + "\n").encode()
     header = {"format": "pt", _BASE: injection.fingerprint, _CONFIG_DIGEST: _digest(config)}
+    header |= {_OWN: json.dumps(own)} if own else {}
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_adapter: folder={str(folder)!r} is a file; name a folder")
@@ -166,7 +169,8 @@ def _refuse_non_finite(tensors: dict[str, torch.Tensor], verb: str) -> None:
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor], dict]:
-    """(config, tensors, header of the weights) of an adapter folder, checked as files only.
+    """(config, tensors, header of the weights) of an adapter folder, checked as files only. The
+    method's own entries, which our header keeps, are in the config.
 
     Raises FileNotFoundError if one of the two files is missing, ValueError if one is broken."""
     folder = Path(folder)
@@ -199,7 +203,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
         if tensor.dtype not in (*_FLOATS, torch.int64):
             raise ValueError(_no_floats(key, tensor))
     _refuse_non_finite(tensors, "load_adapter")
-    return config, tensors, header
+    return config | json.loads(header.get(_OWN, "{}")), tensors, header
 
 
 def _no_floats(key: str, tensor: torch.Tensor) -> str:

@@ -44,6 +44,35 @@ def _flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "must be True or False"
 
 
+def _block(value: Any) -> str | None:
+    # What bitsandbytes takes; a power of two also keeps pairs of codes within a block.
+    sizes = [2**k for k in range(5, 13)]
+    good = not isinstance(value, bool) and value in sizes
+    return None if good else f"must be one of {', '.join(map(str, sizes))}"
+
+
+def _weight(value: Any) -> str | None:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        what = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        return f"must be a tensor of floating-point numbers, not {what}: is it quantised already?"
+    if not value.numel() or value.numel() % 2:
+        return f"of shape {tuple(value.shape)} must hold an even number of entries, and some"
+    finite = value.is_meta or value.isfinite().all()
+    return None if finite else "holds NaN or infinity, which no level stands for"
+
+
+def _nibbles(value: Any) -> str | None:
+    if value.dtype != torch.uint8 or value.numel() % 2:
+        return f"must be an even number of uint8, not {value.numel()} of {value.dtype}"
+    fits = value.is_meta or not value.numel() or value.max() < 16
+    return None if fits else "must lie between 0 and 15, which is what half a byte can hold"
+
+
+def _quantisable(value: Any) -> str | None:
+    # bitsandbytes' CPU kernel gives wrong weights for other widths, without a word.
+    return None if value % 64 == 0 else "must be a multiple of 64: the 4-bit kernels need it"
+
+
 # A field of this name means the same in every method, so it is checked once, here.
 _FIELD_RULES: dict[str, Callable[[Any], str | None]] = {
     "rank": _whole,
@@ -52,6 +81,11 @@ _FIELD_RULES: dict[str, Callable[[Any], str | None]] = {
     "alpha": _positive,
     "dropout": _fraction,
     "rslora": _flag,
+    "double_quant": _flag,
+    "block": _block,
+    "weight": _weight,
+    "codes": _nibbles,
+    "in_features": _quantisable,
 }
 
 
@@ -60,7 +94,8 @@ def validate(owner: str, **values: Any) -> None:
     for name, value in values.items():
         complaint = _FIELD_RULES[name](value) if name in _FIELD_RULES else None
         if complaint:
-            raise ValueError(f"{owner}: {name}={value!r} {complaint}")
+            shown = name if isinstance(value, torch.Tensor) else f"{name}={value!r}"
+            raise ValueError(f"{owner}: {shown} {complaint}")
 
 
 def _names(value: Any, argument: str) -> tuple[str, ...] | str:
@@ -93,6 +128,8 @@ class Method:
         peft_type:      the name of the method in `adapter_config.json`
         peft_fields:    {field: (name in that file, value PEFT takes if the name is absent)}
         peft_constants: entries of that file that are always so for this method
+        own_entries:    names of those entries that PEFT does not know and would warn of: they are
+                        kept in the header of the weights instead, which it reads past
         peft_others:    names of further entries that `from_peft` reads, or that say nothing of an
                         adapter that is trained already (how it started)
         tensors:        {parameter of the wrapping or attached module: its name in the file}
@@ -104,6 +141,7 @@ class Method:
     peft_type: ClassVar[str]
     peft_fields: ClassVar[Mapping[str, tuple[str, Any]]] = {}
     peft_constants: ClassVar[Mapping[str, Any]] = {}
+    own_entries: ClassVar[tuple[str, ...]] = ()
     peft_others: ClassVar[tuple[str, ...]] = ()
     tensors: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
@@ -374,6 +412,11 @@ def _find_whole(model: nn.Module, also_train: Any, wrapped: Iterable[str]) -> di
             )
         found.update(here)
     for path, module in found.items():
+        if any(t.dtype == torch.uint8 for t in (*module.parameters(), *module.buffers())):
+            raise ValueError(
+                f"also_train: {path!r} holds packed 4-bit codes, which have no gradient: put an "
+                "adapter beside them"
+            )
         if not any(True for _ in module.parameters()):
             raise ValueError(f"also_train: {path!r} has no parameters to train")
         for target in wrapped:
@@ -645,8 +688,9 @@ def unmerge(model: nn.Module) -> None:
 def unload(model: nn.Module) -> nn.Module:
     """Give the plain base back, in place, and return it.
 
-    Not merged: bit by bit what it was before `inject`, trained heads included. Merged: the same
-    layers with what was learned in their weights. What trained before may train again."""
+    Not merged: bit by bit what it was before `inject`, trained heads included; only a base that the
+    method quantised stays so. Merged: the same layers with what was learned in their weights. What
+    trained before may train again."""
     injection = _require_injection(model, "unload")
     for handle in injection.handles:
         handle.remove()

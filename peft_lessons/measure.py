@@ -24,7 +24,7 @@ def numbers(parameter: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of a model's parameters, tied ones once, buffers left out."""
+    """Counts of a model's parameters, tied ones once, other buffers than codes left out."""
 
     total: int
     trainable: int
@@ -35,10 +35,11 @@ class Parameters:
 
 
 def parameters(model: nn.Module) -> Parameters:
-    """Count a model's parameters."""
+    """Count a model's parameters, those that a module packed into codes (`packed_numel`) too."""
     every = list(model.parameters())
+    packed = sum(getattr(module, "packed_numel", 0) for module in model.modules())
     return Parameters(
-        sum(numbers(p) for p in every), sum(numbers(p) for p in every if p.requires_grad)
+        packed + sum(numbers(p) for p in every), sum(numbers(p) for p in every if p.requires_grad)
     )
 
 
@@ -133,6 +134,40 @@ def step_time(function: Callable[[], object], repeats: int = 7, warmup: int = 2)
         if i >= warmup:
             times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step costs: the bytes that lie there, the most held beyond them, the time."""
+
+    trainable: int
+    held: TrainingBytes
+    peak: int
+    seconds: float
+
+
+def training_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int = 3) -> StepCost:
+    """Measure one AdamW step of what trains in `model` on `batch`, which must give a loss.
+
+    The learning rate is 0, so the weights stay as they are; so does the mode, train or eval."""
+    training, mode = [p for p in model.parameters() if p.requires_grad], model.training
+    optimizer = torch.optim.AdamW(training, lr=0.0, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    model.train()
+    try:
+        seconds = step_time(step, repeats, warmup=1)
+        held = held_bytes(model, optimizer)
+        optimizer.zero_grad()
+        peak = peak_bytes(step)
+    finally:
+        optimizer.zero_grad()
+        model.train(mode)
+    return StepCost(sum(map(numbers, training)), held, peak, seconds)
 
 
 def estimate_bytes(

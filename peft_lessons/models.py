@@ -26,8 +26,12 @@ from transformers import (
     AutoTokenizer,
     BertModel,
     BertPreTrainedModel,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 
@@ -91,7 +95,11 @@ class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
 
 @dataclass(frozen=True)
 class Bundled:
-    """A model in data/: its folder, its name at its authors', and what it becomes when loaded."""
+    """A model in data/: its folder, the name it goes by, and what it becomes when loaded.
+
+    `published_as` is its id at the Hub, which an adapter made for it names. A model published
+    nowhere keeps its bundled name: `load_model` knows it, and having no owner it is no Hub id.
+    """
 
     folder: str
     published_as: str
@@ -106,7 +114,16 @@ BUNDLED = {
         base=(BertModel, {"add_pooling_layer": False}),
         classifier=MeanPooledBertForSequenceClassification,
     ),
+    "tinylm": Bundled(
+        folder="models/tinylm",
+        published_as="tinylm",
+        base=(LlamaForCausalLM, {}),
+        classifier=LlamaForSequenceClassification,
+    ),
 }
+
+BLOCK = 64  # weights that share a scale in 4 bits
+FOUR_BIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -250,16 +267,25 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     verify: bool = False,
     seed: int = 0,
+    four_bit: bool = False,
 ):
     """Load a base model in eval mode; with `labels=n` it gets a fresh classification head.
 
     `name` is a bundled name (`BUNDLED`), a local folder or a Hub id. Weights come in `dtype`. The
     bundled encoder gives token states (batch, tokens, hidden), or logits (batch, n) from the mean
-    over the mask. `model.fresh_modules` names the modules that hold untrained weights, which `seed`
-    decides; the global random state stays as it is. `verify` checks the bundled files' sha256.
+    over the mask; the bundled decoder logits (batch, tokens, vocabulary), or (batch, n) from each
+    text's last token. `model.fresh_modules` names the modules that hold untrained weights, which
+    `seed` decides; the global random state stays as it is. `verify` checks the bundled files'
+    sha256.
+
+    `four_bit` stores the linear layers inside the model in NF4 with doubly quantised scales, to
+    compute in `dtype`; heads, embeddings and norms stay in `dtype`. Such a model is loaded onto the
+    GPU where there is one, any other onto the CPU.
 
     Raises FileNotFoundError for a missing bundled file, ValueError for a damaged one, an unknown
-    name, labels below 2 or incomplete weights, and TypeError for arguments of a wrong type.
+    name, labels below 2, incomplete weights, or in four bits a layer whose inputs are no multiple
+    of 64, a dtype of other than 16 or 32 bits or weights already quantised, and TypeError for
+    arguments of a wrong type.
     """
     if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int)):
         raise TypeError(f"labels must be an integer of at least 2 or None, got {labels!r}")
@@ -267,14 +293,19 @@ def load_model(
         raise ValueError(f"labels must be at least 2, got {labels}: give one output to each class")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating dtype such as torch.float32, got {dtype!r}")
+    if not isinstance(four_bit, bool):
+        raise TypeError(f"four_bit must be True or False, got {four_bit!r}")
+    if four_bit and dtype not in FOUR_BIT_DTYPES:
+        raise ValueError(f"four_bit computes in torch.float32, bfloat16 or float16, not in {dtype}")
     name = _resolve(name)
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if name in BUNDLED:
         source = _bundled_model_folder(BUNDLED[name], verify)
         kind, extra = BUNDLED[name].base if labels is None else (BUNDLED[name].classifier, {})
         options |= extra
+        config = AutoConfig.from_pretrained(source)
     else:
-        source = name
+        source, extra = name, {}
         options |= _hub_options()
         with _loading(name):
             config = AutoConfig.from_pretrained(source, **_hub_options())
@@ -285,14 +316,73 @@ def load_model(
             options["pad_token_id"] = end[0] if isinstance(end, list) else end
     if labels is not None:
         options["num_labels"] = labels
-    with _loading(name), torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that would seed the GPU's generators too, for good.
+    gpus = [torch.cuda.current_device()] if four_bit and torch.cuda.is_available() else []
+    if four_bit:
+        options |= _four_bit_options(kind, config, extra, name, dtype)
+        options["device_map"] = {"": gpus[0] if gpus else "cpu"}
+    with _loading(name), torch.random.fork_rng(devices=gpus):
+        # Not torch.manual_seed: that would seed every GPU's generator too, for good.
         torch.random.default_generator.manual_seed(seed)
+        if gpus:  # a fresh head is drawn where it lies
+            torch.cuda.manual_seed(seed)
         model, info = kind.from_pretrained(source, **options)
+    if four_bit:
+        _keep_differentiable(model)
     model.fresh_modules = _fresh_modules(model, info, name, labels)
     if name in BUNDLED:
         model.name_or_path = model.config._name_or_path = BUNDLED[name].published_as
     return model.eval()
+
+
+def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) -> dict:
+    """Return what `from_pretrained` takes to quantise the linear layers inside the model.
+
+    Raises ValueError for a layer that the 4-bit kernels compute wrongly, or a quantised file.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"the weights of {name!r} are quantised already: load them with four_bit=False, or the "
+            "unquantised model in four bits"
+        )
+    with torch.device("meta"):  # shapes alone, no memory and no numbers
+        model = kind(config, **extra) if name in BUNDLED else kind.from_config(config)
+    body = "" if model.base_model is model else model.base_model_prefix + "."
+    heads = []
+    for path, module in model.named_modules():
+        if type(module) is not nn.Linear and not isinstance(module, Conv1D):
+            continue
+        # A pooler comes fresh where the file has none, as a head does.
+        if not path.startswith(body) or "pooler" in path:
+            heads.append(path)
+            continue
+        inputs = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+        if inputs % BLOCK:
+            raise ValueError(
+                f"four_bit: {path} of {name!r} has {inputs} inputs, which is no multiple of "
+                f"{BLOCK}, and bitsandbytes computes such a layer wrongly on a CPU without saying "
+                "so. Load the model with four_bit=False, or take one of another width"
+            )
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=heads,  # its name is historic: it holds for 4 bits too
+    )
+    return {"quantization_config": quantisation}
+
+
+def _keep_differentiable(model) -> None:
+    """Forbid the 4-bit layers to repack their weights.
+
+    On a CPU with AVX512-BF16 they would at the first forward in eval mode, in place; from then on
+    gradients are wrong or missing.
+    """
+    from bitsandbytes.nn import Linear4bit  # slow to import, and needed here only
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _auto_class(config, labels: int | None):

@@ -1,10 +1,11 @@
 """Load the bundled data as ready batches. A task knows texts and labels, and nothing of methods."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -49,12 +50,7 @@ class Task:
 
     def __init__(self, name, splits, label_names, tokenizer, max_length, source=""):
         for split, examples in splits.items():
-            known = examples.labels is not None and len(examples.labels) == len(examples.texts)
-            if not known or not set(examples.labels) <= set(range(len(label_names))):
-                raise ValueError(
-                    f"labels of split {split!r} must give each of the {len(examples.texts)} texts "
-                    f"one of 0..{len(label_names) - 1}; drop texts without a label before"
-                )
+            self._check(split, examples, len(label_names))
         self.name = name
         self.label_names = tuple(label_names)
         self.source = source
@@ -62,9 +58,22 @@ class Task:
         self._tokenizer = tokenizer
         self._splits = dict(splits)
 
+    @staticmethod
+    def _check(split: str, examples: Split, classes: int) -> None:
+        known = examples.labels is not None and len(examples.labels) == len(examples.texts)
+        if not known or not set(examples.labels) <= set(range(classes)):
+            raise ValueError(
+                f"labels of split {split!r} must give each of the {len(examples.texts)} texts "
+                f"one of 0..{classes - 1}; drop texts without a label before"
+            )
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {self.size(split):,}" for split in self._splits)
-        return f"Task({self.name!r}: {sizes}; {' / '.join(self.label_names)})"
+        return f"{type(self).__name__}({self.name!r}: {sizes}; {self._kind()})"
+
+    def _kind(self) -> str:
+        few = len(self.label_names) <= 5
+        return " / ".join(self.label_names) if few else f"{len(self.label_names)} classes"
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -139,7 +148,7 @@ class Task:
 
         `task.limit(train=200)` is for studies on little data. Order is kept; the other splits stay
         whole. Raises ValueError for an unknown split, or for an n that leaves a class empty or
-        that a class has too few examples for.
+        that a class has too few examples for: the rarest class decides how many are to be had.
         """
         splits = dict(self._splits)
         for split, n in sizes.items():
@@ -149,8 +158,12 @@ class Task:
             members = [np.flatnonzero(labels == label) for label in range(classes)]
             wanted = [n // classes + (label < n % classes) for label in range(classes)]
             if any(len(m) < w for m, w in zip(members, wanted, strict=True)):
-                most = classes * min(map(len, members))
-                raise ValueError(f"{split}={n} is too many for balanced classes; at most {most}")
+                rarest = min(range(classes), key=lambda label: len(members[label]))
+                few = len(members[rarest])
+                raise ValueError(
+                    f"{split}={n} is too many for balanced classes; at most {classes * few}, as "
+                    f"{self.label_names[rarest]!r} has {few}"
+                )
             kept = np.concatenate([m[:w] for m, w in zip(members, wanted, strict=True)])
             splits[split] = examples.pick(np.sort(kept))
         limited = copy(self)
@@ -160,37 +173,109 @@ class Task:
     def encode(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Return a padded batch, without labels, of texts of your own.
 
-        Raises TypeError when `texts` isn't a list of strings, ValueError when it is empty.
+        Raises TypeError when `texts` isn't a list of strings, ValueError when it is empty or a text
+        in it has no token.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts must be a list of strings, got {texts!r}")
         if not texts:
             raise ValueError("texts is empty; give at least one text")
-        return self._collate(_tokenise(texts, self._tokenizer, self.max_length))
+        tokens = _tokenise(texts, self._tokenizer, self.max_length).tokens
+        if not all(tokens):
+            raise ValueError(f"texts has one without a token: {texts[tokens.index(())]!r}")
+        return self._pad(tokens)
 
     def _collate(self, examples: Split) -> dict[str, torch.Tensor]:
-        longest = max(map(len, examples.tokens))
-        shape = (len(examples.tokens), longest)
+        return self._pad(examples.tokens) | {"labels": torch.tensor(examples.labels)}  # (size,)
+
+    def _pad(self, rows: tuple[tuple[int, ...], ...]) -> dict[str, torch.Tensor]:
+        shape = (len(rows), max(map(len, rows)))
         ids = torch.full(shape, self._tokenizer.pad_token_id)  # (size, tokens)
         mask = torch.zeros(shape, dtype=torch.long)  # (size, tokens)
-        for row, tokens in enumerate(examples.tokens):
+        for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if examples.labels is not None:
-            batch["labels"] = torch.tensor(examples.labels)  # (size,)
-        return batch
+        return {"input_ids": ids, "attention_mask": mask}
 
     def describe(self) -> Summary:
-        """Return a table of the splits: sentences, share of the last class, words and tokens."""
-        share = f"share {self.label_names[-1]}"
-        lines = [f"{'split':12}{'sentences':>10}{share:>16}{'mean words':>12}{'mean tokens':>13}"]
+        """Return a table of the splits: texts, classes, and the mean of words and tokens a text.
+
+        Of two classes it gives the share of the last; of more, how many there are, and the share of
+        the largest: what always guessing that one would score.
+        """
+        two = len(self.label_names) == 2
+        head = f"{f'share {self.label_names[-1]}':>16}" if two else f"{'classes':>9}{'largest':>20}"
+        lines = [f"{'split':12}{'sentences':>10}{head}{'mean words':>12}{'mean tokens':>13}"]
         for split, examples in self._splits.items():
-            positive = np.mean(np.array(examples.labels) == len(self.label_names) - 1)
+            counts = np.bincount(examples.labels, minlength=len(self.label_names))
+            shares, largest = counts / counts.sum(), counts.argmax()
+            cells = f"{shares[-1]:>16.1%}"
+            if not two:
+                largest = f"{self.label_names[largest]} {shares[largest]:.1%}"
+                cells = f"{np.count_nonzero(counts):>9}{largest:>20}"
             words = np.mean([len(text.split()) for text in examples.texts])
             tokens = np.mean([len(ids) for ids in examples.tokens])
             count = len(examples.texts)
-            lines.append(f"{split:12}{count:>10,}{positive:>16.1%}{words:>12.1f}{tokens:>13.1f}")
+            lines.append(f"{split:12}{count:>10,}{cells}{words:>12.1f}{tokens:>13.1f}")
+        return Summary("\n".join([*lines, f"source: {self.source}"]))
+
+
+class LanguageTask(Task):
+    """Blocks of running text in splits; what is to be predicted is each block's next token.
+
+    Batches have `input_ids`, `attention_mask` and `labels`, all (size, tokens); the labels are the
+    ids, and −100 on the padding, where no loss is taken. A model shifts them itself, so the first
+    token of a block is never predicted. A perplexity is one of this tokenizer's tokens, in blocks
+    of this `max_length`: compare it only with others of the same two.
+    """
+
+    def __init__(self, name, splits, tokenizer, max_length, source=""):
+        super().__init__(name, splits, (), tokenizer, max_length, source)
+
+    @staticmethod
+    def _check(split: str, examples: Split, classes: int) -> None:
+        if any(len(tokens) < 2 for tokens in examples.tokens):
+            raise ValueError(
+                f"split {split!r} has a block of less than 2 tokens, in which nothing is predicted"
+            )
+
+    def _kind(self) -> str:
+        return f"blocks of up to {self.max_length} tokens"
+
+    def labels(self, split: str) -> torch.Tensor:
+        """Raise ValueError: blocks have no class. The labels that `batches` gives are the ids."""
+        self._split(split)
+        raise ValueError(
+            f"{self.name!r} has no classes: each token is the label of the one before it; "
+            f"batches({split!r}) gives them"
+        )
+
+    def limit(self, **sizes: int) -> "LanguageTask":
+        """Return the task with only the first `n` blocks of a split; the other splits stay whole.
+
+        Raises ValueError for an unknown split, or an n below 1 or above the number of blocks.
+        """
+        limited = copy(self)
+        limited._splits = dict(self._splits)
+        for split, n in sizes.items():
+            size = self.size(split)
+            if _at_least(split, n, 1) > size:
+                raise ValueError(f"{split}={n} is too many; there are {size} blocks")
+            limited._splits[split] = self._split(split).pick(range(n))
+        return limited
+
+    def _collate(self, examples: Split) -> dict[str, torch.Tensor]:
+        batch = self._pad(examples.tokens)
+        # By the mask: the padding may be a token that also stands in the text.
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return batch | {"labels": labels}  # (size, tokens)
+
+    def describe(self) -> Summary:
+        """Return a table of the splits: their blocks, tokens and characters, line ends included."""
+        lines = [f"{'split':12}{'blocks':>8}{'tokens':>12}{'characters':>13}"]
+        for split, examples in self._splits.items():
+            tokens, characters = (sum(map(len, x)) for x in (examples.tokens, examples.texts))
+            lines.append(f"{split:12}{len(examples.texts):>8,}{tokens:>12,}{characters:>13,}")
         return Summary("\n".join([*lines, f"source: {self.source}"]))
 
 
@@ -242,26 +327,102 @@ def _load_sentiment(name, tokenizer, max_length, domain: str) -> Task:
     return Task(name, splits, LABEL_NAMES, tokenizer, max_length, source)
 
 
-# A loader takes (name, tokenizer, max_length) and returns a task.
+def _load_wordnet(name, tokenizer, max_length) -> Task:
+    with bundled_path("tasks/wordnet/nouns.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    names = sorted({row["category"] for row in rows})
+    splits = {}
+    for split in SPLITS:
+        mine = [row for row in rows if row["split"] == split]
+        labels = tuple(names.index(row["category"]) for row in mine)
+        texts = [row["definition"] for row in mine]
+        splits[split] = _tokenise(texts, tokenizer, max_length, labels)
+    source = "WordNet 3.0, Princeton University (2006), WordNet licence; definitions of nouns"
+    return Task(name, splits, names, tokenizer, max_length, source)
+
+
+def _load_austen(name, tokenizer, max_length) -> LanguageTask:
+    _at_least("max_length", max_length, 2)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{name!r} needs the tokenizer of a language model, with a token that ends a text; "
+            "load_tokenizer('tinylm') gives one"
+        )
+    splits = {}
+    for split in SPLITS:
+        text = bundled_path(f"tasks/austen/{split}.txt").read_text(encoding="utf-8")
+        chapters = []
+        for line in text.removesuffix("\n").split("\n"):
+            if line.startswith("# "):
+                chapters.append([])
+            else:
+                chapters[-1].append(line)
+        splits[split] = _blocks(chapters, tokenizer, max_length)
+    source = "Jane Austen (1775-1817), six novels, public domain; whole chapters held out"
+    return LanguageTask(name, splits, tokenizer, max_length, source)
+
+
+def _blocks(chapters: list[list[str]], tokenizer, length: int) -> Split:
+    """Cut chapters, given by their paragraphs, into blocks of `length` tokens.
+
+    A block never goes on into the next chapter: the last one is shorter, and left out if it is a
+    single token. The token that ends a text closes each paragraph, as in the bundled decoder's
+    pretraining, where a paragraph is a text; among the texts it is a line end.
+    """
+    texts, tokens = [], []
+    for paragraphs in chapters:
+        encoded = tokenizer(
+            paragraphs, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids, pieces = [], []  # each token, and the characters that it stands for
+        for paragraph, own, spans in zip(
+            paragraphs, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            # From token to token, as some tokenizers leave spaces out of a token's span.
+            starts = [0, *(start for start, _ in spans[1:]), len(paragraph)]
+            ids += [*own, tokenizer.eos_token_id]
+            pieces += [*(paragraph[a:b] for a, b in pairwise(starts)), "\n"]
+        for k in range(0, len(ids), length):
+            if len(ids) - k > 1:
+                tokens.append(tuple(ids[k : k + length]))
+                texts.append("".join(pieces[k : k + length]))
+    return Split(tuple(texts), tuple(tokens))
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How a task is loaded: a function of (name, tokenizer, max_length), and whose tokenizer is
+    taken unless told."""
+
+    load: Callable[..., Task]
+    model: str = "minilm"
+
+
 LOADERS = {
-    "sentiment": partial(_load_sentiment, domain="movies"),
-    "sentiment-amazon": partial(_load_sentiment, domain="amazon"),
-    "sentiment-nytimes": partial(_load_sentiment, domain="nytimes"),
-    "sentiment-tweets": partial(_load_sentiment, domain="tweets"),
+    "sentiment": Loader(partial(_load_sentiment, domain="movies")),
+    "sentiment-amazon": Loader(partial(_load_sentiment, domain="amazon")),
+    "sentiment-nytimes": Loader(partial(_load_sentiment, domain="nytimes")),
+    "sentiment-tweets": Loader(partial(_load_sentiment, domain="tweets")),
+    "wordnet": Loader(_load_wordnet),
+    "austen": Loader(_load_austen, model="tinylm"),
 }
 
 
 def load_task(name: str, tokenizer=None, max_length: int = 128) -> Task:
     """Load a bundled task, its texts cut at `max_length` tokens; `LOADERS` has the names.
 
-    `tokenizer` is the model's, by default the bundled encoder's. Raises ValueError for an unknown
-    name, or a max_length that leaves no room for text or exceeds the model's positions; TypeError
+    The sentiment tasks have two classes, "wordnet" 26 in alphabetical order: the category of a noun
+    from its definition. "austen" is a `LanguageTask`: running text in blocks of `max_length`.
+
+    `tokenizer` is the model's, by default the bundled encoder's, for "austen" the bundled
+    decoder's. Raises ValueError for an unknown name, or a max_length that leaves no room for text
+    or exceeds the model's positions, or a tokenizer without the token that a task needs; TypeError
     when `tokenizer` isn't one; FileNotFoundError for a missing file.
     """
     if name not in LOADERS:
         raise ValueError(f"there is no task {name!r}; known are {', '.join(sorted(LOADERS))}")
     if tokenizer is None:
-        tokenizer = load_tokenizer("minilm")
+        tokenizer = load_tokenizer(LOADERS[name].model)
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
         raise TypeError(
             f"tokenizer must be a tokenizer, got {tokenizer!r}; load_tokenizer(name) gives one"
@@ -273,4 +434,4 @@ def load_task(name: str, tokenizer=None, max_length: int = 128) -> Task:
         )
     if tokenizer.pad_token_id is None:
         raise ValueError("tokenizer has no padding token; load_tokenizer(name) gives one that has")
-    return LOADERS[name](name, tokenizer, max_length)
+    return LOADERS[name].load(name, tokenizer, max_length)

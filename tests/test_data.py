@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DOMAINS = ("movies", "amazon", "nytimes", "tweets")
+SPLITS = ("train", "validation", "test")
 README = (DATA / "README.md").read_text(encoding="utf-8")
 CHECKSUMS = json.loads((DATA / "checksums.json").read_text())
 
@@ -100,7 +101,8 @@ def test_rebuild_commands_exist():
     for entry in CHECKSUMS.values():
         command = entry["rebuild"].split()
         assert command[0] in ("python", "git")
-        assert (DATA.parent / command[-1]).is_file()
+        script = next(part for part in command if part.startswith("data/"))
+        assert (DATA.parent / (script if command[0] == "python" else command[-1])).is_file()
 
 
 def test_splits_are_disjoint_and_hold_no_duplicates_across_domains(rows):
@@ -174,7 +176,9 @@ def test_weights_rebuild_byte_for_byte_from_the_archive():
     assert "largest rounding error 9.8e-04" in run.stdout.decode()
 
 
-@pytest.mark.parametrize("script", ["build_minilm.py", "build_sentiment.py"])
+@pytest.mark.parametrize(
+    "script", ["build_minilm.py", "build_sentiment.py", "build_austen.py", "build_wordnet.py"]
+)
 def test_build_refuses_another_archive(tmp_path, script):
     other = tmp_path / "other.whl"
     with zipfile.ZipFile(other, "w") as package:
@@ -186,6 +190,135 @@ def test_build_refuses_another_archive(tmp_path, script):
     assert "expected" in run.stderr and "sha256" in run.stderr
 
 
+@pytest.fixture(scope="module")
+def chapters():
+    """Every chapter of the novels: (split, novel, number) and its paragraphs."""
+    found = {}
+    for split in SPLITS:
+        text = (DATA / f"tasks/austen/{split}.txt").read_text(encoding="utf-8")
+        for line in text.removesuffix("\n").split("\n"):
+            if heading := re.fullmatch(r"# (.+), chapter (\d+)", line):
+                found[split, heading[1], int(heading[2])] = current = []
+            else:
+                current.append(line)
+    return found
+
+
+def test_every_chapter_is_in_one_split(chapters):
+    numbers = {}
+    for _, novel, chapter in chapters:
+        numbers.setdefault(novel, []).append(chapter)
+    assert {novel: len(found) for novel, found in numbers.items()} == {
+        "Sense and Sensibility": 50,
+        "Pride and Prejudice": 61,
+        "Mansfield Park": 48,
+        "Emma": 55,
+        "Northanger Abbey": 31,
+        "Persuasion": 24,
+    }
+    for novel, found in numbers.items():
+        assert sorted(found) == list(range(1, len(found) + 1))
+        assert table_rows(novel) == [[novel, str(len(found))]]
+
+
+def test_chapters_are_split_by_their_heading(chapters):
+    for split, novel, chapter in chapters:
+        digest = hashlib.sha256(f"{novel}, chapter {chapter}".encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        assert split == ("train" if share < 0.8 else "validation" if share < 0.9 else "test")
+
+
+def test_no_paragraph_is_in_two_splits(chapters):
+    splits = {}
+    for (split, *_), paragraphs in chapters.items():
+        for paragraph in paragraphs:
+            splits.setdefault(letters(paragraph), {})[split] = paragraph
+    shared = [next(iter(found.values())) for found in splits.values() if len(found) > 1]
+    assert all(len(paragraph) < 20 for paragraph in shared)
+    assert '"Not at all."' in shared
+
+
+def test_chapters_are_clean(chapters):
+    for chapter, paragraphs in chapters.items():
+        assert len(paragraphs) > 1 and sum(map(len, paragraphs)) > 2_000, chapter
+        for text in paragraphs:
+            assert text and text == " ".join(text.split()), chapter
+            assert not re.search("_|Ã.|Â.|â€|\ufffd|[\x00-\x1f\x7f-\x9f]", text), (chapter, text)
+            assert not re.fullmatch(r"(chapter|volume) \w+\.?|finis\.?|the end\.?", text, re.I)
+    assert max(sum(map(len, paragraphs)) for paragraphs in chapters.values()) < 60_000
+    first = next(p[0] for (_, *key), p in chapters.items() if key == ["Pride and Prejudice", 1])
+    assert first.startswith("It is a truth universally acknowledged, that a single man")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_readme_counts_of_the_novels(chapters, split):
+    mine = [paragraphs for (where, *_), paragraphs in chapters.items() if where == split]
+    paragraphs = [paragraph for chapter in mine for paragraph in chapter]
+    counts = len(mine), len(paragraphs), sum(map(len, paragraphs))
+    assert table_rows("austen", split) == [["austen", split, *(f"{n:,}" for n in counts)]]
+
+
+@pytest.fixture(scope="module")
+def nouns():
+    """Every row of the noun definitions: (split, category, word, definition)."""
+    with (DATA / "tasks/wordnet/nouns.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["split", "category", "word", "definition"]
+    return rows
+
+
+def test_definitions_are_unique_and_split_by_their_text(nouns):
+    keys = Counter()
+    for split, _, _, definition in nouns:
+        key = "".join(c for c in definition.lower() if c.isalnum())
+        keys[key] += 1
+        digest = hashlib.sha256(key.encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        assert split == ("train" if share < 0.7 else "validation" if share < 0.8 else "test")
+    assert "" not in keys and max(keys.values()) == 1
+
+
+def test_definitions_are_clean(nouns):
+    for _, _, word, definition in nouns:
+        assert word and "_" not in word
+        assert definition == " ".join(definition.split()) and '"' not in definition[-1:]
+        assert not re.search(r"\b(derogatory|disparaging|vulgar|obscene|slur)\b", definition)
+
+
+def test_definitions_have_26_categories_in_each_split(nouns):
+    counts = Counter(category for _, category, *_ in nouns)
+    assert len(counts) == 26
+    few = {category: n for category, n in counts.items() if n < 250}
+    assert few == {"motive": 41, "top": 51} and max(counts.values()) == 250
+    flat = " ".join(README.split())
+    assert "at most 250 definitions" in flat and "motive has only 41 and top 51" in flat
+    for split in SPLITS:
+        mine = Counter(category for where, category, *_ in nouns if where == split)
+        assert mine.keys() == counts.keys()
+        numbers = sum(mine.values()), min(mine.values()), max(mine.values())
+        assert table_rows("wordnet", split) == [["wordnet", split, *(f"{n:,}" for n in numbers)]]
+
+
+def test_the_decoder_is_what_the_readme_says():
+    tensors = load_file(DATA / "models/tinylm/model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    flat = " ".join(README.split())
+    count = sum(tensor.numel() for tensor in tensors.values())
+    assert f"{len(tensors)} tensors, {count:,} numbers, in fp16" in flat
+    config = json.loads((DATA / "models/tinylm/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"]
+    assert (
+        f"hidden size {config['hidden_size']}, {config['num_hidden_layers']} layers, "
+        f"{config['num_attention_heads']} heads and {config['num_key_value_heads']} key-value "
+        f"heads, intermediate size {config['intermediate_size']}"
+    ) in flat
+    assert f"vocabulary of {config['vocab_size']:,}" in flat
+    # What the 4-bit kernels need of every linear layer inside it.
+    layers = [tensor for name, tensor in tensors.items() if name.endswith("proj.weight")]
+    assert len(layers) == 42 and all(tensor.shape[1] % 64 == 0 for tensor in layers)
+
+
 def test_licences_are_there():
     apache = (DATA / "models/minilm/LICENSE").read_text()
     assert "Apache License" in apache and "END OF TERMS AND CONDITIONS" in apache
@@ -193,3 +326,10 @@ def test_licences_are_there():
     mit = (DATA / "tasks/sentiment/LICENSE").read_text()
     assert "Copyright (c) 2016 C.J. Hutto" in mit and "Permission is hereby granted" in mit
     assert "Hutto, C.J. & Gilbert, E.E. (2014)" in mit
+    princeton = " ".join((DATA / "tasks/wordnet/LICENSE").read_text().split())
+    assert "WordNet 3.0" in princeton and "Princeton University" in princeton
+    assert "Permission to use, copy, modify and distribute" in princeton
+    assert "public domain" in (DATA / "tasks/austen/NOTICE").read_text()
+    tinylm = (DATA / "models/tinylm/NOTICE").read_text()
+    assert "Princeton University" in tinylm and "MIT licence" in tinylm
+    assert re.search(r"Validation loss \d\.\d{4} nats a token", tinylm)

@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     DistilBertConfig,
     DistilBertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
 )
 
+from peft_lessons import LoRA, inject, load_adapter, measure, save_adapter
 from peft_lessons.models import (
     BUNDLED,
     MeanPooledBertForSequenceClassification,
@@ -196,6 +200,245 @@ def test_peft_prompts_keep_padding_out(batch, kind):
     torch.testing.assert_close(model(**alone).logits, expected, atol=1e-6, rtol=0)
 
 
+def test_the_decoder():
+    model, tokenizer = load_model("tinylm"), load_tokenizer("tinylm")
+    assert type(model) is LlamaForCausalLM and not model.training and model.fresh_modules == ()
+    assert model.name_or_path == model.config.name_or_path == "tinylm"
+    assert model.num_parameters() == 3_221_952 and model.dtype == torch.float32
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert list(batch) == ["input_ids", "attention_mask"]
+    assert model(**batch).logits.shape == (*batch["input_ids"].shape, 4096)
+    # A language model that has learnt anything prefers a sentence to its words in disorder.
+    losses = [
+        model(**ids, labels=ids["input_ids"]).loss
+        for text in ("a large animal of the family", "of animal the family a large")
+        for ids in [tokenizer(text, return_tensors="pt")]
+    ]
+    assert losses[0] < losses[1] - 0.5
+
+
+def test_the_decoders_weights_are_the_files():
+    from safetensors.torch import load_file
+
+    stored = load_file(data_folder() / "models/tinylm/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    for model in (load_model("tinylm"), load_model("tinylm", labels=3)):
+        loaded = {n: p for n, p in model.named_parameters() if n != "score.weight"}
+        assert loaded.keys() == stored.keys()
+        assert all(torch.equal(loaded[name], stored[name].float()) for name in loaded)
+
+
+def test_a_classifier_on_the_decoder_reads_the_last_token():
+    model, tokenizer = load_model("tinylm", labels=3), load_tokenizer("tinylm")
+    assert type(model) is LlamaForSequenceClassification and model.fresh_modules == ("score",)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    logits = model(**batch).logits
+    for row, text in enumerate(TEXTS):
+        alone = model.model(**tokenizer(text, return_tensors="pt")).last_hidden_state
+        torch.testing.assert_close(logits[row], model.score(alone[0, -1]), atol=1e-5, rtol=0)
+    again = load_model("tinylm", labels=3)
+    assert torch.equal(again.score.weight, model.score.weight)
+    other = load_model("tinylm", labels=3, seed=1)
+    assert not torch.equal(other.score.weight, model.score.weight)
+
+
+def test_the_decoders_tokenizer():
+    tokenizer = load_tokenizer("tinylm")
+    assert len(tokenizer) == 4096 and tokenizer.model_max_length == 512
+    assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
+    text = "Emma paid £1,500\nfor naïve 語."
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert tokenizer.convert_ids_to_tokens(ids).count("5") == 1  # digits stand alone
+
+
+def test_generating_is_deterministic_and_quiet(recwarn, caplog):
+    model, tokenizer = load_model("tinylm"), load_tokenizer("tinylm")
+    batch = tokenizer("The quick brown", return_tensors="pt")
+    start = batch["input_ids"].shape[1]
+    one = model.generate(**batch)
+    assert torch.equal(one[:, :start], batch["input_ids"])
+    assert start < one.shape[1] <= start + model.generation_config.max_new_tokens
+    torch.manual_seed(123)
+    assert torch.equal(model.generate(**batch), one)
+    assert torch.equal(model.generate(**batch, use_cache=False), one)
+    assert model.generate(**batch, max_new_tokens=3).shape[1] <= start + 3
+    greedy = model(one[:, :-1]).logits[0, start - 1 :].argmax(-1)
+    assert torch.equal(greedy, one[0, start:])
+    assert not recwarn.list and not caplog.records
+
+
+def test_the_decoders_folder_is_a_plain_checkpoint():
+    folder = data_folder() / "models/tinylm"
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert type(model) is LlamaForCausalLM and not any(info.values())
+    batch = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
+    expected = load_model("tinylm")(
+        **load_tokenizer("tinylm")(TEXTS, padding=True, return_tensors="pt")
+    )
+    assert torch.equal(model(**batch).logits, expected.logits)
+
+
+def test_an_adapter_names_the_decoder_so_that_it_can_be_loaded(tmp_path):
+    from peft import PeftModel
+
+    model = load_model("tinylm")
+    inject(model, LoRA(rank=4, alpha=8, targets=("q_proj", "v_proj")))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.fill_(0.01 + 0.001 * (len(name) % 7))
+    save_adapter(model, tmp_path)
+    name = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert name == "tinylm"
+    ids = load_tokenizer(name)("a dog", return_tensors="pt")
+    expected = model(**ids).logits
+    ours = load_model(name)
+    load_adapter(ours, tmp_path)
+    assert torch.equal(ours(**ids).logits, expected)
+    theirs = PeftModel.from_pretrained(load_model(name), tmp_path)
+    torch.testing.assert_close(theirs(**ids).logits, expected, atol=1e-5, rtol=0)
+
+
+def four_bit_layers(model) -> list[str]:
+    return [n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "layers", "full"),
+    [
+        ("tinylm", None, 42, ["lm_head"]),
+        ("tinylm", 3, 42, ["score"]),
+        ("minilm", None, 36, []),
+        ("minilm", 2, 36, ["classifier"]),
+    ],
+)
+def test_four_bit(name, labels, layers, full):
+    whole = load_model(name, labels=labels)
+    model = load_model(name, labels=labels, four_bit=True).cpu()
+    assert type(model) is type(whole) and not model.training
+    assert model.fresh_modules == whole.fresh_modules and model.name_or_path == whole.name_or_path
+    assert len(four_bit_layers(model)) == layers
+    assert [n for n, m in model.named_modules() if type(m) is torch.nn.Linear] == full
+    rest = {n: p for n, p in model.named_parameters() if p.dtype != torch.uint8}
+    originals = dict(whole.named_parameters())
+    assert all(torch.equal(p, originals[n]) for n, p in rest.items())
+    counts = measure.parameters(model), measure.parameters(whole)
+    assert counts[0].total == counts[1].total
+    for path in four_bit_layers(model):
+        state = model.get_submodule(path).weight.quant_state
+        assert state.quant_type == "nf4" and state.nested
+
+
+def test_four_bit_is_near_the_whole_model():
+    ids = load_tokenizer("tinylm")(TEXTS[2], return_tensors="pt")
+    model = load_model("tinylm", four_bit=True).cpu()
+    logits, expected = model(**ids).logits, load_model("tinylm")(**ids).logits
+    error = (logits - expected).norm() / expected.norm()
+    assert 0.01 < error < 0.4
+    # What the kernels compute is a product with the dequantised weights.
+    plain = load_model("tinylm", four_bit=True).cpu().dequantize()
+    torch.testing.assert_close(plain(**ids).logits, logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_four_bit_computes_in_dtype(dtype):
+    model = load_model("tinylm", dtype=dtype, four_bit=True).cpu()
+    assert {p.dtype for p in model.parameters()} == {dtype, torch.uint8}
+    assert {model.get_submodule(n).compute_dtype for n in four_bit_layers(model)} == {dtype}
+    logits = model(torch.tensor([[5, 6, 7]])).logits
+    assert logits.dtype == dtype and logits.isfinite().all()
+
+
+def test_an_eval_forward_leaves_four_bit_gradients_alone():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = get_peft_model(load_model("tinylm", four_bit=True).cpu(), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    ids = load_tokenizer("tinylm")(TEXTS, padding=True, return_tensors="pt")
+
+    def gradients():
+        model.train()
+        model.zero_grad()
+        model(**ids, labels=ids["input_ids"]).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    assert all(g is not None and g.any() for g in before.values())
+    before = {name: gradient.clone() for name, gradient in before.items()}
+    model.eval()
+    with torch.no_grad():
+        model(**ids)
+    after = gradients()
+    assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
+
+
+@pytest.mark.parametrize("labels", [None, 3])
+def test_four_bit_refuses_widths_that_are_computed_wrongly(tmp_path, labels):
+    def save(folder, hidden, inner):
+        size = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = LlamaConfig(
+            **size, hidden_size=hidden, intermediate_size=inner, num_key_value_heads=2
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / folder)
+        return tmp_path / folder
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        good, narrow, inner = save("a", 64, 128), save("b", 32, 128), save("c", 64, 96)
+    model = load_model(good, labels=labels, four_bit=True)
+    assert len(four_bit_layers(model)) == 7
+    for folder, layer, width in ((narrow, "q_proj", 32), (inner, "down_proj", 96)):
+        with pytest.raises(ValueError, match=rf"{layer} of .* {width} inputs.*four_bit=False"):
+            load_model(folder, labels=labels, four_bit=True)
+        load_model(folder, labels=labels)
+    model.save_pretrained(tmp_path / "quantised")
+    with pytest.raises(ValueError, match="quantised already"):
+        load_model(tmp_path / "quantised", labels=labels, four_bit=True)
+
+
+def test_four_bit_leaves_fresh_modules_of_others_whole(tmp_path):
+    size = {"vocab_size": 50, "max_position_embeddings": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(
+            BertConfig(
+                **size,
+                hidden_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=128,
+            ),
+            add_pooling_layer=False,
+        ).save_pretrained(tmp_path / "bert")
+        DistilBertModel(
+            DistilBertConfig(**size, dim=64, n_layers=1, n_heads=2, hidden_dim=128)
+        ).save_pretrained(tmp_path / "distilbert")
+    for name in ("bert", "distilbert"):
+        model = load_model(tmp_path / name, labels=2, four_bit=True)
+        assert len(four_bit_layers(model)) == 6 and len(model.fresh_modules) == 2
+        whole = load_model(tmp_path / name, labels=2)
+        for path in model.fresh_modules:
+            ours, theirs = model.get_submodule(path).weight, whole.get_submodule(path).weight
+            assert torch.equal(ours.cpu(), theirs)
+
+
+def test_wrong_four_bit():
+    with pytest.raises(TypeError, match="four_bit must be True or False, got 4"):
+        load_model("tinylm", four_bit=4)
+    with pytest.raises(ValueError, match="not in torch.float64"):
+        load_model("tinylm", dtype=torch.float64, four_bit=True)
+
+
 def test_bundled_files_are_intact():
     states = {file.path: file for file in bundled_files()}
     for bundled in BUNDLED.values():
@@ -311,6 +554,8 @@ def test_incomplete_weights(tiny, tmp_path):
 def test_base_override(tiny, monkeypatch):
     monkeypatch.setenv("PEFT_LESSONS_BASE", str(tiny / "distilbert"))
     assert type(load_model("minilm")).__name__ == "DistilBertModel"
+    assert type(load_model("tinylm")) is LlamaForCausalLM
+    assert load_tokenizer("tinylm").pad_token == "<eos>"
     assert load_model("minilm", labels=2).config.dim == 16
     assert load_tokenizer("minilm").pad_token == "[PAD]"
     monkeypatch.setenv("PEFT_LESSONS_BASE", "no-such-folder")
@@ -327,6 +572,10 @@ def test_quiet_from_another_folder(tmp_path):
         "import peft\n"
         "model = peft.get_peft_model(model, peft.LoraConfig(task_type='SEQ_CLS'))\n"
         "model(**load_tokenizer('minilm')(['a', 'b c'], padding=True, return_tensors='pt'))\n"
+        "model.save_pretrained('adapter')\n"
+        "model = load_model('tinylm', four_bit=True)\n"
+        "model = peft.get_peft_model(model, peft.LoraConfig(task_type='CAUSAL_LM'))\n"
+        "model.generate(**load_tokenizer('tinylm')('a', return_tensors='pt').to(model.device))\n"
         "model.save_pretrained('adapter')\n"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}

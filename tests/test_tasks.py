@@ -1,6 +1,7 @@
 """Tasks: batches, streams that resume, balanced subsets, and every refusal."""
 
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -11,8 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from peft_lessons.models import load_tokenizer
-from peft_lessons.tasks import LOADERS, Split, Task, load_task, sentiment_label
+from peft_lessons.models import data_folder, load_model, load_tokenizer
+from peft_lessons.tasks import (
+    LOADERS,
+    LanguageTask,
+    Split,
+    Task,
+    _blocks,
+    load_task,
+    sentiment_label,
+)
+from peft_lessons.training import evaluate, fit
+
+SENTIMENT = [name for name in LOADERS if name.startswith("sentiment")]
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +35,16 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def task(tokenizer):
     return load_task("sentiment", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def austen():
+    return load_task("austen")
+
+
+@pytest.fixture(scope="module")
+def wordnet(tokenizer):
+    return load_task("wordnet", tokenizer)
 
 
 def same(one: dict, two: dict) -> bool:
@@ -38,8 +60,8 @@ def ids_of(batches) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_every_task_loads(name, tokenizer):
+@pytest.mark.parametrize("name", SENTIMENT)
+def test_every_sentiment_task_loads(name, tokenizer):
     task = load_task(name, tokenizer)
     assert task.name == name and task.label_names == ("negative", "positive")
     assert task.splits == ("train", "validation", "test")
@@ -214,6 +236,199 @@ def test_describe_tells_the_truth(task):
 def test_unknown_task():
     with pytest.raises(ValueError, match=r"'sentimant'.*sentiment, sentiment-amazon"):
         load_task("sentimant")
+
+
+def test_describe_of_many_classes(wordnet):
+    lines = repr(wordnet.describe()).splitlines()
+    assert " ".join(lines[0].split()) == "split sentences classes largest mean words mean tokens"
+    for line, split in zip(lines[1:4], wordnet.splits, strict=True):
+        counts = np.bincount(wordnet.labels(split))
+        name = wordnet.label_names[counts.argmax()]
+        share = f"{counts.max() / counts.sum():.1%}"
+        size = f"{wordnet.size(split):,}"
+        assert line.split()[:5] == [split, size, "26", name, share]
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert "WordNet" in lines[-1]
+    assert "26 classes" in repr(wordnet) and "animal" not in repr(wordnet)
+
+
+def test_wordnet(wordnet):
+    names = wordnet.label_names
+    assert len(names) == 26 and list(names) == sorted(names)
+    assert wordnet.splits == ("train", "validation", "test")
+    for split in wordnet.splits:
+        assert set(wordnet.labels(split).tolist()) == set(range(26))
+
+    def classes(word):
+        texts, labels = wordnet.texts("train"), wordnet.labels("train").tolist()
+        return [names[y] for x, y in zip(texts, labels, strict=True) if word in x.lower().split()]
+
+    for word, name in (("shrub", "plant"), ("fish", "animal"), ("person", "person")):
+        found = classes(word)
+        assert max(set(found), key=found.count) == name
+    batch = next(wordnet.batches("test", 8))
+    assert batch["labels"].shape == (8,)
+    assert torch.equal(batch["labels"], wordnet.labels("test")[:8])
+
+
+def test_limit_of_many_classes(wordnet):
+    small = wordnet.limit(train=260, validation=78)
+    assert np.bincount(small.labels("train")).tolist() == [10] * 26
+    assert np.bincount(small.labels("validation")).tolist() == [3] * 26
+    with pytest.raises(ValueError, match=r"train=800 is too many.*at most 780, as 'motive' has 30"):
+        wordnet.limit(train=800)
+    with pytest.raises(ValueError, match="train must be an integer of at least 26, got 25"):
+        wordnet.limit(train=25)
+
+
+def chapters_of(split: str) -> list[str]:
+    """Return the text of each chapter of a split, without its heading, from the file itself."""
+    text = (data_folder() / f"tasks/austen/{split}.txt").read_text(encoding="utf-8")
+    chapters = ("\n" + text.removesuffix("\n")).split("\n# ")[1:]
+    return [chapter.partition("\n")[2] for chapter in chapters]
+
+
+def test_austen_blocks_are_the_chapters_in_pieces(austen):
+    assert isinstance(austen, LanguageTask) and austen.name == "austen"
+    tokenizer = load_tokenizer("tinylm")
+    end = tokenizer.eos_token_id
+    for split in ("validation", "test"):
+        texts = iter(austen.texts(split))
+        ids = iter(b["input_ids"][0].tolist() for b in austen.batches(split, 1))
+        for chapter in chapters_of(split):
+            paragraphs = tokenizer(chapter.split("\n"), verbose=False)["input_ids"]
+            stream = [token for paragraph in paragraphs for token in (*paragraph, end)]
+            # A lone token at a chapter's end is left out.
+            blocks = [stream[k : k + 128] for k in range(0, len(stream) - 1, 128)]
+            assert [next(ids) for _ in blocks] == blocks
+            joined = "".join(next(texts) for _ in blocks) + "\n" * (len(stream) % 128 == 1)
+            assert joined == chapter + "\n"
+        assert next(texts, None) is None and next(ids, None) is None
+
+
+def test_blocks_lose_no_character_that_a_tokenizer_skips():
+    tokenizer = load_tokenizer("minilm")  # its tokens leave out spaces
+    tokenizer.eos_token = "[SEP]"
+    split = _blocks([["Emma, handsome  and rich.", "£5 ?"], ["So it was."]], tokenizer, 4)
+    # The line end of the second chapter would be a block of its own.
+    assert "".join(split.texts) == "Emma, handsome  and rich.\n£5 ?\nSo it was."
+    assert [len(tokens) for tokens in split.tokens] == [4, 4, 2, 4]
+
+
+def test_austen_has_no_headings(austen):
+    for split in austen.splits:
+        assert not any("# " in text or ", chapter " in text for text in austen.texts(split))
+
+
+def test_austen_batches(austen):
+    small = austen.limit(test=17)  # the first chapter, whose last block is short
+    lengths = [int(b["attention_mask"].sum()) for b in small.batches("test", 1)]
+    assert min(lengths) < 128 == max(lengths)
+    batch = next(small.batches("test", 17))
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    assert ids.shape == mask.shape == labels.shape == (17, 128)
+    assert mask.sum(1).tolist() == lengths
+    assert torch.equal(labels, torch.where(mask == 1, ids, -100))
+    # The padding is the very token that closes paragraphs, which stays a label in the text.
+    assert (labels == load_tokenizer("tinylm").pad_token_id).any()
+    assert next(austen.stream(4, seed=0))["labels"].shape[0] == 4
+    sizes = [b["input_ids"].shape[1] for b in austen.batches("test", 64, by_length=True)]
+    assert sizes == sorted(sizes)
+
+
+def test_austen_in_other_lengths(austen):
+    longer = load_task("austen", max_length=256)
+    for split in austen.splits:
+        tokens = [
+            sum(int(b["attention_mask"].sum()) for b in task.batches(split, 64))
+            for task in (austen, longer)
+        ]
+        assert abs(tokens[0] - tokens[1]) <= 2 * len(chapters_of(split))
+        assert longer.size(split) < 0.6 * austen.size(split)
+
+
+def by_hand(model, batches) -> tuple[float, int]:
+    """Return nats and tokens summed block by block, unpadded: −log p of each next token."""
+    nats, tokens = 0.0, 0
+    for batch in batches:
+        ids = batch["input_ids"][0]
+        with torch.no_grad():
+            log_p = model(ids[None]).logits[0].double().log_softmax(-1)
+        nats -= sum(log_p[i, ids[i + 1]].item() for i in range(len(ids) - 1))
+        tokens += len(ids) - 1
+    return nats, tokens
+
+
+def test_the_loss_is_that_of_the_next_token_without_padding(austen):
+    model, small = load_model("tinylm"), austen.limit(test=17)
+    nats, tokens = by_hand(model, small.batches("test", 1))
+    (batch,) = small.batches("test", 17)
+    assert batch["attention_mask"].sum() < batch["attention_mask"].numel()
+    with torch.no_grad():
+        assert model(**batch).loss.item() == pytest.approx(nats / tokens, abs=1e-4)
+        other = batch | {"input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 77)}
+        assert model(**other).loss.item() == pytest.approx(nats / tokens, abs=1e-4)
+    for size in (1, 5, 64):
+        scores = evaluate(model, small, "test", batch_size=size)
+        assert scores.n == tokens and scores.accuracy is None
+        assert scores.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+
+
+def test_fit_learns_the_novels(austen):
+    model, small = load_model("tinylm"), austen.limit(train=200, test=17)
+    before = evaluate(model, small)
+    fit(model, small, steps=8, lr=1e-3, batch_size=8, show=False)
+    assert evaluate(model, small).loss < before.loss - 0.1
+
+
+def test_austen_describes_itself(austen):
+    lines = repr(austen.describe()).splitlines()
+    assert lines[0].split() == ["split", "blocks", "tokens", "characters"]
+    for line, split in zip(lines[1:4], austen.splits, strict=True):
+        tokens = sum(int(b["attention_mask"].sum()) for b in austen.batches(split, 64))
+        characters = sum(map(len, austen.texts(split)))
+        counts = (austen.size(split), tokens, characters)
+        assert line.split() == [split, *(f"{count:,}" for count in counts)]
+    assert len({len(line) for line in lines[:4]}) == 1 and "public domain" in lines[-1]
+    assert "blocks of up to 128 tokens" in repr(austen) and "LanguageTask" in repr(austen)
+
+
+def test_limit_of_blocks(austen):
+    small = austen.limit(train=7, test=1)
+    assert isinstance(small, LanguageTask)
+    assert small.texts("train") == austen.texts("train")[:7]
+    assert small.size("test") == 1 and small.size("validation") == austen.size("validation")
+    assert austen.size("train") > 5_000
+    with pytest.raises(ValueError, match=r"test=99999 is too many; there are \d+ blocks"):
+        austen.limit(test=99999)
+    with pytest.raises(ValueError, match="test must be an integer of at least 1, got 0"):
+        austen.limit(test=0)
+
+
+def test_texts_of_your_own_for_a_language_model(austen):
+    batch = austen.encode(["Emma Woodhouse", "Emma"])
+    assert list(batch) == ["input_ids", "attention_mask"]
+    assert batch["attention_mask"][1].sum() < batch["attention_mask"][0].sum()
+    with pytest.raises(ValueError, match="texts has one without a token: ''"):
+        austen.encode(["Emma", ""])
+
+
+def test_refusals_of_language_tasks(austen, tokenizer):
+    with pytest.raises(ValueError, match=r"'austen' has no classes.*batches\('test'\) gives them"):
+        austen.labels("test")
+    with pytest.raises(ValueError, match="split 'dev' is unknown"):
+        austen.labels("dev")
+    with pytest.raises(
+        ValueError, match=r"'austen' needs the tokenizer of a language model.*tinylm"
+    ):
+        load_task("austen", tokenizer)
+    with pytest.raises(ValueError, match="max_length must be an integer of at least 2, got 1"):
+        load_task("austen", max_length=1)
+    with pytest.raises(ValueError, match="max_length must be at most the model's 512, got 513"):
+        load_task("austen", max_length=513)
+    lone = Split(("a", "b c"), ((5,), (5, 6)))
+    with pytest.raises(ValueError, match="split 'train' has a block of less than 2 tokens"):
+        LanguageTask("mine", {"train": lone}, tokenizer, 16)
 
 
 @pytest.mark.parametrize("length", [2, 0, -1, 16.0, None, 513])

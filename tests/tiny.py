@@ -45,12 +45,12 @@ def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
     return shaken(Qwen2ForCausalLM(config))
 
 
-def tiny_opt(seed: int = 0) -> OPTForCausalLM:
+def tiny_opt(seed: int = 0, ffn_dim: int = 96) -> OPTForCausalLM:
     """With learned positions, biases everywhere and a head tied to the embedding."""
     torch.manual_seed(seed)
     config = OPTConfig(
         **SIZES,
-        ffn_dim=96,
+        ffn_dim=ffn_dim,
         max_position_embeddings=64,
         word_embed_proj_dim=64,
         dropout=0.0,
@@ -97,6 +97,14 @@ class TinyTask:
             generator = torch.Generator().manual_seed(1000 * seed + step)
             yield self._batch(torch.randint(len(self.ids), (size,), generator=generator))
             step += 1
+
+
+class TinyText(TinyTask):
+    """The same rows as a text to predict, for causal models."""
+
+    def _batch(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        batch = super()._batch(rows)
+        return batch | {"labels": batch["input_ids"]}
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The checks of the exercises: `check.lora.unmerge_lora(unmerge_lora)`, one module per lesson."""
 
-from . import lora, start, why
+from . import lora, qlora, start, why
 from .kit import Verdict, WrongAnswer
 
-__all__ = ["Verdict", "WrongAnswer", "lora", "start", "why"]
+__all__ = ["Verdict", "WrongAnswer", "lora", "qlora", "start", "why"]

@@ -93,8 +93,8 @@ def _tensor_difference(got, expected, what, tolerance, values) -> str | None:
 
 def _pattern(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
     """A regularity of wrong values that is a fact, whatever its cause."""
-    if got.numel() > 1 and (got == got.view(-1)[0]).all() and expected.min() != expected.max():
-        return f"; every entry of yours is {number(got.view(-1)[0])}"
+    if got.numel() > 1 and (got == got.flatten()[0]).all() and expected.min() != expected.max():
+        return f"; every entry of yours is {number(got.flatten()[0])}"
     size = expected.abs().max()
     if got.numel() > 1 and size > 0 and size.isfinite():
         factor = (got * expected).sum() / (expected * expected).sum()

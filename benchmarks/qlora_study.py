@@ -1,0 +1,86 @@
+"""The QLoRA study: what a 4-bit base costs in quality once an adapter is trained on it.
+
+    python benchmarks/qlora_study.py                # half an hour on one core
+    python benchmarks/qlora_study.py --backwards    # beside the first, on a second core
+
+Trains tinylm on Jane Austen's novels and adds a row for each run to data/results/qlora_study.csv:
+perplexities of the validation and the test chapters. Every method is tried at each of its learning
+rates with one seed; the rate with the best validation perplexity is run with two seeds more. Rows
+that are there are not run again, so it can be stopped and started at will.
+"""
+
+import sys
+
+import torch
+from common import Results
+from peft import LoraConfig, get_peft_model
+
+from peft_lessons import LoRA, QLoRA, evaluate, fit, inject, load_model, load_task, measure
+
+STEPS, RANK, ALPHA, SEEDS = 100, 8, 16, (0, 1, 2)
+RATES = {
+    "none": (0.0,),
+    "none-4bit": (0.0,),
+    "lora": (3e-3, 1e-2, 3e-2),
+    "qlora": (3e-3, 1e-2, 3e-2),
+    "qlora-peft": (3e-3, 1e-2, 3e-2),
+    "full": (3e-4, 1e-3, 3e-3),
+}
+COLUMNS = ("method", "lr", "seed", "steps", "trainable", "validation", "test", "seconds_per_step")
+
+
+def build(method: str):
+    """The model of a method, ready to train."""
+    if method == "qlora-peft":
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear"
+        )
+        return get_peft_model(load_model("tinylm", four_bit=True), config)
+    model = load_model("tinylm")
+    if method in ("qlora", "none-4bit"):
+        inject(model, QLoRA(rank=RANK, alpha=ALPHA))
+    elif method == "lora":
+        inject(model, LoRA(rank=RANK, alpha=ALPHA))
+    return model
+
+
+def todo(results: Results) -> list[tuple[str, float, int]]:
+    """The (method, rate, seed) that are still to run, those that others wait for first."""
+    done = {(r["method"], float(r["lr"]), int(r["seed"])): r for r in results.rows()}
+    points = [(method, lr, 0) for method, rates in RATES.items() for lr in rates]
+    for method, rates in RATES.items():
+        tried = {lr: done[method, lr, 0] for lr in rates if (method, lr, 0) in done}
+        if len(tried) == len(rates) > 1:
+            best = min(tried, key=lambda lr: float(tried[lr]["validation"]))
+            points += [(method, best, seed) for seed in SEEDS[1:]]
+    return [point for point in points if point not in done]
+
+
+def run(task, method: str, lr: float, seed: int) -> dict:
+    torch.manual_seed(seed)
+    model, seconds = build(method), 0.0
+    if lr:
+        seconds = fit(model, task, STEPS, lr=lr, seed=seed, show=False).seconds / STEPS
+    return {
+        "steps": STEPS if lr else 0,
+        "trainable": measure.parameters(model).trainable if lr else 0,
+        "validation": f"{evaluate(model, task, 'validation').perplexity:.3f}",
+        "test": f"{evaluate(model, task, 'test').perplexity:.3f}",
+        "seconds_per_step": f"{seconds:.4f}",
+    }
+
+
+def main(backwards: bool) -> None:
+    torch.set_num_threads(1)
+    # Half of the validation chapters' blocks are enough to choose a rate by.
+    task, results = load_task("austen").limit(validation=500), Results("qlora_study", COLUMNS)
+    while points := todo(results):
+        point = points[-1 if backwards else 0]
+        row = run(task, *point)
+        if point in todo(results):  # the other process may have been at the same point
+            results.add(**dict(zip(COLUMNS, point, strict=False)), **row)
+            print(*point, row, flush=True)
+
+
+if __name__ == "__main__":
+    main(backwards="--backwards" in sys.argv)

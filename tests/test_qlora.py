@@ -1,0 +1,464 @@
+"""Four-bit weights and QLoRA: bit-equal to bitsandbytes, through all verbs, and what is refused."""
+
+from copy import deepcopy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import TinyText, tiny_llama, tiny_opt
+from torch import nn
+
+from peft_lessons import (
+    LoRA,
+    NF4Linear,
+    QLoRA,
+    dequantize,
+    evaluate,
+    fit,
+    freeze,
+    inject,
+    injection_of,
+    load_adapter,
+    load_model,
+    measure,
+    merge,
+    report,
+    save_adapter,
+    setup_qlora,
+    unload,
+    unmerge,
+)
+from peft_lessons.methods.qlora import (
+    DYNAMIC,
+    NF4,
+    dequantize_absmax,
+    dequantize_nf4,
+    pack_nibbles,
+    quantize_absmax,
+    quantize_nf4,
+)
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def llama(**changes):
+    """Every in_features is a multiple of 64."""
+    return tiny_llama(intermediate_size=128, **changes)
+
+
+def opt():
+    """With biases, learned positions and a tied head."""
+    return tiny_opt(ffn_dim=128)
+
+
+def weights(name: str) -> list[torch.Tensor]:
+    layers = (m for m in load_model(name).modules() if type(m) is nn.Linear)
+    return [m.weight.detach() for m in layers]
+
+
+# --- the numbers
+
+
+def test_levels_are_those_of_bitsandbytes():
+    assert torch.equal(NF4, bnb.functional.get_4bit_type("nf4", "cpu"))
+    assert torch.equal(DYNAMIC, bnb.functional.create_dynamic_map())
+
+
+@pytest.mark.parametrize("name", ["tinylm", "minilm"])
+@pytest.mark.parametrize("block", [64, 32, 4096])
+def test_codes_scales_and_weights_are_bit_equal_on_real_weights(name, block):
+    for weight in weights(name):
+        theirs, state = bnb.functional.quantize_4bit(
+            weight, blocksize=block, quant_type="nf4", compress_statistics=True
+        )
+        packed, absmax = quantize_nf4(weight, block)
+        codes, second, offset = quantize_absmax(absmax)
+        assert torch.equal(packed, theirs.flatten())
+        assert torch.equal(codes, state.absmax.flatten())
+        assert torch.equal(second, state.state2.absmax)
+        assert torch.equal(offset, state.offset)
+        if weight.shape[1] % block == 0 or block == 4096:  # elsewhere their kernel is wrong
+            restored = dequantize_absmax(codes, second, offset)
+            ours = dequantize_nf4(packed, restored, weight.shape, block)
+            assert torch.equal(ours, bnb.functional.dequantize_4bit(theirs, state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_weights_are_bit_equal_too(dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 96, bias=False).to(dtype)
+    theirs, state = bnb.functional.quantize_4bit(
+        linear.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    ours = NF4Linear(linear)
+    assert torch.equal(ours.packed, theirs.flatten()) and ours.weight.dtype == dtype
+    assert torch.equal(ours.weight, bnb.functional.dequantize_4bit(theirs, state))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_short_last_block_and_a_zero_block(block):
+    x = torch.cat([torch.zeros(4096), torch.randn(130)])
+    packed, absmax = quantize_nf4(x, block)
+    theirs, state = bnb.functional.quantize_4bit(x, blocksize=block, quant_type="nf4")
+    assert torch.equal(packed, theirs.flatten()) and torch.equal(absmax, state.absmax)
+    back = dequantize_nf4(packed, absmax, x.shape, block)
+    assert torch.equal(back[:4096], torch.zeros(4096))
+    assert back.isfinite().all() and (back - x).abs().max() < 0.2 * x.abs().max()
+
+
+def test_every_level_and_the_ends_come_back_exactly():
+    x = torch.cat([3.5 * NF4, -2.0 * NF4.flip(0)]).repeat(2)
+    back = dequantize_nf4(*quantize_nf4(x, 32), x.shape, 32)
+    first = torch.arange(64) % 32 < 16
+    assert torch.equal(back[first], x[first])
+    assert torch.equal(back.view(2, 32).abs().amax(1), x.view(2, 32).abs().amax(1))
+
+
+def test_a_value_on_a_midpoint_takes_the_lower_level():
+    x = torch.zeros(32)
+    x[0], x[1] = 1.0, (NF4[8] + NF4[9]) / 2
+    packed, _ = quantize_nf4(x, 32)
+    assert packed[0] == 15 << 4 | 8
+
+
+def test_bits_a_parameter():
+    packed, absmax = quantize_nf4(torch.randn(1024, 1024))
+    codes, second, _ = quantize_absmax(absmax)
+    bits = 8 * measure.nbytes([packed, codes, second]) / 1024**2
+    assert bits == 4 + 8 / 64 + 32 / (64 * 256)
+
+
+# --- the layer
+
+
+def test_the_gradient_is_that_of_the_restored_weight():
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 48)
+    four, plain = NF4Linear(deepcopy(linear)), deepcopy(linear)
+    with torch.no_grad():
+        plain.weight.copy_(four.weight)
+    grads = []
+    for layer in (four, plain):
+        x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        layer(x).square().sum().backward()
+        grads.append((x.grad, layer.bias.grad))
+    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
+    assert torch.allclose(grads[0][1], grads[1][1], atol=1e-4)
+    assert [n for n, _ in four.named_parameters()] == ["bias"]
+
+
+def test_the_product_keeps_nothing_for_the_backward_pass():
+    four = NF4Linear(nn.Linear(128, 48))
+    x = torch.randn(4, 128)
+    assert measure.activation_bytes(four, lambda: four(x.clone().requires_grad_())) == 0
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_rounding_the_model_leaves_the_scales_alone(double_quant):
+    four = NF4Linear(nn.Linear(128, 48), double_quant=double_quant)
+    before = four.weight
+    for dtype in (torch.half, torch.bfloat16, torch.float64, torch.float32):
+        assert torch.equal(deepcopy(four).to(dtype).weight, before)
+
+
+def test_autocast_and_16_bit_inputs_run():
+    four = NF4Linear(nn.Linear(128, 48))
+    x = torch.randn(3, 128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = four(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32 and x.grad.isfinite().all()
+
+
+# --- against bitsandbytes and PEFT
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(ours, PEFT's on bitsandbytes), the same random factors in both, and a batch."""
+    ours, names = load_model("tinylm"), ("q_proj", "v_proj", "down_proj")
+    inject(ours, QLoRA(rank=4, alpha=6, targets=names))
+    theirs = get_peft_model(
+        load_model("tinylm", four_bit=True),
+        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=list(names)),
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for path, wrapper in injection_of(ours).wrappers.items():
+            if wrapper.lora is not None:
+                layer = theirs.base_model.model.get_submodule(path)
+                nn.init.normal_(wrapper.lora.lora_B, std=0.05)
+                layer.lora_A["default"].weight.copy_(wrapper.lora.lora_A)
+                layer.lora_B["default"].weight.copy_(wrapper.lora.lora_B)
+    ids = torch.randint(1, 4096, (2, 24))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    labels = ids.where(mask.bool(), -100)
+    return ours, theirs, {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def test_logits_loss_and_gradients_equal_those_of_peft(pair):
+    ours, theirs, batch = pair
+    for train in (True, False):
+        a, b = ours.train(train)(**batch), theirs.train(train)(**batch)
+        assert (a.logits - b.logits).abs().max() < 1e-6
+        ours.zero_grad()
+        theirs.zero_grad()
+        a.loss.backward()
+        b.loss.backward()
+        for path, wrapper in injection_of(ours).wrappers.items():
+            if wrapper.lora is None:
+                continue
+            layer = theirs.base_model.model.get_submodule(path)
+            for factor in ("lora_A", "lora_B"):
+                mine = getattr(wrapper.lora, factor).grad
+                assert (mine - getattr(layer, factor)["default"].weight.grad).abs().max() < 1e-6
+
+
+def test_greedy_generation_equals_that_of_peft(pair):
+    ours, theirs, batch = pair
+    prompt = {k: batch[k].flip(1) for k in ("input_ids", "attention_mask")}
+    settings = dict(max_new_tokens=8, do_sample=False)
+    a = ours.eval().generate(**prompt, **settings)
+    assert torch.equal(a, theirs.eval().generate(**prompt, **settings))
+
+
+@pytest.mark.filterwarnings("error:Unexpected keyword arguments")
+def test_files_travel_both_ways(pair, tmp_path):
+    ours, theirs, batch = pair
+    expected = ours.eval()(**batch).logits
+    save_adapter(ours, tmp_path / "ours")
+    opened = PeftModel.from_pretrained(load_model("tinylm", four_bit=True), tmp_path / "ours")
+    assert (opened(**batch).logits - expected).abs().max() < 1e-6
+    back = load_model("tinylm")
+    load_adapter(back, tmp_path / "ours")
+    assert repr(injection_of(back).method) == repr(injection_of(ours).method)
+    assert torch.equal(back(**batch).logits, expected)
+    # PEFT's file does not say that its base was quantised: it is a LoRA adapter like any other.
+    theirs.save_pretrained(tmp_path / "theirs")
+    there = load_model("tinylm")
+    load_adapter(there, tmp_path / "theirs")
+    assert type(injection_of(there).method) is LoRA
+
+
+# --- the verbs
+
+
+def test_report_counts_the_base_as_what_it_stands_for():
+    base = load_model("tinylm")
+    size = measure.parameters(base).total
+    told = inject(base, QLoRA(rank=4, alpha=8, targets=("q_proj", "v_proj")))
+    assert told.base == size == measure.parameters(base).total - told.trainable
+    assert told.trainable == 6 * 4 * (192 + 192 + 192 + 96)
+    assert len(told.modules) == 12 and repr(report(base)) == repr(told)
+    quantised = [m for m in base.modules() if isinstance(m, NF4Linear)]
+    assert len(quantised) == 42 and type(base.lm_head) is nn.Linear
+    assert not any(p.dtype == torch.uint8 for p in base.parameters())
+
+
+def test_training_moves_the_factors_and_nothing_else(tmp_path):
+    model, task = llama(), TinyText()
+    inject(model, QLoRA(rank=4, alpha=8))
+    codes = {n: b.clone() for n, b in model.named_buffers()}
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    fit(model, task, steps=6, weight_decay=0.1, show=False)
+    assert all(torch.equal(b, codes[n]) for n, b in model.named_buffers())
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[n], p) for n, p in frozen.items())
+    assert all(w.lora.lora_B.abs().sum() > 0 for w in injection_of(model).wrappers.values())
+    # Evaluating between two steps changes nothing that training depends on.
+    evaluate(model, task)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    task, path = TinyText(), tmp_path / "state.pt"
+
+    def fresh():
+        model = llama()
+        torch.manual_seed(3)
+        inject(model, QLoRA(rank=4, alpha=8))
+        return model
+
+    whole, cut = fresh(), fresh()
+    fit(whole, task, steps=6, show=False)
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self, *arguments, **more):
+        calls.append(1)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, task, steps=6, show=False, checkpoint=path, checkpoint_every=2)
+    monkeypatch.undo()
+    # The base is not in the checkpoint: it is made anew from the float32 weights.
+    assert path.stat().st_size < 200_000
+    resumed = fresh()
+    fit(resumed, task, steps=6, show=False, checkpoint=path, checkpoint_every=2)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    torch.manual_seed(5)
+    for _, p in injection_of(model).added():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("build", [llama, opt])
+def test_merging_is_refused_until_the_base_is_dequantised(build):
+    model = build()
+    inject(model, QLoRA(rank=4, alpha=8))
+    shaken(model)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        before = {n: b.clone() for n, b in model.named_buffers()}
+        with pytest.raises(TypeError, match="dequantize"):
+            merge(model)
+        assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+        assert dequantize(model) is model
+        assert (model(input_ids=ids).logits - expected).abs().max() < 1e-5
+        merge(model)
+        assert (model(input_ids=ids).logits - expected).abs().max() < 1e-4
+        unmerge(model)
+        assert (model(input_ids=ids).logits - expected).abs().max() < 1e-4
+        merge(model)
+        plain = unload(model)
+        assert (plain(input_ids=ids).logits - expected).abs().max() < 1e-4
+    assert {type(m) for m in plain.modules()} & {NF4Linear} == set()
+    assert set(plain.state_dict()) == set(build().state_dict())
+    with pytest.raises(ValueError, match="no layer in 4 bits"):
+        dequantize(plain)
+
+
+def test_unload_gives_the_quantised_base():
+    model = llama()
+    weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    inject(model, QLoRA(rank=4, alpha=8))
+    layer = unload(shaken(model)).model.layers[0].mlp.up_proj
+    assert type(layer) is NF4Linear
+    assert torch.equal(layer.weight, dequantize_nf4(*_through_double(weight), weight.shape))
+
+
+def _through_double(weight):
+    packed, absmax = quantize_nf4(weight)
+    return packed, dequantize_absmax(*quantize_absmax(absmax))
+
+
+def test_a_16_bit_base_keeps_float32_factors_and_its_dtype():
+    model = llama().bfloat16()
+    inject(model, QLoRA(rank=4, alpha=8))
+    assert {p.dtype for _, p in injection_of(model).added()} == {torch.float32}
+    ids = torch.arange(12)[None]
+    output = shaken(model)(input_ids=ids, labels=ids)
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16
+    expected = output.logits.detach()
+    merge(dequantize(model))
+    assert model.model.layers[0].mlp.up_proj.base.weight.dtype == torch.bfloat16
+    assert (model(input_ids=ids).logits - expected).abs().max() < 0.1
+
+
+def test_setup_qlora_trains_on_the_cpu(capsys):
+    model = setup_qlora("tinylm", rank=8)
+    assert "trainable params: 165,888 || all params: 3,387,840" in capsys.readouterr().out
+    ids = torch.randint(1, 4096, (2, 16))
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    training = [p for p in model.parameters() if p.requires_grad]
+    assert training and all(p.grad is not None for p in training)
+    with pytest.raises(ValueError, match="rank=0"):
+        setup_qlora("tinylm", rank=0)
+
+
+# --- what is refused
+
+
+GOOD = torch.randn(2, 64)
+REFUSED = {
+    "NaN": (lambda: quantize_nf4(GOOD * float("nan")), "holds NaN or infinity"),
+    "infinity": (lambda: quantize_nf4(GOOD / 0), "holds NaN or infinity"),
+    "empty": (lambda: quantize_nf4(torch.empty(0, 64)), "must hold an even number"),
+    "odd": (lambda: quantize_nf4(torch.ones(3)), "must hold an even number"),
+    "integers": (lambda: quantize_nf4(torch.ones(64, dtype=torch.long)), "floating-point"),
+    "codes": (lambda: quantize_nf4(quantize_nf4(GOOD)[0]), "is it quantised already"),
+    "a list": (lambda: quantize_nf4([1.0, 2.0]), "floating-point numbers, not list"),
+    "block 0": (lambda: quantize_nf4(GOOD, 0), "block=0 must be one of 32, 64"),
+    "block -64": (lambda: quantize_nf4(GOOD, -64), "block=-64 must be one of"),
+    "block 48": (lambda: dequantize_nf4(*quantize_nf4(GOOD), GOOD.shape, 48), "block=48"),
+    "shape": (lambda: dequantize_nf4(*quantize_nf4(GOOD), (2, 63)), r"of shape \(2, 63\)"),
+    "absmax": (lambda: dequantize_nf4(*quantize_nf4(GOOD), (2, 64), 32), "2 absmax"),
+    "float codes": (lambda: dequantize_nf4(GOOD.flatten(), GOOD[0], (4, 64)), "float32 codes"),
+    "code 16": (lambda: pack_nibbles(torch.tensor([16, 1]).byte()), "between 0 and 15"),
+    "negative code": (lambda: pack_nibbles(torch.tensor([-1, 1])), "of uint8, not 2 of"),
+    "odd codes": (lambda: pack_nibbles(torch.tensor([1]).byte()), "an even number of uint8"),
+    "field": (lambda: QLoRA(block=0), "QLoRA: block=0"),
+    "flag": (lambda: QLoRA(double_quant=1), "double_quant=1 must be True or False"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused(case):
+    action, told = REFUSED[case]
+    with pytest.raises(ValueError, match=told):
+        action()
+
+
+def test_a_layer_in_4_bits_is_not_quantised_again():
+    four = NF4Linear(nn.Linear(64, 8))
+    with pytest.raises(TypeError, match="not NF4Linear"):
+        NF4Linear(four)
+    model = llama()
+    inject(model, QLoRA(rank=4, alpha=8))
+    with pytest.raises(RuntimeError, match="unload"):
+        inject(model, QLoRA(rank=4, alpha=8))
+    unload(model)
+    for method in (QLoRA(rank=4, alpha=8), LoRA(rank=4, alpha=8, targets=("q_proj",))):
+        with pytest.raises(ValueError, match="NF4Linear|no Linear"):
+            inject(model, method)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_with_nan_stays_as_it_was(value):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.*NaN or infinity"):
+        inject(model, QLoRA(rank=4, alpha=8, targets=("q_proj",)))
+    assert injection_of(model) is None and all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(m, NF4Linear) for m in model.modules())
+
+
+def test_a_width_that_their_kernel_restores_wrongly_is_refused():
+    model = tiny_llama()  # its feed-forward block is 96 wide
+    with pytest.raises(ValueError, match=r"down_proj.*in_features=96 must be a multiple of 64"):
+        inject(model, QLoRA(rank=4, alpha=8, targets=("q_proj",)))
+    assert injection_of(model) is None
+
+
+def test_rank_is_bounded_where_a_branch_is_and_only_there():
+    with pytest.raises(ValueError, match="rank=40"):
+        inject(llama(), QLoRA(rank=40, alpha=8))  # k_proj and v_proj are 32 wide
+    inject(llama(), QLoRA(rank=40, alpha=8, targets=("q_proj",)))
+
+
+def test_packed_weights_do_not_train():
+    model = llama()
+    with pytest.raises(ValueError, match="trains in full"):
+        inject(model, QLoRA(rank=4, alpha=8), also_train=("up_proj",))
+    inject(model, QLoRA(rank=4, alpha=8))
+    quantised = unload(model)
+    for name in ("up_proj", "mlp"):
+        with pytest.raises(ValueError, match="packed 4-bit codes"):
+            freeze(quantised, also_train=(name,))
+    with pytest.raises(ValueError, match="packed 4-bit codes"):
+        freeze(load_model("tinylm", four_bit=True), also_train=("up_proj",))
