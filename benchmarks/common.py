@@ -38,10 +38,11 @@ class Results:
             return list(csv.DictReader(file))
 
     def add(self, **values) -> None:
-        """Append a row, stamped. Raises ValueError for a value without its column."""
+        """Append a row, stamped; a GPU benchmark names its own machine. ValueError for a value
+        without its column."""
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            writer.writerow(values | stamp())
+            writer.writerow(stamp() | values)
 
 
 def stepper(model: torch.nn.Module, batches: list[dict]) -> Callable[[], None]:

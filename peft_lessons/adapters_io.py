@@ -2,8 +2,8 @@
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. PEFT opens ours
 wherever it has the method, and we open PEFT's. The header of our weights says three things more,
-which PEFT passes over: a fingerprint of the base they belong to, a digest of their config, and the
-method's entries that PEFT does not know.
+which PEFT passes over: a fingerprint of the base they belong to, the method's entries that PEFT
+does not know, and a digest of these and of the config.
 """
 
 from __future__ import annotations
@@ -111,8 +111,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         "modules_to_save": list(injection.whole_modules) or None,
     }
     config = (json.dumps(entries, indent=2) + "\n").encode()
-    header = {"format": "pt", _BASE: injection.fingerprint, _CONFIG_DIGEST: _digest(config)}
-    header |= {_OWN: json.dumps(own)} if own else {}
+    own = json.dumps(own) if own else ""
+    digest = _digest(config + own.encode())
+    header = {"format": "pt", _BASE: injection.fingerprint, _CONFIG_DIGEST: digest}
+    header |= {_OWN: own} if own else {}
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_adapter: folder={str(folder)!r} is a file; name a folder")
@@ -193,7 +195,9 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS} in {str(folder)!r} is broken or cut off: {error}") from None
-    if header.get(_CONFIG_DIGEST, _digest(text)) != _digest(text):
+    own = header.get(_OWN, "")
+    digest = _digest(text + own.encode())
+    if header.get(_CONFIG_DIGEST, digest) != digest:
         raise ValueError(
             f"{CONFIG} in {str(folder)!r} is not the one that {WEIGHTS} was saved with: one of the "
             "two was changed or exchanged since; save the adapter again"
@@ -203,7 +207,22 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
         if tensor.dtype not in (*_FLOATS, torch.int64):
             raise ValueError(_no_floats(key, tensor))
     _refuse_non_finite(tensors, "load_adapter")
-    return config | json.loads(header.get(_OWN, "{}")), tensors, header
+    return config | _own_entries(own, folder), tensors, header
+
+
+def _own_entries(text: str, folder: Path) -> dict:
+    """What the header says for a method of ours; ValueError for anything but its own entries."""
+    try:
+        entries = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the header of {WEIGHTS} in {str(folder)!r} is broken: {error}") from None
+    known = {name for method in methods() for name in method.own_entries}
+    if not isinstance(entries, dict) or not entries.keys() <= known:
+        raise ValueError(
+            f"the header of {WEIGHTS} in {str(folder)!r} holds {_OWN}={text[:80]!r}, which must be "
+            f"an object of {', '.join(sorted(known))} only"
+        )
+    return entries
 
 
 def _no_floats(key: str, tensor: torch.Tensor) -> str:

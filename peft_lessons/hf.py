@@ -5,6 +5,8 @@ peft and what it pulls in take seconds to import, so they are imported where the
 
 from __future__ import annotations
 
+from torch import nn
+
 from .inject import validate
 from .models import load_model
 
@@ -15,14 +17,23 @@ def setup_qlora(model_name: str, rank: int = 64):
     `model_name` is a bundled name, a folder or a Hub id. NF4 with double quantisation, on a GPU if
     there is one, else on the CPU; α is 16, as in the paper (Dettmers et al. 2023), gradient
     checkpointing is on. Prints how much trains, 4-bit weights counted as what they stand for.
-    Returns the PEFT model in train mode. Raises ValueError for a rank below 1, and as `load_model`.
+    Returns the PEFT model in train mode. Raises ValueError for a rank below 1 or above a layer's
+    width, a model that does not generate text, and as `load_model`.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     validate("setup_qlora", rank=rank)
+    model = load_model(model_name, four_bit=True)
+    if not model.can_generate():
+        raise ValueError(f"setup_qlora: {model_name!r} is no causal language model; try 'tinylm'")
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and rank > min(layer.in_features, layer.out_features):
+            raise ValueError(
+                f"setup_qlora: rank={rank} is above min(in, out) of {path!r}: that adds parameters "
+                "but no freedom"
+            )
     model = prepare_model_for_kbit_training(
-        load_model(model_name, four_bit=True),
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        model, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     config = LoraConfig(
         task_type="CAUSAL_LM",

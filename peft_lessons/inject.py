@@ -47,7 +47,7 @@ def _flag(value: Any) -> str | None:
 def _block(value: Any) -> str | None:
     # What bitsandbytes takes; a power of two also keeps pairs of codes within a block.
     sizes = [2**k for k in range(5, 13)]
-    good = not isinstance(value, bool) and value in sizes
+    good = isinstance(value, int) and not isinstance(value, bool) and value in sizes
     return None if good else f"must be one of {', '.join(map(str, sizes))}"
 
 
@@ -56,9 +56,14 @@ def _weight(value: Any) -> str | None:
         what = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         return f"must be a tensor of floating-point numbers, not {what}: is it quantised already?"
     if not value.numel() or value.numel() % 2:
-        return f"of shape {tuple(value.shape)} must hold an even number of entries, and some"
-    finite = value.is_meta or value.isfinite().all()
-    return None if finite else "holds NaN or infinity, which no level stands for"
+        return f"of shape {tuple(value.shape)} must hold entries, and an even number: two to a byte"
+    if value.is_meta:
+        return None
+    largest = value.detach().abs().max().item()
+    if not math.isfinite(largest):
+        return "holds NaN or infinity, which no level stands for"
+    # Scales are float32, and double quantisation takes their mean: their sum must be finite too.
+    return None if largest <= 1e30 else f"holds {largest:.0e}, too large for the sum of its scales"
 
 
 def _nibbles(value: Any) -> str | None:
@@ -311,22 +316,42 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _refuse_tied(model: nn.Module, modules: Mapping[str, nn.Module], argument: str) -> None:
-    owners = _owners(model)
+def _tied(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """{path: (its parameter, the name of another place that has the same one)}, the tied ones."""
+    owners, tied = _owners(model), {}
     for path, module in modules.items():
         for name, p in module.named_parameters():
-            others = [n for n in owners[id(p)] if n != f"{path}.{name}"]
-            if others:
-                raise ValueError(
-                    f"{argument}: {path!r} shares its {name} with {others[0]!r} (tied weights): "
-                    "changing one changes both; leave it out"
-                )
+            for other in owners[id(p)]:
+                if other != f"{path}.{name}":
+                    tied.setdefault(path, (name, other))
+    return tied
+
+
+def _refuse_tied(model: nn.Module, modules: Mapping[str, nn.Module], argument: str) -> None:
+    for path, (name, other) in _tied(model, modules).items():
+        raise ValueError(
+            f"{argument}: {path!r} shares its {name} with {other!r} (tied weights): changing one "
+            "changes both; leave it out"
+        )
+
+
+def _packed(module: nn.Module, recurse: bool = False) -> bool:
+    """Whether a module holds a weight packed into bytes: 4-bit codes have no gradient."""
+    tensors = (*module.parameters(recurse), *module.buffers(recurse))
+    return any(t.dtype == torch.uint8 for t in tensors)
+
+
+_IN_4_BITS = (
+    ", in 4 bits already: load the model unquantised for the methods of the course, or "
+    "dequantize(model) first; PEFT takes what bitsandbytes quantised"
+)
 
 
 def find_targets(
     model: nn.Module, targets: tuple[str, ...] | str, takes: tuple[type[nn.Module], ...]
 ) -> dict[str, nn.Module]:
-    """The modules that `targets` names, {path: module}; "all-linear" means all but the head.
+    """The modules that `targets` names, {path: module}; "all-linear" means all but the head and
+    what shares its weight with another module.
 
     Raises ValueError if a name matches nothing, or a module that cannot be wrapped."""
     # A module reachable under two paths would be wrapped in one of them only, hence the duplicates.
@@ -335,8 +360,12 @@ def find_targets(
     usable = [path for path, m in modules.items() if type(m) in takes]
     kinds = " or ".join(t.__name__ for t in takes)
     if targets == "all-linear":
+        if packed := [path for path, module in modules.items() if _packed(module)]:
+            kind = type(modules[packed[0]]).__name__
+            raise ValueError(f"targets='all-linear': {packed[0]!r} is a {kind}{_IN_4_BITS}")
         heads = fresh_modules(model) or ("lm_head",)
-        found = [path for path in usable if not matches(path, heads)]
+        tied = _tied(model, {path: modules[path] for path in usable})
+        found = [path for path in usable if not matches(path, heads) and path not in tied]
         if not found:
             raise ValueError(f"targets='all-linear': the model has no {kinds} besides its head")
     else:
@@ -351,6 +380,8 @@ def find_targets(
         module = modules[path]
         if isinstance(module, Adapted):
             raise ValueError(f"targets: {path!r} is wrapped already; unload(model) first")
+        if type(module) not in takes and _packed(module):
+            raise ValueError(f"targets: {path!r} is a {type(module).__name__}{_IN_4_BITS}")
         if type(module) not in takes:
             raise ValueError(
                 f"targets: {path!r} is a {type(module).__name__}, but only {kinds} can be wrapped"
@@ -412,7 +443,7 @@ def _find_whole(model: nn.Module, also_train: Any, wrapped: Iterable[str]) -> di
             )
         found.update(here)
     for path, module in found.items():
-        if any(t.dtype == torch.uint8 for t in (*module.parameters(), *module.buffers())):
+        if _packed(module, recurse=True):
             raise ValueError(
                 f"also_train: {path!r} holds packed 4-bit codes, which have no gradient: put an "
                 "adapter beside them"
@@ -515,12 +546,14 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short digest of the base's names, shapes and a sample of its values, without what is fresh.
+    """A short digest of the base's names, shapes and a sample of its values (of its codes where it
+    is in 4 bits), without what is fresh.
 
     The same base gives the same digest in float32 and bfloat16. A model on the meta device has no
     values: its digest says "meta" and is not compared."""
     digest, fresh = hashlib.sha256(), fresh_modules(model)
-    for name, p in model.named_parameters():
+    codes = ((name, b) for name, b in model.named_buffers() if b.dtype == torch.uint8)
+    for name, p in (*model.named_parameters(), *codes):
         if p.is_meta:
             return "meta"
         if matches(name.rsplit(".", 1)[0], fresh):
@@ -689,8 +722,8 @@ def unload(model: nn.Module) -> nn.Module:
     """Give the plain base back, in place, and return it.
 
     Not merged: bit by bit what it was before `inject`, trained heads included; only a base that the
-    method quantised stays so. Merged: the same layers with what was learned in their weights. What
-    trained before may train again."""
+    method quantised stays so, until `dequantize`. Merged: the same layers with what was learned in
+    their weights. What trained before may train again."""
     injection = _require_injection(model, "unload")
     for handle in injection.handles:
         handle.remove()

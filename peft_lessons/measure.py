@@ -72,12 +72,20 @@ class TrainingBytes:
         return "\n".join(f"{name:<12}{value / 2**20:>10.1f} MiB" for name, value in rows)
 
 
+def _scales(model: nn.Module) -> list[torch.Tensor]:
+    """What bitsandbytes stores beside packed weights, in neither parameters nor buffers."""
+    states = [getattr(p, "quant_state", None) for p in model.parameters()]
+    states += [getattr(state, "state2", None) for state in states]
+    stored = (getattr(s, name, None) for s in states for name in ("absmax", "offset"))
+    return [t for t in stored if torch.is_tensor(t)]
+
+
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> TrainingBytes:
     """Bytes that lie in the tensors of a model in training, now: weights (and buffers), gradients,
     and the optimiser's state. Activations only exist during a step: see `activation_bytes`."""
     state = [] if optimizer is None else optimizer.state.values()
     return TrainingBytes(
-        nbytes([*model.parameters(), *model.buffers()]),
+        nbytes([*model.parameters(), *model.buffers(), *_scales(model)]),
         nbytes([p.grad for p in model.parameters() if p.grad is not None]),
         nbytes([t for s in state for t in s.values() if torch.is_tensor(t)]),
     )
@@ -149,17 +157,34 @@ class StepCost:
 def training_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int = 3) -> StepCost:
     """Measure one AdamW step of what trains in `model` on `batch`, which must give a loss.
 
-    The learning rate is 0, so the weights stay as they are; so does the mode, train or eval."""
+    The learning rate is 0, so the weights stay as they are; so do the mode and the random state.
+    Gradients that were there are dropped. Raises ValueError where nothing trains, the batch gives
+    no loss or a gradient is NaN or infinite, or for repeats below 1."""
     training, mode = [p for p in model.parameters() if p.requires_grad], model.training
+    if not training:
+        raise ValueError("training_step: nothing in the model trains, all is frozen")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"training_step: repeats={repeats!r} must be a whole number of at least 1")
     optimizer = torch.optim.AdamW(training, lr=0.0, fused=True)
 
-    def step():
+    def backward():
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        loss = getattr(model(**batch), "loss", None)
+        if loss is None:
+            raise ValueError("training_step: the model gives no loss for this batch: add labels")
+        loss.backward()
+
+    def step():
+        backward()
         optimizer.step()
 
     model.train()
+    random = torch.get_rng_state()
     try:
+        backward()
+        # At a NaN or infinite gradient a step changes the weights even at a learning rate of 0.
+        if not all(p.grad is None or p.grad.isfinite().all() for p in training):
+            raise ValueError("training_step: a gradient is NaN or infinite on this batch")
         seconds = step_time(step, repeats, warmup=1)
         held = held_bytes(model, optimizer)
         optimizer.zero_grad()
@@ -167,6 +192,7 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int
     finally:
         optimizer.zero_grad()
         model.train(mode)
+        torch.set_rng_state(random)
     return StepCost(sum(map(numbers, training)), held, peak, seconds)
 
 

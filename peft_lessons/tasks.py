@@ -176,7 +176,8 @@ class Task:
         Raises TypeError when `texts` isn't a list of strings, ValueError when it is empty or a text
         in it has no token.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        listed = isinstance(texts, list | tuple)
+        if not listed or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts must be a list of strings, got {texts!r}")
         if not texts:
             raise ValueError("texts is empty; give at least one text")
@@ -347,6 +348,11 @@ def _load_austen(name, tokenizer, max_length) -> LanguageTask:
         raise ValueError(
             f"{name!r} needs the tokenizer of a language model, with a token that ends a text; "
             "load_tokenizer('tinylm') gives one"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{name!r} needs a fast tokenizer, which tells where in the text its tokens stand; "
+            f"{type(tokenizer).__name__} is a slow one"
         )
     splits = {}
     for split in SPLITS:

@@ -194,6 +194,7 @@ def fit(
     run |= {"weight_decay": weight_decay, "clip": clip, "task": task.name}
     run |= {"names": sorted((n, tuple(p.shape)) for n, p in trainable.items())}
     run |= {"method": repr(injection.method) if injection else "no method"}
+    run |= {"base": injection.fingerprint if injection else None}
     history, device, was_training = History(), _device(model), model.training
     optimizer = torch.optim.AdamW(
         trainable.values(),

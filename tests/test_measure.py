@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import same, state, tiny_llama
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_lessons import LoRA, inject
+from peft_lessons import LoRA, inject, injection_of
 from peft_lessons.measure import (
     TrainingBytes,
     activation_bytes,
@@ -20,6 +20,7 @@ from peft_lessons.measure import (
     parameters,
     peak_bytes,
     step_time,
+    training_step,
 )
 
 QV = LoRA(rank=8, alpha=16, targets=("q_proj", "v_proj"))
@@ -223,3 +224,35 @@ def test_llama_7b_other_targets(targets, trained):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig())
     assert inject(model, LoRA(8, 16, targets)).trainable == trained
+
+
+def test_a_training_step_is_measured_and_changes_nothing():
+    model = tiny_llama()
+    inject(model, LoRA(rank=4, alpha=8, targets=("q_proj",), dropout=0.5))
+    ids = torch.arange(24).view(2, 12)
+    before, random = state(model), torch.get_rng_state()
+    cost = training_step(model, {"input_ids": ids, "labels": ids}, repeats=1)
+    assert same(state(model), before) and torch.equal(torch.get_rng_state(), random)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert cost.trainable == parameters(model).trainable == 2 * 4 * 128
+    assert cost.held.gradients == 4 * cost.trainable
+    assert cost.held.optimizer >= 8 * cost.trainable
+    assert cost.peak > cost.held.gradients and cost.seconds > 0
+
+
+def test_a_training_step_that_cannot_be_measured_is_refused():
+    model, ids = tiny_llama(), torch.arange(24).view(2, 12)
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.raises(ValueError, match="repeats=0"):
+        training_step(model, batch, repeats=0)
+    with pytest.raises(ValueError, match="add labels"):
+        training_step(model, {"input_ids": ids})
+    inject(model, LoRA(rank=4, alpha=8, targets=("q_proj",)))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3e38)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        training_step(model, batch)
+    assert all(p.isfinite().all() for _, p in injection_of(model).added())
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="all is frozen"):
+        training_step(model, batch)

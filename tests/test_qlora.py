@@ -6,8 +6,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import TinyText, tiny_llama, tiny_opt
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny import SIZES, TinyText, tiny_llama, tiny_opt
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM
 
 from peft_lessons import (
     LoRA,
@@ -29,6 +32,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
+from peft_lessons.inject import fingerprint
 from peft_lessons.methods.qlora import (
     DYNAMIC,
     NF4,
@@ -159,7 +163,7 @@ def test_rounding_the_model_leaves_the_scales_alone(double_quant):
     four = NF4Linear(nn.Linear(128, 48), double_quant=double_quant)
     before = four.weight
     for dtype in (torch.half, torch.bfloat16, torch.float64, torch.float32):
-        assert torch.equal(deepcopy(four).to(dtype).weight, before)
+        assert torch.equal(deepcopy(four).to(dtype).weight, before.to(dtype))
 
 
 def test_autocast_and_16_bit_inputs_run():
@@ -367,6 +371,92 @@ def test_a_16_bit_base_keeps_float32_factors_and_its_dtype():
     assert (model(input_ids=ids).logits - expected).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_a_model_cast_after_injection_runs_dequantised_too(cast):
+    model = llama()
+    inject(model, QLoRA(rank=4, alpha=8))
+    getattr(shaken(model), cast)()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        merge(dequantize(model))
+        assert (unload(model)(input_ids=ids).logits - expected).abs().max() < 0.1
+
+
+def test_dequantising_in_inference_mode_leaves_a_model_that_trains():
+    model = llama()
+    inject(model, QLoRA(rank=4, alpha=8))
+    with torch.inference_mode():
+        dequantize(model)
+    ids = torch.arange(12)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    merge(model)
+
+
+def test_a_vector_as_input_gives_the_bias_its_gradient():
+    four = NF4Linear(nn.Linear(64, 8))
+    four(torch.randn(64, requires_grad=True)).sum().backward()
+    assert torch.equal(four.bias.grad, torch.ones(8))
+
+
+def test_held_bytes_count_the_scales_of_both():
+    ours, theirs = load_model("tinylm"), load_model("tinylm", four_bit=True)
+    inject(ours, QLoRA(rank=4, alpha=8))
+    held = [measure.held_bytes(m).weights for m in (unload(ours), theirs)]
+    assert held[0] == held[1]
+
+
+def test_a_header_that_was_tampered_with_is_refused(tmp_path):
+    model = llama()
+    inject(model, QLoRA(rank=4, alpha=8))
+    file = save_adapter(model, tmp_path) / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        header, tensors = opened.metadata(), {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+    good = '{"quantised_base": "nf4", "quantised_block": 64, "quantised_double": true}'
+    assert header["peft_lessons_own"] == good
+    for own in ("{}", good.replace("64", "128"), "[]", "3", "{", "[" * 5000, '{"r": 2}'):
+        changed = header | {"peft_lessons_own": own}
+        for digest in (changed, {k: v for k, v in changed.items() if k != "peft_lessons_config"}):
+            if own in ("{}", good.replace("64", "128")) and digest is not changed:
+                continue  # without a digest these are an adapter as good as any
+            save_file(tensors, file, digest)
+            base = llama()
+            with pytest.raises(ValueError, match="adapter_model.safetensors"):
+                load_adapter(base, tmp_path)
+            assert injection_of(base) is None
+
+
+def test_a_checkpoint_of_another_base_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    model = llama()
+    inject(model, QLoRA(rank=4, alpha=8))
+    fit(model, TinyText(), steps=4, show=False, checkpoint=path, checkpoint_every=1, seed=1)
+    monkeypatch.setattr(QLoRA, "after_step", lambda self, i, step: stop() if step == 3 else None)
+    model = llama()
+    inject(model, QLoRA(rank=4, alpha=8))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, TinyText(), steps=4, show=False, checkpoint=path, checkpoint_every=1)
+    other = llama(seed=9)
+    inject(other, QLoRA(rank=4, alpha=8))
+    with pytest.raises(ValueError, match="another run"):
+        fit(other, TinyText(), steps=4, show=False, checkpoint=path, checkpoint_every=1)
+
+
+def test_bases_in_4_bits_are_told_apart_by_their_codes():
+    prints = []
+    for scale in (1.0, -1.0):
+        model = llama()
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(scale)
+        inject(model, QLoRA(rank=4, alpha=8))
+        prints.append(fingerprint(unload(model)))
+    assert prints[0] != prints[1]
+
+
 def test_setup_qlora_trains_on_the_cpu(capsys):
     model = setup_qlora("tinylm", rank=8)
     assert "trainable params: 165,888 || all params: 3,387,840" in capsys.readouterr().out
@@ -376,8 +466,13 @@ def test_setup_qlora_trains_on_the_cpu(capsys):
     model.train()(input_ids=ids, labels=ids).loss.backward()
     training = [p for p in model.parameters() if p.requires_grad]
     assert training and all(p.grad is not None for p in training)
-    with pytest.raises(ValueError, match="rank=0"):
-        setup_qlora("tinylm", rank=0)
+    for arguments, told in (
+        (("tinylm", 0), "rank=0"),
+        (("tinylm", 500), "q_proj"),
+        (("minilm",), "no causal language model"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            setup_qlora(*arguments)
 
 
 # --- what is refused
@@ -387,8 +482,9 @@ GOOD = torch.randn(2, 64)
 REFUSED = {
     "NaN": (lambda: quantize_nf4(GOOD * float("nan")), "holds NaN or infinity"),
     "infinity": (lambda: quantize_nf4(GOOD / 0), "holds NaN or infinity"),
-    "empty": (lambda: quantize_nf4(torch.empty(0, 64)), "must hold an even number"),
-    "odd": (lambda: quantize_nf4(torch.ones(3)), "must hold an even number"),
+    "huge": (lambda: quantize_nf4(GOOD * 1e35), "too large for the sum of its scales"),
+    "empty": (lambda: quantize_nf4(torch.empty(0, 64)), "must hold entries, and an even number"),
+    "odd": (lambda: quantize_nf4(torch.ones(3)), "must hold entries, and an even number"),
     "integers": (lambda: quantize_nf4(torch.ones(64, dtype=torch.long)), "floating-point"),
     "codes": (lambda: quantize_nf4(quantize_nf4(GOOD)[0]), "is it quantised already"),
     "a list": (lambda: quantize_nf4([1.0, 2.0]), "floating-point numbers, not list"),
@@ -401,6 +497,7 @@ REFUSED = {
     "code 16": (lambda: pack_nibbles(torch.tensor([16, 1]).byte()), "between 0 and 15"),
     "negative code": (lambda: pack_nibbles(torch.tensor([-1, 1])), "of uint8, not 2 of"),
     "odd codes": (lambda: pack_nibbles(torch.tensor([1]).byte()), "an even number of uint8"),
+    "block 64.0": (lambda: QLoRA(block=64.0), "block=64.0"),
     "field": (lambda: QLoRA(block=0), "QLoRA: block=0"),
     "flag": (lambda: QLoRA(double_quant=1), "double_quant=1 must be True or False"),
 }
@@ -423,8 +520,12 @@ def test_a_layer_in_4_bits_is_not_quantised_again():
         inject(model, QLoRA(rank=4, alpha=8))
     unload(model)
     for method in (QLoRA(rank=4, alpha=8), LoRA(rank=4, alpha=8, targets=("q_proj",))):
-        with pytest.raises(ValueError, match="NF4Linear|no Linear"):
+        with pytest.raises(ValueError, match="NF4Linear, in 4 bits already"):
             inject(model, method)
+    theirs = load_model("tinylm", four_bit=True)
+    for targets in ("all-linear", ("q_proj",)):
+        with pytest.raises(ValueError, match="Linear4bit, in 4 bits already"):
+            inject(theirs, LoRA(rank=4, alpha=8, targets=targets))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -443,6 +544,14 @@ def test_a_width_that_their_kernel_restores_wrongly_is_refused():
     with pytest.raises(ValueError, match=r"down_proj.*in_features=96 must be a multiple of 64"):
         inject(model, QLoRA(rank=4, alpha=8, targets=("q_proj",)))
     assert injection_of(model) is None
+
+
+def test_all_linear_leaves_out_what_is_tied():
+    config = BertConfig(**SIZES, intermediate_size=128, max_position_embeddings=64)
+    for method in (QLoRA(rank=4, alpha=8, targets=("query",)), LoRA(rank=4, alpha=8)):
+        model = BertForMaskedLM(config)
+        inject(model, method)
+        assert "cls.predictions.decoder" not in injection_of(model).wrappers
 
 
 def test_rank_is_bounded_where_a_branch_is_and_only_there():

@@ -608,7 +608,7 @@ def _dequantizing(spread=None, value=None, join=torch.mul, shaped=torch.reshape)
         ("the result is flat: give it the shape", _dequantizing(shaped=lambda x, shape: x)),
         (
             "the shape is filled column by column, and not row by row",
-            _dequantizing(shaped=lambda x, shape: x.reshape(shape[::-1]).mT.contiguous()),
+            _dequantizing(shaped=lambda x, shape: x.reshape(shape[::-1]).mT),
         ),
     ],
 )

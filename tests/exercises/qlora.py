@@ -9,7 +9,6 @@ from peft_lessons.methods.qlora import (
     NF4,
     dequantize_nf4,
     in_blocks,
-    normal_quantiles,
     quantize_nf4,
     scale_by_absmax,
 )
@@ -429,14 +428,6 @@ def by_comprehension(bits):
 
 
 @right("normal_float_levels")
-def by_the_lesson(bits):
-    half, top = 2 ** (bits - 1), mean_offset(bits)
-    below = [-level for level in normal_quantiles(half - 1, top)]
-    levels = torch.tensor([*below, 0.0, *reversed(normal_quantiles(half, top))])
-    return levels / levels[-1]
-
-
-@right("normal_float_levels")
 def rounded_offset_for_four(bits):
     return halves_to(0.9677083 if bits == 4 else mean_offset(bits), bits)
 
@@ -760,7 +751,7 @@ def left_flat(codes, absmax, levels, block, shape):
 @wrong("dequantize_blockwise", "the shape is filled column by column")
 def by_columns(codes, absmax, levels, block, shape):
     return (
-        (levels[codes.long()] * spread(absmax, block, len(codes))).view(shape[::-1]).T.contiguous()
+        (levels[codes.long()] * spread(absmax, block, len(codes))).view(shape[::-1]).T
     )
 
 
