@@ -1,0 +1,82 @@
+"""Solutions of lesson 03."""
+
+from statistics import NormalDist
+
+import torch
+import torch.nn.functional as F
+
+from peft_lessons.methods.qlora import dequantize_nf4, quantize_nf4
+
+
+def bits_per_parameter(
+    bits: int,
+    block: int,
+    absmax_bits: int = 32,
+    double_block: int | None = None,
+    double_bits: int = 8,
+) -> float:
+    """Bits stored for each parameter: its code and its share of every absmax."""
+    if double_block is None:
+        return bits + absmax_bits / block
+    return bits + double_bits / block + absmax_bits / (block * double_block)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The codes (2n,) of packed bytes (n,), the high nibble of each byte first."""
+    pairs = torch.stack([packed >> 4, packed & 15], dim=1)    # (n, 2)
+    return pairs.flatten()                                    # (2n,)
+
+
+def normal_float_levels(bits: int) -> torch.Tensor:
+    """The levels of NF-k for k = `bits`, ascending: (2**bits,)."""
+    half = 2 ** (bits - 1)
+    offset = 0.5 * (1 - 1 / (2 * 2**bits) + 1 - 1 / (2 * (2**bits - 1)))
+
+    def quantiles(count):
+        # linspace counts both its ends; the last one, 0.5, is the zero that both halves share.
+        probabilities = torch.linspace(offset, 0.5, count + 1)[:-1]
+        return [NormalDist().inv_cdf(p) for p in probabilities.tolist()]
+
+    levels = sorted([-z for z in quantiles(half - 1)] + [0.0] + quantiles(half))
+    return torch.tensor(levels) / max(levels)                 # (2**bits,)
+
+
+def quantize_blockwise(
+    x: torch.Tensor, levels: torch.Tensor, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The code (n,) of every number of x, and the absmax of every block."""
+    flat = x.flatten()                                        # (n,)
+    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    absmax = blocks.abs().amax(dim=1)                         # (blocks,)
+    scaled = blocks / absmax.where(absmax > 0, 1)[:, None]    # (blocks, block), in [-1, 1]
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(scaled, midpoints).to(torch.uint8)
+    return codes.flatten()[: len(flat)], absmax
+
+
+def dequantize_blockwise(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    levels: torch.Tensor,
+    block: int,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """The numbers that codes (n,) and absmax stand for, in `shape`."""
+    scales = absmax.repeat_interleave(block)[: len(codes)]    # (n,)
+    return (levels[codes.long()] * scales).view(shape)
+
+
+def merge_into_4bit(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    alpha: float,
+    shape: tuple[int, int],
+) -> tuple[torch.Tensor, float]:
+    """The merged weight (out, in) in fp32, and the relative error of re-quantising it."""
+    base = dequantize_nf4(packed, absmax, shape)              # (out, in)
+    weight = base + (alpha / A.shape[0]) * (B @ A)            # (out, in)
+    again = dequantize_nf4(*quantize_nf4(weight), shape)      # (out, in)
+    error = (again - weight).norm() / weight.norm()
+    return weight, error.item()
