@@ -75,7 +75,11 @@ def _nibbles(value: Any) -> str | None:
 
 def _quantisable(value: Any) -> str | None:
     # bitsandbytes' CPU kernel gives wrong weights for other widths, without a word.
-    return None if value % 64 == 0 else "must be a multiple of 64: the 4-bit kernels need it"
+    return (
+        None
+        if value % 64 == 0
+        else "must be a multiple of 64, which the library's 4-bit kernels need"
+    )
 
 
 # A field of this name means the same in every method, so it is checked once, here.
