@@ -1,9 +1,7 @@
 """What the benchmarks share: their tables in data/results/, and what every row says of its run."""
 
 import csv
-import datetime
 import itertools
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -11,24 +9,16 @@ from pathlib import Path
 
 import torch
 
+from peft_lessons.results import stamp
+
 FOLDER = Path(__file__).parent.parent / "data" / "results"
-STAMP = ("torch", "machine", "date")
-
-
-def stamp() -> dict[str, str]:
-    """Return what a row says of where and when it was measured."""
-    return {
-        "torch": torch.__version__.split("+")[0],
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 class Results:
     """A table data/results/<name>.csv that grows row by row, shared by two processes if need be."""
 
     def __init__(self, name: str, columns: Iterable[str], anew: bool = False):
-        self.path, self.columns = FOLDER / f"{name}.csv", (*columns, *STAMP)
+        self.path, self.columns = FOLDER / f"{name}.csv", (*columns, *stamp())
         if anew or not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(",".join(self.columns) + "\n")

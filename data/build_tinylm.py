@@ -11,10 +11,8 @@ data/results/tinylm_pretraining.csv.
 
 import argparse
 import csv
-import datetime
 import math
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -24,9 +22,11 @@ from build_common import DATA, record, sha256
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peft_lessons.results import stamp
+
 FOLDER = "models/tinylm"
 CURVE = DATA / "results" / "tinylm_pretraining.csv"
-COLUMNS = ("step", "tokens", "lr", "train_loss", "validation_loss", "torch", "machine", "date")
+COLUMNS = ("step", "tokens", "lr", "train_loss", "validation_loss", *stamp())
 VOCABULARY, CONTEXT, BATCH, EVERY, SEED = 4096, 256, 24, 100, 0
 NEW_TOKENS = 40  # what generate() writes unless told; without it every call warns
 # Muon turns the matrices inside the layers by a fixed angle a step; AdamW trains all else.
@@ -172,9 +172,7 @@ def pretrain(model, train: np.ndarray, valid: np.ndarray, steps: int, folder: Pa
                 f"{MUON_RATE * schedule(step, steps):.2e}",
                 f"{np.mean(losses):.4f}",
                 f"{mean_loss(model, valid):.4f}",
-                torch.__version__.split("+")[0],
-                f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
-                datetime.date.today().isoformat(),
+                *stamp().values(),
             )
             with curve.open("a", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerow(row)

@@ -477,6 +477,7 @@ class Injection:
     were_trainable: dict[str, bool]
     fingerprint: str
     size: int  # parameters of the base; a method that quantises it leaves fewer to count
+    shapes: dict[str, tuple[int, ...]]  # of the wrapped layers' weights, for the same reason
 
     @property
     def merged(self) -> bool:
@@ -627,6 +628,8 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     if unknown := [n for n in chosen if n not in parameters]:
         raise ValueError(f"{type(method).__name__}: {unknown[0]!r} is no parameter of the model")
     digest, size = fingerprint(model), _size(parameters.values())
+    weights = {path: getattr(layer, "weight", None) for path, layer in targets.items()}
+    shapes = {path: tuple(getattr(weight, "shape", ())) for path, weight in weights.items()}
     were_trainable = {n: p.requires_grad for n, p in parameters.items()}
     try:
         wrappers = {p: method.wrap(p, layer).train(layer.training) for p, layer in targets.items()}
@@ -648,7 +651,7 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     if attached is not None:
         model.add_module(ATTACHED, attached.train(model.training))
     model._peft_injection = injection = Injection(
-        method, wrappers, attached, handles, old, tuple(whole), were_trainable, digest, size
+        method, wrappers, attached, handles, old, tuple(whole), were_trainable, digest, size, shapes
     )
     for _, p in injection.added():
         p.data = p.data.float() if p.dtype in (torch.float16, torch.bfloat16) else p.data
@@ -667,8 +670,8 @@ def report(model: nn.Module) -> Report:
     added = {name: p.numel() for name, p in injection.added()}
     # A wrapper may add nothing: QLoRA also quantises layers that get no adapter.
     adding = {
-        path: tuple(getattr(getattr(w.base, "weight", None), "shape", ()))
-        for path, w in injection.wrappers.items()
+        path: injection.shapes[path]
+        for path in injection.wrappers
         if any(name.startswith(path + ".") for name in added)
     }
     # Of the base train whole modules and, beside them, the parameters that the method selects.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import platform
 import statistics
 from dataclasses import dataclass
+
+import torch
 
 from .models import data_folder
 
@@ -16,6 +20,15 @@ def _value(text: str) -> str | int | float:
         except ValueError:
             continue
     return text
+
+
+def stamp() -> dict[str, str]:
+    """Return what every row of a measured table says of its run: torch, machine and date."""
+    return {
+        "torch": torch.__version__.split("+")[0],
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def load_results(name: str, **where) -> list[dict]:

@@ -571,3 +571,10 @@ def test_packed_weights_do_not_train():
             freeze(quantised, also_train=(name,))
     with pytest.raises(ValueError, match="packed 4-bit codes"):
         freeze(load_model("tinylm", four_bit=True), also_train=("up_proj",))
+
+
+def test_a_report_restores_no_weight(monkeypatch):
+    model = llama()
+    told = inject(model, QLoRA(rank=4, alpha=8))
+    monkeypatch.setattr(NF4Linear, "weight", property(lambda self: pytest.fail("restored")))
+    assert repr(report(model)) == repr(told)
