@@ -578,3 +578,21 @@ def test_a_report_restores_no_weight(monkeypatch):
     told = inject(model, QLoRA(rank=4, alpha=8))
     monkeypatch.setattr(NF4Linear, "weight", property(lambda self: pytest.fail("restored")))
     assert repr(report(model)) == repr(told)
+
+
+def test_settings_reach_the_layers_and_come_back_from_the_file(tmp_path):
+    model = llama()
+    method = QLoRA(rank=4, alpha=8, targets=("q_proj",), block=32, double_quant=False)
+    weight = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    inject(model, method)
+    save_adapter(model, tmp_path)
+    again = llama()
+    load_adapter(again, tmp_path)
+    assert injection_of(again).method == method
+    expected = dequantize_nf4(*quantize_nf4(weight, 32), weight.shape, 32)
+    for m in (model, again):
+        assert torch.equal(m.model.layers[1].mlp.up_proj.base.weight, expected)
+
+
+def test_the_state_dict_holds_no_codes():
+    assert set(NF4Linear(nn.Linear(64, 8)).state_dict()) == {"bias"}
