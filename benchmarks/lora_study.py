@@ -11,14 +11,13 @@ at will. Learning rates are to be chosen by the column `validation`, never by `t
 import sys
 
 import torch
-from common import Results
+from common import SEEDS, Results, train_on
 
-from peft_lessons import LoRA, evaluate, fit, freeze, inject, load_model, load_task, measure
+from peft_lessons import LoRA, freeze, inject, load_model, load_task
 
 KEY = ("method", "targets", "rank", "alpha", "lr", "steps", "seed")
 COLUMNS = (*KEY, "trainable", "validation", "test", "test_loss", "seconds_per_step")
 TARGETS = {"qv": ("query", "value"), "all-linear": "all-linear"}
-SEEDS = (0, 1, 2)
 
 
 def points() -> list[tuple]:
@@ -53,15 +52,7 @@ def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps
         inject(model, LoRA(rank=rank, alpha=alpha, targets=TARGETS[targets]))
     elif method in ("head", "encoder"):
         freeze(model, also_train=("encoder",) if method == "encoder" else ())
-    history = fit(model, task, steps, lr=lr, seed=seed, show=False)
-    test = evaluate(model, task, "test")
-    return {
-        "trainable": measure.parameters(model).trainable,
-        "validation": round(evaluate(model, task, "validation").accuracy, 5),
-        "test": round(test.accuracy, 5),
-        "test_loss": round(test.loss, 5),
-        "seconds_per_step": round(history.seconds / steps, 4),
-    }
+    return train_on(task, model, steps, lr, seed)
 
 
 def main(backwards: bool) -> None:

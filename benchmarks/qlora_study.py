@@ -10,14 +10,15 @@ that are there are not run again, so it can be stopped and started at will.
 """
 
 import sys
+from functools import partial
 
 import torch
-from common import Results
+from common import Results, tune
 from peft import LoraConfig, get_peft_model
 
 from peft_lessons import LoRA, QLoRA, evaluate, fit, inject, load_model, load_task, measure
 
-STEPS, RANK, ALPHA, SEEDS = 100, 8, 16, (0, 1, 2)
+STEPS, RANK, ALPHA = 100, 8, 16
 RATES = {
     "none": (0.0,),
     "none-4bit": (0.0,),
@@ -44,18 +45,6 @@ def build(method: str):
     return model
 
 
-def todo(results: Results) -> list[tuple[str, float, int]]:
-    """The (method, rate, seed) that are still to run, those that others wait for first."""
-    done = {(r["method"], float(r["lr"]), int(r["seed"])): r for r in results.rows()}
-    points = [(method, lr, 0) for method, rates in RATES.items() for lr in rates]
-    for method, rates in RATES.items():
-        tried = {lr: done[method, lr, 0] for lr in rates if (method, lr, 0) in done}
-        if len(tried) == len(rates) and any(rates):
-            best = min(tried, key=lambda lr: float(tried[lr]["validation"]))
-            points += [(method, best, seed) for seed in SEEDS[1:]]
-    return [point for point in points if point not in done]
-
-
 def run(task, method: str, lr: float, seed: int) -> dict:
     torch.manual_seed(seed)
     model, seconds = build(method), 0.0
@@ -74,12 +63,8 @@ def main(backwards: bool) -> None:
     torch.set_num_threads(1)
     # Half of the validation chapters' blocks are enough to choose a rate by.
     task, results = load_task("austen").limit(validation=500), Results("qlora_study", COLUMNS)
-    while points := todo(results):
-        point = points[-1 if backwards else 0]
-        row = run(task, *point)
-        if point in todo(results):  # the other process may have been at the same point
-            results.add(**dict(zip(COLUMNS, point, strict=False)), **row)
-            print(*point, row, flush=True)
+    rates = {(method,): rates for method, rates in RATES.items()}
+    tune(results, ("method",), rates, partial(run, task), best=min, backwards=backwards)
 
 
 if __name__ == "__main__":
