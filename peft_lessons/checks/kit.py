@@ -91,6 +91,8 @@ class Check:
     returns: the name of the result, or of each part of a tuple.
     view: what is compared of a result, where the result itself is not unique (a product of factors)
         or not comparable (what trains in a model). Type and shape are still those of the result.
+    staged: whether the view is a dict of parts in an order, so that of several faults the first is
+        named: a cause is one that does what the learner's does up to the first wrong part.
     gradients: the arguments whose gradients must agree too.
     forbid: what must not be formed on the way; of one shape twice, the last sentence counts.
     changes: the arguments that may be changed in place; what the reference returns of them, the
@@ -104,6 +106,7 @@ class Check:
         causes: Sequence[tuple[str, Callable]] = (),
         returns: str | tuple[str, ...] = "the result",
         view: Callable[[Any], Any] | None = None,
+        staged: bool = False,
         gradients: tuple[str, ...] = (),
         forbid: Sequence[Forbid] = (),
         changes: tuple[str, ...] = (),
@@ -111,7 +114,7 @@ class Check:
     ) -> None:
         self.reference, self.returns, self.view = reference, returns, view
         self.gradients, self.forbid, self.changes = gradients, forbid, changes
-        self.tolerance = tolerance
+        self.tolerance, self.staged = tolerance, staged
         self.cases = [c if isinstance(c, Case) else Case(lambda c=c: c) for c in cases]
         self.signature = inspect.signature(reference)
         self.names = list(self.signature.parameters)
@@ -278,7 +281,19 @@ class Check:
             (got, error), (theirs, wrong_error) = (_outcome(self.view, [r]) for r in (got, theirs))
             if error and wrong_error:
                 return type(error) is type(wrong_error)
+            if self.staged and not (error or wrong_error):
+                return self._same_stages(got, theirs, number)
         return not difference(got, theirs, tolerance=self.tolerance)
+
+    def _same_stages(self, got: dict, theirs: dict, number: int) -> bool:
+        with _seeded(_CALLS):
+            right = self.view(self.reference(*self._arguments(number)))
+        for part, value in right.items():
+            if difference(got[part], theirs[part], tolerance=self.tolerance):
+                return False
+            if difference(got[part], value, tolerance=self.tolerance):
+                return True
+        return True
 
     def _gradient_difference(self, function, against, number) -> str | None:
         if not self.gradients:
