@@ -441,6 +441,30 @@ def test_difference_names_the_parts():
     assert far.endswith("expected 9 at [2, 3], got 11; 2 of 12 entries are off")
 
 
+@check_for(
+    cases=[(torch.tensor([1.0, -2.0, 4.0]),)],
+    view=lambda parts: dict(zip(("the sum", "the largest"), parts, strict=True)),
+    staged=True,
+    causes=[
+        ("the absolute values are summed", lambda x: (x.abs().sum(), x.max())),
+        ("the smallest entry is taken for the largest", lambda x: (x.sum(), x.min())),
+    ],
+)
+def sum_and_largest(x):
+    """Two parts in an order."""
+    return x.sum(), x.max()
+
+
+def test_of_several_faults_the_first_is_named_and_then_the_next():
+    both = refusal(sum_and_largest, lambda x: (x.abs().sum(), x.min()))
+    assert "the sum has wrong values: expected 3, got 7" in both
+    assert both.endswith("Likely cause: the absolute values are summed.")
+    second = refusal(sum_and_largest, lambda x: (x.sum(), x.min()))
+    assert second.endswith("Likely cause: the smallest entry is taken for the largest.")
+    assert "cause" not in refusal(sum_and_largest, lambda x: (x.prod(), x.min()))
+    assert sum_and_largest(lambda x: (x.sum(), x.max())).status == "right"
+
+
 # ------------------------------------------------------------------ in a notebook
 
 CELLS = """
