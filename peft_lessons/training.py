@@ -177,6 +177,12 @@ def fit(
     another run; RuntimeError while a method is merged; `TrainingDiverged` at a NaN or infinite
     loss or gradient, before it reaches the weights."""
     injection = injection_of(model)
+    for path, inner in model.named_modules():
+        if path and injection_of(inner):
+            raise ValueError(
+                f"fit: the method is in model.{path}, not in the model itself, so its part in the "
+                f"training would be left out; fit(model.{path}, ...)"
+            )
     if lr is None:
         lr = injection.method.learning_rate if injection else FULL_LEARNING_RATE
     _check(steps, lr, batch_size, warmup, weight_decay, clip)
