@@ -24,7 +24,7 @@ class LoRALayer(nn.Module):
     """
 
     def __init__(self, in_features, out_features, rank=8, alpha=16.0, dropout=0.0, rslora=False):
-        validate("LoRALayer", rank=rank, alpha=alpha, dropout=dropout)
+        validate("LoRALayer", rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(rank, in_features))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
