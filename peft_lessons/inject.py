@@ -40,6 +40,24 @@ def _fraction(value: Any) -> str | None:
     return None if 0 <= value < 1 else "must lie in [0, 1): 0 switches it off, 1 drops everything"
 
 
+def _count(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return "must be a whole number (an int)"
+    return None if value >= 0 else "must be 0 or more"
+
+
+def _inner(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "must be a number"
+    return None if 0 < value < 1 else "must lie between 0 and 1, both left out"
+
+
+def _not_negative(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "must be a number"
+    return None if 0 <= value < math.inf else "must be a finite number, 0 or more"
+
+
 def _flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "must be True or False"
 
@@ -82,9 +100,41 @@ def _quantisable(value: Any) -> str | None:
     )
 
 
+def _length(value: Any) -> str | None:
+    wrong = () if value.is_meta else (~(value.isfinite() & (value > 0))).nonzero()
+    if not len(wrong):
+        return None
+    row = int(wrong[0])
+    more = f" (and of {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return (
+        f"of row {row}{more} is {value[row].item():g}: such a row has no direction, and DoRA "
+        "divides by its length; leave this layer out of targets"
+    )
+
+
+def _ratio(value: Any) -> str | None:
+    wrong = () if value.is_meta else (value.abs() < 1e-6).nonzero()
+    if not len(wrong):
+        return None
+    row = int(wrong[0])
+    return (
+        f"m / ‖V‖ of row {row} is {value[row].item():g}: merged, the row would be lost, and "
+        "unmerge could not bring it back; look at its magnitude"
+    )
+
+
 # A field of this name means the same in every method, so it is checked once, here.
 _FIELD_RULES: dict[str, Callable[[Any], str | None]] = {
     "rank": _whole,
+    "initial_rank": _whole,
+    "target_rank": _whole,
+    "delta": _whole,
+    "total_steps": _whole,
+    "tinit": _count,
+    "tfinal": _count,
+    "beta1": _inner,
+    "beta2": _inner,
+    "orthogonal": _not_negative,
     "width": _whole,
     "tokens": _whole,
     "alpha": _positive,
@@ -95,6 +145,8 @@ _FIELD_RULES: dict[str, Callable[[Any], str | None]] = {
     "weight": _weight,
     "codes": _nibbles,
     "in_features": _quantisable,
+    "length": _length,
+    "ratio": _ratio,
 }
 
 
@@ -172,12 +224,13 @@ class Method:
 
     def check(self, path: str, layer: nn.Module) -> None:
         """Raises ValueError if this layer cannot be wrapped. Called for every target first."""
-        rank = getattr(self, "rank", None)
-        if rank is not None and rank > min(layer.weight.shape):
-            raise ValueError(
-                f"rank={rank} is above min(in, out)={min(layer.weight.shape)} of {path!r}: that "
-                "adds parameters but no freedom; choose a rank up to that size"
-            )
+        for name in ("rank", "initial_rank"):
+            rank = getattr(self, name, None)
+            if rank is not None and rank > min(layer.weight.shape):
+                raise ValueError(
+                    f"{name}={rank} is above min(in, out)={min(layer.weight.shape)} of {path!r}: "
+                    "that adds parameters but no freedom; choose a rank up to that size"
+                )
 
     def wrap(self, path: str, layer: nn.Module) -> Adapted:
         """The module that takes the place of `layer`."""
@@ -194,7 +247,8 @@ class Method:
     # --- what it does during training
 
     def before_fit(self, injection: Injection, steps: int) -> None:
-        """Called once before the first of `steps` steps, or of those left; may refuse them."""
+        """Called once before a run of `steps` steps; may refuse it. A run that goes on from a
+        checkpoint is announced by its whole number of steps too, and before its state is read."""
 
     def penalty(self, injection: Injection) -> torch.Tensor | float:
         """What is added to the task's loss."""

@@ -479,7 +479,6 @@ CONFIGS = {
 }
 # Options that PEFT has and the course hasn't: a LoRA without them would be another function.
 OPTIONS = [
-    dict(use_dora=True),
     dict(rank_pattern={"q_proj": 8}),
     dict(alpha_pattern={"q_proj": 8}),
     dict(bias="all"),
