@@ -5,7 +5,8 @@
 Trains minilm on movie sentiment and adds a row for each query and value weight at each of four
 checkpoints to data/results/dora_analysis.csv: delta_m and delta_d as in section 3.2 of the DoRA
 paper (Liu et al. 2024), the mean change of its rows' lengths and the mean of 1 - cosine of its rows
-before and after. Full fine-tuning moves everything; LoRA and DoRA these weights only.
+before and after. Full fine-tuning moves everything; LoRA and DoRA these weights only. What random
+changes of the same weights give, from small to large, goes to dora_random.csv.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from peft_lessons import DoRA, LoRA, fit, inject, injection_of, load_model, load
 STEPS, EVERY, RANK, ALPHA, TARGETS = 200, 50, 8, 16, ("query", "value")
 RUNS = {"full": (1e-4,), "lora": (1e-3, 3e-3), "dora": (1e-3, 3e-3)}
 METHODS = {"lora": LoRA, "dora": DoRA}
+SIZES = torch.logspace(-2.4, -0.4, 12).tolist()  # of a random change, as a share of the weight
 COLUMNS = ("method", "lr", "seed", "step", "layer", "module", "delta_m", "delta_d")
+RANDOM_COLUMNS = ("size", "layer", "module", "length", "delta_m", "delta_d")
 
 
 @dataclass
@@ -54,8 +57,25 @@ def changes(before: torch.Tensor, after: torch.Tensor) -> dict[str, str]:
     return {"delta_m": f"{delta_m:.6e}", "delta_d": f"{delta_d:.6e}"}
 
 
+def place_of(path: str) -> dict:
+    layer = int(path.partition(".layer.")[2].split(".")[0])
+    return {"layer": layer, "module": path.rpartition(".")[2]}
+
+
+def random_changes() -> None:
+    results = Results("dora_random", RANDOM_COLUMNS, anew=True)
+    torch.manual_seed(0)
+    base = weights(load_model("minilm", labels=2))
+    for size in SIZES:
+        for path, weight in base.items():
+            noise = size * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight)
+            length = {"size": f"{size:.4g}", "length": f"{weight.norm(dim=1).mean():.6f}"}
+            results.add(**length, **place_of(path), **changes(weight, weight + noise))
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    random_changes()
     task, results = load_task("sentiment"), Results("dora_analysis", COLUMNS)
     done = {(row["method"], float(row["lr"]), int(row["seed"])) for row in results.rows()}
     runs = [(method, lr, seed) for seed in SEEDS for method, rates in RUNS.items() for lr in rates]
@@ -70,9 +90,7 @@ def main() -> None:
             if step == 0 or step % EVERY:
                 return
             for path, weight in weights(model).items():
-                layer = int(path.partition(".layer.")[2].split(".")[0])
-                place = {"step": step, "layer": layer, "module": path.rpartition(".")[2]}
-                rows.append(place | changes(base[path], weight))
+                rows.append({"step": step} | place_of(path) | changes(base[path], weight))
 
         fit(model, Watched(task, look), STEPS, lr=lr, seed=seed, show=False)
         look(STEPS)

@@ -16,6 +16,8 @@ from .adapters_io import load_adapter, read_adapter, save_adapter
 from .hf import setup_qlora
 from .inject import freeze, inject, injection_of, merge, methods, report, unload, unmerge
 from .machine import machine_check
+from .methods.adalora import AdaLoRA
+from .methods.dora import DoRA, DoRALayer, LinearWithDoRA, cached_norms
 from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model
 from .methods.qlora import NF4Linear, QLoRA, dequantize
 from .models import load_model, load_tokenizer
@@ -25,7 +27,11 @@ from .tasks import load_task
 from .training import History, Scores, TrainingDiverged, evaluate, fit
 
 __all__ = [
+    "AdaLoRA",
+    "DoRA",
+    "DoRALayer",
     "History",
+    "LinearWithDoRA",
     "LinearWithLoRA",
     "LoRA",
     "LoRALayer",
@@ -35,6 +41,7 @@ __all__ = [
     "TrainingDiverged",
     "apply_lora_to_model",
     "best",
+    "cached_norms",
     "check",
     "dequantize",
     "evaluate",

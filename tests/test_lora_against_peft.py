@@ -15,6 +15,7 @@ from tiny import tiny_bert, tiny_llama, tiny_opt, tiny_qwen2
 from torch import nn
 
 from peft_lessons import (
+    LinearWithLoRA,
     LoRA,
     LoRALayer,
     inject,
@@ -211,6 +212,19 @@ def test_the_start(features):
         # Uniform in ±bound: mean 0, standard deviation bound / √3.
         assert abs(a.mean()) < 4 * bound / math.sqrt(3 * a.numel())
         assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.08)
+
+
+def test_an_rslora_that_is_no_flag_is_refused():
+    with pytest.raises(ValueError, match="rslora='no' must be True or False"):
+        LoRALayer(96, 48, rslora="no")
+
+
+@pytest.mark.parametrize("settings", [dict(rank=0), dict(dropout=1.0), dict(rslora="no")], ids=str)
+def test_a_layer_refused_is_not_frozen(settings):
+    linear = torch.nn.Linear(9, 8)
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        LinearWithLoRA(linear, **settings)
+    assert linear.weight.requires_grad
 
 
 def test_the_start_is_the_base_itself_and_b_gets_the_first_gradient():

@@ -222,6 +222,30 @@ def test_training_while_merged_frozen_or_without_loss_is_refused():
         train(NoLoss())
 
 
+class Head(nn.Module):
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, **batch):
+        return self.lm(**batch)
+
+
+@pytest.mark.parametrize(
+    ("around", "path"),
+    [(Head, "lm"), (lambda model: torch.compile(model, backend="eager"), "_orig_mod")],
+    ids=["a module", "torch.compile"],
+)
+def test_a_model_around_the_one_that_holds_the_method_is_refused(around, path):
+    """The method's penalty and its steps would be left out without a word."""
+    model = injected()
+    outer, before = around(model), state(model)
+    with pytest.raises(ValueError, match=rf"the method is in model\.{path}, .*fit\(model\.{path}"):
+        train(outer, 3)
+    assert same(state(model), before)
+    train(model, 3)
+
+
 def test_evaluate_restores_the_mode_and_counts_right():
     model = tiny_bert().train()
     scores = evaluate(model, TASK, batch_size=7)

@@ -1,6 +1,6 @@
 """The checks of the exercises: `check.lora.unmerge_lora(unmerge_lora)`, one module per lesson."""
 
-from . import lora, qlora, start, why
+from . import adalora, dora, lora, qlora, start, why
 from .kit import Verdict, WrongAnswer
 
-__all__ = ["Verdict", "WrongAnswer", "lora", "qlora", "start", "why"]
+__all__ = ["Verdict", "WrongAnswer", "adalora", "dora", "lora", "qlora", "start", "why"]

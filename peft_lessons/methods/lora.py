@@ -45,6 +45,7 @@ class LinearWithLoRA(Adapted):
     """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ: a frozen Linear and a branch that starts at zero."""
 
     def __init__(self, linear, rank=8, alpha=16.0, dropout=0.0, rslora=False):
+        validate("LinearWithLoRA", rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
         super().__init__(linear)
         out_features, in_features = linear.weight.shape
         with linear.weight.device:  # new tensors are made there

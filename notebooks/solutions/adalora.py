@@ -1,0 +1,62 @@
+"""Solutions of lesson 05."""
+
+import torch
+
+
+def orthogonality_penalty(P: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    """‖PᵀP − I‖² + ‖QQᵀ − I‖² of one layer: P (out, r), Q (r, in)."""
+    identity = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)   # (r, r)
+    return ((P.T @ P - identity) ** 2).sum() + ((Q @ Q.T - identity) ** 2).sum()
+
+
+def update_importance(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    sensitivity: torch.Tensor,
+    uncertainty: torch.Tensor,
+    beta1: float,
+    beta2: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The averages after this step, and the score of each entry."""
+    importance = (weight * grad).abs()
+    sensitivity = beta1 * sensitivity + (1 - beta1) * importance
+    deviation = (importance - sensitivity).abs()                   # from the new average
+    uncertainty = beta2 * uncertainty + (1 - beta2) * deviation
+    return sensitivity, uncertainty, sensitivity * uncertainty
+
+
+def cubic_budget(
+    step: int, initial: int, final: int, tinit: int, tfinal: int, total: int
+) -> int:
+    """How many triplets of the whole model may stay after a step, counted from 1."""
+    if step <= tinit:
+        return initial
+    if step >= total - tfinal:
+        return final
+    left = 1 - (step - tinit) / (total - tfinal - tinit)           # from 1 to 0
+    return int(final + (initial - final) * left**3)
+
+
+def mask_to_budget(scores: list[torch.Tensor], budget: int) -> list[torch.Tensor]:
+    """For each layer which of its triplets stay: the best `budget` of all layers together."""
+    pooled = torch.cat(scores)                                     # (all triplets,)
+    best = pooled.argsort(descending=True, stable=True)[:budget]
+    mask = torch.zeros(len(pooled), dtype=torch.bool)
+    mask[best] = True
+    return list(mask.split([len(score) for score in scores]))
+
+
+def adalora_step(
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    allocator,
+    step: int,
+) -> torch.Tensor:
+    """One training step of AdaLoRA; returns the loss that was minimised."""
+    loss = model(**batch).loss + allocator.penalty()
+    loss.backward()
+    optimizer.step()
+    allocator.update(step)           # after the step, while the gradients are there
+    optimizer.zero_grad()
+    return loss.detach()
