@@ -120,12 +120,14 @@ def stepper(model: torch.nn.Module, batches: list[dict]) -> Callable[[], None]:
 
 
 def by_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, all called once a round: a busy moment meets all alike."""
+    """Median seconds of each function, all called once a round: a busy moment meets all alike.
+
+    Every second round goes backwards, so that none always runs in the caches of the same other."""
     seconds = {name: [] for name in functions}
     for number in range(rounds + 1):
-        for name, function in functions.items():
+        for name in list(functions)[:: -1 if number % 2 else 1]:
             started = time.perf_counter()
-            function()
+            functions[name]()
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}

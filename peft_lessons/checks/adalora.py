@@ -273,7 +273,7 @@ def _rounded_up(value):
     ],
     causes=[
         (
-            "the budget stays at `initial`: // drops the fraction of the way",
+            "the budget stays at `initial`: // drops the fraction, or what is done is cubed",
             _budget(curve=lambda left: 1),
         ),
         ("the way is linear: take the cube of what is left", _budget(curve=lambda left: left)),
@@ -476,6 +476,18 @@ def _ties():
         (
             "the masks are in the order of the scores, not in that of the triplets",
             _masking(lambda pooled, budget: torch.arange(len(pooled)) < budget),
+        ),
+        (
+            "argsort lists which triplet comes where, not the place of each: order[:budget] stays",
+            _masking(lambda pooled, budget: _order(pooled) < budget),
+        ),
+        (
+            "[-0:] takes everything: with a budget of 0 nothing stays",
+            _masking(lambda pooled, budget: _best(pooled, budget or len(pooled))),
+        ),
+        (
+            "chunk cuts into equal parts: layers differ in size, and split takes their sizes",
+            lambda scores, budget: list(_best(torch.cat(scores), budget).chunk(len(scores))),
         ),
         (
             "the masks are one flat tensor: split it by layers",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'AdaLoRALayer', 'delta_weight', 'remember', 'remembered', 'LinearWithAdaLoRA', 'orthogonality', 'observe',
            'triplet_scores', 'budget_after', 'masks_of_best', 'prune', 'RankAllocator', 'run_schedule',
-           'AdaLoRASettings', 'refuse_idle', 'AdaLoRA', 'allocator_of', 'kept_of', 'refuse_fit', 'to_file',
+           'AdaLoRASettings', 'refuse_idle', 'allocator_of', 'kept_of', 'refuse_fit', 'AdaLoRA', 'to_file',
            'settled_ranks', 'from_file', 'ranks']
 
 # %% ../../notebooks/05_adalora.ipynb #7b1c83f9
@@ -95,11 +95,11 @@ def orthogonality(branches):
             total = total + (gram - identity).norm()
     return total / (2 * len(branches))                                           # ()
 
-# %% ../../notebooks/05_adalora.ipynb #db53fcd6
+# %% ../../notebooks/05_adalora.ipynb #9c9691bc
 @torch.no_grad()
 def observe(ada, beta1, beta2):
     """Take note of a step's gradients, in place. Source: Zhang et al. 2023, eq. 8 to 10."""
-    if ada.lora_E.grad is None:  # it took no part in this step: A and B have the penalty's gradient
+    if ada.lora_E.grad is None:  # a layer that the step did not use; A and B have the penalty's
         return
     for p, sensitivity, uncertainty in remembered(ada):
         importance = (p * p.grad).abs()                                          # shape of p
@@ -164,7 +164,7 @@ class RankAllocator:
         # Whatever the optimiser's momentum did to them, what is gone stays gone.
         prune(self.branches, [ada.mask for ada in self.branches])
 
-# %% ../../notebooks/05_adalora.ipynb #9978d4b7
+# %% ../../notebooks/05_adalora.ipynb #6b20b969
 @torch.no_grad()
 def run_schedule(branches, method, step):
     """Note this step's gradients, prune if it is time, and choose for good at the end."""
@@ -178,7 +178,6 @@ def run_schedule(branches, method, step):
     if step < method.end:
         for ada in branches:
             observe(ada, method.beta1, method.beta2)
-    # Between two prunings the optimiser lets the pruned λ grow back.
     if step == method.end or (step > method.tinit and step % method.delta == 0):
         masks = masks_of_best(branches, budget_after(step, method, len(branches)))
         if step == method.end and not any(mask.any() for mask in masks):
@@ -230,24 +229,6 @@ def refuse_idle(m):
             f"AdaLoRA: total_steps − tfinal = {m.end} prunes before any importance is known: make "
             "total_steps larger or tfinal smaller")
 
-# %% ../../notebooks/05_adalora.ipynb #fc8168ad
-class AdaLoRA(AdaLoRASettings):
-    """AdaLoRA (Zhang et al. 2023): from `initial_rank` triplets a layer to `target_rank` on
-    average, pruned every `delta` steps from `tinit` on and settled for the last `tfinal`."""
-
-    def wrap(self, path, layer):
-        kept = kept_of(self, path)
-        return LinearWithAdaLoRA(layer, self.initial_rank, self.alpha, self.dropout, kept)
-
-    def before_fit(self, injection, steps):
-        refuse_fit(self, allocator_of(injection), steps)
-
-    def penalty(self, injection):
-        return allocator_of(injection).penalty()
-
-    def after_step(self, injection, step):
-        allocator_of(injection).update(step)
-
 # %% ../../notebooks/05_adalora.ipynb #ac8b4abe
 def allocator_of(injection):
     return RankAllocator([w.ada for w in injection.wrappers.values()], injection.method)
@@ -275,7 +256,25 @@ def refuse_fit(m, allocator, steps):
             f"fit: a branch of AdaLoRA is in {min(map(str, narrow))}, in which scores round to "
             "zero: convert the base before inject, or take model.float()")
 
-# %% ../../notebooks/05_adalora.ipynb #35654142
+# %% ../../notebooks/05_adalora.ipynb #fc8168ad
+class AdaLoRA(AdaLoRASettings):
+    """AdaLoRA (Zhang et al. 2023): from `initial_rank` triplets a layer to `target_rank` on
+    average, pruned every `delta` steps from `tinit` on and settled for the last `tfinal`."""
+
+    def wrap(self, path, layer):
+        kept = kept_of(self, path)
+        return LinearWithAdaLoRA(layer, self.initial_rank, self.alpha, self.dropout, kept)
+
+    def before_fit(self, injection, steps):
+        refuse_fit(self, allocator_of(injection), steps)
+
+    def penalty(self, injection):
+        return allocator_of(injection).penalty()
+
+    def after_step(self, injection, step):
+        allocator_of(injection).update(step)
+
+# %% ../../notebooks/05_adalora.ipynb #0e0d4a39
 PARTS = ("lora_A", "lora_E", "lora_B")
 
 
@@ -291,7 +290,7 @@ def to_file(self, tensors):
         if tensors[e][~mask].any():
             raise ValueError(f"{stem}lora_E has grown back after pruning: call after_step too")
         tensors |= {a: tensors[a][mask], e: tensors[e][mask], b: tensors[b][:, mask]}
-    settled = not all(map(all, pattern.values()))
+    settled = any(not all(flags) for flags in pattern.values())
     return entries | {"rank_pattern": pattern if settled else None}, tensors
 
 # %% ../../notebooks/05_adalora.ipynb #c7b3e33b

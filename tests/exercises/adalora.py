@@ -408,7 +408,7 @@ def swapped(step, initial, final, tinit, tfinal, total):
     return on_the_way(lambda *_: share)(step, initial, final, tinit, tfinal, total)
 
 
-@wrong("cubic_budget", "// drops the fraction of the way")
+@wrong("cubic_budget", "// drops the fraction")
 def floor_division(step, initial, final, tinit, tfinal, total):
     share = (1 - (step - tinit) // (total - tfinal - tinit)) ** 3
     return on_the_way(lambda *_: share)(step, initial, final, tinit, tfinal, total)
@@ -524,6 +524,26 @@ def at_least_the_last(scores, budget):
 def last_of_none(scores, budget):
     cut = torch.cat(scores).topk(budget).values[-1]
     return [s >= cut for s in scores]
+
+
+@wrong("mask_to_budget", "argsort lists which triplet comes where")
+def order_for_places(scores, budget):
+    order = torch.cat(scores).argsort(descending=True, stable=True)
+    return split(order < budget, scores)
+
+
+@wrong("mask_to_budget", "[-0:] takes everything")
+def the_last_none(scores, budget):
+    pooled = torch.cat(scores)
+    order = pooled.flip(0).argsort(stable=True)[-budget:]
+    return split(chosen(pooled, len(pooled) - 1 - order), scores)
+
+
+@wrong("mask_to_budget", "chunk cuts into equal parts")
+def in_equal_parts(scores, budget):
+    pooled = torch.cat(scores)
+    order = pooled.argsort(descending=True, stable=True)[:budget]
+    return list(chosen(pooled, order).chunk(len(scores)))
 
 
 @wrong("mask_to_budget", "of equal scores the last ones stay")
