@@ -12,6 +12,7 @@ from cycler import cycler
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from .results import Spread
 
@@ -75,9 +76,12 @@ def show(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> None:
         if title := ax.get_title(loc="center"):
             ax.set_title("", loc="center")
             ax.set_title(title, loc="left")
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    display(Shown(buffer.getvalue(), alt, caption))
+    drawn, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=dpi)
+    # A palette takes a third of the room, which counts in a notebook; a figure has few colours.
+    palette = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    palette.save(small, "PNG", optimize=True)
+    display(Shown(small.getvalue(), alt, caption))
 
 
 @mpl.rc_context(_STYLE)

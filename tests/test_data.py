@@ -333,3 +333,12 @@ def test_licences_are_there():
     tinylm = (DATA / "models/tinylm/NOTICE").read_text()
     assert "Princeton University" in tinylm and "MIT licence" in tinylm
     assert re.search(r"Validation loss \d\.\d{4} nats a token", tinylm)
+
+
+@pytest.mark.skipif(not (DATA.parent / ".git").exists(), reason="no git checkout")
+def test_what_people_download_stays_small():
+    command = ["git", "-C", str(DATA.parent), "ls-files", "-z"]
+    tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    files = [DATA.parent / name for name in tracked.split("\0") if name]
+    assert len(files) > 50
+    assert sum(file.stat().st_size for file in files if file.exists()) < 60 * 2**20
