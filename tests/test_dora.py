@@ -11,7 +11,17 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TinyTask, same, state, tiny_bert, tiny_llama, tiny_opt, tiny_qwen2
+from tiny import (
+    MODELS,
+    TARGETS,
+    TASKS,
+    TinyTask,
+    batch_of,
+    same,
+    state,
+    tiny_bert,
+    tiny_llama,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -38,29 +48,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Could not find a config file in",
 )
 
-MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
-TARGETS = {
-    "llama": ("q_proj", "v_proj", "down_proj"),
-    "qwen2": ("q_proj", "k_proj", "up_proj"),
-    "opt": ("q_proj", "v_proj", "fc1", "fc2"),
-    "bert": ("query", "value", "intermediate.dense", "output.dense"),
-}
-TASKS = {"bert": "SEQ_CLS"}
 EACH = pytest.mark.parametrize("name", MODELS)
 FORWARD, GRADIENT, MERGED = 2e-6, 1e-6, 1e-5
 SEEN = {}  # the largest differences, printed by the last test with -s
-
-
-def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
-    torch.manual_seed(11)
-    ids, mask = torch.randint(3, vocabulary, (3, 12)), torch.ones(3, 12, dtype=torch.long)
-    for row, length in enumerate((12, 9, 5)):
-        mask[row, length:] = 0
-    if name != "bert":
-        mask = mask.flip(1)
-    ids = ids.where(mask.bool(), 1)
-    labels = torch.tensor([1, 0, 1]) if name == "bert" else ids.where(mask.bool(), -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def theirs_on(base, targets, task=None, **settings):

@@ -11,7 +11,13 @@ from copy import deepcopy
 import peft
 import pytest
 import torch
-from tiny import tiny_bert, tiny_llama, tiny_opt, tiny_qwen2
+from tiny import (
+    MODELS,
+    TARGETS,
+    TASKS,
+    batch_of,
+    tiny_llama,
+)
 from torch import nn
 
 from peft_lessons import (
@@ -28,29 +34,7 @@ from peft_lessons import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
-# Non-square layers, layers with and without a bias, grouped key-value heads.
-TARGETS = {
-    "llama": ("q_proj", "v_proj", "down_proj"),
-    "qwen2": ("q_proj", "k_proj", "up_proj"),
-    "opt": ("q_proj", "v_proj", "fc1", "fc2"),
-    "bert": ("query", "value", "intermediate.dense", "output.dense"),
-}
-TASKS = {"bert": "SEQ_CLS"}
 EACH = pytest.mark.parametrize("name", MODELS)
-
-
-def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
-    """Three rows of 12, 9 and 5 tokens; padded on the left for decoders, as for generation."""
-    torch.manual_seed(11)
-    ids, mask = torch.randint(3, vocabulary, (3, 12)), torch.ones(3, 12, dtype=torch.long)
-    for row, length in enumerate((12, 9, 5)):
-        mask[row, length:] = 0
-    if name != "bert":
-        mask = mask.flip(1)
-    ids = ids.where(mask.bool(), 1)
-    labels = torch.tensor([1, 0, 1]) if name == "bert" else ids.where(mask.bool(), -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def pair(base: nn.Module, targets, task_type=None, rank=4, alpha=6.0, rslora=False, dropout=0.0):
