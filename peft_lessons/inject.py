@@ -22,40 +22,33 @@ from torch import nn
 # ------------------------------------------------------------------ what a method says of itself
 
 
-def _whole(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        return "must be a whole number (an int)"
-    return None if value >= 1 else "must be at least 1"
+Rule = Callable[[Any], str | None]  # the complaint about a value, or None
 
 
-def _positive(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "must be a number"
-    return None if 0 < value < math.inf else "must be a finite number above 0"
+def _whole_from(least: int) -> Rule:
+    def rule(value: Any) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            return "must be a whole number (an int)"
+        return None if value >= least else f"must be at least {least}"
+
+    return rule
 
 
-def _fraction(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "must be a number"
-    return None if 0 <= value < 1 else "must lie in [0, 1): 0 switches it off, 1 drops everything"
+def _number(fits: Callable[[float], bool], otherwise: str) -> Rule:
+    def rule(value: Any) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return "must be a number"
+        return None if fits(value) else otherwise
+
+    return rule
 
 
-def _count(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        return "must be a whole number (an int)"
-    return None if value >= 0 else "must be 0 or more"
-
-
-def _inner(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "must be a number"
-    return None if 0 < value < 1 else "must lie between 0 and 1, both left out"
-
-
-def _not_negative(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "must be a number"
-    return None if 0 <= value < math.inf else "must be a finite number, 0 or more"
+_fraction = _number(
+    lambda v: 0 <= v < 1, "must lie in [0, 1): 0 switches it off, 1 drops everything"
+)
+_positive = _number(lambda v: 0 < v < math.inf, "must be a finite number above 0")
+_inner = _number(lambda v: 0 < v < 1, "must lie between 0 and 1, both left out")
+_not_negative = _number(lambda v: 0 <= v < math.inf, "must be a finite number, 0 or more")
 
 
 def _flag(value: Any) -> str | None:
@@ -124,19 +117,19 @@ def _ratio(value: Any) -> str | None:
 
 
 # A field of this name means the same in every method, so it is checked once, here.
-_FIELD_RULES: dict[str, Callable[[Any], str | None]] = {
-    "rank": _whole,
-    "initial_rank": _whole,
-    "target_rank": _whole,
-    "delta": _whole,
-    "total_steps": _whole,
-    "tinit": _count,
-    "tfinal": _count,
+_FIELD_RULES: dict[str, Rule] = {
+    "rank": _whole_from(1),
+    "initial_rank": _whole_from(1),
+    "target_rank": _whole_from(1),
+    "delta": _whole_from(1),
+    "total_steps": _whole_from(1),
+    "tinit": _whole_from(0),
+    "tfinal": _whole_from(0),
     "beta1": _inner,
     "beta2": _inner,
     "orthogonal": _not_negative,
-    "width": _whole,
-    "tokens": _whole,
+    "width": _whole_from(1),
+    "tokens": _whole_from(1),
     "alpha": _positive,
     "dropout": _fraction,
     "rslora": _flag,

@@ -16,6 +16,8 @@ from tiny import (
     TARGETS,
     TASKS,
     batch_of,
+    greedy,
+    only_the_branch_drops,
     tiny_llama,
 )
 from torch import nn
@@ -108,11 +110,7 @@ def test_logits_loss_and_gradients(name, rslora):
 def test_dropout_of_the_branch(name):
     base, batch = MODELS[name](), batch_of(name)
     theirs, ours = pair(base, TARGETS[name], TASKS.get(name), dropout=0.3)
-    for model in (theirs, ours):
-        model.train()
-        for module in model.modules():  # only the branch's dropout draws numbers
-            if isinstance(module, nn.Dropout) and module.p != 0.3:
-                module.p = 0.0
+    only_the_branch_drops(theirs, ours, p=0.3)
     before = ours(**batch).loss
     assert not torch.equal(ours(**batch).loss, before), "dropout does not drop"
     torch.manual_seed(3)
@@ -130,14 +128,12 @@ def test_dropout_of_the_branch(name):
 def test_greedy_generation(name):
     base, batch = MODELS[name](), batch_of(name)
     theirs, ours = pair(base, TARGETS[name], "CAUSAL_LM")
-    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
-    prompt = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    expected = theirs.generate(**prompt, **options)
+    expected = greedy(theirs, batch)
     assert expected.shape == (3, 20)
-    assert torch.equal(ours.generate(**prompt, **options), expected)
-    assert not torch.equal(base.generate(**prompt, **options), expected)
+    assert torch.equal(greedy(ours, batch), expected)
+    assert not torch.equal(greedy(base, batch), expected)
     merge(ours)
-    assert torch.equal(ours.generate(**prompt, **options), expected)
+    assert torch.equal(greedy(ours, batch), expected)
 
 
 @EACH

@@ -1,12 +1,14 @@
 """Figures: readable without sight, the same bytes each time, and no trace left behind."""
 
 import base64
+import io
 import re
 import subprocess
 import sys
 
 import matplotlib as mpl
 import pytest
+from PIL import Image
 
 from peft_lessons import plots
 from peft_lessons.results import Spread
@@ -55,6 +57,17 @@ def test_an_alt_text_that_says_nothing_is_refused(alt, displayed):
     with pytest.raises(ValueError, match="too short: say in a sentence"):
         plots.show(drawn()[0], alt)
     assert not displayed
+
+
+def test_the_palette_keeps_the_colours_of_the_course(displayed):
+    fig, ax = plots.figure()
+    ax.bar(range(len(plots.COLORS)), 1, color=plots.COLORS)
+    plots.show(fig, ALT)
+    image = Image.open(io.BytesIO(displayed[0].png)).convert("RGB")
+    found = {pixel for _, pixel in image.getcolors(2**16)}
+    for color in plots.COLORS:
+        wanted = tuple(bytes.fromhex(color[1:]))
+        assert min(max(abs(a - b) for a, b in zip(wanted, p, strict=True)) for p in found) <= 3
 
 
 def test_the_same_figure_gives_the_same_bytes(displayed):

@@ -140,3 +140,18 @@ def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
     ids = ids.where(mask.bool(), 1)
     labels = torch.tensor([1, 0, 1]) if name == "bert" else ids.where(mask.bool(), -100)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def only_the_branch_drops(*models: nn.Module, p: float) -> None:
+    """Train mode in which no dropout draws numbers but that of the branches, which have this p."""
+    for model in models:
+        for module in model.train().modules():
+            if isinstance(module, nn.Dropout) and module.p != p:
+                module.p = 0.0
+
+
+def greedy(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Each row and the eight likeliest tokens after it."""
+    prompt = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
+    return model.generate(**prompt, **options)
