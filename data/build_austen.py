@@ -4,6 +4,7 @@ The package keeps them as lists of lines in R's own format, which `rdata` reads 
 pip install rdata). Run on Debian: python data/build_austen.py [--archive PATH]
 """
 
+import bz2
 import re
 import zlib
 from collections import Counter
@@ -101,7 +102,7 @@ def main() -> None:
             counts[split, "characters"] += sum(map(len, paragraphs))
     print("| split | chapters | paragraphs | characters |")
     for split, text in sorted(files.items()):
-        (folder / f"{split}.txt").write_text(text, encoding="utf-8")
+        (folder / f"{split}.txt.bz2").write_bytes(bz2.compress(text.encode()))
         row = (f"{counts[split, what]:,}" for what in ("chapters", "paragraphs", "characters"))
         print(f"| {split} | {' | '.join(row)} |")
     (folder / "NOTICE").write_text(NOTICE)

@@ -9,6 +9,7 @@ are those of the package lists of the day; `--archive` is the Debian package of 
 """
 
 import argparse
+import bz2
 import re
 import subprocess
 from collections import Counter
@@ -93,7 +94,10 @@ def main() -> None:
     with wordnet(arguments.archive) as files:
         documents = [as_document(synset) for synset in synsets(files)]
     documents += filter(is_prose, package_paragraphs())
-    austen = "\n".join(f.read_text() for f in sorted((DATA / "tasks/austen").glob("*.txt")))
+    austen = "\n".join(
+        bz2.decompress(f.read_bytes()).decode()
+        for f in sorted((DATA / "tasks/austen").glob("*.bz2"))
+    )
     kept = select(documents, austen)
     # By the letters alone, so that near copies cannot be on both sides.
     held_out = [text for text in kept if share_of(letters(text)) < 0.01]

@@ -1,5 +1,6 @@
 """Load the bundled data as ready batches. A task knows texts and labels, and nothing of methods."""
 
+import bz2
 import csv
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -356,7 +357,8 @@ def _load_austen(name, tokenizer, max_length) -> LanguageTask:
         )
     splits = {}
     for split in SPLITS:
-        text = bundled_path(f"tasks/austen/{split}.txt").read_text(encoding="utf-8")
+        packed = bundled_path(f"tasks/austen/{split}.txt.bz2").read_bytes()
+        text = bz2.decompress(packed).decode()
         chapters = []
         for line in text.removesuffix("\n").split("\n"):
             if line.startswith("# "):

@@ -1,5 +1,6 @@
 """The bundled files are what data/README.md says, and the splits leak nothing."""
 
+import bz2
 import csv
 import hashlib
 import json
@@ -82,7 +83,7 @@ def test_checksum(path):
 def test_every_bundled_file_has_a_checksum():
     found = {
         file.relative_to(DATA).as_posix()
-        for folder in ("models", "tasks")
+        for folder in ("models", "reference", "tasks")
         for file in (DATA / folder).rglob("*")
         if file.is_file()
     }
@@ -195,7 +196,7 @@ def chapters():
     """Every chapter of the novels: (split, novel, number) and its paragraphs."""
     found = {}
     for split in SPLITS:
-        text = (DATA / f"tasks/austen/{split}.txt").read_text(encoding="utf-8")
+        text = bz2.decompress((DATA / f"tasks/austen/{split}.txt.bz2").read_bytes()).decode()
         for line in text.removesuffix("\n").split("\n"):
             if heading := re.fullmatch(r"# (.+), chapter (\d+)", line):
                 found[split, heading[1], int(heading[2])] = current = []

@@ -1,5 +1,6 @@
 """Tasks: batches, streams that resume, balanced subsets, and every refusal."""
 
+import bz2
 import itertools
 import math
 import os
@@ -283,7 +284,8 @@ def test_limit_of_many_classes(wordnet):
 
 def chapters_of(split: str) -> list[str]:
     """Return the text of each chapter of a split, without its heading, from the file itself."""
-    text = (data_folder() / f"tasks/austen/{split}.txt").read_text(encoding="utf-8")
+    packed = (data_folder() / f"tasks/austen/{split}.txt.bz2").read_bytes()
+    text = bz2.decompress(packed).decode()
     chapters = ("\n" + text.removesuffix("\n")).split("\n# ")[1:]
     return [chapter.partition("\n")[2] for chapter in chapters]
 
