@@ -275,6 +275,8 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+# Copies made under a caller's inference_mode() could never train, a head's not even on meta.
+@torch.inference_mode(False)
 def load_adapter(
     model: nn.Module, folder: str | os.PathLike, trainable: bool = False, check_base: bool = True
 ) -> Report:

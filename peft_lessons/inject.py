@@ -9,147 +9,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from .rules import validate
+
 # ------------------------------------------------------------------ what a method says of itself
-
-
-Rule = Callable[[Any], str | None]  # the complaint about a value, or None
-
-
-def _whole_from(least: int) -> Rule:
-    def rule(value: Any) -> str | None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            return "must be a whole number (an int)"
-        return None if value >= least else f"must be at least {least}"
-
-    return rule
-
-
-def _number(fits: Callable[[float], bool], otherwise: str) -> Rule:
-    def rule(value: Any) -> str | None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return "must be a number"
-        return None if fits(value) else otherwise
-
-    return rule
-
-
-_fraction = _number(
-    lambda v: 0 <= v < 1, "must lie in [0, 1): 0 switches it off, 1 drops everything"
-)
-_positive = _number(lambda v: 0 < v < math.inf, "must be a finite number above 0")
-_inner = _number(lambda v: 0 < v < 1, "must lie between 0 and 1, both left out")
-_not_negative = _number(lambda v: 0 <= v < math.inf, "must be a finite number, 0 or more")
-
-
-def _flag(value: Any) -> str | None:
-    return None if isinstance(value, bool) else "must be True or False"
-
-
-def _block(value: Any) -> str | None:
-    # What bitsandbytes takes; a power of two also keeps pairs of codes within a block.
-    sizes = [2**k for k in range(5, 13)]
-    good = isinstance(value, int) and not isinstance(value, bool) and value in sizes
-    return None if good else f"must be one of {', '.join(map(str, sizes))}"
-
-
-def _weight(value: Any) -> str | None:
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        what = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-        return f"must be a tensor of floating-point numbers, not {what}: is it quantised already?"
-    if not value.numel() or value.numel() % 2:
-        return f"of shape {tuple(value.shape)} must hold entries, and an even number: two to a byte"
-    if value.is_meta:
-        return None
-    largest = value.detach().abs().max().item()
-    if not math.isfinite(largest):
-        return "holds NaN or infinity, which no level stands for"
-    # Scales are float32, and double quantisation takes their mean: their sum must be finite too.
-    return None if largest <= 1e30 else f"holds {largest:.0e}, too large for the sum of its scales"
-
-
-def _nibbles(value: Any) -> str | None:
-    if value.dtype != torch.uint8 or value.numel() % 2:
-        return f"must be an even number of uint8, not {value.numel()} of {value.dtype}"
-    fits = value.is_meta or not value.numel() or value.max() < 16
-    return None if fits else "must lie between 0 and 15, which is what half a byte can hold"
-
-
-def _quantisable(value: Any) -> str | None:
-    # bitsandbytes' CPU kernel gives wrong weights for other widths, without a word.
-    return (
-        None
-        if value % 64 == 0
-        else "must be a multiple of 64, which the library's 4-bit kernels need"
-    )
-
-
-def _length(value: Any) -> str | None:
-    wrong = () if value.is_meta else (~(value.isfinite() & (value > 0))).nonzero()
-    if not len(wrong):
-        return None
-    row = int(wrong[0])
-    more = f" (and of {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    return (
-        f"of row {row}{more} is {value[row].item():g}: such a row has no direction, and DoRA "
-        "divides by its length; leave this layer out of targets"
-    )
-
-
-def _ratio(value: Any) -> str | None:
-    wrong = () if value.is_meta else (value.abs() < 1e-6).nonzero()
-    if not len(wrong):
-        return None
-    row = int(wrong[0])
-    return (
-        f"m / ‖V‖ of row {row} is {value[row].item():g}: merged, the row would be lost, and "
-        "unmerge could not bring it back; look at its magnitude"
-    )
-
-
-# A field of this name means the same in every method, so it is checked once, here.
-_FIELD_RULES: dict[str, Rule] = {
-    "rank": _whole_from(1),
-    "initial_rank": _whole_from(1),
-    "target_rank": _whole_from(1),
-    "delta": _whole_from(1),
-    "total_steps": _whole_from(1),
-    "tinit": _whole_from(0),
-    "tfinal": _whole_from(0),
-    "beta1": _inner,
-    "beta2": _inner,
-    "orthogonal": _not_negative,
-    "width": _whole_from(1),
-    "tokens": _whole_from(1),
-    "alpha": _positive,
-    "dropout": _fraction,
-    "rslora": _flag,
-    "double_quant": _flag,
-    "block": _block,
-    "weight": _weight,
-    "codes": _nibbles,
-    "in_features": _quantisable,
-    "length": _length,
-    "ratio": _ratio,
-}
-
-
-def validate(owner: str, **values: Any) -> None:
-    """Raise ValueError for the first of `values` that breaks the rule of its name (rank...)."""
-    for name, value in values.items():
-        complaint = _FIELD_RULES[name](value) if name in _FIELD_RULES else None
-        if complaint:
-            shown = name if isinstance(value, torch.Tensor) else f"{name}={value!r}"
-            raise ValueError(f"{owner}: {shown} {complaint}")
 
 
 def _names(value: Any, argument: str) -> tuple[str, ...] | str:
@@ -204,8 +75,9 @@ class Method:
     def __post_init__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         validate(type(self).__name__, **values)
-        if "targets" in values:
-            object.__setattr__(self, "targets", _names(values["targets"], "targets"))
+        for name in ("targets", "feedforward"):
+            if name in values:
+                object.__setattr__(self, name, _names(values[name], name))
 
     # --- what it changes
 
@@ -357,6 +229,18 @@ def matches(path: str, names: tuple[str, ...] | str) -> bool:
         except re.error as error:
             raise ValueError(f"{names!r} is no regular expression: {error}") from None
     return any(path == name or path.endswith("." + name) for name in names)
+
+
+def named_among(paths: Collection[str], names: tuple[str, ...] | str, argument: str) -> list[str]:
+    """Those of `paths` that `names` match. ValueError for a name that matches none of them."""
+    for name in [names] if isinstance(names, str) else names:
+        rule = name if isinstance(names, str) else (name,)
+        if not any(matches(path, rule) for path in paths):
+            raise ValueError(
+                f"{argument}: {name!r} is not among the targets, which are {_leaves(paths)}; "
+                "add it there too"
+            )
+    return [path for path in paths if matches(path, names)]
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -558,6 +442,14 @@ def _require_injection(model: nn.Module, verb: str) -> Injection:
     return injection
 
 
+def attached_to(model: nn.Module, kind: type[nn.Module], verb: str) -> nn.Module:
+    """The module of this kind that a method attached. ValueError if the model holds none."""
+    attached = getattr(injection_of(model), "attached", None)
+    if not isinstance(attached, kind):
+        raise ValueError(f"{verb}: the model holds no {kind.__name__}; inject one first")
+    return attached
+
+
 @dataclass(frozen=True)
 class Report:
     """What trains after `inject` or `freeze`. Printing it shows a table."""
@@ -679,7 +571,7 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     shapes = {path: tuple(getattr(weight, "shape", ())) for path, weight in weights.items()}
     were_trainable = {n: p.requires_grad for n, p in parameters.items()}
     try:
-        wrappers = {p: method.wrap(p, layer).train(layer.training) for p, layer in targets.items()}
+        wrappers = {p: _in_mode_of(layer, method.wrap(p, layer)) for p, layer in targets.items()}
         attached, handles = method.attach(model) or (None, [])
         if not (wrappers or attached or chosen):
             raise ValueError(f"{type(method).__name__} finds nothing to train in this model")
@@ -704,6 +596,16 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
         p.data = p.data.float() if p.dtype in (torch.float16, torch.bfloat16) else p.data
         p.requires_grad_(True)
     return report(model)
+
+
+def _in_mode_of(layer: nn.Module, wrapper: Adapted) -> Adapted:
+    """The wrapper, what it adds in the mode (train or eval) of the layer that it takes the place
+    of. What is in the layer keeps its own: a user may have switched off one dropout."""
+    inside = set(layer.modules())
+    for module in wrapper.modules():
+        if module not in inside:
+            module.training = layer.training
+    return wrapper
 
 
 def _restore(model: nn.Module, were_trainable: dict[str, bool]) -> None:

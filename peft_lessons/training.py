@@ -110,10 +110,14 @@ def evaluate(model: nn.Module, task, split: str = "test", batch_size: int = 64) 
         with torch.no_grad():
             for batch in task.batches(split, batch_size, by_length=True):
                 batch = {k: v.to(device) for k, v in batch.items()}
+                by_row = batch["labels"].dim() == 1
+                if not by_row:
+                    # A language model predicts the next token, so the first one has no prediction;
+                    # where a prompt stands before it, it has one, which would not compare.
+                    batch["labels"] = batch["labels"].clone()
+                    batch["labels"][:, 0] = -100
                 output, labels = _loss(model, batch), batch["labels"]
-                by_row = labels.dim() == 1
-                # A language model predicts the next token: the first one has no prediction.
-                here = len(labels) if by_row else int((labels[:, 1:] != -100).sum())
+                here = len(labels) if by_row else int((labels != -100).sum())
                 loss += output.loss.item() * here
                 n += here
                 if by_row:
