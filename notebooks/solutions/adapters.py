@@ -1,0 +1,63 @@
+"""Solutions of lesson 06."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from peft_lessons import Adapter
+
+
+def adapter_parameters(d: int, m: int, layers: int, kind: str) -> int:
+    """How many parameters the adapters of a model have, biases included."""
+    places = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}     # of every layer
+    if kind not in places:
+        raise ValueError(f"kind={kind!r} is none of {', '.join(places)}")
+    return layers * places[kind] * (2 * d * m + m + d)
+
+
+def parallel_adapter(
+    x: torch.Tensor,
+    sublayer_output: torch.Tensor,
+    w_down: torch.Tensor,
+    b_down: torch.Tensor,
+    w_up: torch.Tensor,
+    b_up: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """sublayer_output + scale · (ReLU(x W_downᵀ + b_down) W_upᵀ + b_up), of shape (..., d)."""
+    low = F.relu(F.linear(x, w_down, b_down))                 # (..., m)
+    return sublayer_output + scale * F.linear(low, w_up, b_up)  # (..., d)
+
+
+def identity_gap(adapter: nn.Module, h: torch.Tensor) -> float:
+    """‖adapter(h) − h‖ / ‖h‖ in eval mode; 0 for the identity."""
+    training = adapter.training
+    adapter.eval()
+    with torch.no_grad():
+        change = adapter(h) - h                               # (..., d)
+    adapter.train(training)
+    return (change.norm() / h.norm()).item()
+
+
+def fold_linear_adapter(
+    w_down: torch.Tensor,
+    b_down: torch.Tensor,
+    w_up: torch.Tensor,
+    b_up: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (d, in) and bias (d,) of one layer that is the layer and the adapter after it."""
+    b = torch.zeros_like(b_up) if bias is None else bias      # (d,)
+    new_weight = weight + w_up @ (w_down @ weight)            # (d, in)
+    new_bias = b + w_up @ (w_down @ b + b_down) + b_up        # (d,)
+    return new_weight, new_bias
+
+
+def insert_adapters(layer: nn.Module, width: int) -> nn.Module:
+    """Houlsby's adapters of width m in a block of BERT, in place: LN(x + h + a(h)), twice."""
+    layer.requires_grad_(False)
+    for output in (layer.attention.output, layer.output):
+        adapter = Adapter(output.dense.out_features, width)   # h -> h + a(h)
+        output.dense = nn.Sequential(output.dense, adapter)
+    return layer
