@@ -17,8 +17,12 @@ from .hf import setup_qlora
 from .inject import freeze, inject, injection_of, merge, methods, report, unload, unmerge
 from .machine import machine_check
 from .methods.adalora import AdaLoRA
+from .methods.adapters import Adapter, BottleneckAdapter
 from .methods.dora import DoRA, DoRALayer, LinearWithDoRA, cached_norms
+from .methods.ia3 import IA3, IA3Layer, LinearWithIA3
 from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model
+from .methods.prefix import Prefix, PrefixTuning, drop_mlp, start_prefix
+from .methods.prompt import Prompt, PromptTuning, prompt_of, prompts_for_rows
 from .methods.qlora import NF4Linear, QLoRA, dequantize
 from .models import load_model, load_tokenizer
 from .results import best, load_results, spread
@@ -27,15 +31,24 @@ from .tasks import load_task
 from .training import History, Scores, TrainingDiverged, evaluate, fit
 
 __all__ = [
+    "IA3",
     "AdaLoRA",
+    "Adapter",
+    "BottleneckAdapter",
     "DoRA",
     "DoRALayer",
     "History",
+    "IA3Layer",
     "LinearWithDoRA",
+    "LinearWithIA3",
     "LinearWithLoRA",
     "LoRA",
     "LoRALayer",
     "NF4Linear",
+    "Prefix",
+    "PrefixTuning",
+    "Prompt",
+    "PromptTuning",
     "QLoRA",
     "Scores",
     "TrainingDiverged",
@@ -44,6 +57,7 @@ __all__ = [
     "cached_norms",
     "check",
     "dequantize",
+    "drop_mlp",
     "evaluate",
     "fit",
     "freeze",
@@ -59,11 +73,14 @@ __all__ = [
     "merge",
     "methods",
     "plots",
+    "prompt_of",
+    "prompts_for_rows",
     "read_adapter",
     "report",
     "save_adapter",
     "setup_qlora",
     "spread",
+    "start_prefix",
     "table",
     "unload",
     "unmerge",

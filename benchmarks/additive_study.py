@@ -1,0 +1,146 @@
+"""The study of the additive methods: adapters, (IA)³, prompts and prefixes, each at its best rate.
+
+    python benchmarks/additive_study.py               # two hours on one core
+    python benchmarks/additive_study.py --backwards   # beside the first, on a second core
+
+Trains minilm on movie sentiment (200 steps) and tinylm on Jane Austen's novels (100 steps), and
+adds a row for each run to data/results/additive_study.csv: the accuracy, or the perplexity, before
+and after training. Every setting is tried at each of its learning rates with one seed; the best one
+by the validation split is run with two more. The losses of the runs on Austen, averaged over ten
+steps, go to additive_curves.csv.
+"""
+
+import sys
+from functools import partial
+
+import torch
+from common import Results, train_on, tune
+
+from peft_lessons import (
+    IA3,
+    BottleneckAdapter,
+    Prefix,
+    Prompt,
+    evaluate,
+    fit,
+    inject,
+    load_model,
+    load_task,
+    load_tokenizer,
+    measure,
+    start_prefix,
+)
+
+BASES = {"sentiment": "minilm", "austen": "tinylm"}
+STEPS = {"sentiment": 200, "austen": 100}
+CHOICES = {"sentiment": max, "austen": min}  # of accuracies, of perplexities
+P, PROJECTION = 16, 96
+TEXTS = {
+    "sentiment": "Is this sentence from the review of a film positive or negative?",
+    "austen": "It is a truth universally acknowledged, "
+    "that a single man in possession of a fortune",
+}
+INNER = r".*layer\.\d+\.output\.dense"  # of BERT: a name would take attention.output.dense too
+IA3S = {
+    "sentiment": IA3(rf".*self\.(key|value)|{INNER}", feedforward=INNER),
+    "austen": IA3(("k_proj", "v_proj", "down_proj"), feedforward=("down_proj",)),
+}
+LOW, MIDDLE, HIGH = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
+HIGHEST = (1e-1, 3e-1, 1.0)
+SETTINGS = {  # (task, method, variant, width or virtual tokens): rates
+    **{("sentiment", "adapter", "pfeiffer", width): LOW for width in (4, 16, 64)},
+    ("sentiment", "adapter", "houlsby", 8): LOW,
+    ("sentiment", "adapter", "parallel", 16): LOW,
+    ("sentiment", "ia3", "", 0): (3e-3, 1e-2, 3e-2, 1e-1),
+    ("sentiment", "prompt", "vocab", P): HIGH,
+    **{("sentiment", "prompt", start, P): (3e-2, 1e-1) for start in ("normal", "text")},
+    ("sentiment", "prefix", "random", P): HIGH,
+    ("sentiment", "prefix", "mlp", P): LOW,
+    ("austen", "adapter", "pfeiffer", 64): MIDDLE,
+    ("austen", "ia3", "", 0): (3e-2, 1e-1, 3e-1, 1.0),
+    **{("austen", "prompt", start, P): HIGHEST for start in ("vocab", "normal", "text")},
+    ("austen", "prefix", "random", P): (*HIGHEST, 3.0),
+    ("austen", "prefix", "mlp", P): (3e-3, *HIGH),
+    ("austen", "prefix", "context", P): (3e-3, 1e-2, 3e-2, *HIGHEST, 3.0),
+}
+NAMES = ("task", "method", "variant", "size")
+COLUMNS = (
+    *(*NAMES, "lr", "seed", "steps", "trainable"),
+    *("untrained", "validation", "test", "test_loss", "seconds_per_step"),
+)
+CURVES = (*NAMES, "lr", "seed", "step", "loss")
+
+
+def method_of(task: str, method: str, variant: str, size: int):
+    """The description of a setting."""
+    if method == "adapter":
+        return BottleneckAdapter(size, kind=variant)
+    if method == "ia3":
+        return IA3S[task]
+    if method == "prefix":
+        return Prefix(size, projection=PROJECTION if variant == "mlp" else None)
+    if variant == "text":
+        return Prompt(size, init=TEXTS[task], tokenizer=load_tokenizer(BASES[task]))
+    return Prompt(size, init=variant)
+
+
+def build(setting: tuple, seed: int, task) -> torch.nn.Module:
+    """The base with the method of a setting in it, ready to train."""
+    name, _, variant, size = setting
+    model = load_model(BASES[name], labels=2 if name == "sentiment" else None, seed=seed)
+    torch.manual_seed(seed)
+    if variant == "context":  # the keys and values of the training text's first tokens
+        ids = next(task.batches("train", 1))["input_ids"][:, :size]
+        with torch.no_grad():
+            layers = model(ids, use_cache=True).past_key_values.layers
+        pairs = [(layer.keys[0], layer.values[0]) for layer in layers]
+    inject(model, method_of(*setting))
+    if variant == "context":
+        start_prefix(model, pairs)
+    return model
+
+
+def run(tasks: dict, curves: Results, *point) -> dict:
+    setting, (lr, seed) = point[:4], point[4:]
+    name, task = setting[0], tasks[setting[0]]
+    model, steps = build(setting, seed, task), STEPS[name]
+    before = evaluate(model, task, "validation")
+    if name == "sentiment":
+        return {
+            "steps": steps,
+            "untrained": round(before.accuracy, 5),
+            **train_on(task, model, steps, lr, seed),
+        }
+    trainable = measure.parameters(model).trainable
+    history = fit(model, task, steps, lr=lr, seed=seed, show=False)
+    test = evaluate(model, task, "test")
+    for first in range(0, steps, 10):
+        loss = sum(history.loss[first : first + 10]) / 10
+        place = dict(zip((*NAMES, "lr", "seed"), point, strict=True))
+        curves.add(**place, step=first + 10, loss=f"{loss:.4f}")
+    return {
+        "steps": steps,
+        "trainable": trainable,
+        "untrained": f"{before.perplexity:.3f}",
+        "validation": f"{evaluate(model, task, 'validation').perplexity:.3f}",
+        "test": f"{test.perplexity:.3f}",
+        "test_loss": f"{test.loss:.5f}",
+        "seconds_per_step": f"{history.seconds / steps:.4f}",
+    }
+
+
+def main(backwards: bool) -> None:
+    torch.set_num_threads(1)
+    results, curves = Results("additive_study", COLUMNS), Results("additive_curves", CURVES)
+    tasks = {
+        "sentiment": load_task("sentiment"),
+        "austen": load_task("austen").limit(validation=250),
+    }
+    for name in list(BASES)[:: -1 if backwards else 1]:
+        rates = {setting: tried for setting, tried in SETTINGS.items() if setting[0] == name}
+        best = CHOICES[name]
+        tune(results, NAMES, rates, partial(run, tasks, curves), best=best, backwards=backwards)
+
+
+if __name__ == "__main__":
+    main(backwards="--backwards" in sys.argv)

@@ -1,0 +1,703 @@
+"""Prefix tuning against Hugging Face PEFT: numbers, generation, files, and what is refused."""
+
+import json
+from copy import deepcopy
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import MODELS, TASKS, TinyTask, TinyText, batch_of, same, state, tiny_bert, tiny_llama
+from torch import nn
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DistilBertConfig,
+    DistilBertModel,
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peft_lessons import (
+    Prefix,
+    PrefixTuning,
+    drop_mlp,
+    evaluate,
+    fit,
+    inject,
+    injection_of,
+    load_adapter,
+    load_model,
+    merge,
+    report,
+    save_adapter,
+    start_prefix,
+    unload,
+    unmerge,
+)
+
+P = 5
+DECODERS = ("llama", "qwen2", "opt")
+GREEDY = dict(max_new_tokens=8, do_sample=False, pad_token_id=1, eos_token_id=None)
+SCORED = dict(output_scores=True, return_dict_in_generate=True)
+
+
+def config_of(name, projection=None, tokens=P, **changes):
+    settings = dict(task_type=TASKS.get(name, "CAUSAL_LM"), num_virtual_tokens=tokens)
+    settings |= dict(prefix_projection=projection is not None, encoder_hidden_size=projection)
+    return peft.PrefixTuningConfig(**(settings | changes))
+
+
+def pair(name, projection=None, tokens=P):
+    """Ours and PEFT's on the same base with the same values."""
+    base = MODELS[name]()
+    torch.manual_seed(7)
+    ours = deepcopy(base)
+    inject(ours, Prefix(tokens, projection))
+    theirs = peft.get_peft_model(deepcopy(base), config_of(name, projection, tokens)).eval()
+    encoder, prefix = theirs.prompt_encoder["default"], ours.peft_attached
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(prefix.embedding)
+        if projection:
+            for a, b in zip(encoder.transform.parameters(), prefix.mlp.parameters(), strict=True):
+                a.copy_(b)
+    return ours, theirs
+
+
+def trained(theirs):
+    encoder = theirs.prompt_encoder["default"]
+    return [encoder.embedding.weight, *getattr(encoder, "transform", nn.Identity()).parameters()]
+
+
+def close(a, b, tolerance=1e-6):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def positions_in(mask):
+    """Those that `generate` gives: padding on the left takes none."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def by_hand(model, ids, mask, steps=8):
+    """Greedy decoding by the plain forward, without a cache."""
+    for _ in range(steps):
+        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions_in(mask))
+        logits = model(**inputs, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return ids
+
+
+def full():
+    """Rows of equal length: without a padding token, from which `generate` would tell a mask."""
+    return torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(5))
+
+
+# ------------------------------------------------------------------ equal to PEFT
+
+
+@pytest.mark.parametrize("projection", [None, 24])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_loss_and_gradients_equal_those_of_peft(name, projection):
+    ours, theirs = pair(name, projection)
+    batch = batch_of(name)
+    a, b = ours(**batch), theirs(**batch)
+    close(a.logits, b.logits)
+    close(a.loss, b.loss)
+    a.loss.backward()
+    b.loss.backward()
+    prefix = injection_of(ours).attached
+    for p, q in zip(prefix.parameters(), trained(theirs), strict=True):
+        assert q.grad.any()
+        close(p.grad, q.grad)
+    if name == "bert":
+        close(
+            ours.classifier.weight.grad,
+            theirs.base_model.classifier.modules_to_save["default"].weight.grad,
+        )
+    # The mask is not all ones, and the prefix does something.
+    assert (ours(**batch).logits - MODELS[name]()(**batch).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_without_a_mask_and_with_given_positions(name):
+    ours, theirs = pair(name)
+    ids = batch_of(name)["input_ids"]
+    close(ours(ids).logits, theirs(ids).logits)
+    close(ours(ids).logits, ours(ids, torch.ones_like(ids)).logits)  # a mask that is positional
+    positions = torch.arange(12).expand(3, -1) * 2
+    a = ours(input_ids=ids, position_ids=positions).logits
+    close(a, theirs(input_ids=ids, position_ids=positions).logits)
+    assert (a - ours(ids).logits).abs().max() > 1e-3
+    embeds = ours.get_input_embeddings()(ids)
+    close(ours(inputs_embeds=embeds).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("projection", [None, 24])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generate_equals_peft_token_by_token_with_and_without_cache(name, padded, projection):
+    ours, theirs = pair(name, projection)
+    batch = batch_of(name)
+    inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
+    inputs = inputs if padded else {"input_ids": full()}
+    wanted = theirs.generate(**inputs, **GREEDY, **SCORED)
+    cached = ours.generate(**inputs, **GREEDY, **SCORED)
+    uncached = ours.generate(**inputs, **GREEDY, **SCORED, use_cache=False)
+    assert wanted.sequences.shape == (3, 20)
+    for got in (cached, uncached):
+        assert torch.equal(got.sequences, wanted.sequences)
+        for a, b in zip(got.scores, wanted.scores, strict=True):
+            close(a, b, 2e-6)
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    assert torch.equal(by_hand(ours, ids, mask), wanted.sequences)
+    plain = MODELS[name]().generate(**inputs, **GREEDY)
+    assert not torch.equal(plain, wanted.sequences)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_left_padding_moves_the_text_away_from_an_unrotated_prefix(name):
+    """Where no positions are given, a plain forward counts the padding, in PEFT as in ours:
+    rotary attention is relative among rotated keys, and a prefix is not rotated."""
+    ours, theirs = pair(name)
+    batch = {n: t for n, t in batch_of(name).items() if n != "labels"}
+    positions = positions_in(batch["attention_mask"])
+    plain, told = ours(**batch).logits, ours(**batch, position_ids=positions).logits
+    close(plain, theirs(**batch).logits)
+    close(told, theirs(**batch, position_ids=positions).logits)
+    alone = ours(batch["input_ids"][2:, 7:]).logits
+    close(told[2:, 7:], alone)
+    assert (plain[2:, 7:] - alone).abs().max() > 1e-3
+    base = MODELS[name]()
+    plain, told = base(**batch).logits, base(**batch, position_ids=positions).logits
+    close(plain[2, 7:], told[2, 7:], 1e-5)  # without a prefix it makes no difference
+
+
+def test_beams_and_a_text_that_goes_on_from_its_cache():
+    ours, theirs = pair("llama")
+    ids = batch_of("llama")["input_ids"]
+    beams = dict(**GREEDY, num_beams=3)
+    assert torch.equal(ours.generate(ids, **beams), theirs.generate(input_ids=ids, **beams))
+    first = ours(ids[:, :7], use_cache=True)
+    rest = ours(ids[:, 7:], past_key_values=first.past_key_values)
+    close(torch.cat([first.logits, rest.logits], 1), ours(ids).logits)
+    assert rest.past_key_values.get_seq_length() == P + 12
+
+
+def test_no_cache_is_handed_on_where_none_is_wanted():
+    ours, _ = pair("llama")
+    ids = batch_of("llama")["input_ids"]
+    assert ours(ids, use_cache=False).past_key_values is None
+    assert "past_key_values" not in ours(ids, use_cache=False)
+    assert ours(ids).past_key_values.get_seq_length() == P + 12
+
+
+# ------------------------------------------------------------------ what a prefix is
+
+
+def test_prefix_is_not_rotated_and_the_text_stands_behind_it():
+    """The base with a cache filled by hand, and the positions said."""
+    base, ids = tiny_llama(), batch_of("llama")["input_ids"]
+    ours = deepcopy(base)
+    inject(ours, Prefix(P))
+    E = injection_of(ours).attached.embedding.detach()
+    stored = E.view(P, 4, 2, 16).permute(1, 2, 0, 3)  # (2L, n_kv, p, d_h)
+
+    def logits(positions, swap=False, layout=stored):
+        cache = DynamicCache()
+        for layer in range(2):
+            k, v = (layout[2 * layer + i].expand(3, -1, -1, -1) for i in range(2))
+            cache.update(*((v, k) if swap else (k, v)), layer)
+        return base(ids, past_key_values=cache, position_ids=positions.expand(3, -1)).logits
+
+    behind = torch.arange(P, P + 12)
+    close(ours(ids).logits, logits(behind))
+    assert (ours(ids).logits - logits(behind - P)).abs().max() > 0.01
+    assert (ours(ids).logits - logits(behind, swap=True)).abs().max() > 0.1
+    other = E.view(P, 2, 2, 2, 16).transpose(1, 2).reshape(P, 4, 2, 16).permute(1, 2, 0, 3)
+    assert (ours(ids).logits - logits(behind, layout=other)).abs().max() > 0.1
+
+
+def test_a_prefix_is_a_gated_attention():
+    """The weights that the model itself gives, split at the prefix (He et al. 2022)."""
+    base = tiny_llama(attn_implementation="eager")
+    inject(base, Prefix(P))
+    ids, seen = batch_of("llama")["input_ids"], {}
+    attention = base.model.layers[0].self_attn
+    keep = lambda name: lambda module, args, out: seen.__setitem__(name, out)  # noqa: E731
+    attention.v_proj.register_forward_hook(keep("v"))
+    attention.o_proj.register_forward_pre_hook(lambda module, args: seen.__setitem__("o", args[0]))
+    weights = base(ids, output_attentions=True).attentions[0]  # (3, 4, T, p + T)
+    heads = lambda t, n: t.unflatten(-1, (n, 16)).transpose(1, 2)  # noqa: E731
+    _, values = injection_of(base).attached(3)
+    pv = values[0].repeat_interleave(2, dim=1)  # (3, 4, p, d_h)
+    v = heads(seen["v"], 2).repeat_interleave(2, dim=1)  # (3, 4, T, d_h)
+    gate = weights[..., :P].sum(-1, keepdim=True)  # (3, 4, T, 1)
+    assert gate.min() > 0.01 and gate.max() < 0.999
+    of_prefix = (weights[..., :P] / gate) @ pv
+    of_text = (weights[..., P:] / (1 - gate)) @ v
+    mixed = (1 - gate) * of_text + gate * of_prefix
+    close(mixed.transpose(1, 2).flatten(2), seen["o"])
+    # and without the prefix the base has the same attention over the text
+    unload(base)
+    plain = base(ids, output_attentions=True).attentions[0]
+    close(plain, weights[..., P:] / (1 - gate))
+
+
+def test_a_prefix_of_zeros_is_no_no_op():
+    base, ids = tiny_llama(), batch_of("llama")["input_ids"]
+    ours = deepcopy(base)
+    inject(ours, Prefix(P))
+    injection_of(ours).attached.embedding.data.zero_()
+    moved = (ours(ids).logits - base(ids).logits).abs().max()
+    assert moved > 0.1 * base(ids).logits.abs().max()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_prefix_can_start_as_a_text_that_was_read(name):
+    base, ids = MODELS[name](), batch_of(name)["input_ids"]
+    context, text = ids[:1, :P], ids[:1, P:]
+    read = base(context, use_cache=True).past_key_values
+    pairs = [(layer.keys[0], layer.values[0]) for layer in read.layers]
+    ours = deepcopy(base)
+    inject(ours, Prefix(P))
+    start_prefix(ours, pairs)
+    whole = base(torch.cat([context, text], 1)).logits[:, P:]
+    close(ours(text).logits, whole)
+    got = ours.generate(text, **GREEDY)[:, text.shape[1] :]
+    assert torch.equal(got, base.generate(torch.cat([context, text], 1), **GREEDY)[:, 12:])
+
+
+def test_the_class_of_the_outline():
+    prefix = PrefixTuning(3, 2, 8, prefix_length=4, hidden_size=32)
+    keys, values = prefix(batch_size=5)
+    assert keys.shape == values.shape == (3, 5, 2, 4, 8)
+    assert torch.equal(keys[:, 0], keys[:, 4]) and not torch.equal(keys, values)
+    size = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert size(prefix) == 4 * 32 + 32 * 33 + 33 * 3 * 2 * 2 * 8
+    with torch.device("meta"):
+        seven = PrefixTuning(32, 32, 128, prefix_length=10, hidden_size=512)
+        plain = PrefixTuning(32, 32, 128, prefix_length=10, hidden_size=None)
+    assert size(seven) == 134_747_648 and size(plain) == 2_621_440
+    assert seven(2)[0].is_meta
+    for name in ("num_layers", "num_heads", "head_dim", "prefix_length", "hidden_size"):
+        settings = dict(num_layers=2, num_heads=2, head_dim=4)
+        with pytest.raises(ValueError, match=f"PrefixTuning: {name}=0 must be at least 1"):
+            PrefixTuning(**(settings | {name: 0}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_counts(name):
+    ours = MODELS[name]()
+    head = 2 * 64 + 2 if name == "bert" else 0
+    n_kv = 2 if name in ("llama", "qwen2") else 4
+    plain = inject(ours, Prefix(P)).trainable - head
+    assert plain == P * 2 * 2 * n_kv * 16
+    unload(ours)
+    t = n_kv * 16
+    inject(ours, Prefix(P, 24))
+    assert report(ours).trainable - head == P * t + t * 24 + 24 + 24 * 4 * t + 4 * t
+    theirs = pair(name, 24)[1]
+    assert report(ours).trainable == theirs.get_nb_trainable_parameters()[0]
+    drop_mlp(ours)
+    assert report(ours).trainable - head == plain
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropping_the_mlp_changes_nothing(name):
+    ours, _ = pair(name, 24)
+    batch = batch_of(name)
+    before = ours(**batch).logits
+    drop_mlp(ours)
+    close(ours(**batch).logits, before)
+    assert injection_of(ours).attached.mlp is None
+    embedding = injection_of(ours).attached.embedding
+    assert embedding.requires_grad
+    drop_mlp(ours)
+    assert injection_of(ours).attached.embedding is embedding
+    fit(ours, TinyTask() if name == "bert" else TinyText(), 2, show=False)
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("projection", [None, 24])
+@pytest.mark.parametrize("name", MODELS)
+def test_our_file_opens_in_peft_and_comes_back(name, projection, tmp_path):
+    ours, _ = pair(name, projection)
+    save_adapter(ours, tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    n_kv = 2 if name in ("llama", "qwen2") else 4
+    assert file["prompt_embeddings"].shape == (P, 2 * 2 * n_kv * 16)
+    assert not any("mlp" in key for key in file)
+    batch = batch_of(name)
+    theirs = peft.PeftModel.from_pretrained(MODELS[name](), tmp_path).eval()
+    close(theirs(**batch).logits, ours(**batch).logits)
+    again = MODELS[name]()
+    load_adapter(again, tmp_path)
+    close(again(**batch).logits, ours(**batch).logits)
+    assert injection_of(again).method == Prefix(P)
+    assert not any(p.requires_grad for p in again.parameters())
+    first = (tmp_path / "adapter_model.safetensors").read_bytes()
+    save_adapter(again, tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("projection", [None, 24])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_of_peft_opens_in_ours(name, projection, tmp_path):
+    _, theirs = pair(name, projection)
+    theirs.save_pretrained(tmp_path)
+    ours = MODELS[name]()
+    load_adapter(ours, tmp_path, trainable=True)
+    batch = batch_of(name)
+    close(ours(**batch).logits, theirs(**batch).logits)
+    if name != "bert":
+        ids = batch["input_ids"]
+        wanted = theirs.generate(input_ids=ids, **GREEDY)
+        assert torch.equal(ours.generate(ids, **GREEDY), wanted)
+    # PEFT refuses to train such an adapter on; ours does.
+    with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
+        peft.PeftModel.from_pretrained(MODELS[name](), tmp_path, is_trainable=True)
+    fit(ours, TinyTask() if name == "bert" else TinyText(), 2, show=False)
+
+
+@pytest.mark.parametrize("change", ["shape", "layers", "tokens", "key"])
+def test_files_that_do_not_fit(change, tmp_path):
+    ours, _ = pair("llama")
+    save_adapter(ours, tmp_path)
+    target, told = tiny_llama(), "has shape"
+    if change == "shape":
+        target = tiny_llama(num_key_value_heads=4)
+    if change == "layers":
+        target = tiny_llama(num_hidden_layers=1)
+    if change == "tokens":
+        file = {"prompt_embeddings": torch.randn(P, 128)}
+        save_file(file, tmp_path / "adapter_model.safetensors")
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        config["num_virtual_tokens"] = 0
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        told = "describes no Prefix: Prefix: tokens=0 must be at least 1"
+    if change == "key":
+        save_file({"prompt": torch.randn(P, 128)}, tmp_path / "adapter_model.safetensors")
+        told = "misses 'prompt_embeddings'"
+    before = state(target)
+    with pytest.raises(ValueError, match=told):
+        load_adapter(target, tmp_path, check_base=False)
+    assert same(state(target), before)
+
+
+# ------------------------------------------------------------------ the verbs
+
+
+@pytest.mark.parametrize("projection", [None, 24])
+def test_an_interrupted_run_resumes_to_the_same_bits(projection, tmp_path):
+    def fresh():
+        model = tiny_bert()
+        torch.manual_seed(5)
+        inject(model, Prefix(P, projection))
+        return model
+
+    class Interrupted(TinyTask):
+        def stream(self, *args, **kw):
+            for i, batch in enumerate(super().stream(*args, **kw)):
+                if i > 4:
+                    raise KeyboardInterrupt
+                yield batch
+
+    whole, cut, resumed = fresh(), fresh(), fresh()
+    expected = fit(whole, TinyTask(), 9, show=False)
+    options = dict(show=False, checkpoint=tmp_path / "run.pt", checkpoint_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, Interrupted(), 9, **options)
+    history = fit(resumed, TinyTask(), 9, **options)
+    assert history.loss == expected.loss
+    assert same(state(resumed), state(whole))
+    assert not same(state(resumed), state(fresh()))
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone():
+    ours = tiny_llama()
+    before = state(ours)
+    inject(ours, Prefix(P))
+    start = evaluate(ours, TinyText(), batch_size=64)
+    fit(ours, TinyText(), 30, lr=3e-2, show=False)
+    assert evaluate(ours, TinyText(), batch_size=64).loss < start.loss - 0.02
+    assert start.n == 64 * 5  # a prefix has no labels: the number of terms is the base's
+    unload(ours)
+    assert same(state(ours), before)
+    assert not ours._forward_pre_hooks and not ours._forward_hooks
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unload_gives_the_base_back_and_it_goes_twice_in_a_row(name):
+    model, batch = MODELS[name](), batch_of(name)
+    before, logits = state(model), model(**batch).logits
+    for _ in range(2):
+        inject(model, Prefix(P))
+        assert not torch.equal(model(**batch).logits, logits)
+        with pytest.raises(RuntimeError, match="already"):
+            inject(model, Prefix(P))
+        assert unload(model) is model
+        assert same(state(model), before)
+        assert torch.equal(model(**batch).logits, logits)
+        hooked = [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+        assert not hooked
+
+
+def test_a_copy_reads_its_own_prefix():
+    ours, _ = pair("llama")
+    ids = batch_of("llama")["input_ids"]
+    copy, before = deepcopy(ours), ours(ids).logits
+    injection_of(copy).attached.embedding.data.mul_(-2)
+    assert torch.equal(ours(ids).logits, before)
+    assert (copy(ids).logits - before).abs().max() > 0.01
+    unload(copy)
+    assert torch.equal(copy(ids).logits, tiny_llama()(ids).logits)
+    assert torch.equal(ours(ids).logits, before)
+
+
+@pytest.mark.parametrize("verb", [merge, unmerge])
+def test_a_prefix_cannot_be_merged(verb):
+    ours, _ = pair("llama")
+    before = state(ours)
+    with pytest.raises(TypeError, match="Prefix adds nothing to a layer's weights"):
+        verb(ours)
+    assert same(state(ours), before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_widths(name, dtype):
+    ours, theirs = MODELS[name]().to(dtype), None
+    torch.manual_seed(7)
+    base = deepcopy(ours)
+    inject(ours, Prefix(P))
+    prefix = injection_of(ours).attached
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert prefix.embedding.dtype == wide
+    theirs = peft.get_peft_model(base, config_of(name)).eval()
+    theirs.prompt_encoder["default"].embedding.weight.data = prefix.embedding.data.clone()
+    batch = batch_of(name)
+    a = ours(**batch)
+    assert a.logits.dtype == dtype
+    close(a.logits, theirs(**batch).logits, 1e-6)
+    a.loss.backward()
+    assert prefix.embedding.grad.any() and prefix.embedding.grad.dtype == wide
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_meta_models(name, tmp_path):
+    with torch.device("meta"):
+        model = MODELS[name]() if name == "llama" else None
+    if model is None:
+        model = MODELS[name]().to("meta")
+    inject(model, Prefix(P, 24))
+    assert injection_of(model).attached.embedding.is_meta
+    with pytest.raises(ValueError, match="no values to save"):
+        save_adapter(model, tmp_path)
+    ids = torch.zeros(2, 6, dtype=torch.long, device="meta")
+    assert model(ids).logits.shape[0] == 2
+
+
+def test_inject_draws_the_same_prefix_from_the_same_seed():
+    values = []
+    for _ in range(2):
+        model = tiny_llama(seed=3)
+        inject(model, Prefix(400 // 8))
+        values.append(injection_of(model).attached.embedding)
+    assert torch.equal(*values)
+    assert 0.95 < values[0].std() < 1.05  # as in PEFT
+
+
+@pytest.mark.parametrize("name", ["minilm", "tinylm"])
+def test_bundled_models(name):
+    labels = 2 if name == "minilm" else None
+    model = load_model(name, labels=labels) if labels else load_model(name)
+    base = deepcopy(model).eval()
+    inject(model.eval(), Prefix(P))
+    prefix = injection_of(model).attached
+    config = config_of("bert" if labels else "llama")
+    theirs = peft.get_peft_model(base, config).eval()
+    theirs.prompt_encoder["default"].embedding.weight.data = prefix.embedding.data.clone()
+    batch = batch_of("bert" if labels else "llama")
+    close(model(**batch).logits, theirs(**batch).logits, 1e-5)
+
+
+# ------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "5", None])
+def test_tokens_must_be_a_whole_number(value):
+    with pytest.raises(ValueError, match="Prefix: tokens="):
+        Prefix(value)
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5, True, "8"])
+def test_projection_must_be_a_whole_number_or_none(value):
+    with pytest.raises(ValueError, match="Prefix: projection="):
+        Prefix(5, value)
+
+
+def distilbert():
+    sizes = dict(vocab_size=64, dim=32, hidden_dim=48, n_heads=2, n_layers=1)
+    return DistilBertModel(DistilBertConfig(**sizes))
+
+
+def t5():
+    sizes = dict(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+def windowed():
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
+    return MistralForCausalLM(MistralConfig(**sizes, **heads))
+
+
+class Renamed(nn.Module):
+    """A model as transformers writes it from 5.24 on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, input_ids=None, cache=None, past_key_values=None):
+        return self.layer(input_ids)
+
+
+REFUSED = [
+    (distilbert, Prefix(3), "DistilBertModel takes no past_key_values.*take Prompt"),
+    (lambda: nn.Sequential(nn.Linear(4, 4)), Prefix(3), "Sequential takes no past_key_values"),
+    (t5, Prefix(3), "has an encoder and a decoder"),
+    (windowed, Prefix(3), "would forget the prefix"),
+    (Renamed, Prefix(3), "from 5.24 on does"),
+    (tiny_llama, Prefix(128), "virtual tokens and 1 of text are more than the model"),
+]
+
+
+@pytest.mark.parametrize(("make", "method", "told"), REFUSED)
+def test_models_without_a_place_are_refused_and_left_alone(make, method, told):
+    model = make()
+    before = state(model)
+    with pytest.raises(ValueError, match=told):
+        inject(model, method)
+    assert same(state(model), before) and injection_of(model) is None
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prefix_and_text_together_must_fit_the_positions(name):
+    ours = MODELS[name]()
+    limit = ours.config.max_position_embeddings
+    inject(ours, Prefix(P))
+    ids = torch.randint(3, 128, (1, limit - P + 1))
+    with pytest.raises(ValueError, match="virtual tokens and .* of text are more"):
+        ours(ids)
+    ours(ids[:, 1:])
+    if name != "bert":
+        with pytest.raises(ValueError, match="virtual tokens and .* of text are more"):
+            ours.generate(ids[:, 3:], **GREEDY)
+
+
+def test_calls_that_would_read_no_prefix_or_a_wrong_one():
+    base = tiny_llama()
+    ids = batch_of("llama")["input_ids"]
+    foreign = base(ids, use_cache=True).past_key_values
+    inject(base, Prefix(P))
+    with pytest.raises(ValueError, match="was filled without the virtual tokens"):
+        base(ids[:, :1], past_key_values=foreign)
+    with pytest.raises(ValueError, match="past_key_values='StaticCache' must be a DynamicCache"):
+        base.generate(ids, **GREEDY, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 1, 12, 12\) can't be"):
+        base(ids, attention_mask=torch.zeros(3, 1, 12, 12))
+    base.gradient_checkpointing_enable()
+    base.train()
+    with pytest.raises(ValueError, match="checkpointing=True switches the cache off"):
+        base(ids)
+    base.gradient_checkpointing_disable()
+    base(ids)
+
+
+def test_drop_mlp_and_start_prefix_refuse():
+    base = tiny_llama()
+    pairs = [(torch.zeros(2, P, 16), torch.zeros(2, P, 16))] * 2
+    with pytest.raises(ValueError, match="drop_mlp: the model holds no PrefixTuning"):
+        drop_mlp(base)
+    with pytest.raises(ValueError, match="start_prefix: the model holds no PrefixTuning"):
+        start_prefix(base, pairs)
+    inject(base, Prefix(P, 8))
+    before = state(base)
+    with pytest.raises(ValueError, match=r"start_prefix: mlp=Sequential cannot .* drop_mlp"):
+        start_prefix(base, pairs)
+    drop_mlp(base)
+    for wrong in (pairs[:1], [(k[:, :2], v[:, :2]) for k, v in pairs]):
+        with pytest.raises(ValueError, match="pairs=.* are of another size than the prefix"):
+            start_prefix(base, wrong)
+    assert injection_of(base).attached.embedding.any()
+    start_prefix(base, pairs)
+    assert not injection_of(base).attached.embedding.any()
+    unload(base)
+    assert same(state(base), state(tiny_llama())) and len(before) > 3
+
+
+# ------------------------------------------------------------------ calls that went wrong
+
+
+@pytest.mark.parametrize("new", [0, 1, P, P + 1, P + 4])
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_generation_that_goes_on_from_its_cache(new, holes):
+    """Given the whole text again, `generate` takes the prefix in the cache for text."""
+    ours, _ = pair("llama")
+    ids = torch.randint(3, 128, (1, 9 + new), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0 if holes else 1
+    first = dict(attention_mask=mask[:, :8], position_ids=positions_in(mask)[:, :8])
+
+    def read():
+        return ours(ids[:, :8], **first, use_cache=True).past_key_values
+
+    rest = ours.generate(ids[:, 8:], attention_mask=mask, past_key_values=read(), **GREEDY)
+    whole = ours.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(rest[:, 1 + new :], whole[:, 9 + new :])
+    with pytest.raises(ValueError, match="does not go on there: give the new tokens only"):
+        ours.generate(ids, attention_mask=mask, past_key_values=read(), **GREEDY)
+
+
+SMALL = dict(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("multi", [True, False])
+@pytest.mark.parametrize("new", [True, False])
+def test_the_one_key_of_falcon(multi, new):
+    kv = dict(num_kv_heads=2 if new else None, multi_query=multi)
+    settings = dict(**kv, new_decoder_architecture=new, alibi=False)
+    ours = FalconForCausalLM(FalconConfig(**SMALL, **settings)).eval()
+    inject(ours, Prefix(P))
+    ids = full()
+    assert torch.equal(by_hand(ours, ids, torch.ones_like(ids)), ours.generate(ids, **GREEDY))
+
+
+def test_latent_attention_is_refused():
+    ranks = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4)
+    experts = dict(n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1)
+    config = DeepseekV3Config(**SMALL, **ranks, **experts, v_head_dim=8, first_k_dense_replace=2)
+    model = DeepseekV3ForCausalLM(config)
+    with pytest.raises(ValueError, match="keys and values of different widths"):
+        inject(model, Prefix(P))
+    assert injection_of(model) is None
+
+
+def test_no_cache_is_handed_on_in_a_tuple():
+    ours = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=48)).eval()
+    inject(ours, Prefix(P))
+    kinds = [type(v) for v in ours(full(), use_cache=False, return_dict=False)]
+    assert kinds == [torch.Tensor]
