@@ -60,13 +60,11 @@ KINDS = ("houlsby", "pfeiffer", "parallel")
 KIND = pytest.mark.parametrize("kind", KINDS)
 REFERENCE = bundled_path("reference/adapterhub.safetensors")
 FORWARD, GRADIENT = 2e-6, 2e-6
-SEEN = {}  # the largest differences, printed by the last test with -s
 
 
 def close(what, a, b, tolerance, relative=False):
     assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all()
     gap = (a - b).abs().max().item() / (a.abs().max().item() if relative else 1)
-    SEEN[what] = max(SEEN.get(what, 0), gap)
     assert gap <= tolerance, what
 
 
@@ -544,7 +542,6 @@ def test_other_dtypes(name, kind, dtype):
     assert output.logits.dtype == dtype and output.logits.isfinite().all()
     expected = adapted(name, kind)(**batch).logits.double()
     gap = (output.logits.double() - expected).abs().max() / expected.abs().max()
-    SEEN[f"{dtype} against float32"] = max(SEEN.get(f"{dtype} against float32", 0), gap.item())
     assert gap < {torch.bfloat16: 0.05, torch.float16: 0.006, torch.float64: 1e-5}[dtype]
     output.loss.backward()
     assert all(p.grad.isfinite().all() for _, p in injection_of(base).added())
@@ -631,7 +628,7 @@ def test_a_model_without_known_places_is_refused(build, told, kind):
 # ------------------------------------------------------------------ the modules alone
 
 
-def test_the_adapter_of_the_outline():
+def test_the_adapter_by_itself():
     torch.manual_seed(0)
     adapter, x = Adapter(32, 8, adapter_scalar=0.7), torch.randn(3, 5, 32)
     assert torch.equal(adapter(x), x), "the identity at step 0"
@@ -649,18 +646,16 @@ def test_the_adapter_of_the_outline():
 
 
 def test_the_start_gives_up_a_gradient_as_large_as_kaiming_down():
-    """The outline's std 1e-3 for both: its first gradient of `up` is far smaller."""
+    """With a std of 1e-3 for both: its first gradient of `up` is far smaller."""
     torch.manual_seed(0)
-    ours, outline, x = Adapter(384, 64), Adapter(384, 64), torch.randn(16, 384)
+    ours, narrow, x = Adapter(384, 64), Adapter(384, 64), torch.randn(16, 384)
     with torch.no_grad():
-        for linear in (outline.adapter.down, outline.adapter.up):
+        for linear in (narrow.adapter.down, narrow.adapter.up):
             linear.weight.normal_(std=1e-3)
     weights, norms = torch.randn(16, 384), []
-    for adapter in (ours, outline):
+    for adapter in (ours, narrow):
         (adapter(x) * weights).sum().backward()
         norms.append(adapter.adapter.up.weight.grad.norm().item())
-    SEEN["gradient of up, ours over the outline's"] = norms[0] / norms[1]
-    SEEN["outline off the identity"] = (outline(x) - x).abs().max().item()
     assert norms[0] > 20 * norms[1]
 
 
@@ -808,7 +803,3 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path):
     model = tiny_llama()
     load_adapter(model, tmp_path)
     assert injection_of(model).method == BottleneckAdapter(6)
-
-
-def test_zz_largest_differences():
-    print("\n" + "\n".join(f"{what}: {gap:.2g}" for what, gap in sorted(SEEN.items())))

@@ -129,7 +129,7 @@ def trained(wrapper, seed=3):
 # ------------------------------------------------------------------ one block, one layer
 
 
-def test_the_layer_of_the_outline():
+def test_the_layer_by_itself():
     layer = IA3Layer(64, kv_dim=32, ff_dim=96)
     assert [tuple(p.shape) for p in (layer.l_k, layer.l_v, layer.l_ff)] == [(32,), (32,), (96,)]
     assert [n for n, _ in layer.named_parameters()] == ["l_k", "l_v", "l_ff"]
@@ -146,7 +146,7 @@ def test_the_layer_of_the_outline():
     assert IA3Layer(64, ff_dim=96).l_v.shape == (64,)
 
 
-def test_the_layer_of_the_outline_has_the_size_of_claims():
+def test_the_layer_with_one_width_has_its_size():
     assert 32 * sum(p.numel() for p in IA3Layer(4096).parameters()) == 393_216
     right = IA3Layer(4096, ff_dim=11008)
     assert 32 * sum(p.numel() for p in right.parameters()) == 614_400
@@ -736,7 +736,7 @@ def test_what_is_not_finite_is_not_merged(value):
     ],
 )
 def test_a_meta_model(settings, count):
-    """CLAIMS.md: LLaMA-7B and Llama-3-8B, of 32 layers."""
+    """LLaMA-7B and Llama-3-8B, of 32 layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):

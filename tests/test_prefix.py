@@ -276,7 +276,7 @@ def test_a_prefix_can_start_as_a_text_that_was_read(name):
     assert torch.equal(got, base.generate(torch.cat([context, text], 1), **GREEDY)[:, 12:])
 
 
-def test_the_class_of_the_outline():
+def test_the_class_by_itself():
     prefix = PrefixTuning(3, 2, 8, prefix_length=4, hidden_size=32)
     keys, values = prefix(batch_size=5)
     assert keys.shape == values.shape == (3, 5, 2, 4, 8)

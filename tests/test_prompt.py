@@ -130,7 +130,7 @@ def test_the_module_puts_its_rows_first_and_has_companions():
 
 
 def test_a_loss_with_the_companions_and_one_without():
-    """The outline's class had none: its labels were too short, and an old mask runs wrong."""
+    """A class without them: labels are too short, and an old mask runs wrong."""
     base, batch = tiny_llama(), batch_of("llama")
     module = PromptTuning(P, 64, True, base.get_input_embeddings().weight)
     embeds = module(base.get_input_embeddings()(batch["input_ids"]))

@@ -576,7 +576,7 @@ class WideOnes(StubWithoutQuery):
 
 @wrong("IA3Attention", WIDE)
 class OneDim(Repaired):
-    """The outline's: under grouped queries it does not even run."""
+    """One width for all: under grouped queries it does not even run."""
 
     def width(self, layer):
         return self.q_proj.out_features
