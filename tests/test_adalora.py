@@ -12,7 +12,15 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TinyTask, TinyText, same, state, tiny_bert, tiny_llama
+from tiny import (
+    TinyTask,
+    TinyText,
+    interrupted,
+    same,
+    state,
+    tiny_bert,
+    tiny_llama,
+)
 from torch import nn
 
 from peft_lessons import (
@@ -37,7 +45,6 @@ from peft_lessons.methods.adalora import (
 )
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated",
     # Not so: PEFT takes AdaLoRA's pattern for LoRA's, whose keys are layers, and reads it later.
     "ignore:The following rank_pattern keys did not match:RuntimeWarning",
 )
@@ -243,19 +250,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
         inject(model, AdaLoRA(6, 3, 10, ("query", "value", "output.dense"), **SCHEDULE))
         return model
 
-    class Interrupted(TinyTask):
-        def stream(self, *args, **kw):
-            for i, batch in enumerate(super().stream(*args, **kw)):
-                if i > at:
-                    raise KeyboardInterrupt
-                yield batch
-
     options = dict(lr=1e-2, show=False)
     whole, cut, resumed = fresh(), fresh(), fresh()
     expected = fit(whole, TinyTask(), STEPS, **options)
     options |= dict(checkpoint=tmp_path / "run.pt", checkpoint_every=at)
     with pytest.raises(KeyboardInterrupt):
-        fit(cut, Interrupted(), STEPS, **options)
+        fit(cut, interrupted(TinyTask, at + 1), STEPS, **options)
     assert (tmp_path / "run.pt").exists()
     history = fit(resumed, TinyTask(), STEPS, **options)
     assert history.loss == expected.loss

@@ -11,7 +11,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, TinyTask, TinyText, batch_of, same, state, tiny_bert, tiny_llama
+from tiny import (
+    MODELS,
+    TinyTask,
+    TinyText,
+    batch_of,
+    interrupted,
+    same,
+    state,
+    tiny_bert,
+    tiny_llama,
+)
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -48,12 +58,6 @@ from peft_lessons import (
 )
 from peft_lessons.methods.adapters import LAYOUTS, STREAM, Bottleneck
 from peft_lessons.models import bundled_path
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated",
-    "ignore:Unable to fetch remote file",
-    "ignore:Could not find a config file in",
-)
 
 EACH = pytest.mark.parametrize("name", MODELS)
 KINDS = ("houlsby", "pfeiffer", "parallel")
@@ -499,15 +503,6 @@ def test_fit_moves_all_and_nothing_else(name, kind, tmp_path):
     assert torch.equal(model.eval()(**batch).logits, again.eval()(**batch).logits)
 
 
-class Interrupted(TinyTask):
-    def stream(self, batch_size, seed, start=0):
-        for done, batch in enumerate(super().stream(batch_size, seed, start)):
-            if start + done == 5:
-                raise KeyboardInterrupt
-            yield batch
-
-
-@KIND
 def test_an_interrupted_run_resumes_to_the_same_bits(kind, tmp_path):
     def fresh():
         model = tiny_bert()
@@ -520,7 +515,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(kind, tmp_path):
     fit(whole, TinyTask(), 8, **options)
     options |= dict(checkpoint=tmp_path / "run.pt", checkpoint_every=4)
     with pytest.raises(KeyboardInterrupt):
-        fit(cut, Interrupted(), 8, **options)
+        fit(cut, interrupted(TinyTask, 5), 8, **options)
     fit(resumed, TinyTask(), 8, **options)
     assert same(state(resumed), state(whole))
 

@@ -28,12 +28,6 @@ from peft_lessons import (
 from peft_lessons.adapters_io import CONFIG, WEIGHTS
 from peft_lessons.inject import Method
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated",  # between peft and transformers
-    "ignore:Unable to fetch remote file",  # peft's own save asks the Hub about the vocabulary
-    "ignore:Could not find a config file in",
-)
-
 MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
 TARGETS = {
     "llama": ("q_proj", "v_proj", "down_proj"),

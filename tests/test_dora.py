@@ -18,6 +18,7 @@ from tiny import (
     TinyTask,
     batch_of,
     greedy,
+    interrupted,
     only_the_branch_drops,
     same,
     state,
@@ -43,12 +44,6 @@ from peft_lessons import (
     unmerge,
 )
 from peft_lessons.methods.dora import NORMS
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated",
-    "ignore:Unable to fetch remote file",
-    "ignore:Could not find a config file in",
-)
 
 EACH = pytest.mark.parametrize("name", MODELS)
 FORWARD, GRADIENT, MERGED = 2e-6, 1e-6, 1e-5
@@ -486,14 +481,6 @@ def test_checkpoint_of_a_whole_model_goes_on(tmp_path):
     assert torch.equal(other(**batch).logits, ours(**batch).logits)
 
 
-class Interrupted(TinyTask):
-    def stream(self, batch_size, seed, start=0):
-        for done, batch in enumerate(super().stream(batch_size, seed, start)):
-            if start + done == 5:
-                raise KeyboardInterrupt
-            yield batch
-
-
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     def fresh():
         model = tiny_bert()
@@ -506,7 +493,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     fit(whole, TinyTask(), 8, **options)
     options |= dict(checkpoint=tmp_path / "run.pt", checkpoint_every=4)
     with pytest.raises(KeyboardInterrupt):
-        fit(cut, Interrupted(), 8, **options)
+        fit(cut, interrupted(TinyTask, 5), 8, **options)
     fit(resumed, TinyTask(), 8, **options)
     assert same(state(resumed), state(whole))
 

@@ -14,6 +14,7 @@ from tiny import (
     TinyTask,
     TinyText,
     batch_of,
+    interrupted,
     same,
     state,
     tiny_bert,
@@ -40,9 +41,6 @@ from peft_lessons import (
 )
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated",
-    "ignore:Unable to fetch remote file",
-    "ignore:Could not find a config file in",
     "ignore:Unmerge result can be inaccurate",
 )
 
@@ -518,14 +516,6 @@ def test_fit_moves_every_vector_and_nothing_else(name, tmp_path):
     assert torch.equal(model.eval()(**batch).logits, again(**batch).logits)
 
 
-class Interrupted(TinyTask):
-    def stream(self, batch_size, seed, start=0):
-        for done, batch in enumerate(super().stream(batch_size, seed, start)):
-            if start + done == 5:
-                raise KeyboardInterrupt
-            yield batch
-
-
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     def fresh():
         model = tiny_bert()
@@ -536,7 +526,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     fit(whole, TinyTask(), 8, show=False)
     options = dict(show=False, checkpoint=tmp_path / "run.pt", checkpoint_every=4)
     with pytest.raises(KeyboardInterrupt):
-        fit(cut, Interrupted(), 8, **options)
+        fit(cut, interrupted(TinyTask, 5), 8, **options)
     fit(resumed, TinyTask(), 8, **options)
     assert same(state(resumed), state(whole))
 

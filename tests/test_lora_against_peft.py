@@ -34,8 +34,6 @@ from peft_lessons import (
     unmerge,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 EACH = pytest.mark.parametrize("name", MODELS)
 
 

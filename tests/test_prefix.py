@@ -7,7 +7,18 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, TASKS, TinyTask, TinyText, batch_of, same, state, tiny_bert, tiny_llama
+from tiny import (
+    MODELS,
+    TASKS,
+    TinyTask,
+    TinyText,
+    batch_of,
+    interrupted,
+    same,
+    state,
+    tiny_bert,
+    tiny_llama,
+)
 from torch import nn
 from transformers import (
     DeepseekV3Config,
@@ -406,18 +417,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(projection, tmp_path):
         inject(model, Prefix(P, projection))
         return model
 
-    class Interrupted(TinyTask):
-        def stream(self, *args, **kw):
-            for i, batch in enumerate(super().stream(*args, **kw)):
-                if i > 4:
-                    raise KeyboardInterrupt
-                yield batch
-
     whole, cut, resumed = fresh(), fresh(), fresh()
     expected = fit(whole, TinyTask(), 9, show=False)
     options = dict(show=False, checkpoint=tmp_path / "run.pt", checkpoint_every=3)
     with pytest.raises(KeyboardInterrupt):
-        fit(cut, Interrupted(), 9, **options)
+        fit(cut, interrupted(TinyTask, 5), 9, **options)
     history = fit(resumed, TinyTask(), 9, **options)
     assert history.loss == expected.loss
     assert same(state(resumed), state(whole))

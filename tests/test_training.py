@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tiny import TinyTask, same, state, tiny_bert
+from tiny import (
+    TinyTask,
+    interrupted,
+    same,
+    state,
+    tiny_bert,
+)
 from torch import nn
 
 from peft_lessons import LoRA, TrainingDiverged, evaluate, fit, freeze, inject, injection_of, merge
@@ -75,21 +81,6 @@ def test_full_fine_tuning_trains_everything_and_freeze_only_the_head():
     }
 
 
-class Interrupted(TinyTask):
-    """Stops like a closed laptop after so many batches."""
-
-    def __init__(self, batches):
-        super().__init__()
-        self.left = batches
-
-    def stream(self, *args, **kw):
-        for batch in super().stream(*args, **kw):
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.left -= 1
-            yield batch
-
-
 @pytest.mark.parametrize("at", [4, 9])
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
     file = tmp_path / "sub" / "run.pt"
@@ -99,7 +90,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
     with pytest.raises(KeyboardInterrupt):
         fit(
             model,
-            Interrupted(at),
+            interrupted(TinyTask, at),
             12,
             lr=3e-3,
             eval_every=4,
@@ -119,7 +110,13 @@ def test_a_checkpoint_of_another_run_or_broken_is_refused(tmp_path):
     file = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
         fit(
-            injected(), Interrupted(4), 12, lr=3e-3, show=False, checkpoint=file, checkpoint_every=2
+            injected(),
+            interrupted(TinyTask, 4),
+            12,
+            lr=3e-3,
+            show=False,
+            checkpoint=file,
+            checkpoint_every=2,
         )
     content = file.read_bytes()
     for changes, message in ((dict(lr=1e-3), "lr was 0.003"), (dict(seed=3), "seed was 0")):
@@ -140,7 +137,13 @@ def test_a_checkpoint_of_another_method_task_or_shape_is_refused(tmp_path):
     file = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
         fit(
-            injected(), Interrupted(4), 12, lr=3e-3, show=False, checkpoint=file, checkpoint_every=2
+            injected(),
+            interrupted(TinyTask, 4),
+            12,
+            lr=3e-3,
+            show=False,
+            checkpoint=file,
+            checkpoint_every=2,
         )
     other = TinyTask()
     other.name = "other"
@@ -307,6 +310,13 @@ def test_a_method_takes_part_in_training_and_its_buffers_resume(tmp_path):
     assert seen == [55, 55]
     file, again = tmp_path / "run.pt", injected(Hooked())
     with pytest.raises(KeyboardInterrupt):
-        fit(deepcopy(again), Interrupted(6), 10, show=False, checkpoint=file, checkpoint_every=3)
+        fit(
+            deepcopy(again),
+            interrupted(TinyTask, 6),
+            10,
+            show=False,
+            checkpoint=file,
+            checkpoint_every=3,
+        )
     fit(again, TASK, 10, show=False, checkpoint=file)
     assert same(state(again), state(model))

@@ -107,6 +107,19 @@ class TinyText(TinyTask):
         return batch | {"labels": batch["input_ids"]}
 
 
+def interrupted(kind: type[TinyTask], at: int) -> TinyTask:
+    """A task whose stream stops before step `at`, counted from 0, like a closed laptop."""
+
+    class Interrupted(kind):
+        def stream(self, size: int, seed: int, start: int = 0):
+            for step, batch in enumerate(super().stream(size, seed, start), start):
+                if step == at:
+                    raise KeyboardInterrupt
+                yield batch
+
+    return Interrupted()
+
+
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of all values, and of what trains, to show that nothing changed."""
     values = {n: t.detach().clone() for n, t in model.state_dict().items()}
