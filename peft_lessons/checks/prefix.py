@@ -200,6 +200,10 @@ def _by_means(scores, p):
         ),
         ("this is the ratio of prefix to text: a share is of both together", _gate(share=_ratio)),
         (
+            "this is the logarithm of the ratio of prefix to text: its sigmoid is the share",
+            _gate(share=lambda weights, p: _ratio(weights, p).log()),
+        ),
+        (
             "this is the mean weight of a virtual token: the prefix has the sum",
             _gate(share=lambda weights, p: weights[..., :p].mean(-1)),
         ),

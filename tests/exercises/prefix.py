@@ -145,6 +145,13 @@ def strictly_before(q, k, prefix_k):
     return torch.cat([prefix, text], -1).softmax(-1)[..., : prefix.shape[-1]].sum(-1)
 
 
+@wrong("prefix_gate", "its sigmoid is the share")
+def without_the_sigmoid(q, k, prefix_k):
+    prefix, text = scores_of(q, k, prefix_k)
+    text = text.masked_fill(torch.ones(text.shape[1:]).triu(1).bool(), -torch.inf)
+    return prefix.logsumexp(-1) - text.logsumexp(-1)
+
+
 @wrong("prefix_gate", "the mask is turned")
 def turned(q, k, prefix_k):
     prefix, text = scores_of(q, k, prefix_k)
