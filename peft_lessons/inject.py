@@ -60,6 +60,7 @@ class Method:
         tensors:        {parameter of the wrapping or attached module: its name in the file}
         takes:          the module types that `wrap` accepts; exactly these, no subclasses, since a
                         subclass may store its weight differently (4-bit) or never call `forward`
+        names_modules:  the fields that hold names of modules, or a pattern
         learning_rate:  what `fit` uses if it is not told otherwise
     """
 
@@ -70,12 +71,13 @@ class Method:
     peft_others: ClassVar[tuple[str, ...]] = ()
     tensors: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    names_modules: ClassVar[tuple[str, ...]] = ("targets",)
     learning_rate: ClassVar[float] = 1e-3
 
     def __post_init__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         validate(type(self).__name__, **values)
-        for name in ("targets", "feedforward"):
+        for name in self.names_modules:
             if name in values:
                 object.__setattr__(self, name, _names(values[name], name))
 
@@ -231,8 +233,8 @@ def matches(path: str, names: tuple[str, ...] | str) -> bool:
     return any(path == name or path.endswith("." + name) for name in names)
 
 
-def named_among(paths: Collection[str], names: tuple[str, ...] | str, argument: str) -> list[str]:
-    """Those of `paths` that `names` match. ValueError for a name that matches none of them."""
+def require_among(paths: Collection[str], names: tuple[str, ...] | str, argument: str) -> None:
+    """ValueError for a name of `names` that matches none of `paths`."""
     for name in [names] if isinstance(names, str) else names:
         rule = name if isinstance(names, str) else (name,)
         if not any(matches(path, rule) for path in paths):
@@ -240,7 +242,6 @@ def named_among(paths: Collection[str], names: tuple[str, ...] | str, argument: 
                 f"{argument}: {name!r} is not among the targets, which are {_leaves(paths)}; "
                 "add it there too"
             )
-    return [path for path in paths if matches(path, names)]
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from ..inject import Adapted, Method, matches, named_among, validate
+from ..inject import Adapted, Method, matches, require_among, validate
 
 # %% ../../notebooks/07_ia3.ipynb #addb7c85
 def rescaled(x, vector):
@@ -77,15 +77,16 @@ class IA3(Method):
 
     targets: tuple[str, ...] | str
     feedforward: tuple[str, ...] | str
+    names_modules = ("targets", "feedforward")
 
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.targets, str) and not isinstance(self.feedforward, str):
-            named_among(self.targets, self.feedforward, "feedforward")
+            require_among(self.targets, self.feedforward, "feedforward")
 
     def find(self, model):
         found = super().find(model)
-        named_among(found, self.feedforward, "feedforward")
+        require_among(found, self.feedforward, "feedforward")
         return found
 
     def wrap(self, path, layer):
