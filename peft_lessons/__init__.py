@@ -25,7 +25,7 @@ from .methods.prefix import Prefix, PrefixTuning, drop_mlp, start_prefix
 from .methods.prompt import Prompt, PromptTuning, prompt_of, prompts_for_rows
 from .methods.qlora import NF4Linear, QLoRA, dequantize
 from .models import load_model, load_tokenizer
-from .results import best, load_results, spread
+from .results import best, load_results, spread, tuned
 from .tables import table
 from .tasks import load_task
 from .training import History, Scores, TrainingDiverged, evaluate, fit
@@ -82,6 +82,7 @@ __all__ = [
     "spread",
     "start_prefix",
     "table",
+    "tuned",
     "unload",
     "unmerge",
 ]

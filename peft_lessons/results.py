@@ -6,6 +6,7 @@ import csv
 import datetime
 import platform
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,18 @@ def spread(rows: list[dict], column: str, scale: float = 1.0) -> Spread:
         )
     values = [scale * row[column] for row in rows]
     return Spread(statistics.fmean(values), min(values), max(values), len(values))
+
+
+def tuned(rows: list[dict], choose: Callable = max) -> tuple[float, list[dict]]:
+    """(learning rate, its rows): the best by column `validation` among the runs with seed 0.
+
+    choose: max, or min where less is better, as of perplexities.
+    Raises ValueError if there is no run with seed 0."""
+    first = sorted((r for r in rows if r["seed"] == 0), key=lambda r: r["lr"])
+    if not first:
+        raise ValueError("no run with seed 0 to choose a rate by: the filter matches nothing")
+    rate = choose(first, key=lambda r: r["validation"])["lr"]
+    return rate, [r for r in rows if r["lr"] == rate]
 
 
 def best(rows: list[dict], over: str, by: str) -> tuple[object, list[dict]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_lessons import best, load_results, machine_check, measure, spread, table
+from peft_lessons import best, load_results, machine_check, measure, spread, table, tuned
 from peft_lessons import machine as machine_module
 
 ROWS = [{"way": "LoRA", "n": 74498, "time": 0.12345}, {"way": "a <b>", "n": 3, "time": None}]
@@ -96,3 +96,13 @@ def test_every_dependency_is_looked_at():
     for name in ("torch", "transformers", "peft", "jupyterlab", "ipywidgets", "Python", "memory"):
         assert name in text
     assert measure.parameters(torch.nn.Linear(3, 2)).total == 8
+
+
+def test_tuned_takes_the_rate_by_validation_of_the_first_seed():
+    runs = [(0.1, 0, 0.8), (0.1, 1, 0.1), (0.3, 0, 0.7), (0.3, 1, 0.9), (0.01, 0, 0.8)]
+    rows = [{"lr": lr, "seed": seed, "validation": value} for lr, seed, value in runs]
+    assert tuned(rows[:4]) == (0.1, rows[:2])
+    assert tuned(rows[:4], min) == (0.3, rows[2:4])
+    assert tuned(rows)[0] == 0.01, "of equals the smaller rate"
+    with pytest.raises(ValueError, match="no run with seed 0"):
+        tuned(rows[1:2])

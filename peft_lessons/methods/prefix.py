@@ -119,14 +119,12 @@ def layer_kinds(config):
 # %% ../../notebooks/09_prefix_tuning.ipynb #b63e5324
 def refuse_call(prefix, reader, inputs):
     """ValueError for a call that would read the prefix wrongly, or not at all."""
-    cache, p = inputs["past_key_values"], len(prefix.embedding)
-    validate("Prefix", past_key_values=type(cache).__name__,
-             attention_mask=inputs.get("attention_mask"),
+    p, seen = len(prefix.embedding), seen_in(inputs)
+    refuse_cache("Prefix", inputs, p)
+    validate("Prefix", attention_mask=inputs.get("attention_mask"),
              checkpointing=reader.training and any(
                  getattr(module, "gradient_checkpointing", False) for module in reader.modules()))
-    seen = seen_in(inputs)
     refuse_long("Prefix", reader, p, max(seen - p, 0) + text_of(inputs).shape[1])
-    refuse_cache("Prefix", inputs, p)
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #ece1edd4
 def attach_prefix(model, method):
