@@ -503,6 +503,7 @@ def test_fit_moves_all_and_nothing_else(name, kind, tmp_path):
     assert torch.equal(model.eval()(**batch).logits, again.eval()(**batch).logits)
 
 
+@KIND
 def test_an_interrupted_run_resumes_to_the_same_bits(kind, tmp_path):
     def fresh():
         model = tiny_bert()
