@@ -204,7 +204,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
         )
     for key, tensor in tensors.items():
         # Indices are whole numbers (diff pruning); `from_peft` makes what they stand for.
-        if tensor.dtype not in (*_FLOATS, torch.int64):
+        if tensor.dtype not in (*_FLOATS, torch.int32, torch.int64):
             raise ValueError(_no_floats(key, tensor))
     _refuse_non_finite(tensors, "load_adapter")
     return config | _own_entries(own, folder), tensors, header

@@ -62,6 +62,8 @@ class Method:
                         subclass may store its weight differently (4-bit) or never call `forward`
         names_modules:  the fields that hold names of modules, or a pattern
         learning_rate:  what `fit` uses if it is not told otherwise
+        rate_factors:   {parameter of the wrapping or attached module: what that rate is multiplied
+                        by for it}, where one rate does not suit all of them
     """
 
     peft_type: ClassVar[str]
@@ -73,6 +75,7 @@ class Method:
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     names_modules: ClassVar[tuple[str, ...]] = ("targets",)
     learning_rate: ClassVar[float] = 1e-3
+    rate_factors: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -108,7 +111,8 @@ class Method:
         return None
 
     def select(self, model: nn.Module) -> Iterable[str]:
-        """Names of the base's own parameters that train (BitFit, partial fine-tuning)."""
+        """Names of the base's own parameters that train (BitFit, partial fine-tuning). ValueError
+        if there are none."""
         return ()
 
     # --- what it does during training
@@ -180,12 +184,7 @@ class Adapted(nn.Module):
         self._move(merged=False)
 
     def _moved(self, merged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.merged == merged:
-            raise RuntimeError(
-                "already merged: merging again would add the change twice; unmerge first"
-                if merged
-                else "not merged: there is nothing to take out"
-            )
+        _refuse_twice(self.merged, merged)
         with torch.no_grad():
             new = self.merged_tensors() if merged else self.unmerged_tensors()
         for what, tensor in zip(("weight", "bias"), new, strict=True):
@@ -210,13 +209,25 @@ class Adapted(nn.Module):
         self.merged = merged
 
 
+def _refuse_twice(merged: bool, wanted: bool) -> None:
+    if merged == wanted:
+        raise RuntimeError(
+            "already merged: merging again would add the change twice; unmerge first"
+            if merged
+            else "not merged: there is nothing to take out"
+        )
+
+
 def methods() -> list[type[Method]]:
-    """Every method that has been defined so far: the registry."""
+    """Every method that has been defined so far: the registry.
+
+    Of a class that was defined again, as when a notebook's cell is run twice, the last one."""
 
     def below(cls):
         return [d for c in cls.__subclasses__() for d in (c, *below(c))]
 
-    return [m for m in below(Method) if "peft_type" in vars(m)]
+    named = {(m.__module__, m.__qualname__): m for m in below(Method) if "peft_type" in vars(m)}
+    return list(named.values())
 
 
 # ------------------------------------------------------------------ finding modules by name
@@ -281,6 +292,23 @@ _IN_4_BITS = (
     ", in 4 bits already: load the model unquantised for the methods of the course, or "
     "dequantize(model) first; PEFT takes what bitsandbytes quantised"
 )
+
+
+def refuse_packed(modules: Mapping[str, nn.Module], argument: str) -> None:
+    """ValueError if one of the modules, {path: module}, holds packed 4-bit codes."""
+    for path, module in modules.items():
+        if _packed(module, recurse=True):
+            raise ValueError(
+                f"{argument}: {path!r} holds packed 4-bit codes, which have no gradient: put an "
+                "adapter beside them"
+            )
+
+
+def near_name(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the path of `known`, or its last part, that resembles `name`."""
+    known = [*known, *(path.rpartition(".")[2] for path in known)]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def find_targets(
@@ -371,19 +399,12 @@ def _find_whole(model: nn.Module, also_train: Any, wrapped: Iterable[str]) -> di
         here = {p: m for p, m in model.named_modules() if p and matches(p, (name,))}
         if not here:
             known = [p for p, m in model.named_modules() if p and list(m.parameters(recurse=False))]
-            known += [p.rsplit(".", 1)[-1] for p in known]
-            near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
-                f"also_train: {name!r} matches no module of the model"
-                + (f"; did you mean {near[0]!r}?" if near else "")
+                f"also_train: {name!r} matches no module of the model{near_name(name, known)}"
             )
         found.update(here)
+    refuse_packed(found, "also_train")
     for path, module in found.items():
-        if _packed(module, recurse=True):
-            raise ValueError(
-                f"also_train: {path!r} holds packed 4-bit codes, which have no gradient: put an "
-                "adapter beside them"
-            )
         if not any(True for _ in module.parameters()):
             raise ValueError(f"also_train: {path!r} has no parameters to train")
         for target in wrapped:
@@ -410,10 +431,11 @@ class Injection:
     fingerprint: str
     size: int  # parameters of the base; a method that quantises it leaves fewer to count
     shapes: dict[str, tuple[int, ...]]  # of the wrapped layers' weights, for the same reason
+    kept: bool = False  # whether merge made what trained of the base part of it
 
     @property
     def merged(self) -> bool:
-        return any(w.merged for w in self.wrappers.values())
+        return self.kept or any(w.merged for w in self.wrappers.values())
 
     def modules(self) -> dict[str, nn.Module]:
         """{path in the model: module}: all that the method added."""
@@ -476,8 +498,15 @@ class Report:
             )
             rows.append(("added, trains", added, where))
         if self.whole_parameters:
-            names = [f"{n} (fresh head)" if n in self.fresh else n for n in self.whole]
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            # Single parameters go by the end of their path: "6 × query.bias".
+            ends = Counter(
+                f"{n} (fresh head)" if n in self.fresh else ".".join(n.split(".")[-2:])
+                for n in self.whole
+            )
+            names = [end if n == 1 else f"{n} × {end}" for end, n in ends.items()]
+            shown = ", ".join(names[:3])
+            if len(names) > 3:
+                shown += f" and {sum([*ends.values()][3:])} more"
             rows.append(("of the base, trains", self.whole_parameters, shown))
         share = 100 * self.trainable / self.base
         rows.append(("trainable", self.trainable, f"{share:.3g} % of the base's {self.base:,}"))
@@ -565,8 +594,11 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     # A method that merely chooses parameters must choose some; the names are checked here, once.
     parameters = dict(model.named_parameters())
     chosen = list(method.select(model))
-    if unknown := [n for n in chosen if n not in parameters]:
-        raise ValueError(f"{type(method).__name__}: {unknown[0]!r} is no parameter of the model")
+    for name in chosen:
+        if name not in parameters:
+            raise ValueError(f"{type(method).__name__}: {name!r} is no parameter of the model")
+        if not parameters[name].is_floating_point():
+            raise ValueError(f"{type(method).__name__}: {name!r} is{_IN_4_BITS[1:]}")
     digest, size = fingerprint(model), _size(parameters.values())
     weights = {path: getattr(layer, "weight", None) for path, layer in targets.items()}
     shapes = {path: tuple(getattr(weight, "shape", ())) for path, weight in weights.items()}
@@ -647,9 +679,14 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def _move(model: nn.Module, verb: str, merged: bool) -> None:
     injection = _require_injection(model, verb)
-    if not injection.wrappers:
+    if injection.attached is not None:
         name = type(injection.method).__name__
-        raise TypeError(f"{verb}: {name} adds nothing to a layer's weights, so none can {verb}")
+        raise TypeError(
+            f"{verb}: what {name} adds lies outside the layers, and their weights cannot hold it"
+        )
+    if not injection.wrappers:  # what trained is the base's own, and lies in its weights already
+        _refuse_twice(injection.kept, merged)
+        injection.kept = merged
     # First everything is computed and thrown away: an error in the last layer leaves the first one
     # as it was, and never more than one layer's new weight is held.
     for path, wrapper in injection.wrappers.items():
@@ -663,6 +700,7 @@ def _move(model: nn.Module, verb: str, merged: bool) -> None:
 
 def merge(model: nn.Module) -> None:
     """Fold the method into the base's weights; the model computes the same, without the branch.
+    What a method trains of the base itself lies there already: then `unload` lets it stay.
 
     Raises RuntimeError if merged already, TypeError if the method cannot be merged, ValueError if a
     weight would hold NaN or infinity. In each case the model stays as it was."""

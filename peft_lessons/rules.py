@@ -121,6 +121,22 @@ def _narrower(value: Any) -> str | None:
     return None if m < d else f"must be (m, d) with m < d: {m} numbers are no bottleneck for {d}"
 
 
+def _share_of(value: Any) -> str | None:
+    part, whole = value
+    if isinstance(part, bool) or not isinstance(part, int) or not 1 <= part <= whole:
+        return "must be (k, n) with a whole number k from 1 to n, which is all there are"
+    return None
+
+
+def _indices(value: Any) -> str | None:
+    indices, values, size = value
+    if len(indices) != values:
+        return f"are {len(indices)}, but there are {values} values"
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+        return f"lie outside 0 to {size - 1}"
+    return None if len(indices.unique()) == len(indices) else "are there twice"
+
+
 def _plain_linear(value: Any) -> str | None:
     # Its width and dtype must be known, and what is in 4 bits or wrapped by another tells neither.
     return (
@@ -296,6 +312,18 @@ _FIELD_RULES: dict[str, Rule] = {
     "past_key_values": _prefix_cache,
     "checkpointing": _no_checkpointing,
     "mlp": _no_mlp,
+    "last": _whole_or_none,
+    "last_of": _share_of,
+    "keep_of": _share_of,
+    "indices": _indices,
+    "sparsity": _not_negative,
+    "stretch": _number(
+        lambda v: 1 < v < math.inf,
+        "must be a finite number above 1: a gate is stretched from (0, 1) to (-stretch, stretch), "
+        "and one that is not stretched beyond 1 can never be fully open",
+    ),
+    "structured": _flag,
+    "gates": _flag,
     "pairs": _same_shape,
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.std import tqdm
 
-from .inject import injection_of
+from .inject import Injection, injection_of
 
 FULL_LEARNING_RATE = 1e-4  # without a method, all that is not frozen trains at this rate
 
@@ -134,6 +134,17 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
+def _groups(trainable: dict[str, nn.Parameter], injection: Injection | None) -> list[dict]:
+    """The optimiser's groups: parameters whose learning rate is multiplied by the same factor."""
+    factors, groups = {}, {}
+    for path, module in (injection.modules() if injection else {}).items():
+        for name, _ in module.named_parameters():
+            factors[f"{path}.{name}"] = injection.method.rate_factors.get(name, 1.0)
+    for name, parameter in trainable.items():
+        groups.setdefault(factors.get(name, 1.0), []).append(parameter)
+    return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
+
+
 def _check(steps, lr, batch_size, warmup, weight_decay, clip) -> None:
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -207,7 +218,7 @@ def fit(
     run |= {"base": injection.fingerprint if injection else None}
     history, device, was_training = History(), _device(model), model.training
     optimizer = torch.optim.AdamW(
-        trainable.values(),
+        _groups(trainable, injection),
         lr=lr,
         weight_decay=weight_decay,
         fused=device.type in ("cpu", "cuda"),  # one pass over the weights instead of ten
@@ -224,7 +235,7 @@ def fit(
                 started = time.perf_counter()
                 rate = lr * _schedule(step, steps, round(warmup * steps))
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["factor"]
                 loss = _loss(model, {k: v.to(device) for k, v in batch.items()}).loss
                 if injection:
                     loss = loss + injection.method.penalty(injection)

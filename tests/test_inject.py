@@ -22,6 +22,7 @@ from peft_lessons import (
     merge,
     methods,
     report,
+    save_adapter,
     unload,
     unmerge,
 )
@@ -634,7 +635,7 @@ def test_an_attached_method():
     assert told.trainable == 64 and torch.equal(model(IDS).logits, before)
     nn.init.normal_(injection_of(model).attached.shift)
     assert not torch.allclose(model(IDS).logits, before)
-    with pytest.raises(TypeError, match="none can merge"):
+    with pytest.raises(TypeError, match="ShiftEmbeddings adds lies outside the layers"):
         merge(model)
     assert torch.equal(unload(model)(IDS).logits, before)
 
@@ -668,6 +669,52 @@ def test_a_selecting_method():
         inject(bare, Norms())
 
 
+def test_merged_what_a_method_trains_of_the_base_stays():
+    model = tiny_llama()
+    inject(model, Norms())
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.add_(1.0)
+    learned = model(IDS).logits
+    with pytest.raises(RuntimeError, match="not merged"):
+        unmerge(model)
+    merge(model)
+    with pytest.raises(RuntimeError, match="already merged"):
+        merge(model)
+    with pytest.raises(RuntimeError, match="unmerge"):
+        save_adapter(model, "never-written")
+    unmerge(model)
+    merge(model)
+    assert torch.equal(unload(model)(IDS).logits, learned) and injection_of(model) is None
+
+
+def test_selected_parameters_in_4_bits_are_refused():
+    @dataclass(frozen=True)
+    class Packed(Method):
+        peft_type = "TEST_PACKED"
+
+        def select(self, model):
+            return ["codes"]
+
+    model = nn.Module()
+    model.codes = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="Packed: 'codes' is in 4 bits already"):
+        inject(model, Packed())
+
+
+def test_of_a_method_defined_twice_the_last_one_counts():
+    def define(value):
+        @dataclass(frozen=True)
+        class Again(Method):
+            peft_type = "TEST_AGAIN"
+            version = value
+
+        return Again
+
+    first, second = define(1), define(2)
+    assert [m.version for m in methods() if m.peft_type == "TEST_AGAIN"] == [2]
+    assert first is not second
+
+
 def test_a_failing_wrap_changes_nothing():
     model = tiny_llama()
     untouched = state(model)
@@ -696,3 +743,4 @@ def test_the_report_names_selected_parameters_beside_the_head():
     told = inject(model, KeyBiases())
     assert told.whole == ("classifier", *KeyBiases().select(model))
     assert told.whole_parameters == told.trainable == 2 * 64 + 2 * 64 + 2
+    assert "classifier (fresh head), 2 × key.bias" in repr(told)

@@ -473,7 +473,7 @@ def test_a_copy_reads_its_own_prefix():
 def test_a_prefix_cannot_be_merged(verb):
     ours, _ = pair("llama")
     before = state(ours)
-    with pytest.raises(TypeError, match="Prefix adds nothing to a layer's weights"):
+    with pytest.raises(TypeError, match="what Prefix adds lies outside the layers"):
         verb(ours)
     assert same(state(ours), before)
 

@@ -657,7 +657,7 @@ def test_unload_and_again(name):
         assert not torch.equal(model(**batch).logits[..., -1, :], logits[..., -1, :])
         with pytest.raises(RuntimeError, match="holds Prompt"):
             inject(model, Prompt(P))
-        with pytest.raises(TypeError, match="merge: Prompt adds nothing to a layer's weights"):
+        with pytest.raises(TypeError, match="merge: what Prompt adds lies outside the layers"):
             merge(model)
         with pytest.raises(TypeError, match="unmerge"):
             unmerge(model)

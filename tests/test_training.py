@@ -262,7 +262,7 @@ def test_evaluate_restores_the_mode_and_counts_right():
     assert "±" in repr(scores) and f"{100 * scores.accuracy:.1f} %" in repr(scores)
 
 
-# ------------------------- the hooks that AdaLoRA and diff pruning will need, in small
+# ------------------------- the hooks that AdaLoRA and diff pruning need, in small
 
 
 class Counting(Adapted):
@@ -320,3 +320,21 @@ def test_a_method_takes_part_in_training_and_its_buffers_resume(tmp_path):
         )
     fit(again, TASK, 10, show=False, checkpoint=file)
     assert same(state(again), state(model))
+
+
+def test_a_parameter_may_have_a_learning_rate_of_its_own():
+    @dataclass(frozen=True)
+    class Faster(Hooked):
+        peft_type = "TEST_FASTER"
+        rate_factors = {"scale": 8.0}
+
+    moved = {}
+    for method in (Hooked(total=1), Faster(total=1)):
+        model = injected(method)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        before = {n: p.detach().clone() for n, p in trained.items()}
+        fit(model, TASK, 1, lr=0.01, warmup=0, clip=None, show=False)
+        moved[type(method)] = {n: (p - before[n]).abs().max().item() for n, p in trained.items()}
+    for name, distance in moved[Hooked].items():
+        factor = 8 if name.endswith(".scale") else 1
+        assert moved[Faster][name] == pytest.approx(factor * distance, rel=1e-4), name
