@@ -41,7 +41,7 @@ CAUSES = [
     pytest.param(one, sentence, wrong, id=f"{one.__name__}-{i}")
     for found in CHECKS.values()
     for one in found.values()
-    for i, (sentence, wrong) in enumerate(one.causes)
+    for i, (sentence, wrong) in enumerate(one.causes.items())
 ]
 by_name = {"ids": lambda value: getattr(value, "__name__", None)}
 

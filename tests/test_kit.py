@@ -24,7 +24,7 @@ def not_strict(monkeypatch):
         Case(lambda: [torch.randn(4, 2).double(), -2.0]),
     ],
     gradients=("x",),
-    causes=[("the factor is left out", lambda x, k: x), ("it is added", lambda x, k: x + k)],
+    causes={"the factor is left out": lambda x, k: x, "it is added": lambda x, k: x + k},
 )
 def scale(x, k):
     """Every entry is k times as large."""
@@ -200,7 +200,7 @@ def test_a_function_without_a_signature_is_called_all_the_same():
 
 
 def test_causes_that_one_case_cannot_tell_apart():
-    causes = [("plus", lambda a, b: a + b), ("twice", lambda a, b: 2 * a)]
+    causes = {"plus": lambda a, b: a + b, "twice": lambda a, b: 2 * a}
 
     @check_for(cases=[(4, 4), (3, 4)], causes=causes)
     def times(a, b):
@@ -445,10 +445,10 @@ def test_difference_names_the_parts():
     cases=[(torch.tensor([1.0, -2.0, 4.0]),)],
     view=lambda parts: dict(zip(("the sum", "the largest"), parts, strict=True)),
     staged=True,
-    causes=[
-        ("the absolute values are summed", lambda x: (x.abs().sum(), x.max())),
-        ("the smallest entry is taken for the largest", lambda x: (x.sum(), x.min())),
-    ],
+    causes={
+        "the absolute values are summed": lambda x: (x.abs().sum(), x.max()),
+        "the smallest entry is taken for the largest": lambda x: (x.sum(), x.min()),
+    },
 )
 def sum_and_largest(x):
     """Two parts in an order."""

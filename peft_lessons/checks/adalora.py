@@ -43,64 +43,49 @@ def _vectors(out, in_, rank, near=0.0, dtype=torch.float32):
         Case(lambda: _vectors(10, 16, 3, dtype=torch.float64)),
     ],
     gradients=("P", "Q"),
-    causes=[
-        (
-            "the norms are not squared: that is PEFT's form, the paper's has squares",
-            _penalty(of=torch.norm),
+    causes={
+        "the norms are not squared: that is PEFT's form, the paper's has squares": _penalty(
+            of=torch.norm
+        ),
+        "this is PEFT's form, the mean of two norms: the paper adds their squares": _penalty(
+            of=torch.norm, join=lambda a, b: (a + b) / 2
+        ),
+        "this is half of it: add the two terms, without a mean or a weight": _penalty(
+            join=lambda a, b: (a + b) / 2
+        ),
+        "the squares are averaged over the entries: the Frobenius norm adds them": _penalty(
+            of=lambda gap: (gap**2).mean()
+        ),
+        "absolute values are added, not squares": _penalty(of=lambda gap: gap.abs().sum()),
+        "one root is taken of the whole: leave it squared": _penalty(
+            join=lambda a, b: (a + b).sqrt()
+        ),
+        "this is the spectral norm, the largest singular value: take all of the entries": _penalty(
+            of=lambda gap: torch.linalg.matrix_norm(gap, 2) ** 2
+        ),
+        "Q has its vectors in its rows: QQᵀ is (r, r), and QᵀQ (in, in) cannot become I": _penalty(
+            q=lambda Q: Q.T @ Q
         ),
         (
-            "this is PEFT's form, the mean of two norms: the paper adds their squares",
-            _penalty(of=torch.norm, join=lambda a, b: (a + b) / 2),
+            "P has its vectors in its columns: PᵀP is (r, r), and PPᵀ (out, out) cannot become I"
+        ): _penalty(p=lambda P: P @ P.T),
+        "both products are turned: those of shape (r, r) are wanted, PᵀP and QQᵀ": _penalty(
+            p=lambda P: P @ P.T, q=lambda Q: Q.T @ Q
         ),
-        (
-            "this is half of it: add the two terms, without a mean or a weight",
-            _penalty(join=lambda a, b: (a + b) / 2),
+        "I is not subtracted": _penalty(less=lambda gram: 0),
+        "1 is subtracted from every entry: I is 0 off the diagonal": _penalty(less=lambda gram: 1),
+        "only the off-diagonal entries count: the lengths must become 1 too": _penalty(
+            less=lambda gram: gram.diagonal().diag()
         ),
-        (
-            "the squares are averaged over the entries: the Frobenius norm adds them",
-            _penalty(of=lambda gap: (gap**2).mean()),
+        "only the diagonal counts: vectors must be orthogonal to one another too": _penalty(
+            p=lambda P: (P**2).sum(0).diag(), q=lambda Q: (Q**2).sum(1).diag()
         ),
-        ("absolute values are added, not squares", _penalty(of=lambda gap: gap.abs().sum())),
-        (
-            "one root is taken of the whole: leave it squared",
-            _penalty(join=lambda a, b: (a + b).sqrt()),
-        ),
-        (
-            "this is the spectral norm, the largest singular value: take all of the entries",
-            _penalty(of=lambda gap: torch.linalg.matrix_norm(gap, 2) ** 2),
-        ),
-        (
-            "Q has its vectors in its rows: QQᵀ is (r, r), and QᵀQ (in, in) cannot become I",
-            _penalty(q=lambda Q: Q.T @ Q),
-        ),
-        (
-            "P has its vectors in its columns: PᵀP is (r, r), and PPᵀ (out, out) cannot become I",
-            _penalty(p=lambda P: P @ P.T),
-        ),
-        (
-            "both products are turned: those of shape (r, r) are wanted, PᵀP and QQᵀ",
-            _penalty(p=lambda P: P @ P.T, q=lambda Q: Q.T @ Q),
-        ),
-        ("I is not subtracted", _penalty(less=lambda gram: 0)),
-        (
-            "1 is subtracted from every entry: I is 0 off the diagonal",
-            _penalty(less=lambda gram: 1),
-        ),
-        (
-            "only the off-diagonal entries count: the lengths must become 1 too",
-            _penalty(less=lambda gram: gram.diagonal().diag()),
-        ),
-        (
-            "only the diagonal counts: vectors must be orthogonal to one another too",
-            _penalty(p=lambda P: (P**2).sum(0).diag(), q=lambda Q: (Q**2).sum(1).diag()),
-        ),
-        ("only P is penalised", _penalty(join=lambda a, b: a)),
-        ("only Q is penalised", _penalty(join=lambda a, b: b)),
-        (
-            "the norm of the two differences' sum is taken: each has its own",
-            lambda P, Q: ((P.T @ P + Q @ Q.T - 2 * _identity(Q @ Q.T)) ** 2).sum(),
-        ),
-    ],
+        "only P is penalised": _penalty(join=lambda a, b: a),
+        "only Q is penalised": _penalty(join=lambda a, b: b),
+        "the norm of the two differences' sum is taken: each has its own": lambda P, Q: (
+            (P.T @ P + Q @ Q.T - 2 * _identity(Q @ Q.T)) ** 2
+        ).sum(),
+    },
 )
 def orthogonality_penalty(P, Q):
     """The squared distance from orthonormal, of the columns of P and the rows of Q."""
@@ -154,78 +139,60 @@ def _importance_case(shape, beta1=0.85, beta2=0.9, first=False, dtype=torch.floa
         _importance_case((2, 6), 0.3, 0.7, dtype=torch.float64),
     ],
     returns=("sensitivity", "uncertainty", "score"),
-    causes=[
-        (
-            "the uncertainty measures from the old sensitivity: take the new one",
-            _updating(doubt=lambda now, new, old: (now - old).abs()),
+    causes={
+        "the uncertainty measures from the old sensitivity: take the new one": _updating(
+            doubt=lambda now, new, old: (now - old).abs()
+        ),
+        "the uncertainty is not an absolute value": _updating(
+            doubt=lambda now, new, old: now - new
+        ),
+        "the deviation is squared, as in a variance: take its absolute value": _updating(
+            doubt=lambda now, new, old: (now - new) ** 2
+        ),
+        "the uncertainty averages the importance itself, not its deviation": _updating(
+            doubt=lambda now, new, old: now
         ),
         (
-            "the uncertainty is not an absolute value",
-            _updating(doubt=lambda now, new, old: now - new),
+            "the deviation is the change of the average: take that of this step's importance"
+        ): _updating(doubt=lambda now, new, old: (new - old).abs()),
+        "the importance has a sign: take the absolute value of weight · grad": _updating(
+            importance=lambda w, g: w * g
         ),
-        (
-            "the deviation is squared, as in a variance: take its absolute value",
-            _updating(doubt=lambda now, new, old: (now - new) ** 2),
+        "the weight is left out of the importance": _updating(lambda w, g: g.abs()),
+        "the gradient is left out of the importance": _updating(lambda w, g: w.abs()),
+        "the importance is squared": _updating(lambda w, g: (w * g) ** 2),
+        "β and 1 − β have changed places: β is the share of the past": _updating(
+            smoothed=lambda old, new, beta: (1 - beta) * old + beta * new
         ),
-        (
-            "the uncertainty averages the importance itself, not its deviation",
-            _updating(doubt=lambda now, new, old: now),
+        "the new value is not multiplied by 1 − β": _updating(
+            smoothed=lambda old, new, beta: beta * old + new
         ),
-        (
-            "the deviation is the change of the average: take that of this step's importance",
-            _updating(doubt=lambda now, new, old: (new - old).abs()),
+        "the past is not multiplied by β": _updating(
+            smoothed=lambda old, new, beta: old + (1 - beta) * new
         ),
-        (
-            "the importance has a sign: take the absolute value of weight · grad",
-            _updating(importance=lambda w, g: w * g),
+        "the averages are divided by 1 − β as in Adam: here nothing is corrected": _updating(
+            smoothed=lambda old, new, beta: _smoothed(old, new, beta) / (1 - beta)
         ),
-        ("the weight is left out of the importance", _updating(lambda w, g: g.abs())),
-        ("the gradient is left out of the importance", _updating(lambda w, g: w.abs())),
-        ("the importance is squared", _updating(lambda w, g: (w * g) ** 2)),
-        (
-            "β and 1 − β have changed places: β is the share of the past",
-            _updating(smoothed=lambda old, new, beta: (1 - beta) * old + beta * new),
+        "beta1 and beta2 have changed places": _updating(betas=lambda b1, b2: (b2, b1)),
+        "beta1 smooths both: the uncertainty has beta2": _updating(betas=lambda b1, b2: (b1, b1)),
+        "beta2 smooths both: the sensitivity has beta1": _updating(betas=lambda b1, b2: (b2, b2)),
+        "the score is the product of the old averages: take the new ones": _updating(
+            score=lambda s, u, s_old, u_old: s_old * u_old
         ),
-        (
-            "the new value is not multiplied by 1 − β",
-            _updating(smoothed=lambda old, new, beta: beta * old + new),
+        "the score is a sum: multiply": _updating(score=lambda s, u, s_old, u_old: s + u),
+        "the score is the sensitivity alone: multiply by the uncertainty": _updating(
+            score=lambda s, u, s_old, u_old: s
         ),
-        (
-            "the past is not multiplied by β",
-            _updating(smoothed=lambda old, new, beta: old + (1 - beta) * new),
+        "the score is a ratio, less where it is less certain: AdaLoRA multiplies": _updating(
+            score=lambda s, u, s_old, u_old: s / (u + 1e-12)
         ),
-        (
-            "the averages are divided by 1 − β as in Adam: here nothing is corrected",
-            _updating(smoothed=lambda old, new, beta: _smoothed(old, new, beta) / (1 - beta)),
+        "sensitivity and uncertainty have changed places": _updating(
+            order=lambda s, u, score: (u, s, score)
         ),
-        ("beta1 and beta2 have changed places", _updating(betas=lambda b1, b2: (b2, b1))),
-        ("beta1 smooths both: the uncertainty has beta2", _updating(betas=lambda b1, b2: (b1, b1))),
-        (
-            "beta2 smooths both: the sensitivity has beta1",
-            _updating(betas=lambda b1, b2: (b2, b2)),
+        "the order is turned: the score comes last": _updating(
+            order=lambda s, u, score: (score, s, u)
         ),
-        (
-            "the score is the product of the old averages: take the new ones",
-            _updating(score=lambda s, u, s_old, u_old: s_old * u_old),
-        ),
-        ("the score is a sum: multiply", _updating(score=lambda s, u, s_old, u_old: s + u)),
-        (
-            "the score is the sensitivity alone: multiply by the uncertainty",
-            _updating(score=lambda s, u, s_old, u_old: s),
-        ),
-        (
-            "the score is a ratio, less where it is less certain: AdaLoRA multiplies",
-            _updating(score=lambda s, u, s_old, u_old: s / (u + 1e-12)),
-        ),
-        (
-            "sensitivity and uncertainty have changed places",
-            _updating(order=lambda s, u, score: (u, s, score)),
-        ),
-        (
-            "the order is turned: the score comes last",
-            _updating(order=lambda s, u, score: (score, s, u)),
-        ),
-    ],
+    },
 )
 def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
     """Both averages moved on by one step, and their product, entry by entry."""
@@ -271,81 +238,63 @@ def _rounded_up(value):
         Case(lambda: [7, 90, 6, 3, 5, 20]),
         Case(lambda: [100, 5000, 1000, 0, 0, 100], note="the last of all steps"),
     ],
-    causes=[
-        (
-            "the budget stays at `initial`: // drops the fraction, or what is done is cubed",
-            _budget(curve=lambda left: 1),
+    causes={
+        "the budget stays at `initial`: // drops the fraction, or what is done is cubed": _budget(
+            curve=lambda left: 1
         ),
-        ("the way is linear: take the cube of what is left", _budget(curve=lambda left: left)),
-        ("the way is quadratic, not cubic", _budget(curve=lambda left: left**2)),
-        (
-            "1 − x³ prunes slowly first: (1 − x)³ is wanted, the cube of what is left",
-            _budget(curve=lambda left: 1 - (1 - left) ** 3),
+        "the way is linear: take the cube of what is left": _budget(curve=lambda left: left),
+        "the way is quadratic, not cubic": _budget(curve=lambda left: left**2),
+        "1 − x³ prunes slowly first: (1 − x)³ is wanted, the cube of what is left": _budget(
+            curve=lambda left: 1 - (1 - left) ** 3
         ),
-        (
-            "the budget rises: of what is left of the way take the cube, not of what is done",
-            _budget(curve=lambda left: (1 - left) ** 3),
+        "the budget rises: of what is left of the way take the cube, not of what is done": _budget(
+            curve=lambda left: (1 - left) ** 3
         ),
-        ("the result is rounded to the nearest: round down", _budget(rounded=round)),
-        ("the result is rounded up: round down", _budget(rounded=_rounded_up)),
-        ("the result is a float: triplets are whole", _budget(rounded=float)),
-        (
-            "the way ends at total: it ends tfinal steps earlier",
-            _budget(lambda step, tinit, tfinal, total: 1 - (step - tinit) / (total - tinit)),
+        "the result is rounded to the nearest: round down": _budget(rounded=round),
+        "the result is rounded up: round down": _budget(rounded=_rounded_up),
+        "the result is a float: triplets are whole": _budget(rounded=float),
+        "the way ends at total: it ends tfinal steps earlier": _budget(
+            lambda step, tinit, tfinal, total: 1 - (step - tinit) / (total - tinit)
         ),
-        (
-            "the way is total − tfinal long: it begins after tinit steps",
-            _budget(lambda step, tinit, tfinal, total: 1 - (step - tinit) / (total - tfinal)),
+        "the way is total − tfinal long: it begins after tinit steps": _budget(
+            lambda step, tinit, tfinal, total: 1 - (step - tinit) / (total - tfinal)
         ),
-        (
-            "the way is counted from step 0: it begins after tinit steps",
-            _budget(lambda step, tinit, tfinal, total: 1 - step / (total - tfinal)),
+        "the way is counted from step 0: it begins after tinit steps": _budget(
+            lambda step, tinit, tfinal, total: 1 - step / (total - tfinal)
         ),
-        (
-            "tfinal is subtracted from the step too, as the paper's formula is often printed",
-            _budget(
-                lambda step, tinit, tfinal, total: (
-                    1 - (step - tinit - tfinal) / (total - tinit - tfinal)
-                )
-            ),
+        "tfinal is subtracted from the step too, as the paper's formula is often printed": _budget(
+            lambda step, tinit, tfinal, total: (
+                1 - (step - tinit - tfinal) / (total - tinit - tfinal)
+            )
+        ),
+        "this is one step late: steps count from 1": _budget(
+            lambda step, tinit, tfinal, total: 1 - (step - 1 - tinit) / (total - tfinal - tinit)
+        ),
+        "before tinit there is no way yet, and the cube exceeds the initial budget": _budget(
+            before=False
         ),
         (
-            "this is one step late: steps count from 1",
-            _budget(
-                lambda step, tinit, tfinal, total: 1 - (step - 1 - tinit) / (total - tfinal - tinit)
-            ),
-        ),
+            "after total − tfinal what is left is negative, and so is its cube: stay at `final`"
+        ): _budget(after=False),
         (
-            "before tinit there is no way yet, and the cube exceeds the initial budget",
-            _budget(before=False),
-        ),
-        (
-            "after total − tfinal what is left is negative, and so is its cube: stay at `final`",
-            _budget(after=False),
-        ),
-        (
-            "neither end is held: until tinit the budget is `initial`, from total − tfinal `final`",
-            _budget(before=False, after=False),
-        ),
-        (
-            "`final` is not added: the cube is of the part that goes",
+            "neither end is held: until tinit the budget is `initial`, from total − tfinal `final`"
+        ): _budget(before=False, after=False),
+        "`final` is not added: the cube is of the part that goes": (
             lambda step, initial, final, tinit, tfinal, total: _budget()(
                 step, initial - final, 0, tinit, tfinal, total
-            ),
+            )
         ),
-        (
-            "`initial` is multiplied by the cube: only initial − final goes",
+        "`initial` is multiplied by the cube: only initial − final goes": (
             lambda step, initial, final, tinit, tfinal, total: _budget()(
                 step, initial + final, final, tinit, tfinal, total
-            ),
+            )
         ),
-        (
-            "initial and final have changed places",
+        "initial and final have changed places": (
             lambda step, initial, final, tinit, tfinal, total: _budget()(
                 step, final, initial, tinit, tfinal, total
-            ),
+            )
         ),
-    ],
+    },
 )
 def cubic_budget(step, initial, final, tinit, tfinal, total):
     """The number of triplets that may stay, at the start, on the way and at the end."""
@@ -422,86 +371,60 @@ def _ties():
         Case(lambda: [[torch.zeros(30), torch.zeros(40)], 50], note="all scores are 0"),
     ],
     returns="masks",
-    causes=[
-        ("every layer keeps the same number: rank all layers together", _each),
+    causes={
+        "every layer keeps the same number: rank all layers together": _each,
+        "every layer keeps a share of its own size: rank all layers together": _in_proportion,
         (
-            "every layer keeps a share of its own size: rank all layers together",
-            _in_proportion,
+            "the scores are normalised within each layer, which makes all layers equally good"
+        ): _normalised,
+        "the worst are kept, not the best": _masking(
+            lambda pooled, b: _chosen(pooled, _order(pooled, descending=False), b)
         ),
-        (
-            "the scores are normalised within each layer, which makes all layers equally good",
-            _normalised,
+        "the mask tells what goes: True is for what stays": _masking(
+            lambda pooled, budget: ~_best(pooled, budget)
         ),
-        (
-            "the worst are kept, not the best",
-            _masking(lambda pooled, b: _chosen(pooled, _order(pooled, descending=False), b)),
+        "the budget is taken for the number that goes": _masking(
+            lambda pooled, budget: _best(pooled, len(pooled) - budget)
         ),
-        (
-            "the mask tells what goes: True is for what stays",
-            _masking(lambda pooled, budget: ~_best(pooled, budget)),
+        "one too many stays: at the threshold itself a comparison with >= keeps one more": _masking(
+            lambda pooled, budget: pooled >= _cut(pooled, budget)
         ),
+        "one too few stays": _masking(lambda pooled, budget: _best(pooled, max(0, budget - 1))),
         (
-            "the budget is taken for the number that goes",
-            _masking(lambda pooled, budget: _best(pooled, len(pooled) - budget)),
+            "scores that are equal at the edge all go, as in PEFT: here the budget is used up"
+        ): _masking(lambda pooled, budget: pooled > _cut(pooled, budget)),
+        "scores that are equal at the edge all stay: that is above the budget": _masking(
+            lambda pooled, budget: pooled >= (pooled.sort().values[-budget] if budget else 9e9)
         ),
-        (
-            "one too many stays: at the threshold itself a comparison with >= keeps one more",
-            _masking(lambda pooled, budget: pooled >= _cut(pooled, budget)),
-        ),
-        (
-            "one too few stays",
-            _masking(lambda pooled, budget: _best(pooled, max(0, budget - 1))),
-        ),
-        (
-            "scores that are equal at the edge all go, as in PEFT: here the budget is used up",
-            _masking(lambda pooled, budget: pooled > _cut(pooled, budget)),
-        ),
-        (
-            "scores that are equal at the edge all stay: that is above the budget",
-            _masking(
-                lambda pooled, budget: pooled >= (pooled.sort().values[-budget] if budget else 9e9)
-            ),
-        ),
-        (
-            "of equal scores the last ones stay, and the first ones should",
-            _masking(
-                lambda pooled, b: _chosen(pooled, len(pooled) - 1 - _order(pooled.flip(0)), b)
-            ),
+        "of equal scores the last ones stay, and the first ones should": _masking(
+            lambda pooled, b: _chosen(pooled, len(pooled) - 1 - _order(pooled.flip(0)), b)
         ),
         (
             "which of several equal scores topk or an unstable sort takes is not defined: take "
-            "argsort with stable=True",
-            _masking(lambda pooled, budget: _chosen(pooled, pooled.topk(budget).indices, budget)),
+            "argsort with stable=True"
+        ): _masking(lambda pooled, budget: _chosen(pooled, pooled.topk(budget).indices, budget)),
+        "the masks are in the order of the scores, not in that of the triplets": _masking(
+            lambda pooled, budget: torch.arange(len(pooled)) < budget
         ),
         (
-            "the masks are in the order of the scores, not in that of the triplets",
-            _masking(lambda pooled, budget: torch.arange(len(pooled)) < budget),
+            "argsort lists which triplet comes where, not the place of each: order[:budget] stays"
+        ): _masking(lambda pooled, budget: _order(pooled) < budget),
+        "[-0:] takes everything: with a budget of 0 nothing stays": _masking(
+            lambda pooled, budget: _best(pooled, budget or len(pooled))
         ),
         (
-            "argsort lists which triplet comes where, not the place of each: order[:budget] stays",
-            _masking(lambda pooled, budget: _order(pooled) < budget),
+            "chunk cuts into equal parts: layers differ in size, and split takes their sizes"
+        ): lambda scores, budget: list(_best(torch.cat(scores), budget).chunk(len(scores))),
+        "the masks are one flat tensor: split it by layers": lambda scores, budget: _best(
+            torch.cat(scores), budget
+        ),
+        "these are numbers, 0 and 1: a mask is of dtype bool": _masking(
+            lambda pooled, budget: _best(pooled, budget).to(pooled.dtype)
         ),
         (
-            "[-0:] takes everything: with a budget of 0 nothing stays",
-            _masking(lambda pooled, budget: _best(pooled, budget or len(pooled))),
-        ),
-        (
-            "chunk cuts into equal parts: layers differ in size, and split takes their sizes",
-            lambda scores, budget: list(_best(torch.cat(scores), budget).chunk(len(scores))),
-        ),
-        (
-            "the masks are one flat tensor: split it by layers",
-            lambda scores, budget: _best(torch.cat(scores), budget),
-        ),
-        (
-            "these are numbers, 0 and 1: a mask is of dtype bool",
-            _masking(lambda pooled, budget: _best(pooled, budget).to(pooled.dtype)),
-        ),
-        (
-            "these are the scores that stay, with zeros for the others: a mask is of dtype bool",
-            _masking(lambda pooled, budget: pooled * _best(pooled, budget)),
-        ),
-    ],
+            "these are the scores that stay, with zeros for the others: a mask is of dtype bool"
+        ): _masking(lambda pooled, budget: pooled * _best(pooled, budget)),
+    },
 )
 def mask_to_budget(scores, budget):
     """Exactly `budget` triplets stay, the best of all layers, and the first ones of equals."""
@@ -591,43 +514,32 @@ _CLEARED = (
     returns="the loss",
     changes=("model",),
     tolerance=1e-4,
-    causes=[
-        (f"the regulariser is left out; and {_CLEARED}", _stepping("bszu", penalty=0)),
-        (
-            "the regulariser is left out: the loss is the task's plus allocator.penalty()",
-            _stepping(penalty=0),
+    causes={
+        f"the regulariser is left out; and {_CLEARED}": _stepping("bszu", penalty=0),
+        "the regulariser is left out: the loss is the task's plus allocator.penalty()": _stepping(
+            penalty=0
         ),
-        (_CLEARED, _stepping("bszu")),
+        _CLEARED: _stepping("bszu"),
         (
             "the regulariser is in the loss that is returned, but not in the gradients: add it "
-            "before backward()",
-            _stepping(trained=0),
+            "before backward()"
+        ): _stepping(trained=0),
+        "the regulariser is in the gradients, but not in the loss that is returned": _stepping(
+            told=0
         ),
+        "allocator.penalty() has its weight in it already": _stepping(penalty=_SCHEDULE.orthogonal),
+        "the regulariser is subtracted": _stepping(penalty=-1.0),
         (
-            "the regulariser is in the gradients, but not in the loss that is returned",
-            _stepping(told=0),
-        ),
+            "the allocator is called before optimizer.step(), which brings back what it pruned"
+        ): _stepping("busz"),
+        "the allocator is never called: no rank ever changes": _stepping("bsz"),
+        "the allocator is one step behind: it counts from 1, as `step` does": _stepping(shift=-1),
+        "the allocator is one step ahead: `step` counts from 1 already": _stepping(shift=1),
+        "the gradients are never cleared, and add up": _stepping("bsu"),
         (
-            "allocator.penalty() has its weight in it already",
-            _stepping(penalty=_SCHEDULE.orthogonal),
-        ),
-        ("the regulariser is subtracted", _stepping(penalty=-1.0)),
-        (
-            "the allocator is called before optimizer.step(), which brings back what it pruned",
-            _stepping("busz"),
-        ),
-        ("the allocator is never called: no rank ever changes", _stepping("bsz")),
-        (
-            "the allocator is one step behind: it counts from 1, as `step` does",
-            _stepping(shift=-1),
-        ),
-        ("the allocator is one step ahead: `step` counts from 1 already", _stepping(shift=1)),
-        ("the gradients are never cleared, and add up", _stepping("bsu")),
-        (
-            "nothing is learned: the optimiser takes no step, or finds its gradients cleared",
-            _stepping("buz"),
-        ),
-    ],
+            "nothing is learned: the optimiser takes no step, or finds its gradients cleared"
+        ): _stepping("buz"),
+    },
 )
 def adalora_step(model, batch, optimizer, allocator, step):
     """The loss with its regulariser, and the right weights and ranks at every step to the end."""

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
-from .kit import Case, check_for
+from .kit import Case, check_for, gradients_of, refused
 
 # ------------------------------------------------------------------ adapter_parameters
 
@@ -32,50 +32,36 @@ def _count(
         (192, 5, 7, "houlsby"),
         (100, 3, 1, "parallel"),
         (64, 1, 4, "pfeiffer"),
-        Case(
-            lambda: [64, 4, 2, "between"],
-            note="no such kind",
-            raises=(ValueError,),
-            mentions="between",
-        ),
+        refused(lambda: [64, 4, 2, "between"], "between", "no such kind"),
     ],
-    causes=[
-        ("the biases are missing: m and d numbers a place", _count(one=lambda d, m: 2 * d * m)),
-        ("the bias of the way up is missing, d numbers", _count(one=lambda d, m: 2 * d * m + m)),
-        ("the bias of the way down is missing, m numbers", _count(one=lambda d, m: 2 * d * m + d)),
-        (
-            "both biases are counted with d numbers: the way down ends in m",
-            _count(one=lambda d, m: 2 * d * m + 2 * d),
+    causes={
+        "the biases are missing: m and d numbers a place": _count(one=lambda d, m: 2 * d * m),
+        "the bias of the way up is missing, d numbers": _count(one=lambda d, m: 2 * d * m + m),
+        "the bias of the way down is missing, m numbers": _count(one=lambda d, m: 2 * d * m + d),
+        "both biases are counted with d numbers: the way down ends in m": _count(
+            one=lambda d, m: 2 * d * m + 2 * d
         ),
-        (
-            "both biases are counted with m numbers: the way up ends in d",
-            _count(one=lambda d, m: 2 * d * m + 2 * m),
+        "both biases are counted with m numbers: the way up ends in d": _count(
+            one=lambda d, m: 2 * d * m + 2 * m
         ),
-        ("one of the two matrices is missing", _count(one=lambda d, m: d * m + m + d)),
-        (
-            "the norms are counted too: the adapter itself has none",
-            _count(one=lambda d, m: 2 * d * m + m + d + 2 * d),
+        "one of the two matrices is missing": _count(one=lambda d, m: d * m + m + d),
+        "the norms are counted too: the adapter itself has none": _count(
+            one=lambda d, m: 2 * d * m + m + d + 2 * d
         ),
-        ("houlsby stands at two places of a layer", _count(places=lambda kind: 1)),
-        ("pfeiffer and parallel stand at one place of a layer", _count(places=lambda kind: 2)),
-        (
-            "pfeiffer stands at one place of a layer, after the feed-forward",
-            _count(places=lambda kind: 1 if kind == "parallel" else 2),
+        "houlsby stands at two places of a layer": _count(places=lambda kind: 1),
+        "pfeiffer and parallel stand at one place of a layer": _count(places=lambda kind: 2),
+        "pfeiffer stands at one place of a layer, after the feed-forward": _count(
+            places=lambda kind: 1 if kind == "parallel" else 2
         ),
-        (
-            "parallel stands at one place of a layer, beside the feed-forward",
-            _count(places=lambda kind: 1 if kind == "pfeiffer" else 2),
+        "parallel stands at one place of a layer, beside the feed-forward": _count(
+            places=lambda kind: 1 if kind == "pfeiffer" else 2
         ),
-        (
-            "the kinds are mixed up: houlsby has two places a layer, the others one",
-            _count(places=lambda kind: 1 if kind == "houlsby" else 2),
+        "the kinds are mixed up: houlsby has two places a layer, the others one": _count(
+            places=lambda kind: 1 if kind == "houlsby" else 2
         ),
-        ("the layers are left out: this is one layer's count", _count(times=lambda layers: 1)),
-        (
-            "each place is counted as a whole matrix (d, d)",
-            _count(one=lambda d, m: d * d + d),
-        ),
-    ],
+        "the layers are left out: this is one layer's count": _count(times=lambda layers: 1),
+        "each place is counted as a whole matrix (d, d)": _count(one=lambda d, m: d * d + d),
+    },
 )
 def adapter_parameters(d, m, layers, kind):
     """Two matrices and two biases a place, at one or two places of every layer."""
@@ -122,61 +108,48 @@ def _parallel(
     ],
     returns="h",
     gradients=("x", "sublayer_output", "w_down", "b_down", "w_up", "b_up"),
-    causes=[
-        (
-            "x is added too: that is the block's own residual, which comes later",
-            _parallel(end=lambda x, y, a, s, b: y + x + s * (a + b)),
+    causes={
+        "x is added too: that is the block's own residual, which comes later": _parallel(
+            end=lambda x, y, a, s, b: y + x + s * (a + b)
         ),
-        (
-            "x is added in the place of the sublayer's output",
-            _parallel(end=lambda x, y, a, s, b: x + s * (a + b)),
+        "x is added in the place of the sublayer's output": _parallel(
+            end=lambda x, y, a, s, b: x + s * (a + b)
         ),
         (
             "the adapter reads the sublayer's output: that is a sequential one; a parallel one "
-            "reads x",
-            _parallel(reads=lambda x, y: y),
+            "reads x"
+        ): _parallel(reads=lambda x, y: y),
+        "the adapter reads the sum x + sublayer_output": _parallel(reads=lambda x, y: x + y),
+        "the scale is left out": _parallel(end=lambda x, y, a, s, b: y + a + b),
+        "the scale multiplies the sublayer's output as well": _parallel(
+            end=lambda x, y, a, s, b: s * (y + a + b)
         ),
-        ("the adapter reads the sum x + sublayer_output", _parallel(reads=lambda x, y: x + y)),
-        ("the scale is left out", _parallel(end=lambda x, y, a, s, b: y + a + b)),
-        (
-            "the scale multiplies the sublayer's output as well",
-            _parallel(end=lambda x, y, a, s, b: s * (y + a + b)),
+        "the scale does not reach b_up": _parallel(end=lambda x, y, a, s, b: y + s * a + b),
+        "the scale divides": _parallel(end=lambda x, y, a, s, b: y + (a + b) / s),
+        "the sublayer's output is missing: the adapter stands beside it, not for it": _parallel(
+            end=lambda x, y, a, s, b: s * (a + b)
         ),
-        (
-            "the scale does not reach b_up",
-            _parallel(end=lambda x, y, a, s, b: y + s * a + b),
+        "the adapter's output is taken away: add it": _parallel(
+            end=lambda x, y, a, s, b: y - s * (a + b)
         ),
-        ("the scale divides", _parallel(end=lambda x, y, a, s, b: y + (a + b) / s)),
-        (
-            "the sublayer's output is missing: the adapter stands beside it, not for it",
-            _parallel(end=lambda x, y, a, s, b: s * (a + b)),
+        "b_up is missing": _parallel(end=lambda x, y, a, s, b: y + s * a),
+        "b_down is missing": _parallel(b_down=lambda b: None),
+        "both biases are missing": _parallel(
+            b_down=lambda b: None, end=lambda x, y, a, s, b: y + s * a
         ),
-        (
-            "the adapter's output is taken away: add it",
-            _parallel(end=lambda x, y, a, s, b: y - s * (a + b)),
+        "the ReLU between the matrices is missing": _parallel(f=lambda t: t),
+        "a GELU stands in the place of the ReLU": _parallel(f=F.gelu),
+        "a SiLU stands in the place of the ReLU": _parallel(f=F.silu),
+        "the ReLU comes after the second matrix: it stands between the two": _parallel(
+            f=lambda t: t, end=lambda x, y, a, s, b: y + s * torch.relu(a + b)
         ),
-        ("b_up is missing", _parallel(end=lambda x, y, a, s, b: y + s * a)),
-        ("b_down is missing", _parallel(b_down=lambda b: None)),
-        (
-            "both biases are missing",
-            _parallel(b_down=lambda b: None, end=lambda x, y, a, s, b: y + s * a),
+        "a second ReLU comes after the second matrix": _parallel(
+            end=lambda x, y, a, s, b: y + s * torch.relu(a + b)
         ),
-        ("the ReLU between the matrices is missing", _parallel(f=lambda t: t)),
-        ("a GELU stands in the place of the ReLU", _parallel(f=F.gelu)),
-        ("a SiLU stands in the place of the ReLU", _parallel(f=F.silu)),
-        (
-            "the ReLU comes after the second matrix: it stands between the two",
-            _parallel(f=lambda t: t, end=lambda x, y, a, s, b: y + s * torch.relu(a + b)),
+        "the ReLU comes before the first matrix": _parallel(
+            f=lambda t: t, reads=lambda x, y: x.relu()
         ),
-        (
-            "a second ReLU comes after the second matrix",
-            _parallel(end=lambda x, y, a, s, b: y + s * torch.relu(a + b)),
-        ),
-        (
-            "the ReLU comes before the first matrix",
-            _parallel(f=lambda t: t, reads=lambda x, y: x.relu()),
-        ),
-    ],
+    },
 )
 def parallel_adapter(x, sublayer_output, w_down, b_down, w_up, b_up, scale):
     """The sublayer's output and, scaled, what the adapter makes of x."""
@@ -237,60 +210,48 @@ def _gap(of, training=None):
     ],
     returns="the gap",
     tolerance=1e-4,
-    causes=[
-        ("the change is not divided by the size of h", _gap(lambda a, h: (a - h).norm())),
-        (
-            "the change is divided by the size of the adapter's output: divide by that of h",
-            _gap(lambda a, h: (a - h).norm() / a.norm()),
+    causes={
+        "the change is not divided by the size of h": _gap(lambda a, h: (a - h).norm()),
+        "the change is divided by the size of the adapter's output: divide by that of h": _gap(
+            lambda a, h: (a - h).norm() / a.norm()
         ),
-        (
-            "h is not taken away: this is the size of the output, not of the change",
-            _gap(lambda a, h: a.norm() / h.norm()),
+        "h is not taken away: this is the size of the output, not of the change": _gap(
+            lambda a, h: a.norm() / h.norm()
         ),
-        (
-            "the sizes are compared, not the vectors: take the size of the difference",
-            _gap(lambda a, h: (a.norm() - h.norm()).abs() / h.norm()),
+        "the sizes are compared, not the vectors: take the size of the difference": _gap(
+            lambda a, h: (a.norm() - h.norm()).abs() / h.norm()
         ),
-        (
-            "the sizes are compared, not the vectors, and with a sign",
-            _gap(lambda a, h: (a.norm() - h.norm()) / h.norm()),
+        "the sizes are compared, not the vectors, and with a sign": _gap(
+            lambda a, h: (a.norm() - h.norm()) / h.norm()
         ),
-        (
-            "both sizes are squared: the root is missing",
-            _gap(lambda a, h: (a - h).pow(2).sum() / h.pow(2).sum()),
+        "both sizes are squared: the root is missing": _gap(
+            lambda a, h: (a - h).pow(2).sum() / h.pow(2).sum()
         ),
-        (
-            "the ratio is taken of each vector and then averaged: take one ratio of all of h",
-            _gap(lambda a, h: ((a - h).norm(dim=-1) / h.norm(dim=-1)).mean()),
+        "the ratio is taken of each vector and then averaged: take one ratio of all of h": _gap(
+            lambda a, h: ((a - h).norm(dim=-1) / h.norm(dim=-1)).mean()
         ),
-        (
-            "the ratio is taken of each entry and then averaged: a small entry outweighs all",
-            _gap(lambda a, h: ((a - h) / h).abs().mean()),
+        "the ratio is taken of each entry and then averaged: a small entry outweighs all": _gap(
+            lambda a, h: ((a - h) / h).abs().mean()
         ),
-        (
-            "the largest entries are compared: take the Euclidean sizes",
-            _gap(lambda a, h: (a - h).abs().max() / h.abs().max()),
+        "the largest entries are compared: take the Euclidean sizes": _gap(
+            lambda a, h: (a - h).abs().max() / h.abs().max()
         ),
-        (
-            "absolute values are summed: take the Euclidean sizes",
-            _gap(lambda a, h: (a - h).abs().sum() / h.abs().sum()),
+        "absolute values are summed: take the Euclidean sizes": _gap(
+            lambda a, h: (a - h).abs().sum() / h.abs().sum()
         ),
-        ("this is the mean squared change", _gap(lambda a, h: (a - h).pow(2).mean())),
-        ("this is the largest change of an entry", _gap(lambda a, h: (a - h).abs().max())),
-        ("this is a percentage: 1 % is 0.01", _gap(lambda a, h: 100 * (a - h).norm() / h.norm())),
-        (
-            "the angle is measured, not the change",
-            _gap(lambda a, h: 1 - F.cosine_similarity(a.flatten(), h.flatten(), dim=0)),
+        "this is the mean squared change": _gap(lambda a, h: (a - h).pow(2).mean()),
+        "this is the largest change of an entry": _gap(lambda a, h: (a - h).abs().max()),
+        "this is a percentage: 1 % is 0.01": _gap(lambda a, h: 100 * (a - h).norm() / h.norm()),
+        "the angle is measured, not the change": _gap(
+            lambda a, h: 1 - F.cosine_similarity(a.flatten(), h.flatten(), dim=0)
         ),
-        (
-            "dropout is on: measure in eval mode, and put the mode back afterwards",
-            _gap(lambda a, h: (a - h).norm() / h.norm(), training=True),
+        "dropout is on: measure in eval mode, and put the mode back afterwards": _gap(
+            lambda a, h: (a - h).norm() / h.norm(), training=True
         ),
-        (
-            "h is taken away from a(h) once more: `adapter` has the residual in it",
-            _gap(lambda a, h: (a - 2 * h).norm() / h.norm()),
+        "h is taken away from a(h) once more: `adapter` has the residual in it": _gap(
+            lambda a, h: (a - 2 * h).norm() / h.norm()
         ),
-    ],
+    },
 )
 def identity_gap(adapter, h):
     """How large the change is beside what is changed."""
@@ -346,61 +307,44 @@ def _none(w_down, b_down, w_up, b_up, weight, bias):
         Case(lambda: _foldable(8, 11, 8), note="m = d"),
     ],
     returns=("weight", "bias"),
-    causes=[
-        (
-            "the residual is missing: the layer's own output goes on beside the adapter's",
-            _folded(
-                lambda W, U, D: U @ D @ W,
-                lambda b, U, D, b_down, b_up: U @ (D @ b + b_down) + b_up,
-            ),
+    causes={
+        "the residual is missing: the layer's own output goes on beside the adapter's": _folded(
+            lambda W, U, D: U @ D @ W,
+            lambda b, U, D, b_down, b_up: U @ (D @ b + b_down) + b_up,
         ),
-        ("the residual is missing in the weight", _folded(lambda W, U, D: U @ D @ W)),
-        (
-            "the residual is missing in the bias: b goes on beside the adapter too",
-            _folded(bias=lambda b, U, D, b_down, b_up: U @ (D @ b + b_down) + b_up),
+        "the residual is missing in the weight": _folded(lambda W, U, D: U @ D @ W),
+        "the residual is missing in the bias: b goes on beside the adapter too": _folded(
+            bias=lambda b, U, D, b_down, b_up: U @ (D @ b + b_down) + b_up
         ),
-        ("the weight is not changed", _folded(lambda W, U, D: W.clone())),
-        ("the weight counts twice", _folded(lambda W, U, D: 2 * W + U @ D @ W)),
-        (
-            "the adapter reads the layer's input x, not its output: multiply by the weight",
-            _folded(lambda W, U, D: W + U @ D),
+        "the weight is not changed": _folded(lambda W, U, D: W.clone()),
+        "the weight counts twice": _folded(lambda W, U, D: 2 * W + U @ D @ W),
+        "the adapter reads the layer's input x, not its output: multiply by the weight": _folded(
+            lambda W, U, D: W + U @ D
         ),
         (
             "the products are in the wrong order: the layer comes first, so its weight stands on "
-            "the right",
-            _folded(lambda W, U, D: W + W @ U @ D),
+            "the right"
+        ): _folded(lambda W, U, D: W + W @ U @ D),
+        "the adapter's matrices are transposed: W_up is (d, m) and W_down (m, d) already": _folded(
+            lambda W, U, D: W + (U @ D).T @ W
         ),
-        (
-            "the adapter's matrices are transposed: W_up is (d, m) and W_down (m, d) already",
-            _folded(lambda W, U, D: W + (U @ D).T @ W),
+        "the bias is not changed": _folded(bias=lambda b, U, D, b_down, b_up: b.clone()),
+        "b is missing in what the adapter reads: it reads xWᵀ + b": _folded(
+            bias=lambda b, U, D, b_down, b_up: b + U @ b_down + b_up
         ),
-        ("the bias is not changed", _folded(bias=lambda b, U, D, b_down, b_up: b.clone())),
-        (
-            "b is missing in what the adapter reads: it reads xWᵀ + b",
-            _folded(bias=lambda b, U, D, b_down, b_up: b + U @ b_down + b_up),
+        "b_down is missing: W_up carries it into the new bias": _folded(
+            bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b) + b_up
         ),
-        (
-            "b_down is missing: W_up carries it into the new bias",
-            _folded(bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b) + b_up),
+        "b_up is missing": _folded(bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b + b_down)),
+        "only b_up is added to the bias: W_up (W_down b + b_down) belongs there too": _folded(
+            bias=lambda b, U, D, b_down, b_up: b + b_up
         ),
-        ("b_up is missing", _folded(bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b + b_down))),
-        (
-            "only b_up is added to the bias: W_up (W_down b + b_down) belongs there too",
-            _folded(bias=lambda b, U, D, b_down, b_up: b + b_up),
+        "both biases of the adapter are missing": _folded(
+            bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b)
         ),
-        (
-            "both biases of the adapter are missing",
-            _folded(bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b)),
-        ),
-        (
-            "a layer without a bias gets one: the adapter has biases of its own",
-            _none,
-        ),
-        (
-            "the order is turned: return the weight first",
-            lambda *args: _folded()(*args)[::-1],
-        ),
-    ],
+        "a layer without a bias gets one: the adapter has biases of its own": _none,
+        "the order is turned: return the weight first": lambda *args: _folded()(*args)[::-1],
+    },
 )
 def fold_linear_adapter(w_down, b_down, w_up, b_up, weight, bias):
     """One layer that does what the layer and the adapter after it do."""
@@ -473,11 +417,8 @@ def _inserted(layer):
     with torch.enable_grad():
         y = layer(x)
         seen[_OUTPUT] = y.detach()
-        loss = (y * torch.linspace(-1, 1.5, y.numel()).view(y.shape)).sum()
-    ordered = [p for pair in groups.values() for p in pair]
-    found = [None] * 8
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, ordered, allow_unused=True)
+        ordered = [p for pair in groups.values() for p in pair]
+        found = gradients_of(y, ordered)
     zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(ordered, found, strict=True)]
     seen[_GRADIENTS] = zeros
     return seen
@@ -596,58 +537,37 @@ _AFTER = "the adapter stands after the layer norm: it belongs right behind the d
     view=_inserted,
     staged=True,
     changes=("layer",),
-    causes=[
+    causes={
         (
-            "the adapters are frozen with the base: freeze first, or freeze only what was there",
-            _insert(_right_place, freeze="after"),
+            "the adapters are frozen with the base: freeze first, or freeze only what was there"
+        ): _insert(_right_place, freeze="after"),
+        "the base is not frozen: only the adapters may train": _insert(_right_place, freeze=""),
+        "there is one adapter: each of the two places of a block has its own": _insert(
+            _right_place, where=lambda layer: [layer.attention.output]
         ),
-        ("the base is not frozen: only the adapters may train", _insert(_right_place, freeze="")),
-        (
-            "there is one adapter: each of the two places of a block has its own",
-            _insert(_right_place, where=lambda layer: [layer.attention.output]),
+        "width is taken for a reduction factor: it is m itself": _insert(
+            _right_place, width=lambda m, d: d // m
         ),
-        (
-            "width is taken for a reduction factor: it is m itself",
-            _insert(_right_place, width=lambda m, d: d // m),
+        "the biases of the adapters do not train": _insert(_right_place, also=_weights_only),
+        "the layer norms train too: here only the adapters may": _insert(
+            _right_place, also=_norms_too
         ),
-        ("the biases of the adapters do not train", _insert(_right_place, also=_weights_only)),
-        (
-            "the layer norms train too: here only the adapters may",
-            _insert(_right_place, also=_norms_too),
+        _TWICE: _insert(_after_dense(lambda h, a: 2 * h + a)),
+        f"{_TWICE}; and {_AFTER}": _insert(_after_norm(2)),
+        "h is lost: the adapter's output comes in its place, and not on top of it": _insert(
+            _after_dense(lambda h, a: a)
         ),
-        (_TWICE, _insert(_after_dense(lambda h, a: 2 * h + a))),
-        (f"{_TWICE}; and {_AFTER}", _insert(_after_norm(2))),
-        (
-            "h is lost: the adapter's output comes in its place, and not on top of it",
-            _insert(_after_dense(lambda h, a: a)),
-        ),
-        (_AFTER, _insert(_after_norm(1))),
-        (
-            "the adapter reads the sum x + h: Houlsby's reads h alone",
-            _insert(_before_norm),
-        ),
-        (
-            "the adapter reads x, as a parallel one: Houlsby's reads h",
-            _insert(_reads("x")),
-        ),
-        (
-            "the adapter reads LN(x + h), as Pfeiffer's: Houlsby's reads h",
-            _insert(_reads("norm")),
-        ),
+        _AFTER: _insert(_after_norm(1)),
+        "the adapter reads the sum x + h: Houlsby's reads h alone": _insert(_before_norm),
+        "the adapter reads x, as a parallel one: Houlsby's reads h": _insert(_reads("x")),
+        "the adapter reads LN(x + h), as Pfeiffer's: Houlsby's reads h": _insert(_reads("norm")),
         (
             "both places use the adapter that was made last: a function made in a loop looks up "
-            "its names when it is called",
-            _insert(_last),
-        ),
-        (
-            "the adapters are made but nothing calls them",
-            _insert(lambda output, kept: None),
-        ),
-        (
-            "the attention's adapter is made but nothing calls it",
-            _insert(_second_only),
-        ),
-    ],
+            "its names when it is called"
+        ): _insert(_last),
+        "the adapters are made but nothing calls them": _insert(lambda output, kept: None),
+        "the attention's adapter is made but nothing calls it": _insert(_second_only),
+    },
 )
 def insert_adapters(layer, width):
     """Houlsby's adapters at both places, the base at step 0, and only they train."""

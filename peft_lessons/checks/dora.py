@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .kit import Case, Forbid, check_for
+from .kit import Case, Forbid, check_for, gradients_of
+from .scaling import wrong_scalings
 
 
 def _weight(out, in_, dtype=torch.float32):
@@ -45,73 +46,57 @@ def _parts(magnitude=_rows, direction=lambda w: w / _rows(w)[:, None]):
         Case(lambda: [_weight(6, 1)], note="a single column"),
     ],
     returns=("magnitude", "direction"),
-    causes=[
-        (
-            "the norms are those of the columns: dim=0 sums over the rows",
-            lambda w: (w.norm(dim=0), w / w.norm(dim=0)),
+    causes={
+        "the norms are those of the columns: dim=0 sums over the rows": lambda w: (
+            w.norm(dim=0),
+            w / w.norm(dim=0),
+        ),
+        "the norms are those of the columns, with a dimension kept": lambda w: (
+            w.norm(dim=0, keepdim=True),
+            w / w.norm(dim=0),
+        ),
+        "there is one norm for the whole weight: each row has its own": lambda w: (
+            w.norm(),
+            w / w.norm(),
+        ),
+        "every row gets the norm of the whole weight": _split(lambda w: w.norm().expand(len(w))),
+        "the magnitude has shape (out,): drop the dimension that keepdim=True kept": _parts(
+            magnitude=lambda w: w.norm(dim=1, keepdim=True)
+        ),
+        "the square root is missing: these are squared lengths": _split(lambda w: w.pow(2).sum(1)),
+        "the magnitude is squared, although the direction is right": _parts(
+            magnitude=lambda w: w.pow(2).sum(1)
+        ),
+        "these are sums of absolute values: a length is a root": _split(lambda w: w.abs().sum(1)),
+        "this is the largest absolute value of a row, not its length": _split(
+            lambda w: w.abs().amax(1)
+        ),
+        "the squares are averaged, not summed": _split(lambda w: w.pow(2).mean(1).sqrt()),
+        "this is the standard deviation of a row, not its length": _split(lambda w: w.std(1)),
+        "the direction is the weight itself: divide it by the magnitude": _parts(
+            direction=lambda w: w
+        ),
+        "the weight is multiplied by its magnitude: divide": _parts(
+            direction=lambda w: w * _rows(w)[:, None]
+        ),
+        "the direction is divided by the magnitude twice": _parts(
+            direction=lambda w: w / _rows(w)[:, None] ** 2
+        ),
+        "the columns of the direction have length 1, and its rows must": _parts(
+            direction=lambda w: F.normalize(w, dim=0)
+        ),
+        "the direction is divided by the norm of the whole weight": _parts(
+            direction=lambda w: w / w.norm()
         ),
         (
-            "the norms are those of the columns, with a dimension kept",
-            lambda w: (w.norm(dim=0, keepdim=True), w / w.norm(dim=0)),
+            "short rows are divided by a floor (clamp, or the eps of F.normalize): none is zero"
+        ): _parts(direction=lambda w: w / _rows(w).clamp(min=1e-6)[:, None]),
+        "1e-8 is added to the norm, which shortens a small row: no row is zero here": _parts(
+            direction=lambda w: w / (_rows(w) + 1e-8)[:, None]
         ),
-        (
-            "there is one norm for the whole weight: each row has its own",
-            lambda w: (w.norm(), w / w.norm()),
-        ),
-        (
-            "every row gets the norm of the whole weight",
-            _split(lambda w: w.norm().expand(len(w))),
-        ),
-        (
-            "the magnitude has shape (out,): drop the dimension that keepdim=True kept",
-            _parts(magnitude=lambda w: w.norm(dim=1, keepdim=True)),
-        ),
-        (
-            "the square root is missing: these are squared lengths",
-            _split(lambda w: w.pow(2).sum(1)),
-        ),
-        (
-            "the magnitude is squared, although the direction is right",
-            _parts(magnitude=lambda w: w.pow(2).sum(1)),
-        ),
-        ("these are sums of absolute values: a length is a root", _split(lambda w: w.abs().sum(1))),
-        (
-            "this is the largest absolute value of a row, not its length",
-            _split(lambda w: w.abs().amax(1)),
-        ),
-        ("the squares are averaged, not summed", _split(lambda w: w.pow(2).mean(1).sqrt())),
-        ("this is the standard deviation of a row, not its length", _split(lambda w: w.std(1))),
-        (
-            "the direction is the weight itself: divide it by the magnitude",
-            _parts(direction=lambda w: w),
-        ),
-        (
-            "the weight is multiplied by its magnitude: divide",
-            _parts(direction=lambda w: w * _rows(w)[:, None]),
-        ),
-        (
-            "the direction is divided by the magnitude twice",
-            _parts(direction=lambda w: w / _rows(w)[:, None] ** 2),
-        ),
-        (
-            "the columns of the direction have length 1, and its rows must",
-            _parts(direction=lambda w: F.normalize(w, dim=0)),
-        ),
-        (
-            "the direction is divided by the norm of the whole weight",
-            _parts(direction=lambda w: w / w.norm()),
-        ),
-        (
-            "short rows are divided by a floor (clamp, or the eps of F.normalize): none is zero",
-            _parts(direction=lambda w: w / _rows(w).clamp(min=1e-6)[:, None]),
-        ),
-        (
-            "1e-8 is added to the norm, which shortens a small row: no row is zero here",
-            _parts(direction=lambda w: w / (_rows(w) + 1e-8)[:, None]),
-        ),
-        ("the direction is transposed", _parts(direction=lambda w: F.normalize(w).T)),
-        ("the order is turned: return the magnitude first", lambda w: (F.normalize(w), _rows(w))),
-    ],
+        "the direction is transposed": _parts(direction=lambda w: F.normalize(w).T),
+        "the order is turned: return the magnitude first": lambda w: (F.normalize(w), _rows(w)),
+    },
 )
 def decompose(weight):
     """Every row is its length times a row of length 1."""
@@ -214,90 +199,58 @@ def _sum_of_norms(W, A, B, s):
             "a product of matrices gives all pairs of outputs.",
         ),
     ],
-    causes=[
-        (
-            "the bias is rescaled too: it is added as it is",
-            _output(join=lambda plain, branch, c, b: c * (plain + branch + b)),
+    causes={
+        "the bias is rescaled too: it is added as it is": _output(
+            join=lambda plain, branch, c, b: c * (plain + branch + b)
         ),
-        ("the bias is left out", _output(join=lambda plain, branch, c, b: c * (plain + branch))),
-        (
-            "the bias is added twice",
-            _output(join=lambda plain, branch, c, b: c * (plain + branch) + 2 * b),
+        "the bias is left out": _output(join=lambda plain, branch, c, b: c * (plain + branch)),
+        "the bias is added twice": _output(
+            join=lambda plain, branch, c, b: c * (plain + branch) + 2 * b
         ),
-        (
-            "only the branch is rescaled: the base's part is multiplied by c as well",
-            _output(join=lambda plain, branch, c, b: plain + c * branch + b),
+        "only the branch is rescaled: the base's part is multiplied by c as well": _output(
+            join=lambda plain, branch, c, b: plain + c * branch + b
         ),
-        (
-            "only the base's part is rescaled: the branch is multiplied by c as well",
-            _output(join=lambda plain, branch, c, b: c * plain + branch + b),
+        "only the base's part is rescaled: the branch is multiplied by c as well": _output(
+            join=lambda plain, branch, c, b: c * plain + branch + b
         ),
         (
-            "the base is there twice: what is added to base(x) is (c − 1)·(x Wᵀ), not c·(x Wᵀ)",
-            _output(join=lambda plain, branch, c, b: plain + c * (plain + branch) + b),
+            "the base is there twice: what is added to base(x) is (c − 1)·(x Wᵀ), not c·(x Wᵀ)"
+        ): _output(join=lambda plain, branch, c, b: plain + c * (plain + branch) + b),
+        "the branch is left out": _output(join=lambda plain, branch, c, b: c * plain + b),
+        "the base's part is left out": _output(join=lambda plain, branch, c, b: c * branch + b),
+        **wrong_scalings(lambda scale: _output(s=scale)),
+        "the scaling alpha / r is missing in the norm": _partly_scaled(False, True),
+        "the scaling alpha / r is missing in the branch": _partly_scaled(True, False),
+        "the norm is that of W, and V = W + s·BA has another one": _output(
+            norm=lambda W, A, B, s: _rows(W)
         ),
-        ("the branch is left out", _output(join=lambda plain, branch, c, b: c * plain + b)),
+        "there is one norm for the whole of V: each output row has its own": _output(
+            norm=lambda W, A, B, s: (W + s * (B @ A)).norm()
+        ),
+        "the norms are those of V's columns: each output row has its own": _over_columns,
         (
-            "the base's part is left out",
-            _output(join=lambda plain, branch, c, b: c * branch + b),
+            "the norm of a sum is not the sum of the norms: the rows of W and BA meet at an angle"
+        ): _output(norm=_sum_of_norms),
+        "the term 2s·w·(BA) of the squared norm is left out": _output(
+            norm=lambda *args: _three_terms(*args, cross=0)
         ),
-        ("the scaling alpha / r is left out", _output(s=lambda alpha, r: 1)),
-        ("alpha is not divided by r", _output(s=lambda alpha, r: alpha)),
-        ("the scaling is upside down: it is alpha / r", _output(s=lambda alpha, r: r / alpha)),
-        ("// drops the fraction of alpha / r", _output(s=lambda alpha, r: alpha // r)),
-        (
-            "alpha is divided by √r, as in rsLoRA",
-            _output(s=lambda alpha, r: alpha / math.sqrt(r)),
+        "a 2 is missing: (a + b)² = a² + 2ab + b²": _output(
+            norm=lambda *args: _three_terms(*args, cross=1)
         ),
-        ("the scaling alpha / r is missing in the norm", _partly_scaled(False, True)),
-        ("the scaling alpha / r is missing in the branch", _partly_scaled(True, False)),
-        (
-            "the norm is that of W, and V = W + s·BA has another one",
-            _output(norm=lambda W, A, B, s: _rows(W)),
+        "in the last term of the squared norm s is squared too": _output(
+            norm=lambda *args: _three_terms(*args, last=1)
         ),
-        (
-            "there is one norm for the whole of V: each output row has its own",
-            _output(norm=lambda W, A, B, s: (W + s * (B @ A)).norm()),
+        "the root is missing: this is the squared norm": _output(
+            norm=lambda *args: _three_terms(*args, root=False)
         ),
-        (
-            "the norms are those of V's columns: each output row has its own",
-            _over_columns,
+        "the magnitude is not divided by the norm of V": _output(ratio=lambda m, norm: m),
+        "the magnitude is left out: c = m / ‖V‖": _output(ratio=lambda m, norm: 1 / norm),
+        "c is upside down: it is m / ‖V‖": _output(ratio=lambda m, norm: norm / m),
+        "magnitude and norm are not used: this is LoRA": _output(
+            ratio=lambda m, norm: torch.ones_like(m)
         ),
-        (
-            "the norm of a sum is not the sum of the norms: the rows of W and BA meet at an angle",
-            _output(norm=_sum_of_norms),
-        ),
-        (
-            "the term 2s·w·(BA) of the squared norm is left out",
-            _output(norm=lambda *args: _three_terms(*args, cross=0)),
-        ),
-        (
-            "a 2 is missing: (a + b)² = a² + 2ab + b²",
-            _output(norm=lambda *args: _three_terms(*args, cross=1)),
-        ),
-        (
-            "in the last term of the squared norm s is squared too",
-            _output(norm=lambda *args: _three_terms(*args, last=1)),
-        ),
-        (
-            "the root is missing: this is the squared norm",
-            _output(norm=lambda *args: _three_terms(*args, root=False)),
-        ),
-        (
-            "the magnitude is not divided by the norm of V",
-            _output(ratio=lambda m, norm: m),
-        ),
-        ("the magnitude is left out: c = m / ‖V‖", _output(ratio=lambda m, norm: 1 / norm)),
-        ("c is upside down: it is m / ‖V‖", _output(ratio=lambda m, norm: norm / m)),
-        (
-            "magnitude and norm are not used: this is LoRA",
-            _output(ratio=lambda m, norm: torch.ones_like(m)),
-        ),
-        (
-            "a gradient flows through the norm, which is a constant: detach it",
-            _output(detach=False),
-        ),
-    ],
+        "a gradient flows through the norm, which is a constant: detach it": _output(detach=False),
+    },
 )
 def dora_output(x, weight, bias, A, B, alpha, magnitude):
     """DoRA's output and gradients, without any tensor as large as the weight."""
@@ -366,97 +319,71 @@ def _unit(w):
     ],
     returns=("delta_m", "delta_d"),
     tolerance=1e-4,
-    causes=[
-        (
-            "columns are compared, not rows: norms and cosines are taken along dim=1",
-            _change(
-                lambda w0, w1: (w1.norm(dim=0) - w0.norm(dim=0)).abs().mean(),
-                lambda w0, w1: (1 - _cosine(w0, w1, dim=0)).mean(),
-            ),
+    causes={
+        "columns are compared, not rows: norms and cosines are taken along dim=1": _change(
+            lambda w0, w1: (w1.norm(dim=0) - w0.norm(dim=0)).abs().mean(),
+            lambda w0, w1: (1 - _cosine(w0, w1, dim=0)).mean(),
+        ),
+        "the lengths are those of the columns": _change(
+            m=lambda w0, w1: (w1.norm(dim=0) - w0.norm(dim=0)).abs().mean()
+        ),
+        "the cosines are those of the columns": _change(
+            d=lambda w0, w1: (1 - _cosine(w0, w1, dim=0)).mean()
+        ),
+        "longer and shorter rows cancel: take the absolute value of each change": _change(
+            m=lambda w0, w1: _lengths(w0, w1).mean()
         ),
         (
-            "the lengths are those of the columns",
-            _change(m=lambda w0, w1: (w1.norm(dim=0) - w0.norm(dim=0)).abs().mean()),
+            "the absolute value is taken of the mean: longer and shorter rows cancel before that"
+        ): _change(m=lambda w0, w1: _lengths(w0, w1).mean().abs()),
+        "delta_m is squared": _change(m=lambda w0, w1: _lengths(w0, w1).square().mean()),
+        "delta_m is the length of the change: take the change of the length": _change(
+            m=lambda w0, w1: (w1 - w0).norm(dim=1).mean()
         ),
-        (
-            "the cosines are those of the columns",
-            _change(d=lambda w0, w1: (1 - _cosine(w0, w1, dim=0)).mean()),
+        "the change of each length is divided by the length: delta_m is not relative": _change(
+            m=lambda w0, w1: (_lengths(w0, w1) / w0.norm(dim=1)).abs().mean()
         ),
-        (
-            "longer and shorter rows cancel: take the absolute value of each change",
-            _change(m=lambda w0, w1: _lengths(w0, w1).mean()),
+        "delta_m is the change of the whole weight's norm: each row has a length": _change(
+            m=lambda w0, w1: (w1.norm() - w0.norm()).abs()
         ),
-        (
-            "the absolute value is taken of the mean: longer and shorter rows cancel before that",
-            _change(m=lambda w0, w1: _lengths(w0, w1).mean().abs()),
+        "the cosines are summed inside: the mean is of 1 − cos, row by row": _change(
+            d=lambda w0, w1: 1 - _cosine(w0, w1).sum()
         ),
-        ("delta_m is squared", _change(m=lambda w0, w1: _lengths(w0, w1).square().mean())),
-        (
-            "delta_m is the length of the change: take the change of the length",
-            _change(m=lambda w0, w1: (w1 - w0).norm(dim=1).mean()),
+        "delta_m is a sum: take the mean": _change(m=lambda w0, w1: _lengths(w0, w1).abs().sum()),
+        "both are sums: take means": _change(
+            lambda w0, w1: _lengths(w0, w1).abs().sum(),
+            lambda w0, w1: (1 - _cosine(w0, w1)).sum(),
         ),
-        (
-            "the change of each length is divided by the length: delta_m is not relative",
-            _change(m=lambda w0, w1: (_lengths(w0, w1) / w0.norm(dim=1)).abs().mean()),
+        "delta_d is a sum: take the mean": _change(d=lambda w0, w1: (1 - _cosine(w0, w1)).sum()),
+        "delta_d is the cosine itself: equal directions must give 0": _change(
+            d=lambda w0, w1: _cosine(w0, w1).mean()
         ),
-        (
-            "delta_m is the change of the whole weight's norm: each row has a length",
-            _change(m=lambda w0, w1: (w1.norm() - w0.norm()).abs()),
+        "delta_d is the angle: take 1 − its cosine": _change(
+            d=lambda w0, w1: _cosine(w0, w1).clamp(-1, 1).acos().mean()
         ),
-        (
-            "the cosines are summed inside: the mean is of 1 − cos, row by row",
-            _change(d=lambda w0, w1: 1 - _cosine(w0, w1).sum()),
+        "delta_d is the distance between the directions: take 1 − their cosine": _change(
+            d=lambda w0, w1: (_unit(w1) - _unit(w0)).norm(dim=1).mean()
         ),
-        ("delta_m is a sum: take the mean", _change(m=lambda w0, w1: _lengths(w0, w1).abs().sum())),
-        (
-            "both are sums: take means",
-            _change(
-                lambda w0, w1: _lengths(w0, w1).abs().sum(),
-                lambda w0, w1: (1 - _cosine(w0, w1)).sum(),
-            ),
+        "delta_d is the squared distance between the directions, twice what is asked": _change(
+            d=lambda w0, w1: (_unit(w1) - _unit(w0)).square().sum(1).mean()
         ),
-        ("delta_d is a sum: take the mean", _change(d=lambda w0, w1: (1 - _cosine(w0, w1)).sum())),
-        (
-            "delta_d is the cosine itself: equal directions must give 0",
-            _change(d=lambda w0, w1: _cosine(w0, w1).mean()),
+        "the rows are not divided by both their lengths: this is no cosine": _change(
+            d=lambda w0, w1: (1 - (w0 * w1).sum(1)).mean()
         ),
-        (
-            "delta_d is the angle: take 1 − its cosine",
-            _change(d=lambda w0, w1: _cosine(w0, w1).clamp(-1, 1).acos().mean()),
+        "the weights are compared as one long vector each: every row has a cosine": _change(
+            d=lambda w0, w1: 1 - _cosine(w0.flatten(), w1.flatten(), dim=0)
         ),
-        (
-            "delta_d is the distance between the directions: take 1 − their cosine",
-            _change(d=lambda w0, w1: (_unit(w1) - _unit(w0)).norm(dim=1).mean()),
+        "the cosine is taken between w0 and the change: compare w0 and w1": _change(
+            d=lambda w0, w1: (1 - _cosine(w0, w1 - w0)).mean()
         ),
-        (
-            "delta_d is the squared distance between the directions, twice what is asked",
-            _change(d=lambda w0, w1: (_unit(w1) - _unit(w0)).square().sum(1).mean()),
+        "the cosine loses its sign: a row may turn by more than a right angle": _change(
+            d=lambda w0, w1: (1 - _cosine(w0, w1).abs()).mean()
         ),
-        (
-            "the rows are not divided by both their lengths: this is no cosine",
-            _change(d=lambda w0, w1: (1 - (w0 * w1).sum(1)).mean()),
+        "every row is compared with every other: only corresponding ones are": _change(
+            d=lambda w0, w1: (1 - _unit(w0) @ _unit(w1).T).mean()
         ),
-        (
-            "the weights are compared as one long vector each: every row has a cosine",
-            _change(d=lambda w0, w1: 1 - _cosine(w0.flatten(), w1.flatten(), dim=0)),
-        ),
-        (
-            "the cosine is taken between w0 and the change: compare w0 and w1",
-            _change(d=lambda w0, w1: (1 - _cosine(w0, w1 - w0)).mean()),
-        ),
-        (
-            "the cosine loses its sign: a row may turn by more than a right angle",
-            _change(d=lambda w0, w1: (1 - _cosine(w0, w1).abs()).mean()),
-        ),
-        (
-            "every row is compared with every other: only corresponding ones are",
-            _change(d=lambda w0, w1: (1 - _unit(w0) @ _unit(w1).T).mean()),
-        ),
-        (
-            "the order is turned: return delta_m first",
-            lambda w0, w1: _change()(w0, w1)[::-1],
-        ),
-    ],
+        "the order is turned: return delta_m first": lambda w0, w1: _change()(w0, w1)[::-1],
+    },
 )
 def magnitude_direction_change(w0, w1):
     """How much longer or shorter the rows are, and how far they are turned."""
@@ -514,11 +441,8 @@ def _used(module):
     with torch.enable_grad():
         y = module(x)
         seen[output] = y.detach()
-        loss = (y * torch.linspace(-1, 1.5, y.numel()).view(y.shape)).sum()
         wanted = (A, B, m, x)
-        found = [None] * 4
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        found = gradients_of(y, wanted)
     for name, p, gradient in zip(gradients, wanted, found, strict=True):
         seen[name] = torch.zeros_like(p) if gradient is None else gradient
     return seen
@@ -582,81 +506,54 @@ def _zero(bias):
     returns="the module",
     view=_used,
     staged=True,
-    causes=[
-        (
-            "the magnitude starts as ones, so that step 0 is not the base: start from ‖W‖",
-            _wrong(start=lambda linear: torch.ones(linear.out_features)),
+    causes={
+        "the magnitude starts as ones, so that step 0 is not the base: start from ‖W‖": _wrong(
+            start=lambda linear: torch.ones(linear.out_features)
         ),
-        (
-            "the magnitude starts as zeros, and the output with it: start from ‖W‖",
-            _wrong(start=lambda linear: torch.zeros(linear.out_features)),
+        "the magnitude starts as zeros, and the output with it: start from ‖W‖": _wrong(
+            start=lambda linear: torch.zeros(linear.out_features)
         ),
-        (
-            "the magnitude holds the norms of W's columns: each output row has one",
-            _wrong(start=lambda linear: linear.weight.norm(dim=0)),
+        "the magnitude holds the norms of W's columns: each output row has one": _wrong(
+            start=lambda linear: linear.weight.norm(dim=0)
         ),
-        (
-            "the magnitude has shape (out,): drop the dimension that keepdim=True kept",
-            _wrong(start=lambda linear: linear.weight.norm(dim=1, keepdim=True)),
+        "the magnitude has shape (out,): drop the dimension that keepdim=True kept": _wrong(
+            start=lambda linear: linear.weight.norm(dim=1, keepdim=True)
         ),
-        (
-            "the magnitude starts as the norm of the whole weight, which no row has",
-            _wrong(start=lambda linear: linear.weight.norm().expand(linear.out_features)),
+        "the magnitude starts as the norm of the whole weight, which no row has": _wrong(
+            start=lambda linear: linear.weight.norm().expand(linear.out_features)
         ),
-        (
-            "the magnitude starts as the norms of W's rows, squared",
-            _wrong(start=lambda linear: _rows_of(linear) ** 2),
+        "the magnitude starts as the norms of W's rows, squared": _wrong(
+            start=lambda linear: _rows_of(linear) ** 2
         ),
-        (
-            "the bias of the layer is lost",
-            _wrong(join=lambda x, m, V, norm, bias: F.linear(x, m * V / norm)),
+        "the bias of the layer is lost": _wrong(
+            join=lambda x, m, V, norm, bias: F.linear(x, m * V / norm)
         ),
-        (
-            "the bias is added twice",
-            _wrong(join=lambda *args: _joined(*args) + _zero(args[-1])),
+        "the bias is added twice": _wrong(join=lambda *args: _joined(*args) + _zero(args[-1])),
+        "the bias is rescaled with the rows: it is added as it is": _wrong(
+            join=lambda x, m, V, norm, bias: (m / norm)[:, 0] * (F.linear(x, V) + _zero(bias))
         ),
-        (
-            "the bias is rescaled with the rows: it is added as it is",
-            _wrong(
-                join=lambda x, m, V, norm, bias: (m / norm)[:, 0] * (F.linear(x, V) + _zero(bias))
-            ),
+        "the norm is that of V's columns: dim=0 sums over the output rows": _wrong(
+            norm=lambda V, W: V.norm(dim=0, keepdim=True)
         ),
-        (
-            "the norm is that of V's columns: dim=0 sums over the output rows",
-            _wrong(norm=lambda V, W: V.norm(dim=0, keepdim=True)),
+        "V is divided by the norm of the whole of it": _wrong(norm=lambda V, W: V.norm()),
+        "V is not divided by its norm, so that W's length counts twice": _wrong(
+            norm=lambda V, W: torch.ones(())
         ),
-        ("V is divided by the norm of the whole of it", _wrong(norm=lambda V, W: V.norm())),
-        (
-            "V is not divided by its norm, so that W's length counts twice",
-            _wrong(norm=lambda V, W: torch.ones(())),
+        "V is divided by its squared norm": _wrong(norm=lambda V, W: V.pow(2).sum(1, keepdim=True)),
+        "the norm is that of W: it must follow V = W + s·BA, in every forward": _wrong(
+            norm=lambda V, W: W.norm(dim=1, keepdim=True)
         ),
-        (
-            "V is divided by its squared norm",
-            _wrong(norm=lambda V, W: V.pow(2).sum(1, keepdim=True)),
+        **wrong_scalings(lambda scale: _wrong(scale=scale)),
+        "a gradient flows through the norm, which is a constant: detach it": _wrong(
+            through=lambda norm, V, m: (norm, V, m)
         ),
-        (
-            "the norm is that of W: it must follow V = W + s·BA, in every forward",
-            _wrong(norm=lambda V, W: W.norm(dim=1, keepdim=True)),
+        "V is cut off, so that A and B learn nothing: detach its norm alone": _wrong(
+            through=lambda norm, V, m: (norm.detach(), V.detach(), m)
         ),
-        ("the scaling alpha / rank is left out", _wrong(scale=lambda alpha, r: 1)),
-        ("alpha is not divided by the rank", _wrong(scale=lambda alpha, r: alpha)),
-        (
-            "the scaling is upside down: it is alpha / rank",
-            _wrong(scale=lambda alpha, r: r / alpha),
+        "the magnitude is cut off and learns nothing: detach the norm alone": _wrong(
+            through=lambda norm, V, m: (norm.detach(), V, m.detach())
         ),
-        (
-            "a gradient flows through the norm, which is a constant: detach it",
-            _wrong(through=lambda norm, V, m: (norm, V, m)),
-        ),
-        (
-            "V is cut off, so that A and B learn nothing: detach its norm alone",
-            _wrong(through=lambda norm, V, m: (norm.detach(), V.detach(), m)),
-        ),
-        (
-            "the magnitude is cut off and learns nothing: detach the norm alone",
-            _wrong(through=lambda norm, V, m: (norm.detach(), V, m.detach())),
-        ),
-    ],
+    },
 )
 class DoRALinear(nn.Module):
     """The base at step 0, DoRA once trained, and the gradients of DoRA."""

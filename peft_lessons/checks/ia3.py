@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .kit import Case, check_for
+from .kit import Case, check_for, gradients_of
 
 # ------------------------------------------------------------------ ia3_sizes
 
@@ -88,51 +88,41 @@ def _sizes(k=_width, v=None, ff=_intermediate):
         Case(lambda: [_bert()], note="a BERT: its config has no num_key_value_heads"),
     ],
     returns="the result",
-    causes=[
+    causes={
         (
             "keys and values are taken for as wide as the model: there are fewer key-value heads "
-            "than query heads",
-            _sizes(k=lambda c: c.hidden_size),
+            "than query heads"
+        ): _sizes(k=lambda c: c.hidden_size),
+        "the query heads are counted: keys and values have num_key_value_heads": _sizes(
+            k=lambda c: c.num_attention_heads * _d_h(c)
+        ),
+        "only the keys are narrow here: the values have as many heads": _sizes(
+            v=lambda c: c.hidden_size
+        ),
+        "only the values are narrow here: the keys have as many heads": _sizes(
+            k=lambda c: c.hidden_size, v=_width
+        ),
+        "this is the number of key-value heads: times the head's width": _sizes(k=_n_kv),
+        "this is the width of one head: times the key-value heads": _sizes(k=_d_h),
+        "head_dim is not looked at: where the config has one, it counts": _sizes(
+            k=lambda c: _n_kv(c) * (c.hidden_size // c.num_attention_heads)
+        ),
+        "the keys and values are counted together: each has a vector of its own": _sizes(
+            k=lambda c: 2 * _width(c)
+        ),
+        "these are the vectors of all layers: one block is asked for": lambda c: {
+            n: c.num_hidden_layers * s for n, s in _sizes()(c).items()
+        },
+        "ff is the output of the feed-forward: its inner activations are scaled": _sizes(
+            ff=lambda c: c.hidden_size
+        ),
+        "ff is not always four times the model's width: the config says intermediate_size": _sizes(
+            ff=lambda c: 4 * c.hidden_size
         ),
         (
-            "the query heads are counted: keys and values have num_key_value_heads",
-            _sizes(k=lambda c: c.num_attention_heads * _d_h(c)),
-        ),
-        (
-            "only the keys are narrow here: the values have as many heads",
-            _sizes(v=lambda c: c.hidden_size),
-        ),
-        (
-            "only the values are narrow here: the keys have as many heads",
-            _sizes(k=lambda c: c.hidden_size, v=_width),
-        ),
-        ("this is the number of key-value heads: times the head's width", _sizes(k=_n_kv)),
-        ("this is the width of one head: times the key-value heads", _sizes(k=_d_h)),
-        (
-            "head_dim is not looked at: where the config has one, it counts",
-            _sizes(k=lambda c: _n_kv(c) * (c.hidden_size // c.num_attention_heads)),
-        ),
-        (
-            "the keys and values are counted together: each has a vector of its own",
-            _sizes(k=lambda c: 2 * _width(c)),
-        ),
-        (
-            "these are the vectors of all layers: one block is asked for",
-            lambda c: {n: c.num_hidden_layers * s for n, s in _sizes()(c).items()},
-        ),
-        (
-            "ff is the output of the feed-forward: its inner activations are scaled",
-            _sizes(ff=lambda c: c.hidden_size),
-        ),
-        (
-            "ff is not always four times the model's width: the config says intermediate_size",
-            _sizes(ff=lambda c: 4 * c.hidden_size),
-        ),
-        (
-            "ff is counted twice: gate and up are multiplied with each other, before the vector",
-            _sizes(ff=lambda c: 2 * c.intermediate_size),
-        ),
-    ],
+            "ff is counted twice: gate and up are multiplied with each other, before the vector"
+        ): _sizes(ff=lambda c: 2 * c.intermediate_size),
+    },
 )
 def ia3_sizes(config):
     """The widths of the layers that the three vectors of a block belong to."""
@@ -205,61 +195,43 @@ def _of(change):
         ),
     ],
     returns=("the weight", "the bias"),
-    causes=[
-        (
-            "the bias of k and v is left as it is: what is scaled is x Wᵀ + b, bias included",
-            _merge(b_rows=_same),
+    causes={
+        "the bias of k and v is left as it is: what is scaled is x Wᵀ + b, bias included": _merge(
+            b_rows=_same
         ),
-        (
-            "the bias is dropped where the outputs are scaled",
-            _merge(b_rows=lambda b, v: torch.zeros_like(b)),
+        "the bias is dropped where the outputs are scaled": _merge(
+            b_rows=lambda b, v: torch.zeros_like(b)
         ),
-        (
-            "the vector is added to the bias: multiply",
-            _merge(b_rows=lambda b, v: None if b is None else (b + v).to(b.dtype)),
+        "the vector is added to the bias: multiply": _merge(
+            b_rows=lambda b, v: None if b is None else (b + v).to(b.dtype)
         ),
-        (
-            "the bias is divided by the vector: multiply",
-            _merge(b_rows=lambda b, v: None if b is None else (b / v).to(b.dtype)),
+        "the bias is divided by the vector: multiply": _merge(
+            b_rows=lambda b, v: None if b is None else (b / v).to(b.dtype)
         ),
-        (
-            "the bias of the feed-forward is scaled: it is added after the vector has acted",
-            _merge(b_columns=_scaled),
+        "the bias of the feed-forward is scaled: it is added after the vector has acted": _merge(
+            b_columns=_scaled
         ),
+        "columns are scaled where the outputs are: an output is a row of W": _merge(rows=_columns),
+        "rows are scaled for the feed-forward: an input is a column of W": _merge(columns=_rows),
         (
-            "columns are scaled where the outputs are: an output is a row of W",
-            _merge(rows=_columns),
+            "the flag is read the wrong way round: with feedforward the columns are scaled"
+        ): lambda w, b, v, ff: _merge()(w, b, v, not ff),
+        "the weight of k and v is left as it is: only the bias is scaled": _merge(
+            rows=lambda W, v: W.clone()
         ),
-        (
-            "rows are scaled for the feed-forward: an input is a column of W",
-            _merge(columns=_rows),
+        "the weight of the feed-forward is left as it is": _merge(columns=lambda W, v: W.clone()),
+        "the vector is subtracted from 1: it starts at ones, and scales": _of(lambda v: 1 - v),
+        "1 is added to the vector: it starts at ones, not at zeros": _of(lambda v: 1 + v),
+        "1 is taken from the vector: this is the change, not the merged layer": _of(
+            lambda v: v - 1
         ),
-        (
-            "the flag is read the wrong way round: with feedforward the columns are scaled",
-            lambda w, b, v, ff: _merge()(w, b, v, not ff),
+        "the weight is divided by the vector: that is unmerging": _of(lambda v: 1 / v),
+        "the vector is squared: it acts once": _of(lambda v: v * v),
+        "the vector loses its sign": _of(lambda v: v.abs()),
+        "an entry of zero is taken for a missing one: it erases a row, rightly": _of(
+            lambda v: torch.where(v == 0, 1.0, v)
         ),
-        (
-            "the weight of k and v is left as it is: only the bias is scaled",
-            _merge(rows=lambda W, v: W.clone()),
-        ),
-        (
-            "the weight of the feed-forward is left as it is",
-            _merge(columns=lambda W, v: W.clone()),
-        ),
-        ("the vector is subtracted from 1: it starts at ones, and scales", _of(lambda v: 1 - v)),
-        ("1 is added to the vector: it starts at ones, not at zeros", _of(lambda v: 1 + v)),
-        (
-            "1 is taken from the vector: this is the change, not the merged layer",
-            _of(lambda v: v - 1),
-        ),
-        ("the weight is divided by the vector: that is unmerging", _of(lambda v: 1 / v)),
-        ("the vector is squared: it acts once", _of(lambda v: v * v)),
-        ("the vector loses its sign", _of(lambda v: v.abs())),
-        (
-            "an entry of zero is taken for a missing one: it erases a row, rightly",
-            _of(lambda v: torch.where(v == 0, 1.0, v)),
-        ),
-    ],
+    },
 )
 def merge_ia3(weight, bias, vector, feedforward):
     """The layer alone computes what layer and vector did, for k, v and the feed-forward."""
@@ -313,36 +285,30 @@ def _by_columns(W, c):
     ],
     returns=("A", "B"),
     view=_product,
-    causes=[
-        (
-            "BA is the scaled weight itself: LoRA adds BA to W, so it must be the change",
-            _lora(change=lambda v: v),
+    causes={
+        "BA is the scaled weight itself: LoRA adds BA to W, so it must be the change": _lora(
+            change=lambda v: v
         ),
-        ("the sign is turned: BA is what must be added to W", _lora(change=lambda v: 1 - v)),
-        ("the scaling acts twice, in A and in B", _lora(change=lambda v: (v - 1) ** 2)),
-        (
-            "1 is added to the vector: the rows are scaled by l, so they change by l − 1",
-            _lora(change=lambda v: v + 1),
+        "the sign is turned: BA is what must be added to W": _lora(change=lambda v: 1 - v),
+        "the scaling acts twice, in A and in B": _lora(change=lambda v: (v - 1) ** 2),
+        "1 is added to the vector: the rows are scaled by l, so they change by l − 1": _lora(
+            change=lambda v: v + 1
         ),
-        (
-            "the change loses its sign: some rows become smaller",
-            _lora(change=lambda v: (v - 1).abs()),
+        "the change loses its sign: some rows become smaller": _lora(
+            change=lambda v: (v - 1).abs()
         ),
-        ("W is left out: BA is the same for every weight", _lora(by=lambda W, c: _diagonal(W, c))),
-        ("the columns are scaled: each entry of l belongs to a row", _lora(by=_by_columns)),
-        (
-            "BA has rank one: the rows of W are lost in their mean",
-            _lora(by=lambda W, c: c[:, None] * W.mean(0).expand_as(W)),
+        "W is left out: BA is the same for every weight": _lora(by=lambda W, c: _diagonal(W, c)),
+        "the columns are scaled: each entry of l belongs to a row": _lora(by=_by_columns),
+        "BA has rank one: the rows of W are lost in their mean": _lora(
+            by=lambda W, c: c[:, None] * W.mean(0).expand_as(W)
         ),
-        (
-            "the change is divided by the rank: here the scaling alpha / r is 1",
-            _lora(by=lambda W, c: c[:, None] * W / min(W.shape)),
+        "the change is divided by the rank: here the scaling alpha / r is 1": _lora(
+            by=lambda W, c: c[:, None] * W / min(W.shape)
         ),
-        (
-            "the smallest singular value is cut off: only the full rank is exact",
-            _lora(by=lambda W, c: _truncated(c[:, None] * W)),
+        "the smallest singular value is cut off: only the full rank is exact": _lora(
+            by=lambda W, c: _truncated(c[:, None] * W)
         ),
-    ],
+    },
 )
 def ia3_as_lora(weight, vector):
     """W + BA is the weight with scaled rows, and A and B have the full rank's shapes."""
@@ -412,10 +378,7 @@ def _used(module):
     with torch.enable_grad():
         y = module(x)
         seen[output] = y.detach()
-        loss = (y * torch.linspace(-1, 1.5, y.numel()).view(y.shape)).sum()
-        found = [None] * 3
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, (l_k, l_v, x), allow_unused=True)
+        found = gradients_of(y, (l_k, l_v, x))
     for name, p, gradient in zip(gradients, (l_k, l_v, x), found, strict=True):
         seen[name] = torch.zeros_like(p) if gradient is None else gradient
     return seen
@@ -483,85 +446,60 @@ def _wrong(
     returns="the module",
     view=_used,
     staged=True,
-    causes=[
-        (
-            "the query has a vector too: (IA)³ scales keys and values only",
-            _wrong(third=True),
+    causes={
+        "the query has a vector too: (IA)³ scales keys and values only": _wrong(third=True),
+        "the vectors start as zeros, which silences keys and values: start from ones": _wrong(
+            start=torch.zeros
         ),
-        (
-            "the vectors start as zeros, which silences keys and values: start from ones",
-            _wrong(start=torch.zeros),
-        ),
-        ("the vectors start from random numbers: start from ones", _wrong(start=torch.randn)),
+        "the vectors start from random numbers: start from ones": _wrong(start=torch.randn),
         (
             "the vectors are as wide as the query: under grouped queries keys and values are "
-            "narrower",
-            _wrong(width=lambda q, kv, d_h: q),
+            "narrower"
+        ): _wrong(width=lambda q, kv, d_h: q),
+        (
+            "the vectors start as zeros and are as wide as the query: ones, as wide as the keys"
+        ): _wrong(start=torch.zeros, width=lambda q, kv, d_h: q),
+        (
+            "the vectors have one entry a head's dimension: each key-value head has its own d_h"
+        ): _wrong(width=lambda q, kv, d_h: d_h),
+        "the vectors have one entry a head: each of its d_h dimensions has one": _wrong(
+            width=lambda q, kv, d_h: kv // d_h
         ),
         (
-            "the vectors start as zeros and are as wide as the query: ones, as wide as the keys",
-            _wrong(start=torch.zeros, width=lambda q, kv, d_h: q),
+            "the base's output is changed at the start: with ones, k ⊙ l_k is k, and 1 + l is 2"
+        ): _wrong(scale=lambda self, q, k, v: (q, k * (1 + self.l_k), v * (1 + self.l_v))),
+        "the vectors are added: they scale": _wrong(
+            scale=lambda self, q, k, v: (q, k + self.l_k, v + self.l_v)
         ),
-        (
-            "the vectors have one entry a head's dimension: each key-value head has its own d_h",
-            _wrong(width=lambda q, kv, d_h: d_h),
+        "the vectors are exchanged: l_k acts on the values and l_v on the keys": _wrong(
+            scale=lambda self, q, k, v: (q, k * self.l_v, v * self.l_k)
         ),
-        (
-            "the vectors have one entry a head: each of its d_h dimensions has one",
-            _wrong(width=lambda q, kv, d_h: kv // d_h),
+        "l_k acts on keys and values: the values have l_v": _wrong(
+            scale=lambda self, q, k, v: (q, k * self.l_k, v * self.l_k)
         ),
-        (
-            "the base's output is changed at the start: with ones, k ⊙ l_k is k, and 1 + l is 2",
-            _wrong(scale=lambda self, q, k, v: (q, k * (1 + self.l_k), v * (1 + self.l_v))),
+        "l_k is not used": _wrong(scale=lambda self, q, k, v: (q, k, v * self.l_v)),
+        "l_v is not used": _wrong(scale=lambda self, q, k, v: (q, k * self.l_k, v)),
+        "l_k acts twice, on the key and on the query": _wrong(
+            scale=lambda self, q, k, v: (_fit(q, self.l_k), k * self.l_k, v * self.l_v)
         ),
-        (
-            "the vectors are added: they scale",
-            _wrong(scale=lambda self, q, k, v: (q, k + self.l_k, v + self.l_v)),
+        "l_k is divided by: it scales": _wrong(
+            scale=lambda self, q, k, v: (q, k / self.l_k, v * self.l_v)
         ),
-        (
-            "the vectors are exchanged: l_k acts on the values and l_v on the keys",
-            _wrong(scale=lambda self, q, k, v: (q, k * self.l_v, v * self.l_k)),
+        "the biases are not scaled: the vector acts on x Wᵀ + b": _wrong(
+            scale=lambda self, q, k, v: (
+                q,
+                _without_bias(k, self.k, self.l_k),
+                _without_bias(v, self.v, self.l_v),
+            )
         ),
-        (
-            "l_k acts on keys and values: the values have l_v",
-            _wrong(scale=lambda self, q, k, v: (q, k * self.l_k, v * self.l_k)),
+        "the key-value heads are in another order: neighbouring query heads share one": _wrong(
+            group=lambda t, n: t.repeat(1, n, 1, 1)
         ),
-        (
-            "l_k is not used",
-            _wrong(scale=lambda self, q, k, v: (q, k, v * self.l_v)),
+        "the causal mask is lost: no token may look ahead": _wrong(causal=False),
+        "the vectors are cut off and learn nothing": _wrong(
+            scale=lambda self, q, k, v: (q, k * self.l_k.detach(), v * self.l_v.detach())
         ),
-        (
-            "l_v is not used",
-            _wrong(scale=lambda self, q, k, v: (q, k * self.l_k, v)),
-        ),
-        (
-            "l_k acts twice, on the key and on the query",
-            _wrong(scale=lambda self, q, k, v: (_fit(q, self.l_k), k * self.l_k, v * self.l_v)),
-        ),
-        (
-            "l_k is divided by: it scales",
-            _wrong(scale=lambda self, q, k, v: (q, k / self.l_k, v * self.l_v)),
-        ),
-        (
-            "the biases are not scaled: the vector acts on x Wᵀ + b",
-            _wrong(
-                scale=lambda self, q, k, v: (
-                    q,
-                    _without_bias(k, self.k, self.l_k),
-                    _without_bias(v, self.v, self.l_v),
-                )
-            ),
-        ),
-        (
-            "the key-value heads are in another order: neighbouring query heads share one",
-            _wrong(group=lambda t, n: t.repeat(1, n, 1, 1)),
-        ),
-        ("the causal mask is lost: no token may look ahead", _wrong(causal=False)),
-        (
-            "the vectors are cut off and learn nothing",
-            _wrong(scale=lambda self, q, k, v: (q, k * self.l_k.detach(), v * self.l_v.detach())),
-        ),
-    ],
+    },
 )
 class IA3Attention(nn.Module):
     """The base at the start, (IA)³ once trained, grouped queries included, and its gradients."""

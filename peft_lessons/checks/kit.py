@@ -12,7 +12,7 @@ import inspect
 import linecache
 import os
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from numbers import Real
@@ -77,6 +77,11 @@ class Case:
     mentions: str = ""
 
 
+def refused(make: Callable[[], Sequence[Any]], mentions: str, note: str) -> Case:
+    """A call that the right answer refuses with a ValueError whose message names `mentions`."""
+    return Case(make, note, raises=(ValueError,), mentions=mentions)
+
+
 @dataclass(frozen=True)
 class Forbid:
     """Shapes, told from a case's arguments, that no new tensor may have, in any order; and why."""
@@ -103,7 +108,7 @@ class Check:
         self,
         reference: Callable,
         cases: Sequence[Case | tuple],
-        causes: Sequence[tuple[str, Callable]] = (),
+        causes: Mapping[str, Callable] | None = None,
         returns: str | tuple[str, ...] = "the result",
         view: Callable[[Any], Any] | None = None,
         staged: bool = False,
@@ -118,7 +123,7 @@ class Check:
         self.cases = [c if isinstance(c, Case) else Case(lambda c=c: c) for c in cases]
         self.signature = inspect.signature(reference)
         self.names = list(self.signature.parameters)
-        self.causes = list(causes)
+        self.causes = dict(causes or {})
         self.__name__, self.__doc__ = reference.__name__, inspect.getdoc(reference)
 
     def __call__(self, function: Callable) -> Verdict:
@@ -253,10 +258,9 @@ class Check:
         same = self._same_gradients if gradients else self._same_result
         results = [i for i, case in enumerate(self.cases) if not case.raises]
         before = [i for i in results if i <= number]
-        causes = dict(self.causes)
-        named = [s for s, w in causes.items() if all(same(function, w, i) for i in before)]
+        named = [s for s, w in self.causes.items() if all(same(function, w, i) for i in before)]
         if len(named) > 1:  # these cases do not tell them apart, but perhaps a later one does
-            counts = {s: sum(same(function, causes[s], i) for i in results) for s in named}
+            counts = {s: sum(same(function, self.causes[s], i) for i in results) for s in named}
             named = [s for s, count in counts.items() if count == max(counts.values())]
         if not named and not gradients:
             got, _ = _outcome(function, self._arguments(number, function))
@@ -317,13 +321,18 @@ class Check:
         with torch.enable_grad(), _seeded(_CALLS):
             result = function(*named.values())
             result = self.view(result) if self.view else result
-            flat = torch.cat([t.reshape(-1).double() for t in tensors(result)])
-            loss = flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)
-        grads = [None] * len(wanted)
-        if loss.requires_grad:
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+            grads = gradients_of(result, wanted)
         pairs = list(zip(leaves, grads, strict=True))
         return {name: [g for (n, _), g in pairs if n == name] for name in self.gradients}
+
+
+def gradients_of(result: Any, wanted: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The gradients of a fixed weighted sum of the result's entries; None for what gets none."""
+    flat = torch.cat([t.reshape(-1).double() for t in tensors(result)])
+    loss = flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)
+    if not loss.requires_grad:
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def check_for(**settings: Any) -> Callable[[Callable], Check]:

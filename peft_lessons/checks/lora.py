@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..methods.lora import LinearWithLoRA
 from .kit import Case, Forbid, check_for
+from .scaling import wrong_scalings
 
 
 def _factors(out, in_, rank):
@@ -34,32 +35,23 @@ def _unmerging(scale):
         Case(lambda: _merged(24, 40, 4, 10, torch.float64)),
     ],
     gradients=("merged_weight", "A", "B"),
-    causes=[
-        ("the scaling alpha / r is left out", _unmerging(lambda alpha, r: 1)),
-        ("alpha is not divided by r", _unmerging(lambda alpha, r: alpha)),
-        ("alpha is left out: only 1 / r scales", _unmerging(lambda alpha, r: 1 / r)),
-        ("the scaling is upside down: it is alpha / r", _unmerging(lambda alpha, r: r / alpha)),
-        ("the scaling alpha / r is applied twice", _unmerging(lambda alpha, r: (alpha / r) ** 2)),
-        ("the update is added again, not subtracted", _unmerging(lambda alpha, r: -alpha / r)),
-        ("alpha is divided by √r, as in rsLoRA", _unmerging(lambda alpha, r: alpha / math.sqrt(r))),
-        ("// drops the fraction of alpha / r", _unmerging(lambda alpha, r: alpha // r)),
-        (
-            "alpha is divided by a width: the rank is A.shape[0]",
-            lambda merged, A, B, alpha: merged - alpha / A.shape[1] * (B @ A),
+    causes={
+        "alpha is left out: only 1 / r scales": _unmerging(lambda alpha, r: 1 / r),
+        **wrong_scalings(_unmerging),
+        "the update is added again, not subtracted": _unmerging(lambda alpha, r: -alpha / r),
+        "alpha is divided by a width: the rank is A.shape[0]": lambda merged, A, B, alpha: (
+            merged - alpha / A.shape[1] * (B @ A)
+        ),
+        "alpha is divided by a width: the rank is B.shape[1]": lambda merged, A, B, alpha: (
+            merged - alpha / B.shape[0] * (B @ A)
         ),
         (
-            "alpha is divided by a width: the rank is B.shape[1]",
-            lambda merged, A, B, alpha: merged - alpha / B.shape[0] * (B @ A),
-        ),
+            "this is the update alone: subtract it from the merged weight"
+        ): lambda merged, A, B, alpha: alpha / A.shape[0] * (B @ A),
         (
-            "this is the update alone: subtract it from the merged weight",
-            lambda merged, A, B, alpha: alpha / A.shape[0] * (B @ A),
-        ),
-        (
-            "the sign is turned: subtract the update from the merged weight",
-            lambda merged, A, B, alpha: alpha / A.shape[0] * (B @ A) - merged,
-        ),
-    ],
+            "the sign is turned: subtract the update from the merged weight"
+        ): lambda merged, A, B, alpha: alpha / A.shape[0] * (B @ A) - merged,
+    },
 )
 def unmerge_lora(merged_weight, A, B, alpha):
     """The base weight is back, whatever alpha, rank and shape."""
@@ -155,27 +147,28 @@ def _untransposed(A, B, rank):
             'full_matrices=False, and qr with mode="reduced".',
         ),
     ],
-    causes=[
+    causes={
         (
-            "the first rows and columns are kept; their order says nothing of their size",
-            lambda A, B, rank: (A[:rank], B[:, :rank]),
+            "the first rows and columns are kept; their order says nothing of their size"
+        ): lambda A, B, rank: (
+            A[:rank],
+            B[:, :rank],
         ),
-        ("whole rows and columns are chosen: the best directions mix them", _largest_rows),
-        ("the factors are truncated each by itself, not their product", _rank_of_each),
-        ("QR alone does not sort directions by size: a small SVD must follow", _qr_alone),
-        ("only A is decomposed, but B too decides which directions are large", _svd_of_a),
-        ("only B is decomposed, but A too decides which directions are large", _svd_of_b),
-        ("Aᵀ = Q R gives A = Rᵀ Qᵀ: the R of A's QR is not transposed", _untransposed),
-        ("the smallest singular values are kept, not the largest", _smallest),
-        ("the singular values are left out", _truncated(lambda U, S, Vh: (Vh, U))),
-        (
-            "the singular values are in both factors: share them",
-            _truncated(lambda U, S, Vh: (S[:, None] * Vh, U * S)),
+        "whole rows and columns are chosen: the best directions mix them": _largest_rows,
+        "the factors are truncated each by itself, not their product": _rank_of_each,
+        "QR alone does not sort directions by size: a small SVD must follow": _qr_alone,
+        "only A is decomposed, but B too decides which directions are large": _svd_of_a,
+        "only B is decomposed, but A too decides which directions are large": _svd_of_b,
+        "Aᵀ = Q R gives A = Rᵀ Qᵀ: the R of A's QR is not transposed": _untransposed,
+        "the smallest singular values are kept, not the largest": _smallest,
+        "the singular values are left out": _truncated(lambda U, S, Vh: (Vh, U)),
+        "the singular values are in both factors: share them": _truncated(
+            lambda U, S, Vh: (S[:, None] * Vh, U * S)
         ),
-        ("the order is turned: return A first", _truncated(lambda U, S, Vh: (U * S, Vh))),
-        ("both factors are transposed", _truncated(lambda U, S, Vh: (Vh.T, (U * S).T))),
-        ("the factors are returned as they were", lambda A, B, rank: (A, B)),
-    ],
+        "the order is turned: return A first": _truncated(lambda U, S, Vh: (U * S, Vh)),
+        "both factors are transposed": _truncated(lambda U, S, Vh: (Vh.T, (U * S).T)),
+        "the factors are returned as they were": lambda A, B, rank: (A, B),
+    },
 )
 def compress_lora(A, B, rank):
     """As close to BA as this rank allows, with no tensor as large as a weight on the way."""
@@ -219,33 +212,25 @@ def _looked_up(scale, base=1):
             "or F.embedding.",
         ),
     ],
-    causes=[
-        ("the scaling alpha / r is left out", _looked_up(lambda alpha, r: 1)),
-        ("alpha is not divided by r", _looked_up(lambda alpha, r: alpha)),
-        ("the scaling is upside down: it is alpha / r", _looked_up(lambda alpha, r: r / alpha)),
-        ("the scaling alpha / r is applied twice", _looked_up(lambda alpha, r: (alpha / r) ** 2)),
-        ("// drops the fraction of alpha / r", _looked_up(lambda alpha, r: alpha // r)),
-        ("the update is subtracted, not added", _looked_up(lambda alpha, r: -alpha / r)),
+    causes={
+        **wrong_scalings(_looked_up),
+        "the update is subtracted, not added": _looked_up(lambda alpha, r: -alpha / r),
         (
-            "alpha is divided by the vocabulary's size: the rank is A.shape[0]",
-            lambda ids, weight, A, B, alpha: weight[ids] + alpha / A.shape[1] * (A.T[ids] @ B.T),
+            "alpha is divided by the vocabulary's size: the rank is A.shape[0]"
+        ): lambda ids, weight, A, B, alpha: weight[ids] + alpha / A.shape[1] * (A.T[ids] @ B.T),
+        "the token table's own rows are missing: this is the update alone": _looked_up(
+            lambda alpha, r: alpha / r, base=0
         ),
-        (
-            "the token table's own rows are missing: this is the update alone",
-            _looked_up(lambda alpha, r: alpha / r, base=0),
+        "the update is missing: these are the base's rows": _looked_up(lambda alpha, r: 0),
+        "the scaling is applied to the base's rows too": lambda ids, weight, A, B, alpha: (
+            alpha / A.shape[0] * (weight[ids] + A.T[ids] @ B.T)
         ),
-        ("the update is missing: these are the base's rows", _looked_up(lambda alpha, r: 0)),
-        (
-            "the scaling is applied to the base's rows too",
-            lambda ids, weight, A, B, alpha: alpha / A.shape[0] * (weight[ids] + A.T[ids] @ B.T),
-        ),
-        (
-            "A is reshaped where it must be transposed: columns of A are tokens",
+        "A is reshaped where it must be transposed: columns of A are tokens": (
             lambda ids, weight, A, B, alpha: (
                 weight[ids] + alpha / A.shape[0] * (A.reshape(-1, A.shape[0])[ids] @ B.T)
-            ),
+            )
         ),
-    ],
+    },
 )
 def embedding_lora(ids, weight, A, B, alpha):
     """Every token's row of weight + (alpha / r)·(BA)ᵀ, by lookup, for ids of any shape."""
@@ -316,37 +301,32 @@ _SUMMED = "the factors are summed, not the products: B₁A₁ + B₂A₂ isn't (
     ],
     returns=("A", "B"),
     view=_product,
-    causes=[
-        (f"{_SUMMED}, and with square roots as in PEFT's 'linear'", _summed_factors),
-        (_SUMMED, _plain_sums),
-        ("the weights are left out", _concatenated(_one, lambda w, alpha, r: alpha / r)),
-        ("the scalings alpha / r are left out", _concatenated(_one, lambda w, alpha, r: w)),
-        ("weights and scalings are left out", _concatenated(_one, _one)),
-        ("alpha is not divided by r", _concatenated(_one, lambda w, alpha, r: w * alpha)),
-        (
-            "weight and scaling are in both factors: they count twice in BA",
-            _concatenated(*[lambda w, alpha, r: w * alpha / r] * 2),
+    causes={
+        f"{_SUMMED}, and with square roots as in PEFT's 'linear'": _summed_factors,
+        _SUMMED: _plain_sums,
+        "the weights are left out": _concatenated(_one, lambda w, alpha, r: alpha / r),
+        "the scalings alpha / r are left out": _concatenated(_one, lambda w, alpha, r: w),
+        "weights and scalings are left out": _concatenated(_one, _one),
+        "alpha is not divided by r": _concatenated(_one, lambda w, alpha, r: w * alpha),
+        "weight and scaling are in both factors: they count twice in BA": _concatenated(
+            *[lambda w, alpha, r: w * alpha / r] * 2
         ),
-        (
-            "the weights are in both factors: they count twice in BA",
-            _concatenated(lambda w, alpha, r: w, lambda w, alpha, r: w * alpha / r),
+        "the weights are in both factors: they count twice in BA": _concatenated(
+            lambda w, alpha, r: w, lambda w, alpha, r: w * alpha / r
         ),
-        ("alpha is divided by the ranks' sum: each has a rank of its own", _by_total_rank),
-        ("the weights are divided by their sum, which was not asked for", _normalised),
+        "alpha is divided by the ranks' sum: each has a rank of its own": _by_total_rank,
+        "the weights are divided by their sum, which was not asked for": _normalised,
         (
-            "a negative weight has no square root: put weight and scaling into one factor",
-            _concatenated(*[lambda w, alpha, r: torch.tensor(w * alpha / r).sqrt()] * 2),
+            "a negative weight has no square root: put weight and scaling into one factor"
+        ): _concatenated(*[lambda w, alpha, r: torch.tensor(w * alpha / r).sqrt()] * 2),
+        "the sign of a negative weight is lost": _concatenated(
+            _one, lambda w, alpha, r: abs(w) * alpha / r
         ),
-        (
-            "the sign of a negative weight is lost",
-            _concatenated(_one, lambda w, alpha, r: abs(w) * alpha / r),
-        ),
-        ("A and B are stacked in different orders", _turned),
-        (
-            "the order is turned: return A first",
-            lambda adapters: _concatenated(_one, lambda w, a, r: w * a / r)(adapters)[::-1],
-        ),
-    ],
+        "A and B are stacked in different orders": _turned,
+        "the order is turned: return A first": lambda adapters: _concatenated(
+            _one, lambda w, a, r: w * a / r
+        )(adapters)[::-1],
+    },
 )
 def sum_adapters(adapters):
     """One pair whose BA is the weighted sum of all updates, of different ranks and signs too."""
@@ -482,29 +462,25 @@ _MATCHES = "targets are found anywhere in a name, and must be whole segments at 
     returns="the model",
     view=_injected,
     changes=("model",),
-    causes=[
-        (f"{_REST_TRAINS}; and {_MATCHES}", _injection(_substring, freeze=False)),
-        (_REST_TRAINS, _injection(_segments, freeze=False)),
-        (_MATCHES, _injection(_substring)),
-        (
-            "targets are compared with the end of the name, not with whole segments of it",
-            _injection(_suffix),
+    causes={
+        f"{_REST_TRAINS}; and {_MATCHES}": _injection(_substring, freeze=False),
+        _REST_TRAINS: _injection(_segments, freeze=False),
+        _MATCHES: _injection(_substring),
+        "targets are compared with the end of the name, not with whole segments of it": _injection(
+            _suffix
         ),
-        (
-            "only the last segment of a name is compared: a target may have several",
-            _injection(lambda name, target: name.rpartition(".")[2] == target),
+        "only the last segment of a name is compared: a target may have several": _injection(
+            lambda name, target: name.rpartition(".")[2] == target
         ),
-        (
-            "a module at the top of the model has no dot before its name",
-            _injection(lambda name, target: name.endswith(f".{target}")),
+        "a module at the top of the model has no dot before its name": _injection(
+            lambda name, target: name.endswith(f".{target}")
         ),
-        ("rank is not passed on", _injection(_segments, settings=lambda r, alpha: (8, alpha))),
-        ("alpha is not passed on", _injection(_segments, settings=lambda r, alpha: (r, 16.0))),
-        (
-            "rank and alpha have changed places",
-            _injection(_segments, settings=lambda r, alpha: (int(alpha), r)),
+        "rank is not passed on": _injection(_segments, settings=lambda r, alpha: (8, alpha)),
+        "alpha is not passed on": _injection(_segments, settings=lambda r, alpha: (r, 16.0)),
+        "rank and alpha have changed places": _injection(
+            _segments, settings=lambda r, alpha: (int(alpha), r)
         ),
-    ],
+    },
 )
 def apply_lora(model, rank, alpha, targets):
     """LoRA on the named layers alone, all else frozen."""

@@ -51,51 +51,37 @@ _RIGHT = ("L2hd", (1, 2, 3, 0, 4))
     ],
     returns="the list",
     gradients=("flat",),
-    causes=[
-        (
-            "keys and values are swapped: the key of a layer comes first",
-            _split(*_RIGHT, lambda layer: (layer[1], layer[0])),
+    causes={
+        "keys and values are swapped: the key of a layer comes first": _split(
+            *_RIGHT, lambda layer: (layer[1], layer[0])
         ),
         (
-            "all keys are taken to come before all values: each layer has its key and its value",
-            _split("2Lhd", (2, 1, 3, 0, 4)),
+            "all keys are taken to come before all values: each layer has its key and its value"
+        ): _split("2Lhd", (2, 1, 3, 0, 4)),
+        "heads and their width are swapped in the view: d_h is the last": _split(
+            "L2dh", (1, 2, 4, 0, 3)
         ),
         (
-            "heads and their width are swapped in the view: d_h is the last",
-            _split("L2dh", (1, 2, 4, 0, 3)),
+            "the heads are taken to come first in a row: they come after layer, and key or value"
+        ): _split("hL2d", (2, 3, 1, 0, 4)),
+        "the two of a layer are taken to be interleaved within a head": _split(
+            "Lhd2", (1, 4, 2, 0, 3)
         ),
         (
-            "the heads are taken to come first in a row: they come after layer, and key or value",
-            _split("hL2d", (2, 3, 1, 0, 4)),
+            "a row of flat is one virtual token: a view cannot put p behind the heads, permute can"
+        ): _blocks,
+        "a reshape to (n_kv, p, d_h) mixes tokens and heads: move the dimensions instead": _mixed,
+        "each of them is (p, n_kv, d_h): the heads come first": _split("L2hd", (1, 2, 0, 3, 4)),
+        "the pairs overlap: layer l has numbers 2l and 2l + 1": _overlapping,
+        "the value is the key once more": _split(*_RIGHT, lambda layer: (layer[0], layer[0])),
+        "the key is the value too": _split(*_RIGHT, lambda layer: (layer[1], layer[1])),
+        "the layers come in the wrong order: the first is layer 0": lambda *args: _split(*_RIGHT)(
+            *args
+        )[::-1],
+        "there is no batch yet: each of them is (n_kv, p, d_h)": _split(
+            *_RIGHT, lambda layer: (layer[0][None], layer[1][None])
         ),
-        (
-            "the two of a layer are taken to be interleaved within a head",
-            _split("Lhd2", (1, 4, 2, 0, 3)),
-        ),
-        (
-            "a row of flat is one virtual token: a view cannot put p behind the heads, permute can",
-            _blocks,
-        ),
-        (
-            "a reshape to (n_kv, p, d_h) mixes tokens and heads: move the dimensions instead",
-            _mixed,
-        ),
-        (
-            "each of them is (p, n_kv, d_h): the heads come first",
-            _split("L2hd", (1, 2, 0, 3, 4)),
-        ),
-        ("the pairs overlap: layer l has numbers 2l and 2l + 1", _overlapping),
-        ("the value is the key once more", _split(*_RIGHT, lambda layer: (layer[0], layer[0]))),
-        ("the key is the value too", _split(*_RIGHT, lambda layer: (layer[1], layer[1]))),
-        (
-            "the layers come in the wrong order: the first is layer 0",
-            lambda *args: _split(*_RIGHT)(*args)[::-1],
-        ),
-        (
-            "there is no batch yet: each of them is (n_kv, p, d_h)",
-            _split(*_RIGHT, lambda layer: (layer[0][None], layer[1][None])),
-        ),
-    ],
+    },
 )
 def split_prefix(flat, layers, n_kv, d_h):
     """Keys and values of every layer and head, from where PEFT stores them."""
@@ -162,81 +148,63 @@ def _by_means(scores, p):
     ],
     returns="the gate",
     gradients=("q", "k", "prefix_k"),
-    causes=[
-        (
-            "every token sees the whole text: it sees only what stands before it, and itself",
-            _gate(seen=lambda T, p: _causal(T, p + T, p + T)),
+    causes={
+        "every token sees the whole text: it sees only what stands before it, and itself": _gate(
+            seen=lambda T, p: _causal(T, p + T, p + T)
         ),
-        (
-            "a token does not see itself: the mask begins one place too early",
-            _gate(seen=lambda T, p: _causal(T, p + T, p - 1)),
+        "a token does not see itself: the mask begins one place too early": _gate(
+            seen=lambda T, p: _causal(T, p + T, p - 1)
         ),
-        (
-            "the mask is turned: a token sees itself and what comes after it",
-            _gate(
-                seen=lambda T, p: torch.cat(
-                    [torch.ones(T, p, dtype=torch.bool), _causal(T, T, 0).T], dim=1
-                )
-            ),
+        "the mask is turned: a token sees itself and what comes after it": _gate(
+            seen=lambda T, p: torch.cat(
+                [torch.ones(T, p, dtype=torch.bool), _causal(T, T, 0).T], dim=1
+            )
         ),
-        (
-            "the causal mask covers the prefix too: every token sees all of the prefix",
-            _gate(seen=lambda T, p: _causal(T, p + T, 0)),
+        "the causal mask covers the prefix too: every token sees all of the prefix": _gate(
+            seen=lambda T, p: _causal(T, p + T, 0)
         ),
-        ("the scores are not divided by √d_h", _gate(root=lambda d_h: 1.0)),
-        ("the scores are divided by d_h: by its root", _gate(root=float)),
-        ("the scores are multiplied by √d_h: divide", _gate(root=lambda d_h: d_h**-0.5)),
-        (
-            "the scores of the prefix alone are divided by √d_h: those of the text are too",
-            _gate(text_root=lambda d_h: 1.0),
+        "the scores are not divided by √d_h": _gate(root=lambda d_h: 1.0),
+        "the scores are divided by d_h: by its root": _gate(root=float),
+        "the scores are multiplied by √d_h: divide": _gate(root=lambda d_h: d_h**-0.5),
+        "the scores of the prefix alone are divided by √d_h: those of the text are too": _gate(
+            text_root=lambda d_h: 1.0
         ),
-        (
-            "the scores of the text alone are divided by √d_h: those of the prefix are too",
-            _gate(root=lambda d_h: 1.0, text_root=lambda d_h: d_h**0.5),
+        "the scores of the text alone are divided by √d_h: those of the prefix are too": _gate(
+            root=lambda d_h: 1.0, text_root=lambda d_h: d_h**0.5
         ),
-        (
-            "this is the share of the text: the prefix has the rest",
-            _gate(share=lambda weights, p: weights[..., p:].sum(-1)),
+        "this is the share of the text: the prefix has the rest": _gate(
+            share=lambda weights, p: weights[..., p:].sum(-1)
         ),
-        ("this is the ratio of prefix to text: a share is of both together", _gate(share=_ratio)),
-        (
-            "this is the logarithm of the ratio of prefix to text: its sigmoid is the share",
-            _gate(share=lambda weights, p: _ratio(weights, p).log()),
+        "this is the ratio of prefix to text: a share is of both together": _gate(share=_ratio),
+        "this is the logarithm of the ratio of prefix to text: its sigmoid is the share": _gate(
+            share=lambda weights, p: _ratio(weights, p).log()
         ),
-        (
-            "this is the mean weight of a virtual token: the prefix has the sum",
-            _gate(share=lambda weights, p: weights[..., :p].mean(-1)),
+        "this is the mean weight of a virtual token: the prefix has the sum": _gate(
+            share=lambda weights, p: weights[..., :p].mean(-1)
         ),
-        (
-            "this is the largest weight of a virtual token: the prefix has the sum",
-            _gate(share=lambda weights, p: weights[..., :p].amax(-1)),
+        "this is the largest weight of a virtual token: the prefix has the sum": _gate(
+            share=lambda weights, p: weights[..., :p].amax(-1)
         ),
         (
             "the heads are repeated as a whole: query heads 0 and 1 share key head 0, so each key "
-            "head is repeated in its place (repeat_interleave)",
-            _gate(spread=lambda t, group: t.repeat(group, 1, 1)),
+            "head is repeated in its place (repeat_interleave)"
+        ): _gate(spread=lambda t, group: t.repeat(group, 1, 1)),
+        "the scores are averaged: a softmax adds their exponentials (logsumexp)": _gate(
+            weights=lambda scores: scores, share=_by_means
+        ),
+        "the softmax is taken over the tokens: it is taken over what a token sees": _gate(
+            weights=lambda scores: scores.softmax(-2)
+        ),
+        "the heads are averaged: each has a gate of its own": _gate(
+            share=lambda weights, p: weights[..., :p].sum(-1).mean(0)
         ),
         (
-            "the scores are averaged: a softmax adds their exponentials (logsumexp)",
-            _gate(weights=lambda scores: scores, share=_by_means),
+            "the gate has one number a head and token: drop the dimension that keepdim=True kept"
+        ): _gate(share=lambda weights, p: weights[..., :p].sum(-1, keepdim=True)),
+        "these are the weights of the virtual tokens: add them up": _gate(
+            share=lambda weights, p: weights[..., :p]
         ),
-        (
-            "the softmax is taken over the tokens: it is taken over what a token sees",
-            _gate(weights=lambda scores: scores.softmax(-2)),
-        ),
-        (
-            "the heads are averaged: each has a gate of its own",
-            _gate(share=lambda weights, p: weights[..., :p].sum(-1).mean(0)),
-        ),
-        (
-            "the gate has one number a head and token: drop the dimension that keepdim=True kept",
-            _gate(share=lambda weights, p: weights[..., :p].sum(-1, keepdim=True)),
-        ),
-        (
-            "these are the weights of the virtual tokens: add them up",
-            _gate(share=lambda weights, p: weights[..., :p]),
-        ),
-    ],
+    },
 )
 def prefix_gate(q, k, prefix_k):
     """The share of each token's attention that goes to the prefix."""
@@ -338,54 +306,38 @@ def _prefix_parts(pairs):
     ],
     returns="the list",
     view=_prefix_parts,
-    causes=[
+    causes={
         (
-            "the model is in train mode and drops out: read in eval mode, then set the mode back",
-            _as_it_is,
+            "the model is in train mode and drops out: read in eval mode, then set the mode back"
+        ): _as_it_is,
+        (
+            "the cache hangs on the graph of the forward: read under torch.no_grad()"
+        ): lambda model, ids: _read(model, ids, grad=True),
+        "keys and values are swapped": _changed(lambda k, v: (v, k)),
+        "there is one context: drop the dimension of the batch": _changed(
+            lambda k, v: (k[None], v[None])
         ),
-        (
-            "the cache hangs on the graph of the forward: read under torch.no_grad()",
-            lambda model, ids: _read(model, ids, grad=True),
+        "each of them is (n_kv, p, d_h): the heads come first": _changed(
+            lambda k, v: (k.transpose(0, 1), v.transpose(0, 1))
         ),
-        ("keys and values are swapped", _changed(lambda k, v: (v, k))),
-        (
-            "there is one context: drop the dimension of the batch",
-            _changed(lambda k, v: (k[None], v[None])),
+        "the keys are not rotated: the prefix must hold what attention sees": _projected,
+        "each token was read as if it stood alone: they see one another": _one_by_one,
+        "the last token is missing": lambda model, ids: _read(
+            model, ids[:-1] if len(ids) > 1 else ids
         ),
-        (
-            "each of them is (n_kv, p, d_h): the heads come first",
-            _changed(lambda k, v: (k.transpose(0, 1), v.transpose(0, 1))),
-        ),
-        (
-            "the keys are not rotated: the prefix must hold what attention sees",
-            _projected,
-        ),
-        (
-            "each token was read as if it stood alone: they see one another",
-            _one_by_one,
-        ),
-        (
-            "the last token is missing",
-            lambda model, ids: _read(model, ids[:-1] if len(ids) > 1 else ids),
-        ),
-        (
-            "the tokens are in the wrong order",
-            _changed(lambda k, v: (k.flip(1), v.flip(1))),
-        ),
-        ("the ids were read backwards", lambda model, ids: _read(model, ids.flip(0))),
-        (
-            "the layers come in the wrong order: the first is layer 0",
-            lambda model, ids: _read(model, ids)[::-1],
-        ),
-        ("this is the last layer alone", lambda model, ids: _read(model, ids)[-1:]),
-        ("the value is the key once more", _changed(lambda k, v: (k, k))),
-        (
-            "every query head has a key of its own here: keep the n_kv heads of the cache",
+        "the tokens are in the wrong order": _changed(lambda k, v: (k.flip(1), v.flip(1))),
+        "the ids were read backwards": lambda model, ids: _read(model, ids.flip(0)),
+        "the layers come in the wrong order: the first is layer 0": lambda model, ids: _read(
+            model, ids
+        )[::-1],
+        "this is the last layer alone": lambda model, ids: _read(model, ids)[-1:],
+        "the value is the key once more": _changed(lambda k, v: (k, k)),
+        "every query head has a key of its own here: keep the n_kv heads of the cache": (
             lambda model, ids: [
                 tuple(t.repeat_interleave(2, dim=0) for t in pair) for pair in _read(model, ids)
-            ],
+            ]
         ),
-    ],
+    },
 )
 def context_to_prefix(model, ids):
     """A prefix that equals having read the ids."""
@@ -465,65 +417,49 @@ def _two_softmaxes(scores, p):
     ],
     returns="the output",
     gradients=("q", "k", "v", "prefix_k", "prefix_v"),
-    causes=[
-        (
-            "the causal mask covers the prefix: every token sees all of the prefix",
-            _attend(seen=_covered),
+    causes={
+        "the causal mask covers the prefix: every token sees all of the prefix": _attend(
+            seen=_covered
         ),
-        ("the prefix's keys and values are swapped", _swapped()),
-        (
-            "the prefix's keys and values are swapped, and the causal mask covers the prefix",
-            _swapped(seen=_covered),
+        "the prefix's keys and values are swapped": _swapped(),
+        "the prefix's keys and values are swapped, and the causal mask covers the prefix": _swapped(
+            seen=_covered
         ),
         (
             "prefix keys of zeros are taken for no prefix: they score 0, which is no −∞, and take "
-            "their share of the attention",
-            _attend(skip=lambda pk, pv: not pk.any()),
-        ),
+            "their share of the attention"
+        ): _attend(skip=lambda pk, pv: not pk.any()),
         (
             "a prefix of zeros is taken for no prefix: its keys score 0, which is no −∞, and take "
-            "their share of the attention",
-            _attend(skip=lambda pk, pv: not (pk.any() or pv.any())),
+            "their share of the attention"
+        ): _attend(skip=lambda pk, pv: not (pk.any() or pv.any())),
+        "the prefix's keys are used as its values too": _attend(
+            V=lambda pv, v, pk: torch.cat([pk, v], dim=1)
         ),
-        (
-            "the prefix's keys are used as its values too",
-            _attend(V=lambda pv, v, pk: torch.cat([pk, v], dim=1)),
+        "the prefix's values are used as its keys too": _attend(
+            K=lambda pk, k, pv: torch.cat([pv, k], dim=1)
         ),
-        (
-            "the prefix's values are used as its keys too",
-            _attend(K=lambda pk, k, pv: torch.cat([pv, k], dim=1)),
+        "the prefix is left out": _attend(skip=lambda pk, pv: True),
+        "every token sees the whole text: it sees only what stands before it, and itself": _attend(
+            seen=lambda T, p: _causal(T, p + T, p + T)
         ),
-        ("the prefix is left out", _attend(skip=lambda pk, pv: True)),
-        (
-            "every token sees the whole text: it sees only what stands before it, and itself",
-            _attend(seen=lambda T, p: _causal(T, p + T, p + T)),
+        "a token sees the one that comes after it": _attend(
+            seen=lambda T, p: _causal(T, p + T, p + 1)
         ),
-        (
-            "a token sees the one that comes after it",
-            _attend(seen=lambda T, p: _causal(T, p + T, p + 1)),
-        ),
-        (
-            "a token does not see itself",
-            _attend(seen=lambda T, p: _causal(T, p + T, p - 1)),
-        ),
-        ("the scores are not divided by √d_h", _attend(root=lambda d_h: 1.0)),
-        ("the scores are divided by d_h: by its root", _attend(root=float)),
+        "a token does not see itself": _attend(seen=lambda T, p: _causal(T, p + T, p - 1)),
+        "the scores are not divided by √d_h": _attend(root=lambda d_h: 1.0),
+        "the scores are divided by d_h: by its root": _attend(root=float),
         (
             "prefix and text have a softmax each, and their outputs are added: one softmax is "
-            "taken over both",
-            _attend(weights=_two_softmaxes),
+            "taken over both"
+        ): _attend(weights=_two_softmaxes),
+        "the outputs of prefix and text are averaged: the gate is not one half": _attend(
+            weights=lambda scores, p: _two_softmaxes(scores, p) / 2
         ),
-        (
-            "the outputs of prefix and text are averaged: the gate is not one half",
-            _attend(weights=lambda scores, p: _two_softmaxes(scores, p) / 2),
+        "what is masked is filled with 0, and a score of 0 has a weight: fill with −∞": _attend(
+            weights=lambda scores, p: scores.masked_fill(scores == -torch.inf, 0.0).softmax(-1)
         ),
-        (
-            "what is masked is filled with 0, and a score of 0 has a weight: fill with −∞",
-            _attend(
-                weights=lambda scores, p: scores.masked_fill(scores == -torch.inf, 0.0).softmax(-1)
-            ),
-        ),
-    ],
+    },
 )
 def attend(q, k, v, prefix_k, prefix_v):
     """Each token attends to the whole prefix, and to the text up to itself."""

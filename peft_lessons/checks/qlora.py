@@ -5,6 +5,7 @@ import math
 import torch
 
 from .kit import Case, check_for
+from .scaling import wrong_scalings
 
 
 def _stored(extra):
@@ -53,60 +54,46 @@ def _whole(bits, block, absmax_bits=32, double_block=None, double_bits=8):
         (4, 128, 16, 64, 6),
     ],
     returns="the number of bits",
-    causes=[
-        ("the absmax is left out: every block stores one", _stored(lambda b, a, o, d: 0)),
+    causes={
+        "the absmax is left out: every block stores one": _stored(lambda b, a, o, d: 0),
+        "a block shares its absmax: divide absmax_bits by block": _either(
+            lambda b, a: a, lambda b, a, o, d: d + a / o
+        ),
+        "the division is upside down: it is absmax_bits / block": _either(
+            lambda b, a: b / a, lambda b, a, o, d: b / d + b * o / a
+        ),
+        "the result is in bytes, and bits are asked for": _in_bytes,
+        "these are the bits of a whole block: divide by its numbers": _of_a_block,
+        "// drops the fraction of a bit": _whole,
+        "double quantisation is left out: look at double_block": _stored(lambda b, a, o, d: a / b),
         (
-            "a block shares its absmax: divide absmax_bits by block",
-            _either(lambda b, a: a, lambda b, a, o, d: d + a / o),
+            "a second absmax is shared by block · double_block parameters, not by double_block"
+        ): _either(_per_block, lambda b, a, o, d: d / b + a / o),
+        "the second absmax is left out: there is one for each double_block of the first": _either(
+            _per_block, lambda b, a, o, d: d / b
+        ),
+        "the double_bits of each quantised absmax are left out": _either(
+            _per_block, lambda b, a, o, d: a / (b * o)
         ),
         (
-            "the division is upside down: it is absmax_bits / block",
-            _either(lambda b, a: b / a, lambda b, a, o, d: b / d + b * o / a),
+            "the first absmax is still counted in absmax_bits: its code of double_bits replaces it"
+        ): _either(_per_block, lambda b, a, o, d: a / b + d / b + a / (b * o)),
+        "both absmax are counted in absmax_bits: the first has double_bits": _either(
+            _per_block, lambda b, a, o, d: a / b + a / (b * o)
         ),
-        ("the result is in bytes, and bits are asked for", _in_bytes),
-        ("these are the bits of a whole block: divide by its numbers", _of_a_block),
-        ("// drops the fraction of a bit", _whole),
-        (
-            "double quantisation is left out: look at double_block",
-            _stored(lambda b, a, o, d: a / b),
+        "both absmax are counted in double_bits: the second has absmax_bits": _either(
+            _per_block, lambda b, a, o, d: d / b + d / (b * o)
         ),
-        (
-            "a second absmax is shared by block · double_block parameters, not by double_block",
-            _either(_per_block, lambda b, a, o, d: d / b + a / o),
+        "absmax_bits and double_bits have changed places": _either(
+            _per_block, lambda b, a, o, d: a / b + d / (b * o)
         ),
-        (
-            "the second absmax is left out: there is one for each double_block of the first",
-            _either(_per_block, lambda b, a, o, d: d / b),
+        "double_block takes the place of block: both count": _either(
+            _per_block, lambda b, a, o, d: d / o + a / (b * o)
         ),
-        (
-            "the double_bits of each quantised absmax are left out",
-            _either(_per_block, lambda b, a, o, d: a / (b * o)),
+        "the defaults are counted: use the arguments absmax_bits and double_bits": _either(
+            lambda b, a: 32 / b, lambda b, a, o, d: 8 / b + 32 / (b * o)
         ),
-        (
-            "the first absmax is still counted in absmax_bits: its code of double_bits replaces it",
-            _either(_per_block, lambda b, a, o, d: a / b + d / b + a / (b * o)),
-        ),
-        (
-            "both absmax are counted in absmax_bits: the first has double_bits",
-            _either(_per_block, lambda b, a, o, d: a / b + a / (b * o)),
-        ),
-        (
-            "both absmax are counted in double_bits: the second has absmax_bits",
-            _either(_per_block, lambda b, a, o, d: d / b + d / (b * o)),
-        ),
-        (
-            "absmax_bits and double_bits have changed places",
-            _either(_per_block, lambda b, a, o, d: a / b + d / (b * o)),
-        ),
-        (
-            "double_block takes the place of block: both count",
-            _either(_per_block, lambda b, a, o, d: d / o + a / (b * o)),
-        ),
-        (
-            "the defaults are counted: use the arguments absmax_bits and double_bits",
-            _either(lambda b, a: 32 / b, lambda b, a, o, d: 8 / b + 32 / (b * o)),
-        ),
-    ],
+    },
 )
 def bits_per_parameter(bits, block, absmax_bits=32, double_block=None, double_bits=8):
     """The bits of codes and absmax, with and without double quantisation."""
@@ -140,46 +127,37 @@ def _interleaved(first, second):
         Case(lambda: [torch.randint(256, (1000,), dtype=torch.uint8)]),
     ],
     returns="codes",
-    causes=[
-        (
-            "the nibbles are swapped: the high one comes first",
-            lambda packed: _interleaved(packed & 15, packed >> 4),
+    causes={
+        "the nibbles are swapped: the high one comes first": lambda packed: _interleaved(
+            packed & 15, packed >> 4
         ),
-        (
-            "all high nibbles come first, then all low ones: they must alternate",
-            lambda packed: torch.cat(_nibbles(packed)),
+        "all high nibbles come first, then all low ones: they must alternate": lambda packed: (
+            torch.cat(_nibbles(packed))
         ),
-        (
-            "all low nibbles come first, then all high ones: they must alternate",
-            lambda packed: torch.cat(_nibbles(packed)[::-1]),
+        "all low nibbles come first, then all high ones: they must alternate": lambda packed: (
+            torch.cat(_nibbles(packed)[::-1])
         ),
-        (
-            "the high nibble is masked, but not shifted down by 4 bits",
-            lambda packed: _interleaved(packed & 0xF0, packed & 15),
+        "the high nibble is masked, but not shifted down by 4 bits": lambda packed: _interleaved(
+            packed & 0xF0, packed & 15
         ),
-        (
-            "the low nibble is not masked: the high one is still in it",
-            lambda packed: _interleaved(packed >> 4, packed),
+        "the low nibble is not masked: the high one is still in it": lambda packed: _interleaved(
+            packed >> 4, packed
         ),
-        (
-            "a nibble has 16 values: divide by 16, not by 15",
-            lambda packed: _interleaved(packed // 15, packed % 15),
+        "a nibble has 16 values: divide by 16, not by 15": lambda packed: _interleaved(
+            packed // 15, packed % 15
         ),
-        (
-            "a signed byte keeps its sign when it is shifted: shift the uint8",
-            lambda packed: _interleaved((packed.view(torch.int8) >> 4).byte(), packed & 15),
+        "a signed byte keeps its sign when it is shifted: shift the uint8": lambda packed: (
+            _interleaved((packed.view(torch.int8) >> 4).byte(), packed & 15)
         ),
-        ("these are the high nibbles alone", lambda packed: packed >> 4),
-        ("these are the low nibbles alone", lambda packed: packed & 15),
-        (
-            "the two nibbles of a byte are two columns: flatten them",
-            lambda packed: torch.stack(_nibbles(packed), dim=1),
+        "these are the high nibbles alone": lambda packed: packed >> 4,
+        "these are the low nibbles alone": lambda packed: packed & 15,
+        "the two nibbles of a byte are two columns: flatten them": lambda packed: torch.stack(
+            _nibbles(packed), dim=1
         ),
-        (
-            "high and low nibbles are two rows: they must alternate in one",
-            lambda packed: torch.stack(_nibbles(packed)),
+        "high and low nibbles are two rows: they must alternate in one": lambda packed: torch.stack(
+            _nibbles(packed)
         ),
-    ],
+    },
 )
 def unpack_nibbles(packed):
     """Two codes from every byte, the high nibble first."""
@@ -239,78 +217,59 @@ _levels = _by_halves()
     returns="the levels",
     # A quantile near 1 magnifies the rounding of its probability in single precision.
     tolerance=1e-4,
-    causes=[
+    causes={
         (
-            "the exact zero is missing: of 2^k levels one is 0, so one half has one level less",
-            _by_halves(lambda half: (half, half), zeros=0),
+            "the exact zero is missing: of 2^k levels one is 0, so one half has one level less"
+        ): _by_halves(lambda half: (half, half), zeros=0),
+        "both halves have 2^(k−1) levels, which with the zero is one too many": _by_halves(
+            lambda half: (half, half)
         ),
         (
-            "both halves have 2^(k−1) levels, which with the zero is one too many",
-            _by_halves(lambda half: (half, half)),
+            "the zero is there twice: both halves end at the probability 0.5; leave that out"
+        ): _by_halves(lambda half: (half - 1, half - 1), zeros=2),
+        "linspace counts both its ends: ask for one more than you keep": _by_halves(
+            lambda half: (half - 1, half - 2)
+        ),
+        "the two halves have changed places: the positive one has one level more": _by_halves(
+            lambda half: (half - 1, half)
+        ),
+        "the offset is that of 4 bits: it depends on k": _by_halves(offset=lambda bits: 0.9677083),
+        "the offset is the mean of two: 1 − 1/(2·2^k) is only one of them": _by_halves(
+            offset=lambda bits: 1 - 1 / (2 * 2**bits)
+        ),
+        "the offset is the mean of two: 1 − 1/(2·(2^k − 1)) is only one of them": _by_halves(
+            offset=lambda bits: 1 - 1 / (2 * (2**bits - 1))
+        ),
+        "a factor 2 is lost in the offset: 1/2^k instead of 1/(2·2^k)": _by_halves(
+            offset=lambda bits: 1 - (1 / 2**bits + 1 / (2**bits - 1)) / 2
         ),
         (
-            "the zero is there twice: both halves end at the probability 0.5; leave that out",
-            _by_halves(lambda half: (half - 1, half - 1), zeros=2),
-        ),
+            "one sweep from 1 − offset to the offset has no exact zero: build two halves"
+        ): _by_one_sweep(lambda k, n: torch.linspace(1 - _offset(k), _offset(k), n)),
         (
-            "linspace counts both its ends: ask for one more than you keep",
-            _by_halves(lambda half: (half - 1, half - 2)),
+            "the centres of 2^k equally likely bins have no exact zero: build two halves"
+        ): _by_one_sweep(lambda k, n: (torch.arange(n) + 0.5) / n),
+        "the quantiles i/(2^k + 1) have no exact zero: build two halves": _by_one_sweep(
+            lambda k, n: torch.arange(1, n + 1) / (n + 1)
         ),
-        (
-            "the two halves have changed places: the positive one has one level more",
-            _by_halves(lambda half: (half - 1, half)),
+        "the quantiles of 0 and 1 are infinite: that is what the offset is for": _by_one_sweep(
+            lambda k, n: torch.linspace(0, 1, n)
         ),
-        (
-            "the offset is that of 4 bits: it depends on k",
-            _by_halves(offset=lambda bits: 0.9677083),
+        "the levels are not divided by the largest: they must end at −1 and 1": lambda bits: (
+            _levels(bits) * torch.special.ndtri(torch.tensor(_offset(bits)))
         ),
-        (
-            "the offset is the mean of two: 1 − 1/(2·2^k) is only one of them",
-            _by_halves(offset=lambda bits: 1 - 1 / (2 * 2**bits)),
+        "the levels are not sorted: the positive half runs down": _ordered(
+            lambda below, zero, above: torch.cat([below, zero, above])
         ),
-        (
-            "the offset is the mean of two: 1 − 1/(2·(2^k − 1)) is only one of them",
-            _by_halves(offset=lambda bits: 1 - 1 / (2 * (2**bits - 1))),
+        "the levels are not sorted: the positive half comes first": _ordered(
+            lambda below, zero, above: torch.cat([above, zero, below])
         ),
-        (
-            "a factor 2 is lost in the offset: 1/2^k instead of 1/(2·2^k)",
-            _by_halves(offset=lambda bits: 1 - (1 / 2**bits + 1 / (2**bits - 1)) / 2),
+        "the levels are sorted from 1 down to −1": lambda bits: _levels(bits).flip(0),
+        "the levels are evenly spaced, and not quantiles of the normal distribution": lambda bits: (
+            torch.linspace(-1, 1, 2**bits)
         ),
-        (
-            "one sweep from 1 − offset to the offset has no exact zero: build two halves",
-            _by_one_sweep(lambda k, n: torch.linspace(1 - _offset(k), _offset(k), n)),
-        ),
-        (
-            "the centres of 2^k equally likely bins have no exact zero: build two halves",
-            _by_one_sweep(lambda k, n: (torch.arange(n) + 0.5) / n),
-        ),
-        (
-            "the quantiles i/(2^k + 1) have no exact zero: build two halves",
-            _by_one_sweep(lambda k, n: torch.arange(1, n + 1) / (n + 1)),
-        ),
-        (
-            "the quantiles of 0 and 1 are infinite: that is what the offset is for",
-            _by_one_sweep(lambda k, n: torch.linspace(0, 1, n)),
-        ),
-        (
-            "the levels are not divided by the largest: they must end at −1 and 1",
-            lambda bits: _levels(bits) * torch.special.ndtri(torch.tensor(_offset(bits))),
-        ),
-        (
-            "the levels are not sorted: the positive half runs down",
-            _ordered(lambda below, zero, above: torch.cat([below, zero, above])),
-        ),
-        (
-            "the levels are not sorted: the positive half comes first",
-            _ordered(lambda below, zero, above: torch.cat([above, zero, below])),
-        ),
-        ("the levels are sorted from 1 down to −1", lambda bits: _levels(bits).flip(0)),
-        (
-            "the levels are evenly spaced, and not quantiles of the normal distribution",
-            lambda bits: torch.linspace(-1, 1, 2**bits),
-        ),
-        ("this is the table of 4 bits, whatever bits is", lambda bits: _levels(4)),
-    ],
+        "this is the table of 4 bits, whatever bits is": lambda bits: _levels(4),
+    },
 )
 def normal_float_levels(bits):
     """NF4, and its like for 2, 3, 5 and 8 bits."""
@@ -448,92 +407,68 @@ def _argmin(distance):
         _case((5, 8), _SIGN, 8, note="two levels"),
     ],
     returns=("codes", "absmax"),
-    causes=[
-        (
-            "one absmax serves the whole tensor: each block has its own",
-            _quantizing(absmax=lambda blocks: blocks.abs().max().expand(len(blocks))),
+    causes={
+        "one absmax serves the whole tensor: each block has its own": _quantizing(
+            absmax=lambda blocks: blocks.abs().max().expand(len(blocks))
         ),
-        ("there is one absmax for the whole tensor: each block has its own", _one_absmax),
-        (
-            "the absmax is the largest number, not the largest absolute value",
-            _quantizing(absmax=lambda blocks: blocks.amax(dim=1)),
+        "there is one absmax for the whole tensor: each block has its own": _one_absmax,
+        "the absmax is the largest number, not the largest absolute value": _quantizing(
+            absmax=lambda blocks: blocks.amax(dim=1)
         ),
-        (
-            "the blocks are scaled by their mean absolute value, not the largest",
-            _quantizing(absmax=lambda blocks: blocks.abs().mean(dim=1)),
+        "the blocks are scaled by their mean absolute value, not the largest": _quantizing(
+            absmax=lambda blocks: blocks.abs().mean(dim=1)
         ),
-        ("each row is a block: blocks are `block` numbers of the flattened tensor", _by_row),
+        "each row is a block: blocks are `block` numbers of the flattened tensor": _by_row,
         (
-            "the blocks start anew in each row: they run on over the flattened tensor",
-            _blocks_of_a_row,
+            "the blocks start anew in each row: they run on over the flattened tensor"
+        ): _blocks_of_a_row,
+        "the maximum is taken across the blocks, not within each": _across_blocks,
+        "the numbers are multiplied by their absmax: divide": _quantizing(
+            scaled=lambda blocks, absmax: blocks * absmax[:, None]
         ),
-        ("the maximum is taken across the blocks, not within each", _across_blocks),
-        (
-            "the numbers are multiplied by their absmax: divide",
-            _quantizing(scaled=lambda blocks, absmax: blocks * absmax[:, None]),
+        "the numbers are not divided by the absmax of their block": _quantizing(
+            scaled=lambda blocks, absmax: blocks
         ),
-        (
-            "the numbers are not divided by the absmax of their block",
-            _quantizing(scaled=lambda blocks, absmax: blocks),
+        "the levels themselves are the boundaries, which rounds up: use the midpoints": _quantizing(
+            code=lambda scaled, levels: torch.bucketize(scaled, levels)
         ),
-        (
-            "the levels themselves are the boundaries, which rounds up: use the midpoints",
-            _quantizing(code=lambda scaled, levels: torch.bucketize(scaled, levels)),
+        "the numbers are rounded down to a level, and not to the nearest": _quantizing(
+            code=lambda scaled, levels: (
+                torch.bucketize(scaled, levels, right=True).sub(1).clamp(min=0)
+            )
         ),
-        (
-            "the numbers are rounded down to a level, and not to the nearest",
-            _quantizing(
-                code=lambda scaled, levels: (
-                    torch.bucketize(scaled, levels, right=True).sub(1).clamp(min=0)
-                )
-            ),
+        "the boundaries are the levels without the first: use the midpoints": _quantizing(
+            code=lambda scaled, levels: torch.bucketize(scaled, levels[1:])
         ),
-        (
-            "the boundaries are the levels without the first: use the midpoints",
-            _quantizing(code=lambda scaled, levels: torch.bucketize(scaled, levels[1:])),
+        "the boundaries are half the distances of neighbours: take half their sums": _quantizing(
+            code=lambda scaled, levels: torch.bucketize(scaled, levels.diff().sort()[0] / 2)
         ),
-        (
-            "the boundaries are half the distances of neighbours: take half their sums",
-            _quantizing(
-                code=lambda scaled, levels: torch.bucketize(scaled, levels.diff().sort()[0] / 2)
-            ),
+        "this rounding is right only for evenly spaced levels: search the nearest": _quantizing(
+            code=lambda scaled, levels: (
+                (scaled + 1).mul((len(levels) - 1) / 2).round().clamp(0, 255)
+            )
         ),
-        (
-            "this rounding is right only for evenly spaced levels: search the nearest",
-            _quantizing(
-                code=lambda scaled, levels: (
-                    (scaled + 1).mul((len(levels) - 1) / 2).round().clamp(0, 255)
-                )
-            ),
+        "the distance to a level is taken without its absolute value": _quantizing(
+            code=_argmin(lambda distance: distance)
         ),
-        (
-            "the distance to a level is taken without its absolute value",
-            _quantizing(code=_argmin(lambda distance: distance)),
+        "the farthest level is taken, not the nearest": _quantizing(
+            code=_argmin(lambda distance: -distance.abs())
         ),
-        (
-            "the farthest level is taken, not the nearest",
-            _quantizing(code=_argmin(lambda distance: -distance.abs())),
+        "the last block is dropped, for it is short": _without_the_rest,
+        "the codes of the padding are returned too": _with_padding,
+        "a block of zeros is divided by zero, and its NaN gets the last level": _quantizing(
+            scaled=lambda blocks, absmax: blocks / absmax[:, None]
         ),
-        ("the last block is dropped, for it is short", _without_the_rest),
-        ("the codes of the padding are returned too", _with_padding),
-        (
-            "a block of zeros is divided by zero, and its NaN gets the last level",
-            _quantizing(scaled=lambda blocks, absmax: blocks / absmax[:, None]),
+        "a block of zeros is divided by zero, and its NaN gets the first level": _quantizing(
+            scaled=lambda blocks, absmax: blocks / absmax[:, None],
+            code=_argmin(torch.abs),
         ),
-        (
-            "a block of zeros is divided by zero, and its NaN gets the first level",
-            _quantizing(
-                scaled=lambda blocks, absmax: blocks / absmax[:, None],
-                code=_argmin(torch.abs),
-            ),
+        "the absmax of a block of zeros is 0: replace it for the division only": _quantizing(
+            absmax=lambda blocks: _largest(blocks).where(blocks.any(dim=1), 1)
         ),
-        (
-            "the absmax of a block of zeros is 0: replace it for the division only",
-            _quantizing(absmax=lambda blocks: _largest(blocks).where(blocks.any(dim=1), 1)),
-        ),
-        ("the codes are packed two a byte: here each has its own", _packed_codes),
-        ("the order is turned: return the codes first", lambda *args: _quantized(*args)[::-1]),
-    ],
+        "the codes are packed two a byte: here each has its own": _packed_codes,
+        "the order is turned: return the codes first": lambda *args: _quantized(*args)[::-1],
+    },
 )
 def quantize_blockwise(x, levels, block):
     """The nearest level for any levels and shape, with a short last block and blocks of zeros."""
@@ -573,44 +508,34 @@ def _dequantizing(spread=None, value=None, join=torch.mul, shaped=torch.reshape)
         _dequantizing_case((2, 3, 17), _CUBIC, 10, note="256 levels, and a last block of 2"),
     ],
     returns="x",
-    causes=[
-        (
-            "the absmax is left out: the levels are relative to it",
-            _dequantizing(join=lambda value, absmax: value),
+    causes={
+        "the absmax is left out: the levels are relative to it": _dequantizing(
+            join=lambda value, absmax: value
         ),
-        ("the levels are divided by the absmax: multiply", _dequantizing(join=torch.div)),
+        "the levels are divided by the absmax: multiply": _dequantizing(join=torch.div),
         (
-            "repeat gives neighbours different absmax: repeat_interleave gives a block the same",
-            _dequantizing(spread=lambda absmax, block, n: absmax.repeat(block)),
+            "repeat gives neighbours different absmax: repeat_interleave gives a block the same"
+        ): _dequantizing(spread=lambda absmax, block, n: absmax.repeat(block)),
+        "every number gets the first absmax: each block has its own": _dequantizing(
+            spread=lambda absmax, block, n: absmax[:1].expand(n)
         ),
-        (
-            "every number gets the first absmax: each block has its own",
-            _dequantizing(spread=lambda absmax, block, n: absmax[:1].expand(n)),
+        "every number gets the largest absmax: each block has its own": _dequantizing(
+            spread=lambda absmax, block, n: absmax.max().expand(n)
         ),
-        (
-            "every number gets the largest absmax: each block has its own",
-            _dequantizing(spread=lambda absmax, block, n: absmax.max().expand(n)),
-        ),
-        (
-            "the absmax are shared out evenly: only the last block is short",
-            _dequantizing(
-                spread=lambda absmax, block, n: absmax.repeat_interleave(-(-n // len(absmax)))
-            ),
+        "the absmax are shared out evenly: only the last block is short": _dequantizing(
+            spread=lambda absmax, block, n: absmax.repeat_interleave(-(-n // len(absmax)))
         ),
         (
-            "the levels are not looked up: these are right only where they are evenly spaced",
-            _dequantizing(value=lambda levels, codes: 2 * codes.float() / (len(levels) - 1) - 1),
+            "the levels are not looked up: these are right only where they are evenly spaced"
+        ): _dequantizing(value=lambda levels, codes: 2 * codes.float() / (len(levels) - 1) - 1),
+        "the codes themselves are multiplied: look up levels[code]": _dequantizing(
+            value=lambda levels, codes: codes.float()
         ),
-        (
-            "the codes themselves are multiplied: look up levels[code]",
-            _dequantizing(value=lambda levels, codes: codes.float()),
+        "the result is flat: give it the shape": _dequantizing(shaped=lambda x, shape: x),
+        "the shape is filled column by column, and not row by row": _dequantizing(
+            shaped=lambda x, shape: x.reshape(shape[::-1]).mT
         ),
-        ("the result is flat: give it the shape", _dequantizing(shaped=lambda x, shape: x)),
-        (
-            "the shape is filled column by column, and not row by row",
-            _dequantizing(shaped=lambda x, shape: x.reshape(shape[::-1]).mT),
-        ),
-    ],
+    },
 )
 def dequantize_blockwise(codes, absmax, levels, block, shape):
     """Each code's level times the absmax of its block, in the shape asked for."""
@@ -697,99 +622,69 @@ def _erring(error):
     ],
     returns=("weight", "error"),
     tolerance=1e-4,
-    causes=[
-        (
-            "the nibbles are swapped: the first number is in the high one",
-            _merging(unpack=_low_first),
+    causes={
+        "the nibbles are swapped: the first number is in the high one": _merging(unpack=_low_first),
+        "the codes are unpacked in two halves, and they alternate": _merging(
+            unpack=lambda packed: torch.cat(_nibbles(packed))
+        ),
+        "the absmax of the blocks are mixed up: a block's 64 neighbours share one": _merging(
+            base=_dequantizing(spread=lambda absmax, block, n: absmax.repeat(block))
+        ),
+        **wrong_scalings(lambda scale: _merging(scale=scale)),
+        "the update is subtracted, not added": _merging(scale=lambda alpha, r: -alpha / r),
+        "the update is left out: this is the base": _merging(
+            result=lambda base, merged, again: (base, _relative(again, merged))
         ),
         (
-            "the codes are unpacked in two halves, and they alternate",
-            _merging(unpack=lambda packed: torch.cat(_nibbles(packed))),
-        ),
-        (
-            "the absmax of the blocks are mixed up: a block's 64 neighbours share one",
-            _merging(base=_dequantizing(spread=lambda absmax, block, n: absmax.repeat(block))),
-        ),
-        ("the scaling alpha / r is left out", _merging(scale=lambda alpha, r: 1)),
-        ("alpha is not divided by r", _merging(scale=lambda alpha, r: alpha)),
-        ("the scaling is upside down: it is alpha / r", _merging(scale=lambda alpha, r: r / alpha)),
-        ("// drops the fraction of alpha / r", _merging(scale=lambda alpha, r: alpha // r)),
-        (
-            "alpha is divided by √r, as in rsLoRA",
-            _merging(scale=lambda alpha, r: alpha / math.sqrt(r)),
-        ),
-        ("the update is subtracted, not added", _merging(scale=lambda alpha, r: -alpha / r)),
-        (
-            "the update is left out: this is the base",
-            _merging(result=lambda base, merged, again: (base, _relative(again, merged))),
-        ),
-        (
-            "the weight is re-quantised before its error is measured, so that nothing seems lost",
-            _merging(result=lambda base, merged, again: (again, 0.0)),
-        ),
+            "the weight is re-quantised before its error is measured, so that nothing seems lost"
+        ): _merging(result=lambda base, merged, again: (again, 0.0)),
         (
             "the re-quantised weight is returned: return the merged one, and only measure the "
-            "other's error",
-            _merging(result=lambda base, merged, again: (again, _relative(again, merged))),
+            "other's error"
+        ): _merging(result=lambda base, merged, again: (again, _relative(again, merged))),
+        "the re-quantised weight is returned, and compared with the base": _merging(
+            result=lambda base, merged, again: (
+                again,
+                ((again - base).norm() / base.norm()).item(),
+            )
+        ),
+        "the error is always 0: compare the re-quantised weight with the merged one": _erring(
+            lambda base, merged, again: 0
+        ),
+        "the error is relative to the norm of the base: W is the merged weight": _erring(
+            lambda base, merged, again: (again - merged).norm() / base.norm()
         ),
         (
-            "the re-quantised weight is returned, and compared with the base",
-            _merging(
-                result=lambda base, merged, again: (
-                    again,
-                    ((again - base).norm() / base.norm()).item(),
-                )
-            ),
+            "the error is relative to the norm of the re-quantised weight: W is the merged one"
+        ): _erring(lambda base, merged, again: (again - merged).norm() / again.norm()),
+        "the error is measured from the base: it is that of the merged weight": _erring(
+            lambda base, merged, again: (again - base).norm() / merged.norm()
         ),
         (
-            "the error is always 0: compare the re-quantised weight with the merged one",
-            _erring(lambda base, merged, again: 0),
+            "the error is measured from the base, and is relative to it: W is the merged weight"
+        ): _erring(lambda base, merged, again: (again - base).norm() / base.norm()),
+        "this is the size of the update, not the error of re-quantising": _erring(
+            lambda base, merged, again: (merged - base).norm() / merged.norm()
         ),
-        (
-            "the error is relative to the norm of the base: W is the merged weight",
-            _erring(lambda base, merged, again: (again - merged).norm() / base.norm()),
+        "the error is absolute: divide by the norm of the merged weight": _erring(
+            lambda base, merged, again: (again - merged).norm()
         ),
-        (
-            "the error is relative to the norm of the re-quantised weight: W is the merged one",
-            _erring(lambda base, merged, again: (again - merged).norm() / again.norm()),
+        "the error is squared: a norm has a root": _erring(
+            lambda base, merged, again: _relative(again, merged) ** 2
         ),
-        (
-            "the error is measured from the base: it is that of the merged weight",
-            _erring(lambda base, merged, again: (again - base).norm() / merged.norm()),
+        "the error is the largest one, not the norm": _erring(
+            lambda base, merged, again: (again - merged).abs().max()
         ),
-        (
-            "the error is measured from the base, and is relative to it: W is the merged weight",
-            _erring(lambda base, merged, again: (again - base).norm() / base.norm()),
+        "the error is a mean, not the norm": _erring(
+            lambda base, merged, again: (again - merged).abs().mean()
         ),
-        (
-            "this is the size of the update, not the error of re-quantising",
-            _erring(lambda base, merged, again: (merged - base).norm() / merged.norm()),
+        "the error is in per cent": _erring(
+            lambda base, merged, again: 100 * _relative(again, merged)
         ),
-        (
-            "the error is absolute: divide by the norm of the merged weight",
-            _erring(lambda base, merged, again: (again - merged).norm()),
+        "the order is turned: return the weight first": _merging(
+            result=lambda base, merged, again: (_relative(again, merged), merged)
         ),
-        (
-            "the error is squared: a norm has a root",
-            _erring(lambda base, merged, again: _relative(again, merged) ** 2),
-        ),
-        (
-            "the error is the largest one, not the norm",
-            _erring(lambda base, merged, again: (again - merged).abs().max()),
-        ),
-        (
-            "the error is a mean, not the norm",
-            _erring(lambda base, merged, again: (again - merged).abs().mean()),
-        ),
-        (
-            "the error is in per cent",
-            _erring(lambda base, merged, again: 100 * _relative(again, merged)),
-        ),
-        (
-            "the order is turned: return the weight first",
-            _merging(result=lambda base, merged, again: (_relative(again, merged), merged)),
-        ),
-    ],
+    },
 )
 def merge_into_4bit(packed, absmax, A, B, alpha, shape):
     """The merged weight unharmed, and what 4 bits would have cost it."""

@@ -16,56 +16,40 @@ from .kit import Case, check_for
         (9_000, 70, 0.5, 2, 4, 8),
         (12_345, 0),
     ],
-    causes=[
+    causes={
         (
-            "gradients, master copy and moments are counted for the frozen weights too",
-            lambda n, t, w=2, g=2, c=4, m=8: int(n * (w + g + c + m)),
+            "gradients, master copy and moments are counted for the frozen weights too"
+        ): lambda n, t, w=2, g=2, c=4, m=8: int(n * (w + g + c + m)),
+        "the gradients are counted for the frozen weights too": lambda n, t, w=2, g=2, c=4, m=8: (
+            int(n * (w + g) + t * (c + m))
         ),
         (
-            "the gradients are counted for the frozen weights too",
-            lambda n, t, w=2, g=2, c=4, m=8: int(n * (w + g) + t * (c + m)),
+            "the frozen weights are missing: they take memory although they don't train"
+        ): lambda n, t, w=2, g=2, c=4, m=8: int(t * (w + g + c + m)),
+        (
+            "what trains has its weights counted twice: n_params includes n_trainable"
+        ): lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (w + g + c + m)),
+        (
+            "the weights of what trains are missing: n_params includes n_trainable"
+        ): lambda n, t, w=2, g=2, c=4, m=8: int((n - t) * w + t * (g + c + m)),
+        "the master copy is left out": lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (g + m)),
+        "the gradients are left out": lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (c + m)),
+        "the master copy is counted for the frozen weights too": lambda n, t, w=2, g=2, c=4, m=8: (
+            int(n * (w + c) + t * (g + m))
         ),
         (
-            "the frozen weights are missing: they take memory although they don't train",
-            lambda n, t, w=2, g=2, c=4, m=8: int(t * (w + g + c + m)),
+            "the defaults are counted: use the arguments weight, grad, master and moments"
+        ): lambda n, t, w=2, g=2, c=4, m=8: 2 * n + 14 * t,
+        (
+            "`moments` is already both of Adam's moments: don't double it"
+        ): lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (g + c + 2 * m)),
+        "the result is a float: bytes are whole": lambda n, t, w=2, g=2, c=4, m=8: float(
+            n * w + t * (g + c + m)
         ),
         (
-            "what trains has its weights counted twice: n_params includes n_trainable",
-            lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (w + g + c + m)),
-        ),
-        (
-            "the weights of what trains are missing: n_params includes n_trainable",
-            lambda n, t, w=2, g=2, c=4, m=8: int((n - t) * w + t * (g + c + m)),
-        ),
-        (
-            "the master copy is left out",
-            lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (g + m)),
-        ),
-        (
-            "the gradients are left out",
-            lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (c + m)),
-        ),
-        (
-            "the master copy is counted for the frozen weights too",
-            lambda n, t, w=2, g=2, c=4, m=8: int(n * (w + c) + t * (g + m)),
-        ),
-        (
-            "the defaults are counted: use the arguments weight, grad, master and moments",
-            lambda n, t, w=2, g=2, c=4, m=8: 2 * n + 14 * t,
-        ),
-        (
-            "`moments` is already both of Adam's moments: don't double it",
-            lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (g + c + 2 * m)),
-        ),
-        (
-            "the result is a float: bytes are whole",
-            lambda n, t, w=2, g=2, c=4, m=8: float(n * w + t * (g + c + m)),
-        ),
-        (
-            "half a byte for each weight is rounded before it is multiplied",
-            lambda n, t, w=2, g=2, c=4, m=8: n * int(w) + t * (g + c + m),
-        ),
-    ],
+            "half a byte for each weight is rounded before it is multiplied"
+        ): lambda n, t, w=2, g=2, c=4, m=8: n * int(w) + t * (g + c + m),
+    },
 )
 def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
     """The bytes of weights, gradients, master copy and moments, also with half-byte weights."""
@@ -75,29 +59,25 @@ def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8)
 
 @check_for(
     cases=[(7_000, 130, 11), (1_000, 1_000, 3), (6_738_415_616, 4_194_304, 2_048), (5_000, 1, 7)],
-    causes=[
+    causes={
         (
-            "frozen weights need no weight gradients: only n_trainable counts there",
-            lambda n, t, tokens: 6 * n * tokens,
-        ),
+            "frozen weights need no weight gradients: only n_trainable counts there"
+        ): lambda n, t, tokens: 6 * n * tokens,
         (
-            "the backward pass still goes through the frozen weights: 2·N·T more",
-            lambda n, t, tokens: 2 * n * tokens + 4 * t * tokens,
-        ),
+            "the backward pass still goes through the frozen weights: 2·N·T more"
+        ): lambda n, t, tokens: 2 * n * tokens + 4 * t * tokens,
         (
-            "of the 6 for each weight that trains, 4 are in 4·N already: 2 more are due",
-            lambda n, t, tokens: (4 * n + 6 * t) * tokens,
+            "of the 6 for each weight that trains, 4 are in 4·N already: 2 more are due"
+        ): lambda n, t, tokens: (4 * n + 6 * t) * tokens,
+        "only what trains is counted": lambda n, t, tokens: 6 * t * tokens,
+        "the forward pass is left out": lambda n, t, tokens: 2 * (n + t) * tokens,
+        "the weight gradients are left out": lambda n, t, tokens: 4 * n * tokens,
+        "a multiply-add is two operations, and is counted as one": lambda n, t, tokens: (
+            (2 * n + t) * tokens
         ),
-        ("only what trains is counted", lambda n, t, tokens: 6 * t * tokens),
-        ("the forward pass is left out", lambda n, t, tokens: 2 * (n + t) * tokens),
-        ("the weight gradients are left out", lambda n, t, tokens: 4 * n * tokens),
-        (
-            "a multiply-add is two operations, and is counted as one",
-            lambda n, t, tokens: (2 * n + t) * tokens,
-        ),
-        ("this is for one token", lambda n, t, tokens: 4 * n + 2 * t),
-        ("the result is a float", lambda n, t, tokens: float((4 * n + 2 * t) * tokens)),
-    ],
+        "this is for one token": lambda n, t, tokens: 4 * n + 2 * t,
+        "the result is a float": lambda n, t, tokens: float((4 * n + 2 * t) * tokens),
+    },
 )
 def step_flops(n_params, n_trainable, tokens):
     """The forward pass, the backward pass through all weights, the gradients of what trains."""
@@ -132,54 +112,45 @@ _SHAPES = [(48, 96), (96, 48), (320, 96)]
             note="the tightest layer is not the first",
         ),
     ],
-    causes=[
-        ("a rank costs out + in parameters a layer, not out · in", _ranks(lambda o, i: o * i)),
-        ("only A is counted: B has `out` parameters a rank", _ranks(lambda o, i: i)),
-        ("only B is counted: A has `in` parameters a rank", _ranks(lambda o, i: o)),
-        (
-            "only the first layer is counted",
-            lambda shapes, budget, size: _ranks(lambda o, i: o + i)(shapes[:1], budget, size),
+    causes={
+        "a rank costs out + in parameters a layer, not out · in": _ranks(lambda o, i: o * i),
+        "only A is counted: B has `out` parameters a rank": _ranks(lambda o, i: i),
+        "only B is counted: A has `in` parameters a rank": _ranks(lambda o, i: o),
+        "only the first layer is counted": lambda shapes, budget, size: _ranks(lambda o, i: o + i)(
+            shapes[:1], budget, size
+        ),
+        "the bytes of a parameter are left out": lambda shapes, budget, size: _ranks(
+            lambda o, i: o + i
+        )(shapes, budget, 1),
+        "this rank is one too large for the budget: round down": lambda *a: (
+            _ranks(lambda o, i: o + i)(*a) + 1
         ),
         (
-            "the bytes of a parameter are left out",
-            lambda shapes, budget, size: _ranks(lambda o, i: o + i)(shapes, budget, 1),
+            "a rank that takes exactly the budget still fits: compare with <="
+        ): lambda shapes, budget, size: _ranks(lambda o, i: o + i)(shapes, budget - 1, size),
+        "where not even rank 1 fits the answer is 0": lambda *a: max(
+            1, _ranks(lambda o, i: o + i)(*a)
         ),
-        (
-            "this rank is one too large for the budget: round down",
-            lambda *a: _ranks(lambda o, i: o + i)(*a) + 1,
+        "no rank above the smallest min(out, in) is of use: stop there": _ranks(
+            lambda o, i: o + i, limit=lambda fits, most: fits
         ),
-        (
-            "a rank that takes exactly the budget still fits: compare with <=",
-            lambda shapes, budget, size: _ranks(lambda o, i: o + i)(shapes, budget - 1, size),
-        ),
-        (
-            "where not even rank 1 fits the answer is 0",
-            lambda *a: max(1, _ranks(lambda o, i: o + i)(*a)),
-        ),
-        (
-            "no rank above the smallest min(out, in) is of use: stop there",
-            _ranks(lambda o, i: o + i, limit=lambda fits, most: fits),
-        ),
-        (
-            "the limit is the smallest side of all layers, not the largest",
+        "the limit is the smallest side of all layers, not the largest": (
             lambda shapes, budget, size: min(
                 int(budget // (size * sum(map(sum, shapes)))), max(map(min, shapes))
-            ),
+            )
         ),
-        (
-            "only the first layer limits the rank, and the smallest must",
+        "only the first layer limits the rank, and the smallest must": (
             lambda shapes, budget, size: min(
                 int(budget // (size * sum(map(sum, shapes)))), min(shapes[0])
-            ),
+            )
         ),
-        (
-            "the budget is split evenly: layers of one rank differ in what they cost",
+        "the budget is split evenly: layers of one rank differ in what they cost": (
             lambda shapes, budget, size: min(
                 _ranks(lambda o, i: o + i)([shape], budget / len(shapes), size) for shape in shapes
-            ),
+            )
         ),
-        ("the result is a float", lambda *a: float(_ranks(lambda o, i: o + i)(*a))),
-    ],
+        "the result is a float": lambda *a: float(_ranks(lambda o, i: o + i)(*a)),
+    },
 )
 def largest_rank(shapes, budget_bytes, bytes_per_parameter):
     """The largest rank whose A and B fit, also where one byte decides and where none fits."""
@@ -282,56 +253,42 @@ def _counted(tensors, size=_size):
         Case(lambda: [_everything()], note="tied, packed and with buffers"),
     ],
     returns=("total", "trainable"),
-    causes=[
-        (
-            "the tied weight is counted twice",
-            lambda m: _counted(p for _, p in m.named_parameters(remove_duplicate=False)),
+    causes={
+        "the tied weight is counted twice": lambda m: _counted(
+            p for _, p in m.named_parameters(remove_duplicate=False)
+        ),
+        "buffers are counted, and they are no parameters": lambda m: _counted(
+            [*m.parameters(), *m.buffers()]
+        ),
+        "the packed weight is counted by its bytes, and each holds two weights": lambda m: _counted(
+            m.parameters(), size=torch.numel
+        ),
+        "uint8 alone does not make a packed weight: look for its quant_state": lambda m: _counted(
+            m.parameters(), size=_bytes_twice
         ),
         (
-            "buffers are counted, and they are no parameters",
-            lambda m: _counted([*m.parameters(), *m.buffers()]),
-        ),
+            "an odd number of weights leaves half of the last byte empty: ask quant_state.shape"
+        ): lambda m: _counted(m.parameters(), size=_packed_twice),
         (
-            "the packed weight is counted by its bytes, and each holds two weights",
-            lambda m: _counted(m.parameters(), size=torch.numel),
+            "parameters of equal values are counted once: tied ones are one and the same object"
+        ): lambda m: _counted({str(p.tolist()): p for p in m.parameters()}.values()),
+        "only what trains is in the total": lambda m: (
+            _counted(m.parameters())[1],
+            _counted(m.parameters())[1],
         ),
-        (
-            "uint8 alone does not make a packed weight: look for its quant_state",
-            lambda m: _counted(m.parameters(), size=_bytes_twice),
-        ),
-        (
-            "an odd number of weights leaves half of the last byte empty: ask quant_state.shape",
-            lambda m: _counted(m.parameters(), size=_packed_twice),
-        ),
-        (
-            "parameters of equal values are counted once: tied ones are one and the same object",
-            lambda m: _counted({str(p.tolist()): p for p in m.parameters()}.values()),
-        ),
-        (
-            "only what trains is in the total",
-            lambda m: (_counted(m.parameters())[1], _counted(m.parameters())[1]),
-        ),
-        (
-            "what is frozen is counted as trainable",
-            lambda m: (_counted(m.parameters())[0],) * 2,
-        ),
-        (
-            "trainable and total have changed places",
-            lambda m: _counted(m.parameters())[::-1],
-        ),
+        "what is frozen is counted as trainable": lambda m: (_counted(m.parameters())[0],) * 2,
+        "trainable and total have changed places": lambda m: _counted(m.parameters())[::-1],
         (
             "what trains is judged by .grad, which is None before a backward pass; ask "
-            "requires_grad",
-            lambda m: (_counted(m.parameters())[0], 0),
-        ),
-        (
-            "the frozen parameters are returned, not the trainable ones",
+            "requires_grad"
+        ): lambda m: (_counted(m.parameters())[0], 0),
+        "the frozen parameters are returned, not the trainable ones": (
             lambda m: (
                 _counted(m.parameters())[0],
                 _counted(m.parameters())[0] - _counted(m.parameters())[1],
-            ),
+            )
         ),
-    ],
+    },
 )
 def count_parameters(model):
     """Tied weights once, no buffers, and packed 4-bit weights at their true number."""

@@ -669,7 +669,7 @@ class NoGradient(Repaired):
         return super().forward(x)
 
 
-@wrong("DoRALinear", "alpha is not divided by the rank")
+@wrong("DoRALinear", "alpha is not divided by r")
 class AlphaAlone(Repaired):
     def __init__(self, linear, rank=8, alpha=16.0):
         super().__init__(linear, rank, alpha)
