@@ -2,14 +2,12 @@
 
 import csv
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from peft_lessons import evaluate, fit, injection_of, measure
+from peft_lessons import evaluate, fit, injection_of, load_model, load_task, measure
 from peft_lessons.results import stamp
 
 FOLDER = Path(__file__).parent.parent / "data" / "results"
@@ -94,6 +92,69 @@ def train_on(task, model: torch.nn.Module, steps: int, lr: float, seed: int) -> 
     }
 
 
+BASES = {"sentiment": "minilm", "austen": "tinylm"}
+STEPS = {"sentiment": 200, "austen": 100}
+CHOICES = {"sentiment": max, "austen": min}  # of accuracies, of perplexities
+NAMES = ("task", "method", "variant", "size")  # of a setting of a study on both tasks
+MEASURED = (
+    *("steps", "trainable", "untrained"),
+    *("validation", "test", "test_loss", "seconds_per_step"),
+)
+
+
+def study(
+    name: str, settings: dict[tuple, Sequence[float]], run: Callable, backwards: bool
+) -> None:
+    """Tune all settings, {(task, method, variant, size): rates}, into data/results/<name>.csv.
+
+    `run(task, setting, lr, seed)` trains one point, and returns the columns of MEASURED."""
+    torch.set_num_threads(1)
+    results = Results(name, (*NAMES, "lr", "seed", *MEASURED))
+    tasks = {
+        "sentiment": load_task("sentiment"),
+        "austen": load_task("austen").limit(validation=250),
+    }
+
+    def run_point(*point) -> dict:
+        *setting, lr, seed = point
+        return run(tasks[setting[0]], tuple(setting), lr, seed)
+
+    for task in list(BASES)[:: -1 if backwards else 1]:
+        rates = {setting: tried for setting, tried in settings.items() if setting[0] == task}
+        tune(results, NAMES, rates, run_point, CHOICES[task], backwards)
+
+
+def base_of(task: str, seed: int) -> torch.nn.Module:
+    """The base of a task, its head and what is injected next drawn with this seed."""
+    model = load_model(BASES[task], labels=2 if task == "sentiment" else None, seed=seed)
+    torch.manual_seed(seed)
+    return model
+
+
+def measured(task, setting: tuple, model: torch.nn.Module, train: Callable) -> dict:
+    """The columns of MEASURED of a model that `train(model, task, steps)` trains, and its history:
+    accuracies on sentiment, perplexities on Austen."""
+    name = setting[0]
+
+    def score(split: str) -> tuple[str, str]:
+        scores = evaluate(model, task, split)
+        quality = scores.perplexity if scores.accuracy is None else scores.accuracy
+        return f"{quality:.5f}", f"{scores.loss:.5f}"
+
+    untrained, trainable = score("validation")[0], measure.parameters(model).trainable
+    history = train(model, task, STEPS[name])
+    test, test_loss = score("test")
+    return {
+        "steps": STEPS[name],
+        "trainable": trainable,
+        "untrained": untrained,
+        "validation": score("validation")[0],
+        "test": test,
+        "test_loss": test_loss,
+        "seconds_per_step": f"{history.seconds / len(history.loss):.4f}",
+    }
+
+
 def stepper(model: torch.nn.Module, batches: list[dict]) -> Callable[[], None]:
     """A function that takes one training step on the next of the batches, going round.
 
@@ -117,17 +178,3 @@ def stepper(model: torch.nn.Module, batches: list[dict]) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
-
-
-def by_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, all called once a round: a busy moment meets all alike.
-
-    Every second round goes backwards, so that none always runs in the caches of the same other."""
-    seconds = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        for name in list(functions)[:: -1 if number % 2 else 1]:
-            started = time.perf_counter()
-            functions[name]()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -24,17 +24,33 @@ from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model
 from .methods.prefix import Prefix, PrefixTuning, drop_mlp, start_prefix
 from .methods.prompt import Prompt, PromptTuning, prompt_of, prompts_for_rows
 from .methods.qlora import NF4Linear, QLoRA, dequantize
-from .models import load_model, load_tokenizer
-from .results import best, load_results, spread, tuned
-from .tables import table
+from .methods.selective import BitFit, DiffPruning, PartialFineTuning, prune_diff
+from .methods.unified import MixAndMatch
+from .models import load_model, load_tokenizer, write
+from .proof import adapter_bytes, agreement, attempt, copy_values, there_and_back, with_method
+from .results import (
+    against_peft,
+    by_rate,
+    compare,
+    load_results,
+    measured_on,
+    references,
+    scores,
+    spread,
+    stored_costs,
+    tuned,
+)
+from .tables import cost_table, table
 from .tasks import load_task
-from .training import History, Scores, TrainingDiverged, evaluate, fit
+from .training import History, Scores, TrainingDiverged, evaluate, fit, standard_error
 
 __all__ = [
     "IA3",
     "AdaLoRA",
     "Adapter",
+    "BitFit",
     "BottleneckAdapter",
+    "DiffPruning",
     "DoRA",
     "DoRALayer",
     "History",
@@ -44,7 +60,9 @@ __all__ = [
     "LinearWithLoRA",
     "LoRA",
     "LoRALayer",
+    "MixAndMatch",
     "NF4Linear",
+    "PartialFineTuning",
     "Prefix",
     "PrefixTuning",
     "Prompt",
@@ -52,10 +70,17 @@ __all__ = [
     "QLoRA",
     "Scores",
     "TrainingDiverged",
+    "adapter_bytes",
+    "against_peft",
+    "agreement",
     "apply_lora_to_model",
-    "best",
+    "attempt",
+    "by_rate",
     "cached_norms",
     "check",
+    "compare",
+    "copy_values",
+    "cost_table",
     "dequantize",
     "drop_mlp",
     "evaluate",
@@ -70,19 +95,28 @@ __all__ = [
     "load_tokenizer",
     "machine_check",
     "measure",
+    "measured_on",
     "merge",
     "methods",
     "plots",
     "prompt_of",
     "prompts_for_rows",
+    "prune_diff",
     "read_adapter",
+    "references",
     "report",
     "save_adapter",
+    "scores",
     "setup_qlora",
     "spread",
+    "standard_error",
     "start_prefix",
+    "stored_costs",
     "table",
+    "there_and_back",
     "tuned",
     "unload",
     "unmerge",
+    "with_method",
+    "write",
 ]

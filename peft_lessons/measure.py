@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -194,6 +194,45 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int
         model.train(mode)
         torch.set_rng_state(random)
     return StepCost(sum(map(numbers, training)), held, peak, seconds)
+
+
+def costs(
+    models: Mapping[str, nn.Module],
+    batch: dict[str, torch.Tensor],
+    **more: Callable[[nn.Module], object],
+) -> list[dict[str, object]]:
+    """What a training step of each model costs here and now, {name: model}: a row for `cost_table`.
+
+    more: further columns, functions of the model; an underscore in a name becomes a blank.
+    Bytes are given in MiB, times in ms; timed one after the other, so they are rough."""
+    rows = []
+    for name, model in models.items():
+        cost = training_step(model, batch)
+        rows.append(
+            {
+                "": name,
+                "trainable": cost.trainable,
+                "optimiser": cost.held.optimizer / 2**20,
+                "peak of a step": cost.peak / 2**20,
+                "time of a step": 1000 * cost.seconds,
+                **{column.replace("_", " "): value(model) for column, value in more.items()},
+            }
+        )
+    return rows
+
+
+def by_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each function, all called once a round: a busy moment meets all alike.
+
+    Every second round goes backwards, so that none always runs in the caches of the same other."""
+    seconds = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name in list(functions)[:: -1 if number % 2 else 1]:
+            started = time.perf_counter()
+            functions[name]()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def estimate_bytes(

@@ -68,6 +68,7 @@ class Shown:
 def show(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> None:
     """Display a figure below the cell, with alternative text (what it shows, in a sentence).
 
+    Titles stand to the left, in bold, and legends without a frame, whoever made them.
     Raises ValueError for an alt text that is too short to say anything."""
     if len(alt) < 20:
         raise ValueError(f"alt={alt!r} is too short: say in a sentence what the figure shows")
@@ -76,6 +77,10 @@ def show(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> None:
         if title := ax.get_title(loc="center"):
             ax.set_title("", loc="center")
             ax.set_title(title, loc="left")
+        if legend := ax.get_legend():
+            legend.set_frame_on(False)
+    if title := fig.get_suptitle():
+        fig.suptitle(title, x=0.01, ha="left", weight="bold")
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=dpi)
     # A palette takes a third of the room, which counts in a notebook; a figure has few colours.

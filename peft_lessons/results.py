@@ -6,12 +6,13 @@ import csv
 import datetime
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .models import data_folder
+from .tables import Table, cost_table, table
 
 
 def _value(text: str) -> str | int | float:
@@ -90,12 +91,144 @@ def tuned(rows: list[dict], choose: Callable = max) -> tuple[float, list[dict]]:
     return rate, [r for r in rows if r["lr"] == rate]
 
 
-def best(rows: list[dict], over: str, by: str) -> tuple[object, list[dict]]:
-    """(value of column `over`, its rows) with the highest mean of column `by`: a tuned setting.
+def measured_on(row: dict) -> str:
+    """Machine, torch and date of a measured row: the note below a table of such rows."""
+    return f"{row['machine']} · torch {row['torch']} · {row['date']}"
 
-    Raises ValueError for no rows, or a seed that is there twice at one value."""
-    if not rows:
-        raise ValueError(f"no rows to choose {over!r} from: the filter matches nothing")
-    groups = {value: [r for r in rows if r[over] == value] for value in {r[over] for r in rows}}
-    value = max(sorted(groups), key=lambda v: spread(groups[v], by).mean)
-    return value, groups[value]
+
+# ------------------------------------------------------------------ the studies, side by side
+
+# {task: (first heading, heading of the score, its scale, which score is best)}
+_TASKS: dict[str, tuple[str, str, float, Callable]] = {
+    "sentiment": ("minilm, movie sentiment, 200 steps", "test accuracy, %", 100, max),
+    "austen": ("tinylm, Austen, 100 steps", "test perplexity", 1, min),
+}
+
+
+def _kind(task: str) -> tuple[str, str, float, Callable]:
+    if task not in _TASKS:
+        raise ValueError(f"task={task!r} must be one of {', '.join(map(repr, _TASKS))}")
+    return _TASKS[task]
+
+
+def references(task: str) -> dict[str, list[dict]]:
+    """What every method is laid beside on "sentiment" or "austen", {name: its rows at all rates}:
+    the least that can train, LoRA, and full fine-tuning.
+
+    Raises ValueError for another task."""
+    _kind(task)
+    if task == "austen":
+        rows, columns = load_results("qlora_study"), ("method",)
+        ways = {
+            "base, untouched": ("none",),
+            "LoRA, rank 8, all linear layers": ("lora",),
+            "full fine-tuning": ("full",),
+        }
+    else:
+        rows = [r for r in load_results("lora_study", steps=200) if r["alpha"] in (0, 16)]
+        columns = ("method", "targets", "rank")
+        ways = {
+            "head alone": ("head", "", 0),
+            "LoRA, rank 8, query and value": ("lora", "qv", 8),
+            "LoRA, rank 8, all linear layers": ("lora", "all-linear", 8),
+            "full fine-tuning": ("full", "", 0),
+        }
+    return {
+        name: [r for r in rows if tuple(r[c] for c in columns) == way] for name, way in ways.items()
+    }
+
+
+def scores(task: str, ways: Mapping[str, list[dict]]) -> dict[str, Spread]:
+    """The test score of each way, {name: its rows at all rates}, at its tuned rate: accuracies in
+    percent, or perplexities. Raises ValueError for another task, or a way without rows."""
+    _, _, scale, choose = _kind(task)
+    return {name: spread(tuned(rows, choose)[1], "test", scale) for name, rows in ways.items()}
+
+
+def compare(
+    task: str, ways: Mapping[str, list[dict]], more: Mapping[str, Callable] | None = None
+) -> Table:
+    """A table of ways, {name: its rows at all rates}: each at its tuned rate, over its seeds.
+
+    more: further columns, {heading: function of a way's rows at that rate}.
+    Raises ValueError for another task, or a way without rows."""
+    heading, column, _, choose = _kind(task)
+    lines = []
+    for name, score in scores(task, ways).items():
+        rate, found = tuned(ways[name], choose)
+        line = {heading: name, "trainable": found[0]["trainable"], "rate": rate or None}
+        line |= {what: function(found) for what, function in (more or {}).items()}
+        lines.append(line | {column: score if score.n > 1 else f"{score.mean:.1f}"})
+    return table(lines, {"rate": "{:g}"}, note=measured_on(found[0]))
+
+
+def by_rate(task: str, ways: Mapping[str, list[dict]]) -> Table:
+    """A table of ways, {name: its rows at all rates}: seed 0 at every rate that was tried, its
+    score on the validation split, which chooses, and on the test split, which does not.
+
+    Raises ValueError for another task."""
+    heading, column, scale, _ = _kind(task)
+    tried = {name: {r["lr"]: r for r in rows if r["seed"] == 0} for name, rows in ways.items()}
+    rates = sorted({rate for found in tried.values() for rate in found})
+
+    def both(row: dict | None) -> str | None:
+        return row and f"{scale * row['validation']:.1f} / {scale * row['test']:.1f}"
+
+    return table(
+        [
+            {f"{heading}, seed 0": name} | {f"rate {r:g}": both(found.get(r)) for r in rates}
+            for name, found in tried.items()
+        ],
+        note=f"{column.removeprefix('test ')}: validation split / test split",
+    )
+
+
+# ------------------------------------------------------------------ stored costs
+
+
+def _stored(base: str, names: Mapping[str, str], whose: str) -> list[tuple[str, dict]]:
+    """(how it is called, its row of costs.csv) of each method in `names`."""
+    rows = {r["method"]: r for r in load_results("costs", base=base, whose=whose)}
+    if unknown := [method for method in names if method not in rows]:
+        known = ", ".join(rows) or "none"
+        raise ValueError(f"costs.csv has no row {unknown[0]!r} for {base}, {whose}; it has {known}")
+    return [(name, rows[method]) for method, name in names.items()]
+
+
+def stored_costs(base: str, names: Mapping[str, str], *, answers: bool = True) -> Table:
+    """The stored cost of methods on minilm or tinylm, {method in costs.csv: how it is called}.
+
+    A step is one of 16 movie sentences, or of 4 blocks of Austen. An answer is one forward pass of
+    32 tokens by minilm, 32 tokens generated after 32 by tinylm.
+    Raises ValueError for a method without a row."""
+    lines = []
+    for name, row in _stored(base, names, "ours"):
+        line = {
+            f"on {base}": name,
+            "trainable": row["trainable"],
+            "optimiser": 8 * row["trainable"] / 2**20,  # AdamW's two moments, in float32
+            "peak of a step": row["peak_bytes"] / 2**20,
+            "time of a step": 1000 * row["seconds"],
+            "file": row["file_bytes"] / 2**20 or None,
+        }
+        if answers:
+            line |= {"answer, 1 text": 1000 * row["answer_1"], "32 texts": 1000 * row["answer_32"]}
+        lines.append(line)
+    return cost_table(lines, note=measured_on(row))
+
+
+def against_peft(base: str, names: Mapping[str, str]) -> Table:
+    """The stored step of methods, {method in costs.csv: how it is called}, beside that of PEFT's:
+    the time of each, and ours by theirs of time and peak.
+
+    Raises ValueError for a method without a row."""
+    lines, theirs = [], _stored(base, names, "PEFT")
+    for (name, our), (_, their) in zip(_stored(base, names, "ours"), theirs, strict=True):
+        line = {f"a step on {base}": name}
+        line |= {"ours": 1000 * our["seconds"], "PEFT's": 1000 * their["seconds"]}
+        line["time, ratio"] = our["seconds"] / their["seconds"]
+        lines.append(line | {"peak, ratio": our["peak_bytes"] / their["peak_bytes"]})
+    formats = dict.fromkeys(("ours", "PEFT's"), "{:.0f} ms")
+    formats |= dict.fromkeys(("time, ratio", "peak, ratio"), "{:.2f}")
+    note = f"a ratio below 1: ours is faster or smaller · {measured_on(our)}"
+    return table(lines, formats, note)

@@ -56,8 +56,7 @@ class Scores:
 
     @property
     def standard_error(self) -> float | None:
-        a = self.accuracy
-        return None if a is None else math.sqrt(a * (1 - a) / self.n)
+        return None if self.accuracy is None else standard_error(self.accuracy, self.n)
 
     @property
     def perplexity(self) -> float:
@@ -68,6 +67,11 @@ class Scores:
             return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f} ({self.n:,} tokens)"
         share = f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
         return f"accuracy {share}, loss {self.loss:.4f} ({self.n:,} examples)"
+
+
+def standard_error(accuracy: float, n: int) -> float:
+    """Of an accuracy that was measured on n examples: sqrt(a (1 - a) / n)."""
+    return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
 def progress(iterable, description: str, done: int = 0, show: bool = True) -> tqdm:

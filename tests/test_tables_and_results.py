@@ -1,9 +1,26 @@
 """Tables of results, stored tables, and the machine's verdict."""
 
+import re
+
 import pytest
 import torch
 
-from peft_lessons import best, load_results, machine_check, measure, spread, table, tuned
+from peft_lessons import (
+    against_peft,
+    by_rate,
+    compare,
+    cost_table,
+    load_results,
+    machine_check,
+    measure,
+    measured_on,
+    references,
+    scores,
+    spread,
+    stored_costs,
+    table,
+    tuned,
+)
 from peft_lessons import machine as machine_module
 
 ROWS = [{"way": "LoRA", "n": 74498, "time": 0.12345}, {"way": "a <b>", "n": 3, "time": None}]
@@ -50,7 +67,7 @@ def test_results_are_read_filtered_and_summed_up(results):
     rows = load_results("runs", method="lora")
     assert rows[0] == dict(method="lora", lr=0.001, seed=0, validation=0.5, test=0.5)
     assert len(rows) == 4 and len(load_results("runs")) == 5
-    lr, chosen = best(rows, over="lr", by="validation")  # by validation, though test says else
+    lr, chosen = tuned(rows)  # by validation, though test says else
     assert lr == 0.01 and [r["seed"] for r in chosen] == [0, 1]
     s = spread(chosen, "test", 100)
     assert (s.mean, s.low, s.high, s.n) == pytest.approx((42, 40, 44, 2))
@@ -64,8 +81,6 @@ def test_results_that_are_not_there_are_refused(results):
         load_results("runs", rank=8)
     with pytest.raises(ValueError, match="matches nothing"):
         spread([], "test")
-    with pytest.raises(ValueError, match="matches nothing"):
-        best([], over="lr", by="validation")
     with pytest.raises(ValueError, match="seed 0 is there twice"):
         spread(load_results("runs", method="lora"), "test")
 
@@ -106,3 +121,70 @@ def test_tuned_takes_the_rate_by_validation_of_the_first_seed():
     assert tuned(rows)[0] == 0.01, "of equals the smaller rate"
     with pytest.raises(ValueError, match="no run with seed 0"):
         tuned(rows[1:2])
+
+
+STAMP = {"machine": "one core", "torch": "2", "date": "2026-01-01"}
+RUNS = [  # (rate, seed, validation, test)
+    (0.1, 0, 0.8, 0.85),
+    (0.1, 1, 0.7, 0.83),
+    (0.01, 0, 0.6, 0.9),
+]
+ROWS_OF_A_STUDY = [
+    dict(lr=lr, seed=seed, validation=v, test=t, trainable=1234, **STAMP) for lr, seed, v, t in RUNS
+]
+
+
+def test_a_comparison_shows_each_way_at_its_tuned_rate():
+    ways = {"mine": ROWS_OF_A_STUDY, "base": [ROWS_OF_A_STUDY[2] | {"lr": 0}]}
+    shown = repr(compare("sentiment", ways, {"seeds": len}))
+    assert shown.splitlines()[0].split("  ")[0] == "minilm, movie sentiment, 200 steps"
+    assert "84.0 (83.0 to 85.0, 2 seeds)" in shown and "1,234   0.1" in shown
+    assert shown.splitlines()[2].split() == ["base", "1,234", "1", "90.0"]
+    assert shown.splitlines()[-1] == measured_on(STAMP) == "one core · torch 2 · 2026-01-01"
+    assert scores("austen", ways)["mine"].mean == 0.9, "of perplexities the lower one"
+    with pytest.raises(ValueError, match="'sentiment', 'austen'"):
+        compare("french", ways)
+
+
+def test_every_rate_that_was_tried_is_shown_with_its_choice():
+    other = [r | {"lr": 1.0} for r in ROWS_OF_A_STUDY[:1]]
+    lines = repr(by_rate("sentiment", {"mine": ROWS_OF_A_STUDY, "other": other})).splitlines()
+    assert re.findall(r"rate \S+", lines[0]) == ["rate 0.01", "rate 0.1", "rate 1"]
+    assert lines[1].split()[1:] == ["60.0", "/", "90.0", "80.0", "/", "85.0"]
+    assert lines[2].split()[1:] == ["80.0", "/", "85.0"]
+    assert lines[3] == "accuracy, %: validation split / test split"
+
+
+@pytest.mark.parametrize("task, count", [("sentiment", 4), ("austen", 3)])
+def test_what_all_methods_are_laid_beside_is_there_at_three_seeds(task, count):
+    ways = references(task)
+    assert len(ways) == count and list(ways)[-1] == "full fine-tuning"
+    found = scores(task, ways)
+    assert all(s.n == 3 for name, s in found.items() if not name.startswith("base"))
+    with pytest.raises(ValueError, match="must be one of"):
+        references("french")
+
+
+def test_stored_costs_of_the_named_methods():
+    text = repr(stored_costs("minilm", {"lora": "LoRA, rank 8, query and value"}))
+    assert "on minilm" in text and "74,498" in text and "MiB" in text and "32 texts" in text
+    assert "32 texts" not in repr(stored_costs("tinylm", {"full": "full"}, answers=False))
+    with pytest.raises(ValueError, match="no row 'bitfit' for tinylm, ours; it has full"):
+        stored_costs("tinylm", {"bitfit": "BitFit"})
+
+
+def test_ours_against_pefts():
+    lines = repr(against_peft("minilm", {"lora": "LoRA", "ia3": "(IA)³"})).splitlines()
+    assert lines[0].split("  ")[0] == "a step on minilm" and "PEFT's" in lines[0]
+    ours, theirs = (float(n) for n in re.findall(r"(\d+) ms", lines[1]))
+    assert float(lines[1].split()[-2]) == pytest.approx(ours / theirs, abs=0.02)
+    assert lines[3].startswith("a ratio below 1: ours is faster or smaller · x86_64 CPU, 1 thread")
+    with pytest.raises(ValueError, match="no row 'pfeiffer' for minilm, PEFT; it has lora"):
+        against_peft("minilm", {"pfeiffer": "no adapter of PEFT's"})
+
+
+def test_a_cost_table_knows_its_units():
+    text = repr(cost_table([{"": "a", "file": 1.0, "time of a step": 2.0, "own": 0.5}]))
+    assert "1.00 MiB" in text and "2 ms" in text and "0.5" in text
+    with pytest.raises(ValueError, match="no rows"):
+        cost_table([])

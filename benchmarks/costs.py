@@ -1,0 +1,204 @@
+"""What every method costs: a training step, the saved files, the latency of the trained model.
+
+    python benchmarks/costs.py                 # a quarter of an hour on one core, else idle
+
+One row for each base, method and whose it is, the course's or PEFT's, all of one base measured in
+one process by turns, to data/results/costs.csv: median seconds of a step and the most bytes it held
+beyond what lay there before it, the bytes of the saved adapter, and median seconds of an answer
+without gradients, for one text and for 32.
+
+minilm: steps on 16 movie sentences of up to 64 tokens, an answer is one forward of 32 tokens.
+tinylm: steps on 4 blocks of 128 tokens, an answer is 32 new tokens after 32.
+
+AdaLoRA's allocator is part of its step. `dora, with gradient` is DoRA of the course without the
+detached norm.
+"""
+
+import itertools
+from copy import deepcopy
+from unittest import mock
+
+import torch
+from additive_study import IA3S, PROJECTION, P
+from common import BASES, Results, stepper
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from selective_study import NORMS
+
+from peft_lessons import (
+    AdaLoRA,
+    BitFit,
+    BottleneckAdapter,
+    DiffPruning,
+    DoRA,
+    DoRALayer,
+    LoRA,
+    MixAndMatch,
+    PartialFineTuning,
+    Prefix,
+    Prompt,
+    adapter_bytes,
+    freeze,
+    inject,
+    injection_of,
+    load_model,
+    load_task,
+    measure,
+    merge,
+    unload,
+)
+
+ROUNDS, ANSWERS, TOKENS = 25, {1: 36, 32: 9}, 32
+BATCH = {"minilm": 16, "tinylm": 4}
+FACTORS = {"rank": 8, "alpha": 16}
+QV = {"minilm": ("query", "value"), "tinylm": ("q_proj", "v_proj")}
+ALL = {  # our "all-linear", which PEFT takes by name
+    "minilm": (
+        *("query", "key", "value"),
+        *("attention.output.dense", "intermediate.dense", "output.dense"),
+    ),
+    "tinylm": (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    ),
+}
+# Long, so that all of the steps measured here fall into the pruning, and none is the last.
+SCHEDULE = {"tinit": 1, "tfinal": 10}
+MERGED = ("lora", "lora, all linear", "ia3")
+COLUMNS = (
+    *("base", "method", "whose", "trainable", "file_bytes"),
+    *("seconds", "peak_bytes", *(f"answer_{n}" for n in ANSWERS)),
+)
+
+
+def untrained(base: str) -> torch.nn.Module:
+    return load_model(base, labels=2 if base == "minilm" else None)
+
+
+def methods(base: str) -> dict[str, object]:
+    """The methods of the course on a base, by the name of their row."""
+    task = next(task for task, name in BASES.items() if name == base)
+    found = {}
+    for suffix, layers in (("", QV[base]), (", all linear", ALL[base])):
+        found |= {
+            f"lora{suffix}": LoRA(**FACTORS, targets=layers),
+            f"dora{suffix}": DoRA(**FACTORS, targets=layers),
+            f"dora, with gradient{suffix}": DoRA(**FACTORS, targets=layers),
+            f"adalora{suffix}": AdaLoRA(8, 4, 16, layers, delta=5, total_steps=1000, **SCHEDULE),
+        }
+    found |= {
+        "houlsby": BottleneckAdapter(16, kind="houlsby"),
+        "pfeiffer": BottleneckAdapter(32),
+        "parallel": BottleneckAdapter(32, kind="parallel"),
+        "ia3": IA3S[task],
+        "prompt": Prompt(P),
+        "prefix": Prefix(P),
+        "prefix, mlp": Prefix(P, projection=PROJECTION),
+        "mixed": MixAndMatch(P, 32),
+        "norms": PartialFineTuning(patterns=NORMS[task]),
+        "last two": PartialFineTuning(last=2),
+        "diff": DiffPruning(),
+        "diff, fixed": DiffPruning(gates=False),
+    }
+    return found | ({"bitfit": BitFit()} if base == "minilm" else {})
+
+
+def ours(base: str) -> dict[str, torch.nn.Module]:
+    """The base, all or only its head to train, and copies of it with each method in it."""
+    models = {"full": untrained(base)}
+    if base == "minilm":
+        models["head"] = untrained(base)
+        freeze(models["head"])
+    for name, method in methods(base).items():
+        models[name] = untrained(base)
+        inject(models[name], method)
+    return models
+
+
+def theirs(base: str) -> dict[str, torch.nn.Module]:
+    """PEFT's, where it has the method."""
+    kind = "SEQ_CLS" if base == "minilm" else "CAUSAL_LM"
+    ia3, configs = methods(base)["ia3"], {}
+    for suffix, layers in (("", QV[base]), (", all linear", ALL[base])):
+        factors = {"task_type": kind, "lora_alpha": 16, "target_modules": list(layers)}
+        configs |= {
+            f"lora{suffix}": LoraConfig(r=8, **factors),
+            f"dora{suffix}": LoraConfig(r=8, use_dora=True, **factors),
+            f"adalora{suffix}": AdaLoraConfig(
+                init_r=8, target_r=4, total_step=1000, deltaT=5, **SCHEDULE, **factors
+            ),
+        }
+    configs["ia3"] = IA3Config(
+        task_type=kind, target_modules=ia3.targets, feedforward_modules=ia3.feedforward
+    )
+    configs["prompt"] = PromptTuningConfig(task_type=kind, num_virtual_tokens=P)
+    configs["prefix"] = PrefixTuningConfig(task_type=kind, num_virtual_tokens=P)
+    return {name: get_peft_model(untrained(base), config) for name, config in configs.items()}
+
+
+def with_gradient(layer: DoRALayer, weight: torch.Tensor) -> torch.Tensor:
+    """The row norms of a DoRA layer, through which the gradient flows."""
+    return torch.linalg.norm(layer.adapted(weight), dim=1)
+
+
+def patched(step):
+    def run():
+        with mock.patch.object(DoRALayer, "row_norms", with_gradient):
+            step()
+
+    return run
+
+
+def answer(base: str, model: torch.nn.Module, rows: int):
+    """A function that runs the model without gradients, in eval mode."""
+    ids = torch.arange(rows * TOKENS).view(rows, TOKENS) % 1000 + 1000
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    more = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+
+    @torch.inference_mode()
+    def run():
+        model.eval()
+        model(**inputs) if base == "minilm" else model.generate(**inputs, **more, pad_token_id=0)
+
+    return run
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results = Results("costs", COLUMNS, anew=True)
+    for task, base in BASES.items():
+        batches = list(itertools.islice(load_task(task).stream(BATCH[base], seed=0), ROUNDS))
+        models = {(method, "ours"): model for method, model in ours(base).items()}
+        models |= {(method, "PEFT"): model for method, model in theirs(base).items()}
+        steps = {way: stepper(model, batches) for way, model in models.items()}
+        steps |= {way: patched(step) for way, step in steps.items() if "with gradient" in way[0]}
+        seconds = measure.by_turns(steps, ROUNDS)
+        peaks = {way: measure.peak_bytes(step) for way, step in steps.items()}
+        trained = {way: measure.parameters(model).trainable for way, model in models.items()}
+        files = {way: adapter_bytes(m) for way, m in models.items() if injection_of(m)}
+        del steps
+        for method in MERGED:
+            models[f"{method}, merged", "ours"] = merged = deepcopy(models[method, "ours"])
+            merge(merged)
+            unload(merged)  # the plain base with other weights, no wrapper left
+        latency = {
+            rows: measure.by_turns({way: answer(base, m, rows) for way, m in models.items()}, n)
+            for rows, n in ANSWERS.items()
+        }
+        for way in models:
+            row = {"base": base, "method": way[0], "whose": way[1]}
+            row |= {"trainable": trained.get(way, 0), "file_bytes": files.get(way, 0)}
+            row |= {"seconds": f"{seconds.get(way, 0):.4f}", "peak_bytes": peaks.get(way, 0)}
+            row |= {f"answer_{n}": f"{latency[n][way]:.5f}" for n in latency}
+            results.add(**row)
+            print(*row.values(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The study of the selective methods: biases, norms, last blocks, sparse differences.
+
+    python benchmarks/selective_study.py               # an hour and a half on one core
+    python benchmarks/selective_study.py --backwards   # beside the first, on a second core
+
+Trains minilm on movie sentiment (200 steps) and tinylm on Jane Austen's novels (100 steps) and adds
+a row for each run to data/results/selective_study.csv: accuracy, or perplexity, before and after.
+Every setting is tried at each of its learning rates with one seed; the best one by the validation
+split is run with two more.
+
+`diff` is diff pruning in two halves: the first finds where to keep one number in `size`, by the
+gates or by the magnitude of a difference that trains without them, the second trains these alone.
+`trainable` counts what trains in the first half. The path of the gates goes to diff_path.csv.
+"""
+
+import sys
+from functools import partial
+from typing import ClassVar
+
+from common import NAMES, Results, base_of, measured, study
+
+from peft_lessons import (
+    BitFit,
+    DiffPruning,
+    PartialFineTuning,
+    fit,
+    inject,
+    injection_of,
+    prune_diff,
+)
+
+NORMS = {"sentiment": r".*LayerNorm\..*", "austen": r".*norm\..*"}
+LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+DIFFS = ("gates", "structured", "magnitude")
+SETTINGS = {  # (task, method, variant, blocks or one in how many numbers): rates
+    ("sentiment", "bitfit", "", 0): MIDDLE,
+    ("sentiment", "norms", "", 0): MIDDLE,
+    **{("sentiment", "last", "", k): LOW for k in (1, 2)},
+    **{("sentiment", "diff", kind, 200): (3e-4, 1e-3, 3e-3) for kind in DIFFS},
+    ("austen", "norms", "", 0): HIGH,
+    **{("austen", "last", "", k): MIDDLE for k in (1, 2)},
+    **{("austen", "diff", kind, 200): MIDDLE for kind in DIFFS},
+}
+PATH = (*NAMES, "lr", "seed", "step", "expected", "nonzero", "task_loss")
+
+
+def method_of(task: str, method: str, variant: str, size: int):
+    """The description of a setting."""
+    if method == "bitfit":
+        return BitFit()
+    if method == "norms":
+        return PartialFineTuning(patterns=NORMS[task])
+    if method == "last":
+        return PartialFineTuning(last=size)
+    return Watched(structured=variant == "structured", gates=variant != "magnitude")
+
+
+class Watched(DiffPruning):
+    """Diff pruning that writes down at every step what is added to the loss, and the open gates."""
+
+    seen: ClassVar[list[tuple[float, int]]] = []
+
+    def penalty(self, injection):
+        added = super().penalty(injection)
+        layers = injection.wrappers.values() if self.gates else ()
+        self.seen.append((float(added), sum(int((w.diff(False) != 0).sum()) for w in layers)))
+        return added
+
+
+def train_in_halves(model, task, steps: int, setting: tuple, lr: float, seed: int, paths: Results):
+    """Find where to keep one number in `size`, then train these; the history of the second half."""
+    Watched.seen.clear()
+    history = fit(model, task, steps // 2, lr=lr, seed=seed, show=False)
+    injection = injection_of(model)
+    everything = sum(layer.w.numel() for layer in injection.wrappers.values())
+    if injection.method.gates:
+        for step, (loss, (added, left)) in enumerate(zip(history.loss, Watched.seen, strict=True)):
+            row = dict(zip(NAMES, setting, strict=True)) | {
+                "lr": lr,
+                "seed": seed,
+                "step": step + 1,
+            }
+            row |= {"task_loss": f"{loss - added:.4f}", "nonzero": f"{left / everything:.5f}"}
+            share = added / (injection.method.sparsity * everything)
+            paths.add(**row, expected=f"{share:.5f}")
+    prune_diff(model, everything // setting[3])
+    return fit(model, task, steps // 2, lr=lr, seed=seed + 100, show=False)
+
+
+def run(paths: Results, task, setting: tuple, lr: float, seed: int) -> dict:
+    """Train one point and return its measured columns."""
+    model = base_of(setting[0], seed)
+    inject(model, method_of(*setting))
+    if setting[1] == "diff":
+        train = partial(train_in_halves, setting=setting, lr=lr, seed=seed, paths=paths)
+    else:
+        train = partial(fit, lr=lr, seed=seed, show=False)
+    return measured(task, setting, model, train)
+
+
+if __name__ == "__main__":
+    run = partial(run, Results("diff_path", PATH))
+    study("selective_study", SETTINGS, run, backwards="--backwards" in sys.argv)

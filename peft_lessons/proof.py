@@ -1,0 +1,86 @@
+"""What lessons show of a method: what is refused, what agrees with PEFT, what travels as a file."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .adapters_io import load_adapter, save_adapter
+from .inject import Method, inject
+
+
+def with_method(model: nn.Module, method: Method) -> nn.Module:
+    """A copy of `model` with the method in it; the model stays as it is. Errors as `inject`."""
+    changed = copy.deepcopy(model)
+    inject(changed, method)
+    return changed
+
+
+def attempt(action: Callable[[], object]) -> None:
+    """Do what must be refused, and print the refusal. AssertionError if nothing refuses it."""
+    try:
+        action()
+    except (ValueError, TypeError, RuntimeError) as error:
+        print(textwrap.fill(f"{type(error).__name__}: {error}", 96), end="\n\n")
+    else:
+        raise AssertionError("attempt: this was meant to be refused, and it ran")
+
+
+@torch.no_grad()
+def copy_values(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Give the second parameter of each pair (ours, theirs) the values of the first."""
+    for ours, theirs in pairs:
+        theirs.copy_(ours)
+
+
+def agreement(
+    ours: nn.Module,
+    theirs: nn.Module,
+    pairs: Sequence[tuple[nn.Parameter, nn.Parameter]],
+    batch: dict[str, torch.Tensor],
+) -> dict[str, float]:
+    """The largest differences of two models with equal values on a batch: of the logits, the loss,
+    and the gradients of the parameters in `pairs` (ours, theirs); how many those are, and the
+    largest gradient, beside which a difference is small or not. Gradients are there afterwards."""
+    ours.zero_grad()
+    theirs.zero_grad()
+    a, b = ours(**batch), theirs(**batch)
+    a.loss.backward()
+    b.loss.backward()
+    return {
+        "logits": (a.logits - b.logits).abs().max().item(),
+        "loss": (a.loss - b.loss).abs().item(),
+        "gradients": max((m.grad - o.grad).abs().max().item() for m, o in pairs),
+        "of": len(pairs),
+        "largest gradient": max(m.grad.abs().max().item() for m, _ in pairs),
+    }
+
+
+def adapter_bytes(model: nn.Module) -> int:
+    """Bytes of the two files that `save_adapter` writes of this model. Errors as `save_adapter`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return sum(f.stat().st_size for f in save_adapter(model, folder).iterdir())
+
+
+@torch.no_grad()
+def there_and_back(
+    model: nn.Module, base: nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[float, float]:
+    """How far the logits are off when PEFT opens what we save of `model`, and when we open what
+    PEFT then saves; `base` is the base without the method."""
+    from peft import PeftModel  # takes seconds, which lessons without a file need not wait
+
+    expected = model(**batch).logits
+    with tempfile.TemporaryDirectory() as folder:
+        opened = PeftModel.from_pretrained(copy.deepcopy(base), save_adapter(model, folder))
+        there = (opened.eval()(**batch).logits - expected).abs().max().item()
+        opened.save_pretrained(f"{folder}/back")
+        returned = copy.deepcopy(base)
+        load_adapter(returned, Path(folder) / "back")
+    return there, (returned.eval()(**batch).logits - expected).abs().max().item()
