@@ -30,16 +30,16 @@ from peft_lessons import (
 )
 
 NORMS = {"sentiment": r".*LayerNorm\..*", "austen": r".*norm\..*"}
-LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
-DIFFS = ("gates", "structured", "magnitude")
+LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+DIFFS = ("gates", "magnitude")
 SETTINGS = {  # (task, method, variant, blocks or one in how many numbers): rates
     ("sentiment", "bitfit", "", 0): MIDDLE,
     ("sentiment", "norms", "", 0): MIDDLE,
     **{("sentiment", "last", "", k): LOW for k in (1, 2)},
-    **{("sentiment", "diff", kind, 200): (3e-4, 1e-3, 3e-3) for kind in DIFFS},
+    **{("sentiment", "diff", kind, 200): (*MIDDLE, 3e-2) for kind in DIFFS},
     ("austen", "norms", "", 0): HIGH,
-    **{("austen", "last", "", k): MIDDLE for k in (1, 2)},
-    **{("austen", "diff", kind, 200): MIDDLE for kind in DIFFS},
+    ("austen", "last", "", 2): MIDDLE,
+    **{("austen", "diff", kind, 200): HIGH for kind in DIFFS},
 }
 PATH = (*NAMES, "lr", "seed", "step", "expected", "nonzero", "task_loss")
 
@@ -52,7 +52,7 @@ def method_of(task: str, method: str, variant: str, size: int):
         return PartialFineTuning(patterns=NORMS[task])
     if method == "last":
         return PartialFineTuning(last=size)
-    return Watched(structured=variant == "structured", gates=variant != "magnitude")
+    return Watched(gates=variant != "magnitude")
 
 
 class Watched(DiffPruning):
@@ -63,7 +63,8 @@ class Watched(DiffPruning):
     def penalty(self, injection):
         added = super().penalty(injection)
         layers = injection.wrappers.values() if self.gates else ()
-        self.seen.append((float(added), sum(int((w.diff(False) != 0).sum()) for w in layers)))
+        left = sum(int((layer.delta_weight() != 0).sum()) for layer in layers)
+        self.seen.append((float(added.detach()), left))
         return added
 
 
