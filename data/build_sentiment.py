@@ -98,8 +98,8 @@ def build(source: tarfile.TarFile) -> dict[str, bytes]:
         for split in ("train", "validation", "test"):
             every = sum(n for (s, _), n in counts.items() if s == split)
             negative, positive = counts[split, 0], counts[split, 1]
-            share = positive / (negative + positive)
-            print(f"| {domain} | {split} | {every:,} | {negative:,} | {positive:,} | {share:.1%} |")
+            share = f"{100 * positive / (negative + positive):.1f} %"
+            print(f"| {domain} | {split} | {every:,} | {negative:,} | {positive:,} | {share} |")
     return files
 
 

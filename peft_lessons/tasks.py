@@ -211,9 +211,9 @@ class Task:
         for split, examples in self._splits.items():
             counts = np.bincount(examples.labels, minlength=len(self.label_names))
             shares, largest = counts / counts.sum(), counts.argmax()
-            cells = f"{shares[-1]:>16.1%}"
+            cells = f"{100 * shares[-1]:>14.1f} %"
             if not two:
-                largest = f"{self.label_names[largest]} {shares[largest]:.1%}"
+                largest = f"{self.label_names[largest]} {100 * shares[largest]:.1f} %"
                 cells = f"{np.count_nonzero(counts):>9}{largest:>20}"
             words = np.mean([len(text.split()) for text in examples.texts])
             tokens = np.mean([len(ids) for ids in examples.tokens])

@@ -137,7 +137,7 @@ def test_readme_counts(rows, domain):
         (row,) = table_rows(domain, split)
         ratings = [rating for _, s, rating, _ in mine if s == split]
         negative, positive = sum(r < -1 for r in ratings), sum(r > 1 for r in ratings)
-        share = f"{positive / (positive + negative):.1%}"
+        share = f"{100 * positive / (positive + negative):.1f} %"
         assert row[2:] == [f"{len(ratings):,}", f"{negative:,}", f"{positive:,}", share]
 
 

@@ -228,7 +228,7 @@ def test_describe_tells_the_truth(task):
     tokens = np.mean([int(b["attention_mask"].sum()) for b in task.batches("train", 1)])
     share = task.labels("train").float().mean().item()
     count = f"{task.size('train'):,}"
-    assert cells == ["train", count, f"{share:.1%}", f"{words:.1f}", f"{tokens:.1f}"]
+    assert cells == ["train", count, f"{100 * share:.1f}", "%", f"{words:.1f}", f"{tokens:.1f}"]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert "MIT" in lines[-1] and "Hutto" in lines[-1]
     assert count in repr(task) and "negative / positive" in repr(task)
@@ -245,9 +245,9 @@ def test_describe_of_many_classes(wordnet):
     for line, split in zip(lines[1:4], wordnet.splits, strict=True):
         counts = np.bincount(wordnet.labels(split))
         name = wordnet.label_names[counts.argmax()]
-        share = f"{counts.max() / counts.sum():.1%}"
+        share = f"{100 * counts.max() / counts.sum():.1f}"
         size = f"{wordnet.size(split):,}"
-        assert line.split()[:5] == [split, size, "26", name, share]
+        assert line.split()[:6] == [split, size, "26", name, share, "%"]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert "WordNet" in lines[-1]
     assert "26 classes" in repr(wordnet) and "animal" not in repr(wordnet)

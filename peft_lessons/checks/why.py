@@ -24,7 +24,7 @@ from .kit import Case, check_for
             int(n * (w + g) + t * (c + m))
         ),
         (
-            "the frozen weights are missing: they take memory although they don't train"
+            "the frozen weights are missing: they take memory although they do not train"
         ): lambda n, t, w=2, g=2, c=4, m=8: int(t * (w + g + c + m)),
         (
             "what trains has its weights counted twice: n_params includes n_trainable"
@@ -41,7 +41,7 @@ from .kit import Case, check_for
             "the defaults are counted: use the arguments weight, grad, master and moments"
         ): lambda n, t, w=2, g=2, c=4, m=8: 2 * n + 14 * t,
         (
-            "`moments` is already both of Adam's moments: don't double it"
+            "`moments` is already both of Adam's moments: do not double it"
         ): lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (g + c + 2 * m)),
         "the result is a float: bytes are whole": lambda n, t, w=2, g=2, c=4, m=8: float(
             n * w + t * (g + c + m)
