@@ -52,7 +52,7 @@ class DoRALayer(LoRALayer):
         return F.linear(x.to(V.dtype), V).to(x.dtype)                        # (..., out)
 
 # %% ../../notebooks/04_dora.ipynb #de8cfb6f
-NORMS = {}  # {layer: its ‖V‖ (out,)}: full only inside `with cached_norms(model)`, section 7
+NORMS = {}  # {layer: its ‖V‖ (out,)}: full only inside `with cached_norms(model)`, section 6
 
 
 def row_ratios(layer):
