@@ -20,6 +20,7 @@ from tiny import (
     greedy,
     interrupted,
     only_the_branch_drops,
+    refused,
     same,
     state,
     tiny_bert,
@@ -447,10 +448,8 @@ def test_a_file_without_magnitudes_is_refused(tmp_path):
     tensors = {k: v for k, v in load_file(path).items() if "magnitude" not in k}
     save_file(tensors, path, metadata={"format": "pt"})
     model = tiny_llama()
-    before = state(model)
-    with pytest.raises(ValueError, match="lora_magnitude_vector"):
+    with refused(model, "lora_magnitude_vector"):
         load_adapter(model, tmp_path)
-    assert same(state(model), before)
 
 
 # ------------------------------------------------------------------ training
@@ -591,10 +590,8 @@ def test_merging_within_the_block_takes_the_norms_of_now():
 def test_training_within_the_block_is_refused():
     model = tiny_bert()
     inject(model, DoRA(4, 6, ("query", "value")))
-    before = state(model)
-    with cached_norms(model), pytest.raises(RuntimeError, match="within cached_norms"):
+    with cached_norms(model), refused(model, "within cached_norms", RuntimeError):
         fit(model, TinyTask(), 2, show=False)
-    assert same(state(model), before)
     fit(model, TinyTask(), 2, show=False)
 
 
@@ -648,15 +645,8 @@ def test_a_row_without_length_is_refused_and_named(value):
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight[5] = value
-    before = state(model)
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj.*row 5.*targets"):
+    with refused(model, r"layers\.1\.self_attn\.q_proj.*row 5.*targets"):
         inject(model, DoRA(4, 6, ("q_proj",)))
-    after = state(model)
-    assert list(after) == list(before)
-    assert all(
-        torch.equal(a.nan_to_num(7), b.nan_to_num(7))
-        for a, b in zip(after.values(), before.values(), strict=True)
-    )
     inject(model, DoRA(4, 6, ("v_proj",)))  # other layers go on
 
 
@@ -674,9 +664,8 @@ def test_loading_onto_a_base_with_a_zero_row_is_refused(tmp_path):
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[2] = 0
-    with pytest.raises(ValueError, match="row 2"):
+    with refused(model, "row 2"):
         load_adapter(model, tmp_path, check_base=False)
-    assert injection_of(model) is None
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9], ids=str)
@@ -685,10 +674,9 @@ def test_merging_a_magnitude_of_zero_is_refused(value):
     wrapper = injection_of(ours).wrappers["model.layers.1.self_attn.q_proj"]
     with torch.no_grad():
         wrapper.dora.magnitude[3] = value
-    before = state(ours)
-    with pytest.raises(ValueError, match=r"layers\.1.*row 3"):
+    with refused(ours, r"layers\.1.*row 3"):
         merge(ours)
-    assert same(state(ours), before) and not injection_of(ours).merged
+    assert not injection_of(ours).merged
 
 
 def test_a_magnitude_may_change_its_sign():
@@ -709,7 +697,7 @@ def test_nan_is_not_merged():
     wrapper = injection_of(ours).wrappers["model.layers.1.self_attn.q_proj"]
     with torch.no_grad():
         wrapper.dora.lora_B[0, 0] = math.nan
-    with pytest.raises(ValueError, match="NaN"):
+    with refused(ours, "NaN"):
         merge(ours)
     assert not injection_of(ours).merged
 
@@ -727,7 +715,7 @@ def test_settings(settings):
 def test_saving_while_merged_is_refused(tmp_path):
     _, ours = pair(tiny_llama(), ("q_proj",))
     merge(ours)
-    with pytest.raises(RuntimeError, match="unmerge"):
+    with refused(ours, "unmerge", RuntimeError):
         save_adapter(ours, tmp_path / "a")
 
 

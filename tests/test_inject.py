@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import same, state, tiny_bert, tiny_llama
+from tiny import refused, same, state, tiny_bert, tiny_llama
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
@@ -141,10 +141,8 @@ BAD = {
 @pytest.mark.parametrize("targets, message", BAD.values(), ids=BAD)
 def test_wrong_targets_are_refused_and_nothing_changes(targets, message):
     model = tiny_llama()
-    untouched = state(model)
-    with pytest.raises(ValueError, match=message):
+    with refused(model, message):
         inject(model, LoRA(rank=2, alpha=3, targets=targets))
-    assert same(state(model), untouched) and injection_of(model) is None
 
 
 @pytest.mark.parametrize(
@@ -176,21 +174,17 @@ def test_targets_of_a_wrong_type_are_refused(targets):
 
 def test_a_rank_above_the_layer_is_refused_with_the_layer_named():
     model = tiny_llama()
-    untouched = state(model)
-    with pytest.raises(ValueError, match=r"rank=33 .*=32 of 'model.layers.0.self_attn.k_proj'"):
+    with refused(model, r"rank=33 .*=32 of 'model.layers.0.self_attn.k_proj'"):
         inject(model, LoRA(rank=33, alpha=3, targets=("q_proj", "k_proj")))
-    assert same(state(model), untouched)
 
 
 def test_a_second_injection_is_refused():
     model = injected()
-    untouched = state(model)
     for again in (lambda: inject(model, QV), lambda: freeze(model)):
-        with pytest.raises(RuntimeError, match="unload"):
+        with refused(model, "unload", RuntimeError):
             again()
-    with pytest.raises(RuntimeError, match="unload"):
+    with refused(model, "unload", RuntimeError):
         apply_lora_to_model(model)
-    assert same(state(model), untouched)
 
 
 def test_a_layer_wrapped_by_hand_is_refused():
@@ -229,10 +223,8 @@ def test_also_train_is_checked():
         (("self_attn",), "cannot be a target too"),
     ):
         model = tiny_llama()
-        untouched = state(model)
-        with pytest.raises(ValueError, match=message):
+        with refused(model, message):
             inject(model, QV, also_train=names)
-        assert same(state(model), untouched)
 
 
 def test_a_method_must_be_a_method_and_a_model_a_model():
@@ -250,13 +242,11 @@ def test_verbs_need_an_injected_model():
 
 def test_merging_twice_is_refused():
     model = injected()
-    with pytest.raises(RuntimeError, match="nothing to take out"):
+    with refused(model, "nothing to take out", RuntimeError):
         unmerge(model)
     merge(model)
-    once = state(model)
-    with pytest.raises(RuntimeError, match="twice"):
+    with refused(model, "twice", RuntimeError):
         merge(model)
-    assert same(state(model), once)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -265,12 +255,9 @@ def test_nan_in_the_last_layer_leaves_the_first_one_unmerged(poison):
     last = list(injection_of(model).wrappers.values())[-1]
     with torch.no_grad():
         last.lora.lora_A[0, 0] = poison
-    untouched = state(model)
-    with pytest.raises(ValueError, match=r"layers\.1.*NaN or infinity"):
+    with refused(model, r"layers\.1.*NaN or infinity"):
         merge(model)
     assert not injection_of(model).merged
-    now = state(model)
-    assert all(torch.equal(now[n].nan_to_num(), untouched[n].nan_to_num()) for n in now)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -331,7 +318,7 @@ def test_rslora_must_be_true_or_false():
 def test_a_model_that_is_one_layer_is_refused():
     for targets in ("all-linear", ".*", ("weight",)):
         layer = nn.Linear(4, 4)
-        with pytest.raises(ValueError, match="targets"):
+        with refused(layer, "targets"):
             inject(layer, LoRA(rank=2, alpha=3, targets=targets))
         assert layer.weight.requires_grad and injection_of(layer) is None
 
@@ -339,11 +326,9 @@ def test_a_model_that_is_one_layer_is_refused():
 def test_a_method_inside_a_part_is_refused_for_the_whole():
     model = tiny_bert()
     inject(model.bert, LoRA(rank=2, alpha=3, targets=("query",)))
-    untouched = state(model)
     for again in (lambda: inject(model, LoRA(2, 3, ("value",))), lambda: freeze(model)):
-        with pytest.raises(RuntimeError, match=r"unload\(model\.bert\) first"):
+        with refused(model, r"unload\(model\.bert\) first", RuntimeError):
             again()
-    assert same(state(model), untouched)
     unload(model.bert)
     inject(model, LoRA(2, 3, ("value",)))
 
@@ -439,10 +424,8 @@ def test_a_sum_too_large_for_float16_is_not_merged():
     with torch.no_grad():
         last.lora.lora_A.fill_(300.0)
         last.lora.lora_B.fill_(300.0)  # a sum of 540,000, finite in float32
-    untouched = state(model)
-    with pytest.raises(ValueError, match=r"layers\.1.*NaN or infinity"):
+    with refused(model, r"layers\.1.*NaN or infinity"):
         merge(model)
-    assert same(state(model), untouched)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -717,10 +700,8 @@ def test_of_a_method_defined_twice_the_last_one_counts():
 
 def test_a_failing_wrap_changes_nothing():
     model = tiny_llama()
-    untouched = state(model)
-    with pytest.raises(ValueError, match="cannot be wrapped"):
+    with refused(model, "cannot be wrapped"):
         inject(model, Broken())
-    assert same(state(model), untouched) and injection_of(model) is None
 
 
 def test_an_attached_module_follows_the_model_s_mode():

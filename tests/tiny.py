@@ -1,5 +1,8 @@
 """Small random models of four families, and a small task, for the tests of the engine."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -12,6 +15,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from peft_lessons import injection_of
 
 SIZES = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 FEED_FORWARD = dict(intermediate_size=96)
@@ -128,7 +133,40 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+    """Whether all is equal bit by bit, in the same order; NaN equals NaN, and of tensors on the
+    meta device, which have no values, the shapes count."""
+
+    def equal(x: torch.Tensor, y: torch.Tensor) -> bool:
+        if x.is_meta or y.is_meta:
+            return x.is_meta == y.is_meta and x.shape == y.shape
+        lost = x.isnan()
+        return torch.equal(lost, y.isnan()) and torch.equal(
+            x.masked_fill(lost, 0), y.masked_fill(lost, 0)
+        )
+
+    return list(a) == list(b) and all(equal(a[n], b[n]) for n in a)
+
+
+def hooks(model: nn.Module) -> list[str]:
+    """The paths of the modules that have a hook on their forward."""
+    return [p for p, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+@contextmanager
+def refused(model: nn.Module, match: str, error: type[Exception] = ValueError):
+    """What is done inside is refused in these words; values, modules, what trains, the mode, the
+    method in the model, whether it is merged, and its hooks stay as they were."""
+
+    def found():
+        injection = injection_of(model)
+        merged = injection is not None and injection.merged
+        return injection, merged, hooks(model), [m.training for m in model.modules()]
+
+    before, and_beside = state(model), found()
+    with pytest.raises(error, match=match):
+        yield
+    assert same(state(model), before)
+    assert found() == and_beside
 
 
 MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}

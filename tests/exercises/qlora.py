@@ -750,9 +750,7 @@ def left_flat(codes, absmax, levels, block, shape):
 
 @wrong("dequantize_blockwise", "the shape is filled column by column")
 def by_columns(codes, absmax, levels, block, shape):
-    return (
-        (levels[codes.long()] * spread(absmax, block, len(codes))).view(shape[::-1]).T
-    )
+    return (levels[codes.long()] * spread(absmax, block, len(codes))).view(shape[::-1]).T
 
 
 @wrong("dequantize_blockwise", "your function raised IndexError: The shape of the mask [240]")
