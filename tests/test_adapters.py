@@ -16,10 +16,12 @@ from tiny import (
     TinyTask,
     TinyText,
     batch_of,
+    close,
     interrupted,
     refused,
     same,
     state,
+    step_of_both,
     tiny_bert,
     tiny_llama,
 )
@@ -65,12 +67,6 @@ KINDS = ("houlsby", "pfeiffer", "parallel")
 KIND = pytest.mark.parametrize("kind", KINDS)
 REFERENCE = bundled_path("reference/adapterhub.safetensors")
 FORWARD, GRADIENT = 2e-6, 2e-6
-
-
-def close(what, a, b, tolerance, relative=False):
-    assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all()
-    gap = (a - b).abs().max().item() / (a.abs().max().item() if relative else 1)
-    assert gap <= tolerance, what
 
 
 def trained(model, size=0.2):
@@ -147,11 +143,11 @@ def test_adapterhub(base, kind, stored):
             p.copy_(values[name])
     inputs = {"input_ids": tensors[f"{base}.ids"], "attention_mask": tensors[f"{base}.mask"]}
     output = model(**inputs).last_hidden_state
-    close(f"{base} {kind} output", tensors[f"{base}.{kind}.output"], output, FORWARD)
+    close(tensors[f"{base}.{kind}.output"], output, FORWARD, f"{base} {kind} output")
     (output * tensors[f"{base}.w"]).sum().backward()
     for name, p in ours.items():
         assert expected[name].abs().max() > 1e-3
-        close(f"{base} {kind} gradient", expected[name], p.grad, 5e-6, relative=True)
+        close(expected[name], p.grad, 5e-6, f"{base} {kind} gradient", relative=True)
     # With what another kind reads, the same tensors give another output.
     others = {
         "houlsby": (),
@@ -219,19 +215,14 @@ def test_logits_loss_and_gradients(name, kind, activation):
     assert len(places) == expected_paths
     copies = {p: deepcopy(w.adapter) for p, w in places.items()}
     before = plain(**batch).logits
-    theirs = by_hooks(plain, kind, copies, 1.5)
-    a, b = theirs(**batch), ours(**batch)
-    close("logits", a.logits, b.logits, FORWARD)
-    close("loss", a.loss, b.loss, FORWARD)
-    assert (b.logits - before).abs().max() > 0.02
-    a.loss.backward()
-    b.loss.backward()
+    output = step_of_both(by_hooks(plain, kind, copies, 1.5), ours, batch, FORWARD)
+    assert (output.logits - before).abs().max() > 0.02
     for path, wrapper in places.items():
         pairs = zip(copies[path].parameters(), wrapper.adapter.parameters(), strict=True)
         for expected, got in pairs:
             assert got.grad.abs().max() > 0
-            close("gradient", expected.grad, got.grad, GRADIENT)
-            close("relative gradient", expected.grad, got.grad, 1e-4, relative=True)
+            close(expected.grad, got.grad, GRADIENT, "gradient")
+            close(expected.grad, got.grad, 1e-4, "relative gradient", relative=True)
     assert {n for n, p in ours.named_parameters() if p.grad is not None} >= {
         f"{p}.adapter.{n}" for p in places for n, _ in copies[p].named_parameters()
     }
@@ -268,7 +259,7 @@ def test_padding_changes_nothing(name, kind):
     a, b = model(**row).logits, model(**alone).logits
     if name != "bert":
         a = a[mask][None]
-    close("padding", a, b, 1e-5)
+    close(a, b, 1e-5, "padding")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
@@ -304,7 +295,7 @@ def test_gradient_checkpointing(name, kind):
         model(**batch_of(name)).loss.backward()
         gradients.append([p.grad for _, p in injection_of(model).added()])
     for a, b in zip(*gradients, strict=True):
-        close("checkpointing", a, b, 1e-6)
+        close(a, b, 1e-6, "checkpointing")
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
@@ -370,7 +361,7 @@ def test_the_other_layouts(build, kind):
     wrappers = injection_of(model).wrappers.items()
     copies = {p: deepcopy(w.adapter) for p, w in wrappers if hasattr(w, "adapter")}
     expected = by_hooks(plain, kind, copies, 1.0)(ids).last_hidden_state
-    close("other layouts", expected, model(ids).last_hidden_state, 5e-6)
+    close(expected, model(ids).last_hidden_state, 5e-6, "other layouts")
     assert len(LAYOUTS) == 8
 
 
@@ -626,7 +617,7 @@ def test_the_adapter_by_itself():
     p = dict(adapter.adapter.named_parameters())
     low = F.gelu(x @ p["down.weight"].T + p["down.bias"])
     expected = x + 0.7 * (low @ p["up.weight"].T + p["up.bias"])
-    close("Adapter", expected, adapter(x), 1e-6)
+    close(expected, adapter(x), 1e-6, "Adapter")
     assert adapter(x.bfloat16()).dtype == torch.bfloat16
     # No name of it is one that a decoder's targets match.
     assert not {"down_proj", "up_proj"} & {n.rpartition(".")[2] for n, _ in adapter.named_modules()}
@@ -766,7 +757,7 @@ def test_the_dropout_before_the_adapter_stays(kind):
     wrapper.base.dropout.p = 1.0  # of h nothing is left
     norm = wrapper.base.LayerNorm
     t = {"houlsby": zero, "pfeiffer": norm(x), "parallel": x}[kind]
-    close("all dropped", norm(x + wrapper.adapter(t)), wrapper(z, x), FORWARD)
+    close(norm(x + wrapper.adapter(t)), wrapper(z, x), FORWARD, "all dropped")
 
 
 def test_down_starts_as_a_linear_of_torch_does():

@@ -17,12 +17,15 @@ from tiny import (
     TASKS,
     TinyTask,
     batch_of,
+    close,
+    gradients,
     greedy,
     interrupted,
     only_the_branch_drops,
     refused,
     same,
     state,
+    step_of_both,
     tiny_bert,
     tiny_llama,
 )
@@ -48,6 +51,11 @@ from peft_lessons.methods.dora import NORMS
 
 EACH = pytest.mark.parametrize("name", MODELS)
 FORWARD, GRADIENT, MERGED = 2e-6, 1e-6, 1e-5
+NAMES = {  # PEFT's, and ours
+    ".default.weight": "",
+    ".lora_magnitude_vector": ".dora.magnitude",
+    ".lora_": ".dora.lora_",
+}
 
 
 def theirs_on(base, targets, task=None, **settings):
@@ -79,40 +87,15 @@ def pair(base, targets, task=None, dropout=0.0, rslora=False):
     return theirs.eval(), ours.eval()
 
 
-def gradients(theirs, ours):
-    """{parameter: (PEFT's gradient, ours)} of all that trains."""
-    found = {}
-    mine = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
-    for name, p in theirs.base_model.model.named_parameters():
-        if p.requires_grad:
-            name = name.replace("modules_to_save.default.", "").replace(".default.weight", "")
-            name = name.replace(".lora_magnitude_vector", ".dora.magnitude")
-            found[name] = (p.grad, mine.pop(name.replace(".lora_", ".dora.lora_")))
-    assert not mine, f"PEFT does not train {list(mine)}"
-    return found
-
-
-def close(what, a, b, tolerance, relative=False):
-    assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all()
-    gap = (a - b).abs().max().item() / (a.abs().max().item() if relative else 1)
-    assert gap <= tolerance, f"{what} differ by {gap:.1e}"
-
-
-def compare_step(theirs, ours, batch, label=""):
-    a, b = theirs(**batch), ours(**batch)
-    close(f"{label} logits", a.logits, b.logits, FORWARD)
-    close(f"{label} loss", a.loss, b.loss, FORWARD)
-    a.loss.backward()
-    b.loss.backward()
-    pairs = gradients(theirs, ours)
-    assert pairs
-    for name, (expected, got) in pairs.items():
+def compare_step(theirs, ours, batch):
+    """Logits, loss and the gradient of every trained tensor; returns our logits."""
+    output = step_of_both(theirs, ours, batch, FORWARD)
+    for name, (expected, got) in gradients(theirs, ours, NAMES).items():
         assert expected.abs().max() > 0
-        kind = name.rsplit(".", 1)[-1]
-        close(f"{label} gradient of {kind}", expected, got, GRADIENT)
+        close(expected, got, GRADIENT, f"gradient of {name}")
         # Not one number may owe its smallness to that of the gradient itself.
-        close(f"{label} relative gradient of {kind}", expected, got, 2e-5, relative=True)
-    return b.logits.detach()
+        close(expected, got, 2e-5, f"relative gradient of {name}", relative=True)
+    return output.logits.detach()
 
 
 # ------------------------------------------------------------------ one layer
@@ -167,9 +150,9 @@ def test_the_definition_and_both_layers_agree():
     weights = torch.randn_like(expected)
     grads = [torch.autograd.grad((y * weights).sum(), leaves) for y in (expected, *got)]
     for i, y in enumerate(got):
-        close(f"layer {i} forward", expected, y, FORWARD)
+        close(expected, y, FORWARD, f"layer {i} forward")
         for a, b in zip(grads[0], grads[i + 1], strict=True):
-            close(f"layer {i} relative gradient", a, b, 2e-6, relative=True)
+            close(a, b, 2e-6, f"layer {i} relative gradient", relative=True)
 
 
 def test_the_norm_gets_no_gradient():
@@ -189,11 +172,11 @@ def test_the_norm_gets_no_gradient():
 def test_dora_layer_starts_in_its_first_forward():
     W, x = layer_of().weight, torch.randn(3, 96)
     layer = DoRALayer(96, 48, rank=4, alpha=6)
-    close("DoRALayer step 0", F.linear(x, W), layer(x, W), FORWARD)
+    close(F.linear(x, W), layer(x, W), FORWARD, "DoRALayer step 0")
     assert torch.equal(layer.magnitude, torch.linalg.norm(W, dim=1))
     with torch.no_grad():
         layer.magnitude.mul_(2)
-    close("DoRALayer twice", 2 * F.linear(x, W), layer(x, W), 2 * FORWARD)
+    close(2 * F.linear(x, W), layer(x, W), 2 * FORWARD, "DoRALayer twice")
     again = DoRALayer(96, 48, rank=4, alpha=6)  # what was loaded is not started anew
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x, W), layer(x, W))
@@ -270,15 +253,9 @@ def test_dropout_reaches_the_base_part_too(name):
     only_the_branch_drops(theirs, ours, p=0.3)
     before = ours(**batch).loss
     assert not torch.equal(ours(**batch).loss, before), "dropout does not drop"
-    torch.manual_seed(3)
-    a = theirs(**batch)
-    torch.manual_seed(3)
-    b = ours(**batch)
-    close("dropout logits", a.logits, b.logits, FORWARD)
-    a.loss.backward()
-    b.loss.backward()
-    for expected, got in gradients(theirs, ours).values():
-        close("dropout gradients", expected, got, GRADIENT)
+    step_of_both(theirs, ours, batch, FORWARD)
+    for expected, got in gradients(theirs, ours, NAMES).values():
+        close(expected, got, GRADIENT, "dropout gradients")
 
 
 @EACH
@@ -310,20 +287,20 @@ def test_merged(name):
     theirs, ours = pair(base, TARGETS[name], TASKS.get(name))
     before = ours(**batch).logits
     merge(ours)
-    close("merged logits", ours(**batch).logits, before, MERGED)
+    close(ours(**batch).logits, before, MERGED, "merged logits")
     unmerge(ours)
-    close("unmerged logits", ours(**batch).logits, before, MERGED)
+    close(ours(**batch).logits, before, MERGED, "unmerged logits")
     merge(ours)
     unmerge(ours)
     for path, wrapper in injection_of(ours).wrappers.items():
-        close("W after two rounds", weights[f"{path}.weight"], wrapper.base.weight, 1e-6)
+        close(weights[f"{path}.weight"], wrapper.base.weight, 1e-6, "W after two rounds")
     merge(ours)
     with pytest.raises(RuntimeError, match="already merged"):
         merge(ours)
     merged, plain = theirs.merge_and_unload(), unload(ours)
-    close("merged against PEFT", merged(**batch).logits, plain(**batch).logits, MERGED)
+    close(merged(**batch).logits, plain(**batch).logits, MERGED, "merged against PEFT")
     for (_, e), (_, p) in zip(merged.named_parameters(), plain.named_parameters(), strict=True):
-        close("merged weights", e, p, 1e-6)
+        close(e, p, 1e-6, "merged weights")
 
 
 @EACH
@@ -348,14 +325,14 @@ def test_a_bfloat16_base(name):
     assert a.logits.dtype == b.logits.dtype == torch.bfloat16
     # Two units in the last place of a bfloat16: ours rounds less often than PEFT.
     size = a.logits.abs().max().item()
-    close("bf16 logits", a.logits.float(), b.logits.float(), 2 * 2**-8 * size)
+    close(a.logits.float(), b.logits.float(), 2 * 2**-8 * size, "bf16 logits")
     b.loss.backward()
     assert all(p.grad.isfinite().all() for _, p in injection_of(ours).added())
     before = b.logits.float()
     merge(ours)
-    close("bf16 merged", ours(**batch).logits.float(), before.detach(), 4 * 2**-8 * size)
+    close(ours(**batch).logits.float(), before.detach(), 4 * 2**-8 * size, "bf16 merged")
     unmerge(ours)
-    close("bf16 unmerged", ours(**batch).logits.float(), before.detach(), 4 * 2**-8 * size)
+    close(ours(**batch).logits.float(), before.detach(), 4 * 2**-8 * size, "bf16 unmerged")
 
 
 def test_what_unmerging_needs_moves_with_the_model_and_is_not_saved():
@@ -407,7 +384,7 @@ def test_ours_opens_in_peft_without_a_warning(name, rslora, tmp_path, recwarn):
     theirs = peft.PeftModel.from_pretrained(MODELS[name](), tmp_path).eval()
     assert not [w for w in map(str, recwarn) if "is_gradient_checkpointing" not in w]
     batch = batch_of(name)
-    close("ours in PEFT", theirs(**batch).logits, ours(**batch).logits, FORWARD)
+    close(theirs(**batch).logits, ours(**batch).logits, FORWARD, "ours in PEFT")
     again = MODELS[name]()
     load_adapter(again, tmp_path)
     assert isinstance(injection_of(again).method, DoRA)
@@ -423,7 +400,7 @@ def test_peft_opens_in_ours(name, rslora, tmp_path):
     load_adapter(ours, tmp_path, trainable=True)
     method = injection_of(ours).method
     assert (type(method), method.rslora) == (DoRA, rslora)
-    close("PEFT's in ours", theirs(**batch).logits, ours(**batch).logits, FORWARD)
+    close(theirs(**batch).logits, ours(**batch).logits, FORWARD, "PEFT's in ours")
     # And there and back again: the same tensors.
     save_adapter(ours, tmp_path / "again")
     a, b = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again"))
@@ -583,7 +560,7 @@ def test_merging_within_the_block_takes_the_norms_of_now():
         merge(ours)
         merged = ours(**batch).logits
     unmerge(ours)
-    close("merged within the block", merged, ours(**batch).logits, MERGED)
+    close(merged, ours(**batch).logits, MERGED, "merged within the block")
     assert (merged - before).abs().max() > 100 * MERGED
 
 
@@ -687,9 +664,9 @@ def test_a_magnitude_may_change_its_sign():
         wrapper.dora.magnitude[0].neg_()
     W, before = linear.weight.clone(), wrapper(x)
     wrapper.merge_weights()
-    close("negative m merged", wrapper(x), before, MERGED)
+    close(wrapper(x), before, MERGED, "negative m merged")
     wrapper.unmerge_weights()
-    close("negative m unmerged", linear.weight, W, 1e-6)
+    close(linear.weight, W, 1e-6, "negative m unmerged")
 
 
 def test_nan_is_not_merged():

@@ -16,8 +16,11 @@ from tiny import (
     TARGETS,
     TASKS,
     batch_of,
+    close,
+    gradients,
     greedy,
     only_the_branch_drops,
+    step_of_both,
     tiny_llama,
 )
 from torch import nn
@@ -35,6 +38,7 @@ from peft_lessons import (
 )
 
 EACH = pytest.mark.parametrize("name", MODELS)
+NAMES = {".default.weight": "", ".lora_": ".lora.lora_"}  # PEFT's, and ours
 
 
 def pair(base: nn.Module, targets, task_type=None, rank=4, alpha=6.0, rslora=False, dropout=0.0):
@@ -62,37 +66,13 @@ def pair(base: nn.Module, targets, task_type=None, rank=4, alpha=6.0, rslora=Fal
     return theirs.eval(), ours.eval()
 
 
-def gradients(theirs, ours) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{parameter: (PEFT's gradient, ours)} of all that trains."""
-    found = {}
-    mine = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
-    for name, p in theirs.base_model.model.named_parameters():
-        if p.requires_grad:
-            name = name.replace("modules_to_save.default.", "").replace(".default.weight", "")
-            name = name.replace(".lora_", ".lora.lora_")
-            found[name] = (p.grad, mine.pop(name))
-    assert not mine, f"PEFT does not train {list(mine)}"
-    return found
-
-
-def assert_close(a, b, tolerance=1e-6):
-    assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all()
-    assert (a - b).abs().max() <= tolerance
-
-
-def compare_step(theirs, ours, batch, tolerance=1e-6):
+def compare_step(theirs, ours, batch):
     """Logits, loss and the gradient of every trained tensor; returns our logits."""
-    a, b = theirs(**batch), ours(**batch)
-    assert_close(a.logits, b.logits, tolerance)
-    assert_close(a.loss, b.loss, tolerance)
-    a.loss.backward()
-    b.loss.backward()
-    pairs = gradients(theirs, ours)
-    assert pairs
-    for expected, got in pairs.values():
+    output = step_of_both(theirs, ours, batch)
+    for expected, got in gradients(theirs, ours, NAMES).values():
         assert expected.abs().max() > 0
-        assert_close(expected, got, tolerance)
-    return b.logits.detach()
+        close(expected, got)
+    return output.logits.detach()
 
 
 @EACH
@@ -111,15 +91,9 @@ def test_dropout_of_the_branch(name):
     only_the_branch_drops(theirs, ours, p=0.3)
     before = ours(**batch).loss
     assert not torch.equal(ours(**batch).loss, before), "dropout does not drop"
-    torch.manual_seed(3)
-    a = theirs(**batch)
-    torch.manual_seed(3)
-    b = ours(**batch)
-    assert_close(a.logits, b.logits)
-    a.loss.backward()
-    b.loss.backward()
-    for expected, got in gradients(theirs, ours).values():
-        assert_close(expected, got)
+    step_of_both(theirs, ours, batch)
+    for expected, got in gradients(theirs, ours, NAMES).values():
+        close(expected, got)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
@@ -141,18 +115,18 @@ def test_merged(name, rslora):
     theirs, ours = pair(base, TARGETS[name], TASKS.get(name), rslora=rslora)
     before = ours(**batch).logits
     merge(ours)
-    assert_close(ours(**batch).logits, before, 1e-5)
+    close(ours(**batch).logits, before, 1e-5)
     unmerge(ours)
-    assert_close(ours(**batch).logits, before, 1e-5)
+    close(ours(**batch).logits, before, 1e-5)
     merge(ours)
     merged, plain = theirs.merge_and_unload(), unload(ours)
-    assert_close(merged(**batch).logits, plain(**batch).logits, 1e-5)
+    close(merged(**batch).logits, plain(**batch).logits, 1e-5)
     expected = dict(merged.named_parameters())
     assert [n.replace("modules_to_save.default.", "") for n in expected] == [
         n for n, _ in plain.named_parameters()
     ]
     for (_, e), (_, p) in zip(expected.items(), plain.named_parameters(), strict=True):
-        assert_close(e, p, 1e-6)
+        close(e, p, 1e-6)
 
 
 @EACH
@@ -165,12 +139,11 @@ def test_a_bfloat16_base_keeps_float32_factors(name):
     a, b = theirs(**batch), ours(**batch)
     assert a.logits.dtype == b.logits.dtype == torch.bfloat16
     # One unit in the last place of a bfloat16 is 2^-8 of the number.
-    assert_close(a.logits.float(), b.logits.float(), 2**-8 * a.logits.abs().max().item())
+    close(a.logits.float(), b.logits.float(), 2**-8 * a.logits.abs().max().item())
     a.loss.backward()
     b.loss.backward()
-    for expected, got in gradients(theirs, ours).values():
-        assert expected.dtype == got.dtype
-        assert_close(expected, got, 2**-7 * expected.abs().max().item())
+    for expected, got in gradients(theirs, ours, NAMES).values():
+        close(expected, got, 2**-7 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("features", [48, 96, 384])
@@ -225,5 +198,5 @@ def test_the_bundled_encoder_with_a_head():
     compare_step(theirs, ours, batch)
     before = ours(**batch).logits
     merge(ours)
-    assert_close(ours(**batch).logits, before, 1e-5)
-    assert_close(theirs.merge_and_unload()(**batch).logits, unload(ours)(**batch).logits, 1e-5)
+    close(ours(**batch).logits, before, 1e-5)
+    close(theirs.merge_and_unload()(**batch).logits, unload(ours)(**batch).logits, 1e-5)

@@ -13,11 +13,13 @@ from tiny import (
     TinyTask,
     TinyText,
     batch_of,
+    close,
     hooks,
     interrupted,
     refused,
     same,
     state,
+    step_of_both,
     tiny_bert,
     tiny_llama,
 )
@@ -89,10 +91,6 @@ def trained(theirs):
     return [encoder.embedding.weight, *getattr(encoder, "transform", nn.Identity()).parameters()]
 
 
-def close(a, b, tolerance=1e-6):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
-
-
 def positions_in(mask):
     """Those that `generate` gives: padding on the left takes none."""
     return (mask.cumsum(1) - 1).clamp(min=0)
@@ -121,11 +119,7 @@ def full():
 def test_logits_loss_and_gradients_equal_those_of_peft(name, projection):
     ours, theirs = pair(name, projection)
     batch = batch_of(name)
-    a, b = ours(**batch), theirs(**batch)
-    close(a.logits, b.logits)
-    close(a.loss, b.loss)
-    a.loss.backward()
-    b.loss.backward()
+    step_of_both(theirs, ours, batch)
     prefix = injection_of(ours).attached
     for p, q in zip(prefix.parameters(), trained(theirs), strict=True):
         assert q.grad.any()

@@ -18,11 +18,13 @@ from tiny import (
     TinyTask,
     TinyText,
     batch_of,
+    close,
     hooks,
     interrupted,
     refused,
     same,
     state,
+    step_of_both,
     tiny_bert,
     tiny_llama,
     tiny_opt,
@@ -71,7 +73,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 EACH = pytest.mark.parametrize("name", MODELS)
 CAUSAL = pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
-P, TOLERANCE = 6, 1e-6
+P = 6
 GREEDY = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
 
 
@@ -102,11 +104,6 @@ def pair(base, name):
     with torch.no_grad():
         rows_of(theirs).copy_(prompt_of(ours).prompt_embeddings)
     return theirs, ours
-
-
-def close(a, b, tolerance=TOLERANCE):
-    assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all()
-    assert (a - b).abs().max() <= tolerance
 
 
 def text_of(batch):
@@ -186,15 +183,11 @@ def test_logits_loss_and_gradients(name, masked):
     if not masked:
         del batch["attention_mask"]
     theirs, ours = pair(base, name)
-    a, b = theirs(**batch), ours(**batch)
-    close(a.logits, b.logits)
-    close(a.loss, b.loss)
-    a.loss.backward()
-    b.loss.backward()
+    output = step_of_both(theirs, ours, batch)
     gradient = prompt_of(ours).prompt_embeddings.grad
     close(rows_of(theirs).grad, gradient)
     assert gradient.abs().max() > 1e-4
-    assert (b.logits[:, -3:] - base(**batch).logits[:, -3:]).abs().max() > 0.02
+    assert (output.logits[:, -3:] - base(**batch).logits[:, -3:]).abs().max() > 0.02
     heads = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad and "peft" not in n}
     for n, p in theirs.named_parameters():
         if "modules_to_save" in n and p.requires_grad:

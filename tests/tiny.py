@@ -169,6 +169,41 @@ def refused(model: nn.Module, match: str, error: type[Exception] = ValueError):
     assert found() == and_beside
 
 
+def close(a, b, tolerance: float = 1e-6, what: str = "", relative: bool = False) -> None:
+    """`relative`: to the largest entry of `a`."""
+    assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all(), what
+    gap = (a - b).abs().max().item() / (a.abs().max().item() if relative else 1)
+    assert gap <= tolerance, f"{what} differs by {gap:.1e}"
+
+
+def step_of_both(theirs, ours, batch: dict[str, torch.Tensor], tolerance: float = 1e-6):
+    """Equal logits and losses, drawn with one seed where something drops, and gradients in both
+    models; returns our output."""
+    torch.manual_seed(3)
+    a = theirs(**batch)
+    torch.manual_seed(3)
+    b = ours(**batch)
+    close(a.logits, b.logits, tolerance, "logits")
+    close(a.loss, b.loss, tolerance, "loss")
+    a.loss.backward()
+    b.loss.backward()
+    return b
+
+
+def gradients(theirs, ours, names: dict[str, str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{parameter: (PEFT's gradient, ours)} of all that trains, the same in both.
+
+    names: {part of a name in PEFT: what it is here}, replaced in this order."""
+    mine, found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}, {}
+    for name, p in theirs.base_model.model.named_parameters():
+        if p.requires_grad:
+            for part, own in {"modules_to_save.default.": "", **names}.items():
+                name = name.replace(part, own)
+            found[name] = p.grad, mine.pop(name)
+    assert found and not mine, f"PEFT does not train {list(mine)}"
+    return found
+
+
 MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
 # Non-square layers, layers with and without a bias, grouped key-value heads.
 TARGETS = {
