@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .inject import validate
 from .models import load_model
+from .rules import validate
 
 
 def setup_qlora(model_name: str, rank: int = 64):

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .rules import validate
+from .rules import SETTINGS, validate
 
 # ------------------------------------------------------------------ what a method says of itself
 
@@ -79,7 +79,8 @@ class Method:
 
     def __post_init__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        validate(type(self).__name__, **values)
+        # A field that is called like a thing of a lesson, `layers`, may mean what it likes.
+        validate(type(self).__name__, **{n: v for n, v in values.items() if n in SETTINGS})
         for name in self.names_modules:
             if name in values:
                 object.__setattr__(self, name, _names(values[name], name))

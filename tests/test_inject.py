@@ -586,6 +586,21 @@ class Norms(Method):
         return [n for n, _ in model.named_parameters() if "layernorm" in n]
 
 
+def test_a_field_may_be_called_like_a_thing_of_a_lesson():
+    """Prefix tuning looks at the layers of a cache, DoRA at the length of rows."""
+
+    @dataclass(frozen=True)
+    class Named(Scale):
+        layers: tuple[int, ...] = (0, 1)
+        length: int = 3
+        rank: int = 2
+        peft_type = "TEST_NAMED"
+
+    assert inject(tiny_llama(), Named()).method == Named(layers=(0, 1), length=3)
+    with pytest.raises(ValueError, match="Named: rank=0 must be at least 1"):
+        Named(rank=0)
+
+
 @dataclass(frozen=True)
 class Broken(Scale):
     """Fails in the middle of wrapping."""
