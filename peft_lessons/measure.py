@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from .rules import validate
+
 # The profiler's native part writes two lines to stderr at each start unless told otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -163,8 +165,7 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int
     training, mode = [p for p in model.parameters() if p.requires_grad], model.training
     if not training:
         raise ValueError("training_step: nothing in the model trains, all is frozen")
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"training_step: repeats={repeats!r} must be a whole number of at least 1")
+    validate("training_step", repeats=repeats)
     optimizer = torch.optim.AdamW(training, lr=0.0, fused=True)
 
     def backward():

@@ -80,10 +80,11 @@ SETTINGS: dict[str, Rule] = {
     **dict.fromkeys(("width", "bottleneck_size", "hidden_size", "dim", "kv_dim"), whole(1)),
     **dict.fromkeys(("ff_dim", "embed_dim", "head_dim", "num_layers", "num_heads"), whole(1)),
     **dict.fromkeys(("tokens", "num_tokens", "prefix_length"), whole(1)),
-    **dict.fromkeys(("projection", "last"), or_none(whole(1))),
-    **dict.fromkeys(("alpha", "scale", "adapter_scalar"), POSITIVE),
+    **dict.fromkeys(("steps", "batch_size", "checkpoint_every", "repeats"), whole(1)),
+    **dict.fromkeys(("projection", "last", "eval_every"), or_none(whole(1))),
+    **dict.fromkeys(("alpha", "scale", "adapter_scalar", "lr"), POSITIVE),
     **dict.fromkeys(("beta1", "beta2"), INNER),
-    **dict.fromkeys(("orthogonal", "sparsity"), NOT_NEGATIVE),
+    **dict.fromkeys(("orthogonal", "sparsity", "weight_decay"), NOT_NEGATIVE),
     **dict.fromkeys(("rslora", "double_quant", "structured", "gates"), FLAG),
     "dropout": number(
         lambda v: 0 <= v < 1, "must lie in [0, 1): 0 switches it off, 1 drops everything"
@@ -93,6 +94,8 @@ SETTINGS: dict[str, Rule] = {
         "must be a finite number above 1: a gate is stretched from (0, 1) to (-stretch, stretch), "
         "and one that is not stretched beyond 1 can never be fully open",
     ),
+    "warmup": number(lambda v: 0 <= v <= 1, "is the share of the steps, between 0 and 1"),
+    "clip": or_none(number(lambda v: v > 0, "must be above 0, or None for no clipping")),
     # What bitsandbytes takes; a power of two also keeps pairs of codes within a block.
     "block": one_of(*(2**k for k in range(5, 13))),
     "kind": one_of("houlsby", "pfeiffer", "parallel"),

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.std import tqdm
 
 from .inject import Injection, injection_of
+from .rules import validate
 
 FULL_LEARNING_RATE = 1e-4  # without a method, all that is not frozen trains at this rate
 
@@ -149,20 +150,6 @@ def _groups(trainable: dict[str, nn.Parameter], injection: Injection | None) -> 
     return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
 
-def _check(steps, lr, batch_size, warmup, weight_decay, clip) -> None:
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"fit: {name}={value!r} must be a whole number of at least 1")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"fit: lr={lr!r} must be a finite number above 0")
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"fit: warmup={warmup!r} is the share of the steps, between 0 and 1")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"fit: weight_decay={weight_decay!r} must be a finite number, 0 or more")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"fit: clip={clip!r} must be above 0, or None for no clipping")
-
-
 def fit(
     model: nn.Module,
     task,
@@ -204,7 +191,9 @@ def fit(
             )
     if lr is None:
         lr = injection.method.learning_rate if injection else FULL_LEARNING_RATE
-    _check(steps, lr, batch_size, warmup, weight_decay, clip)
+    validate("fit", steps=steps, lr=lr, batch_size=batch_size, warmup=warmup, clip=clip)
+    validate("fit", weight_decay=weight_decay, eval_every=eval_every)
+    validate("fit", checkpoint_every=checkpoint_every)
     if injection and injection.merged:
         raise RuntimeError("fit: the method is merged, nothing it added is used; unmerge(model)")
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -188,6 +188,10 @@ def test_nan_stops_before_it_reaches_the_weights(poison):
         (dict(warmup=5), "share of the steps"),
         (dict(weight_decay=-1), "weight_decay=-1"),
         (dict(clip=0), "None for no clipping"),
+        (dict(eval_every=-1), "eval_every=-1 must be at least 1"),
+        (dict(eval_every=2.0), "eval_every=2.0 must be a whole number"),
+        (dict(checkpoint_every=0), "checkpoint_every=0 must be at least 1"),
+        (dict(checkpoint_every=1.5), "checkpoint_every=1.5 must be a whole number"),
     ],
 )
 def test_wrong_arguments_are_refused(settings, message):
