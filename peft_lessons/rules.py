@@ -219,6 +219,26 @@ def _vector(value: torch.Tensor) -> str | None:
 
 # ---------------- 08 and 09: a model, and a call of it, with something before the text
 
+
+@about("attention_mask")
+def _mask(value: Any) -> str | None:
+    tensor = isinstance(value, torch.Tensor)
+    if value is None or (tensor and value.dim() == 2):
+        return None
+    # With a static cache, generate makes a mask of four dimensions and room for the text alone.
+    return (
+        f"{f'of shape {tuple(value.shape)}' if tensor else 'is no tensor and'} can't be lengthened "
+        "by what stands before the text: give one of shape (batch, tokens), and generate without "
+        "cache_implementation='static'"
+    )
+
+
+THINGS["last_of_mask"] = needs(
+    lambda v: v.is_meta or v.all(),
+    "is 0 in some row: this classifier reads the last place, and can't see that it is padding, "
+    "since embeddings have no ids: pad on the left (padding_side='left')",
+)
+
 _NOT_THIS_VERSION = (
     "does not call its cache past_key_values, as transformers from 5.24 on does not, and generate "
     "would go past what stands before the text: install transformers>=5.20,<5.24"
@@ -261,24 +281,6 @@ def _reads_cache(value: nn.Module) -> str | None:
     return None
 
 
-@about("attention_mask")
-def _mask(value: Any) -> str | None:
-    tensor = isinstance(value, torch.Tensor)
-    if value is None or (tensor and value.dim() == 2):
-        return None
-    # With a static cache, generate makes a mask of four dimensions and room for the text alone.
-    return (
-        f"{f'of shape {tuple(value.shape)}' if tensor else 'is no tensor and'} can't be lengthened "
-        "by what stands before the text: give one of shape (batch, tokens), and generate without "
-        "cache_implementation='static'"
-    )
-
-
-THINGS["last_of_mask"] = needs(
-    lambda v: v.is_meta or v.all(),
-    "is 0 in some row: this classifier reads the last place, and can't see that it is padding, "
-    "since embeddings have no ids: pad on the left (padding_side='left')",
-)
 THINGS["past_key_values"] = needs(
     lambda v: v == "DynamicCache",
     "must be a DynamicCache, which grows: leave cache_implementation out of generate()",
