@@ -25,13 +25,13 @@ from .inject import (
     Injection,
     Method,
     Report,
-    _refuse_injected,
-    _require_injection,
     fingerprint,
     inject,
     injection_of,
     matches,
     methods,
+    refuse_injected,
+    require_injection,
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -90,7 +90,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     Raises ValueError if the model holds no method, RuntimeError while it is merged (the branch
     would be added to weights that contain it), ValueError if a tensor is NaN or infinite or has no
     values (meta device)."""
-    injection = _require_injection(model, "save_adapter")
+    injection = require_injection(model, "save_adapter")
     if injection.merged:
         raise RuntimeError("save_adapter: the adapter is merged; unmerge(model) first")
     slots = dict(_slots(model, injection))
@@ -291,7 +291,7 @@ def load_adapter(
     Raises FileNotFoundError, ValueError (broken file, unknown method or option, keys or shapes that
     do not fit, NaN, another base) or RuntimeError (a method is in the model); model unchanged."""
     config, tensors, header = read_adapter(folder)
-    _refuse_injected(model)
+    refuse_injected(model)
     if check_base:
         _check_base(model, config, header)
     method, tensors = _method_of(config, tensors)

@@ -459,10 +459,13 @@ def injection_of(model: nn.Module) -> Injection | None:
     return model.__dict__.get("_peft_injection")
 
 
-def _require_injection(model: nn.Module, verb: str) -> Injection:
+def require_injection(model: nn.Module, verb: str, method: type[Method] | None = None) -> Injection:
+    """What `inject` did to the model. ValueError if it holds no method, or not this kind."""
     injection = injection_of(model)
-    if injection is None:
-        raise ValueError(f"{verb}: the model holds no method; inject(model, ...) one first")
+    # By the name of its type: a lesson defines a method anew, and a file may be read by either.
+    if injection is None or (method and injection.method.peft_type != method.peft_type):
+        what = method.__name__ if method else "method"
+        raise ValueError(f"{verb}: the model holds no {what}; inject(model, ...) one first")
     return injection
 
 
@@ -547,7 +550,7 @@ def freeze(model: nn.Module, also_train: Iterable[str] | str = ()) -> Report:
     """Freeze the whole model but a fresh head and the modules named in `also_train`, in place.
 
     Raises ValueError if a name matches nothing, RuntimeError if a method is in the model."""
-    _refuse_injected(model)
+    refuse_injected(model)
     whole = _find_whole(model, also_train, ())
     model.requires_grad_(False)
     for module in whole.values():
@@ -560,7 +563,8 @@ def _trainable(model: nn.Module) -> int:
     return _size(p for p in model.parameters() if p.requires_grad)
 
 
-def _refuse_injected(model: nn.Module) -> None:
+def refuse_injected(model: nn.Module) -> None:
+    """RuntimeError if a method is in the model or in a part of it."""
     for path, module in model.named_modules():
         injection = injection_of(module)
         if injection is not None:
@@ -587,7 +591,7 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
         raise TypeError(f"method={method!r} must describe a method, such as one of: {known}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    _refuse_injected(model)
+    refuse_injected(model)
     targets = method.find(model)
     whole = _find_whole(model, also_train, targets)
     for path, layer in targets.items():
@@ -649,7 +653,7 @@ def _restore(model: nn.Module, were_trainable: dict[str, bool]) -> None:
 
 def report(model: nn.Module) -> Report:
     """The report of an injected model once more."""
-    injection = _require_injection(model, "report")
+    injection = require_injection(model, "report")
     added = {name: p.numel() for name, p in injection.added()}
     # A wrapper may add nothing: QLoRA also quantises layers that get no adapter.
     adding = {
@@ -679,7 +683,7 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _move(model: nn.Module, verb: str, merged: bool) -> None:
-    injection = _require_injection(model, verb)
+    injection = require_injection(model, verb)
     if injection.attached is not None:
         name = type(injection.method).__name__
         raise TypeError(
@@ -720,7 +724,7 @@ def unload(model: nn.Module) -> nn.Module:
     Not merged: bit by bit what it was before `inject`, trained heads included; only a base that the
     method quantised stays so, until `dequantize`. Merged: the same layers with what was learned in
     their weights. What trained before may train again."""
-    injection = _require_injection(model, "unload")
+    injection = require_injection(model, "unload")
     for handle in injection.handles:
         handle.remove()
     if injection.attached is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
-from ..inject import Adapted, Method, injection_of, validate
+from ..inject import Adapted, Method, injection_of, require_injection, validate
 
 # %% ../../notebooks/05_adalora.ipynb #8029ce90
 class AdaLoRALayer(nn.Module):
@@ -335,8 +335,5 @@ AdaLoRA.learning_rate = 1e-2  # what fit takes if it is not told otherwise; sect
 # %% ../../notebooks/05_adalora.ipynb #79960258
 def ranks(model):
     """{path: the number of its triplets whose λ is not zero}, of a model with AdaLoRA in it."""
-    injection = injection_of(model)
-    if not (injection and injection.method.peft_type == AdaLoRA.peft_type):
-        raise ValueError("ranks: the model holds no AdaLoRA; inject(model, AdaLoRA(...)) first")
-    wrappers = injection.wrappers.items()
+    wrappers = require_injection(model, "ranks", AdaLoRA).wrappers.items()
     return {path: int(w.ada.lora_E.count_nonzero()) for path, w in wrappers}
