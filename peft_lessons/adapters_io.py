@@ -38,25 +38,19 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Where the header of our weights keeps them.
 _BASE, _CONFIG_DIGEST, _OWN = "peft_lessons_base", "peft_lessons_config", "peft_lessons_own"
-# Entries of PEFT's config that say nothing about the function the adapter computes, or nothing
-# unless another entry, which is not among these, is on.
+# Entries of any config of PEFT's that say nothing about the function the adapter computes.
 _SAYS_NOTHING = {
     "auto_mapping",
     "base_model_name_or_path",
-    "ensure_weight_tying",
     "inference_mode",
-    "megatron_core",
     "modules_to_save",
     "peft_type",
     "peft_version",
-    "qalora_group_size",
     "revision",
     "task_type",
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OFF = (None, False, {}, [], "none")
-# PiSSA, OLoRA and LoftQ change the base before training, so their files need more than the factors.
-_PLAIN_START = (True, False, "gaussian")
 
 
 def _slots(model: nn.Module, injection: Injection) -> Iterator[tuple[str, torch.Tensor]]:
@@ -246,7 +240,8 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
         constants = method.peft_constants.items()
         wrong = [f"asks for {k}={v!r}" for k, v in constants if config.get(k) != v]
         unread = {k: v for k, v in config.items() if k not in read | _SAYS_NOTHING}
-        wrong += [f"does not read {k}={v!r}" for k, v in unread.items() if not _off(k, v)]
+        on = {k: v for k, v in unread.items() if v not in method.peft_off.get(k, _OFF)}
+        wrong += [f"does not read {k}={v!r}" for k, v in on.items()]
         if not wrong:
             try:
                 return method.from_peft(config, tensors)
@@ -258,10 +253,6 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
         f"this {kind} adapter uses what the course does not have: {said}. PEFT can load it: "
         "PeftModel.from_pretrained(model, folder)"
     )
-
-
-def _off(key: str, value: object) -> bool:
-    return value in (_PLAIN_START if key == "init_lora_weights" else _OFF)
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

@@ -56,7 +56,10 @@ class Method:
         own_entries:    names of those entries that PEFT does not know and would warn of: they are
                         kept in the header of the weights instead, which it reads past
         peft_others:    names of further entries that `from_peft` reads, or that say nothing of an
-                        adapter that is trained already (how it started)
+                        adapter that is trained already (how it started), or nothing while an
+                        option is off that the method has not
+        peft_off:       {entry that PEFT has and the method has not: the values at which it changes
+                        nothing}, where they are others than None, False, "none" and empty
         tensors:        {parameter of the wrapping or attached module: its name in the file}
         takes:          the module types that `wrap` accepts; exactly these, no subclasses, since a
                         subclass may store its weight differently (4-bit) or never call `forward`
@@ -71,6 +74,7 @@ class Method:
     peft_constants: ClassVar[Mapping[str, Any]] = {}
     own_entries: ClassVar[tuple[str, ...]] = ()
     peft_others: ClassVar[tuple[str, ...]] = ()
+    peft_off: ClassVar[Mapping[str, tuple]] = {}
     tensors: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     names_modules: ClassVar[tuple[str, ...]] = ("targets",)

@@ -327,7 +327,9 @@ AdaLoRA.peft_fields = {
     "beta2": ("beta2", 0.85), "orthogonal": ("orth_reg_weight", 0.5),
     "dropout": ("lora_dropout", 0.0),
 }
-AdaLoRA.peft_others = ("rank_pattern", "r")  # PEFT's r is LoRA's, and means nothing here
+AdaLoRA.peft_others = (  # PEFT's r is LoRA's, and means nothing here; the rest is of other options
+    "rank_pattern", "r", "ensure_weight_tying", "megatron_core", "qalora_group_size")
+AdaLoRA.peft_off = {"init_lora_weights": (True, False, "gaussian")}  # as LoRA's
 AdaLoRA.to_peft, AdaLoRA.from_peft = to_file, classmethod(from_file)
 AdaLoRA.tensors = {f"ada.{name}": name for name in (*PARTS, "mask")}
 AdaLoRA.learning_rate = 1e-2  # what fit takes if it is not told otherwise; section 5 measures it
