@@ -11,13 +11,16 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import (
     TinyTask,
     TinyText,
     close,
+    contents,
     interrupted,
+    read_config,
     refused,
+    rewrite,
     same,
     state,
     tiny_bert,
@@ -38,6 +41,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
+from peft_lessons.adapters_io import CONFIG, WEIGHTS
 from peft_lessons.methods.adalora import (
     PARTS,
     LinearWithAdaLoRA,
@@ -483,7 +487,7 @@ def trained():
 
 
 def kept_everywhere(folder):
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_config(folder)
     return {n.removesuffix(".lora_E"): sum(f) for n, f in config["rank_pattern"].items()}
 
 
@@ -491,7 +495,7 @@ def test_our_file_loads_in_peft(trained, tmp_path):
     base, ours = trained
     save_adapter(ours, tmp_path)
     assert kept_everywhere(tmp_path) == ranks(ours)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / WEIGHTS)
     assert len(tensors) == 18 and not any("mask" in key for key in tensors)
     for path, rank in ranks(ours).items():
         stem = f"base_model.model.{path}."
@@ -508,8 +512,7 @@ def test_our_file_loads_in_peft(trained, tmp_path):
     assert ranks(again) == ranks(ours)
     # And once more: what was loaded is saved as the same bytes.
     save_adapter(again, tmp_path / "again")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert contents(tmp_path / "again") == contents(tmp_path)
 
 
 def test_a_layer_without_any_triplet_travels_too(trained, tmp_path):
@@ -560,9 +563,8 @@ def smallest_file(folder):
     inject(source, AdaLoRA(4, 2, 6, ("q_proj",), 0, 0, 1, 2))
     save_adapter(shaken(source), folder)
     config = {"peft_type": "ADALORA", "init_r": 4, "total_step": 1, "target_modules": ["q_proj"]}
-    weights = folder / "adapter_model.safetensors"
-    save_file(load_file(weights), weights)  # without our header, which vouches for the config
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    rewrite(folder)  # without our header, which vouches for the config
+    (folder / CONFIG).write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
@@ -607,7 +609,7 @@ def test_an_adapter_saved_before_its_ranks_are_settled_runs_its_schedule(tmp_pat
     source, again = tiny_llama(), tiny_llama()
     inject(source, METHOD)
     save_adapter(shaken(source), tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"] is None
+    assert read_config(tmp_path)["rank_pattern"] is None
     load_adapter(again, tmp_path, trainable=True)
     assert injection_of(again).method == METHOD
     with refused(again, "steps=7, but .* total_steps=20"):
@@ -631,13 +633,13 @@ def test_settled_ranks_are_of_the_layers_they_were_settled_for(trained, tmp_path
 def test_pruned_rows_that_have_grown_back_are_not_saved(trained, tmp_path):
     ours = deepcopy(trained[1])
     save_adapter(ours, tmp_path)
-    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    files = contents(tmp_path)
     pruned = next(ada for ada in branches_of(ours).values() if not ada.mask.all())
     with torch.no_grad():
         pruned.lora_E[~pruned.mask] = 0.1
     with pytest.raises(ValueError, match="lora_E has grown back after pruning"):
         save_adapter(ours, tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
+    assert contents(tmp_path) == files
 
 
 def test_saved_in_the_middle_of_a_schedule_it_is_whole(tmp_path):
@@ -701,11 +703,8 @@ def test_saved_in_the_middle_of_a_schedule_it_is_whole(tmp_path):
 def test_a_file_that_does_not_fit_is_refused(trained, tmp_path, change, message):
     base, ours = deepcopy(trained[0]), trained[1]
     save_adapter(ours, tmp_path)
-    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    save_file(load_file(weights), weights)
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with refused(base, message):
-        load_adapter(base, tmp_path)
+        load_adapter(base, rewrite(tmp_path, **change))
 
 
 # ------------------------------------------------------------------ what is refused

@@ -9,8 +9,20 @@ from dataclasses import dataclass
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import TinyTask, refused, same, state, tiny_bert, tiny_llama, tiny_opt, tiny_qwen2
+from safetensors.torch import load_file
+from tiny import (
+    TinyTask,
+    contents,
+    read_config,
+    refused,
+    rewrite,
+    same,
+    state,
+    tiny_bert,
+    tiny_llama,
+    tiny_opt,
+    tiny_qwen2,
+)
 from torch import nn
 
 from peft_lessons import (
@@ -76,10 +88,6 @@ def theirs_on(base, targets, task=None, **settings):
     return moved(peft.get_peft_model(base, config))
 
 
-def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.fixture
 def saved(tmp_path):
     """The folder of an adapter for tiny_llama."""
@@ -129,7 +137,7 @@ def test_peft_opens_in_ours(name, settings, tmp_path):
 def test_a_fresh_head_goes_with_its_task_type(tmp_path):
     ours = adapted(tiny_bert(), LoRA(4, 6, ("query",)))
     save_adapter(ours, tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
+    config = read_config(tmp_path)
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["classifier"]
     tensors = load_file(tmp_path / WEIGHTS)
     assert torch.equal(tensors["base_model.model.classifier.weight"], ours.classifier.weight)
@@ -173,7 +181,7 @@ def test_a_tied_model(tmp_path):
 def test_the_smallest_config_of_peft(tmp_path):
     ours = adapted(tiny_llama(), LoRA(4, 8, ("q_proj",)))
     save_adapter(ours, tmp_path)
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)
+    rewrite(tmp_path)
     for config in (
         {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]},  # alpha: PEFT's default, 8
         {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
@@ -196,7 +204,7 @@ def test_the_smallest_config_of_peft(tmp_path):
 def test_all_linear_is_saved_as_names(tmp_path):
     ours = adapted(tiny_llama(), LoRA(4, 6, "all-linear"))
     save_adapter(ours, tmp_path)
-    assert len(json.loads((tmp_path / CONFIG).read_text())["target_modules"]) == 14
+    assert len(read_config(tmp_path)["target_modules"]) == 14
     theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
     assert torch.equal(logits(theirs), logits(ours))
     theirs_on(tiny_llama(), (), None, target_modules="all-linear").save_pretrained(tmp_path / "x")
@@ -389,17 +397,6 @@ def not_loaded(folder, message, model=None, error=ValueError, **options):
     assert files is None or contents(folder) == files
 
 
-def rewrite(folder, change_tensors=None, **entries):
-    """As another program would write the folder: no header of ours."""
-    tensors = load_file(folder / WEIGHTS)
-    if change_tensors:
-        change_tensors(tensors)
-    save_file(tensors, folder / WEIGHTS)
-    config = json.loads((folder / CONFIG).read_text()) | entries
-    (folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
-    return folder
-
-
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -546,7 +543,7 @@ def test_missing_files(saved, tmp_path, file):
     "change", [("lora_alpha", 12), ("use_rslora", True), ("lora_dropout", 0.5)], ids=str
 )
 def test_a_config_changed_by_hand(saved, change):
-    config = json.loads((saved / CONFIG).read_text())
+    config = read_config(saved)
     config[change[0]] = change[1]
     (saved / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     not_loaded(saved, f"{CONFIG} in .* is not the one that {WEIGHTS} was saved with")
@@ -586,7 +583,7 @@ def test_peft_files_know_their_base_by_name(tmp_path):
     base = tiny_llama()
     base.name_or_path = "owner/tiny"
     theirs_on(deepcopy(base), ("q_proj",), "CAUSAL_LM").save_pretrained(tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "owner/tiny"
+    assert read_config(tmp_path)["base_model_name_or_path"] == "owner/tiny"
     other = tiny_llama()
     other.name_or_path = "owner/other"
     not_loaded(tmp_path, "'owner/tiny', this model is 'owner/other'", other)

@@ -3,7 +3,6 @@
 The operations are not PEFT's, so nothing is equal to the last bit.
 """
 
-import json
 import math
 from copy import deepcopy
 
@@ -22,7 +21,9 @@ from tiny import (
     greedy,
     interrupted,
     only_the_branch_drops,
+    read_config,
     refused,
+    rewrite,
     same,
     state,
     step_of_both,
@@ -47,6 +48,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
+from peft_lessons.adapters_io import WEIGHTS
 from peft_lessons.methods.dora import NORMS
 
 EACH = pytest.mark.parametrize("name", MODELS)
@@ -377,9 +379,9 @@ def test_a_float16_base_and_a_float64_base():
 def test_ours_opens_in_peft_without_a_warning(name, rslora, tmp_path, recwarn):
     _, ours = pair(MODELS[name](), TARGETS[name], TASKS.get(name), rslora=rslora)
     save_adapter(ours, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = read_config(tmp_path)
     assert config["use_dora"] is True and config["peft_type"] == "LORA"
-    keys = load_file(tmp_path / "adapter_model.safetensors")
+    keys = load_file(tmp_path / WEIGHTS)
     assert any(k.endswith(".lora_magnitude_vector") for k in keys)
     theirs = peft.PeftModel.from_pretrained(MODELS[name](), tmp_path).eval()
     assert not [w for w in map(str, recwarn) if "is_gradient_checkpointing" not in w]
@@ -403,7 +405,7 @@ def test_peft_opens_in_ours(name, rslora, tmp_path):
     close(theirs(**batch).logits, ours(**batch).logits, FORWARD, "PEFT's in ours")
     # And there and back again: the same tensors.
     save_adapter(ours, tmp_path / "again")
-    a, b = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again"))
+    a, b = (load_file(f / WEIGHTS) for f in (tmp_path, tmp_path / "again"))
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -417,13 +419,9 @@ def test_a_plain_lora_stays_a_lora(tmp_path):
 
 
 def test_a_file_without_magnitudes_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     _, ours = pair(tiny_llama(), ("q_proj",))
     save_adapter(ours, tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = {k: v for k, v in load_file(path).items() if "magnitude" not in k}
-    save_file(tensors, path, metadata={"format": "pt"})
+    rewrite(tmp_path, lambda t: [t.pop(key) for key in list(t) if "magnitude" in key])
     model = tiny_llama()
     with refused(model, "lora_magnitude_vector"):
         load_adapter(model, tmp_path)

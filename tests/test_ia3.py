@@ -1,13 +1,12 @@
 """(IA)³ against Hugging Face PEFT on four models, its files both ways, and what it refuses."""
 
-import json
 import math
 from copy import deepcopy
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import (
     MODELS,
     TASKS,
@@ -17,7 +16,9 @@ from tiny import (
     close,
     gradients,
     interrupted,
+    read_config,
     refused,
+    rewrite,
     same,
     state,
     step_of_both,
@@ -43,6 +44,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
+from peft_lessons.adapters_io import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Unmerge result can be inaccurate",
@@ -354,7 +356,7 @@ def test_under_autocast():
 def test_ours_opens_in_peft_without_a_warning(name, tmp_path, recwarn):
     _, ours = both(name)
     save_adapter(ours, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = read_config(tmp_path)
     assert config["peft_type"] == "IA3"
     theirs = peft.PeftModel.from_pretrained(MODELS[name](), tmp_path).eval()
     assert not [w for w in map(str, recwarn) if "is_gradient_checkpointing" not in w]
@@ -375,7 +377,7 @@ def test_peft_opens_in_ours(name, tmp_path):
     load_adapter(ours, tmp_path, trainable=True)
     close(theirs(**batch).logits, ours(**batch).logits, FORWARD, "PEFT's in ours")
     save_adapter(ours, tmp_path / "again")
-    a, b = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again"))
+    a, b = (load_file(f / WEIGHTS) for f in (tmp_path, tmp_path / "again"))
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -421,9 +423,7 @@ def edited(folder, **entries):
     """PEFT's files with some entries of the config changed."""
     theirs, _ = pair(tiny_llama(), *LLAMA)
     theirs.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-    return folder
+    return rewrite(folder, **entries)
 
 
 @pytest.mark.parametrize(
@@ -452,19 +452,16 @@ def test_how_it_started_says_nothing(tmp_path):
 
 @pytest.mark.parametrize("change", ["turned", "nan", "missing"])
 def test_a_vector_that_does_not_fit_is_refused(change, tmp_path):
-    path = edited(tmp_path) / "adapter_model.safetensors"
-    tensors = load_file(path)
-    key = next(k for k in tensors if "down_proj" in k)
-    if change == "missing":
-        del tensors[key]
-    else:
-        old = tensors[key]
-        tensors[key] = old.T.contiguous() if change == "turned" else old * math.nan
-    save_file(tensors, path, metadata={"format": "pt"})
+    def spoil(tensors):
+        key = next(k for k in tensors if "down_proj" in k)
+        old = tensors.pop(key)
+        if change != "missing":
+            tensors[key] = old.T.contiguous() if change == "turned" else old * math.nan
+
     match = {"turned": r"\(96, 1\).*\(1, 96\)", "nan": "NaN", "missing": "misses"}[change]
     model = tiny_llama()
     with refused(model, match):
-        load_adapter(model, tmp_path)
+        load_adapter(model, rewrite(edited(tmp_path), spoil))
 
 
 # ------------------------------------------------------------------ training

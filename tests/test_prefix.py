@@ -1,12 +1,11 @@
 """Prefix tuning against Hugging Face PEFT: numbers, generation, files, and what is refused."""
 
-import json
 from copy import deepcopy
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import (
     MODELS,
     TASKS,
@@ -14,9 +13,11 @@ from tiny import (
     TinyText,
     batch_of,
     close,
+    contents,
     hooks,
     interrupted,
     refused,
+    rewrite,
     same,
     state,
     step_of_both,
@@ -57,6 +58,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
+from peft_lessons.adapters_io import WEIGHTS
 
 P = 5
 DECODERS = ("llama", "qwen2", "opt")
@@ -341,7 +343,7 @@ def test_dropping_the_mlp_changes_nothing(name):
 def test_our_file_opens_in_peft_and_comes_back(name, projection, tmp_path):
     ours, _ = pair(name, projection)
     save_adapter(ours, tmp_path)
-    file = load_file(tmp_path / "adapter_model.safetensors")
+    file = load_file(tmp_path / WEIGHTS)
     n_kv = 2 if name in ("llama", "qwen2") else 4
     assert file["prompt_embeddings"].shape == (P, 2 * 2 * n_kv * 16)
     assert not any("mlp" in key for key in file)
@@ -353,9 +355,9 @@ def test_our_file_opens_in_peft_and_comes_back(name, projection, tmp_path):
     close(again(**batch).logits, ours(**batch).logits)
     assert injection_of(again).method == Prefix(P)
     assert not any(p.requires_grad for p in again.parameters())
-    first = (tmp_path / "adapter_model.safetensors").read_bytes()
+    first = contents(tmp_path)
     save_adapter(again, tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == first
+    assert contents(tmp_path) == first
 
 
 @pytest.mark.parametrize("projection", [None, 24])
@@ -387,14 +389,10 @@ def test_files_that_do_not_fit(change, tmp_path):
     if change == "layers":
         target = tiny_llama(num_hidden_layers=1)
     if change == "tokens":
-        file = {"prompt_embeddings": torch.randn(P, 128)}
-        save_file(file, tmp_path / "adapter_model.safetensors")
-        config = json.loads((tmp_path / "adapter_config.json").read_text())
-        config["num_virtual_tokens"] = 0
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        rewrite(tmp_path, num_virtual_tokens=0)
         told = "describes no Prefix: Prefix: tokens=0 must be at least 1"
     if change == "key":
-        save_file({"prompt": torch.randn(P, 128)}, tmp_path / "adapter_model.safetensors")
+        rewrite(tmp_path, lambda tensors: tensors.update(prompt=tensors.pop("prompt_embeddings")))
         told = "misses 'prompt_embeddings'"
     with refused(target, told):
         load_adapter(target, tmp_path, check_base=False)

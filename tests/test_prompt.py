@@ -11,7 +11,7 @@ from copy import deepcopy
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import (
     MODELS,
     TASKS,
@@ -19,9 +19,11 @@ from tiny import (
     TinyText,
     batch_of,
     close,
+    contents,
     hooks,
     interrupted,
     refused,
+    rewrite,
     same,
     state,
     step_of_both,
@@ -64,6 +66,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
+from peft_lessons.adapters_io import CONFIG, WEIGHTS
 from peft_lessons.methods.prompt import PromptHook, lengthen, prepend
 
 pytestmark = pytest.mark.filterwarnings(
@@ -532,7 +535,7 @@ def test_peft_reads_ours(name, tmp_path):
             if n.startswith("classifier"):
                 p.add_(0.1)
     save_adapter(ours, tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / WEIGHTS)
     assert tensors["prompt_embeddings"].shape == (P, 64)
     assert len(tensors) == (3 if name == "bert" else 1)
     theirs = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path).eval()
@@ -578,9 +581,8 @@ def test_the_smallest_file(tmp_path):
     ours = prompted(base)
     save_adapter(ours, tmp_path)
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": P}
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    rewrite(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
     again, batch = tiny_llama(), batch_of("llama")
     assert load_adapter(again, tmp_path).method == Prompt(P, "normal")
     assert torch.equal(again(**batch).logits, ours(**batch).logits)
@@ -594,9 +596,8 @@ def test_ours_both_ways(init, tmp_path):
     inject(model, Prompt(P, init, tokenizer))
     save_adapter(model, tmp_path / "a")
     save_adapter(model, tmp_path / "b")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert "tinylm/" not in (tmp_path / "a" / "adapter_config.json").read_text()
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert "tinylm/" not in (tmp_path / "a" / CONFIG).read_text()
     again = load_model("tinylm")
     told = load_adapter(again, tmp_path / "a")
     assert told.method.init == (init if init == "normal" else "vocab")
@@ -617,13 +618,9 @@ def test_ours_both_ways(init, tmp_path):
 )
 def test_files_that_do_not_fit(change, told, tmp_path):
     save_adapter(prompted(tiny_llama()), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    save_file(weights, tmp_path / "adapter_model.safetensors")  # without the digest of the config
     model = tiny_llama()
     with refused(model, told):
-        load_adapter(model, tmp_path)
+        load_adapter(model, rewrite(tmp_path, **change))
 
 
 def test_a_prompt_of_another_width(tmp_path):

@@ -32,6 +32,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
+from peft_lessons.adapters_io import WEIGHTS
 from peft_lessons.inject import fingerprint
 from peft_lessons.methods.qlora import (
     DYNAMIC,
@@ -406,7 +407,7 @@ def test_held_bytes_count_the_scales_of_both():
 def test_a_header_that_was_tampered_with_is_refused(tmp_path):
     model = llama()
     inject(model, QLoRA(rank=4, alpha=8))
-    file = save_adapter(model, tmp_path) / "adapter_model.safetensors"
+    file = save_adapter(model, tmp_path) / WEIGHTS
     with safe_open(file, "pt") as opened:
         header, tensors = opened.metadata(), {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
     good = '{"quantised_base": "nf4", "quantised_block": 64, "quantised_double": true}'
@@ -418,7 +419,7 @@ def test_a_header_that_was_tampered_with_is_refused(tmp_path):
                 continue  # without a digest these are an adapter as good as any
             save_file(tensors, file, digest)
             base = llama()
-            with refused(base, "adapter_model.safetensors"):
+            with refused(base, WEIGHTS):
                 load_adapter(base, tmp_path)
 
 

@@ -1,9 +1,13 @@
 """Small random models of four families, and a small task, for the tests of the engine."""
 
+import json
+from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -17,6 +21,7 @@ from transformers import (
 )
 
 from peft_lessons import injection_of
+from peft_lessons.adapters_io import CONFIG, WEIGHTS
 
 SIZES = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 FEED_FORWARD = dict(intermediate_size=96)
@@ -167,6 +172,27 @@ def refused(model: nn.Module, match: str, error: type[Exception] = ValueError):
         yield
     assert same(state(model), before)
     assert found() == and_beside
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of each file of a folder, to compare."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def read_config(folder: Path) -> dict:
+    return json.loads((folder / CONFIG).read_text())
+
+
+def rewrite(folder: Path, change: Callable[[dict], object] | None = None, **entries) -> Path:
+    """Write an adapter's files as another program would: without our header, which would tell that
+    something was changed. `change` is done to the tensors; an entry `...` is left out."""
+    tensors = load_file(folder / WEIGHTS)
+    if change:
+        change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    config = {k: v for k, v in (read_config(folder) | entries).items() if v is not ...}
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
 
 
 def close(a, b, tolerance: float = 1e-6, what: str = "", relative: bool = False) -> None:
