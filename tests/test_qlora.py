@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import SIZES, TinyText, close, refused, step_of_both, tiny_llama, tiny_opt
+from tiny import SIZES, TinyText, close, interrupted, refused, step_of_both, tiny_llama, tiny_opt
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
@@ -274,8 +274,9 @@ def test_training_moves_the_factors_and_nothing_else(tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path):
     task, path = TinyText(), tmp_path / "state.pt"
+    options = dict(steps=6, show=False, checkpoint=path, checkpoint_every=2)
 
     def fresh():
         model = llama()
@@ -285,22 +286,12 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeyp
 
     whole, cut = fresh(), fresh()
     fit(whole, task, steps=6, show=False)
-    step, calls = torch.optim.AdamW.step, []
-
-    def interrupted(self, *arguments, **more):
-        calls.append(1)
-        if len(calls) > 4:
-            raise KeyboardInterrupt
-        return step(self, *arguments, **more)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit(cut, task, steps=6, show=False, checkpoint=path, checkpoint_every=2)
-    monkeypatch.undo()
+        fit(cut, interrupted(TinyText, 4), **options)
     # The base is not in the checkpoint: it is made anew from the float32 weights.
     assert path.stat().st_size < 200_000
     resumed = fresh()
-    fit(resumed, task, steps=6, show=False, checkpoint=path, checkpoint_every=2)
+    fit(resumed, task, **options)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -423,24 +414,15 @@ def test_a_header_that_was_tampered_with_is_refused(tmp_path):
                 load_adapter(base, tmp_path)
 
 
-def test_a_checkpoint_of_another_base_is_refused(tmp_path, monkeypatch):
-    path = tmp_path / "state.pt"
-
-    def stop(*arguments):
-        raise KeyboardInterrupt
-
-    model = llama()
-    inject(model, QLoRA(rank=4, alpha=8))
-    fit(model, TinyText(), steps=4, show=False, checkpoint=path, checkpoint_every=1, seed=1)
-    monkeypatch.setattr(QLoRA, "after_step", lambda self, i, step: stop() if step == 3 else None)
-    model = llama()
-    inject(model, QLoRA(rank=4, alpha=8))
+def test_a_checkpoint_of_another_base_is_refused(tmp_path):
+    options = dict(steps=4, show=False, checkpoint=tmp_path / "state.pt", checkpoint_every=1)
+    model, other = llama(), llama(seed=9)
+    for one in (model, other):
+        inject(one, QLoRA(rank=4, alpha=8))
     with pytest.raises(KeyboardInterrupt):
-        fit(model, TinyText(), steps=4, show=False, checkpoint=path, checkpoint_every=1)
-    other = llama(seed=9)
-    inject(other, QLoRA(rank=4, alpha=8))
+        fit(model, interrupted(TinyText, 2), **options)
     with refused(other, "another run"):
-        fit(other, TinyText(), steps=4, show=False, checkpoint=path, checkpoint_every=1)
+        fit(other, TinyText(), **options)
 
 
 def test_bases_in_4_bits_are_told_apart_by_their_codes():

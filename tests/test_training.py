@@ -29,8 +29,14 @@ def injected(method=QV):
     return model
 
 
-def train(model, steps=10, **kw):
-    return fit(model, TASK, steps, **({"lr": 3e-3, "show": False} | kw))
+def train(model, steps=10, task=TASK, **kw):
+    return fit(model, task, steps, **({"lr": 3e-3, "show": False} | kw))
+
+
+def stop(model, steps, at, **kw):
+    """Train until the laptop is closed before step `at`, counted from 0."""
+    with pytest.raises(KeyboardInterrupt):
+        train(model, steps, interrupted(TinyTask, at), **kw)
 
 
 def test_training_lowers_the_loss_and_moves_only_what_trains():
@@ -87,18 +93,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
     file = tmp_path / "sub" / "run.pt"
     whole = injected()
     expected = train(whole, 12, eval_every=4)
-    model = injected()
-    with pytest.raises(KeyboardInterrupt):
-        fit(
-            model,
-            interrupted(TinyTask, at),
-            12,
-            lr=3e-3,
-            eval_every=4,
-            show=False,
-            checkpoint=file,
-            checkpoint_every=4,
-        )
+    stop(injected(), 12, at, eval_every=4, checkpoint=file, checkpoint_every=4)
     assert [f.name for f in file.parent.iterdir()] == ["run.pt"]
     resumed = injected()
     history = train(resumed, 12, eval_every=4, checkpoint=file, checkpoint_every=4)
@@ -109,16 +104,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
 
 def test_a_checkpoint_of_another_run_or_broken_is_refused(tmp_path):
     file = tmp_path / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        fit(
-            injected(),
-            interrupted(TinyTask, 4),
-            12,
-            lr=3e-3,
-            show=False,
-            checkpoint=file,
-            checkpoint_every=2,
-        )
+    stop(injected(), 12, 4, checkpoint=file, checkpoint_every=2)
     content = file.read_bytes()
     for changes, message in ((dict(lr=1e-3), "lr was 0.003"), (dict(seed=3), "seed was 0")):
         model = injected()
@@ -135,16 +121,7 @@ def test_a_checkpoint_of_another_run_or_broken_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_method_task_or_shape_is_refused(tmp_path):
     file = tmp_path / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        fit(
-            injected(),
-            interrupted(TinyTask, 4),
-            12,
-            lr=3e-3,
-            show=False,
-            checkpoint=file,
-            checkpoint_every=2,
-        )
+    stop(injected(), 12, 4, checkpoint=file, checkpoint_every=2)
     other = TinyTask()
     other.name = "other"
     changed = (
@@ -155,7 +132,7 @@ def test_a_checkpoint_of_another_method_task_or_shape_is_refused(tmp_path):
     for changes, task, message in changed:
         model = injected(replace(QV, **changes))
         with refused(model, message):
-            fit(model, task, 12, lr=3e-3, show=False, checkpoint=file)
+            train(model, 12, task, checkpoint=file)
 
 
 def test_gradients_from_before_take_no_part():
@@ -300,21 +277,13 @@ def test_a_method_takes_part_in_training_and_its_buffers_resume(tmp_path):
     model = injected(Hooked())
     with pytest.raises(ValueError, match="total=10"):
         train(model, 3)
-    history = fit(model, TASK, 10, show=False)
+    history = train(model, 10, lr=None)
     assert max(history.lr) == 0.25 and history.loss[0] > 1000
     seen = [w.seen.item() for w in injection_of(model).wrappers.values()]
     assert seen == [55, 55]
     file, again = tmp_path / "run.pt", injected(Hooked())
-    with pytest.raises(KeyboardInterrupt):
-        fit(
-            deepcopy(again),
-            interrupted(TinyTask, 6),
-            10,
-            show=False,
-            checkpoint=file,
-            checkpoint_every=3,
-        )
-    fit(again, TASK, 10, show=False, checkpoint=file)
+    stop(deepcopy(again), 10, 6, lr=None, checkpoint=file, checkpoint_every=3)
+    train(again, 10, lr=None, checkpoint=file)
     assert same(state(again), state(model))
 
 
