@@ -12,12 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import (
+    CAUSAL,
+    EACH,
     MODELS,
     TinyTask,
-    TinyText,
     batch_of,
+    by_hand,
     close,
     contents,
+    greedy,
     interrupted,
     read_config,
     refused,
@@ -25,6 +28,7 @@ from tiny import (
     same,
     state,
     step_of_both,
+    task_of,
     tiny_bert,
     tiny_llama,
 )
@@ -66,7 +70,6 @@ from peft_lessons.adapters_io import CONFIG, WEIGHTS
 from peft_lessons.methods.adapters import LAYOUTS, STREAM, Bottleneck
 from peft_lessons.models import bundled_path
 
-EACH = pytest.mark.parametrize("name", MODELS)
 KINDS = ("houlsby", "pfeiffer", "parallel")
 KIND = pytest.mark.parametrize("kind", KINDS)
 REFERENCE = bundled_path("reference/adapterhub.safetensors")
@@ -266,22 +269,14 @@ def test_padding_changes_nothing(name, kind):
     close(a, b, 1e-5, "padding")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+@CAUSAL
 @KIND
 def test_generation_cached_and_uncached(name, kind):
     model, batch = adapted(name, kind), batch_of(name)
-    prompt = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
-    cached = model.generate(**prompt, **options)
-    assert torch.equal(model.generate(**prompt, **options, use_cache=False), cached)
-    ids = prompt["input_ids"][:1]  # the row without padding, by hand
-    for _ in range(8):
-        logits = model(ids).logits[:, -1]
-        logits[:, model.generation_config.eos_token_id or 0] = -torch.inf
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(cached[:1], ids)
-    plain = MODELS[name]().generate(**prompt, **options)
-    assert not torch.equal(plain, cached)
+    cached = greedy(model, batch)
+    assert torch.equal(greedy(model, batch, use_cache=False), cached)
+    assert torch.equal(by_hand(model, batch), cached)
+    assert not torch.equal(greedy(MODELS[name](), batch), cached)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -472,8 +467,7 @@ def test_fit_moves_all_and_nothing_else(name, kind, tmp_path):
     model = MODELS[name]()
     inject(model, BottleneckAdapter(6, kind))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    task = TinyTask() if name == "bert" else TinyText()
-    history = fit(model, task, steps=8, show=False)
+    history = fit(model, task_of(name), steps=8, show=False)
     assert len(history.loss) == 8
     trains = {n for n, _ in injection_of(model).added()}
     for n, p in model.named_parameters():

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import (
+    CAUSAL,
+    EACH,
     MODELS,
     TARGETS,
-    TASKS,
     TinyTask,
     batch_of,
     close,
@@ -27,6 +28,7 @@ from tiny import (
     same,
     state,
     step_of_both,
+    task_type,
     tiny_bert,
     tiny_llama,
 )
@@ -51,7 +53,6 @@ from peft_lessons import (
 from peft_lessons.adapters_io import WEIGHTS
 from peft_lessons.methods.dora import NORMS
 
-EACH = pytest.mark.parametrize("name", MODELS)
 FORWARD, GRADIENT, MERGED = 2e-6, 1e-6, 1e-5
 NAMES = {  # PEFT's, and ours
     ".default.weight": "",
@@ -243,7 +244,7 @@ def test_the_base_multiplies_twice_only_where_dropout_drops(dropout, train, monk
 @pytest.mark.parametrize("rslora", [False, True], ids=["dora", "rslora"])
 def test_logits_loss_and_gradients(name, rslora):
     base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, TARGETS[name], TASKS.get(name), rslora=rslora)
+    theirs, ours = pair(base, TARGETS[name], task_type(name), rslora=rslora)
     logits = compare_step(theirs, ours, batch)
     assert (logits - base(**batch).logits).abs().max() > 0.02
 
@@ -251,7 +252,7 @@ def test_logits_loss_and_gradients(name, rslora):
 @EACH
 def test_dropout_reaches_the_base_part_too(name):
     base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, TARGETS[name], TASKS.get(name), dropout=0.3)
+    theirs, ours = pair(base, TARGETS[name], task_type(name), dropout=0.3)
     only_the_branch_drops(theirs, ours, p=0.3)
     before = ours(**batch).loss
     assert not torch.equal(ours(**batch).loss, before), "dropout does not drop"
@@ -262,7 +263,7 @@ def test_dropout_reaches_the_base_part_too(name):
 
 @EACH
 def test_the_start_is_pefts(name):
-    ours, theirs = MODELS[name](), theirs_on(MODELS[name](), TARGETS[name], TASKS.get(name))
+    ours, theirs = MODELS[name](), theirs_on(MODELS[name](), TARGETS[name], task_type(name))
     inject(ours, DoRA(4, 6, TARGETS[name]))
     layers = {n: m for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
     for path, wrapper in injection_of(ours).wrappers.items():
@@ -272,7 +273,7 @@ def test_the_start_is_pefts(name):
     assert own == sum(p.numel() for _, p in injection_of(ours).added())
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@CAUSAL
 def test_greedy_generation(name):
     base, batch = MODELS[name](), batch_of(name)
     theirs, ours = pair(base, TARGETS[name], "CAUSAL_LM")
@@ -286,7 +287,7 @@ def test_greedy_generation(name):
 def test_merged(name):
     base, batch = MODELS[name](), batch_of(name)
     weights = {n: p.clone() for n, p in base.named_parameters()}
-    theirs, ours = pair(base, TARGETS[name], TASKS.get(name))
+    theirs, ours = pair(base, TARGETS[name], task_type(name))
     before = ours(**batch).logits
     merge(ours)
     close(ours(**batch).logits, before, MERGED, "merged logits")
@@ -321,7 +322,7 @@ def test_a_bfloat16_base(name):
     fresh = deepcopy(base)
     inject(fresh, DoRA(4, 6, TARGETS[name]))
     assert torch.equal(fresh(**batch).logits, expected), "step 0 is the base"
-    theirs, ours = pair(base, TARGETS[name], TASKS.get(name))
+    theirs, ours = pair(base, TARGETS[name], task_type(name))
     assert {p.dtype for _, p in injection_of(ours).added()} == {torch.float32}
     a, b = theirs(**batch), ours(**batch)
     assert a.logits.dtype == b.logits.dtype == torch.bfloat16
@@ -377,7 +378,7 @@ def test_a_float16_base_and_a_float64_base():
 @EACH
 @pytest.mark.parametrize("rslora", [False, True], ids=["dora", "rslora"])
 def test_ours_opens_in_peft_without_a_warning(name, rslora, tmp_path, recwarn):
-    _, ours = pair(MODELS[name](), TARGETS[name], TASKS.get(name), rslora=rslora)
+    _, ours = pair(MODELS[name](), TARGETS[name], task_type(name), rslora=rslora)
     save_adapter(ours, tmp_path)
     config = read_config(tmp_path)
     assert config["use_dora"] is True and config["peft_type"] == "LORA"
@@ -396,7 +397,7 @@ def test_ours_opens_in_peft_without_a_warning(name, rslora, tmp_path, recwarn):
 @EACH
 @pytest.mark.parametrize("rslora", [False, True], ids=["dora", "rslora"])
 def test_peft_opens_in_ours(name, rslora, tmp_path):
-    theirs, _ = pair(MODELS[name](), TARGETS[name], TASKS.get(name), rslora=rslora)
+    theirs, _ = pair(MODELS[name](), TARGETS[name], task_type(name), rslora=rslora)
     theirs.save_pretrained(tmp_path)
     ours, batch = MODELS[name](), batch_of(name)
     load_adapter(ours, tmp_path, trainable=True)

@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import (
+    CAUSAL,
+    EACH,
     MODELS,
-    TASKS,
     TinyTask,
-    TinyText,
     batch_of,
+    by_hand,
     close,
     gradients,
+    greedy,
     interrupted,
     read_config,
     refused,
@@ -22,6 +24,8 @@ from tiny import (
     same,
     state,
     step_of_both,
+    task_of,
+    task_type,
     tiny_bert,
     tiny_llama,
     tiny_qwen2,
@@ -50,7 +54,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Unmerge result can be inaccurate",
 )
 
-EACH = pytest.mark.parametrize("name", MODELS)
 FORWARD, GRADIENT, MERGED = 1e-6, 1e-6, 1e-5
 LLAMA = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
 BERT = r".*self\.(key|value)|.*\d\.output\.dense", r".*\d\.output\.dense"
@@ -96,7 +99,7 @@ def pair(base, targets, feedforward, task=None):
 
 
 def both(name):
-    return pair(MODELS[name](), *PLACES[name], TASKS.get(name))
+    return pair(MODELS[name](), *PLACES[name], task_type(name))
 
 
 def layer_of(bias=True, seed=0):
@@ -219,7 +222,7 @@ def test_step_0_is_the_base_to_the_last_bit(name):
 @EACH
 def test_logits_loss_and_gradients(name):
     base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, *PLACES[name], TASKS.get(name))
+    theirs, ours = pair(base, *PLACES[name], task_type(name))
     output = step_of_both(theirs, ours, batch, FORWARD)
     assert (output.logits - base(**batch).logits).abs().max() > 0.01
     for name, (expected, got) in gradients(theirs, ours, {"ia3_l.default": "l"}).items():
@@ -254,30 +257,22 @@ def test_counts(name):
     assert "k_proj 64→32" in repr(report(ours)) or name in ("opt", "bert")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+@CAUSAL
 @pytest.mark.parametrize("cache", [True, False])
 def test_greedy_generation(name, cache):
     """Cached and uncached, equal to PEFT's, and to a loop by hand token by token."""
     theirs, ours = pair(MODELS[name](), *PLACES[name], "CAUSAL_LM")
     batch = batch_of(name)
-    prompt = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
-    expected = theirs.generate(**prompt, **options)
-    got = ours.generate(**prompt, **options, use_cache=cache)
-    assert torch.equal(got, expected)
-    ids = batch["input_ids"][:1]  # the row without padding
-    for _ in range(8):
-        logits = ours(ids).logits[:, -1]
-        logits[:, ours.generation_config.eos_token_id] = -math.inf  # as min_new_tokens does
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    assert torch.equal(ids, got[:1])
+    got = greedy(ours, batch, use_cache=cache)
+    assert torch.equal(got, greedy(theirs, batch))
+    assert torch.equal(got, by_hand(ours, batch))
 
 
 @EACH
 def test_merged(name):
     base, batch = MODELS[name](), batch_of(name)
     before_all = {n: p.clone() for n, p in base.named_parameters()}
-    theirs, ours = pair(base, *PLACES[name], TASKS.get(name))
+    theirs, ours = pair(base, *PLACES[name], task_type(name))
     before = ours(**batch).logits
     for _ in range(2):
         merge(ours)
@@ -292,7 +287,7 @@ def test_merged(name):
         close(before_all[f"{path}.weight"], wrapper.base.weight, 1e-6, "W after two rounds")
         if wrapper.base.bias is not None:
             close(before_all[f"{path}.bias"], wrapper.base.bias, 1e-6, "b after two rounds")
-    ours = pair(base, *PLACES[name], TASKS.get(name))[1]
+    ours = pair(base, *PLACES[name], task_type(name))[1]
     merge(ours)
     merged, plain = theirs.merge_and_unload(), unload(ours)
     for (_, e), (_, p) in zip(merged.named_parameters(), plain.named_parameters(), strict=True):
@@ -319,7 +314,7 @@ def test_a_16_bit_base(name, dtype):
     fresh = deepcopy(base)
     inject(fresh, IA3(*PLACES[name]))
     assert torch.equal(fresh(**batch).logits, expected), "step 0 is the base"
-    theirs, ours = pair(base, *PLACES[name], TASKS.get(name))
+    theirs, ours = pair(base, *PLACES[name], task_type(name))
     assert {p.dtype for _, p in injection_of(ours).added()} == {torch.float32}
     a, b = theirs(**batch), ours(**batch)
     assert a.logits.dtype == b.logits.dtype == dtype
@@ -470,13 +465,12 @@ def test_a_vector_that_does_not_fit_is_refused(change, tmp_path):
 @EACH
 def test_fit_moves_every_vector_and_nothing_else(name, tmp_path):
     model = MODELS[name]()
-    task = TinyTask() if name == "bert" else TinyText()
     method = IA3(*PLACES[name])
     inject(model, method)
     before = state(model)
-    history = fit(model, task, steps=8, show=False)
+    history = fit(model, task_of(name), steps=8, show=False)
     assert len(history.loss) == 8 and history.lr[0] == method.learning_rate
-    evaluate(model, task)
+    evaluate(model, task_of(name))
     moved = {n for n, t in state(model).items() if not torch.equal(t, before[n])}
     fresh = {f"classifier.{n}" for n in ("weight", "bias")} if name == "bert" else set()
     assert moved == {n for n, _ in injection_of(model).added()} | fresh

@@ -12,15 +12,17 @@ import peft
 import pytest
 import torch
 from tiny import (
+    CAUSAL,
+    EACH,
     MODELS,
     TARGETS,
-    TASKS,
     batch_of,
     close,
     gradients,
     greedy,
     only_the_branch_drops,
     step_of_both,
+    task_type,
     tiny_llama,
 )
 from torch import nn
@@ -37,7 +39,6 @@ from peft_lessons import (
     unmerge,
 )
 
-EACH = pytest.mark.parametrize("name", MODELS)
 NAMES = {".default.weight": "", ".lora_": ".lora.lora_"}  # PEFT's, and ours
 
 
@@ -79,7 +80,7 @@ def compare_step(theirs, ours, batch):
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
 def test_logits_loss_and_gradients(name, rslora):
     base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, TARGETS[name], TASKS.get(name), rslora=rslora)
+    theirs, ours = pair(base, TARGETS[name], task_type(name), rslora=rslora)
     logits = compare_step(theirs, ours, batch)
     assert (logits - base(**batch).logits).abs().max() > 0.05  # the adapter does something
 
@@ -87,7 +88,7 @@ def test_logits_loss_and_gradients(name, rslora):
 @EACH
 def test_dropout_of_the_branch(name):
     base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, TARGETS[name], TASKS.get(name), dropout=0.3)
+    theirs, ours = pair(base, TARGETS[name], task_type(name), dropout=0.3)
     only_the_branch_drops(theirs, ours, p=0.3)
     before = ours(**batch).loss
     assert not torch.equal(ours(**batch).loss, before), "dropout does not drop"
@@ -96,7 +97,7 @@ def test_dropout_of_the_branch(name):
         close(expected, got)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+@CAUSAL
 def test_greedy_generation(name):
     base, batch = MODELS[name](), batch_of(name)
     theirs, ours = pair(base, TARGETS[name], "CAUSAL_LM")
@@ -112,7 +113,7 @@ def test_greedy_generation(name):
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
 def test_merged(name, rslora):
     base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, TARGETS[name], TASKS.get(name), rslora=rslora)
+    theirs, ours = pair(base, TARGETS[name], task_type(name), rslora=rslora)
     before = ours(**batch).logits
     merge(ours)
     close(ours(**batch).logits, before, 1e-5)
@@ -132,7 +133,7 @@ def test_merged(name, rslora):
 @EACH
 def test_a_bfloat16_base_keeps_float32_factors(name):
     base, batch = MODELS[name]().bfloat16(), batch_of(name)
-    theirs, ours = pair(base, TARGETS[name], TASKS.get(name))
+    theirs, ours = pair(base, TARGETS[name], task_type(name))
     dtypes = {p.dtype for n, p in ours.named_parameters() if "lora_" in n}
     assert dtypes == {p.dtype for n, p in theirs.named_parameters() if "lora_" in n}
     assert dtypes == {torch.float32}

@@ -7,20 +7,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import (
+    CAUSAL,
+    EACH,
+    GREEDY,
     MODELS,
-    TASKS,
     TinyTask,
     TinyText,
     batch_of,
+    by_hand,
     close,
     contents,
+    greedy,
     hooks,
     interrupted,
+    positions_in,
     refused,
     rewrite,
     same,
     state,
     step_of_both,
+    task_of,
+    task_type,
     tiny_bert,
     tiny_llama,
 )
@@ -61,13 +68,11 @@ from peft_lessons import (
 from peft_lessons.adapters_io import WEIGHTS
 
 P = 5
-DECODERS = ("llama", "qwen2", "opt")
-GREEDY = dict(max_new_tokens=8, do_sample=False, pad_token_id=1, eos_token_id=None)
-SCORED = dict(output_scores=True, return_dict_in_generate=True)
+SCORED = dict(output_logits=True, return_dict_in_generate=True)
 
 
 def config_of(name, projection=None, tokens=P, **changes):
-    settings = dict(task_type=TASKS.get(name, "CAUSAL_LM"), num_virtual_tokens=tokens)
+    settings = dict(task_type=task_type(name), num_virtual_tokens=tokens)
     settings |= dict(prefix_projection=projection is not None, encoder_hidden_size=projection)
     return peft.PrefixTuningConfig(**(settings | changes))
 
@@ -93,21 +98,6 @@ def trained(theirs):
     return [encoder.embedding.weight, *getattr(encoder, "transform", nn.Identity()).parameters()]
 
 
-def positions_in(mask):
-    """Those that `generate` gives: padding on the left takes none."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def by_hand(model, ids, mask, steps=8):
-    """Greedy decoding by the plain forward, without a cache."""
-    for _ in range(steps):
-        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions_in(mask))
-        logits = model(**inputs, use_cache=False).logits
-        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return ids
-
-
 def full():
     """Rows of equal length: without a padding token, from which `generate` would tell a mask."""
     return torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(5))
@@ -117,7 +107,7 @@ def full():
 
 
 @pytest.mark.parametrize("projection", [None, 24])
-@pytest.mark.parametrize("name", MODELS)
+@EACH
 def test_logits_loss_and_gradients_equal_those_of_peft(name, projection):
     ours, theirs = pair(name, projection)
     batch = batch_of(name)
@@ -135,7 +125,7 @@ def test_logits_loss_and_gradients_equal_those_of_peft(name, projection):
     assert (ours(**batch).logits - MODELS[name]()(**batch).logits).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@CAUSAL
 def test_without_a_mask_and_with_given_positions(name):
     ours, theirs = pair(name)
     ids = batch_of(name)["input_ids"]
@@ -151,25 +141,21 @@ def test_without_a_mask_and_with_given_positions(name):
 
 @pytest.mark.parametrize("projection", [None, 24])
 @pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("name", DECODERS)
+@CAUSAL
 def test_generate_equals_peft_token_by_token_with_and_without_cache(name, padded, projection):
     ours, theirs = pair(name, projection)
     batch = batch_of(name)
     inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
     inputs = inputs if padded else {"input_ids": full()}
-    wanted = theirs.generate(**inputs, **GREEDY, **SCORED)
-    cached = ours.generate(**inputs, **GREEDY, **SCORED)
-    uncached = ours.generate(**inputs, **GREEDY, **SCORED, use_cache=False)
+    wanted, cached = greedy(theirs, inputs, **SCORED), greedy(ours, inputs, **SCORED)
+    uncached = greedy(ours, inputs, **SCORED, use_cache=False)
     assert wanted.sequences.shape == (3, 20)
     for got in (cached, uncached):
         assert torch.equal(got.sequences, wanted.sequences)
-        for a, b in zip(got.scores, wanted.scores, strict=True):
+        for a, b in zip(got.logits, wanted.logits, strict=True):
             close(a, b, 2e-6)
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask", torch.ones_like(ids))
-    assert torch.equal(by_hand(ours, ids, mask), wanted.sequences)
-    plain = MODELS[name]().generate(**inputs, **GREEDY)
-    assert not torch.equal(plain, wanted.sequences)
+    assert torch.equal(by_hand(ours, inputs), wanted.sequences)
+    assert not torch.equal(greedy(MODELS[name](), inputs), wanted.sequences)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -270,7 +256,7 @@ def test_a_prefix_of_zeros_is_no_no_op():
     assert moved > 0.1 * base(ids).logits.abs().max()
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@CAUSAL
 def test_a_prefix_can_start_as_a_text_that_was_read(name):
     base, ids = MODELS[name](), batch_of(name)["input_ids"]
     context, text = ids[:1, :P], ids[:1, P:]
@@ -303,7 +289,7 @@ def test_the_class_by_itself():
             PrefixTuning(**(settings | {name: 0}))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@EACH
 def test_counts(name):
     ours = MODELS[name]()
     head = 2 * 64 + 2 if name == "bert" else 0
@@ -320,7 +306,7 @@ def test_counts(name):
     assert report(ours).trainable - head == plain
 
 
-@pytest.mark.parametrize("name", MODELS)
+@EACH
 def test_dropping_the_mlp_changes_nothing(name):
     ours, _ = pair(name, 24)
     batch = batch_of(name)
@@ -332,14 +318,14 @@ def test_dropping_the_mlp_changes_nothing(name):
     assert embedding.requires_grad
     drop_mlp(ours)
     assert injection_of(ours).attached.embedding is embedding
-    fit(ours, TinyTask() if name == "bert" else TinyText(), 2, show=False)
+    fit(ours, task_of(name), 2, show=False)
 
 
 # ------------------------------------------------------------------ files
 
 
 @pytest.mark.parametrize("projection", [None, 24])
-@pytest.mark.parametrize("name", MODELS)
+@EACH
 def test_our_file_opens_in_peft_and_comes_back(name, projection, tmp_path):
     ours, _ = pair(name, projection)
     save_adapter(ours, tmp_path)
@@ -361,7 +347,7 @@ def test_our_file_opens_in_peft_and_comes_back(name, projection, tmp_path):
 
 
 @pytest.mark.parametrize("projection", [None, 24])
-@pytest.mark.parametrize("name", MODELS)
+@EACH
 def test_a_file_of_peft_opens_in_ours(name, projection, tmp_path):
     _, theirs = pair(name, projection)
     theirs.save_pretrained(tmp_path)
@@ -376,7 +362,7 @@ def test_a_file_of_peft_opens_in_ours(name, projection, tmp_path):
     # PEFT refuses to train such an adapter on; ours does.
     with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
         peft.PeftModel.from_pretrained(MODELS[name](), tmp_path, is_trainable=True)
-    fit(ours, TinyTask() if name == "bert" else TinyText(), 2, show=False)
+    fit(ours, task_of(name), 2, show=False)
 
 
 @pytest.mark.parametrize("change", ["shape", "layers", "tokens", "key"])
@@ -432,7 +418,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone():
     assert same(state(ours), before) and not hooks(ours)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@EACH
 def test_unload_gives_the_base_back_and_it_goes_twice_in_a_row(name):
     model, batch = MODELS[name](), batch_of(name)
     before, logits = state(model), model(**batch).logits
@@ -465,7 +451,7 @@ def test_a_prefix_cannot_be_merged(verb):
         verb(ours)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_widths(name, dtype):
     ours, theirs = MODELS[name]().to(dtype), None
@@ -485,7 +471,7 @@ def test_other_widths(name, dtype):
     assert prefix.embedding.grad.any() and prefix.embedding.grad.dtype == wide
 
 
-@pytest.mark.parametrize("name", MODELS)
+@EACH
 def test_meta_models(name, tmp_path):
     with torch.device("meta"):
         model = MODELS[name]() if name == "llama" else None
@@ -582,7 +568,7 @@ def test_models_without_a_place_are_refused_and_left_alone(make, method, told):
         inject(model, method)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@EACH
 def test_prefix_and_text_together_must_fit_the_positions(name):
     ours = MODELS[name]()
     limit = ours.config.max_position_embeddings
@@ -670,8 +656,8 @@ def test_the_one_key_of_falcon(multi, new):
     settings = dict(**kv, new_decoder_architecture=new, alibi=False)
     ours = FalconForCausalLM(FalconConfig(**SMALL, **settings)).eval()
     inject(ours, Prefix(P))
-    ids = full()
-    assert torch.equal(by_hand(ours, ids, torch.ones_like(ids)), ours.generate(ids, **GREEDY))
+    batch = {"input_ids": full()}
+    assert torch.equal(by_hand(ours, batch), greedy(ours, batch))
 
 
 def test_latent_attention_is_refused():

@@ -13,13 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import (
+    CAUSAL,
+    EACH,
+    GREEDY,
     MODELS,
-    TASKS,
     TinyTask,
     TinyText,
     batch_of,
+    by_hand,
     close,
     contents,
+    greedy,
     hooks,
     interrupted,
     refused,
@@ -27,6 +31,8 @@ from tiny import (
     same,
     state,
     step_of_both,
+    task_of,
+    task_type,
     tiny_bert,
     tiny_llama,
     tiny_opt,
@@ -74,15 +80,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Could not save base model config",
 )
 
-EACH = pytest.mark.parametrize("name", MODELS)
-CAUSAL = pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
 P = 6
-GREEDY = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
 
 
 def theirs_on(base, name, **settings):
     config = peft.PromptTuningConfig(
-        **dict(task_type=TASKS.get(name, "CAUSAL_LM"), num_virtual_tokens=P) | settings
+        **dict(task_type=task_type(name), num_virtual_tokens=P) | settings
     )
     return peft.get_peft_model(deepcopy(base), config).eval()
 
@@ -275,10 +278,10 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_greedy_generation_equals_pefts_token_by_token(name):
     base, text = MODELS[name](), text_of(batch_of(name))
     theirs, ours = pair(base, name)
-    expected = theirs.generate(**text, **GREEDY)
-    assert torch.equal(ours.generate(**text, **GREEDY), expected)
-    assert torch.equal(ours.generate(**text, **GREEDY, use_cache=False), expected)
-    assert not torch.equal(base.generate(**text, **GREEDY), expected)
+    expected = greedy(theirs, text)
+    assert torch.equal(greedy(ours, text), expected)
+    assert torch.equal(greedy(ours, text, use_cache=False), expected)
+    assert not torch.equal(greedy(base, text), expected)
 
 
 @CAUSAL
@@ -288,17 +291,10 @@ def test_greedy_generation_equals_pefts_token_by_token(name):
 def test_generate_equals_greedy_decoding_by_hand(name, seed, cached, padded):
     """Through the plain forward: this tells when a version of transformers breaks generate."""
     ours, text = prompted(MODELS[name](), seed), text_of(batch_of(name))
-    ids, mask = text.values()
     if not padded:
-        ids, mask = ids[:1], torch.ones_like(ids[:1])  # generate drops a mask of ones
-    got = ours.generate(ids, attention_mask=mask, use_cache=cached, **GREEDY)
-    with torch.no_grad():
-        for _ in range(8):
-            new = ours(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1].clone()
-            new[:, ours.generation_config.eos_token_id or 0] = -torch.inf  # min_new_tokens
-            ids = torch.cat([ids, new.argmax(-1, keepdim=True)], 1)
-            mask = F.pad(mask, (0, 1), value=1)
-    assert torch.equal(got, ids)
+        text = {k: t[:1] for k, t in text.items()}  # generate drops a mask of ones
+        assert text["attention_mask"].all()
+    assert torch.equal(greedy(ours, text, use_cache=cached), by_hand(ours, text))
 
 
 @CAUSAL
@@ -338,8 +334,8 @@ def test_beams_and_samples(name):
 def test_a_static_cache_is_refused():
     ours, text = prompted(tiny_llama()), text_of(batch_of("llama"))
     with pytest.raises(ValueError, match="attention_mask of shape .*cache_implementation='static'"):
-        ours.generate(**text, **GREEDY, cache_implementation="static")
-    ours.generate(**text, **GREEDY)
+        greedy(ours, text, cache_implementation="static")
+    greedy(ours, text)
 
 
 def test_a_version_of_transformers_that_renames_the_cache_is_refused():
@@ -420,12 +416,12 @@ def test_each_row_generates_with_its_prompt():
     ours, text = prompted(tiny_llama()), text_of(batch_of("llama"))
     prompts = torch.randn(3, P, 64)
     with prompts_for_rows(ours, prompts):
-        got = ours.generate(**text, **GREEDY)
-        assert torch.equal(ours.generate(**text, **GREEDY, use_cache=False), got)
+        got = greedy(ours, text)
+        assert torch.equal(greedy(ours, text, use_cache=False), got)
     for row in range(3):
         with torch.no_grad():
             prompt_of(ours).prompt_embeddings.copy_(prompts[row])
-        assert torch.equal(ours.generate(**text, **GREEDY)[row], got[row])
+        assert torch.equal(greedy(ours, text)[row], got[row])
 
 
 @pytest.mark.parametrize("shape", [(3, P, 63), (3, P + 1, 64), (P, 64)])
@@ -541,8 +537,7 @@ def test_peft_reads_ours(name, tmp_path):
     theirs = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path).eval()
     close(theirs(**batch).logits, ours(**batch).logits)
     if name != "bert":
-        text = text_of(batch)
-        assert torch.equal(theirs.generate(**text, **GREEDY), ours.generate(**text, **GREEDY))
+        assert torch.equal(greedy(theirs, batch), greedy(ours, batch))
 
 
 @EACH
@@ -558,7 +553,7 @@ def test_we_read_pefts(name, tmp_path):
     close(theirs(**batch).logits, ours(**batch).logits)
     again = deepcopy(base)
     load_adapter(again, tmp_path, trainable=True)  # PEFT refuses to train on
-    fit(again, TinyTask() if name == "bert" else TinyText(), 2, show=False)
+    fit(again, task_of(name), 2, show=False)
     assert not torch.equal(rows_of(theirs), prompt_of(again).prompt_embeddings)
 
 
@@ -844,10 +839,9 @@ def test_learned_positions_and_a_tied_head_of_gpt2():
     with torch.no_grad():
         prompt_of(ours).prompt_embeddings.copy_(rows_of(theirs))
     close(theirs(**batch).logits, ours(**batch).logits)
-    text = text_of(batch)
-    expected = theirs.generate(**text, **GREEDY)
-    assert torch.equal(ours.generate(**text, **GREEDY), expected)
-    assert torch.equal(ours.generate(**text, **GREEDY, use_cache=False), expected)
+    expected = greedy(theirs, batch)
+    assert torch.equal(greedy(ours, batch), expected)
+    assert torch.equal(greedy(ours, batch, use_cache=False), expected)
 
 
 def test_the_two_helpers():

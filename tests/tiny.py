@@ -238,7 +238,17 @@ TARGETS = {
     "opt": ("q_proj", "v_proj", "fc1", "fc2"),
     "bert": ("query", "value", "intermediate.dense", "output.dense"),
 }
-TASKS = {"bert": "SEQ_CLS"}
+EACH = pytest.mark.parametrize("name", MODELS)
+CAUSAL = pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+TASKS = {"bert": "SEQ_CLS"}  # what PEFT calls them
+
+
+def task_type(name: str) -> str:
+    return TASKS.get(name, "CAUSAL_LM")
+
+
+def task_of(name: str) -> TinyTask:
+    return TinyTask() if name == "bert" else TinyText()
 
 
 def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
@@ -262,8 +272,30 @@ def only_the_branch_drops(*models: nn.Module, p: float) -> None:
                 module.p = 0.0
 
 
-def greedy(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+GREEDY = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
+
+
+def greedy(model: nn.Module, batch: dict[str, torch.Tensor], **more) -> torch.Tensor:
     """Each row and the eight likeliest tokens after it."""
-    prompt = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
-    return model.generate(**prompt, **options)
+    prompt = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
+    return model.generate(**prompt, **GREEDY, **more)
+
+
+def positions_in(mask: torch.Tensor) -> torch.Tensor:
+    """Those that `generate` gives: padding on the left takes none."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def by_hand(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What `greedy` must give, by the plain forward and without a cache."""
+    ids, end = batch["input_ids"], model.generation_config.eos_token_id
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    for _ in range(GREEDY["max_new_tokens"]):
+        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions_in(mask))
+        logits = model(**inputs, use_cache=False).logits[:, -1].clone()
+        if end is not None:
+            logits[:, end] = -torch.inf  # as min_new_tokens does
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return ids
