@@ -25,6 +25,7 @@ from tiny import (
     state,
     tiny_bert,
     tiny_llama,
+    trained,
 )
 from torch import nn
 
@@ -113,20 +114,10 @@ def trains(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def shaken(ours):
-    """Values as after training; without them the adapter would be a no-op."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for ada in branches_of(ours).values():
-            for part in PARTS:
-                getattr(ada, part).add_(0.3 * torch.randn_like(getattr(ada, part)))
-    return ours
-
-
-def shaken_pair(base, method=METHOD, **changes):
+def trained_pair(base, method=METHOD, **changes):
     """Both with the same values, as after training."""
     theirs, ours = pair(base, method, **changes)
-    shaken(ours)
+    trained(ours, 0.3)
     with torch.no_grad():
         for path, layer in layers_of(theirs).items():
             for part in PARTS:
@@ -225,7 +216,7 @@ def test_penalty_is_the_mean_of_the_norms_and_joins_the_loss():
     base = tiny_llama()
     ours = deepcopy(base)
     inject(ours, METHOD)
-    shaken(ours)
+    trained(ours, 0.3)
     grams = [
         g
         for a in branches_of(ours).values()
@@ -370,7 +361,7 @@ def test_without_any_difference_of_scores_nothing_is_settled():
 def test_with_gradients_of_zero_nothing_is_settled_and_no_value_changes():
     ours = tiny_llama()
     inject(ours, replace(METHOD, delta=50))
-    shaken(ours)
+    trained(ours, 0.3)
     allocator = RankAllocator(branches_of(ours).values(), injection_of(ours).method)
     for p in trains(ours):
         p.grad = torch.zeros_like(p)
@@ -387,7 +378,7 @@ def test_with_gradients_of_zero_nothing_is_settled_and_no_value_changes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_logits_and_gradients_equal_those_of_peft(dtype):
     base, ids = tiny_llama().to(dtype), ids_of()
-    theirs, ours = shaken_pair(base)
+    theirs, ours = trained_pair(base)
     a, b = theirs(input_ids=ids, labels=ids), ours(input_ids=ids, labels=ids)
     one = 2**-8 * a.logits.abs().max() if dtype == torch.bfloat16 else 1e-6
     assert b.logits.dtype == dtype
@@ -404,7 +395,7 @@ def test_logits_and_gradients_equal_those_of_peft(dtype):
 
 def test_dropout_of_the_branch():
     base, ids = tiny_llama(), ids_of()
-    theirs, ours = shaken_pair(base, replace(METHOD, dropout=0.3), lora_dropout=0.3)
+    theirs, ours = trained_pair(base, replace(METHOD, dropout=0.3), lora_dropout=0.3)
     for model in (theirs, ours):
         model.train()
     assert not torch.equal(ours(input_ids=ids).logits, ours(input_ids=ids).logits)
@@ -440,7 +431,7 @@ def test_report_counts_the_initial_rank():
 
 def test_merging_at_any_time_and_unload():
     base, ids = tiny_llama(), ids_of()
-    theirs, ours = shaken_pair(base)
+    theirs, ours = trained_pair(base)
     before, weights = (
         ours(input_ids=ids).logits,
         {n: t.clone() for n, t in base.state_dict().items()},
@@ -461,7 +452,9 @@ def test_merging_at_any_time_and_unload():
         assert (merged[name] - plain[name]).abs().max() <= 1e-6
     other = deepcopy(base)
     inject(other, METHOD)
-    assert all(torch.equal(t, weights[n]) for n, t in unload(shaken(other)).state_dict().items())
+    assert all(
+        torch.equal(t, weights[n]) for n, t in unload(trained(other, 0.3)).state_dict().items()
+    )
 
 
 def test_a_meta_model():
@@ -478,7 +471,7 @@ def test_a_meta_model():
 
 
 @pytest.fixture(scope="module")
-def trained():
+def settled():
     """(base, ours) after 20 steps, of whose layers one loses all."""
     base = tiny_llama()
     _, ours = pair(base)
@@ -491,8 +484,8 @@ def kept_everywhere(folder):
     return {n.removesuffix(".lora_E"): sum(f) for n, f in config["rank_pattern"].items()}
 
 
-def test_our_file_loads_in_peft(trained, tmp_path):
-    base, ours = trained
+def test_our_file_loads_in_peft(settled, tmp_path):
+    base, ours = settled
     save_adapter(ours, tmp_path)
     assert kept_everywhere(tmp_path) == ranks(ours)
     tensors = load_file(tmp_path / WEIGHTS)
@@ -515,8 +508,8 @@ def test_our_file_loads_in_peft(trained, tmp_path):
     assert contents(tmp_path / "again") == contents(tmp_path)
 
 
-def test_a_layer_without_any_triplet_travels_too(trained, tmp_path):
-    base, ours = trained[0], deepcopy(trained[1])
+def test_a_layer_without_any_triplet_travels_too(settled, tmp_path):
+    base, ours = settled[0], deepcopy(settled[1])
     path = "model.layers.0.self_attn.v_proj"
     with torch.no_grad():
         branches_of(ours)[path].mask.zero_()
@@ -561,7 +554,7 @@ def smallest_file(folder):
     """What PEFT needs to load an AdaLoRA; target_r is 8 then: this schedule cannot run."""
     source = tiny_llama()
     inject(source, AdaLoRA(4, 2, 6, ("q_proj",), 0, 0, 1, 2))
-    save_adapter(shaken(source), folder)
+    save_adapter(trained(source, 0.3), folder)
     config = {"peft_type": "ADALORA", "init_r": 4, "total_step": 1, "target_modules": ["q_proj"]}
     rewrite(folder)  # without our header, which vouches for the config
     (folder / CONFIG).write_text(json.dumps(config))
@@ -608,7 +601,7 @@ def test_a_regulariser_that_is_off_stays_off(tmp_path):
 def test_an_adapter_saved_before_its_ranks_are_settled_runs_its_schedule(tmp_path):
     source, again = tiny_llama(), tiny_llama()
     inject(source, METHOD)
-    save_adapter(shaken(source), tmp_path)
+    save_adapter(trained(source, 0.3), tmp_path)
     assert read_config(tmp_path)["rank_pattern"] is None
     load_adapter(again, tmp_path, trainable=True)
     assert injection_of(again).method == METHOD
@@ -618,9 +611,9 @@ def test_an_adapter_saved_before_its_ranks_are_settled_runs_its_schedule(tmp_pat
     assert sum(ranks(again).values()) == 6 * 3
 
 
-def test_settled_ranks_are_of_the_layers_they_were_settled_for(trained, tmp_path):
-    save_adapter(trained[1], tmp_path)
-    loaded = deepcopy(trained[0])
+def test_settled_ranks_are_of_the_layers_they_were_settled_for(settled, tmp_path):
+    save_adapter(settled[1], tmp_path)
+    loaded = deepcopy(settled[0])
     load_adapter(loaded, tmp_path)
     method = injection_of(loaded).method
     assert method.kept
@@ -630,8 +623,8 @@ def test_settled_ranks_are_of_the_layers_they_were_settled_for(trained, tmp_path
             inject(base, described)
 
 
-def test_pruned_rows_that_have_grown_back_are_not_saved(trained, tmp_path):
-    ours = deepcopy(trained[1])
+def test_pruned_rows_that_have_grown_back_are_not_saved(settled, tmp_path):
+    ours = deepcopy(settled[1])
     save_adapter(ours, tmp_path)
     files = contents(tmp_path)
     pruned = next(ada for ada in branches_of(ours).values() if not ada.mask.all())
@@ -700,8 +693,8 @@ def test_saved_in_the_middle_of_a_schedule_it_is_whole(tmp_path):
         ({"use_dora": True}, "use_dora"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(trained, tmp_path, change, message):
-    base, ours = deepcopy(trained[0]), trained[1]
+def test_a_file_that_does_not_fit_is_refused(settled, tmp_path, change, message):
+    base, ours = deepcopy(settled[0]), settled[1]
     save_adapter(ours, tmp_path)
     with refused(base, message):
         load_adapter(base, rewrite(tmp_path, **change))
@@ -767,10 +760,10 @@ def test_a_branch_that_was_turned_into_16_bits_is_refused(dtype):
     assert sum(ranks(ours).values()) == 18
 
 
-def test_a_settled_branch_may_be_in_16_bits(trained):
-    ours = deepcopy(trained[1]).bfloat16()
+def test_a_settled_branch_may_be_in_16_bits(settled):
+    ours = deepcopy(settled[1]).bfloat16()
     fit(ours, TinyText(), 3, show=False)
-    assert ranks(ours) == ranks(trained[1])
+    assert ranks(ours) == ranks(settled[1])
 
 
 def test_a_branch_may_be_turned_into_64_bits():
@@ -804,9 +797,9 @@ def test_a_rank_above_the_layers_width_is_refused():
         inject(ours, AdaLoRA(**(GOOD | {"initial_rank": 40})))
 
 
-def test_report_after_load_shows_the_schedule_and_not_the_pattern(trained, tmp_path):
-    save_adapter(trained[1], tmp_path)
-    model = deepcopy(trained[0])
+def test_report_after_load_shows_the_schedule_and_not_the_pattern(settled, tmp_path):
+    save_adapter(settled[1], tmp_path)
+    model = deepcopy(settled[0])
     load_adapter(model, tmp_path)
     first = repr(report(model)).splitlines()[0]
     assert first.startswith("AdaLoRA(initial_rank=6, target_rank=3") and "kept" not in first

@@ -31,6 +31,7 @@ from tiny import (
     task_of,
     tiny_bert,
     tiny_llama,
+    trained,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -74,15 +75,6 @@ KINDS = ("houlsby", "pfeiffer", "parallel")
 KIND = pytest.mark.parametrize("kind", KINDS)
 REFERENCE = bundled_path("reference/adapterhub.safetensors")
 FORWARD, GRADIENT = 2e-6, 2e-6
-
-
-def trained(model, size=0.2):
-    """The model with random values in all that the method added."""
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for _, p in injection_of(model).added():
-            p.copy_(size * torch.randn(p.shape))
-    return model.eval()
 
 
 def adapted(name, kind, width=6, **fields):

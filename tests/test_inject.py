@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import refused, same, state, tiny_bert, tiny_llama
+from tiny import refused, same, state, tiny_bert, tiny_llama, trained
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
@@ -32,17 +32,10 @@ QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
 IDS = torch.arange(1, 25).view(2, 12)
 
 
-def shaken(model):
-    """The model with random values in every B, so that the adapter does something."""
-    for wrapper in injection_of(model).wrappers.values():
-        nn.init.normal_(wrapper.lora.lora_B, std=0.2)
-    return model
-
-
-def injected(method=QV, model=None):
-    model = model or tiny_llama()
+def injected(method=QV, seed=7):
+    model = tiny_llama()
     inject(model, method)
-    return shaken(model)
+    return trained(model, seed=seed)
 
 
 def test_injection_changes_no_output_bit():
@@ -69,8 +62,7 @@ def test_only_the_factors_and_a_fresh_head_train():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_merge_and_unmerge_change_no_output(seed):
-    torch.manual_seed(seed)
-    model = injected()
+    model = injected(seed=seed)
     before, base = model(IDS).logits, tiny_llama()(IDS).logits
     assert (before - base).abs().max() > 0.01
     merge(model)
@@ -86,7 +78,7 @@ def test_unload_gives_the_base_back_bit_by_bit():
     model.bert.pooler.train()
     untouched = state(model)
     inject(model, LoRA(rank=4, alpha=6, targets=("query",)), also_train=("pooler",))
-    shaken(model)
+    trained(model)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -264,9 +256,9 @@ def test_nan_in_the_last_layer_leaves_the_first_one_unmerged(poison):
 def test_other_dtypes_compute_train_and_merge(dtype):
     model = tiny_llama().to(dtype)
     inject(model, QV)
-    shaken(model)
-    trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    assert trained == {torch.float64 if dtype == torch.float64 else torch.float32}
+    trained(model)
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float64 if dtype == torch.float64 else torch.float32}
     logits = model(IDS).logits
     assert logits.dtype == dtype
     logits.float().square().mean().backward()
@@ -355,7 +347,7 @@ def test_layers_called_like_the_parts_of_a_wrapper():
     untouched, expected = state(model), model(x)
     told = inject(model, LoRA(2, 3, ("base", "lora")))
     assert told.trainable == 40 and told.base == 58
-    shaken(model)
+    trained(model)
     before = model(x)
     merge(model)
     assert torch.allclose(model(x), before, atol=1e-6)
@@ -396,7 +388,7 @@ def test_a_fused_encoder_layer_is_refused_unless_it_is_switched_off():
             before = layer(x)
             inject(model, method)
             assert torch.allclose(layer(x), before, atol=1e-6)
-            shaken(model)
+            trained(model)
             assert not torch.allclose(layer(x), before)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
@@ -433,7 +425,7 @@ def test_injected_where_no_gradients_are_it_still_trains(mode):
     model = tiny_llama()
     with mode():
         inject(model, QV)
-        shaken(model)
+        trained(model)
         merge(model)
         unmerge(model)
         assert not torch.is_grad_enabled()
@@ -446,7 +438,7 @@ def test_many_rounds_leave_no_trace():
     untouched = state(model)
     for i in range(12):
         inject(model, LoRA(rank=2, alpha=3, targets="all-linear" if i % 2 else ("query",)))
-        shaken(model)
+        trained(model)
         model(IDS)
         unload(model)
     assert same(state(model), untouched)
@@ -480,7 +472,7 @@ def test_copies_through_files(tmp_path):
 def test_a_change_of_dtype_after_injection(dtype):
     model = tiny_bert()
     inject(model, LoRA(2, 3, ("query",)))
-    shaken(model).to(dtype)
+    trained(model).to(dtype)
     assert model(IDS).logits.dtype == dtype
     merge(model)
     unmerge(model)

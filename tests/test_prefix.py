@@ -93,7 +93,7 @@ def pair(name, projection=None, tokens=P):
     return ours, theirs
 
 
-def trained(theirs):
+def encoder_of(theirs):
     encoder = theirs.prompt_encoder["default"]
     return [encoder.embedding.weight, *getattr(encoder, "transform", nn.Identity()).parameters()]
 
@@ -113,7 +113,7 @@ def test_logits_loss_and_gradients_equal_those_of_peft(name, projection):
     batch = batch_of(name)
     step_of_both(theirs, ours, batch)
     prefix = injection_of(ours).attached
-    for p, q in zip(prefix.parameters(), trained(theirs), strict=True):
+    for p, q in zip(prefix.parameters(), encoder_of(theirs), strict=True):
         assert q.grad.any()
         close(p.grad, q.grad)
     if name == "bert":

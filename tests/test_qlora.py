@@ -8,7 +8,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import SIZES, TinyText, close, greedy, interrupted, refused, step_of_both, tiny_llama, tiny_opt
+from tiny import (
+    SIZES,
+    TinyText,
+    close,
+    greedy,
+    interrupted,
+    refused,
+    step_of_both,
+    tiny_llama,
+    tiny_opt,
+    trained,
+)
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
@@ -294,18 +305,11 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path):
         assert torch.equal(a, b)
 
 
-def shaken(model: nn.Module) -> nn.Module:
-    torch.manual_seed(5)
-    for _, p in injection_of(model).added():
-        nn.init.normal_(p, std=0.2)
-    return model
-
-
 @pytest.mark.parametrize("build", [llama, opt])
 def test_merging_is_refused_until_the_base_is_dequantised(build):
     model = build()
     inject(model, QLoRA(rank=4, alpha=8))
-    shaken(model)
+    trained(model)
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -334,7 +338,7 @@ def test_unload_gives_the_quantised_base():
     model = llama()
     weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     inject(model, QLoRA(rank=4, alpha=8))
-    layer = unload(shaken(model)).model.layers[0].mlp.up_proj
+    layer = unload(trained(model)).model.layers[0].mlp.up_proj
     assert type(layer) is NF4Linear
     assert torch.equal(layer.weight, dequantize_nf4(*_through_double(weight), weight.shape))
 
@@ -349,7 +353,7 @@ def test_a_16_bit_base_keeps_float32_factors_and_its_dtype():
     inject(model, QLoRA(rank=4, alpha=8))
     assert {p.dtype for _, p in injection_of(model).added()} == {torch.float32}
     ids = torch.arange(12)[None]
-    output = shaken(model)(input_ids=ids, labels=ids)
+    output = trained(model)(input_ids=ids, labels=ids)
     output.loss.backward()
     assert output.logits.dtype == torch.bfloat16
     expected = output.logits.detach()
@@ -362,7 +366,7 @@ def test_a_16_bit_base_keeps_float32_factors_and_its_dtype():
 def test_a_model_cast_after_injection_runs_dequantised_too(cast):
     model = llama()
     inject(model, QLoRA(rank=4, alpha=8))
-    getattr(shaken(model), cast)()
+    getattr(trained(model), cast)()
     ids = torch.arange(12)[None]
     with torch.no_grad():
         expected = model(input_ids=ids).logits

@@ -77,10 +77,17 @@ def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
         max_position_embeddings=64,
         num_labels=2,
     )
-    model = BertForSequenceClassification(config).eval()
-    for p in model.parameters():
-        p.data += 0.05 * torch.randn_like(p)
+    model = shaken(BertForSequenceClassification(config))
     model.fresh_modules = ("classifier",)
+    return model
+
+
+def trained(model: nn.Module, size: float = 0.2, seed: int = 7) -> nn.Module:
+    """The model with random values in all that its method added, as after training."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for _, p in injection_of(model).added():
+            p.copy_(size * torch.randn(p.shape))
     return model
 
 
