@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import (
+    EACH,
+    MODELS,
+    TARGETS,
     TinyTask,
     contents,
     read_config,
@@ -18,9 +21,9 @@ from tiny import (
     rewrite,
     same,
     state,
+    task_type,
     tiny_bert,
     tiny_llama,
-    tiny_opt,
     tiny_qwen2,
 )
 from torch import nn
@@ -40,14 +43,6 @@ from peft_lessons import (
 from peft_lessons.adapters_io import CONFIG, WEIGHTS
 from peft_lessons.inject import Method
 
-MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
-TARGETS = {
-    "llama": ("q_proj", "v_proj", "down_proj"),
-    "qwen2": ("q_proj", "k_proj", "up_proj"),
-    "opt": ("q_proj", "v_proj", "fc1"),
-    "bert": ("query", "value", "output.dense"),
-}
-TASKS = {"bert": "SEQ_CLS"}
 # A module that trains in full, beside the fresh head of bert.
 WHOLE = {
     "llama": "model.norm",
@@ -55,7 +50,6 @@ WHOLE = {
     "opt": "final_layer_norm",
     "bert": "pooler",
 }
-EACH = pytest.mark.parametrize("name", MODELS)
 IDS = torch.arange(3, 27).view(2, 12)
 QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
 FILES = {CONFIG, WEIGHTS}
@@ -119,7 +113,7 @@ def test_ours_opens_in_peft_without_a_warning(name, settings, tmp_path, recwarn)
 def test_peft_opens_in_ours(name, settings, tmp_path):
     if "also" in settings:
         settings = {"modules_to_save": [WHOLE[name]]}
-    theirs = theirs_on(MODELS[name](), TARGETS[name], TASKS.get(name), **settings)
+    theirs = theirs_on(MODELS[name](), TARGETS[name], task_type(name), **settings)
     theirs.save_pretrained(tmp_path)
     ours = MODELS[name]()
     untouched = state(ours)
