@@ -78,7 +78,7 @@ def config_of(name, projection=None, tokens=P, **changes):
 
 
 def pair(name, projection=None, tokens=P):
-    """Ours and PEFT's on the same base with the same values."""
+    """(PEFT's model, ours) on copies of one base, with the same values."""
     base = MODELS[name]()
     torch.manual_seed(7)
     ours = deepcopy(base)
@@ -90,7 +90,7 @@ def pair(name, projection=None, tokens=P):
         if projection:
             for a, b in zip(encoder.transform.parameters(), prefix.mlp.parameters(), strict=True):
                 a.copy_(b)
-    return ours, theirs
+    return theirs, ours
 
 
 def encoder_of(theirs):
@@ -109,7 +109,7 @@ def full():
 @pytest.mark.parametrize("projection", [None, 24])
 @EACH
 def test_logits_loss_and_gradients_equal_those_of_peft(name, projection):
-    ours, theirs = pair(name, projection)
+    theirs, ours = pair(name, projection)
     batch = batch_of(name)
     step_of_both(theirs, ours, batch)
     prefix = injection_of(ours).attached
@@ -127,7 +127,7 @@ def test_logits_loss_and_gradients_equal_those_of_peft(name, projection):
 
 @CAUSAL
 def test_without_a_mask_and_with_given_positions(name):
-    ours, theirs = pair(name)
+    theirs, ours = pair(name)
     ids = batch_of(name)["input_ids"]
     close(ours(ids).logits, theirs(ids).logits)
     close(ours(ids).logits, ours(ids, torch.ones_like(ids)).logits)  # a mask that is positional
@@ -143,7 +143,7 @@ def test_without_a_mask_and_with_given_positions(name):
 @pytest.mark.parametrize("padded", [True, False])
 @CAUSAL
 def test_generate_equals_peft_token_by_token_with_and_without_cache(name, padded, projection):
-    ours, theirs = pair(name, projection)
+    theirs, ours = pair(name, projection)
     batch = batch_of(name)
     inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
     inputs = inputs if padded else {"input_ids": full()}
@@ -162,7 +162,7 @@ def test_generate_equals_peft_token_by_token_with_and_without_cache(name, padded
 def test_left_padding_moves_the_text_away_from_an_unrotated_prefix(name):
     """Where no positions are given, a plain forward counts the padding, in PEFT as in ours:
     rotary attention is relative among rotated keys, and a prefix is not rotated."""
-    ours, theirs = pair(name)
+    theirs, ours = pair(name)
     batch = {n: t for n, t in batch_of(name).items() if n != "labels"}
     positions = positions_in(batch["attention_mask"])
     plain, told = ours(**batch).logits, ours(**batch, position_ids=positions).logits
@@ -177,7 +177,7 @@ def test_left_padding_moves_the_text_away_from_an_unrotated_prefix(name):
 
 
 def test_beams_and_a_text_that_goes_on_from_its_cache():
-    ours, theirs = pair("llama")
+    theirs, ours = pair("llama")
     ids = batch_of("llama")["input_ids"]
     beams = dict(**GREEDY, num_beams=3)
     assert torch.equal(ours.generate(ids, **beams), theirs.generate(input_ids=ids, **beams))
@@ -188,7 +188,7 @@ def test_beams_and_a_text_that_goes_on_from_its_cache():
 
 
 def test_no_cache_is_handed_on_where_none_is_wanted():
-    ours, _ = pair("llama")
+    _, ours = pair("llama")
     ids = batch_of("llama")["input_ids"]
     assert ours(ids, use_cache=False).past_key_values is None
     assert "past_key_values" not in ours(ids, use_cache=False)
@@ -300,7 +300,7 @@ def test_counts(name):
     t = n_kv * 16
     inject(ours, Prefix(P, 24))
     assert report(ours).trainable - head == P * t + t * 24 + 24 + 24 * 4 * t + 4 * t
-    theirs = pair(name, 24)[1]
+    theirs = pair(name, 24)[0]
     assert report(ours).trainable == theirs.get_nb_trainable_parameters()[0]
     drop_mlp(ours)
     assert report(ours).trainable - head == plain
@@ -308,7 +308,7 @@ def test_counts(name):
 
 @EACH
 def test_dropping_the_mlp_changes_nothing(name):
-    ours, _ = pair(name, 24)
+    _, ours = pair(name, 24)
     batch = batch_of(name)
     before = ours(**batch).logits
     drop_mlp(ours)
@@ -327,7 +327,7 @@ def test_dropping_the_mlp_changes_nothing(name):
 @pytest.mark.parametrize("projection", [None, 24])
 @EACH
 def test_our_file_opens_in_peft_and_comes_back(name, projection, tmp_path):
-    ours, _ = pair(name, projection)
+    _, ours = pair(name, projection)
     save_adapter(ours, tmp_path)
     file = load_file(tmp_path / WEIGHTS)
     n_kv = 2 if name in ("llama", "qwen2") else 4
@@ -349,7 +349,7 @@ def test_our_file_opens_in_peft_and_comes_back(name, projection, tmp_path):
 @pytest.mark.parametrize("projection", [None, 24])
 @EACH
 def test_a_file_of_peft_opens_in_ours(name, projection, tmp_path):
-    _, theirs = pair(name, projection)
+    theirs, _ = pair(name, projection)
     theirs.save_pretrained(tmp_path)
     ours = MODELS[name]()
     load_adapter(ours, tmp_path, trainable=True)
@@ -367,7 +367,7 @@ def test_a_file_of_peft_opens_in_ours(name, projection, tmp_path):
 
 @pytest.mark.parametrize("change", ["shape", "layers", "tokens", "key"])
 def test_files_that_do_not_fit(change, tmp_path):
-    ours, _ = pair("llama")
+    _, ours = pair("llama")
     save_adapter(ours, tmp_path)
     target, told = tiny_llama(), "has shape"
     if change == "shape":
@@ -433,7 +433,7 @@ def test_unload_gives_the_base_back_and_it_goes_twice_in_a_row(name):
 
 
 def test_a_copy_reads_its_own_prefix():
-    ours, _ = pair("llama")
+    _, ours = pair("llama")
     ids = batch_of("llama")["input_ids"]
     copy, before = deepcopy(ours), ours(ids).logits
     injection_of(copy).attached.embedding.data.mul_(-2)
@@ -446,7 +446,7 @@ def test_a_copy_reads_its_own_prefix():
 
 @pytest.mark.parametrize("verb", [merge, unmerge])
 def test_a_prefix_cannot_be_merged(verb):
-    ours, _ = pair("llama")
+    _, ours = pair("llama")
     with refused(ours, "what Prefix adds lies outside the layers", TypeError):
         verb(ours)
 
@@ -630,7 +630,7 @@ def test_drop_mlp_and_start_prefix_refuse():
 @pytest.mark.parametrize("holes", [False, True])
 def test_a_generation_that_goes_on_from_its_cache(new, holes):
     """Given the whole text again, `generate` takes the prefix in the cache for text."""
-    ours, _ = pair("llama")
+    _, ours = pair("llama")
     ids = torch.randint(3, 128, (1, 9 + new), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, 0] = 0 if holes else 1

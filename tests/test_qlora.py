@@ -192,7 +192,7 @@ def test_autocast_and_16_bit_inputs_run():
 
 @pytest.fixture(scope="module")
 def pair():
-    """(ours, PEFT's on bitsandbytes), the same random factors in both, and a batch."""
+    """(PEFT's on bitsandbytes, ours), the same random factors in both, and a batch."""
     ours, names = load_model("tinylm"), ("q_proj", "v_proj", "down_proj")
     inject(ours, QLoRA(rank=4, alpha=6, targets=names))
     theirs = get_peft_model(
@@ -211,11 +211,11 @@ def pair():
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     labels = ids.where(mask.bool(), -100)
-    return ours, theirs, {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return theirs, ours, {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def test_logits_loss_and_gradients_equal_those_of_peft(pair):
-    ours, theirs, batch = pair
+    theirs, ours, batch = pair
     for train in (True, False):
         for model in (ours, theirs):
             model.train(train).zero_grad()
@@ -230,14 +230,14 @@ def test_logits_loss_and_gradients_equal_those_of_peft(pair):
 
 
 def test_greedy_generation_equals_that_of_peft(pair):
-    ours, theirs, batch = pair
+    theirs, ours, batch = pair
     prompt = {k: batch[k].flip(1) for k in ("input_ids", "attention_mask")}
     assert torch.equal(greedy(ours.eval(), prompt), greedy(theirs.eval(), prompt))
 
 
 @pytest.mark.filterwarnings("error:Unexpected keyword arguments")
 def test_files_travel_both_ways(pair, tmp_path):
-    ours, theirs, batch = pair
+    theirs, ours, batch = pair
     expected = ours.eval()(**batch).logits
     save_adapter(ours, tmp_path / "ours")
     opened = PeftModel.from_pretrained(load_model("tinylm", four_bit=True), tmp_path / "ours")
