@@ -16,6 +16,7 @@ from tiny import (
     TARGETS,
     TinyTask,
     contents,
+    lora_config,
     read_config,
     refused,
     rewrite,
@@ -76,9 +77,7 @@ def adapted(model, method=QV, also_train=()):
 
 
 def theirs_on(base, targets, task=None, **settings):
-    config = peft.LoraConfig(
-        **dict(r=4, lora_alpha=6, target_modules=list(targets), task_type=task) | settings
-    )
+    config = lora_config(LoRA(4, 6, targets), task, **settings)
     return moved(peft.get_peft_model(base, config))
 
 
@@ -201,7 +200,7 @@ def test_all_linear_is_saved_as_names(tmp_path):
     assert len(read_config(tmp_path)["target_modules"]) == 14
     theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
     assert torch.equal(logits(theirs), logits(ours))
-    theirs_on(tiny_llama(), (), None, target_modules="all-linear").save_pretrained(tmp_path / "x")
+    theirs_on(tiny_llama(), "all-linear").save_pretrained(tmp_path / "x")
     load_adapter(tiny_llama(), tmp_path / "x")
 
 

@@ -21,6 +21,8 @@ from tiny import (
     gradients,
     greedy,
     interrupted,
+    lora_config,
+    lora_pair,
     only_the_branch_drops,
     read_config,
     refused,
@@ -61,33 +63,8 @@ NAMES = {  # PEFT's, and ours
 }
 
 
-def theirs_on(base, targets, task=None, **settings):
-    config = peft.LoraConfig(
-        **dict(r=4, lora_alpha=6, target_modules=list(targets), task_type=task, use_dora=True)
-        | settings
-    )
-    return peft.get_peft_model(base, config)
-
-
-def pair(base, targets, task=None, dropout=0.0, rslora=False):
-    """(PEFT's model, ours) on copies of one base, with the same random A, B and m."""
-    theirs = theirs_on(deepcopy(base), targets, task, lora_dropout=dropout, use_rslora=rslora)
-    ours = deepcopy(base)
-    inject(ours, DoRA(4, 6.0, targets, dropout, rslora))
-    wrappers = injection_of(ours).wrappers
-    layers = {n: m for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
-    assert list(layers) == list(wrappers)
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for path, layer in layers.items():
-            dora, norms = wrappers[path].dora, layer.lora_magnitude_vector["default"].weight
-            for factor in ("lora_A", "lora_B"):
-                value = 0.2 * torch.randn_like(getattr(dora, factor))
-                getattr(dora, factor).copy_(value)
-                getattr(layer, factor)["default"].weight.copy_(value)
-            norms.mul_(1 + 0.1 * torch.randn_like(norms))
-            dora.magnitude.copy_(norms)
-    return theirs.eval(), ours.eval()
+def pair(base, targets, task=None, **settings):
+    return lora_pair(base, DoRA(4, 6.0, targets, **settings), task)
 
 
 def compare_step(theirs, ours, batch):
@@ -263,8 +240,9 @@ def test_dropout_reaches_the_base_part_too(name):
 
 @EACH
 def test_the_start_is_pefts(name):
-    ours, theirs = MODELS[name](), theirs_on(MODELS[name](), TARGETS[name], task_type(name))
-    inject(ours, DoRA(4, 6, TARGETS[name]))
+    ours, method = MODELS[name](), DoRA(4, 6, TARGETS[name])
+    theirs = peft.get_peft_model(MODELS[name](), lora_config(method, task_type(name)))
+    inject(ours, method)
     layers = {n: m for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
     for path, wrapper in injection_of(ours).wrappers.items():
         m = layers[path].lora_magnitude_vector["default"].weight

@@ -6,7 +6,6 @@ asserted is 1e-6 and for merged models 1e-5, so that another machine's kernels m
 """
 
 import math
-from copy import deepcopy
 
 import peft
 import pytest
@@ -20,6 +19,7 @@ from tiny import (
     close,
     gradients,
     greedy,
+    lora_pair,
     only_the_branch_drops,
     step_of_both,
     task_type,
@@ -42,29 +42,8 @@ from peft_lessons import (
 NAMES = {".default.weight": "", ".lora_": ".lora.lora_"}  # PEFT's, and ours
 
 
-def pair(base: nn.Module, targets, task_type=None, rank=4, alpha=6.0, rslora=False, dropout=0.0):
-    """(PEFT's model, ours) on copies of one base, with the same random factors."""
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(targets),
-        lora_dropout=dropout,
-        use_rslora=rslora,
-        task_type=task_type,
-    )
-    theirs, ours = peft.get_peft_model(deepcopy(base), config), deepcopy(base)
-    inject(ours, LoRA(rank, alpha, targets, dropout, rslora))
-    torch.manual_seed(7)
-    wrappers = injection_of(ours).wrappers
-    layers = {n: m for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
-    assert list(layers) == list(wrappers)
-    with torch.no_grad():
-        for path, layer in layers.items():
-            for factor in ("lora_A", "lora_B"):
-                value = 0.2 * torch.randn_like(getattr(wrappers[path].lora, factor))
-                getattr(wrappers[path].lora, factor).copy_(value)
-                getattr(layer, factor)["default"].weight.copy_(value)
-    return theirs.eval(), ours.eval()
+def pair(base, targets, task=None, rank=4, alpha=6.0, **settings):
+    return lora_pair(base, LoRA(rank, alpha, targets, **settings), task)
 
 
 def compare_step(theirs, ours, batch):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from peft_lessons import injection_of
+from peft_lessons import DoRA, LoRA, inject, injection_of
 from peft_lessons.adapters_io import CONFIG, WEIGHTS
 
 SIZES = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -207,6 +208,40 @@ def close(a, b, tolerance: float = 1e-6, what: str = "", relative: bool = False)
     assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all(), what
     gap = (a - b).abs().max().item() / (a.abs().max().item() if relative else 1)
     assert gap <= tolerance, f"{what} differs by {gap:.1e}"
+
+
+def lora_config(method: LoRA, task: str | None = None, **more):
+    """PEFT's config of a LoRA or a DoRA of ours."""
+    from peft import LoraConfig  # takes seconds, which other tests need not wait for
+
+    targets = method.targets if isinstance(method.targets, str) else list(method.targets)
+    settings = dict(r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout)
+    settings |= dict(use_rslora=method.rslora, use_dora=isinstance(method, DoRA))
+    return LoraConfig(**(settings | more), target_modules=targets, task_type=task)
+
+
+def lora_pair(base: nn.Module, method: LoRA, task: str | None = None):
+    """(PEFT's model, ours) on copies of one base, with the same values as after training."""
+    from peft import get_peft_model
+
+    theirs, ours = get_peft_model(deepcopy(base), lora_config(method, task)), deepcopy(base)
+    inject(ours, method)
+    wrappers = injection_of(ours).wrappers
+    layers = {n: m for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert list(layers) == list(wrappers)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            branch = wrappers[path].dora if isinstance(method, DoRA) else wrappers[path].lora
+            for factor in ("lora_A", "lora_B"):
+                value = 0.2 * torch.randn_like(getattr(branch, factor))
+                getattr(branch, factor).copy_(value)
+                getattr(layer, factor)["default"].weight.copy_(value)
+            if isinstance(method, DoRA):
+                m = layer.lora_magnitude_vector["default"].weight
+                m.mul_(1 + 0.1 * torch.randn_like(m))
+                branch.magnitude.copy_(m)
+    return theirs.eval(), ours.eval()
 
 
 def step_of_both(theirs, ours, batch: dict[str, torch.Tensor], tolerance: float = 1e-6):
