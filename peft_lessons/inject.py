@@ -1,8 +1,8 @@
 """Freeze a base model, put a method's modules in the place of its layers, and take them out again.
 
 Every method of the course goes through the verbs of this file. What a method must say of itself is
-in `Method`; what a module must offer that takes the place of a layer is in `Adapted`. Everything a
-user can get wrong is refused here, before anything is changed.
+in `Method`; what a module must offer that takes the place of a layer is in `Adapted`. Whatever does
+not fit is refused before anything is changed: settings by rules.py, all that needs the model here.
 """
 
 from __future__ import annotations
@@ -21,20 +21,6 @@ from torch import nn
 from .rules import SETTINGS, validate
 
 # ------------------------------------------------------------------ what a method says of itself
-
-
-def _names(value: Any, argument: str) -> tuple[str, ...] | str:
-    """`targets` or `also_train` as a tuple of names; a string stays one: a pattern."""
-    if isinstance(value, str):
-        if not value:
-            raise ValueError(f"{argument}='' is empty: name at least one module")
-        return value
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{argument}={value!r} must be a tuple of module names")
-    names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
-    if not all(isinstance(name, str) and name for name in names):
-        raise TypeError(f"{argument}={names!r} must hold non-empty strings only")
-    return names
 
 
 class Method:
@@ -188,7 +174,7 @@ class Adapted(nn.Module):
         """Take it out again (to rounding), and switch the branch on. Errors as above."""
         self._move(merged=False)
 
-    def _moved(self, merged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _new_tensors(self, merged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         _refuse_twice(self.merged, merged)
         with torch.no_grad():
             new = self.merged_tensors() if merged else self.unmerged_tensors()
@@ -206,7 +192,7 @@ class Adapted(nn.Module):
         return new
 
     def _move(self, merged: bool) -> None:
-        weight, bias = self._moved(merged)
+        weight, bias = self._new_tensors(merged)
         with torch.no_grad():
             self.base.weight.copy_(weight)
             if bias is not None:
@@ -236,6 +222,20 @@ def methods() -> list[type[Method]]:
 
 
 # ------------------------------------------------------------------ finding modules by name
+
+
+def _names(value: Any, argument: str) -> tuple[str, ...] | str:
+    """`targets` or `also_train` as a tuple of names; a string stays one: a pattern."""
+    if isinstance(value, str):
+        if not value:
+            raise ValueError(f"{argument}='' is empty: name at least one module")
+        return value
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{argument}={value!r} must be a tuple of module names")
+    names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    if not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"{argument}={names!r} must hold non-empty strings only")
+    return names
 
 
 def matches(path: str, names: tuple[str, ...] | str) -> bool:
@@ -379,13 +379,11 @@ def _leaves(paths: Iterable[str]) -> str:
 
 
 def _nothing_found(name: str, is_pattern: bool, usable: list[str], kinds: str) -> str:
-    known = list(dict.fromkeys(p.rsplit(".", 1)[-1] for p in usable))
-    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], known, n=1)
     text = f"targets: {name!r} matches no module of the model"
     if is_pattern:
         text += f" (a string is a pattern for whole paths; a name goes in a tuple: ({name!r},))"
-    elif near:
-        text += f"; did you mean {near[0]!r}?"
+    else:
+        text += near_name(name.rpartition(".")[2], usable)
     end = " " if text.endswith("?") else ". "
     return f"{text}{end}Its {kinds} layers are called {_leaves(usable)}"
 
@@ -422,6 +420,9 @@ def _find_whole(model: nn.Module, also_train: Any, wrapped: Iterable[str]) -> di
 # ------------------------------------------------------------------ what was done, and to undo it
 
 
+ATTACHED = "peft_attached"  # the name under which a model holds an attached module
+
+
 @dataclass
 class Injection:
     """What `inject` did to a model; kept on the model, used by the other verbs."""
@@ -453,9 +454,6 @@ class Injection:
             for name, p in module.named_parameters():
                 if not (path in self.wrappers and name.startswith("base.")):
                     yield f"{path}.{name}", p
-
-
-ATTACHED = "peft_attached"  # the name under which a model holds an attached module
 
 
 def injection_of(model: nn.Module) -> Injection | None:
@@ -527,6 +525,10 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
+def _trainable(model: nn.Module) -> int:
+    return _size(p for p in model.parameters() if p.requires_grad)
+
+
 def fingerprint(model: nn.Module) -> str:
     """A short digest of the base's names, shapes and a sample of its values (of its codes where it
     is in 4 bits), without what is fresh.
@@ -550,6 +552,18 @@ def fingerprint(model: nn.Module) -> str:
 # ------------------------------------------------------------------ the verbs
 
 
+def refuse_injected(model: nn.Module) -> None:
+    """RuntimeError if a method is in the model or in a part of it."""
+    for path, module in model.named_modules():
+        injection = injection_of(module)
+        if injection is not None:
+            where = f"model.{path}" if path else "model"
+            raise RuntimeError(
+                f"the {where} holds {injection.method!r} already: a second method would wrap the "
+                f"first; unload({where}) first"
+            )
+
+
 def freeze(model: nn.Module, also_train: Iterable[str] | str = ()) -> Report:
     """Freeze the whole model but a fresh head and the modules named in `also_train`, in place.
 
@@ -563,20 +577,24 @@ def freeze(model: nn.Module, also_train: Iterable[str] | str = ()) -> Report:
     return Report(None, trainable, n, n, (), (), tuple(whole), trainable, fresh_modules(model))
 
 
-def _trainable(model: nn.Module) -> int:
-    return _size(p for p in model.parameters() if p.requires_grad)
+def _in_mode_of(layer: nn.Module, wrapper: Adapted) -> Adapted:
+    """The wrapper, what it adds in the mode (train or eval) of the layer that it takes the place
+    of. What is in the layer keeps its own: a user may have switched off one dropout."""
+    inside = set(layer.modules())
+    for module in wrapper.modules():
+        if module not in inside:
+            module.training = layer.training
+    return wrapper
 
 
-def refuse_injected(model: nn.Module) -> None:
-    """RuntimeError if a method is in the model or in a part of it."""
-    for path, module in model.named_modules():
-        injection = injection_of(module)
-        if injection is not None:
-            where = f"model.{path}" if path else "model"
-            raise RuntimeError(
-                f"the {where} holds {injection.method!r} already: a second method would wrap the "
-                f"first; unload({where}) first"
-            )
+def _restore(model: nn.Module, were_trainable: dict[str, bool]) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(were_trainable[name])
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 # Parameters made under a caller's inference_mode() could never train.
@@ -640,21 +658,6 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     return report(model)
 
 
-def _in_mode_of(layer: nn.Module, wrapper: Adapted) -> Adapted:
-    """The wrapper, what it adds in the mode (train or eval) of the layer that it takes the place
-    of. What is in the layer keeps its own: a user may have switched off one dropout."""
-    inside = set(layer.modules())
-    for module in wrapper.modules():
-        if module not in inside:
-            module.training = layer.training
-    return wrapper
-
-
-def _restore(model: nn.Module, were_trainable: dict[str, bool]) -> None:
-    for name, p in model.named_parameters():
-        p.requires_grad_(were_trainable[name])
-
-
 def report(model: nn.Module) -> Report:
     """The report of an injected model once more."""
     injection = require_injection(model, "report")
@@ -681,12 +684,7 @@ def report(model: nn.Module) -> Report:
     )
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _move(model: nn.Module, verb: str, merged: bool) -> None:
+def _merge_all(model: nn.Module, verb: str, merged: bool) -> None:
     injection = require_injection(model, verb)
     if injection.attached is not None:
         name = type(injection.method).__name__
@@ -700,7 +698,7 @@ def _move(model: nn.Module, verb: str, merged: bool) -> None:
     # as it was, and never more than one layer's new weight is held.
     for path, wrapper in injection.wrappers.items():
         try:
-            wrapper._moved(merged)
+            wrapper._new_tensors(merged)
         except (RuntimeError, TypeError, ValueError) as error:
             raise type(error)(f"{verb}: {path!r}: {error}") from None
     for wrapper in injection.wrappers.values():
@@ -713,13 +711,13 @@ def merge(model: nn.Module) -> None:
 
     Raises RuntimeError if merged already, TypeError if the method cannot be merged, ValueError if a
     weight would hold NaN or infinity. In each case the model stays as it was."""
-    _move(model, "merge", True)
+    _merge_all(model, "merge", True)
 
 
 def unmerge(model: nn.Module) -> None:
     """Take the method out of the base's weights again. Exact to rounding: in float32 about 1e-8, in
     bfloat16 enough to matter after many rounds (keep the base instead). Errors as `merge`."""
-    _move(model, "unmerge", False)
+    _merge_all(model, "unmerge", False)
 
 
 def unload(model: nn.Module) -> nn.Module:
