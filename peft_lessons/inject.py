@@ -249,10 +249,14 @@ def matches(path: str, names: tuple[str, ...] | str) -> bool:
     return any(path == name or path.endswith("." + name) for name in names)
 
 
+def one_by_one(names: tuple[str, ...] | str) -> list[tuple[str, tuple[str, ...] | str]]:
+    """(name, the rule that it is alone) of each; a pattern is one rule."""
+    return [(names, names)] if isinstance(names, str) else [(name, (name,)) for name in names]
+
+
 def require_among(paths: Collection[str], names: tuple[str, ...] | str, argument: str) -> None:
     """ValueError for a name of `names` that matches none of `paths`."""
-    for name in [names] if isinstance(names, str) else names:
-        rule = name if isinstance(names, str) else (name,)
+    for name, rule in one_by_one(names):
         if not any(matches(path, rule) for path in paths):
             raise ValueError(
                 f"{argument}: {name!r} is not among the targets, which are {_leaves(paths)}; "
@@ -338,8 +342,7 @@ def find_targets(
         if not found:
             raise ValueError(f"targets='all-linear': the model has no {kinds} besides its head")
     else:
-        for name in [targets] if isinstance(targets, str) else targets:
-            rule = name if isinstance(targets, str) else (name,)
+        for name, rule in one_by_one(targets):
             if not any(matches(path, rule) for path in modules):
                 raise ValueError(_nothing_found(name, isinstance(targets, str), usable, kinds))
         found = [path for path in modules if matches(path, targets)]
