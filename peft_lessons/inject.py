@@ -137,10 +137,11 @@ class Adapted(nn.Module):
     """A layer of the base and what a method adds to it; takes the layer's place in the model.
 
     A subclass computes `forward` from `self.base` and, while `self.merged`, from the base alone.
-    If the method merges, it gives the merge rule as two functions, `merged_tensors` and
-    `unmerged_tensors`: the base layer's new (weight, bias) from what the base layer holds now;
-    None for a bias means that it stays. `merged_tensors` is called twice for each merge, and may
-    remember in a buffer what `unmerged_tensors` needs.
+    If the method merges by adding to the weight, it gives that change, `delta_weight`. One that
+    rescales gives the merge rule itself as two functions, `merged_tensors` and `unmerged_tensors`:
+    the base layer's new (weight, bias) from what the base layer holds now; None for a bias means
+    that it stays. `merged_tensors` is called twice for each merge, and may remember in a buffer
+    what `unmerged_tensors` needs.
     """
 
     def __init__(self, base: nn.Module):
@@ -157,11 +158,17 @@ class Adapted(nn.Module):
     def bias(self) -> torch.Tensor | None:
         return self.base.bias
 
-    def merged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def delta_weight(self) -> torch.Tensor:
+        """What is added to the weight, (out, in). TypeError if nothing that is added would do."""
         raise TypeError(f"{type(self).__name__} cannot be merged into its base layer")
 
+    def merged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        change = self.delta_weight()  # first: it may refuse, and not every base has a weight
+        return self.base.weight + change, None
+
     def unmerged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise TypeError(f"{type(self).__name__} cannot be taken out of its base layer")
+        change = self.delta_weight()
+        return self.base.weight - change, None
 
     def merge_weights(self) -> None:
         """Fold what was learned into the base layer, and switch the branch off.

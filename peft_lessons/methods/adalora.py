@@ -78,11 +78,8 @@ class LinearWithAdaLoRA(Adapted):
         y = self.base(x)                                             # (..., out)
         return y if self.merged else (y + self.ada(x)).to(y.dtype)   # (..., out)
 
-    def merged_tensors(self):
-        return self.base.weight + delta_weight(self.ada), None       # bias unchanged
-
-    def unmerged_tensors(self):
-        return self.base.weight - delta_weight(self.ada), None
+    def delta_weight(self):
+        return delta_weight(self.ada)                                # (out, in)
 
 # %% ../../notebooks/05_adalora.ipynb #ae8b59fd
 def orthogonality(branches):

@@ -77,7 +77,7 @@ class Place(Adapted):
             t = norm(h + x)                                                # (..., d)
         return (h + self.scale * self.adapter(t)).to(h.dtype)              # (..., d)
 
-    def merged_tensors(self):
+    def delta_weight(self):
         raise TypeError(NO_MERGE)
 
 # %% ../../notebooks/06_adapters.ipynb #673fd8c2
@@ -109,7 +109,7 @@ class Tap(Adapted):
         STREAM.x = x
         return self.base(x)                                                # (..., d)
 
-    def merged_tensors(self):
+    def delta_weight(self):
         raise TypeError(NO_MERGE)
 
 # %% ../../notebooks/06_adapters.ipynb #de034c76

@@ -60,11 +60,8 @@ class LinearWithLoRA(Adapted):
         y = self.base(x)                                             # (..., out)
         return y if self.merged else (y + self.lora(x)).to(y.dtype)  # (..., out)
 
-    def merged_tensors(self):
-        return self.base.weight + self.lora.delta_weight(), None     # W + s·BA, bias unchanged
-
-    def unmerged_tensors(self):
-        return self.base.weight - self.lora.delta_weight(), None
+    def delta_weight(self):
+        return self.lora.delta_weight()                              # s · BA (out, in)
 
 # %% ../../notebooks/02_lora.ipynb #0ceb8829
 @dataclass(frozen=True)

@@ -180,18 +180,11 @@ class QLoRALinear(Adapted):
         branch = not self.merged and self.lora is not None
         return (y + self.lora(x)).to(y.dtype) if branch else y            # (..., out)
 
-    def _moved_by(self, sign):
+    def delta_weight(self):
         if isinstance(self.base, NF4Linear):
             raise TypeError("the base is in 4 bits, and merged into it what was learned would be "
                             "rounded away in part: dequantize(model) first, or keep the adapter")
-        change = 0 if self.lora is None else self.lora.delta_weight()     # (out, in)
-        return self.base.weight + sign * change, None
-
-    def merged_tensors(self):
-        return self._moved_by(1)
-
-    def unmerged_tensors(self):
-        return self._moved_by(-1)
+        return 0 if self.lora is None else self.lora.delta_weight()       # (out, in)
 
 # %% ../../notebooks/03_qlora.ipynb #c9b124ad
 @dataclass(frozen=True)

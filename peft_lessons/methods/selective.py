@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['START', 'own_parameters', 'BitFit', 'blocks_of', 'named', 'chosen_by', 'PartialFineTuning', 'gate', 'LinearWithDiff',
-           'merged_tensors', 'unmerged_tensors', 'expected_open', 'DiffPruning', 'prune_diff', 'to_sparse',
-           'from_sparse']
+           'delta_weight', 'expected_open', 'DiffPruning', 'prune_diff', 'to_sparse', 'from_sparse']
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-002
 from collections.abc import Iterable
@@ -154,15 +153,11 @@ class LinearWithDiff(Adapted):
         return F.linear(x, weight, self.base.bias)                            # (..., out)
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-010
-def merged_tensors(self):
-    return self.base.weight + self.diff(drawn=False), None                    # (out, in)
+def delta_weight(self):
+    return self.diff(drawn=False)                                             # (out, in)
 
 
-def unmerged_tensors(self):
-    return self.base.weight - self.diff(drawn=False), None                    # (out, in)
-
-
-LinearWithDiff.merged_tensors, LinearWithDiff.unmerged_tensors = merged_tensors, unmerged_tensors
+LinearWithDiff.delta_weight = delta_weight
 
 
 def expected_open(layer):
