@@ -50,6 +50,7 @@ class Method:
         takes:          the module types that `wrap` accepts; exactly these, no subclasses, since a
                         subclass may store its weight differently (4-bit) or never call `forward`
         names_modules:  the fields that hold names of modules, or a pattern
+        ranks:          the fields that are a rank: at most min(in, out) of a layer
         learning_rate:  what `fit` uses if it is not told otherwise
         rate_factors:   {parameter of the wrapping or attached module: what that rate is multiplied
                         by for it}, where one rate does not suit all of them
@@ -64,6 +65,7 @@ class Method:
     tensors: ClassVar[Mapping[str, str]] = {}
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     names_modules: ClassVar[tuple[str, ...]] = ("targets",)
+    ranks: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 1e-3
     rate_factors: ClassVar[Mapping[str, float]] = {}
 
@@ -85,9 +87,8 @@ class Method:
 
     def check(self, path: str, layer: nn.Module) -> None:
         """Raises ValueError if this layer cannot be wrapped. Called for every target first."""
-        for name in ("rank", "initial_rank"):
-            rank = getattr(self, name, None)
-            if rank is not None and rank > min(layer.weight.shape):
+        for name in self.ranks:
+            if (rank := getattr(self, name)) > min(layer.weight.shape):
                 raise ValueError(
                     f"{name}={rank} is above min(in, out)={min(layer.weight.shape)} of {path!r}: "
                     "that adds parameters but no freedom; choose a rank up to that size"

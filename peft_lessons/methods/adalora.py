@@ -200,6 +200,7 @@ class AdaLoRASettings(Method):
     orthogonal: float = 0.5
     dropout: float = 0.0
     kept: tuple | None = field(default=None, repr=False)  # load_adapter's: ((path, flags), ...)
+    ranks = ("initial_rank",)
 
     @property
     def end(self):  # the step after which ranks are settled

@@ -73,6 +73,7 @@ class LoRA(Method):
     targets: tuple[str, ...] | str = "all-linear"
     dropout: float = 0.0
     rslora: bool = False
+    ranks = ("rank",)
 
     def wrap(self, path, layer):
         return LinearWithLoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
