@@ -50,6 +50,7 @@ _SAYS_NOTHING = {
     "task_type",
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE = (torch.int32, torch.int64)
 _OFF = (None, False, {}, [], "none")
 
 
@@ -196,10 +197,20 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
             f"{CONFIG} in {str(folder)!r} is not the one that {WEIGHTS} was saved with: one of the "
             "two was changed or exchanged since; save the adapter again"
         )
+    known = [method for method in methods() if method.peft_type == config["peft_type"]]
+    indices = {name for method in known for name in method.index_tensors}
     for key, tensor in tensors.items():
-        # Indices are whole numbers (diff pruning); `from_peft` makes what they stand for.
-        if tensor.dtype not in (*_FLOATS, torch.int32, torch.int64):
-            raise ValueError(_no_floats(key, tensor))
+        is_index = key.rpartition(".")[2] in indices
+        if tensor.dtype not in (_WHOLE if is_index else _FLOATS):
+            raise ValueError(
+                f"{key!r} holds {tensor.dtype} numbers, but "
+                + (
+                    "indices are whole numbers of 32 or 64 bits"
+                    if is_index
+                    else "an adapter is made of 16-, 32- or 64-bit floats: it was quantised or is "
+                    "no adapter"
+                )
+            )
     _refuse_non_finite(tensors, "load_adapter")
     return config | _own_entries(own, folder), tensors, header
 
@@ -217,13 +228,6 @@ def _own_entries(text: str, folder: Path) -> dict:
             f"an object of {', '.join(sorted(known))} only"
         )
     return entries
-
-
-def _no_floats(key: str, tensor: torch.Tensor) -> str:
-    return (
-        f"{key!r} holds {tensor.dtype} numbers, but an adapter is made of 16-, 32- or 64-bit "
-        "floats: it was quantised or is no adapter"
-    )
 
 
 def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
@@ -306,8 +310,6 @@ def load_adapter(
                 f"{key!r} has shape {tuple(tensors[key].shape)} in the file, but the model and the "
                 f"config ask for {tuple(slot.shape)}"
             )
-        if slot.is_floating_point() and not tensors[key].is_floating_point():
-            raise ValueError(_no_floats(key, tensors[key]))
         # The head of a half-precision model may be too narrow for what the file holds.
         _refuse_non_finite({key: tensors[key].to(slot.dtype)}, f"load_adapter as {slot.dtype}")
 

@@ -47,6 +47,7 @@ class Method:
         peft_off:       {entry that PEFT has and the method has not: the values at which it changes
                         nothing}, where they are others than None, False, "none" and empty
         tensors:        {parameter of the wrapping or attached module: its name in the file}
+        index_tensors:  how the keys of whole numbers end in the file; all others are floats
         takes:          the module types that `wrap` accepts; exactly these, no subclasses, since a
                         subclass may store its weight differently (4-bit) or never call `forward`
         names_modules:  the fields that hold names of modules, or a pattern
@@ -63,6 +64,7 @@ class Method:
     peft_others: ClassVar[tuple[str, ...]] = ()
     peft_off: ClassVar[Mapping[str, tuple]] = {}
     tensors: ClassVar[Mapping[str, str]] = {}
+    index_tensors: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     names_modules: ClassVar[tuple[str, ...]] = ("targets",)
     ranks: ClassVar[tuple[str, ...]] = ()

@@ -30,6 +30,7 @@ from tiny import (
 from torch import nn
 
 from peft_lessons import (
+    DiffPruning,
     LoRA,
     fit,
     inject,
@@ -421,6 +422,7 @@ TENSORS = {
     "nan": (filled(float("nan")), rf"{FIRST}' holds NaN or infinity; nothing was changed"),
     "inf": (filled(float("-inf")), "NaN or infinity"),
     "integers": (set_first(lambda t: t.to(torch.int8)), "torch.int8 numbers"),
+    "whole numbers": (set_first(lambda t: t.to(torch.int64)), "torch.int64 numbers, .*floats"),
     "complex": (set_first(lambda t: t.to(torch.complex64)), "complex64"),
     "float8": (set_first(lambda t: t.to(torch.float8_e4m3fn)), "float8"),
 }
@@ -635,6 +637,17 @@ def test_an_attached_method_has_the_keys_of_peft_s_prompt_methods(tmp_path):
     again = tiny_bert()
     load_adapter(again, tmp_path)
     assert torch.equal(injection_of(again).attached.weight, injection_of(model).attached.weight)
+
+
+@pytest.mark.parametrize(
+    ("ending", "dtype", "told"),
+    [("indices", torch.float32, "whole numbers"), ("values", torch.int32, "32- or 64-bit floats")],
+)
+def test_only_indices_are_whole_numbers(ending, dtype, told, tmp_path):
+    save_adapter(adapted(tiny_llama(), DiffPruning(targets=("q_proj",))), tmp_path)
+    key = f"base_model.model.model.layers.0.self_attn.q_proj.{ending}"
+    rewrite(tmp_path, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    not_loaded(tmp_path, f"{key}' holds {dtype} numbers, but .*{told}")
 
 
 def test_entries_that_a_method_passes_over_are_no_reason_to_refuse(tmp_path):
