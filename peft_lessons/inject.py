@@ -130,10 +130,14 @@ class Method:
         return {**entries, **self.peft_constants}, tensors
 
     @classmethod
+    def settings_of(cls, config: dict) -> dict[str, Any]:
+        """The fields' values in a config, {field: value}, with PEFT's defaults."""
+        return {f: config.get(name, default) for f, (name, default) in cls.peft_fields.items()}
+
+    @classmethod
     def from_peft(cls, config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
         """(the method, the tensors in memory) for what a file holds."""
-        values = {f: config.get(name, default) for f, (name, default) in cls.peft_fields.items()}
-        return cls(**values), tensors
+        return cls(**cls.settings_of(config)), tensors
 
 
 class Adapted(nn.Module):

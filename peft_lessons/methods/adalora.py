@@ -307,7 +307,7 @@ def settled_ranks(pattern, rank, tensors):
 
 def from_file(cls, config, tensors):
     """The method with its ranks settled, and the tensors with a mask for each layer."""
-    values = {f: config.get(name, default) for f, (name, default) in cls.peft_fields.items()}
+    values = cls.settings_of(config)
     kept = settled_ranks(config.get("rank_pattern") or {}, values["initial_rank"], tensors)
     rows = {key: t.shape[:1] for key, t in tensors.items() if key.endswith(".lora_E")}
     masks = {k.removesuffix("lora_E") + "mask": torch.ones(n, dtype=bool) for k, n in rows.items()}

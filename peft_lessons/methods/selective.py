@@ -242,7 +242,6 @@ def to_sparse(self, tensors):
 # %% ../../notebooks/10_selective.ipynb #10-selective-014
 def from_sparse(cls, config, tensors):
     """The method without gates, and a dense w and mask for each layer of the file."""
-    values = {f: config.get(name, default) for f, (name, default) in cls.peft_fields.items()}
     dense = {k: t for k, t in tensors.items() if k.rpartition(".")[2] not in ("indices", "values")}
     for stem, shape in config["shapes"].items():
         indices, found = tensors[f"{stem}.indices"].long(), tensors[f"{stem}.values"]   # (kept,)
@@ -251,7 +250,7 @@ def from_sparse(cls, config, tensors):
         w, mask = torch.zeros(size, dtype=found.dtype), torch.zeros(size, dtype=torch.bool)
         w[indices], mask[indices] = found, True
         dense |= {f"{stem}.w": w.view(shape), f"{stem}.mask": mask.view(shape)}
-    return cls(**values, gates=False), dense
+    return cls(**cls.settings_of(config), gates=False), dense
 
 
 DiffPruning.to_peft, DiffPruning.from_peft = to_sparse, classmethod(from_sparse)
