@@ -200,16 +200,12 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
     known = [method for method in methods() if method.peft_type == config["peft_type"]]
     indices = {name for method in known for name in method.index_tensors}
     for key, tensor in tensors.items():
-        is_index = key.rpartition(".")[2] in indices
-        if tensor.dtype not in (_WHOLE if is_index else _FLOATS):
+        fits, made_of = _FLOATS, "16-, 32- or 64-bit floats: it was quantised or is no adapter"
+        if key.rpartition(".")[2] in indices:
+            fits, made_of = _WHOLE, "32- or 64-bit whole numbers where it has indices"
+        if tensor.dtype not in fits:
             raise ValueError(
-                f"{key!r} holds {tensor.dtype} numbers, but "
-                + (
-                    "indices are whole numbers of 32 or 64 bits"
-                    if is_index
-                    else "an adapter is made of 16-, 32- or 64-bit floats: it was quantised or is "
-                    "no adapter"
-                )
+                f"{key!r} holds {tensor.dtype} numbers, but an adapter is made of {made_of}"
             )
     _refuse_non_finite(tensors, "load_adapter")
     return config | _own_entries(own, folder), tensors, header

@@ -185,7 +185,8 @@ class DiffPruning(Method):
     tensors = {name: name for name in ("w", "log_alpha", "log_alpha_all", "mask")}
     peft_fields = {"sparsity": ("sparsity", 1e-5), "stretch": ("stretch", 1.5),
                    "structured": ("structured", False), "targets": ("target_modules", None)}
-    peft_others, index_tensors = ("shapes",), ("indices",)
+    peft_others = ("shapes",)
+    index_tensors = ("indices",)
 
     def wrap(self, path, layer):
         return LinearWithDiff(layer, self.stretch, self.structured, self.gates)
