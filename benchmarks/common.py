@@ -1,8 +1,10 @@
-"""What the benchmarks share: their tables in data/results/, and what every row says of its run."""
+"""What the benchmarks share: tables that grow run by run, the studies of methods at their best
+learning rates, and the training step that is timed."""
 
 import csv
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from peft_lessons import evaluate, fit, injection_of, load_model, load_task, mea
 from peft_lessons.results import stamp
 
 FOLDER = Path(__file__).parent.parent / "data" / "results"
+SEEDS = (0, 1, 2)
 
 
 class Results:
@@ -34,7 +37,29 @@ class Results:
             writer.writerow(stamp() | values)
 
 
-SEEDS = (0, 1, 2)
+def missing(results: Results, key: Sequence[str], points: Iterable[tuple]) -> list[tuple]:
+    """The points, values of the columns `key`, without a row yet."""
+    done = {tuple(row[column] for column in key) for row in results.rows()}
+    return [point for point in points if tuple(map(str, point)) not in done]
+
+
+def fill(
+    results: Results,
+    key: Sequence[str],
+    to_do: Callable[[], list[tuple]],
+    run: Callable[..., dict],
+    backwards: bool = False,
+) -> None:
+    """Run the points that `to_do()` lists and add their rows, until it lists none.
+
+    `run(*point)` returns the other columns than `key`. Rows that are there are not run again, so a
+    study can be stopped and started at will, and a second process can help from the other end."""
+    while points := to_do():
+        point = points[-1 if backwards else 0]
+        row = run(*point)
+        if point in to_do():  # the other process may have been there too
+            results.add(**dict(zip(key, point, strict=True)), **row)
+            print(*point, row, flush=True)
 
 
 def to_do(
@@ -45,17 +70,15 @@ def to_do(
     rates: for each setting, its values of the columns `names`, the learning rates to try.
     best: min or max, of the column `validation`."""
 
-    def key(point: Iterable) -> tuple[str, ...]:
-        return tuple(map(str, point))
-
-    done = {key(row[n] for n in (*names, "lr", "seed")): row for row in results.rows()}
+    key = (*names, "lr", "seed")
+    done = {tuple(row[column] for column in key): row for row in results.rows()}
     points = [(*setting, lr, SEEDS[0]) for setting, tried in rates.items() for lr in tried]
     for setting, tried in rates.items():
-        rows = {lr: done.get(key((*setting, lr, SEEDS[0]))) for lr in tried}
+        rows = {lr: done.get(tuple(map(str, (*setting, lr, SEEDS[0])))) for lr in tried}
         if any(tried) and all(rows.values()):
             chosen = best(tried, key=lambda lr, rows=rows: float(rows[lr]["validation"]))
             points += [(*setting, chosen, seed) for seed in SEEDS[1:]]
-    return [point for point in points if key(point) not in done]
+    return missing(results, key, points)
 
 
 def tune(
@@ -68,14 +91,9 @@ def tune(
 ) -> None:
     """Run every setting at each of its rates with one seed, and at the best one with two more.
 
-    `run(*setting, lr, seed)` returns the other columns. Rows that are there are not run again, so a
-    study can be stopped and started at will, and a second process can help from the other end."""
-    while points := to_do(results, names, rates, best):
-        point = points[-1 if backwards else 0]
-        row = run(*point)
-        if point in to_do(results, names, rates, best):  # the other process may have been there too
-            results.add(**dict(zip((*names, "lr", "seed"), point, strict=True)), **row)
-            print(*point, row, flush=True)
+    `run(*setting, lr, seed)` returns the other columns; all else as in `fill`."""
+    left = partial(to_do, results, names, rates, best)
+    fill(results, (*names, "lr", "seed"), left, run, backwards)
 
 
 def train_on(task, model: torch.nn.Module, steps: int, lr: float, seed: int) -> dict:

@@ -12,7 +12,7 @@ changes of the same weights give, from small to large, goes to dora_random.csv.
 from dataclasses import dataclass
 
 import torch
-from common import SEEDS, Results
+from common import SEEDS, Results, missing
 
 from peft_lessons import DoRA, LoRA, fit, inject, injection_of, load_model, load_task
 
@@ -77,9 +77,8 @@ def main() -> None:
     torch.set_num_threads(1)
     random_changes()
     task, results = load_task("sentiment"), Results("dora_analysis", COLUMNS)
-    done = {(row["method"], float(row["lr"]), int(row["seed"])) for row in results.rows()}
     runs = [(method, lr, seed) for seed in SEEDS for method, rates in RUNS.items() for lr in rates]
-    for method, lr, seed in [run for run in runs if run not in done]:
+    for method, lr, seed in missing(results, ("method", "lr", "seed"), runs):
         model, rows = load_model("minilm", labels=2, seed=seed), []
         torch.manual_seed(seed)
         base = weights(model)

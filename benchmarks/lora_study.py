@@ -9,9 +9,10 @@ at will. Learning rates are to be chosen by the column `validation`, never by `t
 """
 
 import sys
+from functools import partial
 
 import torch
-from common import SEEDS, Results, train_on
+from common import SEEDS, Results, fill, missing, train_on
 
 from peft_lessons import LoRA, freeze, inject, load_model, load_task
 
@@ -58,19 +59,8 @@ def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps
 def main(backwards: bool) -> None:
     torch.set_num_threads(1)
     task, results = load_task("sentiment"), Results("lora_study", COLUMNS)
-
-    def done() -> set[tuple[str, ...]]:
-        return {tuple(row[k] for k in KEY) for row in results.rows()}
-
-    todo = [(*point, seed) for point in points() for seed in SEEDS]
-    for point in reversed(todo) if backwards else todo:
-        if tuple(map(str, point)) in done():
-            continue
-        row = run(task, *point)
-        if tuple(map(str, point)) in done():  # the other process was at the same point
-            continue
-        results.add(**dict(zip(KEY, point, strict=True)), **row)
-        print(f"{len(done())}/{len(todo)} {point} test {row['test']:.4f}", flush=True)
+    every = [(*point, seed) for point in points() for seed in SEEDS]
+    fill(results, KEY, partial(missing, results, KEY, every), partial(run, task), backwards)
 
 
 if __name__ == "__main__":
