@@ -150,8 +150,8 @@ def base_of(task: str, seed: int) -> torch.nn.Module:
 
 
 def measured(task, setting: tuple, model: torch.nn.Module, train: Callable) -> dict:
-    """The columns of MEASURED of a model that `train(model, task, steps)` trains, and its history:
-    accuracies on sentiment, perplexities on Austen."""
+    """The columns of MEASURED of a model that `train(model, task, steps)` trains, which returns the
+    history, empty if nothing was to be trained: accuracies on sentiment, perplexities on Austen."""
     name = setting[0]
 
     def score(split: str) -> tuple[str, str]:
@@ -163,13 +163,13 @@ def measured(task, setting: tuple, model: torch.nn.Module, train: Callable) -> d
     history = train(model, task, STEPS[name])
     test, test_loss = score("test")
     return {
-        "steps": STEPS[name],
+        "steps": STEPS[name] if history.loss else 0,
         "trainable": trainable,
         "untrained": untrained,
         "validation": score("validation")[0],
         "test": test,
         "test_loss": test_loss,
-        "seconds_per_step": f"{history.seconds / len(history.loss):.4f}",
+        "seconds_per_step": f"{history.seconds / max(1, len(history.loss)):.4f}",
     }
 
 

@@ -11,7 +11,7 @@ from copy import deepcopy
 
 import torch
 from bitsandbytes import functional as bnb
-from common import Results, by_turns, stepper
+from common import Results, stepper
 from peft import LoraConfig, get_peft_model
 
 from peft_lessons import QLoRA, inject, load_model, load_task, measure
@@ -51,7 +51,7 @@ def main() -> None:
         )
     pairs["a step of 8 × 128 tokens"] = steps(load_model("tinylm"))
     for what, (ours, theirs) in pairs.items():
-        seconds = by_turns({"ours": ours, "theirs": theirs}, ROUNDS)
+        seconds = measure.by_turns({"ours": ours, "theirs": theirs}, ROUNDS)
         peaks = [measure.peak_bytes(function) for function in (ours, theirs)]
         results.add(
             what=what,
