@@ -14,7 +14,6 @@ warnings.filterwarnings("ignore", message="Unable to fetch remote file due to")
 warnings.filterwarnings("ignore", message="Could not find a config file in")
 # Between peft and transformers; nothing that a learner can mend.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-
 # peft prepares a 4-bit model with a call that transformers has renamed since.
 warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
 

@@ -361,9 +361,8 @@ def on_meta(model):
 def test_saving_is_refused(saved, spoil, error, message):
     before, model = contents(saved), tiny_llama()
     load_adapter(model, saved)
-    load_state = injection_of(model)
-    for p in load_state.wrappers.values():
-        p.lora.requires_grad_(True)
+    for wrapper in injection_of(model).wrappers.values():
+        wrapper.lora.requires_grad_(True)
     spoil(model)
     with refused(model, message, error):
         save_adapter(model, saved)

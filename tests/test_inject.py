@@ -519,7 +519,8 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
     )
 
 
-# ------------------------------------------------- methods that later lessons will bring, in small
+# ------------------------------------------------------------------ the smallest methods
+# One of each kind, so that the engine is tested without a lesson: it wraps, attaches, selects, fails.
 
 
 class ScaledLinear(Adapted):

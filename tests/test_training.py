@@ -235,7 +235,8 @@ def test_evaluate_restores_the_mode_and_counts_right():
     assert "±" in repr(scores) and f"{100 * scores.accuracy:.1f} %" in repr(scores)
 
 
-# ------------------------- the hooks that AdaLoRA and diff pruning need, in small
+# ------------------------------------------------------------------ a method's part in training
+# The smallest method that uses all of it: with this the loop is tested without a lesson.
 
 
 class Counting(Adapted):
