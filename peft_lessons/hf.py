@@ -18,8 +18,7 @@ def setup_qlora(model_name: str, rank: int = 64):
     there is one, else on the CPU; α is 16, as in the paper (Dettmers et al. 2023), gradient
     checkpointing is on. Prints how much trains, 4-bit weights counted as what they stand for.
     Returns the PEFT model in train mode. Raises ValueError for a rank below 1 or above a layer's
-    width, a model that does not generate text, and as `load_model`.
-    """
+    width, a model that does not generate text, and as `load_model`."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     validate("setup_qlora", rank=rank)

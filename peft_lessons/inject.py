@@ -54,8 +54,7 @@ class Method:
         ranks:          the fields that are a rank: at most min(in, out) of a layer
         learning_rate:  what `fit` uses if it is not told otherwise
         rate_factors:   {parameter of the wrapping or attached module: what that rate is multiplied
-                        by for it}, where one rate does not suit all of them
-    """
+                        by for it}, where one rate does not suit all of them"""
 
     peft_type: ClassVar[str]
     peft_fields: ClassVar[Mapping[str, tuple[str, Any]]] = {}
@@ -148,8 +147,7 @@ class Adapted(nn.Module):
     rescales gives the merge rule itself as two functions, `merged_tensors` and `unmerged_tensors`:
     the base layer's new (weight, bias) from what the base layer holds now; None for a bias means
     that it stays. `merged_tensors` is called twice for each merge, and may remember in a buffer
-    what `unmerged_tensors` needs.
-    """
+    what `unmerged_tensors` needs."""
 
     def __init__(self, base: nn.Module):
         super().__init__()

@@ -5,7 +5,7 @@ Bundled models need neither network nor cache. `PEFT_LESSONS_DATA` names another
 """
 
 # isort: off
-from peft_lessons import _quiet  # noqa: F401  (before anything below imports bitsandbytes)
+from . import _quiet  # noqa: F401  (before anything below imports bitsandbytes)
 # isort: on
 
 import hashlib
@@ -38,8 +38,7 @@ from transformers.utils import logging as transformers_logging
 class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
     """BERT, the mean of its last hidden states over the mask, and one linear layer on top.
 
-    Sentence encoders are trained to be pooled this way; their [CLS] pooler is untrained.
-    """
+    Sentence encoders are trained to be pooled this way; their [CLS] pooler is untrained."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -60,12 +59,11 @@ class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
         return_dict=None,
         **kwargs,
     ):
-        """Return logits (batch, labels), and the mean cross entropy for given labels (batch,).
+        """Logits (batch, labels), and the mean cross entropy for given labels (batch,).
 
         `input_ids` is (batch, tokens), `inputs_embeds` (batch, tokens, hidden). The mask is
         (batch, tokens), or longer on the left where `past_key_values` holds a prefix; a prefix is
-        attended to but isn't pooled.
-        """
+        attended to but isn't pooled."""
         hidden = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -98,8 +96,7 @@ class Bundled:
     """A model in data/: its folder, the name it goes by, and what it becomes when loaded.
 
     `published_as` is its id at the Hub, which an adapter made for it names. A model published
-    nowhere keeps its bundled name: `load_model` knows it, and having no owner it is no Hub id.
-    """
+    nowhere keeps its bundled name: `load_model` knows it, and having no owner it is no Hub id."""
 
     folder: str
     published_as: str
@@ -137,13 +134,13 @@ class BundledFile:
 
 
 def data_folder() -> Path:
-    """Return the folder of bundled files: data/ of this checkout, or $PEFT_LESSONS_DATA."""
+    """The folder of bundled files: data/ of this checkout, or $PEFT_LESSONS_DATA."""
     chosen = os.environ.get("PEFT_LESSONS_DATA")
     return Path(chosen) if chosen else Path(__file__).resolve().parent.parent / "data"
 
 
 def _records() -> dict[str, dict]:
-    """Return bytes, sha256 and rebuild command of every bundled file, by its path in data/."""
+    """Bytes, sha256 and rebuild command of every bundled file, by its path in data/."""
     file = data_folder() / "checksums.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -159,10 +156,9 @@ def _sha256(file: Path) -> str:
 
 
 def bundled_files() -> list[BundledFile]:
-    """Return path (relative to data/), presence, size and integrity of every bundled file.
+    """Path (relative to data/), presence, size and integrity of every bundled file.
 
-    Raises FileNotFoundError when the list of checksums itself is missing.
-    """
+    Raises FileNotFoundError when the list of checksums itself is missing."""
     states = []
     for path, entry in _records().items():
         file = data_folder() / path
@@ -173,11 +169,10 @@ def bundled_files() -> list[BundledFile]:
 
 
 def bundled_path(path: str, verify: bool = False) -> Path:
-    """Return where the bundled file `path` (relative to data/) lies.
+    """Where the bundled file `path` (relative to data/) lies.
 
     Raises FileNotFoundError when it is missing, ValueError when it has another size than recorded
-    or, with `verify`, another sha256; both name the command that rebuilds it.
-    """
+    or, with `verify`, another sha256; both name the command that rebuilds it."""
     file, entry = data_folder() / path, _records().get(path)
     if entry is None:
         raise FileNotFoundError(
@@ -205,7 +200,7 @@ def _bundled_model_folder(bundled: Bundled, verify: bool) -> Path:
 
 
 def _resolve(name: str) -> str:
-    """Return the bundled name, folder or Hub id that `name` stands for."""
+    """The bundled name, folder or Hub id that `name` stands for."""
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"name must be a string, got {name!r}; try 'minilm'")
     name = os.fspath(name)
@@ -249,8 +244,7 @@ def _hub_options() -> dict:
 def load_tokenizer(name: str):
     """Load the tokenizer of a model, named as for `load_model`. It always has a padding token.
 
-    Raises TypeError, ValueError (unknown name) and FileNotFoundError as `load_model` does.
-    """
+    Raises TypeError, ValueError (unknown name) and FileNotFoundError as `load_model` does."""
     name = _resolve(name)
     if name in BUNDLED:
         return AutoTokenizer.from_pretrained(_bundled_model_folder(BUNDLED[name], verify=False))
@@ -285,8 +279,7 @@ def load_model(
     Raises FileNotFoundError for a missing bundled file, ValueError for a damaged one, an unknown
     name, labels below 2, incomplete weights, or in four bits a layer whose inputs are no multiple
     of 64, a dtype of other than 16 or 32 bits or weights already quantised, and TypeError for
-    arguments of a wrong type.
-    """
+    arguments of a wrong type."""
     if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int)):
         raise TypeError(f"labels must be an integer of at least 2 or None, got {labels!r}")
     if labels is not None and labels < 2:
@@ -335,10 +328,9 @@ def load_model(
 
 
 def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) -> dict:
-    """Return what `from_pretrained` takes to quantise the linear layers inside the model.
+    """What `from_pretrained` takes to quantise the linear layers inside the model.
 
-    Raises ValueError for a layer that the 4-bit kernels compute wrongly, or a quantised file.
-    """
+    Raises ValueError for a layer that the 4-bit kernels compute wrongly, or a quantised file."""
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"the weights of {name!r} are quantised already: load them with four_bit=False, or the "
@@ -376,8 +368,7 @@ def _keep_differentiable(model) -> None:
     """Forbid the 4-bit layers to repack their weights.
 
     On a CPU with AVX512-BF16 they would at the first forward in eval mode, in place; from then on
-    gradients are wrong or missing.
-    """
+    gradients are wrong or missing."""
     from bitsandbytes.nn import Linear4bit  # slow to import, and needed here only
 
     for module in model.modules():
@@ -393,10 +384,9 @@ def _auto_class(config, labels: int | None):
 
 
 def _fresh_modules(model, info: dict, name: str, labels: int | None) -> tuple[str, ...]:
-    """Return the top modules whose weights no file gave, in the model's order.
+    """The top modules whose weights no file gave, in the model's order.
 
-    Raises ValueError where they are more than a head (or a pooler): the file is incomplete.
-    """
+    Raises ValueError where they are more than a head (or a pooler): the file is incomplete."""
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
     prefix = model.base_model_prefix + "."
     broken = sorted(path for path in missing if path.startswith(prefix) and "pooler" not in path)

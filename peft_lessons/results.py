@@ -25,7 +25,7 @@ def _value(text: str) -> str | int | float:
 
 
 def stamp() -> dict[str, str]:
-    """Return what every row of a measured table says of its run: torch, machine and date."""
+    """What every row of a measured table says of its run: torch, machine and date."""
     return {
         "torch": torch.__version__.split("+")[0],
         "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from peft_lessons.models import bundled_path, load_tokenizer
+from .models import bundled_path, load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 LABEL_NAMES = ("negative", "positive")
@@ -26,7 +26,7 @@ class Split:
     labels: tuple[int, ...] | None = None
 
     def pick(self, indices) -> "Split":
-        """Return the split that holds only these examples, in this order."""
+        """The split that holds only these examples, in this order."""
         labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
         return Split(
             tuple(self.texts[i] for i in indices), tuple(self.tokens[i] for i in indices), labels
@@ -46,8 +46,7 @@ class Task:
     """Labelled texts in splits, tokenised once, handed out as padded batches.
 
     Batches are dicts of long tensors: `input_ids` and `attention_mask` (size, tokens), padded on
-    the right to the longest text of the batch, and `labels` (size,).
-    """
+    the right to the longest text of the batch, and `labels` (size,)."""
 
     def __init__(self, name, splits, label_names, tokenizer, max_length, source=""):
         for split, examples in splits.items():
@@ -87,18 +86,17 @@ class Task:
         return self._splits[split]
 
     def size(self, split: str) -> int:
-        """Return the number of examples of a split. Raises ValueError for an unknown split."""
+        """The number of examples of a split. Raises ValueError for an unknown split."""
         return len(self._split(split).texts)
 
     def texts(self, split: str) -> list[str]:
-        """Return the texts of a split in stored order. Raises ValueError for an unknown split."""
+        """The texts of a split in stored order. Raises ValueError for an unknown split."""
         return list(self._split(split).texts)
 
     def labels(self, split: str) -> torch.Tensor:
-        """Return the class indices (size,) of a split in stored order, as `batches` gives them.
+        """The class indices (size,) of a split in stored order, as `batches` gives them.
 
-        Raises ValueError for an unknown split.
-        """
+        Raises ValueError for an unknown split."""
         return torch.tensor(self._split(split).labels)
 
     def batches(
@@ -108,8 +106,7 @@ class Task:
 
         `by_length` takes the shortest texts first: less padding, where order is of no account. The
         global random state is neither read nor changed. Raises ValueError for an unknown split, a
-        size below 1, or a seed together with by_length.
-        """
+        size below 1, or a seed together with by_length."""
         examples, size = self._split(split), _at_least("size", size, 1)
         if by_length and seed is not None:
             raise ValueError(f"seed={seed} and by_length=True: an order can only be one")
@@ -129,8 +126,7 @@ class Task:
         a batch is left out of an epoch, another part in each; a size above the number of examples
         gives them all. With `start=k` the stream begins at its batch k, at no cost, so that an
         interrupted training goes on with the very batches that it would have had. Raises ValueError
-        for a size below 1 or a negative start.
-        """
+        for a size below 1 or a negative start."""
         examples, size = self._split("train"), _at_least("size", size, 1)
         return self._stream(examples, size, seed, _at_least("start", start, 0))
 
@@ -145,12 +141,11 @@ class Task:
             batch += 1
 
     def limit(self, **sizes: int) -> "Task":
-        """Return the task with only the first `n` examples of a split, balanced by class.
+        """The task with only the first `n` examples of a split, balanced by class.
 
         `task.limit(train=200)` is for studies on little data. Order is kept; the other splits stay
         whole. Raises ValueError for an unknown split, or for an n that leaves a class empty or
-        that a class has too few examples for: the rarest class decides how many are to be had.
-        """
+        that a class has too few examples for: the rarest class decides how many are to be had."""
         splits = dict(self._splits)
         for split, n in sizes.items():
             examples, classes = self._split(split), len(self.label_names)
@@ -172,11 +167,10 @@ class Task:
         return limited
 
     def encode(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """Return a padded batch, without labels, of texts of your own.
+        """A padded batch, without labels, of texts of your own.
 
         Raises TypeError when `texts` isn't a list of strings, ValueError when it is empty or a text
-        in it has no token.
-        """
+        in it has no token."""
         listed = isinstance(texts, list | tuple)
         if not listed or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts must be a list of strings, got {texts!r}")
@@ -200,11 +194,10 @@ class Task:
         return {"input_ids": ids, "attention_mask": mask}
 
     def describe(self) -> Summary:
-        """Return a table of the splits: texts, classes, and the mean of words and tokens a text.
+        """A table of the splits: texts, classes, and the mean of words and tokens a text.
 
         Of two classes it gives the share of the last; of more, how many there are, and the share of
-        the largest: what always guessing that one would score.
-        """
+        the largest: what always guessing that one would score."""
         two = len(self.label_names) == 2
         head = f"{f'share {self.label_names[-1]}':>16}" if two else f"{'classes':>9}{'largest':>20}"
         lines = [f"{'split':12}{'sentences':>10}{head}{'mean words':>12}{'mean tokens':>13}"]
@@ -228,8 +221,7 @@ class LanguageTask(Task):
     Batches have `input_ids`, `attention_mask` and `labels`, all (size, tokens); the labels are the
     ids, and −100 on the padding, where no loss is taken. A model shifts them itself, so the first
     token of a block is never predicted. A perplexity is one of this tokenizer's tokens, in blocks
-    of this `max_length`: compare it only with others of the same two.
-    """
+    of this `max_length`: compare it only with others of the same two."""
 
     def __init__(self, name, splits, tokenizer, max_length, source=""):
         super().__init__(name, splits, (), tokenizer, max_length, source)
@@ -253,10 +245,9 @@ class LanguageTask(Task):
         )
 
     def limit(self, **sizes: int) -> "LanguageTask":
-        """Return the task with only the first `n` blocks of a split; the other splits stay whole.
+        """The task with only the first `n` blocks of a split; the other splits stay whole.
 
-        Raises ValueError for an unknown split, or an n below 1 or above the number of blocks.
-        """
+        Raises ValueError for an unknown split, or an n below 1 or above the number of blocks."""
         limited = copy(self)
         limited._splits = dict(self._splits)
         for split, n in sizes.items():
@@ -273,7 +264,7 @@ class LanguageTask(Task):
         return batch | {"labels": labels}  # (size, tokens)
 
     def describe(self) -> Summary:
-        """Return a table of the splits: their blocks, tokens and characters, line ends included."""
+        """A table of the splits: their blocks, tokens and characters, line ends included."""
         lines = [f"{'split':12}{'blocks':>8}{'tokens':>12}{'characters':>13}"]
         for split, examples in self._splits.items():
             tokens, characters = (sum(map(len, x)) for x in (examples.tokens, examples.texts))
@@ -286,7 +277,7 @@ def _lengths(examples: Split) -> np.ndarray:
 
 
 def _epoch(lengths: np.ndarray, size: int, seed: tuple[int, int]) -> np.ndarray:
-    """Return the rows of each batch of an epoch (batches, size), of similar length within one."""
+    """The rows of each batch of an epoch (batches, size), of similar length within one."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))[: len(lengths) // size * size]
     # Sorting within random groups of 32 batches keeps the batches of two epochs different.
@@ -308,7 +299,7 @@ def _tokenise(texts, tokenizer, max_length: int, labels=None) -> Split:
 
 
 def sentiment_label(rating: float) -> int | None:
-    """Return 1 for a mean rating above +1, 0 below -1, None for what lies between."""
+    """1 for a mean rating above +1, 0 below -1, None for what lies between."""
     return 1 if rating > 1 else 0 if rating < -1 else None
 
 
@@ -375,8 +366,7 @@ def _blocks(chapters: list[list[str]], tokenizer, length: int) -> Split:
 
     A block never goes on into the next chapter: the last one is shorter, and left out if it is a
     single token. The token that ends a text closes each paragraph, as in the bundled decoder's
-    pretraining, where a paragraph is a text; among the texts it is a line end.
-    """
+    pretraining, where a paragraph is a text; among the texts it is a line end."""
     texts, tokens = [], []
     for paragraphs in chapters:
         encoded = tokenizer(
@@ -425,8 +415,7 @@ def load_task(name: str, tokenizer=None, max_length: int = 128) -> Task:
     `tokenizer` is the model's, by default the bundled encoder's, for "austen" the bundled
     decoder's. Raises ValueError for an unknown name, or a max_length that leaves no room for text
     or exceeds the model's positions, or a tokenizer without the token that a task needs; TypeError
-    when `tokenizer` isn't one; FileNotFoundError for a missing file.
-    """
+    when `tokenizer` isn't one; FileNotFoundError for a missing file."""
     if name not in LOADERS:
         raise ValueError(f"there is no task {name!r}; known are {', '.join(sorted(LOADERS))}")
     if tokenizer is None:

@@ -520,7 +520,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
 
 
 # ------------------------------------------------------------------ the smallest methods
-# One of each kind, so that the engine is tested without a lesson: it wraps, attaches, selects, fails.
+# One that wraps, attaches, selects or fails, so that the engine is tested without a lesson.
 
 
 class ScaledLinear(Adapted):

@@ -18,8 +18,7 @@ def difference(
     """The first difference by type, shape, dtype, finiteness and, if asked, values; None if equal.
 
     `tolerance` is relative to the largest expected entry, and is widened for half precision. `what`
-    names the result, or each part of a tuple; where it is empty, a dict's keys are the names.
-    """
+    names the result, or each part of a tuple; where it is empty, a dict's keys are the names."""
     names = what if isinstance(what, tuple) else ()
     what = "the result" if names else what
     if got is None and expected is not None:

@@ -101,8 +101,7 @@ class Check:
     gradients: the arguments whose gradients must agree too.
     forbid: what must not be formed on the way; of one shape twice, the last sentence counts.
     changes: the arguments that may be changed in place; what the reference returns of them, the
-        learner's function must return too, and no copy.
-    """
+        learner's function must return too, and no copy."""
 
     def __init__(
         self,
@@ -253,8 +252,7 @@ class Check:
     def _likely(self, function: Callable, number: int, gradients: bool = False) -> list[str]:
         """The causes whose wrong function does what the learner's does, here and before.
 
-        In the cases before it was right: what would have failed there is not the cause.
-        """
+        In the cases before it was right: what would have failed there is not the cause."""
         same = self._same_gradients if gradients else self._same_result
         results = [i for i, case in enumerate(self.cases) if not case.raises]
         before = [i for i in results if i <= number]

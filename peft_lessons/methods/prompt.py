@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from peft_lessons.calls import (
-    by_name, refuse_cache, refuse_long, rows_of, seen_in, text_of,
-)
+from ..calls import by_name, refuse_cache, refuse_long
+from ..calls import rows_of, seen_in, text_of
 from ..inject import Method, attached_to, validate
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #044921f5
