@@ -73,7 +73,7 @@ def weights(name: str) -> list[torch.Tensor]:
     return [m.weight.detach() for m in layers]
 
 
-# --- the numbers
+# ------------------------------------------------------------------ the numbers
 
 
 def test_levels_are_those_of_bitsandbytes():
@@ -145,7 +145,7 @@ def test_bits_a_parameter():
     assert bits == 4 + 8 / 64 + 32 / (64 * 256)
 
 
-# --- the layer
+# ------------------------------------------------------------------ the layer
 
 
 def test_the_gradient_is_that_of_the_restored_weight():
@@ -187,7 +187,7 @@ def test_autocast_and_16_bit_inputs_run():
     assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32 and x.grad.isfinite().all()
 
 
-# --- against bitsandbytes and PEFT
+# ------------------------------------------------------------------ against bitsandbytes and PEFT
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_files_travel_both_ways(pair, tmp_path):
     assert type(injection_of(there).method) is LoRA
 
 
-# --- the verbs
+# ------------------------------------------------------------------ the verbs
 
 
 def test_report_counts_the_base_as_what_it_stands_for():
@@ -456,7 +456,7 @@ def test_setup_qlora_trains_on_the_cpu(capsys):
             setup_qlora(*arguments)
 
 
-# --- what is refused
+# ------------------------------------------------------------------ what is refused
 
 
 GOOD = torch.randn(2, 64)

@@ -11,6 +11,8 @@ from ..inject import inject, injection_of
 from ..methods.adalora import AdaLoRA, allocator_of
 from .kit import Case, check_for
 
+# ------------------------------------------------------------------ orthogonality_penalty
+
 
 def _identity(gram):
     return torch.eye(len(gram), dtype=gram.dtype)
@@ -95,6 +97,9 @@ def orthogonality_penalty(P, Q):
             for j, other in enumerate(vectors):
                 total = total + (torch.dot(one, other) - float(i == j)) ** 2
     return total
+
+
+# ------------------------------------------------------------------ update_importance
 
 
 def _smoothed(old, new, beta):
@@ -203,6 +208,9 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
     return new_sensitivity, new_uncertainty, new_sensitivity * new_uncertainty
 
 
+# ------------------------------------------------------------------ cubic_budget
+
+
 def _budget(left=None, curve=lambda left: left**3, rounded=int, before=True, after=True):
     """A wrong cubic_budget by one of its steps."""
     left = left or (
@@ -301,6 +309,9 @@ def cubic_budget(step, initial, final, tinit, tfinal, total):
     way, gone = total - tfinal - tinit, min(max(step - tinit, 0), total - tfinal - tinit)
     # In whole numbers, so that nothing is rounded before the end.
     return final + (initial - final) * (way - gone) ** 3 // way**3
+
+
+# ------------------------------------------------------------------ mask_to_budget
 
 
 def _split(flat, scores):
@@ -434,6 +445,9 @@ def mask_to_budget(scores, budget):
     for i, j in places[:budget]:
         masks[i][j] = True
     return masks
+
+
+# ------------------------------------------------------------------ adalora_step
 
 
 class _Net(nn.Module):

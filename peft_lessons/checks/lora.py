@@ -16,6 +16,9 @@ def _factors(out, in_, rank):
     return torch.randn(rank, in_), torch.randn(out, rank)
 
 
+# ------------------------------------------------------------------ unmerge_lora
+
+
 def _merged(out, in_, rank, alpha, dtype=torch.float32):
     A, B = _factors(out, in_, rank)
     return [t.to(dtype) for t in (torch.randn(out, in_) * 3, A, B)] + [alpha]
@@ -60,6 +63,9 @@ def unmerge_lora(merged_weight, A, B, alpha):
     for row, column in zip(A.double(), B.double().T, strict=True):
         weight = weight - alpha / len(A) * torch.outer(column, row)
     return weight.to(merged_weight.dtype)
+
+
+# ------------------------------------------------------------------ compress_lora
 
 
 def _product(factors):
@@ -176,6 +182,9 @@ def compress_lora(A, B, rank):
     return Vh[:rank], U[:, :rank] * S[:rank]
 
 
+# ------------------------------------------------------------------ embedding_lora
+
+
 def _table(ids, alpha, vocabulary=23, d=12, rank=4, dtype=torch.float32):
     A, B = _factors(d, vocabulary, rank)
     weight = torch.randn(vocabulary, d)
@@ -237,6 +246,9 @@ def embedding_lora(ids, weight, A, B, alpha):
     # What the lookup must equal: one-hot rows times the merged table.
     one_hot = F.one_hot(ids, len(weight)).to(weight.dtype)
     return one_hot @ (weight + alpha / A.shape[0] * (B @ A).T)
+
+
+# ------------------------------------------------------------------ sum_adapters
 
 
 def _adapters(*settings, out=40, in_=72):
@@ -338,6 +350,9 @@ def sum_adapters(adapters):
     rank = sum(len(A) for A, _, _, _ in adapters)
     U, S, Vh = torch.linalg.svd(update, full_matrices=False)
     return Vh[:rank], U[:, :rank] * S[:rank]
+
+
+# ------------------------------------------------------------------ apply_lora
 
 
 class _Block(nn.Module):

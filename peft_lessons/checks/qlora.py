@@ -7,6 +7,8 @@ import torch
 from .kit import Case, check_for
 from .scaling import wrong_scalings
 
+# ------------------------------------------------------------------ bits_per_parameter
+
 
 def _stored(extra):
     """A wrong bits_per_parameter from what it adds to `bits`."""
@@ -108,6 +110,9 @@ def bits_per_parameter(bits, block, absmax_bits=32, double_block=None, double_bi
     return stored / n
 
 
+# ------------------------------------------------------------------ unpack_nibbles
+
+
 def _nibbles(packed):
     return packed >> 4, packed & 15
 
@@ -163,6 +168,9 @@ def unpack_nibbles(packed):
     """Two codes from every byte, the high nibble first."""
     digits = "".join(f"{byte:02x}" for byte in packed.tolist())
     return torch.tensor([int(digit, 16) for digit in digits], dtype=torch.uint8)
+
+
+# ------------------------------------------------------------------ normal_float_levels
 
 
 def _offset(bits):
@@ -284,6 +292,9 @@ def normal_float_levels(bits):
     probabilities[half - 1] = 0.5
     z = torch.special.ndtri(torch.tensor(probabilities, dtype=torch.float64))
     return (z / z[-1]).float()
+
+
+# ------------------------------------------------------------------ quantize_blockwise
 
 
 _NF4 = _levels(4)
@@ -475,6 +486,9 @@ def quantize_blockwise(x, levels, block):
     return _quantized(x, levels, block)
 
 
+# ------------------------------------------------------------------ dequantize_blockwise
+
+
 def _dequantizing_case(shape, levels, block, zeros=(), note=""):
     def make():
         n = math.prod(shape)
@@ -540,6 +554,9 @@ def _dequantizing(spread=None, value=None, join=torch.mul, shaped=torch.reshape)
 def dequantize_blockwise(codes, absmax, levels, block, shape):
     """Each code's level times the absmax of its block, in the shape asked for."""
     return _dequantized(codes, absmax, levels, block, shape)
+
+
+# ------------------------------------------------------------------ merge_into_4bit
 
 
 def _packed(codes):

@@ -7,6 +7,8 @@ from torch import nn
 
 from .kit import Case, check_for
 
+# ------------------------------------------------------------------ training_bytes
+
 
 @check_for(
     cases=[
@@ -57,6 +59,9 @@ def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8)
     return round(frozen + n_trainable * (weight + grad + master + moments))
 
 
+# ------------------------------------------------------------------ step_flops
+
+
 @check_for(
     cases=[(7_000, 130, 11), (1_000, 1_000, 3), (6_738_415_616, 4_194_304, 2_048), (5_000, 1, 7)],
     causes={
@@ -83,6 +88,9 @@ def step_flops(n_params, n_trainable, tokens):
     """The forward pass, the backward pass through all weights, the gradients of what trains."""
     every_weight, trained_weight = 2 + 2, 2 + 2 + 2
     return tokens * (every_weight * (n_params - n_trainable) + trained_weight * n_trainable)
+
+
+# ------------------------------------------------------------------ largest_rank
 
 
 def _ranks(cost, limit=min):
@@ -161,6 +169,9 @@ def largest_rank(shapes, budget_bytes, bytes_per_parameter):
             break
         rank += 1
     return rank
+
+
+# ------------------------------------------------------------------ count_parameters
 
 
 class _Net(nn.Module):

@@ -16,6 +16,9 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
+# ------------------------------------------------------------------ unmerge_lora
+
+
 @wrong("unmerge_lora", "the scaling alpha / r is left out")
 def no_scaling(merged_weight, A, B, alpha):
     return merged_weight - B @ A
@@ -133,6 +136,9 @@ def rank_by_rank(W, A, B, alpha):
     for row, column in zip(A, B.T, strict=True):
         W = W - alpha / len(A) * column[:, None] * row
     return W
+
+
+# ------------------------------------------------------------------ compress_lora
 
 
 @wrong("compress_lora", "(256, 192) is formed on the way")
@@ -280,6 +286,9 @@ def in_double_precision(A, B, rank):
     return a.to(A.dtype), b.to(B.dtype)
 
 
+# ------------------------------------------------------------------ embedding_lora
+
+
 @wrong("embedding_lora", "the scaling alpha / r is left out")
 def unscaled_lookup(ids, weight, A, B, alpha):
     return weight[ids] + A.T[ids] @ B.T
@@ -360,6 +369,9 @@ def flattened(ids, weight, A, B, alpha):
     scaled = A.index_select(1, flat) * (alpha / B.shape[1])
     rows = weight.index_select(0, flat) + (B @ scaled).T
     return rows.reshape(*ids.shape, -1)
+
+
+# ------------------------------------------------------------------ sum_adapters
 
 
 @wrong("sum_adapters", "the factors are summed, not the products")
@@ -446,6 +458,9 @@ def signed_roots(adapters):
         A.append(math.sqrt(abs(s)) * a)
         B.append(math.copysign(math.sqrt(abs(s)), s) * b)
     return torch.cat(A), torch.cat(B, dim=-1)
+
+
+# ------------------------------------------------------------------ apply_lora
 
 
 @wrong("apply_lora", "freeze it before the branches are added; and targets are found")

@@ -10,6 +10,9 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
+# ------------------------------------------------------------------ training_bytes
+
+
 @wrong("training_bytes", "are counted for the frozen weights too")
 def all_states(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
     return int(n_params * (weight + grad + master + moments))
@@ -89,6 +92,9 @@ def rounded(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
     return round(total)
 
 
+# ------------------------------------------------------------------ step_flops
+
+
 @wrong("step_flops", "frozen weights need no weight gradients")
 def six(n_params, n_trainable, tokens):
     return 6 * n_params * tokens
@@ -148,6 +154,9 @@ def nothing_for_nothing(n_params, n_trainable, tokens):
 @right("step_flops")
 def by_token(n_params, n_trainable, tokens):
     return sum([4 * n_params, 2 * n_trainable]) * tokens
+
+
+# ------------------------------------------------------------------ largest_rank
 
 
 @wrong("largest_rank", "out + in parameters a layer, not out · in")
@@ -251,6 +260,9 @@ def by_parameters(shapes, budget_bytes, bytes_per_parameter):
     parameters = math.floor(budget_bytes / bytes_per_parameter)
     ranks = range(1, min(map(min, shapes)) + 1)
     return max([r for r in ranks if r * sum(map(sum, shapes)) <= parameters], default=0)
+
+
+# ------------------------------------------------------------------ count_parameters
 
 
 def _true_size(p):
