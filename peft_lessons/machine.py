@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 from .models import bundled_files
 
+_MARKS = {True: "✓", False: "✗", None: "·"}
 _NEEDED_GIB = 4  # full fine-tuning of the bundled encoder, JupyterLab and a browser
 
 
@@ -40,14 +41,12 @@ class Readiness:
 
     def __repr__(self) -> str:
         width = max(len(row.what) for row in self.rows)
-        marks = {True: "✓", False: "✗", None: "·"}
-        lines = [f"{marks[r.ok]} {r.what:<{width}}  {r.found}" for r in self.rows]
+        lines = [f"{_MARKS[r.ok]} {r.what:<{width}}  {r.found}" for r in self.rows]
         return "\n".join((*lines, self.verdict))
 
     def _repr_html_(self) -> str:
-        marks = {True: "✓", False: "✗", None: "·"}
         body = "".join(
-            f'<tr><td>{marks[r.ok]}</td><td style="text-align:left">{html.escape(r.what)}</td>'
+            f'<tr><td>{_MARKS[r.ok]}</td><td style="text-align:left">{html.escape(r.what)}</td>'
             f'<td style="text-align:left">{html.escape(r.found)}</td></tr>'
             for r in self.rows
         )

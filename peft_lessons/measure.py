@@ -47,11 +47,11 @@ def parameters(model: nn.Module) -> Parameters:
 
 def nbytes(tensors) -> int:
     """Bytes of the tensors' storages, a shared one once."""
-    storages = {_key(t): t.untyped_storage() for t in tensors}
+    storages = {_storage(t): t.untyped_storage() for t in tensors}
     return sum(s.nbytes() for s in storages.values())
 
 
-def _key(tensor: torch.Tensor) -> int:
+def _storage(tensor: torch.Tensor) -> int:
     # The storage's own identity, since on the meta device every data_ptr is 0.
     return tensor.untyped_storage()._cdata
 
@@ -97,7 +97,7 @@ def activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> i
     """Bytes that `forward` keeps for the backward pass, the model's own tensors left out.
 
     `forward` runs the model and returns the loss, say; what it returns is dropped."""
-    own = {_key(t) for t in (*model.parameters(), *model.buffers())}
+    own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
     kept = []
 
     def keep(tensor):
@@ -106,7 +106,7 @@ def activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> i
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()
-    size = nbytes([t for t in kept if _key(t) not in own])
+    size = nbytes([t for t in kept if _storage(t) not in own])
     del result
     return size
 

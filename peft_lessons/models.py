@@ -119,9 +119,6 @@ BUNDLED = {
     ),
 }
 
-BLOCK = 64  # weights that share a scale in 4 bits
-FOUR_BIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True)
 class BundledFile:
@@ -321,10 +318,14 @@ def load_model(
         model, info = kind.from_pretrained(source, **options)
     if four_bit:
         _keep_differentiable(model)
-    model.fresh_modules = _fresh_modules(model, info, name, labels)
+    model.fresh_modules = _untrained(model, info, name, labels)
     if name in BUNDLED:
         model.name_or_path = model.config._name_or_path = BUNDLED[name].published_as
     return model.eval()
+
+
+BLOCK = 64  # weights that share a scale in 4 bits
+FOUR_BIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) -> dict:
@@ -383,7 +384,7 @@ def _auto_class(config, labels: int | None):
     return AutoModelForCausalLM if causal else AutoModel
 
 
-def _fresh_modules(model, info: dict, name: str, labels: int | None) -> tuple[str, ...]:
+def _untrained(model, info: dict, name: str, labels: int | None) -> tuple[str, ...]:
     """The top modules whose weights no file gave, in the model's order.
 
     Raises ValueError where they are more than a head (or a pooler): the file is incomplete."""
