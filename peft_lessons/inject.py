@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -21,6 +22,10 @@ from torch import nn
 from .rules import SETTINGS, validate
 
 # ------------------------------------------------------------------ what a method says of itself
+
+
+# {(module, name): the class that was defined last by this name}
+_DEFINED: WeakValueDictionary[tuple[str, str], type[Method]] = WeakValueDictionary()
 
 
 class Method:
@@ -54,7 +59,8 @@ class Method:
         ranks:          the fields that are a rank: at most min(in, out) of a layer
         learning_rate:  what `fit` uses if it is not told otherwise
         rate_factors:   {parameter of the wrapping or attached module: what that rate is multiplied
-                        by for it}, where one rate does not suit all of them"""
+                        by for it}, where one rate does not suit all of them
+        design:         the method as a change of a hidden state: one or several `Design`"""
 
     peft_type: ClassVar[str]
     peft_fields: ClassVar[Mapping[str, tuple[str, Any]]] = {}
@@ -69,6 +75,11 @@ class Method:
     ranks: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 1e-3
     rate_factors: ClassVar[Mapping[str, float]] = {}
+    design: ClassVar[Any] = None
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        _DEFINED[cls.__module__, cls.__qualname__] = cls
 
     def __post_init__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -224,13 +235,9 @@ def _refuse_twice(merged: bool, wanted: bool) -> None:
 def methods() -> list[type[Method]]:
     """Every method that has been defined so far: the registry.
 
-    Of a class that was defined again, as when a notebook's cell is run twice, the last one."""
-
-    def below(cls):
-        return [d for c in cls.__subclasses__() for d in (c, *below(c))]
-
-    named = {(m.__module__, m.__qualname__): m for m in below(Method) if "peft_type" in vars(m)}
-    return list(named.values())
+    Of a class that was defined again, as when a notebook's cell is run twice, the last one, even
+    if it has another base class by then, or no peft_type any more."""
+    return [m for m in list(_DEFINED.values()) if "peft_type" in vars(m)]
 
 
 # ------------------------------------------------------------------ finding modules by name
@@ -259,6 +266,12 @@ def matches(path: str, names: tuple[str, ...] | str) -> bool:
         except re.error as error:
             raise ValueError(f"{names!r} is no regular expression: {error}") from None
     return any(path == name or path.endswith("." + name) for name in names)
+
+
+def within(path: str, names: tuple[str, ...] | str) -> bool:
+    """Whether names match a path, or that of a module which it is part of."""
+    parts = path.split(".")
+    return any(matches(".".join(parts[:n]), names) for n in range(1, len(parts) + 1))
 
 
 def one_by_one(names: tuple[str, ...] | str) -> list[tuple[str, tuple[str, ...] | str]]:
@@ -326,9 +339,11 @@ def refuse_packed(modules: Mapping[str, nn.Module], argument: str) -> None:
 
 
 def near_name(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the path of `known`, or its last part, that resembles `name`."""
-    known = [*known, *(path.rpartition(".")[2] for path in known)]
-    near = difflib.get_close_matches(name, known, n=1)
+    """The end of an error message: a part of a path in `known`, of as many segments as `name`, that
+    resembles it."""
+    n, segments = name.count(".") + 1, [path.split(".") for path in known]
+    parts = {".".join(s[i : i + n]) for s in segments for i in range(len(s) - n + 1)}
+    near = difflib.get_close_matches(name, sorted(parts), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -555,7 +570,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, p in (*model.named_parameters(), *codes):
         if p.is_meta:
             return "meta"
-        if matches(name.rsplit(".", 1)[0], fresh):
+        if within(name, fresh):
             continue
         flat = p.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32).bfloat16()

@@ -25,9 +25,11 @@ def validate(owner: str, **values: Any) -> None:
     for name, value in values.items():
         complaint = rules[name](value) if name in rules else None
         if complaint:
-            # A module is shown by its type: printed, it would fill the screen.
+            # A module is shown by its type, a tensor not at all: printed, it would fill the screen.
             text = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
-            shown = name if isinstance(value, torch.Tensor) else f"{name}={text}"
+            parts = value if isinstance(value, tuple) else (value,)
+            held = any(isinstance(part, torch.Tensor) for part in parts)
+            shown = name if held else f"{name}={text}"
             raise ValueError(f"{owner}: {shown} {complaint}")
 
 
@@ -80,7 +82,7 @@ SETTINGS: dict[str, Rule] = {
     **dict.fromkeys(("width", "bottleneck_size", "hidden_size", "dim", "kv_dim"), whole(1)),
     **dict.fromkeys(("ff_dim", "embed_dim", "head_dim", "num_layers", "num_heads"), whole(1)),
     **dict.fromkeys(("tokens", "num_tokens", "prefix_length"), whole(1)),
-    **dict.fromkeys(("steps", "batch_size", "checkpoint_every", "repeats"), whole(1)),
+    **dict.fromkeys(("steps", "batch_size", "checkpoint_every", "repeats", "keep"), whole(1)),
     **dict.fromkeys(("projection", "last", "eval_every"), or_none(whole(1))),
     **dict.fromkeys(("alpha", "scale", "adapter_scalar", "lr"), POSITIVE),
     **dict.fromkeys(("beta1", "beta2"), INNER),
@@ -301,15 +303,6 @@ THINGS["pairs"] = needs(
 )
 
 # ---------------- 10: a part of what is there
-
-
-@about("last_of")
-@about("keep_of")
-def _share_of(value: tuple[Any, int]) -> str | None:
-    part, total = value
-    if isinstance(part, bool) or not isinstance(part, int) or not 1 <= part <= total:
-        return "must be (k, n) with a whole number k from 1 to n, which is all there are"
-    return None
 
 
 @about("indices")

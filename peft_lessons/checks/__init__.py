@@ -1,6 +1,19 @@
 """The checks of the exercises: `check.lora.unmerge_lora(unmerge_lora)`, one module per lesson."""
 
-from . import adalora, adapters, dora, ia3, lora, prefix, prompt, qlora, start, why
+from . import (
+    adalora,
+    adapters,
+    dora,
+    ia3,
+    lora,
+    prefix,
+    prompt,
+    qlora,
+    selective,
+    start,
+    unified,
+    why,
+)
 from .kit import Verdict, WrongAnswer
 
 __all__ = [
@@ -14,6 +27,8 @@ __all__ = [
     "prefix",
     "prompt",
     "qlora",
+    "selective",
     "start",
+    "unified",
     "why",
 ]

@@ -1,0 +1,87 @@
+"""Solutions of lesson 10."""
+
+import math
+
+import torch
+import torch.nn as nn
+
+
+def select_bitfit(model: nn.Module) -> list[str]:
+    """The names of all biases of a model, in its order. ValueError if it has none."""
+    last = {name: name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    biases = [name for name, own in last.items() if own == "bias" or own.endswith("_bias")]
+    if not biases:
+        raise ValueError(f"{type(model).__name__} has no biases, so BitFit would train nothing")
+    return biases
+
+
+def hard_concrete(
+    log_alpha: torch.Tensor,
+    u: torch.Tensor,
+    low: float = -1.5,
+    high: float = 1.5,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """The gates in [0, 1] that the uniform numbers u draw, as many as there are log α."""
+    s = torch.sigmoid((torch.logit(u) + log_alpha) / temperature)   # in (0, 1)
+    return (s * (high - low) + low).clamp(0, 1)                     # stretched to (low, high)
+
+
+def expected_l0(
+    log_alpha: torch.Tensor, low: float = -1.5, high: float = 1.5, temperature: float = 1.0
+) -> torch.Tensor:
+    """How many of the gates a draw leaves open on average."""
+    # z > 0 where (logit(u) + log α) / β > log(−low / high), and logit(u) has the CDF σ.
+    return torch.sigmoid(log_alpha - temperature * math.log(-low / high)).sum()
+
+
+def sparse_diff(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{name: (flat indices, new values)} of all entries whose bits have changed."""
+    whole_numbers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    diff = {}
+    for name, new in after.items():
+        bits = whole_numbers[new.element_size()]
+        changed = before[name].view(bits) != new.view(bits)         # the tensor's shape
+        indices = changed.flatten().nonzero().flatten()             # (k,)
+        if len(indices):
+            diff[name] = indices, new.flatten()[indices]            # (k,), (k,)
+    return diff
+
+
+def apply_sparse_diff(
+    before: dict[str, torch.Tensor], diff: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """A new state dict: `before`, with the values of `diff` at their indices."""
+    for name, (indices, values) in diff.items():
+        if name not in before:
+            raise ValueError(f"{name!r} is not in the state dict")
+        if indices.dtype != torch.int64 or values.dtype != before[name].dtype:
+            raise ValueError(f"{name!r}: indices are int64, values {before[name].dtype}")
+        if not len(indices) == len(values) == len(indices.unique()):
+            raise ValueError(f"{name!r}: each value has one index, and no index is there twice")
+        if ((indices < 0) | (indices >= before[name].numel())).any():
+            raise ValueError(f"{name!r}: an index is not in 0 to {before[name].numel() - 1}")
+    after = {name: tensor.clone() for name, tensor in before.items()}
+    for name, (indices, values) in diff.items():
+        flat = before[name].flatten()                               # row after row
+        after[name] = flat.scatter(0, indices, values).view(before[name].shape)
+    return after
+
+
+def make_optimizer(model: nn.Module, names: list[str]) -> torch.optim.AdamW:
+    """AdamW over the parameters in `names`; the others are frozen, and so are their layers."""
+    model.zero_grad()                                               # to None, not to zeros
+    model.requires_grad_(False)
+    for name, p in model.named_parameters(remove_duplicate=False):  # a tied one has two names
+        if name in names:
+            p.requires_grad_(True)
+    for module in model.modules():                                  # before what is in it
+        trains = [p.requires_grad for p in module.parameters()]
+        if trains:
+            module.training = any(trains)
+        for child in module.children():                             # dropout goes with its layer
+            child.training = module.training
+    chosen = [p for p in model.parameters() if p.requires_grad]     # each of them once
+    return torch.optim.AdamW(chosen, lr=1e-2, weight_decay=0.1)

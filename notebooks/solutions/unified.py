@@ -1,0 +1,77 @@
+"""Solutions of lesson 11."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from peft_lessons.inject import Adapted, Method
+from peft_lessons.methods.unified import Design
+
+
+def prefix_as_adapter(
+    x: torch.Tensor, w_q: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor
+) -> torch.Tensor:
+    """softmax(x W_downᵀ) W_up, with the W_down and W_up that make it a prefix: (..., T, d_h)."""
+    w_down = prefix_k @ w_q / w_q.shape[0] ** 0.5              # (p, d)
+    return (x @ w_down.T).softmax(-1) @ prefix_v               # (..., T, d_h)
+
+
+def compose(
+    h: torch.Tensor, delta: torch.Tensor, scale: float, gate: float | torch.Tensor | None = None
+) -> torch.Tensor:
+    """h + s · Δh, or with a gate (1 − λ) h + λ · s · Δh, in the dtype of h."""
+    if gate is None:
+        return (h + scale * delta).to(h.dtype)                 # (..., T, d)
+    return ((1 - gate) * h + gate * scale * delta).to(h.dtype) # (..., T, d)
+
+
+@dataclass(frozen=True)
+class MyMethod(Method):
+    """A method of my own; its design says what it does."""
+
+    rank: int = 8
+    strength: float = 2.0
+    targets: tuple[str, ...] | str = ("query", "value")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.strength:
+            raise ValueError("MyMethod: strength=0 switches it off; take another number")
+
+    # LoRA reads x, beside the layer. This one reads h, behind it: the cell that was empty.
+    peft_type, learning_rate = "SEQUENTIAL_LORA", 3e-3
+    peft_fields = {"rank": ("rank", 8), "strength": ("strength", 2.0),
+                   "targets": ("target_modules", None)}
+    tensors = {"A": "A", "B": "B"}
+    design = Design(
+        form="h Aᵀ Bᵀ", insertion="sequential", modified="output of any linear layer",
+        composition="h + s · Δh",
+        delta=lambda site: site.module.strength * site.h @ (site.module.B @ site.module.A).T)
+
+    class Layer(Adapted):
+        def __init__(self, linear, rank, strength):
+            super().__init__(linear)
+            d = linear.out_features
+            self.A = nn.Parameter(torch.randn(rank, d) / d**0.5)               # (r, out)
+            self.B = nn.Parameter(torch.zeros(d, rank))                        # (out, r)
+            self.strength = strength
+
+        def forward(self, x):
+            h = self.base(x)                                                   # (..., out)
+            return h if self.merged else h + self.strength * (h @ self.A.T) @ self.B.T
+
+        def turn(self):
+            """I + s · BA (out, out): what it does to h, and so to each column of W, and to b."""
+            return torch.eye(len(self.B)) + self.strength * self.B @ self.A
+
+        def merged_tensors(self):
+            W, b = self.base.weight, self.base.bias                            # (out, in), (out,)
+            return self.turn() @ W, None if b is None else self.turn() @ b
+
+        def unmerged_tensors(self):
+            back, W, b = self.turn().inverse(), self.base.weight, self.base.bias
+            return back @ W, None if b is None else back @ b
+
+    def wrap(self, path, layer):
+        return self.Layer(layer, self.rank, self.strength)
