@@ -54,7 +54,7 @@ from peft_lessons import (
     unload,
 )
 
-ROUNDS, ANSWERS, TOKENS = 25, {1: 36, 32: 9}, 32
+ROUNDS, ANSWERS, TOKENS = 15, {1: 20, 32: 5}, 32
 BATCH = {"minilm": 16, "tinylm": 4}
 FACTORS = {"rank": 8, "alpha": 16}
 QV = {"minilm": ("query", "value"), "tinylm": ("q_proj", "v_proj")}

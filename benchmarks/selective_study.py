@@ -39,7 +39,8 @@ SETTINGS = {  # (task, method, variant, blocks or one in how many numbers): rate
     **{("sentiment", "diff", kind, 200): (*MIDDLE, 3e-2) for kind in DIFFS},
     ("austen", "norms", "", 0): HIGH,
     ("austen", "last", "", 2): MIDDLE,
-    **{("austen", "diff", kind, 200): HIGH for kind in DIFFS},
+    ("austen", "diff", "gates", 200): (1e-2, 3e-2, 1e-1),
+    ("austen", "diff", "magnitude", 200): (*HIGH, 1e-1),
 }
 PATH = (*NAMES, "lr", "seed", "step", "expected", "nonzero", "task_loss")
 
