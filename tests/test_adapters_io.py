@@ -17,6 +17,7 @@ from tiny import (
     TinyTask,
     contents,
     lora_config,
+    moved,
     read_config,
     refused,
     rewrite,
@@ -60,16 +61,6 @@ FILES = {CONFIG, WEIGHTS}
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits
-
-
-def moved(model):
-    """The model with random values in all that trains."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn_like(p))
-    return model.eval()
 
 
 def adapted(model, method=QV, also_train=()):

@@ -14,6 +14,7 @@ from tiny import (
     contents,
     hooks,
     interrupted,
+    moved,
     refused,
     same,
     state,
@@ -82,16 +83,6 @@ CASES = [
 
 def base_of(row, name):
     return (WIDE if row == "qlora" else MODELS)[name]()
-
-
-def moved(model):
-    """The model with all that trains moved at random, as after training."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn_like(p))
-    return model
 
 
 def test_every_method_of_the_course_has_a_row():

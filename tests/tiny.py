@@ -1,4 +1,4 @@
-"""Small random models of four families, and a small task, for the tests of the engine."""
+"""What the tests share: tiny random models of four families, a small task, and how to compare."""
 
 import json
 from collections.abc import Callable
@@ -23,6 +23,8 @@ from transformers import (
 
 from peft_lessons import DoRA, LoRA, inject, injection_of
 from peft_lessons.adapters_io import CONFIG, WEIGHTS
+
+# ------------------------------------------------------------------ models
 
 SIZES = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 FEED_FORWARD = dict(intermediate_size=96)
@@ -83,6 +85,24 @@ def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
     return model
 
 
+MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
+EACH = pytest.mark.parametrize("name", MODELS)
+CAUSAL = pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+# Non-square layers, layers with and without a bias, grouped key-value heads.
+TARGETS = {
+    "llama": ("q_proj", "v_proj", "down_proj"),
+    "qwen2": ("q_proj", "k_proj", "up_proj"),
+    "opt": ("q_proj", "v_proj", "fc1", "fc2"),
+    "bert": ("query", "value", "intermediate.dense", "output.dense"),
+}
+# (targets, feedforward) of (IA)³; in a BERT the name output.dense would match the attention's too.
+PLACES = {
+    **dict.fromkeys(("llama", "qwen2"), (("k_proj", "v_proj", "down_proj"), ("down_proj",))),
+    "opt": (("k_proj", "v_proj", "fc2"), ("fc2",)),
+    "bert": (r".*self\.(key|value)|.*\d\.output\.dense", r".*\d\.output\.dense"),
+}
+
+
 def trained(model: nn.Module, size: float = 0.2, seed: int = 7) -> nn.Module:
     """The model with random values in all that its method added, as after training."""
     torch.manual_seed(seed)
@@ -90,6 +110,19 @@ def trained(model: nn.Module, size: float = 0.2, seed: int = 7) -> nn.Module:
         for _, p in injection_of(model).added():
             p.copy_(size * torch.randn(p.shape))
     return model
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The same of all that trains, a head too and what is PEFT's: moved at random."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+    return model.eval()
+
+
+# ------------------------------------------------------------------ tasks and batches
 
 
 class TinyTask:
@@ -138,6 +171,33 @@ def interrupted(kind: type[TinyTask], at: int) -> TinyTask:
     return Interrupted()
 
 
+def task_of(name: str) -> TinyTask:
+    return TinyTask() if name == "bert" else TinyText()
+
+
+TASKS = {"bert": "SEQ_CLS"}  # what PEFT calls them
+
+
+def task_type(name: str) -> str:
+    return TASKS.get(name, "CAUSAL_LM")
+
+
+def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
+    """Three rows of 12, 9 and 5 tokens; padded on the left for decoders, as for generation."""
+    torch.manual_seed(11)
+    ids, mask = torch.randint(3, vocabulary, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    for row, length in enumerate((12, 9, 5)):
+        mask[row, length:] = 0
+    if name != "bert":
+        mask = mask.flip(1)
+    ids = ids.where(mask.bool(), 1)
+    labels = torch.tensor([1, 0, 1]) if name == "bert" else ids.where(mask.bool(), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+# ------------------------------------------------------------------ what stays as it was
+
+
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of all values, and of what trains, to show that nothing changed."""
     values = {n: t.detach().clone() for n, t in model.state_dict().items()}
@@ -182,6 +242,9 @@ def refused(model: nn.Module, match: str, error: type[Exception] = ValueError):
     assert found() == and_beside
 
 
+# ------------------------------------------------------------------ files
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """The bytes of each file of a folder, to compare."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -203,11 +266,50 @@ def rewrite(folder: Path, change: Callable[[dict], object] | None = None, **entr
     return folder
 
 
+# ------------------------------------------------------------------ beside PEFT's
+
+
 def close(a, b, tolerance: float = 1e-6, what: str = "", relative: bool = False) -> None:
     """`relative`: to the largest entry of `a`."""
     assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all(), what
     gap = (a - b).abs().max().item() / (a.abs().max().item() if relative else 1)
     assert gap <= tolerance, f"{what} differs by {gap:.1e}"
+
+
+def step_of_both(theirs, ours, batch: dict[str, torch.Tensor], tolerance: float = 1e-6):
+    """Equal logits and losses, drawn with one seed where something drops, and gradients in both
+    models; returns our output."""
+    torch.manual_seed(3)
+    a = theirs(**batch)
+    torch.manual_seed(3)
+    b = ours(**batch)
+    close(a.logits, b.logits, tolerance, "logits")
+    close(a.loss, b.loss, tolerance, "loss")
+    a.loss.backward()
+    b.loss.backward()
+    return b
+
+
+def gradients(theirs, ours, names: dict[str, str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{parameter: (PEFT's gradient, ours)} of all that trains, the same in both.
+
+    names: {part of a name in PEFT: what it is here}, replaced in this order."""
+    mine, found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}, {}
+    for name, p in theirs.base_model.model.named_parameters():
+        if p.requires_grad:
+            for part, own in {"modules_to_save.default.": "", **names}.items():
+                name = name.replace(part, own)
+            found[name] = p.grad, mine.pop(name)
+    assert found and not mine, f"PEFT does not train {list(mine)}"
+    return found
+
+
+def only_the_branch_drops(*models: nn.Module, p: float) -> None:
+    """Train mode in which no dropout draws numbers but that of the branches, which have this p."""
+    for model in models:
+        for module in model.train().modules():
+            if isinstance(module, nn.Dropout) and module.p != p:
+                module.p = 0.0
 
 
 def lora_config(method: LoRA, task: str | None = None, **more):
@@ -244,81 +346,7 @@ def lora_pair(base: nn.Module, method: LoRA, task: str | None = None):
     return theirs.eval(), ours.eval()
 
 
-def step_of_both(theirs, ours, batch: dict[str, torch.Tensor], tolerance: float = 1e-6):
-    """Equal logits and losses, drawn with one seed where something drops, and gradients in both
-    models; returns our output."""
-    torch.manual_seed(3)
-    a = theirs(**batch)
-    torch.manual_seed(3)
-    b = ours(**batch)
-    close(a.logits, b.logits, tolerance, "logits")
-    close(a.loss, b.loss, tolerance, "loss")
-    a.loss.backward()
-    b.loss.backward()
-    return b
-
-
-def gradients(theirs, ours, names: dict[str, str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{parameter: (PEFT's gradient, ours)} of all that trains, the same in both.
-
-    names: {part of a name in PEFT: what it is here}, replaced in this order."""
-    mine, found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}, {}
-    for name, p in theirs.base_model.model.named_parameters():
-        if p.requires_grad:
-            for part, own in {"modules_to_save.default.": "", **names}.items():
-                name = name.replace(part, own)
-            found[name] = p.grad, mine.pop(name)
-    assert found and not mine, f"PEFT does not train {list(mine)}"
-    return found
-
-
-MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
-# Non-square layers, layers with and without a bias, grouped key-value heads.
-TARGETS = {
-    "llama": ("q_proj", "v_proj", "down_proj"),
-    "qwen2": ("q_proj", "k_proj", "up_proj"),
-    "opt": ("q_proj", "v_proj", "fc1", "fc2"),
-    "bert": ("query", "value", "intermediate.dense", "output.dense"),
-}
-# (targets, feedforward) of (IA)³; in a BERT the name output.dense would match the attention's too.
-PLACES = {
-    **dict.fromkeys(("llama", "qwen2"), (("k_proj", "v_proj", "down_proj"), ("down_proj",))),
-    "opt": (("k_proj", "v_proj", "fc2"), ("fc2",)),
-    "bert": (r".*self\.(key|value)|.*\d\.output\.dense", r".*\d\.output\.dense"),
-}
-EACH = pytest.mark.parametrize("name", MODELS)
-CAUSAL = pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
-TASKS = {"bert": "SEQ_CLS"}  # what PEFT calls them
-
-
-def task_type(name: str) -> str:
-    return TASKS.get(name, "CAUSAL_LM")
-
-
-def task_of(name: str) -> TinyTask:
-    return TinyTask() if name == "bert" else TinyText()
-
-
-def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
-    """Three rows of 12, 9 and 5 tokens; padded on the left for decoders, as for generation."""
-    torch.manual_seed(11)
-    ids, mask = torch.randint(3, vocabulary, (3, 12)), torch.ones(3, 12, dtype=torch.long)
-    for row, length in enumerate((12, 9, 5)):
-        mask[row, length:] = 0
-    if name != "bert":
-        mask = mask.flip(1)
-    ids = ids.where(mask.bool(), 1)
-    labels = torch.tensor([1, 0, 1]) if name == "bert" else ids.where(mask.bool(), -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def only_the_branch_drops(*models: nn.Module, p: float) -> None:
-    """Train mode in which no dropout draws numbers but that of the branches, which have this p."""
-    for model in models:
-        for module in model.train().modules():
-            if isinstance(module, nn.Dropout) and module.p != p:
-                module.p = 0.0
-
+# ------------------------------------------------------------------ generation
 
 GREEDY = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
 
