@@ -14,26 +14,19 @@ import sys
 from functools import partial
 
 import torch
-from common import Results, train_on, tune
+from common import BASES, NAMES, Results, base_of, measured, study
 
 from peft_lessons import (
     IA3,
     BottleneckAdapter,
     Prefix,
     Prompt,
-    evaluate,
     fit,
     inject,
-    load_model,
-    load_task,
     load_tokenizer,
-    measure,
     start_prefix,
 )
 
-BASES = {"sentiment": "minilm", "austen": "tinylm"}
-STEPS = {"sentiment": 200, "austen": 100}
-CHOICES = {"sentiment": max, "austen": min}  # of accuracies, of perplexities
 P, PROJECTION = 16, 96
 TEXTS = {
     "sentiment": "Is this sentence from the review of a film positive or negative?",
@@ -63,11 +56,6 @@ SETTINGS = {  # (task, method, variant, width or virtual tokens): rates
     ("austen", "prefix", "mlp", P): (3e-3, *HIGH),
     ("austen", "prefix", "context", P): (3e-3, 1e-2, 3e-2, *HIGHEST, 3.0),
 }
-NAMES = ("task", "method", "variant", "size")
-COLUMNS = (
-    *(*NAMES, "lr", "seed", "steps", "trainable"),
-    *("untrained", "validation", "test", "test_loss", "seconds_per_step"),
-)
 CURVES = (*NAMES, "lr", "seed", "step", "loss")
 
 
@@ -87,8 +75,7 @@ def method_of(task: str, method: str, variant: str, size: int):
 def build(setting: tuple, seed: int, task) -> torch.nn.Module:
     """The base with the method of a setting in it, ready to train."""
     name, _, variant, size = setting
-    model = load_model(BASES[name], labels=2 if name == "sentiment" else None, seed=seed)
-    torch.manual_seed(seed)
+    model = base_of(name, seed)
     if variant == "context":  # the keys and values of the training text's first tokens
         ids = next(task.batches("train", 1))["input_ids"][:, :size]
         with torch.no_grad():
@@ -100,47 +87,24 @@ def build(setting: tuple, seed: int, task) -> torch.nn.Module:
     return model
 
 
-def run(tasks: dict, curves: Results, *point) -> dict:
-    setting, (lr, seed) = point[:4], point[4:]
-    name, task = setting[0], tasks[setting[0]]
-    model, steps = build(setting, seed, task), STEPS[name]
-    before = evaluate(model, task, "validation")
-    if name == "sentiment":
-        return {
-            "steps": steps,
-            "untrained": round(before.accuracy, 5),
-            **train_on(task, model, steps, lr, seed),
-        }
-    trainable = measure.parameters(model).trainable
+def train(model, task, steps: int, point: tuple, curves: Results):
+    """Train at a point, (*setting, lr, seed); the loss on Austen goes to the curves."""
+    *setting, lr, seed = point
     history = fit(model, task, steps, lr=lr, seed=seed, show=False)
-    test = evaluate(model, task, "test")
-    for first in range(0, steps, 10):
-        loss = sum(history.loss[first : first + 10]) / 10
+    if setting[0] == "austen":
         place = dict(zip((*NAMES, "lr", "seed"), point, strict=True))
-        curves.add(**place, step=first + 10, loss=f"{loss:.4f}")
-    return {
-        "steps": steps,
-        "trainable": trainable,
-        "untrained": f"{before.perplexity:.3f}",
-        "validation": f"{evaluate(model, task, 'validation').perplexity:.3f}",
-        "test": f"{test.perplexity:.3f}",
-        "test_loss": f"{test.loss:.5f}",
-        "seconds_per_step": f"{history.seconds / steps:.4f}",
-    }
+        for first in range(0, steps, 10):
+            loss = sum(history.loss[first : first + 10]) / 10
+            curves.add(**place, step=first + 10, loss=f"{loss:.4f}")
+    return history
 
 
-def main(backwards: bool) -> None:
-    torch.set_num_threads(1)
-    results, curves = Results("additive_study", COLUMNS), Results("additive_curves", CURVES)
-    tasks = {
-        "sentiment": load_task("sentiment"),
-        "austen": load_task("austen").limit(validation=250),
-    }
-    for name in list(BASES)[:: -1 if backwards else 1]:
-        rates = {setting: tried for setting, tried in SETTINGS.items() if setting[0] == name}
-        best = CHOICES[name]
-        tune(results, NAMES, rates, partial(run, tasks, curves), best=best, backwards=backwards)
+def run(curves: Results, task, setting: tuple, lr: float, seed: int) -> dict:
+    """Train one point and return its measured columns."""
+    model = build(setting, seed, task)
+    return measured(task, setting, model, partial(train, point=(*setting, lr, seed), curves=curves))
 
 
 if __name__ == "__main__":
-    main(backwards="--backwards" in sys.argv)
+    run = partial(run, Results("additive_curves", CURVES))
+    study("additive_study", SETTINGS, run, backwards="--backwards" in sys.argv)
