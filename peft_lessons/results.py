@@ -199,16 +199,16 @@ def stored_costs(base: str, names: Mapping[str, str], *, answers: bool = True) -
     """The stored cost of methods on minilm or tinylm, {method in costs.csv: how it is called}.
 
     A step is one of 16 movie sentences, or of 4 blocks of Austen. An answer is one forward pass of
-    32 tokens by minilm, 32 tokens generated after 32 by tinylm.
-    Raises ValueError for a method without a row."""
+    32 tokens by minilm, 32 tokens generated after 32 by tinylm. A merged method takes no step: what
+    was not measured is left empty. Raises ValueError for a method without a row."""
     lines = []
     for name, row in _stored(base, names, "ours"):
         line = {
             f"on {base}": name,
-            "trainable": row["trainable"],
-            "optimiser": 8 * row["trainable"] / 2**20,  # AdamW's two moments, in float32
-            "peak of a step": row["peak_bytes"] / 2**20,
-            "time of a step": 1000 * row["seconds"],
+            "trainable": row["trainable"] or None,
+            "optimiser": 8 * row["trainable"] / 2**20 or None,  # AdamW's two moments, in float32
+            "peak of a step": row["peak_bytes"] / 2**20 or None,
+            "time of a step": 1000 * row["seconds"] or None,
             "file": row["file_bytes"] / 2**20 or None,
         }
         if answers:

@@ -169,6 +169,8 @@ def test_stored_costs_of_the_named_methods():
     text = repr(stored_costs("minilm", {"lora": "LoRA, rank 8, query and value"}))
     assert "on minilm" in text and "74,498" in text and "MiB" in text and "32 texts" in text
     assert "32 texts" not in repr(stored_costs("tinylm", {"full": "full"}, answers=False))
+    merged = repr(stored_costs("minilm", {"lora, merged": "merged"})).splitlines()[1]
+    assert "MiB" not in merged and merged.count(" ms") == 2
     with pytest.raises(ValueError, match="no row 'bitfit' for tinylm, ours; it has full"):
         stored_costs("tinylm", {"bitfit": "BitFit"})
 
