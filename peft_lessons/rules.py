@@ -229,7 +229,7 @@ def _mask(value: Any) -> str | None:
         return None
     # With a static cache, generate makes a mask of four dimensions and room for the text alone.
     return (
-        f"{f'of shape {tuple(value.shape)}' if tensor else 'is no tensor and'} can't be lengthened "
+        f"{f'of shape {tuple(value.shape)}' if tensor else 'is no tensor and'} cannot be lengthened "
         "by what stands before the text: give one of shape (batch, tokens), and generate without "
         "cache_implementation='static'"
     )
@@ -237,7 +237,7 @@ def _mask(value: Any) -> str | None:
 
 THINGS["last_of_mask"] = needs(
     lambda v: v.is_meta or v.all(),
-    "is 0 in some row: this classifier reads the last place, and can't see that it is padding, "
+    "is 0 in some row: this classifier reads the last place, and cannot see that it is padding, "
     "since embeddings have no ids: pad on the left (padding_side='left')",
 )
 

@@ -546,7 +546,7 @@ def test_calls_that_would_read_no_prefix_or_a_wrong_one():
         base(ids[:, :1], past_key_values=foreign)
     with pytest.raises(ValueError, match="past_key_values='StaticCache' must be a DynamicCache"):
         base.generate(ids, **GREEDY, cache_implementation="static")
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 1, 12, 12\) can't be"):
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 1, 12, 12\) cannot be"):
         base(ids, attention_mask=torch.zeros(3, 1, 12, 12))
     base.gradient_checkpointing_enable()
     base.train()

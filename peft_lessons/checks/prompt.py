@@ -203,7 +203,7 @@ def _mean(P, w):
 @check_for(
     cases=[
         Case(lambda: _prompts([0.3, 0.7], 4, 6)),
-        Case(lambda: _prompts([1.0, 2.0, 5.0], 5, 3), note="weights that don't sum to 1"),
+        Case(lambda: _prompts([1.0, 2.0, 5.0], 5, 3), note="weights that do not sum to 1"),
         Case(lambda: _prompts([2, 0, 1, 4], 4, 4), note="one weight is 0"),
         Case(lambda: _prompts([3.0], 2, 7), note="a single prompt"),
         Case(lambda: _prompts([0.1, 0.2, 0.5], 3, 5, torch.float64)),

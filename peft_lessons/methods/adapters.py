@@ -202,4 +202,5 @@ BottleneckAdapter.tensors = {
     f"adapter.{name}": f"adapter.{name}"
     for name in ("down.weight", "down.bias", "up.weight", "up.bias")
 }
-BottleneckAdapter.learning_rate = 3e-3  # what fit takes if it is not told otherwise: section 5
+# What fit takes if it is not told otherwise; section 5 measures it.
+BottleneckAdapter.learning_rate = 3e-3

@@ -159,6 +159,7 @@ class Prefix(Method):
         whole = {name: tensor for name, tensor in tensors.items() if name not in MLP}
         return super().to_peft(whole | {"prompt_embeddings": P})
 
+    # What fit takes if it is not told otherwise; no rate suits all: section 5.
     learning_rate, peft_type = 1e-2, "PREFIX_TUNING"
     tensors = {"embedding": "prompt_embeddings", **MLP}
     peft_fields = {"tokens": ("num_virtual_tokens", None)}
