@@ -229,9 +229,9 @@ def _mask(value: Any) -> str | None:
         return None
     # With a static cache, generate makes a mask of four dimensions and room for the text alone.
     return (
-        f"{f'of shape {tuple(value.shape)}' if tensor else 'is no tensor and'} cannot be lengthened "
-        "by what stands before the text: give one of shape (batch, tokens), and generate without "
-        "cache_implementation='static'"
+        f"{f'of shape {tuple(value.shape)}' if tensor else 'is no tensor and'} cannot be "
+        "lengthened by what stands before the text: give one of shape (batch, tokens), and "
+        "generate without cache_implementation='static'"
     )
 
 

@@ -160,27 +160,7 @@ def diff(layer, drawn):
             z = z * gate(log_alpha, layer.stretch, u)                         # (out, in)
     return z * layer.w
 
-
-def expected_open(layer):
-    """How many of its gates a draw leaves open on average: the smooth stand-in for ‖w‖₀."""
-    if layer.log_alpha is None:
-        return torch.zeros(())
-    whole = 1.0 if layer.log_alpha_all is None else torch.sigmoid(layer.log_alpha_all).squeeze()
-    return whole * torch.sigmoid(layer.log_alpha).sum()
-
 # %% ../../notebooks/10_selective.ipynb #10-selective-031
-def diff(layer, drawn):
-    """z ⊙ w (out, in) of a layer: with gates `drawn` at random, or as they are after training."""
-    if layer.mask is not None:
-        return layer.mask * layer.w
-    z = 1.0
-    for log_alpha in (layer.log_alpha, layer.log_alpha_all):
-        if log_alpha is not None:
-            u = torch.rand_like(log_alpha) if drawn else None
-            z = z * gate(log_alpha, layer.stretch, u)                         # (out, in)
-    return z * layer.w
-
-
 def expected_open(layer):
     """How many of its gates a draw leaves open on average: the smooth stand-in for ‖w‖₀."""
     if layer.log_alpha is None:

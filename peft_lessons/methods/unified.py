@@ -137,7 +137,7 @@ def gated(site):
     f = to_prefix.softmax(-1) @ site.more["values"]                        # (batch, n_h, T, d_h)
     return (gate[..., None] * (f - heads(site.h, d_h))).transpose(1, 2).flatten(2)
 
-# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-023
+# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-021
 @torch.no_grad()
 def own_layers(model, batch):
     """A Site for each Linear or LayerNorm of the base that trains itself, beside a head: h (..., d)
@@ -160,7 +160,7 @@ def own_layers(model, batch):
         sites.append(Site(path, layer, x, h + old.get("bias", 0), new, change))
     return sites
 
-# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-025
+# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-023
 @dataclass(frozen=True)
 class Design:
     """A method as h -> h + Δh, in the four choices of He et al. 2022, section 4: the functional
@@ -179,7 +179,7 @@ class Design:
     sites: Callable[[nn.Module, Mapping], list[Site]] = linears
     example: Method | None = None
 
-# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-027
+# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-025
 def designs_of(kind):
     """What a method's class says of its own design, as a tuple: a parent's is not its own."""
     declared = vars(kind).get("design")
@@ -200,7 +200,7 @@ def moved(model, method):
                 p.mul_(torch.rand_like(p) / 2).add_(0.05 * torch.randn_like(p))
     return changed
 
-# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-028
+# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-026
 def gap(sites, delta):
     """max|new − h − Δh| / max|new − h| over all sites; infinite where nothing changes."""
     ran = [site.new - site.h for site in sites]                            # (..., d) each
@@ -209,7 +209,7 @@ def gap(sites, delta):
               for change, site in zip(ran, sites, strict=True))
     return off / size if size else float("inf")
 
-# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-029
+# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-027
 @torch.no_grad()
 def check_design(method, model, batch):
     """Rows of the table, one for each `Design` of a method's class, by its example, or of an
@@ -233,7 +233,7 @@ def check_design(method, model, batch):
     # An instance has the sites of some designs only: an adapter is of one kind.
     return [row for row in rows if row["places"] != 0] or rows[:1]
 
-# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-030
+# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-028
 def unified_table(model, batch):
     """The rows of `check_design` for every method that has been defined so far. Of one name the
     class that was defined last counts: a lesson defines anew what the package has."""

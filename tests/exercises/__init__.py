@@ -2,6 +2,7 @@
 right ones that are written otherwise than the solution."""
 
 from collections.abc import Callable
+from typing import Any
 
 
 class Answers:
@@ -18,3 +19,11 @@ class Answers:
     def right(self, exercise: str) -> Callable[[Callable], Callable]:
         """A right answer below, in another style than the solution's."""
         return lambda function: self.rights.append((exercise, function)) or function
+
+
+class Recipe:
+    """An answer that must not be there before it is handed over, and is made then: a class of
+    methods that is there counts among those of the course."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make, self.__name__ = make, make.__name__
