@@ -181,7 +181,7 @@ class DiffPruning(Method):
     structured: bool = False
     targets: tuple[str, ...] | str = "all-linear"
     gates: bool = True
-    peft_type, learning_rate = "DIFF_PRUNING", 1e-3
+    peft_type, learning_rate = "DIFF_PRUNING", 1e-2
     rate_factors = {"log_alpha": 100.0, "log_alpha_all": 100.0}
     tensors = {name: name for name in ("w", "log_alpha", "log_alpha_all", "mask")}
     peft_fields = {"sparsity": ("sparsity", 1e-5), "stretch": ("stretch", 1.5),
