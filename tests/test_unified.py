@@ -139,6 +139,16 @@ def test_looking_changes_nothing():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_an_observer_leaves_no_hook_even_if_the_model_fails():
+    model = bert()
+    inject(model, LoRA.design.example)
+    hooked = lambda: [n for n, m in model.named_modules() if m._forward_hooks]  # noqa: E731
+    assert len(linears(model, BATCH)) == 13 and not hooked()
+    with pytest.raises(ValueError, match="input_ids"):
+        linears(model, {})
+    assert not hooked()
+
+
 def test_two_looks_see_the_same():
     assert check_design(LoRA, BASE, BATCH) == check_design(LoRA, BASE, BATCH)
 

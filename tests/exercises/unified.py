@@ -399,7 +399,10 @@ EDITS = {
     # what it puts into the model
     "no_wrap": ("it has no wrap", (WRAP, "")),
     "names_of_a_llama": ("'query' matches no module", ('("query", "value")', '"query"')),
-    "too_wide": ("rank=400 is above", ("rank: int = 4", "rank: int = 400")),
+    "too_wide": (
+        "rank=400 is above",
+        ("rank: int = 4", "ranks = ('rank',)\n    rank: int = 400"),
+    ),
     "no_adapted": (
         "wrap returns a module (Layer), and",
         ("(Adapted):", "(nn.Module):"),
@@ -664,6 +667,16 @@ def left_in_the_model():
 @recipe
 def put_into_the_model():
     return steering(shifts=lambda shifts: shifts)
+
+
+right("MyMethod")(
+    edited(
+        "bent",
+        (FORWARD, "return h + self.scale * F.gelu(x @ self.A.T) @ self.B.T"),
+        (DELTA, "site.module.scale * F.gelu(site.x @ site.module.A.T) @ site.module.B.T"),
+        (MERGE, MERGE.partition("return")[0] + 'raise TypeError("it is not linear")\n'),
+    )
+)
 
 
 @right("MyMethod")
