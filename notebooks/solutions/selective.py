@@ -1,7 +1,5 @@
 """Solutions of lesson 10."""
 
-import math
-
 import torch
 import torch.nn as nn
 
@@ -32,7 +30,7 @@ def expected_l0(
 ) -> torch.Tensor:
     """How many of the gates a draw leaves open on average."""
     # z > 0 where (logit(u) + log α) / β > log(−low / high), and logit(u) has the CDF σ.
-    return torch.sigmoid(log_alpha - temperature * math.log(-low / high)).sum()
+    return torch.sigmoid(log_alpha - temperature * log_alpha.new_tensor(-low / high).log()).sum()
 
 
 def sparse_diff(
