@@ -211,6 +211,7 @@ _OTHER_DEFAULTS = "the defaults are another paper's, −0.1, 1.1 and 2/3: here �
             inside=lambda a, n, t: (a.exp() + n) / t
         ),
         "the sigmoid is missing": _gate(squash=lambda s: s),
+        "the sigmoid is taken twice": _gate(squash=lambda s: s.sigmoid().sigmoid()),
         "tanh is no sigmoid: it runs from −1 to 1": _gate(squash=torch.tanh),
         "the gate is not stretched, so it is never exactly 0 or 1": _gate(
             stretched=lambda s, low, high: s

@@ -210,6 +210,9 @@ def _squeezed(h, delta, scale, gate=None):
         "with a gate h goes on whole: it fades as the change comes in, (1 − λ) h": _composed(
             mixed=lambda h, D, s, g: h + g * s * D
         ),
+        "the gate fades the sum of both: h alone fades, and the change comes in by λ": _composed(
+            mixed=lambda h, D, s, g: (1 - g) * (h + s * D)
+        ),
         "the gate is turned round: λ is the share of the change": _composed(
             mixed=lambda h, D, s, g: g * h + (1 - g) * s * D
         ),

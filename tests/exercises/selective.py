@@ -183,6 +183,12 @@ def cold(log_alpha, u, low=-1.5, high=1.5, temperature=1.0):
     return torch.clamp(s * (high - low) + low, 0, 1)
 
 
+@wrong("hard_concrete", "the sigmoid is taken twice")
+def squashed_twice(log_alpha, u, low=-1.5, high=1.5, temperature=1.0):
+    s = torch.sigmoid(torch.sigmoid((torch.logit(u) + log_alpha) / temperature))
+    return (s * (high - low) + low).clamp(0, 1)
+
+
 @wrong("hard_concrete", "only the noise is divided by the temperature")
 def noise_cooled(log_alpha, u, low=-1.5, high=1.5, temperature=1.0):
     s = torch.sigmoid(log_alpha + logistic(u) / temperature)

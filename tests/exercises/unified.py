@@ -174,6 +174,11 @@ def whole(h, delta, scale, gate=None):
     return (h + gate * scale * delta).to(h.dtype)
 
 
+@wrong("compose", "the gate fades the sum of both")
+def sum_fades(h, delta, scale, gate=None):
+    return ((1 - (gate if gate is not None else 0)) * (h + scale * delta)).to(h.dtype)
+
+
 @wrong("compose", "the gate is turned round")
 def turned(h, delta, scale, gate=None):
     if gate is None:
