@@ -13,7 +13,7 @@ The verbs of the course, the same for every method:
 from . import checks as check
 from . import measure, plots
 from .adapters_io import load_adapter, read_adapter, save_adapter
-from .hf import setup_qlora
+from .hf import load_and_merge_adapter, setup_peft_training, setup_qlora
 from .inject import freeze, inject, injection_of, merge, methods, report, unload, unmerge
 from .machine import machine_check
 from .methods.adalora import AdaLoRA
@@ -89,6 +89,7 @@ __all__ = [
     "inject",
     "injection_of",
     "load_adapter",
+    "load_and_merge_adapter",
     "load_model",
     "load_results",
     "load_task",
@@ -107,6 +108,7 @@ __all__ = [
     "report",
     "save_adapter",
     "scores",
+    "setup_peft_training",
     "setup_qlora",
     "spread",
     "standard_error",
@@ -114,9 +116,18 @@ __all__ = [
     "stored_costs",
     "table",
     "there_and_back",
+    "train_with_peft",
     "tuned",
     "unload",
     "unmerge",
     "with_method",
     "write",
 ]
+
+
+def __getattr__(name: str):
+    if name == "train_with_peft":  # transformers' Trainer takes a second to import
+        from .hf_training import train_with_peft
+
+        return train_with_peft
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,10 @@ warnings.filterwarnings("ignore", message="Could not find a config file in")
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 # peft prepares a 4-bit model with a call that transformers has renamed since.
 warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
+# It says so of every norm, although its LN_TUNING is there for norms.
+warnings.filterwarnings("ignore", message="Unsupported layer type .*Norm")
+# It reads this entry of an AdaLoRA's file as if it were a LoRA's, and then rightly as its own.
+warnings.filterwarnings("ignore", message="The following rank_pattern keys .*lora_E")
 
 from transformers.utils import logging as transformers_logging  # noqa: E402
 

@@ -284,7 +284,7 @@ def load_adapter(
     config, tensors, header = read_adapter(folder)
     refuse_injected(model)
     if check_base:
-        _check_base(model, config, header)
+        refuse_other_base(model, config, header)
     method, tensors = _method_of(config, tensors)
     # PEFT lists every name that a head may have; those of other models match nothing here.
     paths = [path for path, _ in model.named_modules()]
@@ -323,7 +323,8 @@ def _keys(what: str, keys: list[str], total: int) -> str:
     return f"the file {what} {keys[0]!r}{more} of {total} tensors: it was made for another model"
 
 
-def _check_base(model: nn.Module, config: dict, header: dict) -> None:
+def refuse_other_base(model: nn.Module, config: dict, header: dict) -> None:
+    """ValueError if an adapter, as `read_adapter` gives it, was made for another base."""
     theirs, ours = header.get(_BASE), fingerprint(model)
     remedy = "load its own base, or pass check_base=False if you mean it"
     if theirs is not None:

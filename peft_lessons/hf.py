@@ -1,14 +1,27 @@
-"""The course's jobs done with Hugging Face PEFT itself.
+"""The course's jobs done with Hugging Face PEFT itself: set up, train, merge.
 
 peft and what it pulls in take seconds to import, so they are imported where they are needed.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
-from .models import load_model
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .adapters_io import read_adapter, refuse_other_base
+from .models import load_model, load_tokenizer
 from .rules import validate
+
+VIRTUAL_TOKENS = 16
 
 
 def setup_qlora(model_name: str, rank: int = 64):
@@ -19,21 +32,14 @@ def setup_qlora(model_name: str, rank: int = 64):
     checkpointing is on. Prints how much trains, 4-bit weights counted as what they stand for.
     Returns the PEFT model in train mode. Raises ValueError for a rank below 1 or above a layer's
     width, a model that does not generate text, and as `load_model`."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
     validate("setup_qlora", rank=rank)
     model = load_model(model_name, four_bit=True)
     if not model.can_generate():
         raise ValueError(f"setup_qlora: {model_name!r} is no causal language model; try 'tinylm'")
-    for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and rank > min(layer.in_features, layer.out_features):
-            raise ValueError(
-                f"setup_qlora: rank={rank} is above min(in, out) of {path!r}: that adds parameters "
-                "but no freedom"
-            )
-    model = prepare_model_for_kbit_training(
-        model, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
+    _refuse_wide(model, rank, "setup_qlora")
+    model = _prepared(model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -44,3 +50,373 @@ def setup_qlora(model_name: str, rank: int = 64):
     model = get_peft_model(model, config).train()
     model.print_trainable_parameters()
     return model
+
+
+def _prepared(model):
+    """A 4-bit model made ready to train: all else in float32, gradient checkpointing on."""
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(
+        model, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+
+
+def _refuse_wide(model: nn.Module, rank: int, owner: str) -> None:
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and rank > min(layer.in_features, layer.out_features):
+            # A head is narrower than any rank, and no method of low rank touches it.
+            if path in getattr(model, "fresh_modules", ()):
+                continue
+            raise ValueError(
+                f"{owner}: rank={rank} is above min(in, out) of {path!r}: that adds parameters "
+                "but no freedom"
+            )
+
+
+# ------------------------------------------------------------------ the configs
+
+# Each takes the model, PEFT's name of its task and a rank, and gives the settings.
+_Settings = Callable[[nn.Module, str, int], dict]
+
+
+def _lora(model: nn.Module, task: str, rank: int) -> dict:
+    # GPT-2's layers hold their weights transposed; PEFT would find out with a warning.
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    targets = "all-linear"  # but the head, which PEFT knows by its name
+    if _inner(model):
+        layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        targets = [path for path in layers if path not in model.fresh_modules]
+    return {
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": targets,
+        "fan_in_fan_out": transposed,
+    }
+
+
+def _inner(model: nn.Module) -> list[str]:
+    """The fresh modules that are no head: a pooler."""
+    return [path for path in model.fresh_modules if path.startswith(model.base_model_prefix + ".")]
+
+
+def _adalora(model: nn.Module, task: str, rank: int) -> dict:
+    settings = _lora(model, task, rank) | {"init_r": math.ceil(1.5 * rank), "target_r": rank}
+    # "r" is LoRA's. The schedule is a stand-in: train_with_peft fits it to the run's steps.
+    return {k: v for k, v in settings.items() if k != "r"} | {"total_step": 1000}
+
+
+def _ia3(model: nn.Module, task: str, rank: int) -> dict:
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEED_FORWARD,
+    )
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
+
+    kind = model.config.model_type
+    if kind in ("bert", "roberta"):
+        # PEFT's own "output.dense" also takes the attention's output, which (IA)³ leaves alone.
+        second = r".*layer\.\d+\.output\.dense"
+        return {
+            "target_modules": rf".*self\.(key|value)|{second}",
+            "feedforward_modules": second,
+        }
+    if kind not in TARGETS:
+        raise ValueError(
+            f"method='ia3': where its three vectors go in a model of type {kind!r} is not known; "
+            "give a config: IA3Config(target_modules=[keys, values, the second feed-forward "
+            "matrix], feedforward_modules=[the latter])"
+        )
+    second = FEED_FORWARD[kind]
+    # For several families PEFT names the query where the paper has the key.
+    names = [name.replace("q_proj", "k_proj") for name in TARGETS[kind]]
+    if kind == "opt":
+        names = ["k_proj", "v_proj", "fc2"]
+    return {"target_modules": names, "feedforward_modules": second}
+
+
+def _virtual(model: nn.Module, task: str, rank: int) -> dict:
+    return {"num_virtual_tokens": VIRTUAL_TOKENS}
+
+
+def _prompt(model: nn.Module, task: str, rank: int) -> dict:
+    # Rows of the vocabulary: PEFT's default draws numbers fifty times as large as they are.
+    return _virtual(model, task, rank) | {"prompt_tuning_init": "SAMPLE_VOCAB"}
+
+
+def _norms(model: nn.Module, task: str, rank: int) -> dict:
+    paths = [path for path, module in model.named_modules() if "Norm" in type(module).__name__]
+    if not paths:
+        raise ValueError(f"method='norms': {type(model).__name__} has no norm to train")
+    return {"target_modules": sorted({path.rpartition(".")[2] for path in paths})}
+
+
+# {method: (PEFT's config class, its settings, a learning rate)}. The rates lie near the best ones
+# of this course's studies; what is best for a task of yours, a few runs on it must say.
+_CONFIGS: dict[str, tuple[str, _Settings, float]] = {
+    "lora": ("LoraConfig", _lora, 1e-3),
+    "rslora": ("LoraConfig", lambda *a: _lora(*a) | {"use_rslora": True}, 1e-3),
+    "dora": ("LoraConfig", lambda *a: _lora(*a) | {"use_dora": True}, 1e-3),
+    "qlora": ("LoraConfig", _lora, 1e-3),
+    "adalora": ("AdaLoraConfig", _adalora, 3e-3),
+    "ia3": ("IA3Config", _ia3, 3e-2),
+    "prefix": ("PrefixTuningConfig", _virtual, 3e-2),
+    "prompt": ("PromptTuningConfig", _prompt, 1e-1),
+    "norms": ("LNTuningConfig", _norms, 1e-2),
+}
+HF_METHODS = tuple(_CONFIGS)
+_RATES = {kind: rate for kind, _, rate in _CONFIGS.values()}
+_OURS_ALONE = {
+    "adapter": "BottleneckAdapter",
+    "bitfit": "BitFit",
+    "partial": "PartialFineTuning",
+    "diff": "DiffPruning",
+    "mixed": "MixAndMatch",
+}
+
+
+def _known(method: str) -> str:
+    if not isinstance(method, str):
+        raise TypeError(f"method must be one of {', '.join(HF_METHODS)}, got {method!r}")
+    if method.lower() in _OURS_ALONE:
+        raise ValueError(
+            f"method={method!r}: PEFT does not have it; the course does: "
+            f"inject(model, {_OURS_ALONE[method.lower()]}(...))"
+        )
+    if method not in HF_METHODS:
+        raise ValueError(f"method={method!r} is unknown; known are {', '.join(HF_METHODS)}")
+    return method
+
+
+def rate_of(config) -> float:
+    """The learning rate that `train_with_peft` takes for a PEFT config if it is given none."""
+    return _RATES.get(type(config).__name__, 1e-3)
+
+
+# ------------------------------------------------------------------ set up
+
+
+def setup_peft_training(
+    model_name: str,
+    method: str = "lora",
+    output_dir: str | os.PathLike = "./output",
+    *,
+    labels: int | None = None,
+    rank: int = 8,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+):
+    """Load a model with its tokenizer and put one of PEFT's methods into it, ready to train.
+
+    Args:
+        model_name: a bundled name, a local folder or a Hub id.
+        method: one of `HF_METHODS`. Where it goes is chosen by the architecture: LoRA and its kin
+            on all linear layers but the head, (IA)³ on keys, values and the second feed-forward
+            matrix, prompts and prefixes before the text.
+        output_dir: where `train_with_peft` keeps its checkpoints and the adapter.
+        labels: None for a model that generates text, n for a classifier with n classes, whose fresh
+            head trains and is saved too, and a pooler under it that is as fresh.
+        rank: of the methods that have one; α is twice as large.
+        dtype: of the base. None is bfloat16 on a GPU that has it, else float32. What trains stays
+            in float32.
+        seed: decides the head and what the method draws.
+
+    Returns (model in train mode, tokenizer with a padding token).
+    Raises ValueError for an unknown method (lists the known), an encoder without `labels`, a rank
+    below 1 or above a layer's width, float16 on a CPU, an `output_dir` that is a file, a tokenizer
+    with neither padding nor end token, a prompt or prefix for a base with a fresh pooler, and as
+    `load_model`."""
+    import peft
+
+    kind, settings, _ = _CONFIGS[_known(method)]
+    validate("setup_peft_training", rank=rank)
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r} is a file; name a folder")
+    dtype = _dtype(dtype)
+    tokenizer = padded(load_tokenizer(model_name))
+    model = load_model(model_name, labels, dtype=dtype, seed=seed, four_bit=method == "qlora")
+    if labels is None and not model.can_generate():
+        raise ValueError(
+            f"{model_name!r} is an encoder, which generates no text: labels=2 makes it a "
+            "classifier of two classes"
+        )
+    if model.config.pad_token_id is None:  # by it a decoder's classifier finds the last real token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if kind in ("LoraConfig", "AdaLoraConfig"):
+        _refuse_wide(model, math.ceil(1.5 * rank) if method == "adalora" else rank, method)
+    if method == "qlora":
+        model = _prepared(model)
+    task = "CAUSAL_LM" if labels is None else "SEQ_CLS"
+    chosen = settings(model, task, rank)
+    stands_before = kind in ("PrefixTuningConfig", "PromptTuningConfig")
+    if stands_before and _inner(model):
+        raise ValueError(
+            f"method={method!r}: {_inner(model)[0]!r} of {model_name!r} comes untrained, and "
+            "beside a prompt or a prefix PEFT trains and saves the head alone: take another method "
+            "or base"
+        )
+    if model.fresh_modules and not stands_before:
+        # By itself PEFT trains the head, but not a pooler that came as fresh as it.
+        chosen["modules_to_save"] = list(model.fresh_modules)
+    config = getattr(peft, kind)(task_type=task, **chosen)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        model = peft.get_peft_model(model, config)
+    model.output_dir = output_dir
+    return model.train(), tokenizer
+
+
+def _dtype(dtype: torch.dtype | None) -> torch.dtype:
+    gpu = torch.cuda.is_available()
+    if dtype is None:
+        return torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32
+    if dtype == torch.float16 and not gpu:
+        raise ValueError("dtype=torch.float16 needs a GPU to train: take float32, or bfloat16")
+    return dtype
+
+
+def padded(tokenizer):
+    """The tokenizer, with its end token for padding where it has none of its own.
+
+    Raises ValueError if it has neither."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "the tokenizer has neither a padding nor an end token, so texts of different "
+                "lengths fit no batch: set tokenizer.pad_token to a token of its vocabulary"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+# ------------------------------------------------------------------ merge
+
+
+def load_and_merge_adapter(
+    base_model_name: str,
+    adapter_path: str | os.PathLike,
+    *,
+    save_to: str | os.PathLike | None = None,
+    dtype: torch.dtype = torch.float32,
+    four_bit: bool = False,
+    check_base: bool = True,
+):
+    """The base with the adapter's change in its weights: a plain model that needs PEFT no more.
+
+    Args:
+        base_model_name: named as for `load_model`; a classifier's head comes from the adapter.
+        save_to: a new or empty folder, which gets the model and its tokenizer when they are whole.
+        dtype: of the merged model.
+        four_bit: True for an adapter that was trained on a base in four bits. It is merged into
+            what those four bits stand for; the base's own weights are not quite what it has seen.
+        check_base: False takes an adapter of a base with another name on purpose.
+
+    Raises FileNotFoundError for a missing file; ValueError for a broken one, another base, keys
+    that do not fit it, NaN in the adapter or after merging, a method that cannot be merged
+    (prompts, prefixes), a `save_to` that holds something; and as `load_model`."""
+    import peft
+
+    adapter_path = Path(adapter_path)
+    entries, tensors, header = read_adapter(adapter_path)
+    kind = entries["peft_type"]
+    if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"peft_type {kind!r} is not PEFT's: load_adapter(model, folder) and merge(model) of "
+            "the course do it"
+        )
+    config = peft.PeftConfig.from_pretrained(str(adapter_path))
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"a {kind} adapter stands before the text and changes no weight: there is nothing to "
+            "merge it into. Keep it apart: PeftModel.from_pretrained(base, folder)"
+        )
+    target = None if save_to is None else _new_folder(save_to)
+    base = load_model(base_model_name, _labels(config, tensors), dtype=dtype, four_bit=four_bit)
+    if check_base:
+        refuse_other_base(base, entries, header)
+    if four_bit:
+        base = base.dequantize()
+    model = _opened(base, adapter_path, tensors)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(f"a {kind} adapter cannot be merged: PEFT has no way to")
+    # Not safe_merge: it doesn't look at every method's weights.
+    merged = _unwrapped(model.merge_and_unload())
+    for path, weight in merged.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"merging gave NaN or infinite weights in {dtype}, first in {path!r}")
+    if target is not None:
+        _save_whole(merged.eval(), load_tokenizer(base_model_name), target)
+    return merged.eval()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model without wrappers: when PEFT merges norms, it leaves the head in its own."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            trained = module.modules_to_save[module.active_adapter]
+            model.set_submodule(path, trained)
+    return model
+
+
+def _labels(config, tensors: dict[str, torch.Tensor]) -> int | None:
+    """The number of classes of the head in the adapter, None if it is no classifier's."""
+    if str(config.task_type) not in ("SEQ_CLS", "TaskType.SEQ_CLS"):
+        return None
+    heads = [
+        t.shape[0]
+        for key, t in tensors.items()
+        if re.search(r"\.(score|classifier|classifier\.out_proj)\.weight$", key)
+    ]
+    if len(heads) != 1:
+        raise ValueError(
+            "the adapter is a classifier's, but its file holds no head: it was saved without "
+            "task_type='SEQ_CLS' or modules_to_save"
+        )
+    return heads[0]
+
+
+def _opened(base: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]):
+    """PEFT's model with the adapter, all of it: PEFT itself says nothing of keys left over."""
+    import warnings
+
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below
+        try:
+            model = PeftModel.from_pretrained(base, str(folder))
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines()
+            raise ValueError(f"the adapter does not fit this base: {lines[-1].strip()}") from None
+        except ValueError as error:
+            raise ValueError(f"the adapter does not fit this base: {error}") from None
+    expected = set(get_peft_model_state_dict(model))
+    for what, keys in (
+        ("lacks", expected - set(tensors)),
+        ("has, with no place in the base,", set(tensors) - expected),
+    ):
+        if keys:
+            raise ValueError(
+                f"the adapter does not fit this base: its file {what} {min(keys)!r} and "
+                f"{len(keys) - 1} more of {len(tensors)} tensors"
+            )
+    return model
+
+
+def _new_folder(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"save_to={str(path)!r} holds something already: name a new folder")
+    return path
+
+
+def _save_whole(model, tokenizer, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+        whole = Path(beside) / "model"
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        if target.exists():
+            target.rmdir()
+        shutil.move(whole, target)

@@ -83,6 +83,7 @@ SETTINGS: dict[str, Rule] = {
     **dict.fromkeys(("ff_dim", "embed_dim", "head_dim", "num_layers", "num_heads"), whole(1)),
     **dict.fromkeys(("tokens", "num_tokens", "prefix_length"), whole(1)),
     **dict.fromkeys(("steps", "batch_size", "checkpoint_every", "repeats", "keep"), whole(1)),
+    "max_length": whole(1),
     **dict.fromkeys(("projection", "last", "eval_every"), or_none(whole(1))),
     **dict.fromkeys(("alpha", "scale", "adapter_scalar", "lr"), POSITIVE),
     **dict.fromkeys(("beta1", "beta2"), INNER),

@@ -1,0 +1,426 @@
+"""Train a PEFT model with transformers' Trainer, on one device or, launched so, on several.
+
+What Trainer leaves out is here: padding that takes no loss, AdaLoRA's allocator, a resume that
+also holds for prompts and for AdaLoRA, and clear refusals. The loop is Trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ProgressCallback
+
+from .adapters_io import WEIGHTS
+from .calls import positions_of
+from .hf import padded, rate_of
+from .rules import validate
+from .training import progress
+
+MAX_LENGTH = 256
+STATE = "adapter_state.safetensors"  # the last file of a checkpoint: with it, that is complete
+
+
+def train_with_peft(
+    model,
+    tokenizer,
+    train_dataset,
+    *,
+    eval_dataset=None,
+    output_dir: str | os.PathLike | None = None,
+    epochs: float = 3,
+    steps: int | None = None,
+    batch_size: int = 8,
+    learning_rate: float | None = None,
+    max_length: int | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    show: bool = True,
+) -> dict:
+    """Train a PEFT model, save adapter and tokenizer, and return what was measured.
+
+    Args:
+        model: PEFT's, as `setup_peft_training` gives it.
+        train_dataset, eval_dataset: any finite collection of texts, or of dicts with "text" or
+            "input_ids"; for a classifier with "label" or "labels" too. Of running text each token
+            is the label of the one before it, padding of none.
+        output_dir: for checkpoints and the adapter; None is the folder given at set-up.
+        epochs, steps: how long; `steps` counts where both are given.
+        batch_size: texts a step, over all devices together.
+        learning_rate: falls to 0 after a rise over a tenth of the steps; None is `rate_of(config)`.
+        max_length: longer texts are cut; None is 256, or what the model has positions for.
+        checkpoint_every: steps between checkpoints, None for none but at the end of training.
+        resume: go on from the newest whole checkpoint in `output_dir`; without one, begin.
+        seed: of the order of texts and of dropout.
+        show: False prints nothing.
+
+    Returns a dict: "steps", "examples", "trainable", "loss" (of each step), "seconds",
+    "adapter" (the folder); with an eval_dataset "eval_loss", and of a classifier "eval_accuracy".
+    The adapter is complete in its folder, written by one process, before it returns.
+
+    Raises TypeError for a model that is not PEFT's; ValueError if nothing in it trains, for an
+    empty data set, texts without a token, labels that are missing or out of range, a batch size
+    that the processes cannot share, a tokenizer that cannot pad, an `output_dir` that holds an
+    older run (unless it is to be resumed) or is a file."""
+    from peft import PeftModel
+
+    owner = "train_with_peft"
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"{owner}: model is a {type(model).__name__}, not PEFT's; first: "
+            "model, tokenizer = setup_peft_training(name, method)"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"{owner}: nothing trains; a loaded adapter is frozen unless it was loaded "
+            "with is_trainable=True"
+        )
+    rate = rate_of(model.active_peft_config) if learning_rate is None else learning_rate
+    validate(owner, batch_size=batch_size, lr=rate)
+    for name, value in (("steps", steps), ("checkpoint_every", checkpoint_every)):
+        if value is not None:
+            validate(owner, **{name: value})
+    tokenizer = padded(tokenizer)
+    folder = Path(output_dir or getattr(model, "output_dir", None) or "./output")
+    length = _length(model, max_length)
+    train = prepare(model, tokenizer, train_dataset, length, "train_dataset")
+    held_out = eval_dataset and prepare(model, tokenizer, eval_dataset, length, "eval_dataset")
+    checkpoint = _checkpoint(folder, resume)
+    arguments = _arguments(
+        model, folder, train, epochs, steps, batch_size, rate, checkpoint_every, seed
+    )
+    trainer = PeftTrainer(
+        model,
+        arguments,
+        _collator(model, tokenizer),
+        train,
+        held_out or None,
+        processing_class=tokenizer,
+        compute_metrics=_accuracy if _classifies(model) else None,
+        callbacks=[_Log(show and arguments.process_index == 0)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return _run(trainer, checkpoint, folder)
+
+
+# ------------------------------------------------------------------ the data
+
+
+def _classifies(model) -> bool:
+    return "SEQ_CLS" in str(model.active_peft_config.task_type)
+
+
+def _length(model, wanted: int | None) -> int:
+    """How long a text may be: what stands before it takes positions too."""
+    positions = positions_of(model.get_base_model())
+    virtual = getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
+    room = math.inf if positions is None else positions - virtual
+    if wanted is None:
+        return min(MAX_LENGTH, room)
+    validate("train_with_peft", max_length=wanted)
+    if wanted > room:
+        raise ValueError(
+            f"train_with_peft: max_length={wanted} and {virtual} virtual tokens are more than the "
+            f"model's {positions} positions"
+        )
+    return wanted
+
+
+def prepare(model, tokenizer, data: Iterable, max_length: int, name: str = "data") -> list[dict]:
+    """The examples as lists of ids: "input_ids", "attention_mask" and "labels".
+
+    Of running text the labels are the ids, and −100 for the first one: nothing stands before it,
+    or with a prompt something, and so every method is trained on the same predictions. Errors as
+    `train_with_peft`."""
+    indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if isinstance(data, str | dict) or not (indexed or isinstance(data, Iterable)):
+        raise ValueError(f"{name} must be a collection of texts or of dicts, got {data!r:.80}")
+    # Torch's map-style data sets have a length and an item for each index, and need have no end.
+    items = [data[i] for i in range(len(data))] if indexed else list(data)
+    if not items:
+        raise ValueError(f"{name} is empty: give at least one example")
+    classes = model.config.num_labels if _classifies(model) else None
+    return [
+        _example(item, tokenizer, max_length, classes, f"{name}[{index}]")
+        for index, item in enumerate(items)
+    ]
+
+
+def _example(item, tokenizer, max_length: int, classes: int | None, where: str) -> dict:
+    given = {"text": item} if isinstance(item, str) else dict(item)
+    if "input_ids" in given:
+        ids = list(map(int, given["input_ids"]))[:max_length]
+    elif isinstance(given.get("text"), str):
+        ids = tokenizer(given["text"], truncation=True, max_length=max_length)["input_ids"]
+    else:
+        raise ValueError(f'{where} has neither "text" nor "input_ids": {item!r:.80}')
+    example = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    label = given.get("labels", given.get("label"))
+    if classes is None:
+        if len(ids) < 2:
+            raise ValueError(f"{where} has {len(ids)} tokens: nothing in it can be predicted")
+        labels = [-100, *ids[1:]] if label is None else list(map(int, label))[:max_length]
+        if len(labels) != len(ids):
+            raise ValueError(f"{where} has {len(ids)} tokens and {len(labels)} labels")
+        return example | {"labels": labels}
+    if not ids:
+        raise ValueError(f"{where} has no token")
+    if isinstance(label, bool) or label is None or int(label) != label:
+        raise ValueError(f'{where} has no "label", a class of 0 to {classes - 1}: {item!r:.80}')
+    if not 0 <= int(label) < classes:
+        raise ValueError(f"{where} has label {label}, but the model has classes 0 to {classes - 1}")
+    return example | {"labels": int(label)}
+
+
+def _collator(model, tokenizer):
+    if _classifies(model):
+        return DataCollatorWithPadding(tokenizer)
+    # By position, not by the padding token, which may also stand in the text as its end.
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+
+
+def _accuracy(prediction) -> dict[str, float]:
+    logits = prediction.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
+
+
+# ------------------------------------------------------------------ the run
+
+
+def _arguments(
+    model, folder: Path, train: list, epochs, steps, batch_size, rate, checkpoint_every, seed
+) -> TrainingArguments:
+    """Trainer's settings. `batch_size` is that of all devices together."""
+    dtype = next(model.get_base_model().parameters()).dtype
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        max_steps=-1 if steps is None else steps,
+        learning_rate=rate,
+        warmup_steps=0.1,  # a share of the steps
+        weight_decay=0.0,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no" if checkpoint_every is None else "steps",
+        save_steps=checkpoint_every or 1,
+        save_total_limit=2,  # one more than the newest, which an interruption may leave half done
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=seed,
+    )
+    devices = arguments.world_size * max(1, arguments.n_gpu)
+    if batch_size % devices:
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared by {devices} devices: take a multiple"
+        )
+    arguments.per_device_train_batch_size = batch_size // devices
+    arguments.per_device_eval_batch_size = max(1, batch_size // devices)
+    return arguments
+
+
+class PeftTrainer(Trainer):
+    """Trainer for PEFT's models: AdaLoRA's ranks are allocated, and any of them can go on.
+
+    A checkpoint of Trainer holds the adapter as it is to be used. That is not enough to train on:
+    PEFT cannot load a prompt to train, writes a prefix without the network that makes it, and of
+    AdaLoRA neither what it has seen nor what it has pruned. So what trains is kept beside it."""
+
+    def __init__(self, model, *args, **more):
+        super().__init__(model, *args, **more)
+        if _classifies(model):
+            # Classifiers take the count of labels that Trainer hands them, and ignore it: over
+            # several steps or processes their loss would be counted more than once.
+            self.model_accepts_loss_kwargs = False
+        if self.allocator is not None:
+            self.add_callback(_Allocate())
+
+    @property
+    def allocator(self):
+        """AdaLoRA's, or None."""
+        return getattr(self.model.base_model, "rankallocator", None)
+
+    def run_of(self) -> dict:
+        """What has to be the same for a run to go on."""
+        a = self.args
+        return {
+            "method": type(self.model.active_peft_config).__name__,
+            "examples": len(self.train_dataset),
+            "steps": total_steps(self),
+            "batch_size": a.per_device_train_batch_size * a.world_size,
+            "learning_rate": a.learning_rate,
+            "seed": a.seed,
+        }
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not self.args.should_save:
+            return
+        file = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / STATE
+        header = {"run": json.dumps(self.run_of())}
+        if self.allocator is not None:
+            pattern = self.model.active_peft_config.rank_pattern
+            header["rank_pattern"] = json.dumps(pattern)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self._state().items()}
+        save_file(tensors, file.with_suffix(".tmp"), metadata=header)
+        os.replace(file.with_suffix(".tmp"), file)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        found = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        for kind in _SEEN if self.allocator is not None else ():
+            seen = getattr(self.allocator, kind)
+            found |= {f"{kind}:{name}": tensor for name, tensor in seen.items()}
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        file = Path(resume_from_checkpoint) / STATE
+        if not file.is_file():  # of FSDP or DeepSpeed, which hold every tensor in parts
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with safe_open(file, framework="pt") as opened:
+            header, names = opened.metadata(), set(opened.keys())
+            then, now = json.loads(header["run"]), self.run_of()
+            if changed := [k for k in now if now[k] != then.get(k)]:
+                was = ", ".join(f"{k} {then.get(k)}, not {now[k]}" for k in changed)
+                raise ValueError(
+                    f"the run in {self.args.output_dir!r} cannot go on: it was begun with {was}"
+                )
+            own = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            if missing := own.keys() - names:
+                raise ValueError(
+                    f"the checkpoint holds nothing for {min(missing)!r}: it is of "
+                    "another model or method"
+                )
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    value = opened.get_tensor(name)
+                    if value.shape != parameter.shape:
+                        raise ValueError(
+                            f"the checkpoint's {name!r} has shape {tuple(value.shape)}, the "
+                            f"model's {tuple(parameter.shape)}"
+                        )
+                    parameter.copy_(value)
+            for kind in _SEEN if self.allocator is not None else ():
+                seen = {n for n in names if n.startswith(f"{kind}:")}
+                values = {n.partition(":")[2]: opened.get_tensor(n) for n in seen}
+                setattr(self.allocator, kind, values)
+            if self.allocator is not None:
+                pattern = json.loads(header["rank_pattern"])
+                self.model.active_peft_config.rank_pattern = pattern
+
+
+_SEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what AdaLoRA's allocator keeps of the past
+
+
+def total_steps(trainer: Trainer) -> int:
+    """How many steps the trainer is going to take."""
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+class _Allocate(TrainerCallback):
+    """Tell AdaLoRA how long the run is, and let it share out its ranks after each step."""
+
+    def on_train_begin(self, args, state, control, model=None, **more):
+        config, total = model.active_peft_config, state.max_steps
+        config.total_step, config.tinit, config.tfinal = total, total // 10, total // 3
+        config.deltaT = max(1, total // 50)
+
+    def on_optimizer_step(self, args, state, control, model=None, **more):
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+class _Log(TrainerCallback):
+    """One progress bar, with the loss."""
+
+    def __init__(self, show: bool):
+        self.show = show
+
+    def on_train_begin(self, args, state, control, **more):
+        todo = range(state.max_steps - state.global_step)
+        self.bar = progress(todo, "training", done=state.global_step, show=self.show)
+
+    def on_log(self, args, state, control, logs=None, **more):
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            self.bar.update()
+
+    def on_train_end(self, args, state, control, **more):
+        self.bar.close()
+
+
+def _checkpoint(folder: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from. ValueError if `folder` holds what must not be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={str(folder)!r} is a file; name a folder")
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    finished = (folder / WEIGHTS).exists()
+    if not resume and (found or finished):
+        held = "an adapter" if finished else f"{len(found)} checkpoints"
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds {held} of an older run: take another folder, or "
+            "resume=True to go on with it"
+        )
+    if not resume:
+        return None
+    whole = [path for path in found if (path / STATE).is_file()]
+    if not whole and finished:
+        raise ValueError(
+            f"resume=True: {str(folder)!r} holds a finished adapter and no checkpoint to go on "
+            "from; take another folder"
+        )
+    return whole[-1] if whole else None
+
+
+def _run(trainer: PeftTrainer, checkpoint: Path | None, folder: Path) -> dict:
+    # It reports that pad and end tokens of model and tokenizer are now the same.
+    logger = logging.getLogger("transformers.trainer_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        logger.setLevel(level)
+    seconds = time.perf_counter() - start
+    trainer.save_model(str(folder))  # by the first process only, and the tokenizer with it
+    if trainer.args.should_save:
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
+    trainer.accelerator.wait_for_everyone()
+    history = trainer.state.log_history
+    metrics = {
+        "steps": trainer.state.global_step,
+        "examples": len(trainer.train_dataset),
+        "trainable": trainer.model.get_nb_trainable_parameters()[0],
+        "loss": [entry["loss"] for entry in history if "loss" in entry],
+        "seconds": seconds,
+        "adapter": str(folder),
+    }
+    if trainer.eval_dataset is not None:
+        scores = trainer.evaluate()
+        metrics |= {k: scores[k] for k in ("eval_loss", "eval_accuracy") if k in scores}
+    return metrics

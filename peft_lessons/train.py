@@ -1,0 +1,100 @@
+"""Train one of PEFT's methods from the command line, on one device or on several:
+
+    python -m peft_lessons.train --model tinylm --data austen --steps 40 --output my-adapter
+    accelerate launch --config_file configs/two_cpus.yaml -m peft_lessons.train ...
+
+Every process runs this from start to end. Trainer gives each its share of every batch, averages
+the gradients, and lets the first one write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from .hf import HF_METHODS, setup_peft_training
+from .hf_training import train_with_peft
+from .tasks import load_task
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="peft_lessons.train", description=__doc__.split(":")[0])
+    parser.add_argument("--model", default="tinylm", help="a bundled name, a folder or a Hub id")
+    parser.add_argument("--method", default="lora", choices=HF_METHODS)
+    parser.add_argument(
+        "--data",
+        default="austen",
+        help="austen, sentiment, or a file with one JSON object a line: text, and label if it has",
+    )
+    parser.add_argument("--labels", type=int, help="classes of a classifier")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=8, help="over all devices together")
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--max-length", type=int)
+    parser.add_argument("--checkpoint-every", type=int)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="./output")
+    return parser.parse_args(given)
+
+
+def examples(data: str) -> list:
+    """The training split of a bundled task, or the objects of a file. ValueError names a line that
+    is none."""
+    if data == "austen":
+        return load_task("austen").texts("train")
+    if data == "sentiment":
+        task = load_task("sentiment")
+        labels = task.labels("train").tolist()
+        return [
+            {"text": text, "label": label}
+            for text, label in zip(task.texts("train"), labels, strict=True)
+        ]
+    found = []
+    for number, line in enumerate(Path(data).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{data}, line {number} is no JSON: {line[:60]!r}") from None
+    return found
+
+
+def main(given: list[str] | None = None) -> dict:
+    """Train, and let the first process print what came out, as JSON."""
+    options = arguments(given)
+    state = PartialState(
+        cpu=not torch.cuda.is_available()
+    )  # joins the other processes, and takes this one's device
+    model, tokenizer = setup_peft_training(
+        options.model,
+        options.method,
+        options.output,
+        labels=options.labels,
+        rank=options.rank,
+        seed=options.seed,
+    )
+    metrics = train_with_peft(
+        model,
+        tokenizer,
+        examples(options.data),
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        max_length=options.max_length,
+        checkpoint_every=options.checkpoint_every,
+        resume=options.resume,
+        seed=options.seed,
+        show=False,
+    )
+    if state.is_main_process:
+        print(json.dumps(metrics | {"processes": state.num_processes}))
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
