@@ -30,6 +30,7 @@ from .models import load_model, load_tokenizer, write
 from .proof import adapter_bytes, agreement, attempt, copy_values, there_and_back, with_method
 from .results import (
     against_peft,
+    beside,
     by_rate,
     compare,
     load_results,
@@ -75,6 +76,7 @@ __all__ = [
     "agreement",
     "apply_lora_to_model",
     "attempt",
+    "beside",
     "by_rate",
     "cached_norms",
     "check",

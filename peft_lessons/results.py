@@ -91,9 +91,14 @@ def tuned(rows: list[dict], choose: Callable = max) -> tuple[float, list[dict]]:
     return rate, [r for r in rows if r["lr"] == rate]
 
 
-def measured_on(row: dict) -> str:
-    """Machine, torch and date of a measured row: the note below a table of such rows."""
-    return f"{row['machine']} · torch {row['torch']} · {row['date']}"
+def measured_on(*rows: dict) -> str:
+    """Machine, torch and date of measured rows: the note below a table of them. Where they are of
+    several days it says the first and the last. Raises ValueError for no rows."""
+    if not rows:
+        raise ValueError("no rows to say of where they were measured")
+    machine, version = (", ".join(sorted({str(r[k]) for r in rows})) for k in ("machine", "torch"))
+    days = sorted({r["date"] for r in rows})
+    return f"{machine} · torch {version} · {' to '.join(dict.fromkeys((days[0], days[-1])))}"
 
 
 # ------------------------------------------------------------------ the studies, side by side
@@ -138,6 +143,15 @@ def references(task: str) -> dict[str, list[dict]]:
     }
 
 
+def beside(task: str, own: Mapping[str, list[dict]]) -> dict[str, list[dict]]:
+    """`own` ways, {name: its rows at all rates}, as they stand in a table among the `references`:
+    behind the least that can train, before LoRA and full fine-tuning.
+
+    Raises ValueError for another task."""
+    (first, least), *others = references(task).items()
+    return {first: least, **own, **dict(others)}
+
+
 def scores(task: str, ways: Mapping[str, list[dict]]) -> dict[str, Spread]:
     """The test score of each way, {name: its rows at all rates}, at its tuned rate: accuracies in
     percent, or perplexities. Raises ValueError for another task, or a way without rows."""
@@ -153,13 +167,14 @@ def compare(
     more: further columns, {heading: function of a way's rows at that rate}.
     Raises ValueError for another task, or a way without rows."""
     heading, column, _, choose = _kind(task)
-    lines = []
+    lines, shown = [], []
     for name, score in scores(task, ways).items():
         rate, found = tuned(ways[name], choose)
+        shown += found
         line = {heading: name, "trainable": found[0]["trainable"], "rate": rate or None}
         line |= {what: function(found) for what, function in (more or {}).items()}
         lines.append(line | {column: score if score.n > 1 else f"{score.mean:.1f}"})
-    return table(lines, {"rate": "{:g}"}, note=measured_on(found[0]))
+    return table(lines, {"rate": "{:g}"}, note=measured_on(*shown))
 
 
 def by_rate(task: str, ways: Mapping[str, list[dict]]) -> Table:
@@ -201,8 +216,8 @@ def stored_costs(base: str, names: Mapping[str, str], *, answers: bool = True) -
     A step is one of 16 movie sentences, or of 4 blocks of Austen. An answer is one forward pass of
     32 tokens by minilm, 32 tokens generated after 32 by tinylm. A merged method takes no step: what
     was not measured is left empty. Raises ValueError for a method without a row."""
-    lines = []
-    for name, row in _stored(base, names, "ours"):
+    lines, rows = [], _stored(base, names, "ours")
+    for name, row in rows:
         line = {
             f"on {base}": name,
             "trainable": row["trainable"] or None,
@@ -214,7 +229,7 @@ def stored_costs(base: str, names: Mapping[str, str], *, answers: bool = True) -
         if answers:
             line |= {"answer, 1 text": 1000 * row["answer_1"], "32 texts": 1000 * row["answer_32"]}
         lines.append(line)
-    return cost_table(lines, note=measured_on(row))
+    return cost_table(lines, note=measured_on(*(row for _, row in rows)))
 
 
 def against_peft(base: str, names: Mapping[str, str]) -> Table:
@@ -222,13 +237,14 @@ def against_peft(base: str, names: Mapping[str, str]) -> Table:
     the time of each, and ours by theirs of time and peak.
 
     Raises ValueError for a method without a row."""
-    lines, theirs = [], _stored(base, names, "PEFT")
+    lines, shown, theirs = [], [], _stored(base, names, "PEFT")
     for (name, our), (_, their) in zip(_stored(base, names, "ours"), theirs, strict=True):
+        shown += our, their
         line = {f"a step on {base}": name}
         line |= {"ours": 1000 * our["seconds"], "PEFT's": 1000 * their["seconds"]}
         line["time, ratio"] = our["seconds"] / their["seconds"]
         lines.append(line | {"peak, ratio": our["peak_bytes"] / their["peak_bytes"]})
     formats = dict.fromkeys(("ours", "PEFT's"), "{:.0f} ms")
     formats |= dict.fromkeys(("time, ratio", "peak, ratio"), "{:.2f}")
-    note = f"a ratio below 1: ours is faster or smaller · {measured_on(our)}"
+    note = f"a ratio below 1: ours is faster or smaller · {measured_on(*shown)}"
     return table(lines, formats, note)

@@ -7,6 +7,7 @@ import torch
 
 from peft_lessons import (
     against_peft,
+    beside,
     by_rate,
     compare,
     cost_table,
@@ -146,6 +147,35 @@ def test_a_comparison_shows_each_way_at_its_tuned_rate():
         compare("french", ways)
 
 
+def test_a_note_says_the_first_and_the_last_day_of_all_rows_shown():
+    late, early = STAMP | {"date": "2026-11-24"}, STAMP | {"date": "2025-12-31"}
+    assert measured_on(STAMP, late, early) == "one core · torch 2 · 2025-12-31 to 2026-11-24"
+    assert measured_on(early, early) == "one core · torch 2 · 2025-12-31"
+    other = measured_on(STAMP, STAMP | {"machine": "two cores", "torch": "3"})
+    assert other == "one core, two cores · torch 2, 3 · 2026-01-01"
+    with pytest.raises(ValueError, match="no rows"):
+        measured_on()
+    # The row at the other rate is not shown, so its day does not count.
+    mine = [ROWS_OF_A_STUDY[0] | late, ROWS_OF_A_STUDY[1], ROWS_OF_A_STUDY[2] | early]
+    note = repr(compare("sentiment", {"mine": mine, "last": ROWS_OF_A_STUDY})).splitlines()[-1]
+    assert note == "one core · torch 2 · 2026-01-01 to 2026-11-24"
+
+
+def test_a_note_below_costs_is_of_all_rows_too(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    names = "trainable,peak_bytes,seconds,file_bytes,answer_1,answer_32"
+    lines = [f"base,whose,method,{names},torch,machine,date"] + [
+        f"minilm,{whose},{method},1,2,0.5,4,0.1,0.2,2.1.0,one core,2026-01-0{day}"
+        for whose, method, day in (("ours", "a", 2), ("PEFT", "a", 3), ("ours", "b", 1))
+    ]
+    (tmp_path / "results" / "costs.csv").write_text("\n".join(lines))
+    monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
+    both = repr(stored_costs("minilm", {"b": "B", "a": "A"})).splitlines()[-1]
+    assert both == "one core · torch 2.1.0 · 2026-01-01 to 2026-01-02"
+    assert repr(stored_costs("minilm", {"b": "B"})).endswith("torch 2.1.0 · 2026-01-01")
+    assert repr(against_peft("minilm", {"a": "A"})).endswith("2026-01-02 to 2026-01-03")
+
+
 def test_every_rate_that_was_tried_is_shown_with_its_choice():
     other = [r | {"lr": 1.0} for r in ROWS_OF_A_STUDY[:1]]
     lines = repr(by_rate("sentiment", {"mine": ROWS_OF_A_STUDY, "other": other})).splitlines()
@@ -163,6 +193,18 @@ def test_what_all_methods_are_laid_beside_is_there_at_three_seeds(task, count):
     assert all(s.n == 3 for name, s in found.items() if not name.startswith("base"))
     with pytest.raises(ValueError, match="must be one of"):
         references("french")
+
+
+@pytest.mark.parametrize("task", ["sentiment", "austen"])
+def test_own_rows_stand_behind_the_least_and_before_the_others(task):
+    least, *others = references(task)
+    mine = {"mine": ROWS_OF_A_STUDY, "my other": []}
+    ways = beside(task, mine)
+    assert list(ways) == [least, *mine, *others]
+    assert ways == references(task) | mine
+    assert list(beside(task, {})) == [least, *others]
+    with pytest.raises(ValueError, match="must be one of"):
+        beside("french", mine)
 
 
 def test_stored_costs_of_the_named_methods():
