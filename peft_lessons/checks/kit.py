@@ -177,8 +177,8 @@ class Check:
         case, args = self.cases[number], self._arguments(number, function)
         module = getattr(function, "__module__", "")
         watch = _Watch(self.forbid, args, module) if self.forbid else None
-        got, error = _outcome(function, args, watch)
-        if number == 0 and _is_stub(error, module):
+        got, error = outcome(function, args, watch)
+        if number == 0 and is_stub(error, module):
             return False
 
         def refuse(problem: str, *facts: str) -> None:
@@ -190,13 +190,13 @@ class Check:
         wanted = " or ".join(e.__name__ for e in case.raises)
         due = f", where {wanted} was due" if wanted else ""
         if error is not None and not isinstance(error, case.raises):
-            lines = _own_lines(traceback.walk_tb(error.__traceback__), module)
-            refuse(f"your function raised {_summary(error)}{due}", *lines[-4:])
+            lines = own_lines(traceback.walk_tb(error.__traceback__), module)
+            refuse(f"your function raised {summary(error)}{due}", *lines[-4:])
         if case.raises:
             if error is None:
                 refuse(f"nothing was raised{due}")
             if case.mentions not in str(error):
-                refuse(f"the message does not name {case.mentions!r}: {_summary(error)}")
+                refuse(f"the message does not name {case.mentions!r}: {summary(error)}")
             self._check_arguments(args, function, number, (), refuse)
             return True
         own = self._arguments(number)
@@ -204,9 +204,9 @@ class Check:
             expected = self.reference(*own)
         problem = difference(got, expected, self.returns, self.tolerance, values=not self.view)
         if self.view and problem is None:
-            seen, unusable = _outcome(self.view, [got])
+            seen, unusable = outcome(self.view, [got])
             if unusable:
-                refuse(f"what it returned cannot be used: {_summary(unusable)}")
+                refuse(f"what it returned cannot be used: {summary(unusable)}")
             with _seeded(_CALLS):
                 problem = difference(seen, self.view(expected), "", self.tolerance)
         if problem:
@@ -222,8 +222,8 @@ class Check:
         try:
             problem = self._gradient_difference(function, self.reference, number)
         except Exception as failed:
-            lines = _own_lines(traceback.walk_tb(failed.__traceback__), module)
-            refuse(f"it fails where gradients are wanted: {_summary(failed)}", *lines[-4:])
+            lines = own_lines(traceback.walk_tb(failed.__traceback__), module)
+            refuse(f"it fails where gradients are wanted: {summary(failed)}", *lines[-4:])
         if problem:
             refuse(problem, *self._likely(function, number, gradients=True))
         return True
@@ -261,7 +261,7 @@ class Check:
             counts = {s: sum(same(function, self.causes[s], i) for i in results) for s in named}
             named = [s for s, count in counts.items() if count == max(counts.values())]
         if not named and not gradients:
-            got, _ = _outcome(function, self._arguments(number, function))
+            got, _ = outcome(function, self._arguments(number, function))
             for name, arg in zip(self.names, self._arguments(number), strict=False):
                 if isinstance(arg, torch.Tensor) and not difference(got, arg):
                     return [f"Your result equals the argument {name}."]
@@ -274,13 +274,13 @@ class Check:
         return False
 
     def _same_result(self, function: Callable, wrong: Callable, number: int) -> bool:
-        got, error = _outcome(function, self._arguments(number, function))
-        theirs, wrong_error = _outcome(wrong, self._arguments(number, wrong))
+        got, error = outcome(function, self._arguments(number, function))
+        theirs, wrong_error = outcome(wrong, self._arguments(number, wrong))
         if error or wrong_error:
             return False
         if self.view and not difference(got, theirs, values=False):
             # A result so wrong that it has no view is known by its parts' types and shapes.
-            (got, error), (theirs, wrong_error) = (_outcome(self.view, [r]) for r in (got, theirs))
+            (got, error), (theirs, wrong_error) = (outcome(self.view, [r]) for r in (got, theirs))
             if error and wrong_error:
                 return type(error) is type(wrong_error)
             if self.staged and not (error or wrong_error):
@@ -354,7 +354,7 @@ class _Watch(TorchDispatchMode):
             new = t.untyped_storage().data_ptr() not in self.given
             if new and not self.formed and _bare(t.shape) in self.sentences:
                 self.formed, self.sentence = tuple(t.shape), self.sentences[_bare(t.shape)]
-                self.lines = _own_lines(traceback.walk_stack(None), self.module)[:1]
+                self.lines = own_lines(traceback.walk_stack(None), self.module)[:1]
         return result
 
 
@@ -375,7 +375,8 @@ def _seeded(seed: int):
         yield
 
 
-def _outcome(function, args, watch=None) -> tuple[Any, Exception | None]:
+def outcome(function, args, watch=None) -> tuple[Any, Exception | None]:
+    """(what a call gives, None), or (None, what it raised); always with the same random numbers."""
     __tracebackhide__ = True
     with _seeded(_CALLS), watch or nullcontext():
         try:
@@ -384,7 +385,7 @@ def _outcome(function, args, watch=None) -> tuple[Any, Exception | None]:
             return None, error
 
 
-def _is_stub(error: Exception | None, module: str) -> bool:
+def is_stub(error: Exception | None, module: str) -> bool:
     """Whether the learner's own raise gave NotImplementedError: torch raises it at times too."""
     if not isinstance(error, NotImplementedError):
         return False
@@ -396,14 +397,15 @@ def _is_stub(error: Exception | None, module: str) -> bool:
     return raised and frame.f_globals.get("__name__") == module
 
 
-def _own_lines(frames: Iterable[tuple[FrameType, int]], module: str) -> list[str]:
+def own_lines(frames: Iterable[tuple[FrameType, int]], module: str) -> list[str]:
     """The learner's lines among some frames: those of the module that their function is from."""
     own = [(f, n) for f, n in frames if f.f_globals.get("__name__") == module]
     codes = [(f.f_code, n, linecache.getline(f.f_code.co_filename, n).strip()) for f, n in own]
     return [f"Line {n} in {code.co_name}: {text}" for code, n, text in codes]
 
 
-def _summary(error: Exception) -> str:
+def summary(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:200].removesuffix(".").removesuffix(": ")
 

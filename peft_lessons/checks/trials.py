@@ -28,7 +28,7 @@ from ..inject import (
 from ..methods.unified import Design, Site, check_design, designs_of, gap, moved
 from ..training import TrainingDiverged, fit
 from .compare import kind, number
-from .kit import Check, WrongAnswer, _is_stub, _outcome, _own_lines, _summary
+from .kit import Check, WrongAnswer, is_stub, outcome, own_lines, summary
 
 
 class _Refused(Exception):
@@ -494,14 +494,14 @@ def _refuse_file(method: Method, because: tuple[str, Any] | None = None) -> None
             save_adapter(model, folder)
         except TypeError as error:
             raise _Refused(
-                f"save_adapter raised {_summary(error)}",
+                f"save_adapter raised {summary(error)}",
                 "Of a field a file holds numbers, strings, lists and None.",
             ) from None
         torch.manual_seed(2)  # what is not in the file is drawn anew
         try:
             load_adapter(loaded, folder)
         except Exception as error:
-            told = f"load_adapter raised {_summary(error)}."
+            told = f"load_adapter raised {summary(error)}."
         else:
             off = _off(_logits(loaded), expected)
             if off > 1e-5 * expected.abs().max():
@@ -550,7 +550,7 @@ def _as_merged(method: Method) -> str:
     try:
         merge(model)
     except TypeError as error:  # how a layer says that no weight computes it
-        return f"merge refuses it ({_summary(error)})"
+        return f"merge refuses it ({summary(error)})"
     if (off := _off(_logits(model), expected)) > tolerance:
         for wrapper in wrappers:
             x = torch.randn(3, wrapper.base.weight.shape[1])
@@ -566,7 +566,7 @@ def _as_merged(method: Method) -> str:
     try:
         unmerge(model)
     except TypeError as error:
-        raise _Refused("it merges and cannot be taken out again", f"{_summary(error)}.") from None
+        raise _Refused("it merges and cannot be taken out again", f"{summary(error)}.") from None
     off = max(_off(w.base.weight, weight) for w, weight in zip(wrappers, weights, strict=True))
     if off > 1e-4 or _off(_logits(model), expected) > tolerance:
         raise _Refused(
@@ -645,28 +645,28 @@ class Trials(Check):
 
     def _check_case(self, function: Callable, number: int) -> bool:
         __tracebackhide__ = True
-        method, error = _outcome(function, [])
-        if _is_stub(error, function.__module__):
+        method, error = outcome(function, [])
+        if is_stub(error, function.__module__):
             return False
         if error is not None:
             bare = [p.name for p in _required(function)]
             told = f"{_quoted(bare)} has no default." if bare else ""
-            self._refuse(f"{self.__name__}() raised {_summary(error)}", told, error, function)
+            self._refuse(f"{self.__name__}() raised {summary(error)}", told, error, function)
         self.facts = []
         for trial, when in _TRIALS.items():
-            fact, error = _outcome(trial, [method])
+            fact, error = outcome(trial, [method])
             if isinstance(error, _Refused):
                 headline, *facts = error.args
                 raise WrongAnswer(f"{self.__name__}: {headline}.", *facts)
             if error is not None:
                 told = next((h for text, h in _HINTS.items() if text in str(error)), "")
-                self._refuse(f"{when} it raised {_summary(error)}", told, error, function)
+                self._refuse(f"{when} it raised {summary(error)}", told, error, function)
             self.facts.append(fact)
         return True
 
     def _refuse(self, problem: str, told: str, error: Exception, function: Callable) -> None:
         __tracebackhide__ = True
-        lines = _own_lines(traceback.walk_tb(error.__traceback__), function.__module__)
+        lines = own_lines(traceback.walk_tb(error.__traceback__), function.__module__)
         facts = [told] if told else []
         raise WrongAnswer(f"{self.__name__}: {problem}.", *facts, *lines[-2:]) from error
 
