@@ -39,8 +39,7 @@ SETTINGS = {  # (task, method, variant, blocks or one in how many numbers): rate
     **{("sentiment", "diff", kind, 200): (*MIDDLE, 3e-2) for kind in DIFFS},
     ("austen", "norms", "", 0): HIGH,
     ("austen", "last", "", 2): MIDDLE,
-    ("austen", "diff", "gates", 200): (1e-2, 3e-2, 1e-1),
-    ("austen", "diff", "magnitude", 200): (*HIGH, 1e-1),
+    **{("austen", "diff", kind, 200): (*HIGH, 1e-1) for kind in DIFFS},
 }
 PATH = (*NAMES, "lr", "seed", "step", "expected", "nonzero", "task_loss")
 
@@ -69,35 +68,37 @@ class Watched(DiffPruning):
         return added
 
 
-def train_in_halves(model, task, steps: int, setting: tuple, lr: float, seed: int, paths: Results):
-    """Find where to keep one number in `size`, then train these; the history of the second half."""
+def train_in_halves(model, task, steps: int, one_in: int, lr: float, seed: int, path: list[dict]):
+    """Find where to keep one number in so many, then train these; the history of the second half.
+
+    path: gets a row for each step of the first half, if there are gates."""
     Watched.seen.clear()
     history = fit(model, task, steps // 2, lr=lr, seed=seed, show=False)
     injection = injection_of(model)
     everything = sum(layer.w.numel() for layer in injection.wrappers.values())
     if injection.method.gates:
+        full_price = injection.method.sparsity * everything
         for step, (loss, (added, left)) in enumerate(zip(history.loss, Watched.seen, strict=True)):
-            row = dict(zip(NAMES, setting, strict=True)) | {
-                "lr": lr,
-                "seed": seed,
-                "step": step + 1,
-            }
-            row |= {"task_loss": f"{loss - added:.4f}", "nonzero": f"{left / everything:.5f}"}
-            share = added / (injection.method.sparsity * everything)
-            paths.add(**row, expected=f"{share:.5f}")
-    prune_diff(model, everything // setting[3])
+            row = {"step": step + 1, "task_loss": f"{loss - added:.4f}"}
+            row |= {"expected": f"{added / full_price:.5f}", "nonzero": f"{left / everything:.5f}"}
+            path.append(row)
+    prune_diff(model, everything // one_in)
     return fit(model, task, steps // 2, lr=lr, seed=seed + 100, show=False)
 
 
 def run(paths: Results, task, setting: tuple, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
-    model = base_of(setting[0], seed)
+    model, path = base_of(setting[0], seed), []
     inject(model, method_of(*setting))
     if setting[1] == "diff":
-        train = partial(train_in_halves, setting=setting, lr=lr, seed=seed, paths=paths)
+        train = partial(train_in_halves, one_in=setting[3], lr=lr, seed=seed, path=path)
     else:
         train = partial(fit, lr=lr, seed=seed, show=False)
-    return measured(task, setting, model, train)
+    row = measured(task, setting, model, train)
+    # Now, not step by step: a run that is stopped begins anew, and must leave no rows behind.
+    for step in path:
+        paths.add(**dict(zip(NAMES, setting, strict=True)), lr=lr, seed=seed, **step)
+    return row
 
 
 if __name__ == "__main__":
