@@ -202,5 +202,4 @@ BottleneckAdapter.tensors = {
     f"adapter.{name}": f"adapter.{name}"
     for name in ("down.weight", "down.bias", "up.weight", "up.bias")
 }
-# What fit takes if it is not told otherwise; section 5 measures it.
-BottleneckAdapter.learning_rate = 3e-3
+BottleneckAdapter.learning_rate = 3e-3  # section 5 measures it

@@ -117,7 +117,7 @@ IA3.peft_fields = {
 IA3.peft_others = ("init_ia3_weights",)  # how it started says nothing of where it is
 IA3.tensors = {"l": "ia3_l"}
 IA3.to_peft = to_file
-IA3.learning_rate = 3e-2  # what fit takes if it is not told otherwise; section 5 measures it
+IA3.learning_rate = 3e-2  # section 5 measures it
 
 # %% ../../notebooks/07_ia3.ipynb #d3f63b15
 def merged_tensors(self):

@@ -159,8 +159,7 @@ class Prefix(Method):
         whole = {name: tensor for name, tensor in tensors.items() if name not in MLP}
         return super().to_peft(whole | {"prompt_embeddings": P})
 
-    # What fit takes if it is not told otherwise; no rate suits all: section 5.
-    learning_rate, peft_type = 1e-2, "PREFIX_TUNING"
+    learning_rate, peft_type = 1e-2, "PREFIX_TUNING"  # no rate suits all: section 5
     tensors = {"embedding": "prompt_embeddings", **MLP}
     peft_fields = {"tokens": ("num_virtual_tokens", None)}
     peft_others = ("num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules",

@@ -208,8 +208,7 @@ Prompt.peft_others = (
 )
 Prompt.to_peft, Prompt.from_peft = to_file, classmethod(from_file)
 Prompt.tensors = {"prompt_embeddings": "prompt_embeddings"}
-# What fit takes if it is not told otherwise; no rate suits all: section 5.
-Prompt.learning_rate = 3e-2
+Prompt.learning_rate = 3e-2  # no rate suits all: section 5
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #81b432e1
 def prompt_of(model):
