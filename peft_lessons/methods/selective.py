@@ -34,7 +34,7 @@ class BitFit(Method):
 
     names_modules = ()
     peft_type = "BITFIT"
-    learning_rate = 3e-3  # what fit takes if it is not told otherwise; section 6 measures it
+    learning_rate = 3e-3  # section 5 measures it
 
     def select(self, model):
         biases = [n for n in own_parameters(model) if f".{n}".endswith((".bias", "_bias"))]
@@ -101,7 +101,7 @@ class PartialFineTuning(Method):
     names_modules = ("patterns",)
     peft_type = "PARTIAL_FINE_TUNING"
     peft_fields = {"last": ("last_blocks", None), "patterns": ("patterns", ())}
-    learning_rate = 3e-4  # what fit takes if it is not told otherwise; section 6 measures it
+    learning_rate = 3e-4  # section 5 measures it
 
     def __post_init__(self):
         super().__post_init__()
