@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'LINEAR', 'SUM', 'SCALED', 'SCHEDULE', 'INNER', 'ON_BERT', 'OWN', 'Site', 'calls_of', 'linears', 'ends',
-           'only', 'heads', 'scores', 'virtual', 'attention', 'gated', 'of_head', 'values_before', 'standardised',
-           'own_layers', 'Design', 'designs_of', 'moved', 'gap', 'row_of', 'check_design', 'unified_table', 'low_rank',
-           'weight_decomposed', 'triplets', 'sparse', 'rescaled_output', 'rescaled_input', 'bottleneck', 'normed_sum',
-           'adapter_design', 'own_change', 'MixAndMatch']
+           'only', 'heads', 'attention_scores', 'virtual', 'attention', 'gated', 'of_head', 'values_before',
+           'standardised', 'own_layers', 'Design', 'designs_of', 'moved', 'gap', 'row_of', 'check_design',
+           'unified_table', 'low_rank', 'weight_decomposed', 'triplets', 'sparse', 'rescaled_output', 'rescaled_input',
+           'bottleneck', 'normed_sum', 'adapter_design', 'own_change', 'MixAndMatch']
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-003
 import copy
@@ -95,7 +95,7 @@ def heads(t, d_h):
     return t.unflatten(-1, (-1, d_h)).transpose(1, 2)
 
 
-def scores(q, k, mask=None):
+def attention_scores(q, k, mask=None):
     """q kᵀ / √d_h (batch, n_h, T, S), of those keys that the mask (batch, S) lets be seen."""
     s = q @ k.mT / q.shape[-1] ** 0.5                                      # (batch, n_h, T, S)
     return s if mask is None else s.masked_fill(~mask[:, None, None].bool(), -torch.inf)
@@ -121,7 +121,7 @@ def attention(model, batch):
         p = rows.shape[1] - mask.shape[1]
         x, d_h = rows[:, p:], layer.attention_head_size                    # (batch, T, d)
         q, k, v = (heads(f(x), d_h) for f in (layer.query, layer.key, layer.value))
-        h = scores(q, k, mask).softmax(-1) @ v                             # (batch, n_h, T, d_h)
+        h = attention_scores(q, k, mask).softmax(-1) @ v                   # (batch, n_h, T, d_h)
         K, V = virtual(prefix, layer, rows[:, :p])                         # (batch, n_h, p, d_h)
         more = {"keys": K, "values": V, "mask": mask}
         sites.append(Site(path, layer, x, h.transpose(1, 2).flatten(2), new[:, p:], more))
@@ -132,7 +132,8 @@ def gated(site):
     """λ (softmax(q P_kᵀ / √d_h) P_v − h), of all heads side by side: (batch, T, d)."""
     layer, d_h = site.module, site.module.attention_head_size
     q, k = heads(layer.query(site.x), d_h), heads(layer.key(site.x), d_h)  # (batch, n_h, T, d_h)
-    to_prefix, to_text = scores(q, site.more["keys"]), scores(q, k, site.more["mask"])
+    to_prefix = attention_scores(q, site.more["keys"])                     # (batch, n_h, T, p)
+    to_text = attention_scores(q, k, site.more["mask"])                    # (batch, n_h, T, T)
     gate = torch.sigmoid(to_prefix.logsumexp(-1) - to_text.logsumexp(-1))  # (batch, n_h, T)
     f = to_prefix.softmax(-1) @ site.more["values"]                        # (batch, n_h, T, d_h)
     return (gate[..., None] * (f - heads(site.h, d_h))).transpose(1, 2).flatten(2)
