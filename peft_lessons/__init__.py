@@ -27,7 +27,15 @@ from .methods.qlora import NF4Linear, QLoRA, dequantize
 from .methods.selective import BitFit, DiffPruning, PartialFineTuning, prune_diff
 from .methods.unified import MixAndMatch
 from .models import load_model, load_tokenizer, write
-from .proof import adapter_bytes, agreement, attempt, copy_values, there_and_back, with_method
+from .proof import (
+    adapter_bytes,
+    agreement,
+    attempt,
+    copy_values,
+    interoperability,
+    there_and_back,
+    with_method,
+)
 from .results import (
     against_peft,
     beside,
@@ -90,6 +98,7 @@ __all__ = [
     "freeze",
     "inject",
     "injection_of",
+    "interoperability",
     "load_adapter",
     "load_and_merge_adapter",
     "load_model",

@@ -69,7 +69,7 @@ def _slots(model: nn.Module, injection: Injection) -> Iterator[tuple[str, torch.
             yield base + name, tensor
 
 
-def _task_type(model: nn.Module) -> str | None:
+def task_type(model: nn.Module) -> str | None:
     name = type(model).__name__
     if name.endswith("ForCausalLM"):
         return "CAUSAL_LM"
@@ -99,7 +99,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     own = {name: entries.pop(name) for name in injection.method.own_entries}
     entries = {
         "peft_type": injection.method.peft_type,
-        "task_type": _task_type(model),
+        "task_type": task_type(model),
         "base_model_name_or_path": getattr(model, "name_or_path", None),
         "inference_mode": True,
         **entries,

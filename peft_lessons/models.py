@@ -317,7 +317,7 @@ def load_model(
             torch.cuda.manual_seed(seed)
         model, info = kind.from_pretrained(source, **options)
     if four_bit:
-        _keep_differentiable(model)
+        keep_differentiable(model)
     model.fresh_modules = _untrained(model, info, name, labels)
     if name in BUNDLED:
         model.name_or_path = model.config._name_or_path = BUNDLED[name].published_as
@@ -365,7 +365,7 @@ def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) 
     return {"quantization_config": quantisation}
 
 
-def _keep_differentiable(model) -> None:
+def keep_differentiable(model) -> None:
     """Forbid the 4-bit layers to repack their weights.
 
     On a CPU with AVX512-BF16 they would at the first forward in eval mode, in place; from then on

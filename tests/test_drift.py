@@ -1,0 +1,981 @@
+"""The drift guard: what the lessons state about PEFT, transformers, accelerate and bitsandbytes.
+
+Each row of `ROWS` is one such statement, how to look whether the installed version keeps it, and
+what must be seen. Where it does not, the test fails with a sentence that names the version and the
+lesson that has to change. Numbers are proved elsewhere; here it is what a reader relies on.
+"""
+
+import inspect
+import json
+import re
+import tempfile
+import tomllib
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from packaging.requirements import Requirement
+from packaging.version import Version
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tiny import (
+    TinyText,
+    batch_of,
+    by_hand,
+    greedy,
+    moved,
+    tiny_bert,
+    tiny_llama,
+)
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from peft_lessons import load_model
+from peft_lessons.adapters_io import CONFIG, WEIGHTS
+from tools.environment import ROOT
+
+# ------------------------------------------------------------------ the machinery
+
+
+@dataclass(frozen=True)
+class Row:
+    lesson: str  # its number
+    states: str  # the statement, as it would follow "Lesson 02:"
+    look: Callable[[], object]
+    expected: object
+    package: str = "peft"
+
+
+def notebook(lesson: str) -> str:
+    return next((p.name for p in (ROOT / "notebooks").glob(f"{lesson}_*.ipynb")), "its notebook")
+
+
+def complaint(row: Row) -> str | None:
+    """What is wrong with the row in the installed versions, in a sentence; None if it holds."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = row.look()
+    except Exception as error:  # a name that is gone is drift as well
+        found = f"{type(error).__name__}: {error}"
+    if type(found) is type(row.expected) and found == row.expected:
+        return None
+    installed = " and ".join(f"{p} {version(p)}" for p in row.package.split("+"))
+    return (
+        f"Lesson {row.lesson} states: {row.states}. With {installed} that is {found!r}, not "
+        f"{row.expected!r}. Change lesson {row.lesson} ({notebook(row.lesson)}) and what the "
+        "course builds on it, or keep the old version in pyproject.toml."
+    )
+
+
+# ------------------------------------------------------------------ how to look
+
+LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+ADA = dict(init_r=4, target_r=2, total_step=12, tinit=2, tfinal=4, target_modules=["q_proj"])
+TASK = dict(task_type="CAUSAL_LM")
+BATCH = batch_of("llama")
+TEXT = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
+
+
+def defaults(config: str, *fields: str) -> dict:
+    made = getattr(peft, config)(**({"total_step": 1} if config == "AdaLoraConfig" else {}))
+    return {field: getattr(made, field) for field in fields}
+
+
+def parameters(function: Callable, *names: str) -> dict:
+    """Which of these it takes, and their defaults; "required" where there is none."""
+    known = inspect.signature(function).parameters
+    values = {name: known[name].default for name in names}
+    return {n: "required" if v is inspect.Parameter.empty else v for n, v in values.items()}
+
+
+def model_with(config, base=None, name="default"):
+    """PEFT's model, moved away from its start as by training."""
+    torch.manual_seed(0)
+    base = tiny_llama() if base is None else base
+    return moved(peft.get_peft_model(base, config, name))
+
+
+@torch.no_grad()
+def logits(model, **more) -> torch.Tensor:
+    return model.eval()(**TEXT, **more).logits
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def said(action: Callable[[], object]) -> list[str]:
+    """The warnings that it gives, but those between PEFT and transformers."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    texts = [str(warning.message) for warning in caught]
+    return [text for text in texts if "is_gradient_checkpointing" not in text]
+
+
+def refusal(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except Exception as error:
+        return type(error).__name__
+    return "nothing"
+
+
+def saved(config, base=None, change=None, **entries) -> Path:
+    """The folder that PEFT writes of a moved adapter; `change` is done to its tensors, and entries
+    go into its config."""
+    folder = Path(tempfile.mkdtemp(dir=SCRATCH.name))
+    model_with(config, base).save_pretrained(folder)
+    if change:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+    content = json.loads((folder / CONFIG).read_text()) | entries
+    (folder / CONFIG).write_text(json.dumps(content))
+    return folder
+
+
+SCRATCH = tempfile.TemporaryDirectory()
+
+
+def opened(folder: Path | str, **more):
+    return peft.PeftModel.from_pretrained(tiny_llama(), folder, **more)
+
+
+def keys(config, base=None) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes in the file, of layer 0 where there are layers."""
+    tensors = load_file(saved(config, base) / WEIGHTS)
+    return {k: tuple(t.shape) for k, t in tensors.items() if not re.search(r"\.[1-9]\d*\.", k)}
+
+
+def wrapped(model, mark: str) -> list[str]:
+    """The layers of layer 0 that have a parameter of this name, without what all paths share."""
+    found = {n.split(f".{mark}")[0] for n, _ in model.named_parameters() if f".{mark}" in n}
+    return sorted(
+        n.rpartition("layer.0.")[2].rpartition("layers.0.")[2] for n in found if ".0." in n
+    )
+
+
+def trainable(model, part: str = "") -> int:
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and part in n)
+
+
+# --- lesson 01
+
+
+def counted_without_memory() -> tuple[int, bool]:
+    with torch.device("meta"):
+        model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**LORA))
+    trains, everything = model.get_nb_trainable_parameters()
+    return trains, everything == sum(p.numel() for p in model.parameters())
+
+
+# --- lesson 02
+
+
+def start_of_lora() -> dict:
+    layer = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**LORA)).base_model.model.model
+    layer = layer.layers[0].self_attn.q_proj
+    a, b = (getattr(layer, f"lora_{n}")["default"].weight for n in "AB")
+    return {"largest A below 1/√in": bool(a.abs().max() <= 64**-0.5), "B": b.abs().max().item()}
+
+
+def start_of_embedding_lora() -> dict:
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens"])
+    layer = peft.get_peft_model(tiny_llama(), config).base_model.model.model.embed_tokens
+    a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    return {"A": a.abs().max().item(), "B is random": bool(b.std() > 0.5)}
+
+
+def scaling(**settings) -> float:
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**LORA, **settings))
+    return model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"]
+
+
+def factors_in_a_16_bit_base() -> torch.dtype:
+    model = peft.get_peft_model(tiny_llama().bfloat16(), peft.LoraConfig(**LORA))
+    return next(p.dtype for n, p in model.named_parameters() if "lora_A" in n)
+
+
+def targets(names) -> list[str]:
+    return wrapped(
+        peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=names)), "lora_A"
+    )
+
+
+# --- lesson 03
+
+
+@cache
+def in_four_bits():
+    return load_model("tinylm", four_bit=True)
+
+
+def merged_in_four_bits() -> str:
+    model = model_with(peft.LoraConfig(**LORA, **TASK), deepcopy(in_four_bits()))
+    return next(text[:64] for text in said(model.merge_and_unload) if text.startswith("Merge"))
+
+
+def counted_in_four_bits() -> bool:
+    model = peft.get_peft_model(deepcopy(in_four_bits()), peft.LoraConfig(**LORA))
+    trains, everything = model.get_nb_trainable_parameters()
+    return everything - trains == sum(p.numel() for p in load_model("tinylm").parameters())
+
+
+def prepared() -> dict:
+    model = peft.prepare_model_for_kbit_training(deepcopy(in_four_bits()))
+    dtypes = {str(p.dtype) for p in model.parameters()}
+    return {
+        "trains": trainable(model),
+        "dtypes": sorted(dtypes),
+        "checkpointing": model.is_gradient_checkpointing,
+    }
+
+
+# --- lesson 04
+
+
+def dora_on_a_zero_row() -> bool:
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    torch.nn.init.zeros_(layer[0].weight[1:2].data)
+    model = peft.get_peft_model(layer, peft.LoraConfig(use_dora=True, target_modules=["0"], r=2))
+    return bool(model(torch.ones(1, 4)).isnan()[0, 1])
+
+
+# --- lesson 05
+
+
+def added_to_the_loss(**settings) -> bool:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny_llama(), peft.AdaLoraConfig(**ADA, **settings))
+    return bool((model(**BATCH).loss - tiny_llama()(**BATCH).loss).item() > 0.1)
+
+
+class Allocate(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, model=None, **more):
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def arguments(**more) -> TrainingArguments:
+    quiet = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    return TrainingArguments(SCRATCH.name, use_cpu=True, **(quiet | more))
+
+
+@cache
+def pruned_by_the_trainer(*callbacks: type) -> bool:
+    """Whether fewer triplets are left than at the start, after a whole schedule."""
+    model = peft.get_peft_model(tiny_llama(), peft.AdaLoraConfig(**ADA, **TASK))
+    rows = [{"input_ids": ids, "labels": ids} for ids in TinyText().ids]
+    settings = arguments(max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2)
+    trainer = Trainer(model, settings, train_dataset=rows, callbacks=[c() for c in callbacks])
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    left = sum(int(p.count_nonzero()) for n, p in model.named_parameters() if "lora_E" in n)
+    return left < 2 * ADA["init_r"]
+
+
+def trained_by_hand(steps: int):
+    """With a schedule that prunes at steps 4, 6 and 8, there for good."""
+    torch.manual_seed(0)
+    config = peft.AdaLoraConfig(**ADA | {"deltaT": 2}, **TASK)
+    model = peft.get_peft_model(tiny_llama(), config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for step in range(1, steps + 1):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return model
+
+
+def reloaded(model) -> tuple[float, list[str]]:
+    """How far the logits are off after saving and loading, and the warnings of it."""
+    folder = tempfile.mkdtemp(dir=SCRATCH.name)
+    model.save_pretrained(folder)
+    again = []
+    texts = said(lambda: again.append(opened(folder)))
+    return apart(logits(again[0]), logits(model)), texts
+
+
+def pruned_file() -> dict:
+    off, texts = reloaded(trained_by_hand(12))
+    false_alarm = any("rank_pattern" in text for text in texts)
+    return {"off by less than 1e-6": off < 1e-6, "a false alarm": false_alarm}
+
+
+def adalora_with_labels() -> str:
+    model = opened(saved(peft.AdaLoraConfig(**ADA, **TASK)))
+    return refusal(lambda: model(**BATCH))
+
+
+def allocation_beyond_the_start() -> str:
+    config = peft.AdaLoraConfig(**ADA | {"target_r": 4}, **TASK)
+    model = peft.get_peft_model(tiny_llama(), config)
+
+    def steps():
+        for step in range(1, 13):
+            model(**BATCH).loss.backward()
+            model.base_model.update_and_allocate(step)
+
+    return refusal(steps)
+
+
+# --- lesson 07
+
+
+def ia3(**settings):
+    return peft.get_peft_model(tiny_llama(), peft.IA3Config(**settings))
+
+
+def unmerged_zero() -> bool:
+    model = ia3(target_modules=["k_proj"], feedforward_modules=[])
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    layer.ia3_l["default"].data[0] = 0.0
+    model.merge_adapter()
+    model.unmerge_adapter()
+    return bool((layer.base_layer.weight[0] == 0).all())
+
+
+def vector_on(feedforward) -> tuple[int, ...]:
+    model = ia3(target_modules=["down_proj"], feedforward_modules=feedforward)
+    return tuple(next(p.shape for n, p in model.named_parameters() if "ia3_l" in n))
+
+
+# --- lessons 08 and 09
+
+SOFT = {
+    "prefix": peft.PrefixTuningConfig,
+    "prompt": peft.PromptTuningConfig,
+    "P-tuning": partial(peft.PromptEncoderConfig, encoder_hidden_size=32),
+}
+SEEDS = range(4)
+
+
+def soft(kind: str, seed: int = 0):
+    torch.manual_seed(seed)
+    config = SOFT[kind](num_virtual_tokens=5, **TASK)
+    return moved(peft.get_peft_model(tiny_llama(seed), config))
+
+
+def texts_that_are_right(kind: str) -> str:
+    """Of eight tokens that `generate` writes greedily, beside greedy decoding by plain forwards."""
+    right = changed = 0
+    ids = {"input_ids": BATCH["input_ids"][:1]}
+    for seed in SEEDS:
+        model = soft(kind, seed)
+        written = greedy(model, ids)
+        right += torch.equal(written, by_hand(model, ids))
+        changed += not torch.equal(written, greedy(tiny_llama(seed), ids))
+    return f"{right} of {len(SEEDS)} texts right" + ("" if changed else ", all the base's own")
+
+
+def random_prompt() -> bool:
+    torch.manual_seed(0)
+    config = peft.PromptTuningConfig(num_virtual_tokens=64, **TASK)
+    prompt = peft.get_peft_model(tiny_llama(), config).prompt_encoder["default"].embedding.weight
+    return bool(0.9 < prompt.std() < 1.1)
+
+
+def stored(kind: str) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=SCRATCH.name))
+    soft(kind).save_pretrained(folder)
+    return folder
+
+
+def resumed(kind: str) -> str:
+    return refusal(lambda: opened(stored(kind), is_trainable=True))
+
+
+def positions_given_to_a_prompt() -> bool:
+    model, positions = soft("prompt"), torch.arange(12).expand(3, -1)
+    return any("Position ids" in t for t in said(lambda: logits(model, position_ids=positions)))
+
+
+def soft_without_task_type() -> str:
+    config = peft.PromptTuningConfig(num_virtual_tokens=5)
+    return refusal(lambda: peft.get_peft_model(tiny_llama(), config))
+
+
+def projected() -> dict:
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24, **TASK
+    )
+    return keys(config)
+
+
+# --- lesson 10
+
+
+def biases_beside_lora() -> bool:
+    """Whether the base is back when the adapter is off."""
+    base = tiny_bert()
+    plain = base(**batch_of("bert")).logits
+    config = peft.LoraConfig(r=4, target_modules=["query"], bias="all")
+    model = model_with(config, base)
+    with model.disable_adapter(), torch.no_grad():
+        return apart(model(**batch_of("bert")).logits, plain) < 1e-4
+
+
+# --- lesson 12
+
+
+@cache
+def lora_file() -> Path:
+    return saved(peft.LoraConfig(**LORA, **TASK))
+
+
+def trained_on(**options) -> int:
+    return trainable(opened(lora_file(), **options))
+
+
+def lenient(change=None, **entries) -> dict:
+    """The warnings of loading a file that is not what it was, and whether the model is another."""
+    folder, models = saved(peft.LoraConfig(**LORA, **TASK), change=change, **entries), []
+    texts = said(lambda: models.append(opened(folder)))
+    another = apart(logits(models[0]), logits(opened(lora_file()))) > 1e-4
+    return {"warnings": len(texts), "another model": another}
+
+
+def without_one(tensors):
+    del tensors[min(key for key in tensors if "lora_B" in key)]
+
+
+def with_one_more(tensors):
+    tensors["base_model.model.nowhere.lora_A.weight"] = torch.ones(4, 64)
+
+
+def second_on_one_base() -> dict:
+    base, plain = tiny_llama(), logits(tiny_llama())
+    first = model_with(peft.LoraConfig(**LORA), base)
+    texts = said(lambda: peft.get_peft_model(base, peft.LoraConfig(**LORA)))
+    return {"first is the base": apart(logits(first), plain) == 0, "warns": bool(texts)}
+
+
+def unloaded() -> bool:
+    model = model_with(peft.LoraConfig(**LORA))
+    return torch.equal(logits(model.unload()), logits(tiny_llama()))
+
+
+def loaded_into_a_wrapped_model() -> dict:
+    model, got = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**LORA)), []
+    texts = said(lambda: got.append(peft.PeftModel.from_pretrained(model, lora_file())))
+    gap = apart(logits(got[0]), logits(tiny_llama()))
+    return {"the base": gap == 0, "warns": any("missing adapter keys" in t for t in texts)}
+
+
+def fresh_head(task: str | None) -> bool:
+    config = peft.LoraConfig(task_type=task, target_modules=["query"])
+    return trainable(peft.get_peft_model(tiny_bert(), config), "classifier") > 0
+
+
+@torch.no_grad()
+def two_adapters():
+    model = model_with(peft.LoraConfig(**LORA), name="one")
+    model.add_adapter("two", peft.LoraConfig(**LORA))
+    model.set_adapter("two")
+    for parameter in model.parameters():  # by other numbers than the first
+        if parameter.requires_grad:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def combined() -> dict:
+    """{kind of combination: (its rank, whether it is the weighted sum)}"""
+    model, found = two_adapters(), {}
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    wanted = 0.7 * layer.get_delta_weight("one") + 0.3 * layer.get_delta_weight("two")
+    for kind in ("linear", "svd", "cat"):
+        model.add_weighted_adapter(["one", "two"], [0.7, 0.3], kind, combination_type=kind)
+        gap = (layer.get_delta_weight(kind) - wanted).norm() / wanted.norm()
+        found[kind] = (layer.r[kind], bool(gap < 1e-5))
+    return found
+
+
+def one_of_two_merged() -> dict:
+    model = two_adapters()
+    model.base_model.set_adapter(["one", "two"])
+    both = logits(model)
+    texts = said(lambda: model.merge_adapter(["one"]))
+    partly = logits(model)
+    model.unmerge_adapter()
+    model.set_adapter("one")
+    alone = apart(partly, logits(model)) < 1e-4 < apart(partly, both)
+    return {"only the merged one": alone, "warnings": len(texts)}
+
+
+def mixed_batch() -> bool:
+    model = two_adapters()
+    rows = logits(model, adapter_names=["one", "two", "__base__"])
+    alone = []
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        alone.append(logits(model))
+    alone.append(logits(tiny_llama()))
+    return all(apart(rows[i], alone[i][i]) < 1e-6 for i in range(3))
+
+
+def mixed_refusals() -> list[str]:
+    model, names = two_adapters(), ["one", "two", "__base__"]
+    calls = (
+        lambda: model.train()(**TEXT, adapter_names=names),
+        lambda: logits(model, adapter_names=names[:2]),
+        lambda: logits(model, adapter_names=["one", "two", "nobody"]),
+    )
+    return [refusal(call) for call in calls]
+
+
+def disabled() -> bool:
+    model = two_adapters()
+    with model.disable_adapter():
+        return apart(logits(model), logits(tiny_llama())) < 1e-6
+
+
+def merged_nan(**options) -> str:
+    model = model_with(peft.LoraConfig(**LORA))
+    torch.nn.init.constant_(
+        next(p for n, p in model.named_parameters() if "lora_B" in n), torch.nan
+    )
+    return refusal(lambda: model.merge_and_unload(**options))
+
+
+def merged_tied(**settings) -> str:
+    """What merging makes of LoRA on the head of a tied model."""
+    base = tiny_llama(tie_word_embeddings=True)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"], **settings)
+    model = model_with(config, deepcopy(base))
+    change = model.base_model.model.lm_head.get_delta_weight("default").detach()
+    merged = model.merge_and_unload()
+    tied = merged.lm_head.weight is merged.model.embed_tokens.weight
+    times = ((merged.lm_head.weight - base.lm_head.weight) / change).median().round().int().item()
+    return f"{'tied' if tied else 'untied'}, the change {times} times in it"
+
+
+def added_to_a_tied_head() -> bool:
+    base = tiny_llama(tie_word_embeddings=True)
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"])
+    return any("tie_word_embeddings" in t for t in said(lambda: peft.get_peft_model(base, config)))
+
+
+def merged_prompt() -> str:
+    return refusal(lambda: soft("prompt").merge_and_unload())
+
+
+def loaded_in(dtype: torch.dtype) -> torch.dtype:
+    folder = tempfile.mkdtemp(dir=SCRATCH.name)
+    tiny_llama().save_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).dtype
+
+
+def names_of_the_cache() -> list[str]:
+    known = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    return [name for name in ("past_key_values", "cache") if name in known]
+
+
+OF_A_SCRIPT = dict(
+    per_device_train_batch_size=2, max_steps=20, save_steps=10, eval_strategy="steps",
+    eval_steps=10, warmup_steps=0.1, learning_rate=1e-3, seed=1, data_seed=2, logging_steps=5,
+    gradient_checkpointing=False, label_names=["labels"], remove_unused_columns=True,
+)  # fmt: skip
+
+
+def script_arguments() -> dict:
+    made = arguments(**OF_A_SCRIPT)
+    kept = {name: getattr(made, name) for name in OF_A_SCRIPT}
+    return kept | {"eval_strategy": made.eval_strategy.value}
+
+
+BNB = dict(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
+LAYER, ATTENTION = "base_model.model.model.layers.0", "base_model.model.model.layers.0.self_attn"
+BERT = "base_model.model.bert.encoder.layer.0.attention.self.query"
+HEAD = {"classifier.weight": (2, 64), "classifier.bias": (2,)}
+TRAINER = "transformers+accelerate"
+SOFT_STATEMENT = (
+    "`generate` with {} in it writes what plain forwards choose, eight tokens, four seeds (later "
+    "transformers broke this under peft 0.21, which is why pyproject.toml pins transformers<5.24)"
+)
+
+ROWS = [
+    # ---------------------------------------------------------------- 01
+    Row("01", "get_nb_trainable_parameters() counts what trains and all, on the meta device too",
+        counted_without_memory, (2 * 4 * (64 + 64 + 64 + 32), True)),
+    # ---------------------------------------------------------------- 02
+    Row(
+        "02", "a PEFT LoRA file's keys are base_model.model.<path>.lora_A.weight and lora_B.weight",
+        lambda: keys(peft.LoraConfig(r=4, target_modules=["v_proj"])),
+        {f"{ATTENTION}.v_proj.lora_A.weight": (4, 64),
+         f"{ATTENTION}.v_proj.lora_B.weight": (32, 4)},
+    ),
+    Row(
+        "02", "an adapter is a folder with these files",
+        lambda: sorted(p.name for p in lora_file().iterdir()),
+        ["README.md", "adapter_config.json", "adapter_model.safetensors"],
+    ),
+    Row(
+        "02", "what PEFT's config of a LoRA says if it is not told otherwise",
+        lambda: defaults("LoraConfig", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora",
+                         "init_lora_weights", "use_dora", "fan_in_fan_out", "target_modules",
+                         "modules_to_save", "task_type", "inference_mode"),
+        dict(r=8, lora_alpha=8, lora_dropout=0.0, bias="none", use_rslora=False,
+             init_lora_weights=True, use_dora=False, fan_in_fan_out=False, target_modules=None,
+             modules_to_save=None, task_type=None, inference_mode=False),
+    ),
+    Row("02", "PEFT draws A uniformly within ±1/√in, and B is zero", start_of_lora,
+        {"largest A below 1/√in": True, "B": 0.0}),
+    Row("02", "in PEFT the LoRA of an embedding starts the other way round: A is zero, B random",
+        start_of_embedding_lora, {"A": 0.0, "B is random": True}),
+    Row(
+        "02", "a LoRA on an embedding has keys of its own, lora_embedding_A and lora_embedding_B",
+        lambda: {key: shape for key, shape in keys(
+            peft.LoraConfig(r=4, target_modules=["embed_tokens"])).items() if "lora" in key},
+        {"base_model.model.model.embed_tokens.lora_embedding_A": (4, 128),
+         "base_model.model.model.embed_tokens.lora_embedding_B": (64, 4)},
+    ),
+    Row("02", "the branch is scaled by α/r", scaling, 2.0),
+    Row("02", "rsLoRA scales by α/√r", lambda: scaling(use_rslora=True), 4.0),
+    Row("02", "in a 16-bit base PEFT keeps the factors in float32", factors_in_a_16_bit_base,
+        torch.float32),
+    Row("02", "PEFT's default targets in a Llama are q_proj and v_proj", lambda: targets(None),
+        ["self_attn.q_proj", "self_attn.v_proj"]),
+    Row("02", "PEFT's default targets in a BERT are query and value",
+        lambda: wrapped(peft.get_peft_model(tiny_bert(), peft.LoraConfig()), "lora_A"),
+        ["attention.self.query", "attention.self.value"]),
+    Row("02", "a target is the end of a path, at a dot", lambda: refusal(lambda: targets(["proj"])),
+        "NoMatchingPeftModuleError"),
+    Row("02", "a string is a regular expression for whole paths",
+        lambda: targets(r".*\.0\..*(k|v)_proj"), ["self_attn.k_proj", "self_attn.v_proj"]),
+    Row("02", "of several names one may match nothing, without a word",
+        lambda: targets(["q_proj", "no_such"]), ["self_attn.q_proj"]),
+    Row("02", "all-linear means every linear layer but the head",
+        lambda: len(targets("all-linear")) + ("lm_head" in str(targets("all-linear"))), 7),
+    Row(
+        "02", "a trained head is in the file under its path",
+        lambda: keys(peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"),
+                     tiny_bert()),
+        {f"base_model.model.{k}": s for k, s in HEAD.items()}
+        | {f"{BERT}.lora_A.weight": (4, 64), f"{BERT}.lora_B.weight": (64, 4)},
+    ),
+    # ---------------------------------------------------------------- 03
+    Row("03", "BitsAndBytesConfig(load_in_4bit=True) is FP4, without double quantisation",
+        lambda: {k: getattr(transformers.BitsAndBytesConfig(load_in_4bit=True), k) for k in BNB},
+        BNB, "transformers"),
+    Row("03", "and it computes in float32",
+        lambda: transformers.BitsAndBytesConfig(load_in_4bit=True).bnb_4bit_compute_dtype,
+        torch.float32, "transformers"),
+    Row("03", "merging into 4-bit weights rounds again, and PEFT warns", merged_in_four_bits,
+        "Merge lora module to 4-bit linear may get different generations ", "peft+bitsandbytes"),
+    Row("03", "PEFT counts packed weights as what they stand for", counted_in_four_bits, True,
+        "peft+bitsandbytes"),
+    Row("03", "prepare_model_for_kbit_training freezes all, takes the rest to float32 and switches "
+        "gradient checkpointing on", prepared,
+        {"trains": 0, "dtypes": ["torch.float32", "torch.uint8"], "checkpointing": True},
+        "peft+transformers"),
+    # ---------------------------------------------------------------- 04
+    Row(
+        "04", "a DoRA file is a LoRA's and a lora_magnitude_vector without .weight",
+        lambda: keys(peft.LoraConfig(r=4, target_modules=["v_proj"], use_dora=True)),
+        {f"{ATTENTION}.v_proj.lora_A.weight": (4, 64), f"{ATTENTION}.v_proj.lora_B.weight": (32, 4),
+         f"{ATTENTION}.v_proj.lora_magnitude_vector": (32,)},
+    ),
+    Row("04", "PEFT's DoRA answers NaN in the output of a row of zeros", dora_on_a_zero_row, True),
+    Row("04", "PEFT has DoraCaching",
+        lambda: hasattr(peft.helpers, "DoraCaching"), True),
+    # ---------------------------------------------------------------- 05
+    Row(
+        "05", "what PEFT's config of an AdaLoRA says if it is not told otherwise",
+        lambda: defaults("AdaLoraConfig", "init_r", "target_r", "lora_alpha", "tinit", "tfinal",
+                         "deltaT", "beta1", "beta2", "orth_reg_weight", "rank_pattern"),
+        dict(init_r=12, target_r=8, lora_alpha=8, tinit=0, tfinal=0, deltaT=1, beta1=0.85,
+             beta2=0.85, orth_reg_weight=0.5, rank_pattern=None),
+    ),
+    Row("05", "PEFT wants total_step", lambda: refusal(peft.AdaLoraConfig), "ValueError"),
+    Row(
+        "05", "an AdaLoRA file's keys are lora_A, lora_B and lora_E without .weight",
+        lambda: keys(peft.AdaLoraConfig(**ADA)),
+        {f"{ATTENTION}.q_proj.lora_A": (4, 64), f"{ATTENTION}.q_proj.lora_B": (64, 4),
+         f"{ATTENTION}.q_proj.lora_E": (4, 1)},
+    ),
+    Row("05", "without task_type PEFT never adds the regulariser",
+        lambda: {t: added_to_the_loss(task_type=t) for t in (None, "CAUSAL_LM")},
+        {None: False, "CAUSAL_LM": True}),
+    Row("05", "transformers' Trainer does not call update_and_allocate", pruned_by_the_trainer,
+        False, TRAINER),
+    Row("05", "a callback on on_optimizer_step does, while gradients are there",
+        lambda: pruned_by_the_trainer(Allocate), True, TRAINER),
+    Row("05", "of a pruned file PEFT warns that rank_pattern matches nothing, and uses it",
+        pruned_file, {"off by less than 1e-6": True, "a false alarm": True}),
+    Row("05", "with PEFT, what is saved between two prunings is another model, at one it is right",
+        lambda: [reloaded(trained_by_hand(steps))[0] < 1e-5 for steps in (6, 7)], [True, False]),
+    Row("05", "PEFT accepts target_r = init_r and fails when it first prunes",
+        allocation_beyond_the_start, "RuntimeError"),
+    # ---------------------------------------------------------------- 07
+    Row(
+        "07", "an (IA)³ file's keys are ia3_l, a column for outputs and a row for inputs",
+        lambda: keys(peft.IA3Config(target_modules=["k_proj", "down_proj"],
+                                    feedforward_modules=["down_proj"])),
+        {f"{ATTENTION}.k_proj.ia3_l": (32, 1), f"{LAYER}.mlp.down_proj.ia3_l": (1, 96)},
+    ),
+    Row("07", "PEFT's names of (IA)³ in a Llama are the paper's", lambda: wrapped(ia3(), "ia3_l"),
+        ["mlp.down_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+    Row("07", "PEFT's names of (IA)³ in a BERT match more than the feed-forward",
+        lambda: wrapped(peft.get_peft_model(tiny_bert(), peft.IA3Config()), "ia3_l"),
+        ["attention.output.dense", "attention.self.key", "attention.self.value", "output.dense"]),
+    Row("07", "with an empty feedforward_modules PEFT puts l_ff on the output, without a word",
+        lambda: [vector_on([]), vector_on(["down_proj"])], [(64, 1), (1, 96)]),
+    Row("07", "PEFT divides by l + 1e-8 and refuses nothing: an entry of zero loses its row",
+        unmerged_zero, True),
+    # ---------------------------------------------------------------- 08
+    Row("08", "a prompt file holds prompt_embeddings (V, d)", lambda: keys(
+        peft.PromptTuningConfig(num_virtual_tokens=6, **TASK)), {"prompt_embeddings": (6, 64)}),
+    Row(
+        "08", "the head of a prompted classifier is in the file with one base_model less",
+        lambda: keys(peft.PromptTuningConfig(num_virtual_tokens=6, task_type="SEQ_CLS"),
+                     tiny_bert()),
+        {"prompt_embeddings": (6, 64)} | {f"base_model.{k}": s for k, s in HEAD.items()},
+    ),
+    Row("08", "PEFT's default start of a prompt is RANDOM",
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=4).prompt_tuning_init.value, "RANDOM"),
+    Row("08", "and that is N(0, 1)", random_prompt, True),
+    Row("08", "the other starts are SAMPLE_VOCAB and TEXT",
+        lambda: sorted(kind.value for kind in peft.PromptTuningInit),
+        ["RANDOM", "SAMPLE_VOCAB", "TEXT"]),
+    Row("08", "PEFT does not train on from a stored prompt", lambda: resumed("prompt"),
+        "ValueError"),
+    Row("08", "PEFT warns that it drops position_ids", positions_given_to_a_prompt, True),
+    Row("08", "a model's forward calls its cache past_key_values, until transformers 5.24",
+        names_of_the_cache, ["past_key_values"], "transformers"),
+    Row("08", SOFT_STATEMENT.format("a prompt"), lambda: texts_that_are_right("prompt"),
+        "4 of 4 texts right", "peft+transformers"),
+    Row("08", "a prompt without task_type fails with KeyError", soft_without_task_type, "KeyError"),
+    # ---------------------------------------------------------------- 09
+    Row("09", "a prefix file holds one tensor (V, 2·L·n_kv·d_h)",
+        lambda: keys(peft.PrefixTuningConfig(num_virtual_tokens=5, **TASK)),
+        {"prompt_embeddings": (5, 2 * 2 * 2 * 16)}),
+    Row("09", "of a prefix with an MLP the file holds what the MLP makes", projected,
+        {"prompt_embeddings": (5, 2 * 2 * 2 * 16)}),
+    Row("09", "PEFT does not train on from a stored prefix", lambda: resumed("prefix"),
+        "ValueError"),
+    Row("09", SOFT_STATEMENT.format("a prefix"), lambda: texts_that_are_right("prefix"),
+        "4 of 4 texts right", "peft+transformers"),
+    Row("09", "a prefix cannot be merged: merge_and_unload is missing", merged_prompt,
+        "AttributeError"),
+    # ---------------------------------------------------------------- 10
+    Row(
+        "10", "LN tuning is PEFT's name for training the norms, and its keys say ln_tuning_layers",
+        lambda: keys(peft.LNTuningConfig(target_modules=["input_layernorm"])),
+        {f"{LAYER}.input_layernorm.ln_tuning_layers.weight": (64,)},
+    ),
+    Row("10", 'with bias="all" the base does not come back when the adapter is off',
+        biases_beside_lora, False),
+    # ---------------------------------------------------------------- 12
+    Row("12", "get_peft_model(model, peft_config, adapter_name)",
+        lambda: parameters(peft.get_peft_model, "model", "peft_config", "adapter_name",
+                           "autocast_adapter_dtype"),
+        dict(model="required", peft_config="required", adapter_name="default",
+             autocast_adapter_dtype=True)),
+    Row("12", "PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable)",
+        lambda: parameters(peft.PeftModel.from_pretrained, "model", "model_id", "adapter_name",
+                           "is_trainable"),
+        dict(model="required", model_id="required", adapter_name="default", is_trainable=False)),
+    Row("12", "a loaded adapter is frozen", trained_on, 0),
+    Row("12", "is_trainable=True lets it train on",
+        lambda: trained_on(is_trainable=True), 2 * 4 * (64 + 64 + 64 + 32)),
+    Row("12", "the saved config says inference_mode, and keeps r and α",
+        lambda: {k: json.loads((lora_file() / CONFIG).read_text())[k]
+                 for k in ("peft_type", "task_type", "inference_mode", "r", "lora_alpha")},
+        dict(peft_type="LORA", task_type="CAUSAL_LM", inference_mode=True, r=4, lora_alpha=8)),
+    Row("12", "a changed lora_alpha in the file is another model, without a word",
+        lambda: lenient(lora_alpha=32), {"warnings": 0, "another model": True}),
+    Row("12", "a key that is missing in the file is a warning", lambda: lenient(without_one),
+        {"warnings": 1, "another model": True}),
+    Row("12", "a key too many in the file is not even that", lambda: lenient(with_one_more),
+        {"warnings": 0, "another model": False}),
+    Row("12", "a second get_peft_model on one base wipes out the first adapter", second_on_one_base,
+        {"first is the base": True, "warns": True}),
+    Row("12", "unload() gives the base back", unloaded, True),
+    Row("12", "loading into a model from get_peft_model gives the base's answers",
+        loaded_into_a_wrapped_model, {"the base": True, "warns": True}),
+    Row("12", "a fresh head trains with task_type and stays frozen without",
+        lambda: {t: fresh_head(t) for t in (None, "SEQ_CLS")}, {None: False, "SEQ_CLS": True}),
+    Row("12", "a linear combination is not the weighted sum, cat is, at the sum of the ranks",
+        combined, {"linear": (4, False), "svd": (4, False), "cat": (8, True)}),
+    Row("12", "one of two active adapters merged: the other is left out silently",
+        one_of_two_merged, {"only the merged one": True, "warnings": 0}),
+    Row("12", "adapter_names gives each row its adapter, and __base__ none", mixed_batch, True),
+    Row("12", "adapter_names is refused in train mode, at a wrong length and for an unknown name",
+        mixed_refusals, ["ValueError"] * 3),
+    Row("12", "disable_adapter() gives the base", disabled, True),
+    Row("12", "merge_and_unload takes NaN, unless safe_merge=True",
+        lambda: [merged_nan(), merged_nan(safe_merge=True)], ["nothing", "ValueError"]),
+    Row("12", "PEFT warns of a target that is tied", added_to_a_tied_head, True),
+    Row("12", "merging a tied head changes the embedding too", merged_tied,
+        "tied, the change 1 times in it"),
+    Row("12", "with ensure_weight_tying merging adds the change twice",
+        lambda: merged_tied(ensure_weight_tying=True), "tied, the change 2 times in it"),
+    Row("12", "an AdaLoRA loaded to be used fails if the batch has labels", adalora_with_labels,
+        "AttributeError"),
+    Row("12", SOFT_STATEMENT.format("P-tuning"), lambda: texts_that_are_right("P-tuning"),
+        "4 of 4 texts right", "peft+transformers"),
+    Row("12", "Trainer takes the tokenizer as processing_class",
+        lambda: parameters(Trainer.__init__, "model", "args", "train_dataset", "eval_dataset",
+                           "data_collator", "processing_class", "callbacks", "compute_metrics"),
+        dict.fromkeys(("model", "args", "train_dataset", "eval_dataset", "data_collator",
+                       "processing_class", "callbacks", "compute_metrics")), TRAINER),
+    Row("12", "a training script may set these arguments, and warmup_steps below 1 is a share",
+        script_arguments, OF_A_SCRIPT, TRAINER),
+    Row("12", "a share of warmup_steps is one of all steps",
+        lambda: arguments(warmup_steps=0.1).get_warmup_steps(200), 20, TRAINER),
+    Row("12", "from_pretrained takes dtype", lambda: loaded_in(torch.bfloat16), torch.bfloat16,
+        "transformers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.lesson} {row.states[:60]}")
+def test_the_installed_versions_are_as_the_lessons_say(row):
+    wrong = complaint(row)
+    assert wrong is None, wrong
+
+
+# ------------------------------------------------------------------ that the guard can fail
+
+
+def test_another_value_gives_a_sentence_with_version_finding_and_lesson():
+    wrong = complaint(Row("02", "a LoRA has rank 8 by default", lambda: 16, 8))
+    assert wrong.startswith("Lesson 02 states: a LoRA has rank 8 by default. With peft ")
+    assert f"peft {version('peft')} that is 16, not 8" in wrong and "02_lora.ipynb" in wrong
+    wrong = complaint(Row("05", "it trains", lambda: False, True, TRAINER))
+    assert f"transformers {version('transformers')} and accelerate {version('accelerate')}" in wrong
+
+
+def test_what_is_gone_or_of_another_type_is_drift_too():
+    gone = Row("12", "PEFT has this", lambda: peft.no_such_function, None)
+    assert "AttributeError" in complaint(gone)
+    assert complaint(Row("12", "a flag", lambda: 1, True)) is not None  # although 1 == True
+
+
+def only(start: str) -> Row:
+    (row,) = (row for row in ROWS if row.states.startswith(start))
+    return row
+
+
+def test_another_default_of_peft_is_seen(monkeypatch):
+    row = only("what PEFT's config of a LoRA")
+    monkeypatch.setattr(peft, "LoraConfig", partial(peft.LoraConfig, lora_alpha=16))
+    assert "'lora_alpha': 16" in complaint(row)
+
+
+def test_another_key_in_peft_files_is_seen(monkeypatch):
+    renamed = lambda *args, **more: {  # noqa: E731
+        key.replace("lora_A", "down"): t
+        for key, t in get_peft_model_state_dict(*args, **more).items()
+    }
+    monkeypatch.setattr("peft.peft_model.get_peft_model_state_dict", renamed)
+    assert "v_proj.down.weight" in complaint(only("a PEFT LoRA file's keys"))
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.states.startswith("`generate`")],
+                         ids=lambda row: row.lesson)  # fmt: skip
+def test_a_generate_that_goes_past_what_was_learned_is_seen(row, monkeypatch):
+    """transformers from 5.24 on, played: peft gets the cache under a name that it does not know,
+    takes every step for the first, and what it makes itself loses against that cache."""
+    prepare = peft.PeftModelForCausalLM.prepare_inputs_for_generation
+
+    def renamed(self, *args, **kwargs):
+        of_base, hidden = self.base_model_prepare_inputs_for_generation, {}
+
+        def without_cache(*args, **kwargs):
+            inputs = of_base(*args, **kwargs)
+            hidden["past_key_values"] = inputs.pop("past_key_values")
+            return inputs
+
+        self.base_model_prepare_inputs_for_generation = without_cache
+        inputs = prepare(self, *args, **kwargs)
+        self.base_model_prepare_inputs_for_generation = of_base
+        return inputs | hidden
+
+    monkeypatch.setattr(peft.PeftModelForCausalLM, "prepare_inputs_for_generation", renamed)
+    wrong = complaint(row)
+    assert "0 of 4 texts right" in wrong and "not '4 of 4 texts right'" in wrong
+    assert "pyproject.toml pins transformers<5.24" in wrong
+
+
+def test_every_lesson_that_leans_on_peft_has_rows():
+    lessons = {row.lesson for row in ROWS}
+    for path in (ROOT / "notebooks").glob("[01]*_*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        if "from peft import" in code:
+            assert path.name[:2] in lessons, f"{path.name} uses PEFT: give it rows in ROWS"
+
+
+# ------------------------------------------------------------------ the pins
+
+PINS = {
+    pin.name: pin.specifier
+    for pin in map(
+        Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    )
+}
+BROKEN = Version("5.24")  # of transformers: generate goes past prompts and prefixes of peft 0.21
+
+
+def advice(peft_version: str, right: Callable[[], bool]) -> str | None:
+    """Whether the pin of transformers can go: what to do, or None while it has to stay."""
+    if Version(peft_version) < Version("0.22"):
+        return None
+    if not right():
+        return (
+            f"peft {peft_version} is newer than the pin transformers<{BROKEN} was made for, and "
+            "generate is wrong with the installed transformers: keep the older peft."
+        )
+    return (
+        f"peft {peft_version} is newer than the pin transformers<{BROKEN} was made for. Install "
+        "transformers 5.24 or later beside it and run this file: if the rows on `generate` of "
+        "lessons 08, 09 and 12 hold, lift the pin in pyproject.toml and environment.yml, and with "
+        "it the refusal in peft_lessons/rules.py and the traps of lessons 08 and 09; if not, raise "
+        "the version in `advice`."
+    )
+
+
+def generate_is_right() -> bool:
+    return all(complaint(row) is None for row in ROWS if row.states.startswith("`generate`"))
+
+
+def test_the_pin_of_transformers_is_still_needed():
+    wrong = advice(version("peft"), generate_is_right)
+    assert wrong is None, wrong
+
+
+def test_when_the_pin_can_go_it_is_said():
+    assert advice("0.21.9", lambda: False) is None
+    assert "keep the older peft" in advice("0.22.0", lambda: False)
+    assert "lift the pin in pyproject.toml" in advice("0.22.0", lambda: True)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "peft", "accelerate", "bitsandbytes"])
+def test_what_is_installed_lies_within_the_pins(package):
+    assert PINS[package].contains(Version(version(package)).base_version), (
+        f"{package} {version(package)} is installed, pyproject.toml asks for {PINS[package]}: the "
+        "rows above were checked within the pins only"
+    )
+
+
+def test_the_pin_is_the_one_that_code_and_lessons_name():
+    assert not PINS["transformers"].contains(str(BROKEN)) and PINS["transformers"].contains(
+        "5.23.9"
+    )
+    assert not PINS["peft"].contains("0.22.0"), "newer peft: see `advice`"
+    rules = (ROOT / "peft_lessons" / "rules.py").read_text()
+    assert f"transformers>=5.20,<{BROKEN}" in rules
+    for lesson in ("08", "09"):
+        text = (ROOT / "notebooks" / notebook(lesson)).read_text()
+        assert str(BROKEN) in text, (
+            f"lesson {lesson} does not say from which version on it is wrong"
+        )
