@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapters_io import read_adapter, refuse_other_base
-from .models import load_model, load_tokenizer
+from .models import load_model, load_tokenizer, sharded
 from .rules import validate
 
 VIRTUAL_TOKENS = 16
@@ -53,9 +53,14 @@ def setup_qlora(model_name: str, rank: int = 64):
 
 
 def _prepared(model):
-    """A 4-bit model made ready to train: all else in float32, gradient checkpointing on."""
+    """A 4-bit model made ready to train: all else in float32, unless it is to be cut into shards of
+    one dtype, and gradient checkpointing on."""
     from peft import prepare_model_for_kbit_training
 
+    if sharded():
+        model.requires_grad_(False)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
     return prepare_model_for_kbit_training(
         model, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
@@ -216,7 +221,7 @@ def setup_peft_training(
             head trains and is saved too, and a pooler under it that is as fresh.
         rank: of the methods that have one; α is twice as large.
         dtype: of the base. None is bfloat16 on a GPU that has it, else float32. What trains stays
-            in float32.
+            in float32, but for FSDP's shards, which are of one dtype.
         seed: decides the head and what the method draws.
 
     Returns (model in train mode, tokenizer with a padding token).
@@ -260,7 +265,7 @@ def setup_peft_training(
     config = getattr(peft, kind)(task_type=task, **chosen)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        model = peft.get_peft_model(model, config)
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=not sharded())
     model.output_dir = output_dir
     return model.train(), tokenizer
 

@@ -360,9 +360,16 @@ def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) 
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if sharded() else torch.uint8,
         llm_int8_skip_modules=heads,  # its name is historic: it holds for 4 bits too
     )
     return {"quantization_config": quantisation}
+
+
+def sharded() -> bool:
+    """Whether this process was launched by accelerate to share a model's shards (FSDP). They are
+    cut from flat tensors of one dtype, so packed weights have to be stored in that of all else."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def keep_differentiable(model) -> None:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -94,6 +97,25 @@ def main(given: list[str] | None = None) -> dict:
     if state.is_main_process:
         print(json.dumps(metrics | {"processes": state.num_processes}))
     return metrics
+
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def launch(*given: str, config: str = "two_cpus", timeout: float = 600) -> dict:
+    """What `accelerate launch --config_file configs/<config>.yaml -m peft_lessons.train` with the
+    arguments in `given` returns. RuntimeError with the last lines of its output if it fails."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "-m", "peft_lessons.train"]
+    # More threads than cores, shared by several processes, would be many times slower.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *given], capture_output=True, text=True, env=environment, timeout=timeout
+    )
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise RuntimeError(f"the launched training failed:\n{last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":
