@@ -249,8 +249,8 @@ class PeftTrainer(Trainer):
     """Trainer for PEFT's models: AdaLoRA's ranks are allocated, and any of them can go on.
 
     A checkpoint of Trainer holds the adapter as it is to be used. That is not enough to train on:
-    PEFT cannot load a prompt to train, writes a prefix without the network that makes it, and of
-    AdaLoRA neither what it has seen nor what it has pruned. So what trains is kept beside it."""
+    it has a prefix without the network that makes it, and of AdaLoRA neither what the allocator has
+    seen nor the triplets that are pruned and may come back. So what trains is kept beside it."""
 
     def __init__(self, model, *args, **more):
         super().__init__(model, *args, **more)
@@ -265,6 +265,11 @@ class PeftTrainer(Trainer):
     def allocator(self):
         """AdaLoRA's, or None."""
         return getattr(self.model.base_model, "rankallocator", None)
+
+    def prediction_step(self, model, *args, **more):
+        # PEFT's AdaLoRA adds its regulariser also to a loss that is only to be measured.
+        model = model if self.allocator is None else self.model.get_base_model()
+        return super().prediction_step(model, *args, **more)
 
     def run_of(self) -> dict:
         """What has to be the same for a run to go on."""

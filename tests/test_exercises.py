@@ -4,7 +4,6 @@ import gc
 import importlib
 import importlib.util
 import inspect
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from exercises import Recipe
 
 from peft_lessons import check, methods
 from peft_lessons.checks.kit import Check, WrongAnswer
-from peft_lessons.inject import Method
 from tools import notebooks
 
 LESSONS = {
@@ -36,6 +34,7 @@ def checks(lesson):
 
 
 SOLUTIONS = {lesson: solutions(lesson) for lesson in LESSONS}
+IMPORTED = {lesson: next(iter(own.values())).__globals__ for lesson, own in SOLUTIONS.items()}
 CHECKS = {lesson: checks(lesson) for lesson in LESSONS}
 ANSWERS = {lesson: importlib.import_module(f"exercises.{lesson}").answers for lesson in LESSONS}
 EXERCISES = [(lesson, name) for lesson in LESSONS for name in CHECKS[lesson]]
@@ -159,7 +158,8 @@ def test_stub_has_the_signature_of_the_solution(lesson, monkeypatch):
     if not path.exists():
         pytest.skip(f"{path.name} is not written yet")
     nb = notebooks.read(path)
-    names = {"torch": torch, "nn": torch.nn, "dataclass": dataclass, "Method": Method}
+    # A stub's annotations need what the set-up cell imports, as those of the solution do.
+    names = {n: v for n, v in IMPORTED[lesson].items() if n not in SOLUTIONS[lesson]}
     names["__name__"] = "__main__"
     stubs = [cell for cell in nb.cells if "exercise" in notebooks.tags(cell)]
     for cell in stubs:
