@@ -40,6 +40,9 @@ class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
 
     Sentence encoders are trained to be pooled this way; their [CLS] pooler is untrained."""
 
+    # Else Trainer hands it the count of labels of a whole step, and leaves the mean over it to it.
+    accepts_loss_kwargs = False
+
     def __init__(self, config):
         super().__init__(config)
         self.num_labels = config.num_labels

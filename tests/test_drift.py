@@ -37,7 +37,7 @@ from tiny import (
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_lessons import load_model
+from peft_lessons import load_model, load_tokenizer
 from peft_lessons.adapters_io import CONFIG, WEIGHTS
 from tools.environment import ROOT
 
@@ -579,6 +579,64 @@ def names_of_the_cache() -> list[str]:
     return [name for name in ("past_key_values", "cache") if name in known]
 
 
+def counted_by_a_classifier() -> float:
+    """How much larger a step's loss is reported if it is taken in two parts."""
+    rows = [{"input_ids": torch.arange(3, 9), "labels": k % 2} for k in range(4)]
+    first = []
+    for size, parts in ((4, 1), (2, 2)):
+        made = arguments(max_steps=1, per_device_train_batch_size=size, logging_steps=1,
+                         gradient_accumulation_steps=parts,
+                         logging_strategy="steps")  # fmt: skip
+        model = tiny_bert()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = Trainer(model, made, train_dataset=rows)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        first.append(trainer.state.log_history[0]["loss"])
+    return round(first[1] / first[0], 2)
+
+
+def padded_labels() -> list:
+    collator = transformers.DataCollatorForSeq2Seq(load_tokenizer("tinylm"))
+    rows = [{"input_ids": [5] * n, "labels": [5] * n} for n in (3, 2)]
+    return collator(rows)["labels"].tolist()
+
+
+def adalora_s_loss_in_eval() -> bool:
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=20, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_llama(), config).eval()
+    batch = batch_of("llama")
+    return bool(model(**batch).loss > model.get_base_model()(**batch).loss + 0.1)
+
+
+def head_after_norms_are_merged() -> str:
+    config = peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"])
+    merged = peft.get_peft_model(tiny_bert(), config).merge_and_unload()
+    return type(merged.classifier).__name__
+
+
+OVERRIDDEN = ("_save_checkpoint", "_load_from_checkpoint", "prediction_step")
+
+
+def resumed_adalora() -> str:
+    config = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=6, target_r=2, tinit=1, tfinal=3, total_step=8,
+        target_modules=["q_proj", "v_proj"])  # fmt: skip
+    rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)} for _ in range(8)]
+    made = arguments(max_steps=8, save_strategy="steps", save_steps=6)
+
+    def trainer():
+        model = peft.get_peft_model(tiny_llama(), deepcopy(config))
+        made.output_dir = f"{SCRATCH.name}/adalora"
+        return Trainer(model, made, train_dataset=rows, callbacks=[Allocate()])
+
+    trainer().train()
+    checkpoint = f"{SCRATCH.name}/adalora/checkpoint-6"
+    return refusal(lambda: trainer().train(resume_from_checkpoint=checkpoint))
+
+
 OF_A_SCRIPT = dict(
     per_device_train_batch_size=2, max_steps=20, save_steps=10, eval_strategy="steps",
     eval_steps=10, warmup_steps=0.1, learning_rate=1e-3, seed=1, data_seed=2, logging_steps=5,
@@ -832,6 +890,18 @@ ROWS = [
         script_arguments, OF_A_SCRIPT, TRAINER),
     Row("12", "a share of warmup_steps is one of all steps",
         lambda: arguments(warmup_steps=0.1).get_warmup_steps(200), 20, TRAINER),
+    Row("12", "a classifier's loss is counted once for each part of a step",
+        counted_by_a_classifier, 2.0, TRAINER),
+    Row("12", "DataCollatorForSeq2Seq fills labels with -100", padded_labels,
+        [[5, 5, 5], [5, 5, -100]], "transformers"),
+    Row("12", "AdaLoRA's regulariser is in a loss that is only measured, too",
+        adalora_s_loss_in_eval, True),
+    Row("12", "Trainer alone cannot go on with a pruned AdaLoRA", resumed_adalora, "RuntimeError",
+        TRAINER),
+    Row("12", "merging norms leaves the head in its wrapper (load_and_merge_adapter takes it out)",
+        head_after_norms_are_merged, "ModulesToSaveWrapper"),
+    Row("12", "Trainer saves, loads and predicts by methods that PeftTrainer overrides",
+        lambda: [hasattr(Trainer, name) for name in OVERRIDDEN], [True] * 3, TRAINER),
     Row("12", "from_pretrained takes dtype", lambda: loaded_in(torch.bfloat16), torch.bfloat16,
         "transformers"),
 ]  # fmt: skip

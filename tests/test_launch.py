@@ -39,12 +39,18 @@ def written(tensors, path, *args, **more):
 
 hf_training.PeftTrainer.training_step, peft.peft_model.safe_save_file = seen, written
 runpy.run_module("peft_lessons.train", run_name="__main__")
+# A classifier, too, as here a process has been started already.
+sys.argv[sys.argv.index("--output") + 1] += " of a classifier"
+sys.argv += ["--model", "minilm", "--data", "sentiment", "--labels", "2", "--steps", "2"]
+log = open(os.devnull, "w")
+runpy.run_module("peft_lessons.train", run_name="__main__")
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{number of processes: (folder, metrics, what each process noted)} of one training."""
+    """{number of processes: (folder, metrics, what each process noted)} of one training on text,
+    and the losses of one of a classifier."""
     found = {}
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp(f"processes{processes}")
@@ -62,12 +68,13 @@ def runs(tmp_path_factory):
         )
         assert done.returncode == 0, done.stderr[-2000:]
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        assert len(lines) == 1  # one process speaks
+        assert len(lines) == 2  # for each of the two runs one process speaks
         notes = [
             [ast.literal_eval(line) for line in path.read_text().splitlines()]
             for path in sorted(folder.glob("process?"))
         ]
-        found[processes] = folder / "out", json.loads(lines[0]), notes
+        text, classifier = map(json.loads, lines)
+        found[processes] = folder / "out", text | {"classifier": classifier["loss"]}, notes
     return found
 
 
@@ -91,6 +98,8 @@ def test_loss_and_adapter_are_those_of_one_process(runs):
     (one, alone, _), (two, shared, _) = runs[1], runs[2]
     assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-5)
     assert len(set(alone["loss"])) == 4
+    # Equal shares of labels, so its mean is that of the means; dropout draws other numbers.
+    assert shared["classifier"] == pytest.approx(alone["classifier"], abs=0.05)
     first, second = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
     assert list(first) == list(second)
     for key in first:
