@@ -5,12 +5,14 @@ peft and what it pulls in take seconds to import, so they are imported where the
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,60 +70,74 @@ def _prepared(model):
 
 def _refuse_wide(model: nn.Module, rank: int, owner: str) -> None:
     for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and rank > min(layer.in_features, layer.out_features):
-            # A head is narrower than any rank, and no method of low rank touches it.
-            if path in getattr(model, "fresh_modules", ()):
-                continue
+        # A head is narrower than any rank, and no method of low rank touches it.
+        if not isinstance(layer, nn.Linear | Conv1D) or _fresh(model, path):
+            continue
+        conv = isinstance(layer, Conv1D)
+        sizes = (layer.nx, layer.nf) if conv else (layer.in_features, layer.out_features)
+        if rank > min(sizes):
             raise ValueError(
                 f"{owner}: rank={rank} is above min(in, out) of {path!r}: that adds parameters "
                 "but no freedom"
             )
 
 
+def _fresh(model: nn.Module, path: str) -> bool:
+    """Whether a module is one of those that came untrained, or lies in one, as RoBERTa's head."""
+    return any(f"{path}.".startswith(f"{top}.") for top in model.fresh_modules)
+
+
 # ------------------------------------------------------------------ the configs
 
-# Each takes the model, PEFT's name of its task and a rank, and gives the settings.
-_Settings = Callable[[nn.Module, str, int], dict]
+# Each takes the model and a rank, and gives the settings.
+_Settings = Callable[[nn.Module, int], dict]
 
 
-def _lora(model: nn.Module, task: str, rank: int) -> dict:
-    # GPT-2's layers hold their weights transposed; PEFT would find out with a warning.
-    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+def _lora(model: nn.Module, rank: int) -> dict:
     targets = "all-linear"  # but the head, which PEFT knows by its name
-    if _inner(model):
+    if _beyond(model) or not all(_is_layer(model, top) for top in model.fresh_modules):
         layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        targets = [path for path in layers if path not in model.fresh_modules]
+        targets = [path for path in layers if not _fresh(model, path)]
     return {
         "r": rank,
         "lora_alpha": 2 * rank,
         "target_modules": targets,
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": _transposed(model),
     }
 
 
-def _inner(model: nn.Module) -> list[str]:
-    """The fresh modules that are no head: a pooler."""
-    return [path for path in model.fresh_modules if path.startswith(model.base_model_prefix + ".")]
+def _transposed(model: nn.Module) -> bool:
+    """Whether the layers hold their weights as GPT-2's do; PEFT would find out with a warning."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def _adalora(model: nn.Module, task: str, rank: int) -> dict:
-    settings = _lora(model, task, rank) | {"init_r": math.ceil(1.5 * rank), "target_r": rank}
+def _beyond(model: nn.Module) -> list[str]:
+    """The fresh modules that PEFT takes for no head: a pooler, or a head's first layer."""
+    return [path for path in model.fresh_modules if path not in ("classifier", "score")]
+
+
+def _is_layer(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path), nn.Linear)
+
+
+def _adalora(model: nn.Module, rank: int) -> dict:
+    settings = _lora(model, rank) | {"init_r": math.ceil(1.5 * rank), "target_r": rank}
     # "r" is LoRA's. The schedule is a stand-in: train_with_peft fits it to the run's steps.
     return {k: v for k, v in settings.items() if k != "r"} | {"total_step": 1000}
 
 
-def _ia3(model: nn.Module, task: str, rank: int) -> dict:
+def _ia3(model: nn.Module, rank: int) -> dict:
     from peft.utils.constants import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEED_FORWARD,
     )
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
 
     kind = model.config.model_type
-    if kind in ("bert", "roberta"):
+    if kind in ("bert", "roberta", "deberta-v2"):
         # PEFT's own "output.dense" also takes the attention's output, which (IA)³ leaves alone.
         second = r".*layer\.\d+\.output\.dense"
         return {
-            "target_modules": rf".*self\.(key|value)|{second}",
+            "target_modules": rf".*self\.(key|value)(_proj)?|{second}",
             "feedforward_modules": second,
         }
     if kind not in TARGETS:
@@ -130,24 +146,30 @@ def _ia3(model: nn.Module, task: str, rank: int) -> dict:
             "give a config: IA3Config(target_modules=[keys, values, the second feed-forward "
             "matrix], feedforward_modules=[the latter])"
         )
-    second = FEED_FORWARD[kind]
-    # For several families PEFT names the query where the paper has the key.
-    names = [name.replace("q_proj", "k_proj") for name in TARGETS[kind]]
-    if kind == "opt":
-        names = ["k_proj", "v_proj", "fc2"]
-    return {"target_modules": names, "feedforward_modules": second}
+    second, ends = (
+        FEED_FORWARD[kind],
+        {path.rpartition(".")[2] for path, _ in model.named_modules()},
+    )
+    targets = TARGETS[kind]
+    if {"k_proj", "v_proj"} <= ends:  # for several families PEFT names the query, too
+        targets = ["k_proj", "v_proj", *second]
+    return {
+        "target_modules": targets,
+        "feedforward_modules": second,
+        "fan_in_fan_out": _transposed(model),
+    }
 
 
-def _virtual(model: nn.Module, task: str, rank: int) -> dict:
+def _virtual(model: nn.Module, rank: int) -> dict:
     return {"num_virtual_tokens": VIRTUAL_TOKENS}
 
 
-def _prompt(model: nn.Module, task: str, rank: int) -> dict:
+def _prompt(model: nn.Module, rank: int) -> dict:
     # Rows of the vocabulary: PEFT's default draws numbers fifty times as large as they are.
-    return _virtual(model, task, rank) | {"prompt_tuning_init": "SAMPLE_VOCAB"}
+    return _virtual(model, rank) | {"prompt_tuning_init": "SAMPLE_VOCAB"}
 
 
-def _norms(model: nn.Module, task: str, rank: int) -> dict:
+def _norms(model: nn.Module, rank: int) -> dict:
     paths = [path for path, module in model.named_modules() if "Norm" in type(module).__name__]
     if not paths:
         raise ValueError(f"method='norms': {type(model).__name__} has no norm to train")
@@ -215,47 +237,54 @@ def setup_peft_training(
         model_name: a bundled name, a local folder or a Hub id.
         method: one of `HF_METHODS`. Where it goes is chosen by the architecture: LoRA and its kin
             on all linear layers but the head, (IA)³ on keys, values and the second feed-forward
-            matrix, prompts and prefixes before the text.
+            matrix (where one layer makes queries, keys and values, on all three), prompts and
+            prefixes before the text.
         output_dir: where `train_with_peft` keeps its checkpoints and the adapter.
         labels: None for a model that generates text, n for a classifier with n classes, whose fresh
             head trains and is saved too, and a pooler under it that is as fresh.
         rank: of the methods that have one; α is twice as large.
         dtype: of the base. None is bfloat16 on a GPU that has it, else float32. What trains stays
-            in float32, but for FSDP's shards, which are of one dtype.
+            in float32, but for norms, which have the base's dtype, and FSDP's shards, which have
+            one.
         seed: decides the head and what the method draws.
 
-    Returns (model in train mode, tokenizer with a padding token).
-    Raises ValueError for an unknown method (lists the known), an encoder without `labels`, a rank
-    below 1 or above a layer's width, float16 on a CPU, an `output_dir` that is a file, a tokenizer
-    with neither padding nor end token, a prompt or prefix for a base with a fresh pooler, and as
-    `load_model`."""
+    Returns (model in train mode, tokenizer with a padding token; it pads on the left for a prompt
+    before a decoder's classifier, which reads the last place).
+    Raises ValueError for an unknown method (lists the known), an encoder without `labels`, a model
+    with an encoder and a decoder, a rank below 1 or above a layer's width, float16 on a CPU, an
+    `output_dir` that is a file, a tokenizer with neither padding nor end token, a prompt or prefix
+    for a base with a fresh pooler, and as `load_model`."""
     import peft
 
     kind, settings, _ = _CONFIGS[_known(method)]
-    validate("setup_peft_training", rank=rank)
+    validate("setup_peft_training", rank=rank, seed=seed)
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file; name a folder")
     dtype = _dtype(dtype)
     tokenizer = padded(load_tokenizer(model_name))
     model = load_model(model_name, labels, dtype=dtype, seed=seed, four_bit=method == "qlora")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{model_name!r} has an encoder and a decoder, and here one text is trained on: take a "
+            "model with one of the two, or PEFT with task_type='SEQ_2_SEQ_LM'"
+        )
     if labels is None and not model.can_generate():
         raise ValueError(
             f"{model_name!r} is an encoder, which generates no text: labels=2 makes it a "
             "classifier of two classes"
         )
-    if model.config.pad_token_id is None:  # by it a decoder's classifier finds the last real token
-        model.config.pad_token_id = tokenizer.pad_token_id
+    _match_padding(model, tokenizer)
     if kind in ("LoraConfig", "AdaLoraConfig"):
         _refuse_wide(model, math.ceil(1.5 * rank) if method == "adalora" else rank, method)
     if method == "qlora":
         model = _prepared(model)
     task = "CAUSAL_LM" if labels is None else "SEQ_CLS"
-    chosen = settings(model, task, rank)
+    chosen = settings(model, rank)
     stands_before = kind in ("PrefixTuningConfig", "PromptTuningConfig")
-    if stands_before and _inner(model):
+    if stands_before and _beyond(model):
         raise ValueError(
-            f"method={method!r}: {_inner(model)[0]!r} of {model_name!r} comes untrained, and "
+            f"method={method!r}: {_beyond(model)[0]!r} of {model_name!r} comes untrained, and "
             "beside a prompt or a prefix PEFT trains and saves the head alone: take another method "
             "or base"
         )
@@ -266,8 +295,22 @@ def setup_peft_training(
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = peft.get_peft_model(model, config, autocast_adapter_dtype=not sharded())
+    if reads_last_place(model):
+        tokenizer.padding_side = "left"
     model.output_dir = output_dir
     return model.train(), tokenizer
+
+
+def _match_padding(model: nn.Module, tokenizer) -> None:
+    """Tell the model what pads: by it a decoder's classifier finds the last real token."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def reads_last_place(model) -> bool:
+    """Whether it is a decoder's classifier behind a prompt: that gets embeddings, not ids, and so
+    cannot tell padding from the last token."""
+    config = model.active_peft_config
+    return "PROMPT_TUNING" in str(config.peft_type) and hasattr(model.get_base_model(), "score")
 
 
 def _dtype(dtype: torch.dtype | None) -> torch.dtype:
@@ -335,16 +378,21 @@ def load_and_merge_adapter(
             "merge it into. Keep it apart: PeftModel.from_pretrained(base, folder)"
         )
     target = None if save_to is None else _new_folder(save_to)
-    base = load_model(base_model_name, _labels(config, tensors), dtype=dtype, four_bit=four_bit)
+    labels = _labels(config, tensors)
+    base = load_model(base_model_name, labels, dtype=dtype, four_bit=four_bit)
+    if labels is not None:
+        _match_padding(base, load_tokenizer(base_model_name))
     if check_base:
         refuse_other_base(base, entries, header)
     if four_bit:
-        base = base.dequantize()
+        with quiet("transformers.integrations.bitsandbytes"):  # it reports the dtype
+            base = base.dequantize()
     model = _opened(base, adapter_path, tensors)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(f"a {kind} adapter cannot be merged: PEFT has no way to")
+    # PEFT cannot take a head of several layers out of its wrapper, and with norms takes none out.
     # Not safe_merge: it doesn't look at every method's weights.
-    merged = _unwrapped(model.merge_and_unload())
+    merged = _unwrapped(model).merge_and_unload()
     for path, weight in merged.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"merging gave NaN or infinite weights in {dtype}, first in {path!r}")
@@ -353,8 +401,20 @@ def load_and_merge_adapter(
     return merged.eval()
 
 
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Let a library report errors only."""
+    logger = logging.getLogger(logger)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model without wrappers: when PEFT merges norms, it leaves the head in its own."""
+    """The model with what was trained whole in the place of its wrappers."""
     from peft.utils import ModulesToSaveWrapper
 
     for path, module in list(model.named_modules()):

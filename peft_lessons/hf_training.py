@@ -6,17 +6,22 @@ also holds for prompts and for AdaLoRA, and clear refusals. The loop is Trainer'
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import math
 import os
+import random
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -24,18 +29,20 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
 
 from .adapters_io import WEIGHTS
 from .calls import positions_of
-from .hf import padded, rate_of
+from .hf import padded, quiet, rate_of, reads_last_place
 from .rules import validate
-from .training import progress
+from .training import TrainingDiverged, progress
 
 MAX_LENGTH = 256
 STATE = "adapter_state.safetensors"  # the last file of a checkpoint: with it, that is complete
+NEEDED = (STATE, "trainer_state.json", "optimizer.pt", "scheduler.pt")  # to go on to the same bits
 
 
 def train_with_peft(
@@ -59,27 +66,32 @@ def train_with_peft(
 
     Args:
         model: PEFT's, as `setup_peft_training` gives it.
+        tokenizer: the model's own. It gets its end token for padding if it has none.
         train_dataset, eval_dataset: any finite collection of texts, or of dicts with "text" or
             "input_ids"; for a classifier with "label" or "labels" too. Of running text each token
-            is the label of the one before it, padding of none.
+            is the label of the one before it, padding of none. What an "attention_mask" hides
+            is left out.
         output_dir: for checkpoints and the adapter; None is the folder given at set-up.
         epochs, steps: how long; `steps` counts where both are given.
         batch_size: texts a step, over all devices together.
         learning_rate: falls to 0 after a rise over a tenth of the steps; None is `rate_of(config)`.
         max_length: longer texts are cut; None is 256, or what the model has positions for.
-        checkpoint_every: steps between checkpoints, None for none but at the end of training.
-        resume: go on from the newest whole checkpoint in `output_dir`; without one, begin.
+        checkpoint_every: steps between checkpoints, the last one at the end; None for none.
+        resume: go on from the newest whole checkpoint in `output_dir`; without one, begin. A run
+            that took all its steps takes no more.
         seed: of the order of texts and of dropout.
         show: False prints nothing.
 
     Returns a dict: "steps", "examples", "trainable", "loss" (of each step), "seconds",
     "adapter" (the folder); with an eval_dataset "eval_loss", and of a classifier "eval_accuracy".
-    The adapter is complete in its folder, written by one process, before it returns.
+    The adapter is complete in its folder, written by one process, before it returns. The global
+    random states stay as they are.
 
-    Raises TypeError for a model that is not PEFT's; ValueError if nothing in it trains, for an
-    empty data set, texts without a token, labels that are missing or out of range, a batch size
-    that the processes cannot share, a tokenizer that cannot pad, an `output_dir` that holds an
-    older run (unless it is to be resumed) or is a file."""
+    Raises TypeError for a model that is not PEFT's; ValueError if nothing in it trains, it is
+    merged or holds several adapters, for an empty data set, texts without a token, tokens or labels
+    that are missing or out of range, a batch size that the processes cannot share, a tokenizer that
+    cannot pad or pads on the wrong side, an `output_dir` that holds an older run (unless it is to
+    be resumed) or is a file; TrainingDiverged for a loss that is NaN or infinite."""
     from peft import PeftModel
 
     owner = "train_with_peft"
@@ -93,33 +105,60 @@ def train_with_peft(
             f"{owner}: nothing trains; a loaded adapter is frozen unless it was loaded "
             "with is_trainable=True"
         )
+    if list(model.peft_config) != ["default"]:
+        raise ValueError(
+            f"{owner}: the model holds the adapters {', '.join(map(repr, model.peft_config))}, but "
+            "here one is trained and saved, named 'default'"
+        )
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(f"{owner}: the adapter is merged; model.unmerge_adapter() first")
     rate = rate_of(model.active_peft_config) if learning_rate is None else learning_rate
-    validate(owner, batch_size=batch_size, lr=rate)
+    validate(owner, batch_size=batch_size, lr=rate, epochs=epochs, seed=seed)
     for name, value in (("steps", steps), ("checkpoint_every", checkpoint_every)):
         if value is not None:
             validate(owner, **{name: value})
     tokenizer = padded(tokenizer)
+    if reads_last_place(model) and tokenizer.padding_side != "left":
+        raise ValueError(
+            f"{owner}: behind a prompt a decoder's classifier reads the last place, and cannot see "
+            "that it is padding: tokenizer.padding_side = 'left'"
+        )
     folder = Path(output_dir or getattr(model, "output_dir", None) or "./output")
     length = _length(model, max_length)
     train = prepare(model, tokenizer, train_dataset, length, "train_dataset")
-    held_out = eval_dataset and prepare(model, tokenizer, eval_dataset, length, "eval_dataset")
+    held_out = None
+    if eval_dataset is not None:
+        held_out = prepare(model, tokenizer, eval_dataset, length, "eval_dataset")
     checkpoint = _checkpoint(folder, resume)
     arguments = _arguments(
         model, folder, train, epochs, steps, batch_size, rate, checkpoint_every, seed
     )
-    trainer = PeftTrainer(
-        model,
-        arguments,
-        _collator(model, tokenizer),
-        train,
-        held_out or None,
-        processing_class=tokenizer,
-        compute_metrics=_accuracy if _classifies(model) else None,
-        callbacks=[_Log(show and arguments.process_index == 0)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return _run(trainer, checkpoint, folder)
+    with _random_states_kept():
+        trainer = PeftTrainer(
+            model,
+            arguments,
+            _collator(model, tokenizer),
+            train,
+            held_out,
+            processing_class=tokenizer,
+            compute_metrics=_accuracy if _classifies(model) else None,
+            callbacks=[_Log(show and arguments.process_index == 0)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        return _run(trainer, checkpoint, folder)
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Trainer seeds Python, NumPy and torch; afterwards all go on as if it had not."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 # ------------------------------------------------------------------ the data
@@ -159,36 +198,80 @@ def prepare(model, tokenizer, data: Iterable, max_length: int, name: str = "data
     if not items:
         raise ValueError(f"{name} is empty: give at least one example")
     classes = model.config.num_labels if _classifies(model) else None
+    rows = model.config.get_text_config().vocab_size
+    pad = tokenizer.pad_token_id
+    if pad >= rows:
+        raise ValueError(
+            f"the padding token {pad} has no row in the model's table of {rows}: take the model's "
+            "own tokenizer, and for padding a token that it has"
+        )
     return [
-        _example(item, tokenizer, max_length, classes, f"{name}[{index}]")
+        _example(item, tokenizer, max_length, classes, rows, f"{name}[{index}]")
         for index, item in enumerate(items)
     ]
 
 
-def _example(item, tokenizer, max_length: int, classes: int | None, where: str) -> dict:
-    given = {"text": item} if isinstance(item, str) else dict(item)
+def _example(item, tokenizer, max_length: int, classes: int | None, rows: int, where: str) -> dict:
+    given = {"text": item} if isinstance(item, str) else item
+    if not isinstance(given, Mapping) or not {"text", "input_ids"} & given.keys():
+        raise ValueError(f'{where} has neither "text" nor "input_ids": {item!r:.80}')
+    label = given.get("labels", given.get("label"))
+    mask = None
     if "input_ids" in given:
-        ids = list(map(int, given["input_ids"]))[:max_length]
-    elif isinstance(given.get("text"), str):
+        ids = _whole_numbers(given["input_ids"], f'{where}: "input_ids"')
+        mask = given.get("attention_mask", [1] * len(ids))
+        if len(mask) != len(ids):
+            raise ValueError(f"{where} has {len(ids)} tokens and a mask of {len(mask)}")
+        ids = list(compress(ids, mask))[:max_length]
+    elif isinstance(given["text"], str):
         ids = tokenizer(given["text"], truncation=True, max_length=max_length)["input_ids"]
     else:
-        raise ValueError(f'{where} has neither "text" nor "input_ids": {item!r:.80}')
+        raise ValueError(f'{where}: "text" is no text: {item!r:.80}')
+    if outside := [i for i in ids if not 0 <= i < rows]:
+        raise ValueError(
+            f"{where} has the token {outside[0]}, and the model's table the rows 0 to {rows - 1}: "
+            "take the model's own tokenizer"
+        )
     example = {"input_ids": ids, "attention_mask": [1] * len(ids)}
-    label = given.get("labels", given.get("label"))
-    if classes is None:
-        if len(ids) < 2:
-            raise ValueError(f"{where} has {len(ids)} tokens: nothing in it can be predicted")
-        labels = [-100, *ids[1:]] if label is None else list(map(int, label))[:max_length]
-        if len(labels) != len(ids):
-            raise ValueError(f"{where} has {len(ids)} tokens and {len(labels)} labels")
-        return example | {"labels": labels}
-    if not ids:
-        raise ValueError(f"{where} has no token")
-    if isinstance(label, bool) or label is None or int(label) != label:
+    if classes is not None:
+        if not ids:
+            raise ValueError(f"{where} has no token")
+        return example | {"labels": _class(label, classes, where, item)}
+    if len(ids) < 2:
+        raise ValueError(f"{where} has {len(ids)} tokens: nothing in it can be predicted")
+    if label is None:
+        return example | {"labels": [-100, *ids[1:]]}
+    labels = _whole_numbers(label, f"{where}: without labels=n at set-up, the label")
+    if mask is not None and len(mask) == len(labels):
+        labels = list(compress(labels, mask))
+    labels = labels[:max_length]
+    if len(labels) != len(ids):
+        raise ValueError(f"{where} has {len(ids)} tokens and {len(labels)} labels")
+    if not all(i == -100 or 0 <= i < rows for i in labels) or set(labels[1:]) == {-100}:
+        raise ValueError(
+            f"{where}: labels must be tokens of 0 to {rows - 1}, or -100 where none is to be "
+            f"predicted, and one at least must be: {labels!r:.80}"
+        )
+    return example | {"labels": labels}
+
+
+def _whole_numbers(values, what: str) -> list[int]:
+    try:
+        return list(map(int, values))
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} must be a list of whole numbers, got {values!r:.80}") from None
+
+
+def _class(label, classes: int, where: str, item) -> int:
+    try:
+        whole = not isinstance(label, bool) and int(label) == label
+    except (TypeError, ValueError):  # nothing, a word, a list, NaN
+        whole = False
+    if not whole:
         raise ValueError(f'{where} has no "label", a class of 0 to {classes - 1}: {item!r:.80}')
     if not 0 <= int(label) < classes:
         raise ValueError(f"{where} has label {label}, but the model has classes 0 to {classes - 1}")
-    return example | {"labels": int(label)}
+    return int(label)
 
 
 def _collator(model, tokenizer):
@@ -261,6 +344,13 @@ class PeftTrainer(Trainer):
         if self.allocator is not None:
             self.add_callback(_Allocate())
 
+    @cached_property
+    def data(self) -> str:
+        """Which examples these are, in which order."""
+        rows = json.dumps(list(self.train_dataset), default=torch.Tensor.tolist)
+        digest = hashlib.sha256(rows.encode()).hexdigest()
+        return f"{len(self.train_dataset)} examples ({digest[:8]})"
+
     @property
     def allocator(self):
         """AdaLoRA's, or None."""
@@ -276,7 +366,9 @@ class PeftTrainer(Trainer):
         a = self.args
         return {
             "method": type(self.model.active_peft_config).__name__,
-            "examples": len(self.train_dataset),
+            "alpha": getattr(self.model.active_peft_config, "lora_alpha", None),
+            "rslora": getattr(self.model.active_peft_config, "use_rslora", None),
+            "data": self.data,
             "steps": total_steps(self),
             "batch_size": a.per_device_train_batch_size * a.world_size,
             "learning_rate": a.learning_rate,
@@ -285,7 +377,7 @@ class PeftTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not self.args.should_save:
+        if _in_parts() or not self.args.should_save:
             return
         file = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / STATE
         header = {"run": json.dumps(self.run_of())}
@@ -305,9 +397,9 @@ class PeftTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         file = Path(resume_from_checkpoint) / STATE
-        if not file.is_file():  # of FSDP or DeepSpeed, which hold every tensor in parts
+        if _in_parts():
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             header, names = opened.metadata(), set(opened.keys())
             then, now = json.loads(header["run"]), self.run_of()
             if changed := [k for k in now if now[k] != then.get(k)]:
@@ -338,6 +430,30 @@ class PeftTrainer(Trainer):
                 pattern = json.loads(header["rank_pattern"])
                 self.model.active_peft_config.rank_pattern = pattern
 
+    def took_all_steps(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is the end of the run; then it is taken over. Trainer would take one
+        step more."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < total_steps(self):
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        if self.allocator is not None:
+            _fit_schedule(self.model.active_peft_config, state.max_steps)
+        return True
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(file)!r} is broken or cut off ({error}): remove its folder to go on from the "
+            "checkpoint before"
+        ) from None
+
 
 _SEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what AdaLoRA's allocator keeps of the past
 
@@ -347,20 +463,23 @@ def total_steps(trainer: Trainer) -> int:
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
+def _fit_schedule(config, total: int) -> None:
+    config.total_step, config.tinit, config.tfinal = total, total // 10, total // 3
+    config.deltaT = max(1, total // 50)
+
+
 class _Allocate(TrainerCallback):
     """Tell AdaLoRA how long the run is, and let it share out its ranks after each step."""
 
     def on_train_begin(self, args, state, control, model=None, **more):
-        config, total = model.active_peft_config, state.max_steps
-        config.total_step, config.tinit, config.tfinal = total, total // 10, total // 3
-        config.deltaT = max(1, total // 50)
+        _fit_schedule(model.active_peft_config, state.max_steps)
 
     def on_optimizer_step(self, args, state, control, model=None, **more):
         model.base_model.update_and_allocate(state.global_step + 1)
 
 
 class _Log(TrainerCallback):
-    """One progress bar, with the loss."""
+    """One progress bar, with the loss, and an end where that is no number."""
 
     def __init__(self, show: bool):
         self.show = show
@@ -371,6 +490,13 @@ class _Log(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **more):
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                self.bar.close()
+                raise TrainingDiverged(
+                    f"step {state.global_step}: loss {logs['loss']:.3g}. Nothing of it was saved. "
+                    "Start again in another folder with a smaller learning_rate, or look at the "
+                    "batch."
+                )
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update()
 
@@ -378,11 +504,17 @@ class _Log(TrainerCallback):
         self.bar.close()
 
 
+def _in_parts() -> bool:
+    engines = ("FSDP", "DEEPSPEED")
+    return any(os.environ.get(f"ACCELERATE_USE_{e}", "").lower() == "true" for e in engines)
+
+
 def _checkpoint(folder: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from. ValueError if `folder` holds what must not be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r} is a file; name a folder")
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    found.sort(key=lambda p: int(p.name.rpartition("-")[2]))
     finished = (folder / WEIGHTS).exists()
     if not resume and (found or finished):
         held = "an adapter" if finished else f"{len(found)} checkpoints"
@@ -392,7 +524,9 @@ def _checkpoint(folder: Path, resume: bool) -> Path | None:
         )
     if not resume:
         return None
-    whole = [path for path in found if (path / STATE).is_file()]
+    # FSDP and DeepSpeed hold every tensor in parts, and Trainer loads them by itself.
+    needed = ("trainer_state.json",) if _in_parts() else NEEDED
+    whole = [path for path in found if all((path / name).is_file() for name in needed)]
     if not whole and finished:
         raise ValueError(
             f"resume=True: {str(folder)!r} holds a finished adapter and no checkpoint to go on "
@@ -402,15 +536,11 @@ def _checkpoint(folder: Path, resume: bool) -> Path | None:
 
 
 def _run(trainer: PeftTrainer, checkpoint: Path | None, folder: Path) -> dict:
-    # It reports that pad and end tokens of model and tokenizer are now the same.
-    logger = logging.getLogger("transformers.trainer_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     start = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        logger.setLevel(level)
+    # It reports that pad and end tokens of model and tokenizer are now the same.
+    with quiet("transformers.trainer_utils"):
+        if checkpoint is None or _in_parts() or not trainer.took_all_steps(checkpoint):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     trainer.save_model(str(folder))  # by the first process only, and the tokenizer with it
     if trainer.args.should_save:

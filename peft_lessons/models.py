@@ -390,7 +390,9 @@ def keep_differentiable(model) -> None:
 def _auto_class(config, labels: int | None):
     if labels is not None:
         return AutoModelForSequenceClassification
-    causal = any("CausalLM" in architecture for architecture in config.architectures or ())
+    # GPT-2 and other older decoders are named so.
+    names = ("CausalLM", "LMHeadModel")
+    causal = any(name in found for found in config.architectures or () for name in names)
     return AutoModelForCausalLM if causal else AutoModel
 
 

@@ -85,7 +85,10 @@ SETTINGS: dict[str, Rule] = {
     **dict.fromkeys(("steps", "batch_size", "checkpoint_every", "repeats", "keep"), whole(1)),
     "max_length": whole(1),
     **dict.fromkeys(("projection", "last", "eval_every"), or_none(whole(1))),
-    **dict.fromkeys(("alpha", "scale", "adapter_scalar", "lr"), POSITIVE),
+    **dict.fromkeys(("alpha", "scale", "adapter_scalar", "lr", "epochs"), POSITIVE),
+    "seed": needs(
+        lambda v: type(v) is int and 0 <= v < 2**32, "must be a whole number (an int) below 2**32"
+    ),
     **dict.fromkeys(("beta1", "beta2"), INNER),
     **dict.fromkeys(("orthogonal", "sparsity", "weight_decay"), NOT_NEGATIVE),
     **dict.fromkeys(("rslora", "double_quant", "structured", "gates"), FLAG),

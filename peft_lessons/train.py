@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,11 +60,13 @@ def examples(data: str) -> list:
             for text, label in zip(task.texts("train"), labels, strict=True)
         ]
     found = []
-    for number, line in enumerate(Path(data).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{data}, line {number} is no JSON: {line[:60]!r}") from None
+    # Not splitlines(), which also cuts at the separators that a text may hold, such as U+2028.
+    with open(data, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                found += [json.loads(line)] if line.strip() else []
+            except ValueError:
+                raise ValueError(f"{data}, line {number} is no JSON: {line[:60]!r}") from None
     return found
 
 
@@ -99,12 +102,13 @@ def main(given: list[str] | None = None) -> dict:
     return metrics
 
 
+_COMPLAINT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Diverged|: error): \S")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def launch(*given: str, config: str = "two_cpus", timeout: float = 600) -> dict:
     """What `accelerate launch --config_file configs/<config>.yaml -m peft_lessons.train` with the
-    arguments in `given` returns. RuntimeError with the last lines of its output if it fails."""
+    arguments in `given` returns. RuntimeError with what the processes complained of if it fails."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "-m", "peft_lessons.train"]
     # More threads than cores, shared by several processes, would be many times slower.
@@ -113,8 +117,10 @@ def launch(*given: str, config: str = "two_cpus", timeout: float = 600) -> dict:
         [*command, *given], capture_output=True, text=True, env=environment, timeout=timeout
     )
     if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise RuntimeError(f"the launched training failed:\n{last}")
+        lines = done.stderr.strip().splitlines()
+        # The launcher ends with a summary, in which the error is not.
+        said = [line for line in lines if _COMPLAINT.match(line)] or lines[-5:]
+        raise RuntimeError("the launched training failed:\n" + "\n".join(dict.fromkeys(said)))
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

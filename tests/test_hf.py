@@ -1,20 +1,37 @@
 """The outline's three functions on PEFT: set up, train and resume, merge; and what they refuse."""
 
 import json
+import random
 import re
 import warnings
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
-from peft import PrefixTuningConfig, get_peft_model
+from peft import AdaLoraModel, LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import SIZES, contents, shaken, tiny_llama
-from transformers import AutoTokenizer, BertConfig, BertModel
+from tiny import SIZES, contents, shaken, tiny_llama, tiny_opt
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import peft_lessons
 from peft_lessons import (
     LoRA,
+    TrainingDiverged,
     evaluate,
     hf_training,
     inject,
@@ -54,10 +71,20 @@ def folders(tmp_path_factory):
     sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     bert = shaken(BertModel(BertConfig(**sizes)))
     poolerless = BertModel(BertConfig(**sizes), add_pooling_layer=False)
+    roberta = RobertaModel(RobertaConfig(**sizes, pad_token_id=0), add_pooling_layer=False)
+    gpt2 = dict(vocab_size=4096, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    distilbert = dict(vocab_size=30522, dim=64, hidden_dim=128, n_layers=2, n_heads=4, dropout=0.0)
+    t5 = dict(vocab_size=4096, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
     for name, model, tokenizer in (
         ("llama", llama, "tinylm"),
         ("bert", bert, "minilm"),
         ("poolerless", poolerless, "minilm"),
+        ("opt", tiny_opt(), "tinylm"),
+        ("gpt2", shaken(GPT2LMHeadModel(GPT2Config(**gpt2))), "tinylm"),
+        ("roberta", roberta, "minilm"),
+        ("distilbert", DistilBertModel(DistilBertConfig(**distilbert)), "minilm"),
+        ("deberta", DebertaV2Model(DebertaV2Config(**sizes)), "minilm"),
+        ("t5", T5ForConditionalGeneration(T5Config(**t5)), "tinylm"),
     ):
         model.save_pretrained(root / name)
         peft_lessons.load_tokenizer(tokenizer).save_pretrained(root / name)
@@ -75,7 +102,7 @@ def run(tmp_path, folders):
             model, _ = setup_peft_training(base, method, output, labels=labels, rank=4)
         tokenizer = peft_lessons.load_tokenizer(base)
         options = {"output_dir": output} | OPTIONS | options
-        metrics = train_with_peft(model, tokenizer, data or texts, **options)
+        metrics = train_with_peft(model, tokenizer, texts if data is None else data, **options)
         return model, metrics
 
     return go
@@ -134,13 +161,19 @@ def test_no_bit_of_what_is_frozen_moves(run, folders, method, name):
     assert not still or method == "adalora"
 
 
-def test_adapters_go_where_the_method_says():
+def test_adapters_go_where_the_method_says(folders):
     llama, _ = setup_peft_training("tinylm", "ia3")
     shapes = {n.split(".")[-3]: tuple(p.shape) for n, p in llama.named_parameters() if "ia3" in n}
     assert shapes == {"k_proj": (96, 1), "v_proj": (96, 1), "down_proj": (1, 512)}
     bert, _ = setup_peft_training("minilm", "ia3", labels=2)
     paths = [n for n, p in bert.named_parameters() if "ia3" in n]
     assert len(paths) == 3 * 6 and not any("attention.output" in n for n in paths)
+    opt, _ = setup_peft_training(folders["opt"], "ia3")
+    places = {n.split(".")[-3] for n, p in opt.named_parameters() if p.requires_grad}
+    assert places == {"k_proj", "v_proj", "fc2"}
+    deberta, _ = setup_peft_training(folders["deberta"], "ia3", labels=2)
+    paths = [n for n, p in deberta.named_parameters() if "ia3" in n]
+    assert len(paths) == 3 * 2 and not any("attention.output" in n for n in paths)
     norms, _ = setup_peft_training("minilm", "norms", labels=2)
     trains = {n for n, p in norms.named_parameters() if p.requires_grad}
     assert all("LayerNorm" in n or "classifier" in n for n in trains) and len(trains) == 26 + 2
@@ -162,6 +195,62 @@ def test_a_fresh_pooler_trains_and_is_saved_with_the_head(folders, tmp_path):
             ours = load_model(base, 2, seed=3)
             load_adapter(ours, out)
             assert (logits_of(ours, "bert") - logits_of(model, "bert")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "norms"])
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "deberta"])
+def test_a_head_of_several_layers_trains_and_merges(folders, method, name, tmp_path):
+    if (method, name) == ("ia3", "distilbert"):
+        with pytest.raises(ValueError, match="type 'distilbert' is not known; give a config"):
+            setup_peft_training(folders[name], method, tmp_path, labels=2)
+        return
+    model, tokenizer = setup_peft_training(folders[name], method, tmp_path, labels=2)
+    train_with_peft(model, tokenizer, ROWS, **OPTIONS)
+    trained = logits_of(model, "bert")
+    merged = load_and_merge_adapter(folders[name], tmp_path)
+    assert not any(PEFT_NAMES.search(n) for n, _ in merged.named_modules())
+    assert (logits_of(merged, "bert") - trained).abs().max() < 1e-5
+    if method != "norms":
+        ours = load_model(folders[name], 2, seed=3)
+        load_adapter(ours, tmp_path)
+        assert (logits_of(ours, "bert") - trained).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["distilbert", "deberta"])
+def test_before_a_head_that_peft_does_not_know_there_is_no_prompt(folders, name):
+    with pytest.raises(ValueError, match="comes untrained"):
+        setup_peft_training(folders[name], "prompt", labels=2)
+
+
+@pytest.mark.parametrize("labels", [None, 2])
+@pytest.mark.parametrize("method", ["lora", "qlora", "ia3", "norms"])
+def test_transposed_layers_train_and_merge(folders, method, labels, tmp_path):
+    base = folders["gpt2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning, append=True)
+        model, tokenizer = setup_peft_training(base, method, tmp_path, labels=labels)
+        train_with_peft(model, tokenizer, ROWS if labels else TEXTS, **OPTIONS)
+    merged = load_and_merge_adapter(base, tmp_path, four_bit=method == "qlora")
+    assert (logits_of(merged, "llama") - logits_of(model, "llama")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_a_decoder_s_classifier_reads_no_padding(folders, method, tmp_path):
+    base = folders["llama"]  # whose config names no padding, and another end than the tokenizer
+    model, tokenizer = setup_peft_training(base, method, tmp_path / "out", labels=2)
+    assert tokenizer.padding_side == ("left" if method == "prompt" else "right")
+    if method == "prompt":
+        tokenizer.padding_side = "right"
+        with pytest.raises(ValueError, match="padding_side = 'left'"):
+            train_with_peft(model, tokenizer, ROWS, **OPTIONS)
+        return
+    alone = model.eval()(**tokenizer(TEXTS[1], return_tensors="pt")).logits
+    beside = model(**tokenizer(TEXTS[:2], padding=True, return_tensors="pt")).logits
+    assert (alone - beside[1]).abs().max() < 1e-5
+    train_with_peft(model, tokenizer, ROWS, **OPTIONS)
+    load_and_merge_adapter(base, tmp_path / "out", save_to=tmp_path / "merged")
+    merged = load_model(str(tmp_path / "merged"), 2)
+    assert (logits_of(merged, "llama") - logits_of(model, "llama")).abs().max() < 1e-5
 
 
 def test_a_seed_decides_the_start_and_leaves_the_random_state():
@@ -236,6 +325,22 @@ def test_a_classifier_s_loss_is_not_counted_once_for_each_label(run, folders):
     assert metrics["loss"][0] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(("name", "told"), [("llama", True), ("bert", False)])
+def test_only_a_language_model_is_told_over_how_many_labels_to_average(
+    run, name, told, monkeypatch
+):
+    seen, step = [], PeftTrainer.training_step
+
+    def noted(self, *args, **more):
+        decay = [group["weight_decay"] for group in self.optimizer.param_groups]
+        seen.append((self.model_accepts_loss_kwargs, set(decay)))
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(PeftTrainer, "training_step", noted)
+    run(name, steps=1)
+    assert seen == [(told, {0.0})]
+
+
 def test_adalora_s_regulariser_is_no_part_of_what_is_measured(run, folders):
     model, metrics = run(method="adalora", eval_dataset=TEXTS[:2])
     rows = prepare(model, peft_lessons.load_tokenizer("tinylm"), TEXTS[:2], 20)
@@ -244,6 +349,53 @@ def test_adalora_s_regulariser_is_no_part_of_what_is_measured(run, folders):
         plain, with_it = model.get_base_model()(**batch).loss, model(**batch).loss
     assert metrics["eval_loss"] == pytest.approx(plain.item(), abs=1e-5)
     assert with_it - plain > 0.1
+
+
+def test_what_a_mask_hides_is_left_out():
+    model, tokenizer = setup_peft_training("tinylm")
+    row = {"input_ids": [0, 5, 6, 7, 0], "attention_mask": np.array([0, 1, 1, 1, 0])}
+    plain = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}
+    assert prepare(model, tokenizer, [row], 9) == [plain]
+    assert prepare(model, tokenizer, [row | {"labels": [-100, -100, 6, 7, -100]}], 9) == [plain]
+    with pytest.raises(ValueError, match="3 tokens and a mask of 2"):
+        prepare(model, tokenizer, [plain | {"attention_mask": [1, 1]}], 9)
+
+
+def test_classes_may_be_of_any_library(folders):
+    model, tokenizer = setup_peft_training(folders["bert"], labels=2)
+    for label in (1, 1.0, np.int64(1), torch.tensor(1), torch.tensor([1])):
+        [row] = prepare(model, tokenizer, [{"text": "good", "label": label}], 9)
+        assert row["labels"] == 1 and type(row["labels"]) is int
+
+
+def test_training_leaves_the_random_states(run):
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    run(steps=1)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert before == after
+
+
+def test_a_loss_that_is_no_number_ends_the_run(run, tmp_path):
+    with pytest.raises(TrainingDiverged, match="step 3: loss nan"):
+        run(learning_rate=1e30, checkpoint_every=3)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_decoder_s_classifier_is_measured_too(folders, tmp_path):
+    """Its outputs hold more than logits."""
+    model, tokenizer = setup_peft_training(folders["llama"], "lora", tmp_path, labels=2)
+    metrics = train_with_peft(model, tokenizer, ROWS, eval_dataset=ROWS[:6], **OPTIONS)
+    batch = tokenizer(
+        [row["text"] for row in ROWS[:6]],
+        padding=True,
+        return_tensors="pt",
+        truncation=True,
+        max_length=20,
+    )
+    with torch.no_grad():
+        found = model.eval()(**batch).logits.argmax(-1)
+    right = (found == torch.tensor([row["label"] for row in ROWS[:6]])).float().mean().item()
+    assert metrics["eval_accuracy"] == pytest.approx(right)
 
 
 # ------------------------------------------------------------------ resume
@@ -308,30 +460,98 @@ def test_a_half_written_checkpoint_is_passed_over(run, tmp_path):
     assert resumed["loss"] == whole["loss"]
 
 
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_a_checkpoint_without_one_of_its_files_is_passed_over(run, missing, tmp_path, monkeypatch):
+    _, whole = run(folder="whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 5)
+        run(checkpoint_every=2)
+    (tmp_path / "out" / "checkpoint-4" / missing).unlink()
+    (tmp_path / "out" / "checkpoint-of mine").mkdir()
+    _, resumed = run(checkpoint_every=2, resume=True)
+    assert resumed["loss"] == whole["loss"]
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_number(tmp_path):
+    for step in (8, 10, 9):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in hf_training.NEEDED:
+            (folder / name).touch()
+    assert hf_training._checkpoint(tmp_path, resume=True).name == "checkpoint-10"
+
+
+def test_a_broken_checkpoint_is_named(run, tmp_path):
+    run(checkpoint_every=4)
+    state = tmp_path / "out" / "checkpoint-8" / STATE
+    state.write_bytes(state.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="checkpoint-8.*broken or cut off"):
+        run(resume=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "prefix"])
+def test_a_run_at_its_end_takes_no_step_more(run, method, tmp_path):
+    out = tmp_path / "out"
+    _, whole = run(method=method, checkpoint_every=4)
+    adapter = [out / CONFIG, out / WEIGHTS]
+    before = [path.read_bytes() for path in adapter]
+    for unsaved in (False, True):  # finished, or interrupted between its last step and the adapter
+        for path in adapter if unsaved else ():
+            path.unlink()
+        _, resumed = run(method=method, checkpoint_every=4, resume=True)
+        assert (resumed["steps"], resumed["loss"]) == (8, whole["loss"])
+        assert [path.read_bytes() for path in adapter] == before
+
+
 def test_resume_without_a_checkpoint_begins(run):
     _, metrics = run(resume=True)
     assert metrics["steps"] == 8
 
 
-def test_what_a_run_was_begun_with_must_stay(run, tmp_path):
+def test_what_a_run_was_begun_with_must_stay(run, folders, tmp_path):
     run(checkpoint_every=4)
     before = contents(tmp_path / "out")
-    for change in (dict(batch_size=4), dict(learning_rate=0.5), dict(seed=3), dict(data=TEXTS[:4])):
-        with pytest.raises(
-            ValueError, match=f"begun with {next(iter(change))[:5]}|begun with examp"
-        ):
+    for change in (
+        dict(batch_size=4),
+        dict(learning_rate=0.5),
+        dict(seed=3),
+        dict(steps=12),
+        dict(data=TEXTS[:4]),
+        dict(data=TEXTS[::-1]),
+    ):
+        with pytest.raises(ValueError, match=f"begun with {next(iter(change))}"):
             run(checkpoint_every=4, resume=True, **change)
-    with pytest.raises(ValueError, match="begun with method"):
-        run(method="ia3", checkpoint_every=4, resume=True)
+    for method, what in (("ia3", "method"), ("rslora", "rslora")):
+        with pytest.raises(ValueError, match=f"begun with {what}"):
+            run(method=method, checkpoint_every=4, resume=True)
+    others = (
+        (dict(r=4, lora_alpha=99), "begun with alpha 8, not 99"),
+        (dict(r=5), r"has shape \(4, 64\), the model's \(5, 64\)"),
+        (dict(r=4, use_dora=True), "holds nothing for .*lora_magnitude_vector"),
+    )
+    for settings, match in others:
+        settings = dict(task_type="CAUSAL_LM", lora_alpha=8, target_modules="all-linear") | settings
+        model = get_peft_model(load_model(folders["llama"]), LoraConfig(**settings))
+        with pytest.raises(ValueError, match=match):
+            run(model=model, checkpoint_every=4, resume=True)
     assert contents(tmp_path / "out") == before
 
 
-def test_adalora_reaches_its_ranks_within_the_run(run, tmp_path):
+def test_adalora_reaches_its_ranks_within_the_run(run, tmp_path, monkeypatch):
+    steps, allocate = [], AdaLoraModel.update_and_allocate
+
+    def noted(self, step):
+        steps.append(step)
+        return allocate(self, step)
+
+    monkeypatch.setattr(AdaLoraModel, "update_and_allocate", noted)
     model, _ = run(method="adalora", steps=12)
+    assert steps == list(range(1, 13))
     ranks = [sum(kept) for kept in model.active_peft_config.rank_pattern.values()]
     assert sum(ranks) == 4 * len(ranks) and len(set(ranks)) > 1
     entries = json.loads((tmp_path / "out" / CONFIG).read_text())
-    assert entries["total_step"] == 12
+    schedule = [entries[key] for key in ("total_step", "tinit", "tfinal", "deltaT")]
+    assert schedule == [12, 1, 4, 1]
 
 
 # ------------------------------------------------------------------ refusals
@@ -354,9 +574,15 @@ def test_an_unknown_method_is_refused_and_the_known_are_listed():
         (dict(rank=300), r"rank=300 is above min\(in, out\) of 'model.layers.0.self_attn"),
         (dict(model_name="tinylmm"), "there is no model 'tinylmm'"),
         (dict(dtype=torch.float16), "needs a GPU"),
+        (dict(seed=None), "seed=None must be a whole number"),
+        (dict(model_name="t5"), "an encoder and a decoder"),
+        (dict(model_name="t5", labels=2), "an encoder and a decoder"),
+        (dict(model_name="gpt2", rank=100), r"rank=100 is above .* 'transformer.h.0.attn.c_attn'"),
     ],
 )
-def test_a_wrong_set_up_is_refused(arguments, match):
+def test_a_wrong_set_up_is_refused(folders, arguments, match):
+    name = arguments.get("model_name", "tinylm")
+    arguments = arguments | {"model_name": folders.get(name, name)}
     with pytest.raises(ValueError, match=match):
         setup_peft_training(**{"model_name": "tinylm"} | arguments)
 
@@ -395,10 +621,29 @@ def test_an_older_run_is_kept(run, tmp_path):
         ("llama", 3, "must be a collection"),
         ("llama", ["fine, this one", ""], r"train_dataset\[1\] has \d tokens"),
         ("llama", [{"words": "x"}], r'train_dataset\[0\] has neither "text" nor "input_ids"'),
+        ("llama", [None], r'train_dataset\[0\] has neither "text" nor "input_ids"'),
+        ("llama", [(TEXTS[0], 1)], r'train_dataset\[0\] has neither "text" nor "input_ids"'),
+        ("llama", [{"text": 3}], '"text" is no text'),
         ("llama", [{"input_ids": [1, 2, 3], "labels": [1, 2]}], "3 tokens and 2 labels"),
+        ("llama", [{"input_ids": [[1, 2, 3]]}], '"input_ids" must be a list of whole numbers'),
+        (
+            "llama",
+            [{"input_ids": [1, 4096]}],
+            "the token 4096, and the model's table the rows 0 to",
+        ),
+        ("llama", [{"input_ids": [1, -1]}], "the token -1"),
+        ("llama", [{"input_ids": [1, 2], "labels": [1, 4096]}], "must be tokens of 0 to 4095"),
+        ("llama", [{"input_ids": [1, 2], "labels": [1, -100]}], "one at least must be"),
+        ("llama", ROWS, "without labels=n at set-up, the label"),
         ("bert", [{"text": "good"}], r'train_dataset\[0\] has no "label"'),
         ("bert", [{"text": "good", "label": 2}], "label 2, but the model has classes 0 to 1"),
         ("bert", [{"text": "good", "label": 0.5}], 'no "label"'),
+        ("bert", [{"text": "good", "label": "positive"}], 'no "label"'),
+        ("bert", [{"text": "good", "label": [0, 1]}], 'no "label"'),
+        ("bert", [{"text": "good", "label": True}], 'no "label"'),
+        ("bert", [{"text": "good", "label": float("nan")}], 'no "label"'),
+        ("bert", [{"text": "good", "label": -100}], "label -100, but the model has classes 0 to 1"),
+        ("bert", [{"input_ids": [], "label": 1}], "has no token"),
     ],
 )
 def test_wrong_data_is_refused_before_anything_is_written(folders, tmp_path, name, data, match):
@@ -416,6 +661,9 @@ def test_wrong_settings_are_refused(run, tmp_path):
         (dict(steps=0), "steps=0"),
         (dict(learning_rate=-1.0), "lr=-1"),
         (dict(checkpoint_every=0), "checkpoint_every=0"),
+        (dict(steps=None, epochs=0), "epochs=0"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(eval_dataset=[]), "eval_dataset is empty"),
         (dict(max_length=10_000), "16 virtual tokens are more than the model's"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -424,6 +672,18 @@ def test_wrong_settings_are_refused(run, tmp_path):
         train_with_peft(load_model("tinylm"), tokenizer, TEXTS)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="is_trainable=True"):
+        train_with_peft(model, tokenizer, TEXTS)
+    model, _ = setup_peft_training("tinylm", "lora", tmp_path / "out")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        train_with_peft(model, tokenizer, TEXTS)
+    model.unmerge_adapter()
+    model.add_adapter("other", model.active_peft_config)
+    with pytest.raises(ValueError, match="holds the adapters 'default', 'other'"):
+        train_with_peft(model, tokenizer, TEXTS)
+    model.delete_adapter("other")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match="padding token 4096 has no row"):
         train_with_peft(model, tokenizer, TEXTS)
     assert not (tmp_path / "out").exists()
 
@@ -436,11 +696,13 @@ def test_any_collection_will_do(run):
         def __getitem__(self, index):
             return {"text": TEXTS[index]}
 
-    losses = [
-        run(folder=str(k), data=data, steps=2)[1]["loss"]
-        for k, data in enumerate([TEXTS, tuple(TEXTS), iter(TEXTS), Indexed()])
+    given = [TEXTS, tuple(TEXTS), np.array(TEXTS), Indexed()]
+    runs = [
+        run(folder=str(k), data=data, eval_dataset=data, steps=2)[1] for k, data in enumerate(given)
     ]
-    assert all(loss == losses[0] for loss in losses)
+    runs.append(run(folder="iter", data=iter(TEXTS), eval_dataset=iter(TEXTS), steps=2)[1])
+    for key in ("loss", "eval_loss"):
+        assert all(one[key] == runs[0][key] for one in runs)
 
 
 # ------------------------------------------------------------------ merge

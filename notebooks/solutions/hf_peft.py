@@ -46,22 +46,24 @@ def mixed_batch(
     trains = {p: p.requires_grad for p in model.parameters()}
     logits = {}
     model.eval()
-    with torch.no_grad():
+    try:
         for name in set(adapters):
             rows = [i for i, adapter in enumerate(adapters) if adapter == name]
             part = {key: value[rows] for key, value in inputs.items()}
-            if name is None:
-                with model.disable_adapter():
+            with torch.no_grad():
+                if name is None:
+                    with model.disable_adapter():
+                        answers = model(**part).logits
+                else:
+                    model.set_adapter(name)
                     answers = model(**part).logits
-            else:
-                model.set_adapter(name)
-                answers = model(**part).logits
             logits |= dict(zip(rows, answers, strict=True))
-    model.set_adapter(active)
-    for p, trained in trains.items():                       # switching has woken adapters
-        p.requires_grad_(trained)
-    for module, training in modes.items():
-        module.training = training
+    finally:
+        model.set_adapter(active)
+        for p, trained in trains.items():                   # switching has woken adapters
+            p.requires_grad_(trained)
+        for module, training in modes.items():
+            module.training = training
     return torch.stack([logits[i] for i in range(len(adapters))])
 
 

@@ -4,13 +4,13 @@ peft takes seconds to import, so it is imported where it is needed.
 """
 
 import copy
+import json
 import re
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,10 @@ class _Tried(_Quiet):
                 told = [hint for text, hint in self.hints.items() if text in str(error)][:1]
                 lines = own_lines(traceback.walk_tb(error.__traceback__), module)[-2:]
                 headline = f"{self.__name__}: your function raised {summary(error)}."
-                raise WrongAnswer(headline, *_notes(error), *told, *lines) from error
+                notes = getattr(error, "__notes__", [])
+                raise WrongAnswer(headline, *notes, *told, *lines) from error
             self.facts.append(fact)
         return True
-
-
-def _notes(error: Exception) -> list[str]:
-    return getattr(error, "__notes__", [])
 
 
 def _called(function: Callable, *args: Any, told: str) -> Any:
@@ -106,10 +103,6 @@ def _called(function: Callable, *args: Any, told: str) -> Any:
     except Exception as error:
         error.add_note(told)
         raise
-
-
-def _tried(**settings: Any) -> Callable[[Callable], _Tried]:
-    return lambda reference: _Tried(reference, **settings)
 
 
 # ------------------------------------------------------------------ small models
@@ -194,6 +187,7 @@ def _few(names: Iterable[str]) -> str:
 # ------------------------------------------------------------------ config_for
 
 _STEPS = 200  # of the run that AdaLoRA's schedule is for
+_RANK = 16  # no layer of the small models is narrower
 _TOKENS = 32  # a small model has few positions
 _TYPES = {
     "lora": "LORA",
@@ -205,6 +199,11 @@ _TYPES = {
 }
 _LOW_RANK, _PROMPTS = ("lora", "dora", "adalora"), ("prefix", "prompt")
 _HEADS = ("classifier", "lm_head")
+# Settings that PEFT takes as they are, and that a refusal may come from; by default all are empty.
+_RARE = (
+    *("rank_pattern", "alpha_pattern", "lora_bias", "layers_to_transform", "layer_replication"),
+    *("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"),
+)
 
 
 def _task_of(family: str) -> str:
@@ -239,6 +238,8 @@ def _fitting(family: str, *methods: str, layers: int = 2) -> Callable[[Callable]
 
 
 def _try_config(function: Callable, method: str, family: str, layers: int) -> None:
+    from peft import get_peft_model
+
     model = _model(family, layers)
     what = f"a small {type(model).__name__} of {layers} layers"
     where = f"Called with: method={method!r}, model: {what}."
@@ -249,13 +250,16 @@ def _try_config(function: Callable, method: str, family: str, layers: int) -> No
         _is_of_the_method(config, method)
         _knows_its_task(config, method, family)
         _has_sound_numbers(config, method)
-        adapted = _adapted(config, _model(family, layers))
+        adapted = get_peft_model(_model(family, layers), copy.deepcopy(config))
         if method not in _PROMPTS:
             _sits_where_it_should(adapted, config, method, family, layers)
         _trains_what_it_should(adapted, config, method, family)
         _starts_and_learns(adapted, config, method, family, layers)
-    except _Refused as error:
-        headline, *facts = error.args
+    except Exception as error:
+        raised = f"no model can be made, or run, with this config: {summary(error)}"
+        headline, *facts = error.args if isinstance(error, _Refused) else [raised]
+        if rare := [f"{n}={getattr(config, n)!r}" for n in _RARE if getattr(config, n, None)]:
+            facts.append(f"Seldom set, and set here: {', '.join(rare)}.")
         raise _Refused(headline, where, *facts) from None
 
 
@@ -311,13 +315,14 @@ def _knows_its_task(config: Any, method: str, family: str) -> None:
 
 def _has_sound_numbers(config: Any, method: str) -> None:
     if method in _PROMPTS:
-        if not 1 <= (config.num_virtual_tokens or 0) <= _TOKENS:
-            raise _Refused(
-                f"num_virtual_tokens is {config.num_virtual_tokens}: choose 1 to {_TOKENS}"
-            )
+        tokens = config.num_virtual_tokens
+        if not isinstance(tokens, int) or not 1 <= tokens <= _TOKENS:
+            raise _Refused(f"num_virtual_tokens is {tokens!r}: choose 1 to {_TOKENS}")
         return
     if method == "ia3":
         return
+    if config.trainable_token_indices:
+        raise _Refused("trainable_token_indices trains rows of the embedding, which is the base's")
     if config.lora_alpha <= 0:
         raise _Refused(f"lora_alpha is {config.lora_alpha}: PEFT takes it, and it must be above 0")
     if not 0 <= config.lora_dropout < 1:
@@ -349,15 +354,6 @@ def _has_a_schedule(config: Any) -> None:
         )
 
 
-def _adapted(config: Any, model: nn.Module) -> nn.Module:
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(model, copy.deepcopy(config))
-    except Exception as error:
-        raise _Refused(f"get_peft_model refuses the config: {summary(error)}") from None
-
-
 def _places(adapted: nn.Module) -> dict[str, nn.Module]:
     """The modules that a config has put something into, by their names in the base."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -378,14 +374,11 @@ def _sits_where_it_should(
         tied = "it is tied to the embedding, and merging would change both"
         told = "it trains in full already" if family == "bert" else tied
         raise _Refused(f"the head {heads[0]!r} is a target too: {told}")
-    if method in _LOW_RANK:
-        due = list(inside)
-        spare = ["bert.pooler.dense"]
-    else:
-        due = [name for name in inside if _is_scaled(name)]
-        spare = []
+    low_rank = method in _LOW_RANK
+    due = [name for name in inside if low_rank or _is_scaled(name)]
+    spare = ["bert.pooler.dense"] if low_rank else []
     if missing := [name for name in due if name not in places]:
-        told = _why_missing(missing, due, asked, adapted, config)
+        told = _why_missing(missing, asked, adapted, config)
         raise _Refused(f"{len(missing)} of {len(due)} layers are left out: {_few(missing)}", *told)
     if extra := [name for name in places if name not in due + spare]:
         told = []
@@ -396,35 +389,26 @@ def _sits_where_it_should(
     if method != "ia3":
         return
     for path, layer in places.items():
-        if layer.is_feedforward and not _is_second(path):
+        if layer.is_feedforward != _is_second(path):
+            got, of, due = "input", "keys and values", "output"
+            if _is_second(path):
+                got, of, due = "output", "the second feed-forward matrix", "input"
             raise _Refused(
-                f"in {path!r} the input is scaled: of keys and values it is the output",
-                "feedforward_modules names the layers whose input is scaled.",
-            )
-        if _is_second(path) and not layer.is_feedforward:
-            raise _Refused(
-                f"in {path!r} the output is scaled: of the second feed-forward matrix it is the "
-                "input",
+                f"in {path!r} the {got} is scaled: of {of} it is the {due}",
                 "feedforward_modules names the layers whose input is scaled.",
             )
 
 
-def _why_missing(missing, due, asked, adapted, config) -> list[str]:
+def _why_missing(missing, asked, adapted, config) -> list[str]:
     if not config.target_modules:
         return ["Without target_modules PEFT takes its default for this architecture."]
     ends = {name.rpartition(".")[2] for name, _ in adapted.named_modules()}
     unknown = [name for name in asked if re.fullmatch(r"[a-z_]+", name) and name not in ends]
-    unknown = [name for name in unknown if name != "all-linear"]
     if unknown and len(asked) > 1:
         return [f"No layer is called {_few(unknown)}: while another name matches, PEFT is silent."]
-    deep = [n for n in due if n not in missing and re.sub(r"\d+", "", n) == _bare(missing[0])]
-    if deep and re.search(r"\.\d\d", missing[0]):
+    if re.search(r"\.\d\d", missing[0]):  # and none before it is missing
         return [r"A number may have two digits: \d is one, \d+ is any."]
     return []
-
-
-def _bare(path: str) -> str:
-    return re.sub(r"\d+", "", path)
 
 
 _ADDED = ("lora_", "ia3_", "prompt_encoder", "modules_to_save")
@@ -450,20 +434,16 @@ def _trains_what_it_should(adapted: nn.Module, config: Any, method: str, family:
     if method in _PROMPTS:
         return
     own = sum(p.numel() for n, p in trains.items() if n not in full)
-    shapes = {n: (p.in_features, p.out_features) for n, p in _places(adapted).items()}
-    if method == "ia3":
-        due = sum(n_in if _is_second(n) else n_out for n, (n_in, n_out) in shapes.items())
-    else:
-        rank = config.init_r if method == "adalora" else config.r
-        name, (n_in, n_out) = min(shapes.items(), key=lambda item: min(item[1]))
-        if rank > min(n_in, n_out):
-            raise _Refused(
-                f"rank {rank} is above min(in, out) = {min(n_in, n_out)} of {name!r}: PEFT takes "
-                "it, and it adds numbers but no freedom"
-            )
-        more = {"lora": lambda n_out: 0, "dora": lambda n_out: n_out}
-        more = more.get(method, lambda n_out: rank)
-        due = sum(rank * (i + o) + more(o) for i, o in shapes.values())
+    due = 0
+    for name, layer in _places(adapted).items():
+        n_in, n_out = layer.in_features, layer.out_features
+        if method == "ia3":
+            due += n_in if _is_second(name) else n_out
+            continue
+        rank = layer.r["default"]
+        if rank > _RANK:
+            raise _Refused(f"rank {rank} of {name!r} is above {_RANK}, the most that is asked for")
+        due += rank * (n_in + n_out) + {"lora": 0, "dora": n_out, "adalora": rank}[method]
     if own != due:
         raise _Refused(f"{number(own)} numbers of the adapter train, expected {number(due)}")
 
@@ -516,7 +496,7 @@ def _unknown(function: Callable) -> str:
     try:
         function("houlsby", model)
     except ValueError as error:
-        missing = [name for name in _TYPES if name not in str(error)]
+        missing = [name for name in _TYPES if not re.search(rf"\b{name}\b", str(error))]
         if missing:
             raise _Refused(
                 f"the ValueError for method='houlsby' does not name the method {missing[0]!r}",
@@ -530,7 +510,8 @@ def _unknown(function: Callable) -> str:
     raise _Refused("for method='houlsby' nothing was raised, where ValueError was due")
 
 
-@_tried(
+@partial(
+    _Tried,
     example=lambda: ("lora", _model("llama")),
     trials=[
         *(_fitting(family, *_TYPES) for family in ("bert", "llama", "qwen2")),
@@ -544,19 +525,12 @@ def _unknown(function: Callable) -> str:
 )
 def config_for(method, model):
     """Each config makes of each model what the method is, and nothing else."""
-    import peft
+    from peft import get_peft_config
 
-    classes = {
-        "lora": peft.LoraConfig,
-        "dora": peft.LoraConfig,
-        "adalora": peft.AdaLoraConfig,
-        "ia3": peft.IA3Config,
-        "prefix": peft.PrefixTuningConfig,
-        "prompt": peft.PromptTuningConfig,
-    }
-    if method not in classes:
-        raise ValueError(f"{method!r} is none of {list(classes)}")
-    settings = {"task_type": "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"}
+    if method not in _TYPES:
+        raise ValueError(f"{method!r} is none of {list(_TYPES)}")
+    settings = {"peft_type": _TYPES[method]}
+    settings["task_type"] = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     inside = list(_layers(model))
     if method in _PROMPTS:
         settings["num_virtual_tokens"] = 4
@@ -567,7 +541,7 @@ def config_for(method, model):
         settings["target_modules"] = inside
         settings |= {"total_step": _STEPS} if method == "adalora" else {}
         settings |= {"use_dora": True} if method == "dora" else {}
-    return classes[method](**settings)
+    return get_peft_config(settings)
 
 
 # ------------------------------------------------------------------ mixed_batch
@@ -617,27 +591,40 @@ def _to_serve(
     adapters: list[str | None],
     rows: int | None = None,
     active: str = "b",
-    frozen: bool = False,
+    trains: tuple[str, ...] | None = None,
     training: bool = False,
     dtype: torch.dtype = torch.float32,
+    broken: bool = False,
 ) -> list[Any]:
     original = _serving(family)
-    settings = original.get_base_model().config  # shared: it takes longer to copy than the model
-    model = copy.deepcopy(original, {id(settings): settings}).to(dtype)
+    settings = original.get_base_model().config
+    # A copy of the settings in depth takes longer than one of the model.
+    model = copy.deepcopy(original, {id(settings): copy.copy(settings)}).to(dtype)
     model.set_adapter(active)
-    model.active_at_first = [active]  # for the check; nothing of PEFT's
-    if frozen:
-        model.requires_grad_(False)
+    if trains is not None:
+        for name, p in model.named_parameters():
+            p.requires_grad_(any(f".{adapter}." in name for adapter in trains))
     if training:
-        model.train()
+        model.train().get_input_embeddings().eval()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 1.0  # whoever leaves it on gets the same every time
+    model.at_first = _besides(model)  # for the check; nothing of PEFT's
     inputs = _batch(family, len(adapters) if rows is None else rows)
     del inputs["labels"]
     if family == "bert":
         inputs["token_type_ids"] = (torch.arange(9) > 2).long().expand_as(inputs["input_ids"])
+        inputs["position_ids"] = torch.arange(9, 0, -1).expand_as(inputs["input_ids"])
+    if broken:
+        inputs["input_ids"][-1, -1] = 64  # one more than there are
     return [model, inputs, adapters]
+
+
+def _besides(model: nn.Module) -> dict[str, Any]:
+    """What `state` does not tell of a PEFT model."""
+    rates = {f"{n}.p": m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout)}
+    settings = {f"config.{n}": value for n, value in vars(model.get_base_model().config).items()}
+    return {"the active adapter": model.active_adapters, **rates, **settings}
 
 
 def _alone(model: nn.Module, inputs: dict[str, torch.Tensor], name: str | None) -> torch.Tensor:
@@ -712,29 +699,27 @@ def _sorted(rows, names):
     return [rows[i] for i in order]
 
 
-def _without(*keys: str) -> Callable:
-    return lambda inputs: {k: v for k, v in inputs.items() if k not in keys}
+def _only(*keys: str) -> Callable:
+    return lambda inputs: {k: v for k, v in inputs.items() if k in keys}
 
 
 class _Served(_Quiet):
-    """As `Check`, and the model's active adapter must be the one that it was."""
+    """As `Check`, and the model must be as it was in what `state` does not tell, too."""
 
     def _check_arguments(self, args, function, number, changes, refuse) -> None:
         __tracebackhide__ = True
-        was, now = args[0].active_at_first, args[0].active_adapters
-        if now != was:
-            after = " although the call was refused" if self.cases[number].raises else ""
-            refuse(f"the active adapter is {now} afterwards, and was {was}{after}")
+        now = _besides(args[0])
+        for what, was in args[0].at_first.items():
+            if now[what] != was:
+                after = " although the call raised an error" if self.cases[number].raises else ""
+                refuse(f"{what} is {now[what]} afterwards, and was {was}{after}")
         if any(getattr(m, "_disable_adapters", False) for m in args[0].modules()):
             refuse("the adapters are switched off afterwards: disable_adapter() is a context")
         super()._check_arguments(args, function, number, changes, refuse)
 
 
-def _served_for(**settings: Any) -> Callable[[Callable], Check]:
-    return lambda reference: _Served(reference, **settings)
-
-
-@_served_for(
+@partial(
+    _Served,
     cases=[
         Case(
             lambda: _to_serve("llama", ["b", "a", None, "a"]),
@@ -743,7 +728,10 @@ def _served_for(**settings: Any) -> Callable[[Callable], Check]:
         Case(lambda: _to_serve("llama", [None, "a"], dtype=torch.float64), note="in float64"),
         Case(lambda: _to_serve("llama", ["a", "b", "a"], active="a"), note="a is active"),
         Case(lambda: _to_serve("llama", [None, None]), note="no row with an adapter"),
-        Case(lambda: _to_serve("llama", ["a"]), note="a single row; b is active"),
+        Case(
+            lambda: _to_serve("llama", ["a"], trains=("a", "dora")),
+            note="a single row; b is active, and what trains is a and dora",
+        ),
         Case(lambda: _to_serve("qwen2", ["a", None, "b"]), note="(IA)³; b is active"),
         Case(lambda: _to_serve("llama", ["dora", None, "b"]), note="dora is a DoRA"),
         Case(
@@ -752,15 +740,22 @@ def _served_for(**settings: Any) -> Callable[[Callable], Check]:
         ),
         Case(
             lambda: _to_serve("bert", ["a", None, "b"], training=True),
-            note="a model in train mode, with dropout",
+            note="a model in train mode, with dropout, but for its word embeddings",
         ),
         Case(
-            lambda: _to_serve("llama", ["a", "b"], frozen=True),
+            lambda: _to_serve("llama", ["a", "b"], trains=()),
             note="adapters that were loaded frozen",
         ),
         refused(lambda: _to_serve("llama", ["a", "b", None], rows=4), "", "3 names for 4 rows"),
         refused(lambda: _to_serve("llama", ["a", "b", None], rows=2), "", "3 names for 2 rows"),
         refused(lambda: _to_serve("llama", ["a", "nobody"]), "nobody", "no adapter is called so"),
+        refused(lambda: _to_serve("llama", ["a", ""]), "", "'' is not None"),
+        refused(lambda: _to_serve("llama", ["__base__"]), "__base__", "no adapter is called so"),
+        Case(
+            lambda: _to_serve("llama", ["a", "a"], training=True, broken=True),
+            note="a token is not in the vocabulary, and the forward raises: finally is for that",
+            raises=(IndexError,),
+        ),
     ],
     returns="logits",
     causes={
@@ -778,12 +773,15 @@ def _served_for(**settings: Any) -> Callable[[Callable], Check]:
         ),
         "all adapters are the first row's": _served(named=lambda names: names[:1] * len(names)),
         "the names are turned round": _served(named=lambda names: names[::-1]),
-        "attention_mask is not passed on": _served(inputs=_without("attention_mask")),
-        "attention_mask and token_type_ids are not passed on: pass all of inputs": _served(
-            inputs=_without("attention_mask", "token_type_ids")
+        "attention_mask is not passed on": _served(
+            inputs=_only("input_ids", "token_type_ids", "position_ids")
         ),
-        "token_type_ids is not passed on: pass all of inputs": _served(
-            inputs=_without("token_type_ids")
+        "input_ids alone is passed on: pass all of inputs": _served(inputs=_only("input_ids")),
+        "token_type_ids and position_ids are not passed on: pass all of inputs": _served(
+            inputs=_only("input_ids", "attention_mask")
+        ),
+        "position_ids is not passed on: pass all of inputs": _served(
+            inputs=_only("input_ids", "attention_mask", "token_type_ids")
         ),
         "it runs in train mode, with dropout": _served(mode=lambda model: None),
         "adapter_names is known to LoRA alone: (IA)³ takes it without a word, and every row is "
@@ -834,7 +832,13 @@ class _Saved:
         self.family, self.folder = family, Path(folder) / "adapter"
         self.begun = _begun(family)
         self.begun.save_pretrained(str(self.folder))
-        self.before = self.tensors()
+        self.before, self.settings = self.tensors(), self.config()
+        self.dropouts: list[bool] = []  # whether dropout was on, for each forward of a classifier
+
+    def config(self) -> dict[str, Any]:
+        """The settings in the folder; PEFT writes sets as lists, and some names twice."""
+        settings = json.loads((self.folder / _FILES[1]).read_text())
+        return {k: set(v) if isinstance(v, list) else v for k, v in settings.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What lies in the folder now; empty where there is no whole file."""
@@ -855,16 +859,22 @@ class _Saved:
         batches: list,
         rate: float = _RATE,
         clear: bool = True,
+        anew: bool = False,
+        clip: float = torch.inf,
         optimiser: type = torch.optim.AdamW,
     ) -> dict[str, torch.Tensor]:
         """What training makes of all that the file holds, from the values that it held."""
         model = copy.deepcopy(self.begun).train()
-        optimizer = optimiser([p for p in model.parameters() if p.requires_grad], lr=rate)
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = optimiser(params, lr=rate)
         for batch in batches:
             model(**batch).loss.backward()
+            nn.utils.clip_grad_norm_(params, clip)
             optimizer.step()
             if clear:
                 optimizer.zero_grad()
+            if anew:
+                optimizer = optimiser(params, lr=rate)
         return _held(model)
 
 
@@ -889,11 +899,16 @@ def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def _resumed(function: Callable, saved: _Saved, data: Any, *lr: float, told: str = "") -> nn.Module:
+def _resumed(function: Callable, saved: _Saved, data: Any, *lr: float, told: str) -> nn.Module:
     """What the learner's function returns, if it is a model that PEFT's adapter is in."""
     from peft import PeftModel
 
     base = _base(saved.family)
+    if saved.family == "bert":
+        base.dropout.p = 1e-9  # it changes no number, and is seen to be on or off
+        base.dropout.register_forward_pre_hook(
+            lambda layer, _: saved.dropouts.append(layer.training and layer.p > 0)
+        )
     model = _called(function, base, str(saved.folder), data, *lr, told=told)
     if model is None:
         raise _Refused("the result is None: is a return statement missing?")
@@ -921,6 +936,10 @@ def _goes_on_from_the_file(function: Callable) -> str:
                 "active",
                 told,
                 "What is active answers and trains: load the file as the only adapter.",
+            )
+        if rounded := {t.dtype for t in _held(model, active[0]).values()} - {torch.float32}:
+            raise _Refused(
+                f"the adapter is in {rounded.pop()}, and in the file it is in float32", told
             )
         wrong = by_name[active[0]]
         if any(not _is_head(key) for key in wrong):
@@ -964,8 +983,14 @@ def _trains_both(function: Callable) -> str:
         model = _resumed(function, saved, copies, _RATE, told="Tried with three batches.")
         if problem := difference(copies, batches, "data", 0.0):
             raise _Refused("data was changed: leave it as it was", f"{problem}.")
+        trained = list(saved.dropouts)
         _left_the_base(model)
         _moved_what_it_holds(model, saved, batches)
+        if not all(trained):
+            raise _Refused(
+                "it trains without dropout",
+                "A base is loaded in eval mode, and dropout is off there: train() before the loop.",
+            )
         awake = {n for n, p in model.named_parameters() if p.requires_grad}
         if of_base := [n for n in awake if not any(part in n for part in _ADDED)]:
             raise _Refused(
@@ -1009,19 +1034,25 @@ def _moved_what_it_holds(model: nn.Module, saved: _Saved, batches: list) -> None
         ),
         "lr is not used: the rate is another": saved.reference(batches, rate=1e-2),
         "the rate is AdamW's default: pass lr on": saved.reference(batches, rate=1e-3),
-        "this is Adam, which does not decay: AdamW": saved.reference(
+        "nothing decays: AdamW does so by its own settings, and Adam does not": saved.reference(
             batches, optimiser=torch.optim.Adam
         ),
         "this is SGD: AdamW": saved.reference(batches, optimiser=torch.optim.SGD),
+        "the optimiser is made anew for each batch: one remembers, made before the loop": (
+            saved.reference(batches, anew=True)
+        ),
+        "the gradients are clipped to a norm of 1": saved.reference(batches, clip=1.0),
+        "the first batch is left out": saved.reference(batches[1:]),
+        "the last batch is left out": saved.reference(batches[:-1]),
         "the batches are used twice": saved.reference(batches * 2),
         "the batches are used in another order": saved.reference(batches[::-1]),
     }
-    told = next((cause for cause, values in causes.items() if not _apart(held, values)), "")
-    facts = [f"Likely cause: {told}."] if told else []
+    told = [f"Likely cause: {c}." for c, values in causes.items() if not _apart(held, values)]
+    told += ["Are betas, eps, a schedule of the rate, or the loss other than they come?"]
     raise _Refused(
         f"three batches at lr={_RATE} give other values than AdamW's three steps",
         "Compared with torch.optim.AdamW over what trains, one step a batch, in the order given.",
-        *facts,
+        told[0],
     )
 
 
@@ -1051,22 +1082,25 @@ def _wrote_it_back(model: nn.Module, saved: _Saved, batch: dict[str, torch.Tenso
             f"looks for: {_few(keys)}",
             "save_pretrained writes the names without the adapter's own.",
         )
-    large = [n for n in inside if n not in _FILES and n.endswith((".safetensors", ".bin", ".pt"))]
+    within = [path.relative_to(saved.folder).as_posix() for path in saved.folder.rglob("*.*")]
+    large = [n for n in within if n not in _FILES and n.endswith((".safetensors", ".bin", ".pt"))]
     if large or len(now) > len(saved.before):
         more = large or [key for key in now if key not in saved.before]
         raise _Refused(
             f"more than the adapter and its head is saved: {_few(more)}",
-            "An adapter's folder is small because the base is not in it.",
+            "An adapter's folder is small: it holds no base, and nothing twice.",
         )
     try:
         loaded = saved.loaded()
     except Exception as error:
         raise _Refused(f"what lies in path cannot be loaded: {summary(error)}") from None
+    config = saved.config()
+    if other := [key for key, value in saved.settings.items() if config.get(key) != value]:
+        raise _Refused(f"{_FILES[1]} says something else than before about {_few(other)}")
     if _off(_logits(loaded, batch), _logits(model, batch)) > 1e-4:
-        wrong = _apart(now, _held(model, active))
         raise _Refused(
             "loaded from path, the model is another than the one that was returned",
-            f"Other values in the file: {_few(wrong)}." if wrong else "The config is another.",
+            f"Other values in the file: {_few(_apart(now, _held(model, active)))}.",
         )
 
 
@@ -1096,8 +1130,15 @@ def _survives(function: Callable) -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         saved = _Saved("bert", folder)
-        with suppress(Interrupted):
-            _resumed(function, saved, stream(), _RATE)
+        try:
+            _resumed(function, saved, stream(), _RATE, told="Tried with data that raises midway.")
+        except Interrupted:
+            pass
+        else:
+            raise _Refused(
+                "an error that data raises in the second batch is caught, and not raised again",
+                "Whoever called takes what is half trained for the whole.",
+            )
         now = saved.tensors()
         config = saved.folder / _FILES[1]
         if set(now) != set(saved.before) or not (config.exists() and config.stat().st_size):
@@ -1108,7 +1149,8 @@ def _survives(function: Callable) -> str:
         return "interrupted, it leaves a whole adapter in path"
 
 
-@_tried(
+@partial(
+    _Tried,
     example=lambda: (_base("bert"), "adapter", []),
     trials=[_goes_on_from_the_file, _trains_both, _takes_other_methods, _survives],
     hints={

@@ -4,7 +4,7 @@ import copy
 import os
 import shutil
 import tempfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -92,7 +92,14 @@ rejected("inference_mode is True, so nothing trains", inference_mode=True)
 rejected("PEFT takes its default for this architecture", low_rank=dict(target_modules=...))
 rejected("no number comes through", low_rank=dict(lora_dropout=1.0))
 rejected("lora_alpha is 0", {"lora": dict(lora_alpha=0)})
-rejected("rank 64 is above min(in, out)", {"lora": dict(r=64)})
+rejected("is above 16, the most that is asked for", {"lora": dict(r=20)})
+rejected("is above 16, the most that is asked for", {"lora": dict(rank_pattern={"query": 17})})
+rejected("trainable_token_indices trains rows", {"dora": dict(trainable_token_indices=[1])})
+rejected("Seldom set, and set here: lora_bias=True", {"lora": dict(lora_bias=True)})
+rejected("set here: alpha_pattern={'dense': 0}", {"lora": dict(alpha_pattern={"dense": 0})})
+rejected("num_virtual_tokens is '8'", {"prefix": dict(num_virtual_tokens="8")})
+rejected("Seldom set, and set here: token_dim=8", {"prompt": dict(token_dim=8)})
+rejected("Seldom set, and set here: num_layers=1", {"prefix": dict(num_layers=1)})
 rejected("bias='none' keeps the base's biases", {"lora": dict(bias="all")})
 rejected("at its start the model is not the base", {"dora": dict(init_lora_weights=False)})
 rejected("changes the base's weights", {"lora": dict(init_lora_weights="pissa")})
@@ -270,6 +277,13 @@ def names_none(method, model):
     return made(method, model)
 
 
+@wrong("config_for", "does not name the method 'lora'")
+def lora_within_adalora(method, model):
+    if method not in NAMES:
+        raise ValueError("known are dora, adalora, ia3, prefix, prompt")
+    return made(method, model)
+
+
 @wrong("config_for", "for method='houlsby' nothing was raised")
 def silent(method, model):
     return made(method, model) if method in NAMES else None
@@ -315,7 +329,7 @@ def other_numbers(method, model):
     low = dict(r=4, lora_alpha=3, lora_dropout=0.05, use_rslora=True, init_lora_weights="gaussian")
     own = {
         "lora": low,
-        "dora": dict(r=1, lora_alpha=1),
+        "dora": dict(r=1, lora_alpha=1, rank_pattern={"query|q_proj": 16}),
         "adalora": dict(init_r=6, target_r=2, tinit=10, tfinal=60, deltaT=5, orth_reg_weight=0.1),
         "prefix": dict(num_virtual_tokens=1, prefix_projection=True, encoder_hidden_size=8),
         "prompt": dict(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"),
@@ -439,17 +453,24 @@ def the_first_for_all(model, inputs, adapters):
     return answered(model, inputs, adapters[0])
 
 
-@wrong("mixed_batch", "attention_mask and token_type_ids are not passed on")
+@wrong("mixed_batch", "input_ids alone is passed on")
 @kept
 def ids_alone(model, inputs, adapters):
     return row_by_row(model, {"input_ids": inputs["input_ids"]}, adapters)
 
 
-@wrong("mixed_batch", "token_type_ids is not passed on")
+@wrong("mixed_batch", "token_type_ids and position_ids are not passed on")
 @kept
 def ids_and_mask(model, inputs, adapters):
     inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     return row_by_row(model, inputs, adapters)
+
+
+@wrong("mixed_batch", "position_ids is not passed on")
+@kept
+def what_a_tokenizer_gives(model, inputs, adapters):
+    known = ("input_ids", "attention_mask", "token_type_ids")
+    return row_by_row(model, {k: v for k, v in inputs.items() if k in known}, adapters)
 
 
 @wrong("mixed_batch", "(IA)³ takes it without a word")
@@ -479,10 +500,8 @@ def with_dropout(model, inputs, adapters):
 
 @wrong("mixed_batch", "what is in train mode")
 def stays_in_eval_mode(model, inputs, adapters):
-    fits(model, inputs, adapters)
-    active = model.active_adapter
-    logits = row_by_row(model.eval(), inputs, adapters).detach()
-    model.set_adapter(active)
+    logits = kept(row_by_row)(model, inputs, adapters)
+    model.eval()
     return logits
 
 
@@ -493,7 +512,7 @@ def leaves_another_active(model, inputs, adapters):
     return row_by_row(model, inputs, adapters)
 
 
-@wrong("mixed_batch", "model['what trains'] differs: too many")
+@wrong("mixed_batch", "model['what trains'] differs")
 def wakes_the_active(model, inputs, adapters):
     fits(model, inputs, adapters)
     active, training = model.active_adapter, model.training
@@ -501,6 +520,64 @@ def wakes_the_active(model, inputs, adapters):
     model.set_adapter(active)
     model.train(training)
     return logits
+
+
+@wrong("mixed_batch", "model['what is in train mode'] differs: too many")
+def one_mode_for_all(model, inputs, adapters):
+    training = model.training
+    logits = kept(row_by_row)(model, inputs, adapters)
+    model.train(training)
+    return logits
+
+
+@wrong("mixed_batch", "model['what trains'] differs: missing")
+def the_active_alone_is_put_back(model, inputs, adapters):
+    trained = any(p.requires_grad for p in model.parameters())
+    logits = kept(row_by_row)(model, inputs, adapters)
+    model.requires_grad_(False)
+    model.set_adapter(model.active_adapter, inference_mode=not trained)
+    return logits
+
+
+@wrong("mixed_batch", "the active adapter is ['a'] afterwards, and was ['b']")
+def unless_it_raises(model, inputs, adapters):
+    fits(model, inputs, adapters)
+    active, modes = model.active_adapter, [m.training for m in model.modules()]
+    trains = [p.requires_grad for p in model.parameters()]
+    logits = row_by_row(model.eval(), inputs, adapters).detach()
+    model.set_adapter(active)
+    for p, trained in zip(model.parameters(), trains, strict=True):
+        p.requires_grad_(trained)
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+    return logits
+
+
+@wrong("mixed_batch", ".p is 0.0 afterwards, and was 1.0")
+@kept
+def no_dropout_any_more(model, inputs, adapters):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return row_by_row(model, inputs, adapters)
+
+
+@wrong("mixed_batch", "config.use_cache is False afterwards, and was True")
+@kept
+def no_cache_any_more(model, inputs, adapters):
+    model.config.use_cache = False
+    return row_by_row(model, inputs, adapters)
+
+
+@wrong("mixed_batch", "adapters=['a', ''] ('' is not None)")
+def none_by_truth(model, inputs, adapters):
+    return kept(row_by_row)(model, inputs, [name or None for name in adapters])
+
+
+@wrong("mixed_batch", "adapters=['__base__'] (no adapter is called so)")
+def base_by_the_word(model, inputs, adapters):
+    adapters = [None if name == "__base__" else name for name in adapters]
+    return kept(row_by_row)(model, inputs, adapters)
 
 
 @wrong("mixed_batch", "the argument model was changed")
@@ -534,7 +611,7 @@ def looked_up(model, inputs, adapters):
     return kept(row_by_row)(model, inputs, adapters)
 
 
-@wrong("mixed_batch", "although the call was refused")
+@wrong("mixed_batch", "although the call raised an error")
 def refused_too_late(model, inputs, adapters):
     if len(adapters) != len(inputs["input_ids"]):
         raise ValueError("as many names as rows")
@@ -612,8 +689,9 @@ def by_adapter_names_where_it_can(model, inputs, adapters):
 # ------------------------------------------------------------------ resume
 
 
-def steps(model, data, lr, params=None):
+def steps(model, data, lr, params=None, training=True):
     """One step of AdamW for each batch."""
+    model.train(training)
     params = [p for p in model.parameters() if p.requires_grad] if params is None else params
     optimizer = torch.optim.AdamW(params, lr=lr)
     for batch in data:
@@ -643,7 +721,7 @@ def hunted(told, frozen=False, wiped=False, headless=False):
             for name, p in model.named_parameters():
                 if "lora_" in name:
                     p.requires_grad_(True)
-        steps(model.train(), data, lr)
+        steps(model, data, lr)
         if not headless:
             return finish(model, path)
         tensors = get_peft_model_state_dict(model)
@@ -859,7 +937,91 @@ def rate_left_out(base, path, data, lr=1e-2):
     return finish(steps(start(base, path), data, 1e-3), path)
 
 
-@wrong("resume", "this is Adam, which does not decay")
+@wrong("resume", "nothing decays: AdamW does so by its own settings")
+def without_decay(base, path, data, lr=1e-2):
+    model = start(base, path)
+    params = [p for p in model.parameters() if p.requires_grad]
+    return finish(steps(model, data, lr, [{"params": params, "weight_decay": 0.0}]), path)
+
+
+@wrong("resume", "the optimiser is made anew for each batch")
+def forgetful(base, path, data, lr=1e-2):
+    model = start(base, path)
+    for batch in data:
+        steps(model, [batch], lr)
+    return finish(model, path)
+
+
+@wrong("resume", "the first batch is left out")
+def peeks(base, path, data, lr=1e-2):
+    data = iter(data)
+    next(data, None)
+    return finish(steps(start(base, path), data, lr), path)
+
+
+@wrong("resume", "the gradients are clipped to a norm of 1")
+def clipped(base, path, data, lr=1e-2):
+    model = start(base, path)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr)
+    for batch in data:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+    return finish(model, path)
+
+
+@wrong("resume", "Are betas, eps, a schedule of the rate, or the loss other than they come?")
+def other_betas(base, path, data, lr=1e-2):
+    model = start(base, path)
+    params = [p for p in model.parameters() if p.requires_grad]
+    return finish(steps(model, data, lr, [{"params": params, "betas": (0.9, 0.95)}]), path)
+
+
+@wrong("resume", "it trains without dropout")
+def in_eval_mode(base, path, data, lr=1e-2):
+    """As a base is loaded: from_pretrained leaves it there."""
+    return finish(steps(start(base, path), data, lr, training=False), path)
+
+
+@wrong("resume", "it trains without dropout")
+def dropout_at_zero(base, path, data, lr=1e-2):
+    model = start(base, path)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return finish(steps(model, data, lr), path)
+
+
+@wrong("resume", "an error that data raises in the second batch is caught")
+def swallows(base, path, data, lr=1e-2):
+    model = start(base, path)
+    with suppress(BaseException):
+        steps(model, data, lr)
+    return finish(model, path)
+
+
+@wrong("resume", "more than the adapter and its head is saved: 'backup/adapter_model.safetensors'")
+def with_a_backup(base, path, data, lr=1e-2):
+    model = start(base, path)
+    model.save_pretrained(f"{path}/backup")
+    return finish(steps(model, data, lr), path)
+
+
+@wrong("resume", "says something else than before about 'base_model_name_or_path'")
+def forgets_the_base(base, path, data, lr=1e-2):
+    model = steps(start(base, path), data, lr)
+    model.peft_config["default"].base_model_name_or_path = ""
+    return finish(model, path)
+
+
+@wrong("resume", "the adapter is in torch.bfloat16, and in the file it is in float32")
+def rounded(base, path, data, lr=1e-2):
+    return finish(steps(start(base, path), data, lr).to(torch.bfloat16), path)
+
+
+@wrong("resume", "nothing decays: AdamW does so by its own settings")
 def adam(base, path, data, lr=1e-2):
     model = start(base, path)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -904,7 +1066,7 @@ def counts_its_data(base, path, data, lr=1e-2):
 def woken_by_set_adapter(base, path, data, lr=1e-2):
     model = PeftModel.from_pretrained(base, path)
     model.set_adapter("default")
-    return finish(steps(model.train(), data, lr), path)
+    return finish(steps(model, data, lr), path)
 
 
 @right("resume")
@@ -936,6 +1098,15 @@ def loaded_over_a_fresh_one(base, path, data, lr=1e-2):
     model = get_peft_model(base, config)
     model.load_adapter(path, "default", is_trainable=True)
     return finish(steps(model, data, lr), path)
+
+
+@right("resume")
+def saved_although_it_breaks_off(base, path, data, lr=1e-2):
+    model = start(base, path)
+    try:
+        return steps(model, data, lr)
+    finally:
+        model.save_pretrained(path)
 
 
 @right("resume")
