@@ -266,9 +266,9 @@ def test_it_learns_a_real_task(tmp_path):
     labels = task.labels("train").tolist()
     data = [{"text": t, "label": y} for t, y in zip(task.texts("train"), labels, strict=True)]
     model, tokenizer = setup_peft_training("minilm", "lora", tmp_path, labels=2)
-    options = dict(OPTIONS, steps=30, batch_size=16)
+    options = dict(OPTIONS, steps=25, batch_size=12)
     metrics = train_with_peft(model, tokenizer, data, eval_dataset=data, **options)
-    assert metrics["eval_accuracy"] > 0.8
+    assert metrics["eval_accuracy"] > 0.65
     assert evaluate(model, task, "test").accuracy > 0.6
 
 

@@ -40,36 +40,37 @@ def written(tensors, path, *args, **more):
 
 hf_training.PeftTrainer.training_step, peft.peft_model.safe_save_file = seen, written
 runpy.run_module("peft_lessons.train", run_name="__main__")
+# A classifier, too, as here a process has been started already.
+sys.argv[sys.argv.index("--output") + 1] += " of a classifier"
+sys.argv += ["--model", "minilm", "--data", "sentiment", "--labels", "2", "--steps", "2"]
+log = open(os.devnull, "w")
+runpy.run_module("peft_lessons.train", run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """{number of processes: (folder, metrics, what each process noted)} of one training."""
-    found = {}
-    for processes in (1, 2):
-        folder = tmp_path_factory.mktemp(f"processes{processes}")
-        script = folder / "watched.py"
-        script.write_text(WATCHED)
-        command = [sys.executable]
-        if processes == 2:
-            command += ["-m", "accelerate.commands.launch"]
-            command += ["--config_file", str(CONFIGS / "two_cpus.yaml")]
-        done = subprocess.run(
-            [*command, str(script), *OPTIONS, "--output", str(folder / "out")],
-            env=os.environ | {"WATCH": str(folder / "process"), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        assert len(lines) == 1  # one process speaks
-        notes = [
-            [ast.literal_eval(line) for line in path.read_text().splitlines()]
-            for path in sorted(folder.glob("process?"))
-        ]
-        found[processes] = folder / "out", json.loads(lines[0]), notes
-    return found
+def training(processes, folder):
+    """(folder of the adapter, metrics, what each process noted, losses of a classifier)."""
+    folder.mkdir()
+    script = folder / "watched.py"
+    script.write_text(WATCHED)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "two_cpus.yaml")]
+    command = [sys.executable, *(launcher if processes == 2 else ())]
+    done = subprocess.run(
+        [*command, str(script), *OPTIONS, "--output", str(folder / "out")],
+        env=os.environ | {"WATCH": str(folder / "process"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 2  # for each of the two trainings one process speaks
+    text, classifier = map(json.loads, lines)
+    assert text["processes"] == processes
+    notes = [
+        [ast.literal_eval(line) for line in path.read_text().splitlines()]
+        for path in sorted(folder.glob("process?"))
+    ]
+    return folder / "out", text, notes, classifier["loss"]
 
 
 def texts_of(notes, step):
@@ -79,31 +80,28 @@ def texts_of(notes, step):
     )
 
 
-def test_two_processes_share_the_very_data_of_one(runs):
-    (_, one, [alone]), (_, two, shares) = runs[1], runs[2]
-    assert (one["processes"], two["processes"], len(shares)) == (1, 2, 2)
+def test_two_processes_do_what_one_does(tmp_path):
+    one, alone, [whole], classifier_alone = training(1, tmp_path / "one")
+    two, shared, shares, classifier_shared = training(2, tmp_path / "two")
+    # The very same data, half of each batch in each.
     for step in range(4):
         halves = [texts_of(share, step) for share in shares]
         assert [len(half) for half in halves] == [2, 2]
-        assert sorted(halves[0] + halves[1]) == texts_of(alone, step)
-
-
-def test_loss_and_adapter_are_those_of_one_process(runs):
-    (one, alone, _), (two, shared, _) = runs[1], runs[2]
+        assert sorted(halves[0] + halves[1]) == texts_of(whole, step)
+    # The same losses, though the shares of a batch differ in length.
     assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-5)
     assert len(set(alone["loss"])) == 4
+    # A classifier's loss is not counted once for each process; dropout draws other numbers.
+    assert classifier_shared == pytest.approx(classifier_alone, abs=0.05)
+    # The same adapter, up to the order of the sums.
     first, second = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
     assert list(first) == list(second)
     for key in first:
-        # Sums in another order; AdamW's first steps are of the size of the rate, whatever it is of.
         assert (first[key] - second[key]).abs().max() < 1e-4, key
     assert max(t.abs().max() for k, t in first.items() if "lora_B" in k) > 1e-3
-
-
-def test_every_file_is_written_once_and_by_the_first_process(runs):
-    out, _, notes = runs[2]
-    written = [[path for kind, path in note if kind == "wrote"] for note in notes]
-    wanted = [out / "checkpoint-2" / WEIGHTS, out / "checkpoint-4" / WEIGHTS, out / WEIGHTS]
+    # Each file is written once, by the first process.
+    written = [[path for kind, path in note if kind == "wrote"] for note in shares]
+    wanted = [two / "checkpoint-2" / WEIGHTS, two / "checkpoint-4" / WEIGHTS, two / WEIGHTS]
     assert sorted(written[0]) == sorted(map(str, wanted)) and not written[1]
 
 
@@ -126,10 +124,20 @@ def test_the_bundled_data_has_labels_where_the_task_has():
     assert {row["label"] for row in rows} == {0, 1} and isinstance(examples("austen")[0], str)
 
 
-def test_a_launch_that_fails_says_why():
+SAID = """Traceback (most recent call last):
+  File "train.py", line 7, in main
+[rank1]: ValueError: train_with_peft: steps=0 must be at least 1
+ValueError: train_with_peft: steps=0 must be at least 1
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Root Cause: exitcode: 1"""
+
+
+def test_a_launch_that_fails_says_why(monkeypatch):
     with pytest.raises(RuntimeError, match=r"launched training failed:[\s\S]*nowhere.yaml"):
         launch("--steps", "1", config="nowhere")
-    with pytest.raises(RuntimeError, match=r"launched training failed:\n.*ValueError: .*steps=0"):
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=SAID)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"failed:\n\[rank1\]: ValueError: .*steps=0"):
         launch("--steps", "0")
 
 
