@@ -282,9 +282,8 @@ def _collator(model, tokenizer):
 
 
 def _accuracy(prediction) -> dict[str, float]:
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float(np.mean(logits.argmax(-1) == prediction.label_ids))}
+    right = prediction.predictions.argmax(-1) == prediction.label_ids
+    return {"accuracy": float(np.mean(right))}
 
 
 # ------------------------------------------------------------------ the run

@@ -1,6 +1,7 @@
 """The outline's three functions on PEFT: set up, train and resume, merge; and what they refuse."""
 
 import json
+import math
 import random
 import re
 import warnings
@@ -26,6 +27,7 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    TrainingArguments,
 )
 
 import peft_lessons
@@ -253,6 +255,51 @@ def test_a_decoder_s_classifier_reads_no_padding(folders, method, tmp_path):
     assert (logits_of(merged, "llama") - logits_of(model, "llama")).abs().max() < 1e-5
 
 
+def test_each_method_is_what_its_name_says():
+    flags = {}
+    for method in ("lora", "rslora", "dora", "adalora", "prompt"):
+        config = setup_peft_training("tinylm", method, rank=4)[0].active_peft_config.to_dict()
+        names = ("use_rslora", "use_dora", "lora_alpha", "r", "init_r", "target_r")
+        flags[method] = tuple(config.get(name) for name in names)
+    assert flags["lora"][:4] == (False, False, 8, 4)
+    assert flags["rslora"][:4] == (True, False, 8, 4)
+    assert flags["dora"][:4] == (False, True, 8, 4)
+    assert flags["adalora"][2:] == (8, 8, 6, 4)  # its r is LoRA's default, which it doesn't use
+    assert config["prompt_tuning_init"] == "SAMPLE_VOCAB"
+
+
+def test_texts_are_cut_to_what_the_model_has_positions_for(folders):
+    long = {"text": "word " * 100, "label": 0}
+    for method, room in (("lora", 64), ("prefix", 48), ("prompt", 48)):
+        model, tokenizer = setup_peft_training(folders["bert"], method, labels=2)
+        length = hf_training._length(model, None)
+        assert length == room
+        [row] = prepare(model, tokenizer, [long], length)
+        assert len(row["input_ids"]) == room
+        assert model(input_ids=torch.tensor([row["input_ids"]])).logits.isfinite().all()
+
+
+def test_the_processes_share_a_batch_evenly(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    model, _ = setup_peft_training("tinylm")
+    given = dict(epochs=1, steps=2, rate=1e-3, checkpoint_every=None, seed=0)
+    made = hf_training._arguments(model, tmp_path, TEXTS, batch_size=6, **given)
+    assert made.per_device_train_batch_size == 3
+    with pytest.raises(ValueError, match="batch_size=3 cannot be shared by 2 devices"):
+        hf_training._arguments(model, tmp_path, TEXTS, batch_size=3, **given)
+
+
+def test_a_base_in_half_precision_trains_in_it(folders, tmp_path):
+    model, tokenizer = setup_peft_training(folders["llama"], "lora", tmp_path, dtype=torch.bfloat16)
+    trains = {p.dtype for p in model.parameters() if p.requires_grad}
+    seen = []
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.lora_A["default"].register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    metrics = train_with_peft(model, tokenizer, TEXTS, **OPTIONS | {"steps": 2})
+    assert trains == {torch.float32} and set(seen) == {torch.bfloat16}
+    assert all(map(math.isfinite, metrics["loss"]))
+
+
 def test_a_seed_decides_the_start_and_leaves_the_random_state():
     before = torch.get_rng_state()
     one, two, other = (setup_peft_training("tinylm", seed=s)[0].state_dict() for s in (0, 0, 1))
@@ -454,6 +501,7 @@ def test_a_half_written_checkpoint_is_passed_over(run, tmp_path):
     _, whole = run(folder="whole")
     run(checkpoint_every=2)
     out = tmp_path / "out"
+    assert not list(out.rglob("*.tmp"))
     (out / "checkpoint-8" / STATE).unlink()
     (out / WEIGHTS).unlink()
     _, resumed = run(checkpoint_every=2, resume=True)
@@ -613,6 +661,15 @@ def test_an_older_run_is_kept(run, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+def test_the_checkpoints_of_a_run_that_broke_off_are_kept_too(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 5)
+        run(checkpoint_every=2)
+    with pytest.raises(ValueError, match="holds 2 checkpoints of an older run"):
+        run(checkpoint_every=2)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
 @pytest.mark.parametrize(
     ("name", "data", "match"),
     [
@@ -720,6 +777,7 @@ def rewritten(folder, change=None, **entries):
 def test_a_merged_model_is_written_whole_and_opens_alone(run, folders, tmp_path):
     base = folders["llama"]
     run(steps=2)
+    (tmp_path / "merged").mkdir()  # empty, as new
     merged = load_and_merge_adapter(base, tmp_path / "out", save_to=tmp_path / "merged")
     again = load_model(str(tmp_path / "merged"))
     assert torch.equal(logits_of(again, "llama"), logits_of(merged, "llama"))

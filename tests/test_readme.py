@@ -39,13 +39,15 @@ def test_make_help_explains_every_target():
 
 
 def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code, with_peft = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert "steps=200" in code
     monkeypatch.chdir(tmp_path)
     short = code.replace("steps=200", "steps=2, show=False")
     short = short.replace("evaluate(model, task)", "evaluate(model, task.limit(test=16))")
     exec(short, {})
     assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
+    exec(with_peft.replace("steps=20", "steps=2"), {})
+    assert (tmp_path / "my-run" / "adapter_config.json").is_file()
 
 
 def test_every_result_table_is_listed_with_the_command_that_makes_it():
