@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # The tokenizers' threads would warn at every later fork, and a lesson's batches don't need them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,3 +26,15 @@ warnings.filterwarnings("ignore", message="The following rank_pattern keys .*lor
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def errors_only(name: str) -> Iterator[None]:
+    """Let the logger of this name report errors only."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -297,9 +297,9 @@ def load_adapter(
     inject(skeleton, method, also_train=whole)
     expected = dict(_slots(skeleton, injection_of(skeleton)))
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(_keys("misses", missing, len(expected)))
+        raise ValueError(misfit("misses", missing, len(expected)))
     if surplus := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(_keys("has, with no place in the model,", surplus, len(tensors)))
+        raise ValueError(misfit("has, with no place in the model,", surplus, len(tensors)))
     for key, slot in expected.items():
         if slot.shape != tensors[key].shape:
             raise ValueError(
@@ -318,7 +318,8 @@ def load_adapter(
     return result
 
 
-def _keys(what: str, keys: list[str], total: int) -> str:
+def misfit(what: str, keys: list[str], total: int) -> str:
+    """How a file's keys do not fit a model."""
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
     return f"the file {what} {keys[0]!r}{more} of {total} tensors: it was made for another model"
 

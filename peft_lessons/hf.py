@@ -5,22 +5,22 @@ peft and what it pulls in take seconds to import, so they are imported where the
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapters_io import read_adapter, refuse_other_base
-from .models import load_model, load_tokenizer, sharded
+from ._quiet import errors_only
+from .adapters_io import misfit, read_adapter, refuse_other_base
+from .models import launched_with, load_model, load_tokenizer
 from .rules import validate
 
 VIRTUAL_TOKENS = 16
@@ -59,7 +59,7 @@ def _prepared(model):
     one dtype, and gradient checkpointing on."""
     from peft import prepare_model_for_kbit_training
 
-    if sharded():
+    if launched_with("FSDP"):
         model.requires_grad_(False)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
@@ -262,7 +262,7 @@ def setup_peft_training(
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file; name a folder")
     dtype = _dtype(dtype)
-    tokenizer = padded(load_tokenizer(model_name))
+    tokenizer = load_tokenizer(model_name)
     model = load_model(model_name, labels, dtype=dtype, seed=seed, four_bit=method == "qlora")
     if model.config.is_encoder_decoder:
         raise ValueError(
@@ -294,7 +294,7 @@ def setup_peft_training(
     config = getattr(peft, kind)(task_type=task, **chosen)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=not sharded())
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=not launched_with("FSDP"))
     if reads_last_place(model):
         tokenizer.padding_side = "left"
     model.output_dir = output_dir
@@ -304,6 +304,11 @@ def setup_peft_training(
 def _match_padding(model: nn.Module, tokenizer) -> None:
     """Tell the model what pads: by it a decoder's classifier finds the last real token."""
     model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def classifies(config) -> bool:
+    """Whether a PEFT config is of a classifier's adapter."""
+    return "SEQ_CLS" in str(config.task_type)
 
 
 def reads_last_place(model) -> bool:
@@ -320,20 +325,6 @@ def _dtype(dtype: torch.dtype | None) -> torch.dtype:
     if dtype == torch.float16 and not gpu:
         raise ValueError("dtype=torch.float16 needs a GPU to train: take float32, or bfloat16")
     return dtype
-
-
-def padded(tokenizer):
-    """The tokenizer, with its end token for padding where it has none of its own.
-
-    Raises ValueError if it has neither."""
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                "the tokenizer has neither a padding nor an end token, so texts of different "
-                "lengths fit no batch: set tokenizer.pad_token to a token of its vocabulary"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 # ------------------------------------------------------------------ merge
@@ -385,7 +376,7 @@ def load_and_merge_adapter(
     if check_base:
         refuse_other_base(base, entries, header)
     if four_bit:
-        with quiet("transformers.integrations.bitsandbytes"):  # it reports the dtype
+        with errors_only("transformers.integrations.bitsandbytes"):  # it reports the dtype
             base = base.dequantize()
     model = _opened(base, adapter_path, tensors)
     if not hasattr(model.base_model, "merge_and_unload"):
@@ -401,18 +392,6 @@ def load_and_merge_adapter(
     return merged.eval()
 
 
-@contextmanager
-def quiet(logger: str) -> Iterator[None]:
-    """Let a library report errors only."""
-    logger = logging.getLogger(logger)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model with what was trained whole in the place of its wrappers."""
     from peft.utils import ModulesToSaveWrapper
@@ -426,7 +405,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _labels(config, tensors: dict[str, torch.Tensor]) -> int | None:
     """The number of classes of the head in the adapter, None if it is no classifier's."""
-    if str(config.task_type) not in ("SEQ_CLS", "TaskType.SEQ_CLS"):
+    if not classifies(config):
         return None
     heads = [
         t.shape[0]
@@ -443,8 +422,6 @@ def _labels(config, tensors: dict[str, torch.Tensor]) -> int | None:
 
 def _opened(base: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]):
     """PEFT's model with the adapter, all of it: PEFT itself says nothing of keys left over."""
-    import warnings
-
     from peft import PeftModel, get_peft_model_state_dict
 
     with warnings.catch_warnings():
@@ -457,15 +434,10 @@ def _opened(base: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]):
         except ValueError as error:
             raise ValueError(f"the adapter does not fit this base: {error}") from None
     expected = set(get_peft_model_state_dict(model))
-    for what, keys in (
-        ("lacks", expected - set(tensors)),
-        ("has, with no place in the base,", set(tensors) - expected),
-    ):
-        if keys:
-            raise ValueError(
-                f"the adapter does not fit this base: its file {what} {min(keys)!r} and "
-                f"{len(keys) - 1} more of {len(tensors)} tensors"
-            )
+    if missing := sorted(expected - set(tensors)):
+        raise ValueError(misfit("misses", missing, len(expected)))
+    if surplus := sorted(set(tensors) - expected):
+        raise ValueError(misfit("has, with no place in the model,", surplus, len(tensors)))
     return model
 
 

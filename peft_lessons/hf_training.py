@@ -34,9 +34,11 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
+from ._quiet import errors_only
 from .adapters_io import WEIGHTS
 from .calls import positions_of
-from .hf import padded, quiet, rate_of, reads_last_place
+from .hf import classifies, rate_of, reads_last_place
+from .models import launched_with, padded
 from .rules import validate
 from .training import TrainingDiverged, progress
 
@@ -141,7 +143,7 @@ def train_with_peft(
             train,
             held_out,
             processing_class=tokenizer,
-            compute_metrics=_accuracy if _classifies(model) else None,
+            compute_metrics=_accuracy if classifies(model.active_peft_config) else None,
             callbacks=[_Log(show and arguments.process_index == 0)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -162,10 +164,6 @@ def _random_states_kept() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------ the data
-
-
-def _classifies(model) -> bool:
-    return "SEQ_CLS" in str(model.active_peft_config.task_type)
 
 
 def _length(model, wanted: int | None) -> int:
@@ -197,7 +195,7 @@ def prepare(model, tokenizer, data: Iterable, max_length: int, name: str = "data
     items = [data[i] for i in range(len(data))] if indexed else list(data)
     if not items:
         raise ValueError(f"{name} is empty: give at least one example")
-    classes = model.config.num_labels if _classifies(model) else None
+    classes = model.config.num_labels if classifies(model.active_peft_config) else None
     rows = model.config.get_text_config().vocab_size
     pad = tokenizer.pad_token_id
     if pad >= rows:
@@ -275,7 +273,7 @@ def _class(label, classes: int, where: str, item) -> int:
 
 
 def _collator(model, tokenizer):
-    if _classifies(model):
+    if classifies(model.active_peft_config):
         return DataCollatorWithPadding(tokenizer)
     # By position, not by the padding token, which may also stand in the text as its end.
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
@@ -336,7 +334,7 @@ class PeftTrainer(Trainer):
 
     def __init__(self, model, *args, **more):
         super().__init__(model, *args, **more)
-        if _classifies(model):
+        if classifies(model.active_peft_config):
             # Classifiers take the count of labels that Trainer hands them, and ignore it: over
             # several steps or processes their loss would be counted more than once.
             self.model_accepts_loss_kwargs = False
@@ -504,8 +502,7 @@ class _Log(TrainerCallback):
 
 
 def _in_parts() -> bool:
-    engines = ("FSDP", "DEEPSPEED")
-    return any(os.environ.get(f"ACCELERATE_USE_{e}", "").lower() == "true" for e in engines)
+    return launched_with("FSDP") or launched_with("DEEPSPEED")
 
 
 def _checkpoint(folder: Path, resume: bool) -> Path | None:
@@ -537,7 +534,7 @@ def _checkpoint(folder: Path, resume: bool) -> Path | None:
 def _run(trainer: PeftTrainer, checkpoint: Path | None, folder: Path) -> dict:
     start = time.perf_counter()
     # It reports that pad and end tokens of model and tokenizer are now the same.
-    with quiet("transformers.trainer_utils"):
+    with errors_only("transformers.trainer_utils"):
         if checkpoint is None or _in_parts() or not trainer.took_all_steps(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start

@@ -5,13 +5,13 @@ Bundled models need neither network nor cache. `PEFT_LESSONS_DATA` names another
 """
 
 # isort: off
-from . import _quiet  # noqa: F401  (before anything below imports bitsandbytes)
+from ._quiet import errors_only  # before anything below imports bitsandbytes
 # isort: on
 
 import hashlib
 import json
-import logging
 import os
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 
 class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
@@ -222,17 +221,12 @@ def _unknown(name: str, reason: str) -> str:
 @contextmanager
 def _loading(name: str):
     """Silence reports about fresh heads, and turn a failed look-up into a clear error."""
-    level, hub = transformers_logging.get_verbosity(), logging.getLogger("huggingface_hub")
-    transformers_logging.set_verbosity_error()
-    hub_level = hub.level
-    hub.setLevel(logging.ERROR)  # it reports every attempt to reach a network that isn't there
     try:
-        yield
+        # The hub's reports every attempt to reach a network that isn't there.
+        with errors_only("transformers"), errors_only("huggingface_hub"):
+            yield
     except OSError as error:
         raise ValueError(_unknown(name, str(error).strip().split("\n")[0].rstrip("."))) from error
-    finally:
-        transformers_logging.set_verbosity(level)
-        hub.setLevel(hub_level)
 
 
 def _hub_options() -> dict:
@@ -244,13 +238,25 @@ def _hub_options() -> dict:
 def load_tokenizer(name: str):
     """Load the tokenizer of a model, named as for `load_model`. It always has a padding token.
 
-    Raises TypeError, ValueError (unknown name) and FileNotFoundError as `load_model` does."""
+    Raises TypeError, ValueError (unknown name) and FileNotFoundError as `load_model` does, and
+    ValueError for a tokenizer with neither a padding nor an end token."""
     name = _resolve(name)
     if name in BUNDLED:
         return AutoTokenizer.from_pretrained(_bundled_model_folder(BUNDLED[name], verify=False))
     with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options())
+        return padded(AutoTokenizer.from_pretrained(name, **_hub_options()))
+
+
+def padded(tokenizer):
+    """The tokenizer, with its end token for padding where it has none of its own.
+
+    Raises ValueError if it has neither."""
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "the tokenizer has neither a padding nor an end token, so texts of different "
+                "lengths fit no batch: set tokenizer.pad_token to a token of its vocabulary"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -358,21 +364,28 @@ def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) 
                 f"{BLOCK}, and bitsandbytes computes such a layer wrongly on a CPU without saying "
                 "so. Load the model with four_bit=False, or take one of another width"
             )
-    quantisation = BitsAndBytesConfig(
+    return {"quantization_config": nf4(dtype, heads)}
+
+
+def nf4(dtype: torch.dtype, others: Sequence[str]) -> BitsAndBytesConfig:
+    """NF4 with doubly quantised scales for all linear layers but `others`, to compute in `dtype`.
+
+    FSDP cuts its shards from flat tensors of one dtype, so under it the packed weights are stored
+    as if they were numbers of that of all else."""
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if sharded() else torch.uint8,
-        llm_int8_skip_modules=heads,  # its name is historic: it holds for 4 bits too
+        bnb_4bit_quant_storage=dtype if launched_with("FSDP") else torch.uint8,
+        llm_int8_skip_modules=list(others),  # its name is historic: it holds for 4 bits too
     )
-    return {"quantization_config": quantisation}
 
 
-def sharded() -> bool:
-    """Whether this process was launched by accelerate to share a model's shards (FSDP). They are
-    cut from flat tensors of one dtype, so packed weights have to be stored in that of all else."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+def launched_with(engine: str) -> bool:
+    """Whether accelerate launched this process with "FSDP" or "DEEPSPEED", which hold a model in
+    parts."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
 
 def keep_differentiable(model) -> None:

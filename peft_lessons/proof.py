@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BitsAndBytesConfig
 
 from .adapters_io import CONFIG, WEIGHTS, load_adapter, save_adapter, task_type
 from .inject import Injection, Method, inject, injection_of, unload
 from .methods.qlora import QLoRA, dequantize
 from .methods.selective import PartialFineTuning
-from .models import keep_differentiable
+from .models import keep_differentiable, nf4
 
 
 def with_method(model: nn.Module, method: Method) -> nn.Module:
@@ -227,13 +226,7 @@ def _train(model: nn.Module, batch: dict, steps: int, penalty=lambda: 0.0, after
 def _in_four_bits(base: nn.Module, quantised: set[str]) -> nn.Module:
     """A copy of `base` in which bitsandbytes holds these layers in NF4, with doubled scales."""
     others = [n for n, m in base.named_modules() if type(m) is nn.Linear and n not in quantised]
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=base.dtype,
-        llm_int8_skip_modules=others,
-    )
+    settings = nf4(base.dtype, others)
     with tempfile.TemporaryDirectory() as folder:
         base.save_pretrained(folder)
         model = type(base).from_pretrained(

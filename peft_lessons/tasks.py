@@ -99,6 +99,16 @@ class Task:
         Raises ValueError for an unknown split."""
         return torch.tensor(self._split(split).labels)
 
+    def examples(self, split: str) -> list[dict]:
+        """The texts of a split with their labels, {"text": …, "label": …}, in stored order.
+
+        Raises ValueError for an unknown split."""
+        labels = self.labels(split).tolist()
+        return [
+            {"text": text, "label": label}
+            for text, label in zip(self.texts(split), labels, strict=True)
+        ]
+
     def batches(
         self, split: str, size: int = 16, seed: int | None = None, by_length: bool = False
     ) -> Iterator[dict]:
@@ -243,6 +253,12 @@ class LanguageTask(Task):
             f"{self.name!r} has no classes: each token is the label of the one before it; "
             f"batches({split!r}) gives them"
         )
+
+    def examples(self, split: str) -> list[dict]:
+        """The blocks of a split, {"text": …}, in stored order.
+
+        Raises ValueError for an unknown split."""
+        return [{"text": text} for text in self.texts(split)]
 
     def limit(self, **sizes: int) -> "LanguageTask":
         """The task with only the first `n` blocks of a split; the other splits stay whole.

@@ -22,7 +22,7 @@ from accelerate import PartialState
 
 from .hf import HF_METHODS, setup_peft_training
 from .hf_training import train_with_peft
-from .tasks import load_task
+from .tasks import LOADERS, load_task
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +32,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         default="austen",
-        help="austen, sentiment, or a file with one JSON object a line: text, and label if it has",
+        help="a bundled task, or a file with one JSON object a line: text, and label if it has",
     )
     parser.add_argument("--labels", type=int, help="classes of a classifier")
     parser.add_argument("--rank", type=int, default=8)
@@ -50,15 +50,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def examples(data: str) -> list:
     """The training split of a bundled task, or the objects of a file. ValueError names a line that
     is none."""
-    if data == "austen":
-        return load_task("austen").texts("train")
-    if data == "sentiment":
-        task = load_task("sentiment")
-        labels = task.labels("train").tolist()
-        return [
-            {"text": text, "label": label}
-            for text, label in zip(task.texts("train"), labels, strict=True)
-        ]
+    if data in LOADERS:
+        return load_task(data).examples("train")
     found = []
     # Not splitlines(), which also cuts at the separators that a text may hold, such as U+2028.
     with open(data, encoding="utf-8") as file:
@@ -73,9 +66,8 @@ def examples(data: str) -> list:
 def main(given: list[str] | None = None) -> dict:
     """Train, and let the first process print what came out, as JSON."""
     options = arguments(given)
-    state = PartialState(
-        cpu=not torch.cuda.is_available()
-    )  # joins the other processes, and takes this one's device
+    # Joins the other processes, and takes this one's device.
+    state = PartialState(cpu=not torch.cuda.is_available())
     model, tokenizer = setup_peft_training(
         options.model,
         options.method,

@@ -7,7 +7,6 @@ import copy
 import json
 import re
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
@@ -27,21 +26,7 @@ from transformers import (
 )
 
 from .compare import difference, kind, number, state
-from .kit import (
-    Case,
-    Check,
-    Verdict,
-    WrongAnswer,
-    is_stub,
-    outcome,
-    own_lines,
-    refused,
-    summary,
-)
-
-
-class _Refused(Exception):
-    """What is wrong with an answer: a headline and facts."""
+from .kit import Case, Check, Refused, Tried, Verdict, refused, summary
 
 
 class _Quiet(Check):
@@ -54,46 +39,13 @@ class _Quiet(Check):
             return super().__call__(function)
 
 
-class _Tried(_Quiet):
-    """The check of a function whose result is tried out: each trial calls the function, and says
-    what is right or raises `_Refused`. The function below has the exercise's name and parameters.
+class _Tried(_Quiet, Tried):
+    """A check by trials, in quiet."""
 
-    hints: {part of an exception's message: what it means here}."""
 
-    def __init__(
-        self,
-        reference: Callable,
-        example: Callable[[], Iterable[Any]],
-        trials: Iterable[Callable[[Callable], str]],
-        hints: dict[str, str],
-    ) -> None:
-        super().__init__(reference, [Case(lambda: list(example()))])
-        self.trials, self.hints = list(trials), hints
-        self.facts: list[str] = []
-
-    def _verified(self) -> str:
-        return f"Verified: {'; '.join(self.facts)}."
-
-    def _check_case(self, function: Callable, number: int) -> bool:
-        __tracebackhide__ = True
-        module = getattr(function, "__module__", "")
-        self.facts = []
-        for trial in self.trials:
-            fact, error = outcome(trial, [function])
-            if not self.facts and is_stub(error, module):
-                return False
-            if isinstance(error, _Refused):
-                headline, *facts = error.args
-                mark = "" if headline.endswith("?") else "."
-                raise WrongAnswer(f"{self.__name__}: {headline}{mark}", *facts)
-            if error is not None:
-                told = [hint for text, hint in self.hints.items() if text in str(error)][:1]
-                lines = own_lines(traceback.walk_tb(error.__traceback__), module)[-2:]
-                headline = f"{self.__name__}: your function raised {summary(error)}."
-                notes = getattr(error, "__notes__", [])
-                raise WrongAnswer(headline, *notes, *told, *lines) from error
-            self.facts.append(fact)
-        return True
+def _by_the_learner(*trials: Callable[[Callable], str]) -> dict[Callable, str]:
+    """Trials in which nothing but the learner's function should raise an error."""
+    return dict.fromkeys(trials, "your function")
 
 
 def _called(function: Callable, *args: Any, told: str) -> Any:
@@ -257,40 +209,40 @@ def _try_config(function: Callable, method: str, family: str, layers: int) -> No
         _starts_and_learns(adapted, config, method, family, layers)
     except Exception as error:
         raised = f"no model can be made, or run, with this config: {summary(error)}"
-        headline, *facts = error.args if isinstance(error, _Refused) else [raised]
+        headline, *facts = error.args if isinstance(error, Refused) else [raised]
         if rare := [f"{n}={getattr(config, n)!r}" for n in _RARE if getattr(config, n, None)]:
             facts.append(f"Seldom set, and set here: {', '.join(rare)}.")
-        raise _Refused(headline, where, *facts) from None
+        raise Refused(headline, where, *facts) from None
 
 
 def _leaves_alone(model: nn.Module, before: dict, settings: dict) -> None:
     if problem := difference(state(model), before, "", 0.0):
-        raise _Refused(
+        raise Refused(
             "the model was changed: leave it as it was",
             f"{problem[:150]}.",
             "get_peft_model puts its layers into the model that it is given, and a second call "
             "wraps them once more: give the config alone.",
         )
     if model.config.to_dict() != settings:
-        raise _Refused("model.config was changed: leave it as it was")
+        raise Refused("model.config was changed: leave it as it was")
 
 
 def _is_of_the_method(config: Any, method: str) -> None:
     from peft import PeftConfig, PeftModel
 
     if config is None:
-        raise _Refused("the result is None: is a return statement missing?")
+        raise Refused("the result is None: is a return statement missing?")
     if isinstance(config, PeftModel):
-        raise _Refused("the result is a PEFT model: give the config, not what it makes of a model")
+        raise Refused("the result is a PEFT model: give the config, not what it makes of a model")
     if not isinstance(config, PeftConfig):
-        raise _Refused(f"the result is {kind(config)}, expected a config of PEFT")
+        raise Refused(f"the result is {kind(config)}, expected a config of PEFT")
     if (got := config.peft_type.value) != _TYPES[method]:
-        raise _Refused(f"this is a config of {got}, expected one of {_TYPES[method]}")
+        raise Refused(f"this is a config of {got}, expected one of {_TYPES[method]}")
     if (dora := getattr(config, "use_dora", False)) != (method == "dora"):
         told = "use_dora=True makes a DoRA" if dora else "a DoRA is a LoRA with use_dora=True"
-        raise _Refused(f"use_dora is {dora}: {told}")
+        raise Refused(f"use_dora is {dora}: {told}")
     if config.inference_mode:
-        raise _Refused("inference_mode is True, so nothing trains: that is for an adapter in use")
+        raise Refused("inference_mode is True, so nothing trains: that is for an adapter in use")
 
 
 def _knows_its_task(config: Any, method: str, family: str) -> None:
@@ -309,24 +261,24 @@ def _knows_its_task(config: Any, method: str, family: str) -> None:
         lost.append("AdaLoRA's regulariser is never added to the loss")
     facts = [f"{'; '.join(lost)}."] if lost else []
     if not given:
-        raise _Refused(f"task_type is missing: {due!r} is due", *facts)
-    raise _Refused(f"task_type is {given!r}, and the model's class says {due!r}", *facts)
+        raise Refused(f"task_type is missing: {due!r} is due", *facts)
+    raise Refused(f"task_type is {given!r}, and the model's class says {due!r}", *facts)
 
 
 def _has_sound_numbers(config: Any, method: str) -> None:
     if method in _PROMPTS:
         tokens = config.num_virtual_tokens
         if not isinstance(tokens, int) or not 1 <= tokens <= _TOKENS:
-            raise _Refused(f"num_virtual_tokens is {tokens!r}: choose 1 to {_TOKENS}")
+            raise Refused(f"num_virtual_tokens is {tokens!r}: choose 1 to {_TOKENS}")
         return
     if method == "ia3":
         return
     if config.trainable_token_indices:
-        raise _Refused("trainable_token_indices trains rows of the embedding, which is the base's")
+        raise Refused("trainable_token_indices trains rows of the embedding, which is the base's")
     if config.lora_alpha <= 0:
-        raise _Refused(f"lora_alpha is {config.lora_alpha}: PEFT takes it, and it must be above 0")
+        raise Refused(f"lora_alpha is {config.lora_alpha}: PEFT takes it, and it must be above 0")
     if not 0 <= config.lora_dropout < 1:
-        raise _Refused(
+        raise Refused(
             f"lora_dropout is {config.lora_dropout}: PEFT takes it, and no number comes through"
         )
     if method == "adalora":
@@ -336,18 +288,18 @@ def _has_sound_numbers(config: Any, method: str) -> None:
 def _has_a_schedule(config: Any) -> None:
     first, last, total = config.init_r, config.target_r, config.total_step
     if last >= first:
-        raise _Refused(
+        raise Refused(
             f"target_r={last} is not below init_r={first}: there is nothing to prune",
             "PEFT takes it, and raises an error in training, at the first allocation.",
         )
     if last < 1:
-        raise _Refused(f"target_r={last} prunes everything")
+        raise Refused(f"target_r={last} prunes everything")
     if total != _STEPS:
         late = "the ranks never come down to target_r" if total > _STEPS else "it prunes too early"
-        raise _Refused(f"total_step is {total}, and the run has {_STEPS} steps: {late}")
+        raise Refused(f"total_step is {total}, and the run has {_STEPS} steps: {late}")
     times = (total - config.tfinal - config.tinit) // config.deltaT
     if times < 2:
-        raise _Refused(
+        raise Refused(
             f"deltaT={config.deltaT} leaves no time to prune step by step: between step "
             f"tinit={config.tinit} and step total_step - tfinal={total - config.tfinal} it must "
             "fit in more than once"
@@ -373,19 +325,19 @@ def _sits_where_it_should(
     if heads:
         tied = "it is tied to the embedding, and merging would change both"
         told = "it trains in full already" if family == "bert" else tied
-        raise _Refused(f"the head {heads[0]!r} is a target too: {told}")
+        raise Refused(f"the head {heads[0]!r} is a target too: {told}")
     low_rank = method in _LOW_RANK
     due = [name for name in inside if low_rank or _is_scaled(name)]
     spare = ["bert.pooler.dense"] if low_rank else []
     if missing := [name for name in due if name not in places]:
         told = _why_missing(missing, asked, adapted, config)
-        raise _Refused(f"{len(missing)} of {len(due)} layers are left out: {_few(missing)}", *told)
+        raise Refused(f"{len(missing)} of {len(due)} layers are left out: {_few(missing)}", *told)
     if extra := [name for name in places if name not in due + spare]:
         told = []
         if any(name.endswith("attention.output.dense") for name in extra):
             own = ", and PEFT's default for a BERT does" if not config.target_modules else ""
             told = [f"output.dense also matches attention.output.dense{own}."]
-        raise _Refused(f"what is adapted too, and should not be: {_few(extra)}", *told)
+        raise Refused(f"what is adapted too, and should not be: {_few(extra)}", *told)
     if method != "ia3":
         return
     for path, layer in places.items():
@@ -393,7 +345,7 @@ def _sits_where_it_should(
             got, of, due = "input", "keys and values", "output"
             if _is_second(path):
                 got, of, due = "output", "the second feed-forward matrix", "input"
-            raise _Refused(
+            raise Refused(
                 f"in {path!r} the {got} is scaled: of {of} it is the {due}",
                 "feedforward_modules names the layers whose input is scaled.",
             )
@@ -418,16 +370,16 @@ def _trains_what_it_should(adapted: nn.Module, config: Any, method: str, family:
     trains = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     full = [n for n in trains if "modules_to_save" in n]
     if family == "bert" and not any("classifier" in n for n in full):
-        raise _Refused("the fresh head does not train")
+        raise Refused("the fresh head does not train")
     if of_base := [n for n in trains if not any(part in n for part in _ADDED)]:
         told = ["bias='none' keeps the base's biases as they are."]
         told = told if all(n.endswith("bias") for n in of_base) else []
-        raise _Refused(
+        raise Refused(
             f"{len(of_base)} tensors of the base train too: {_few(_shorter(of_base))}", *told
         )
     if others := [n for n in full if "classifier" not in n]:
         count = number(sum(trains[n].numel() for n in others))
-        raise _Refused(
+        raise Refused(
             f"a full copy of a module trains, {count} numbers: {_few(_shorter(others))}",
             "In modules_to_save stands what starts at random; this model's head is trained.",
         )
@@ -442,10 +394,10 @@ def _trains_what_it_should(adapted: nn.Module, config: Any, method: str, family:
             continue
         rank = layer.r["default"]
         if rank > _RANK:
-            raise _Refused(f"rank {rank} of {name!r} is above {_RANK}, the most that is asked for")
+            raise Refused(f"rank {rank} of {name!r} is above {_RANK}, the most that is asked for")
         due += rank * (n_in + n_out) + {"lora": 0, "dora": n_out, "adalora": rank}[method]
     if own != due:
-        raise _Refused(f"{number(own)} numbers of the adapter train, expected {number(due)}")
+        raise Refused(f"{number(own)} numbers of the adapter train, expected {number(due)}")
 
 
 def _shorter(names: Iterable[str]) -> Iterator[str]:
@@ -463,10 +415,10 @@ def _starts_and_learns(
         init = "init_ia3_weights" if method == "ia3" else "init_lora_weights"
         told = f"{init}={getattr(config, init)!r}"
         if _off(_logits(adapted, batch), plain) > 1e-4:
-            raise _Refused(f"at its start the model is not the base, where training begins: {told}")
+            raise Refused(f"at its start the model is not the base, where training begins: {told}")
         with adapted.disable_adapter():
             if _off(_logits(adapted, batch), plain) > 1e-4:
-                raise _Refused(
+                raise Refused(
                     "with the adapter switched off, the model is not the base: "
                     f"{told} changes the base's weights"
                 )
@@ -475,7 +427,7 @@ def _starts_and_learns(
         with torch.no_grad():
             added = adapted(**batch).loss - adapted.get_base_model()(**batch).loss
         if added <= 1e-4:
-            raise _Refused(
+            raise Refused(
                 "AdaLoRA's regulariser does not count in the loss: "
                 f"orth_reg_weight is {config.orth_reg_weight}"
             )
@@ -483,7 +435,7 @@ def _starts_and_learns(
     adapted(**batch).loss.backward()
     still = [n for n, p in adapted.named_parameters() if p.requires_grad and not _learns(p)]
     if still:
-        raise _Refused(f"no gradient reaches {_few(_shorter(still))}")
+        raise Refused(f"no gradient reaches {_few(_shorter(still))}")
 
 
 def _learns(p: nn.Parameter) -> bool:
@@ -498,26 +450,26 @@ def _unknown(function: Callable) -> str:
     except ValueError as error:
         missing = [name for name in _TYPES if not re.search(rf"\b{name}\b", str(error))]
         if missing:
-            raise _Refused(
+            raise Refused(
                 f"the ValueError for method='houlsby' does not name the method {missing[0]!r}",
                 f"It says: {str(error)[:120]}",
             ) from None
         return "an unknown method is refused by a message with the known ones"
     except Exception as error:
-        raise _Refused(
+        raise Refused(
             f"for method='houlsby' it raised {summary(error)}, where ValueError was due"
         ) from None
-    raise _Refused("for method='houlsby' nothing was raised, where ValueError was due")
+    raise Refused("for method='houlsby' nothing was raised, where ValueError was due")
 
 
 @partial(
     _Tried,
-    example=lambda: ("lora", _model("llama")),
-    trials=[
+    cases=[Case(lambda: ["lora", _model("llama")])],
+    trials=_by_the_learner(
         *(_fitting(family, *_TYPES) for family in ("bert", "llama", "qwen2")),
         _fitting("bert", "ia3", layers=12),
         _unknown,
-    ],
+    ),
     hints={
         "budgeting phase": "tinit + tfinal must be below total_step, or it never prunes.",
         "total_step": "AdaLoRA's schedule needs the number of steps of the run.",
@@ -911,9 +863,9 @@ def _resumed(function: Callable, saved: _Saved, data: Any, *lr: float, told: str
         )
     model = _called(function, base, str(saved.folder), data, *lr, told=told)
     if model is None:
-        raise _Refused("the result is None: is a return statement missing?")
+        raise Refused("the result is None: is a return statement missing?")
     if model is base or not isinstance(model, PeftModel):
-        raise _Refused(
+        raise Refused(
             f"the result is {kind(model)}, expected the PEFT model",
             "merge_and_unload, unload and get_base_model give a model that is not PEFT's.",
         )
@@ -931,32 +883,32 @@ def _goes_on_from_the_file(function: Callable) -> str:
         by_name = {name: _apart(_held(model, name), saved.before) for name in names}
         right = [name for name, wrong in by_name.items() if not wrong]
         if right and active != right[:1]:
-            raise _Refused(
+            raise Refused(
                 f"the adapter of the file is in the model as {right[0]!r}, and {active[0]!r} is "
                 "active",
                 told,
                 "What is active answers and trains: load the file as the only adapter.",
             )
         if rounded := {t.dtype for t in _held(model, active[0]).values()} - {torch.float32}:
-            raise _Refused(
+            raise Refused(
                 f"the adapter is in {rounded.pop()}, and in the file it is in float32", told
             )
         wrong = by_name[active[0]]
         if any(not _is_head(key) for key in wrong):
-            raise _Refused(
+            raise Refused(
                 "it starts from scratch: the adapter is not that of the file",
                 told,
                 "get_peft_model puts a fresh adapter into the model, in the place of a loaded one "
                 "of the same name: from_pretrained alone makes a PEFT model of a base.",
             )
         if wrong:
-            raise _Refused(
+            raise Refused(
                 f"the adapter is that of the file, and its head is not: {_few(wrong)}",
                 told,
                 "Beside the adapter, the file holds the trained head (modules_to_save).",
             )
         if _is_merged(model):
-            raise _Refused("the adapter is merged into the base: go on with it beside the base")
+            raise Refused("the adapter is merged into the base: go on with it beside the base")
         return "it starts with the adapter and the head of the file"
 
 
@@ -982,18 +934,18 @@ def _trains_both(function: Callable) -> str:
         copies = [{k: t.clone() for k, t in batch.items()} for batch in batches]
         model = _resumed(function, saved, copies, _RATE, told="Tried with three batches.")
         if problem := difference(copies, batches, "data", 0.0):
-            raise _Refused("data was changed: leave it as it was", f"{problem}.")
+            raise Refused("data was changed: leave it as it was", f"{problem}.")
         trained = list(saved.dropouts)
         _left_the_base(model)
         _moved_what_it_holds(model, saved, batches)
         if not all(trained):
-            raise _Refused(
+            raise Refused(
                 "it trains without dropout",
                 "A base is loaded in eval mode, and dropout is off there: train() before the loop.",
             )
         awake = {n for n, p in model.named_parameters() if p.requires_grad}
         if of_base := [n for n in awake if not any(part in n for part in _ADDED)]:
-            raise _Refused(
+            raise Refused(
                 f"{len(of_base)} tensors of the base require a gradient: "
                 f"{_few(sorted(_shorter(of_base)))}",
                 "That costs memory and time in every backward: only the adapter and the head do.",
@@ -1007,7 +959,7 @@ def _left_the_base(model: nn.Module) -> None:
     moved = [n for n in base if n in here and not _is_head(n) and _gap(here[n], base[n]) > 1e-7]
     if moved:
         merged = "The adapter is merged into it. " if _is_merged(model) else ""
-        raise _Refused(
+        raise Refused(
             f"the base itself has changed, {len(moved)} of its tensors: {_few(moved)}",
             f"{merged}Only the adapter and the head train; path does not hold the base.",
         )
@@ -1017,13 +969,13 @@ def _moved_what_it_holds(model: nn.Module, saved: _Saved, batches: list) -> None
     held, old = _held(model, model.active_adapters[0]), saved.before
     changed = _apart(held, old)
     if not changed:
-        raise _Refused(
+        raise Refused(
             "nothing has been trained: all values are those of the file", f"{_IS_TRAINABLE}."
         )
     if not any(_is_head(key) for key in changed):
-        raise _Refused("the head has not been trained", f"{_IS_TRAINABLE}.")
+        raise Refused("the head has not been trained", f"{_IS_TRAINABLE}.")
     if all(_is_head(key) for key in changed):
-        raise _Refused("the head alone has been trained", f"{_IS_TRAINABLE}.")
+        raise Refused("the head alone has been trained", f"{_IS_TRAINABLE}.")
     if not _apart(held, saved.reference(batches)):
         return
     causes = {
@@ -1049,7 +1001,7 @@ def _moved_what_it_holds(model: nn.Module, saved: _Saved, batches: list) -> None
     }
     told = [f"Likely cause: {c}." for c, values in causes.items() if not _apart(held, values)]
     told += ["Are betas, eps, a schedule of the rate, or the loss other than they come?"]
-    raise _Refused(
+    raise Refused(
         f"three batches at lr={_RATE} give other values than AdamW's three steps",
         "Compared with torch.optim.AdamW over what trains, one step a batch, in the order given.",
         told[0],
@@ -1061,7 +1013,7 @@ def _wrote_it_back(model: nn.Module, saved: _Saved, batch: dict[str, torch.Tenso
     inside = sorted(path.name for path in saved.folder.iterdir()) if saved.folder.exists() else []
     missing = [name for name in _FILES if name not in inside]
     if missing or not now:
-        raise _Refused(f"in path {(missing or _FILES)[0]} is missing or broken")
+        raise Refused(f"in path {(missing or _FILES)[0]} is missing or broken")
     if not _apart(now, saved.before):
         within = [p.name for p in saved.folder.iterdir() if (p / _FILES[0]).exists()]
         told = []
@@ -1069,15 +1021,15 @@ def _wrote_it_back(model: nn.Module, saved: _Saved, batch: dict[str, torch.Tenso
             told = [f"save_pretrained writes an adapter called {active!r} into path/{within[0]}."]
         elif any(name.endswith((".bin", ".pt")) for name in inside):
             told = ["PEFT reads adapter_model.safetensors, which is the old one."]
-        raise _Refused("path still holds what it held before", *told)
+        raise Refused("path still holds what it held before", *told)
     keys = [key for key in saved.before if key not in now]
     if any(_is_head(key) for key in keys):
-        raise _Refused(
+        raise Refused(
             f"the head is not in the file: {_few(key for key in keys if _is_head(key))}",
             "Whoever loads it next gets a KeyError, and what the head had learned is lost.",
         )
     if keys:
-        raise _Refused(
+        raise Refused(
             f"{len(keys)} tensors of the adapter are not in the file under the names that PEFT "
             f"looks for: {_few(keys)}",
             "save_pretrained writes the names without the adapter's own.",
@@ -1086,19 +1038,19 @@ def _wrote_it_back(model: nn.Module, saved: _Saved, batch: dict[str, torch.Tenso
     large = [n for n in within if n not in _FILES and n.endswith((".safetensors", ".bin", ".pt"))]
     if large or len(now) > len(saved.before):
         more = large or [key for key in now if key not in saved.before]
-        raise _Refused(
+        raise Refused(
             f"more than the adapter and its head is saved: {_few(more)}",
             "An adapter's folder is small: it holds no base, and nothing twice.",
         )
     try:
         loaded = saved.loaded()
     except Exception as error:
-        raise _Refused(f"what lies in path cannot be loaded: {summary(error)}") from None
+        raise Refused(f"what lies in path cannot be loaded: {summary(error)}") from None
     config = saved.config()
     if other := [key for key, value in saved.settings.items() if config.get(key) != value]:
-        raise _Refused(f"{_FILES[1]} says something else than before about {_few(other)}")
+        raise Refused(f"{_FILES[1]} says something else than before about {_few(other)}")
     if _off(_logits(loaded, batch), _logits(model, batch)) > 1e-4:
-        raise _Refused(
+        raise Refused(
             "loaded from path, the model is another than the one that was returned",
             f"Other values in the file: {_few(_apart(now, _held(model, active)))}.",
         )
@@ -1112,9 +1064,9 @@ def _takes_other_methods(function: Callable) -> str:
         told = "Tried with (IA)³ on a LlamaForCausalLM, the batches from a generator, lr left out."
         model = _resumed(function, saved, (dict(batch) for batch in batches), told=told)
         if _apart(_held(model), saved.reference(batches, rate=1e-2)):
-            raise _Refused("the trained values are not those of AdamW's two steps", told)
+            raise Refused("the trained values are not those of AdamW's two steps", told)
         if _apart(saved.tensors(), _held(model)):
-            raise _Refused("path does not hold the trained values", told)
+            raise Refused("path does not hold the trained values", told)
         return "another method goes on too"
 
 
@@ -1135,14 +1087,14 @@ def _survives(function: Callable) -> str:
         except Interrupted:
             pass
         else:
-            raise _Refused(
+            raise Refused(
                 "an error that data raises in the second batch is caught, and not raised again",
                 "Whoever called takes what is half trained for the whole.",
             )
         now = saved.tensors()
         config = saved.folder / _FILES[1]
         if set(now) != set(saved.before) or not (config.exists() and config.stat().st_size):
-            raise _Refused(
+            raise Refused(
                 "interrupted in the second batch, path holds no whole adapter any more",
                 "Until the new files are there, leave the old ones where they are.",
             )
@@ -1151,8 +1103,8 @@ def _survives(function: Callable) -> str:
 
 @partial(
     _Tried,
-    example=lambda: (_base("bert"), "adapter", []),
-    trials=[_goes_on_from_the_file, _trains_both, _takes_other_methods, _survives],
+    cases=[Case(lambda: [_base("bert"), "adapter", []])],
+    trials=_by_the_learner(_goes_on_from_the_file, _trains_both, _takes_other_methods, _survives),
     hints={
         "empty parameter list": f"Nothing trains: {_IS_TRAINABLE}.",
         "does not require grad": "Nothing trains in this forward: the adapter is frozen, or it is "

@@ -324,6 +324,60 @@ class Check:
         return {name: [g for (n, _), g in pairs if n == name] for name in self.gradients}
 
 
+class Refused(Exception):
+    """What is wrong with an answer that is tried out: a headline, and facts."""
+
+
+class Tried(Check):
+    """The check of an answer that is tried out: each trial is given it, and says what is right of
+    it or raises `Refused`. The function below has the exercise's name and parameters.
+
+    trials: {trial: who raised it if it ends in another error}.
+    hints: {part of that error's message: what it means here}."""
+
+    def __init__(
+        self,
+        reference: Callable,
+        cases: Sequence[Case | tuple],
+        trials: Mapping[Callable[[Any], str], str],
+        hints: Mapping[str, str],
+    ) -> None:
+        super().__init__(reference, cases)
+        self.trials, self.hints = trials, hints
+        self.facts: list[str] = []
+
+    def _verified(self) -> str:
+        return f"Verified: {'; '.join(self.facts)}."
+
+    def _check_case(self, function: Callable, number: int) -> bool:
+        __tracebackhide__ = True
+        return self._passes(function, getattr(function, "__module__", ""))
+
+    def _passes(self, answer: Any, module: str) -> bool:
+        """As `_check_case`, for what the learner's code in this module is or has made."""
+        __tracebackhide__ = True
+        self.facts = []
+        for trial, who in self.trials.items():
+            fact, error = outcome(trial, [answer])
+            if not self.facts and is_stub(error, module):
+                return False
+            if isinstance(error, Refused):
+                headline, *facts = error.args
+                mark = "" if headline.endswith("?") else "."
+                raise WrongAnswer(f"{self.__name__}: {headline}{mark}", *facts)
+            if error is not None:
+                told = [hint for text, hint in self.hints.items() if text in str(error)][:1]
+                self._blame(f"{who} raised {summary(error)}", told, error, module)
+            self.facts.append(fact)
+        return True
+
+    def _blame(self, problem: str, told: Sequence[str], error: Exception, module: str) -> None:
+        __tracebackhide__ = True
+        lines = own_lines(traceback.walk_tb(error.__traceback__), module)[-2:]
+        notes = getattr(error, "__notes__", [])
+        raise WrongAnswer(f"{self.__name__}: {problem}.", *notes, *told, *lines) from error
+
+
 def gradients_of(result: Any, wanted: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     """The gradients of a fixed weighted sum of the result's entries; None for what gets none."""
     flat = torch.cat([t.reshape(-1).double() for t in tensors(result)])

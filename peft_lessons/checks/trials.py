@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -28,11 +27,7 @@ from ..inject import (
 from ..methods.unified import Design, Site, check_design, designs_of, gap, moved
 from ..training import TrainingDiverged, fit
 from .compare import kind, number
-from .kit import Check, WrongAnswer, is_stub, outcome, own_lines, summary
-
-
-class _Refused(Exception):
-    """What is wrong with a method: a headline and facts."""
+from .kit import Refused, Tried, WrongAnswer, is_stub, outcome, summary
 
 
 @cache
@@ -132,22 +127,22 @@ def _as_declared(method: Method) -> str:
     cls = type(method)
     settings = vars(cls).get("__dataclass_params__")
     if settings is None:
-        raise _Refused(
+        raise Refused(
             "the class is no dataclass, so what looks like its fields is none",
             "Write @dataclass(frozen=True) above it.",
         )
     if not settings.frozen:
-        raise _Refused("it can be changed after it was made: write @dataclass(frozen=True)")
+        raise Refused("it can be changed after it was made: write @dataclass(frozen=True)")
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := [name for name in cls.peft_fields if name not in known]:
-        raise _Refused(
+        raise Refused(
             f"peft_fields names {_quoted(unknown)}, which is no field of the dataclass",
             f"A field has a type beside its name ({unknown[0]}: int = 8); else it is a constant.",
         )
     if "targets" in known and "targets" in cls.names_modules:
         names = ["query"] if isinstance(method.targets, str) else list(method.targets)
         if isinstance(dataclasses.replace(method, targets=names).targets, list):
-            raise _Refused(
+            raise Refused(
                 "its fields are not looked at: targets=['query'] stays a list",
                 "Call super().__post_init__() first in your __post_init__.",
             )
@@ -159,22 +154,22 @@ def _as_named(method: Method) -> str:
     cls = type(method)
     if "peft_type" not in vars(cls):
         inherited = getattr(cls, "peft_type", None)
-        raise _Refused(
+        raise Refused(
             "it has no peft_type of its own, the name by which a file says whose it is",
             f"It inherits {inherited!r}, which is another method's."
             if inherited
             else 'Give it one in the class: peft_type = "MY_METHOD".',
         )
     if not isinstance(cls.peft_type, str) or not cls.peft_type:
-        raise _Refused(f"peft_type must be a name, not {kind(cls.peft_type)}")
+        raise Refused(f"peft_type must be a name, not {kind(cls.peft_type)}")
     if cls not in methods():
-        raise _Refused(
+        raise Refused(
             "it is not in the registry: another class of this name was defined after it",
             "Run its cell again, and then this one.",
         )
     others = [m for m in methods() if m.peft_type == cls.peft_type and m is not cls]
     if others:
-        raise _Refused(
+        raise Refused(
             f"the peft_type {cls.peft_type!r} is that of {others[0].__name__} already",
             "load_adapter would take one's file for the other's: choose another name.",
         )
@@ -190,13 +185,13 @@ def _as_injected(method: Method) -> str:
     except NotImplementedError:
         if type(method).wrap is not Method.wrap:
             raise
-        raise _Refused(
+        raise Refused(
             "it has no wrap, which gives the module that takes the place of a layer",
             "Write wrap(self, path, layer); or attach, or select, and no field named targets.",
         ) from None
     for wrapper in injection.wrappers.values():
         if not isinstance(wrapper, Adapted):
-            raise _Refused(
+            raise Refused(
                 f"wrap returns {kind(wrapper)}, and what takes the place of a layer is an Adapted",
                 "Derive your layer from Adapted, and return self.Layer(layer, ...).",
             )
@@ -204,11 +199,11 @@ def _as_injected(method: Method) -> str:
     _refuse_shared(injection, base, model)
     numbers = report(model).trainable
     if not numbers:
-        raise _Refused("nothing of it trains: what it adds holds no nn.Parameter")
+        raise Refused("nothing of it trains: what it adds holds no nn.Parameter")
     _refuse_changed(injection, base, before, "right after inject")
     first = _logits(model)
     if not first.isfinite().all():
-        raise _Refused(
+        raise Refused(
             f"right after inject the logits hold {number(first[~first.isfinite()][0])}",
             "torch.empty holds what happened to lie there: fill it, with zeros or random numbers.",
         )
@@ -226,7 +221,7 @@ def _refuse_plain_tensors(injection: Injection) -> None:
                 continue
             for attribute, value in vars(module).items():
                 if isinstance(value, torch.Tensor) and value.dim():
-                    raise _Refused(
+                    raise Refused(
                         f"{attribute!r} is a plain tensor, which neither trains nor is saved",
                         "Make it an nn.Parameter; or, if it is fixed, register_buffer it.",
                     )
@@ -236,14 +231,14 @@ def _refuse_shared(injection: Injection, base: dict[str, nn.Parameter], model: n
     names, added = {id(p): name for name, p in base.items()}, dict(injection.added())
     for name, p in added.items():
         if id(p) in names:
-            raise _Refused(
+            raise Refused(
                 f"the base trains: {name.rpartition('.')[2]!r} of your layer is the base's own "
                 f"{names[id(p)]!r}",
                 "What inject finds in a layer beside its base, it trains: read self.base.weight.",
             )
     for name, p in model.named_parameters(remove_duplicate=False):
         if name not in added and id(p) not in names:
-            raise _Refused(
+            raise Refused(
                 f"it puts {name!r} into the model by itself",
                 "attach only returns its module: inject puts it there, and unload takes it out.",
             )
@@ -252,7 +247,7 @@ def _refuse_shared(injection: Injection, base: dict[str, nn.Parameter], model: n
 def _refuse_changed(injection: Injection, base: dict, before: dict, when: str) -> None:
     for name, p in base.items():
         if name not in injection.whole and not torch.equal(p, before[name]):
-            raise _Refused(
+            raise Refused(
                 f"the base's own {name!r} is changed in place: {when} it is another",
                 "Compute something new from it: unload cannot bring it back.",
             )
@@ -272,12 +267,12 @@ def _refuse_idle(method: Method, plain: torch.Tensor) -> None:
     _refuse_changed(injection, base, before, "once forward has run")
     for path, x, copied in read:
         if not torch.equal(x, copied):
-            raise _Refused(
+            raise Refused(
                 f"forward changes its input in place: x of {path!r} is another afterwards",
                 "The other layers read the same x: compute something new from it.",
             )
     if torch.equal(changed, plain):
-        raise _Refused(
+        raise Refused(
             "it changes nothing: whatever its tensors hold, the logits are those of the base",
             "Does wrap return the new layer, and does its forward use what it adds?",
         )
@@ -295,17 +290,17 @@ def _as_designed(method: Method) -> str:
         told = "Write design = Design(form, insertion, modified, composition, delta=...)."
         if cls.design:
             told = f"That of its parent is not its own. {told}"
-        raise _Refused("it has no design", told)
+        raise Refused("it has no design", told)
     for design in designs_of(cls):
         # Not by isinstance: the lesson's own Design is another class than the package's.
         if not all(hasattr(design, f.name) for f in dataclasses.fields(Design)):
-            raise _Refused(f"its design is {kind(design)}, expected a Design or a tuple of them")
+            raise Refused(f"its design is {kind(design)}, expected a Design or a tuple of them")
         for choice in ("form", "insertion", "modified", "composition"):
             value = getattr(design, choice)
             if not isinstance(value, str) or not value.strip():
-                raise _Refused(f"the design does not say its {choice} in a few words")
+                raise Refused(f"the design does not say its {choice} in a few words")
         if design.example is not None and type(design.example) is not cls:
-            raise _Refused(f"the example of its design is {kind(design.example)}, not one of it")
+            raise Refused(f"the example of its design is {kind(design.example)}, not one of it")
     worst, places = _checked(method)
     told = []
     for name, value, changed in _variants(method):
@@ -329,16 +324,16 @@ def _checked(method: Method, because: tuple[str, Any, Any] | None = None) -> tup
             cause = None if off <= _EXACT else _formula_cause(sites, design.delta)
         if cause and because:
             name, value, default = because
-            raise _Refused(
+            raise Refused(
                 f"the design's formula is right with {name}={default!r}, but with {name}={value!r} "
                 f"it is off by {off:.2g} of the change",
                 f"Is {name!r} missing in delta?",
             )
         if cause:
-            raise _Refused(f"the design's formula is off by {off:.2g} of what running gives", cause)
+            raise Refused(f"the design's formula is off by {off:.2g} of what running gives", cause)
         worst, places = max(worst, off), places + len(sites)
     if not places:
-        raise _Refused(
+        raise Refused(
             "its design sees no place in the model, so its formula is compared with nothing",
             "sites=linears, the default, looks at wrapped layers; others need their own observer.",
         )
@@ -347,13 +342,13 @@ def _checked(method: Method, because: tuple[str, Any, Any] | None = None) -> tup
 
 def _refuse_no_state(change: Any, site: Site) -> None:
     if not isinstance(change, torch.Tensor):
-        raise _Refused(f"delta gives {kind(change)}, expected a tensor")
+        raise Refused(f"delta gives {kind(change)}, expected a tensor")
     try:
         fits = torch.broadcast_shapes(change.shape, site.h.shape) == site.h.shape
     except RuntimeError:
         fits = False
     if not fits:
-        raise _Refused(
+        raise Refused(
             f"delta gives a tensor of shape {tuple(change.shape)} where the hidden state is "
             f"{tuple(site.h.shape)}"
         )
@@ -433,7 +428,7 @@ def _as_trained(method: Method) -> str:
     try:
         history = fit(model, _ByHeart(), _STEPS, show=False)
     except TrainingDiverged as error:
-        raise _Refused(
+        raise Refused(
             f"fit diverges at its learning_rate={method.learning_rate:g}: choose a smaller one",
             str(error).partition(". ")[0],
         ) from None
@@ -442,7 +437,7 @@ def _as_trained(method: Method) -> str:
     first, last = history.loss[0], sum(history.loss[-5:]) / 5
     if not last < first:
         why = "large: the loss rises" if last > first + 1e-6 else "small: nothing moves"
-        raise _Refused(
+        raise Refused(
             f"fit does not lower the loss on sixteen rows: {first:.3f} at first, {last:.3f} after "
             f"{_STEPS} steps",
             f"Its learning_rate={method.learning_rate:g} may be too {why}.",
@@ -460,12 +455,12 @@ def _refuse_unreached(injection: Injection, seen: dict, starts: dict) -> None:
         short = _quoted([n.removeprefix(f"{path}.") for n in inside])
         zeros = [n.removeprefix(f"{path}.") for n in inside if not starts[n]]
         if len(zeros) > 1 and all(seen[n] is not None for n in inside):
-            raise _Refused(
+            raise Refused(
                 f"{short} never learn: their gradients are 0 in all of {_STEPS} steps",
                 f"{_quoted(zeros)} start at zero and are multiplied with each other, so the "
                 "gradient of each is 0 for ever: start one of them at random.",
             )
-        raise _Refused(
+        raise Refused(
             f"no gradient reaches {short} in {_STEPS} steps",
             "forward does not use it; or .data, .detach() or no_grad() cut it off; or it is "
             "multiplied by something that stays 0.",
@@ -493,7 +488,7 @@ def _refuse_file(method: Method, because: tuple[str, Any] | None = None) -> None
         try:
             save_adapter(model, folder)
         except TypeError as error:
-            raise _Refused(
+            raise Refused(
                 f"save_adapter raised {summary(error)}",
                 "Of a field a file holds numbers, strings, lists and None.",
             ) from None
@@ -507,7 +502,7 @@ def _refuse_file(method: Method, because: tuple[str, Any] | None = None) -> None
             if off > 1e-5 * expected.abs().max():
                 told = f"The logits are off by {off:.2g} once it is loaded."
     if told:
-        raise _Refused(f"{_file_cause(method, injection_of(model), because)}", told)
+        raise Refused(f"{_file_cause(method, injection_of(model), because)}", told)
 
 
 def _file_cause(method: Method, injection: Injection, because: tuple[str, Any] | None) -> str:
@@ -555,21 +550,21 @@ def _as_merged(method: Method) -> str:
         for wrapper in wrappers:
             x = torch.randn(3, wrapper.base.weight.shape[1])
             if _off(wrapper(x), wrapper.base(x)):
-                raise _Refused(
+                raise Refused(
                     "merged, forward still adds its change, which then counts twice",
                     "While self.merged is True, return self.base(x) alone.",
                 )
-        raise _Refused(
+        raise Refused(
             f"merged, the weights do not compute what forward did: logits are off by {off:.2g}",
             "Compare merged_tensors with forward: scale, transposes, and what becomes of the bias.",
         )
     try:
         unmerge(model)
     except TypeError as error:
-        raise _Refused("it merges and cannot be taken out again", f"{summary(error)}.") from None
+        raise Refused("it merges and cannot be taken out again", f"{summary(error)}.") from None
     off = max(_off(w.base.weight, weight) for w, weight in zip(wrappers, weights, strict=True))
     if off > 1e-4 or _off(_logits(model), expected) > tolerance:
-        raise _Refused(
+        raise Refused(
             f"merged and unmerged, the base is not what it was: its weights are off by {off:.2g}",
             "unmerged_tensors must be the inverse of merged_tensors, for weight and bias.",
         )
@@ -589,9 +584,9 @@ def _as_unloaded(method: Method) -> str:
     after = _values(model)
     for name, value in before.items():
         if not torch.equal(after[name], value):
-            raise _Refused(f"unload does not give the base back: {name!r} is another")
+            raise Refused(f"unload does not give the base back: {name!r} is another")
     if not torch.equal(_logits(model), plain):
-        raise _Refused(
+        raise Refused(
             "after unload the base computes something else: a hook is left in it",
             "attach returns its module and a list of the handles of all its hooks.",
         )
@@ -602,35 +597,31 @@ def _as_listed(method: Method) -> str:
     """It has rows in the table of all methods, which has those of `check_design`."""
     for row in check_design(type(method), _bert(), _rows()):
         if not row["places"] or row["gap"] > _EXACT:
-            raise _Refused("by the example of its design, the formula is not what running gives")
+            raise Refused("by the example of its design, the formula is not what running gives")
     return "unified_table has it"
 
 
 # Each trial, and when it was that the learner's code raised something in it.
 _TRIALS = {
-    _as_declared: "when it was looked at",
-    _as_named: "when it was looked at",
-    _as_injected: "when it was put into a small BERT",
-    _as_designed: "when its design was compared with running",
-    _as_trained: "when it was trained",
-    _as_saved: "when it was saved and loaded",
-    _as_merged: "when it was merged",
-    _as_unloaded: "when it was taken out",
-    _as_listed: "when it was looked up in the table",
+    _as_declared: "when it was looked at it",
+    _as_named: "when it was looked at it",
+    _as_injected: "when it was put into a small BERT it",
+    _as_designed: "when its design was compared with running it",
+    _as_trained: "when it was trained it",
+    _as_saved: "when it was saved and loaded it",
+    _as_merged: "when it was merged it",
+    _as_unloaded: "when it was taken out it",
+    _as_listed: "when it was looked up in the table it",
 }
 _HINTS = {"before Module.__init__() call": "Call super().__init__(linear) first in your layer."}
 
 
-class Trials(Check):
+class Trials(Tried):
     """The check of a class of methods: an instance of it is tried in every way. The function below
     has the name of the exercise, and says what is right of a method that passes."""
 
     def __init__(self, reference: Callable) -> None:
-        super().__init__(reference, [()])
-        self.facts: list[str] = []
-
-    def _verified(self) -> str:
-        return f"Verified: {'; '.join(self.facts)}."
+        super().__init__(reference, [()], _TRIALS, _HINTS)
 
     def _check_signature(self, function: Callable) -> None:
         __tracebackhide__ = True
@@ -650,25 +641,10 @@ class Trials(Check):
             return False
         if error is not None:
             bare = [p.name for p in _required(function)]
-            told = f"{_quoted(bare)} has no default." if bare else ""
-            self._refuse(f"{self.__name__}() raised {summary(error)}", told, error, function)
-        self.facts = []
-        for trial, when in _TRIALS.items():
-            fact, error = outcome(trial, [method])
-            if isinstance(error, _Refused):
-                headline, *facts = error.args
-                raise WrongAnswer(f"{self.__name__}: {headline}.", *facts)
-            if error is not None:
-                told = next((h for text, h in _HINTS.items() if text in str(error)), "")
-                self._refuse(f"{when} it raised {summary(error)}", told, error, function)
-            self.facts.append(fact)
-        return True
-
-    def _refuse(self, problem: str, told: str, error: Exception, function: Callable) -> None:
-        __tracebackhide__ = True
-        lines = own_lines(traceback.walk_tb(error.__traceback__), function.__module__)
-        facts = [told] if told else []
-        raise WrongAnswer(f"{self.__name__}: {problem}.", *facts, *lines[-2:]) from error
+            told = [f"{_quoted(bare)} has no default."] if bare else []
+            problem = f"{self.__name__}() raised {summary(error)}"
+            self._blame(problem, told, error, function.__module__)
+        return self._passes(method, function.__module__)
 
 
 def _required(cls: type) -> list[dataclasses.Field]:

@@ -744,6 +744,13 @@ hunted("the head has not been trained", frozen=True)
 hunted("the head is not in the file", headless=True)
 
 
+def woken(path):
+    """The config in a folder, to train with: the file says that it is in use."""
+    config = PeftConfig.from_pretrained(path)
+    config.inference_mode = False
+    return config
+
+
 @wrong("resume", "Nothing trains: from_pretrained loads an adapter, and its head, frozen")
 def nothing_to_optimise(base, path, data, lr=1e-2):
     return finish(steps(PeftModel.from_pretrained(base, path), data, lr), path)
@@ -799,8 +806,7 @@ def head_alone(base, path, data, lr=1e-2):
 
 @wrong("resume", "and its head is not")
 def head_not_loaded(base, path, data, lr=1e-2):
-    config = PeftConfig.from_pretrained(path)
-    config.inference_mode = False
+    config = woken(path)
     model = get_peft_model(base, config)
     adapter = {n: t for n, t in load_peft_weights(path).items() if "classifier" not in n}
     model.load_state_dict(
@@ -819,8 +825,7 @@ def without_the_task(base, path, data, lr=1e-2):
 
 @wrong("resume", SCRATCH)
 def never_loaded(base, path, data, lr=1e-2):
-    config = PeftConfig.from_pretrained(path)
-    config.inference_mode = False
+    config = woken(path)
     return finish(steps(get_peft_model(base, config), data, lr), path)
 
 
@@ -833,8 +838,7 @@ def settings_by_heart(base, path, data, lr=1e-2):
 
 @wrong("resume", "the adapter of the file is in the model as 'resumed', and 'default' is active")
 def loaded_and_not_active(base, path, data, lr=1e-2):
-    config = PeftConfig.from_pretrained(path)
-    config.inference_mode = False
+    config = woken(path)
     model = get_peft_model(base, config)
     model.load_adapter(path, "resumed", is_trainable=True)
     return finish(steps(model, data, lr), path)
@@ -1084,8 +1088,7 @@ def saved_after_each_step(base, path, data, lr=1e-2):
 
 @right("resume")
 def config_first(base, path, data, lr=1e-2):
-    config = PeftConfig.from_pretrained(path)
-    config.inference_mode = False
+    config = woken(path)
     model = get_peft_model(base, config)
     set_peft_model_state_dict(model, load_peft_weights(path))
     return finish(steps(model, data, lr), path)
@@ -1093,8 +1096,7 @@ def config_first(base, path, data, lr=1e-2):
 
 @right("resume")
 def loaded_over_a_fresh_one(base, path, data, lr=1e-2):
-    config = PeftConfig.from_pretrained(path)
-    config.inference_mode = False
+    config = woken(path)
     model = get_peft_model(base, config)
     model.load_adapter(path, "default", is_trainable=True)
     return finish(steps(model, data, lr), path)
