@@ -171,6 +171,9 @@ BAD = {
         "absolute": add(new_markdown_cell("[next](/99_none.ipynb)")),
         "picture": add(new_markdown_cell('<img src="none.png">')),
     },
+    "formulas_are_escaped_once": {
+        "doubled": add(new_markdown_cell(r"where $W_\\text{up}$ starts at zero")),
+    },
     "headings_in_order": {
         "no title": change(lambda nb: nb.cells[0].update(source="Title")),
         "two titles": add(new_markdown_cell("# Another")),

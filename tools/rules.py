@@ -359,6 +359,16 @@ def links_lead_somewhere(nb: NotebookNode, path: Path) -> Complaints:
     return found
 
 
+def formulas_are_escaped_once(nb: NotebookNode, path: Path) -> Complaints:
+    r"""A doubled backslash in a line's formula breaks the line, and \\text is no command then."""
+    found = []
+    for label, cell in _numbered(nb, "markdown"):
+        for formula in re.findall(r"(?<!\$)\$([^$\n]+)\$(?!\$)", _prose(cell)):
+            if re.search(r"\\\\[a-zA-Z]", formula):
+                found.append(f"{label}: a backslash too many in ${formula}$")
+    return found
+
+
 def headings_in_order(nb: NotebookNode, path: Path) -> Complaints:
     found, levels = [], []
     for label, cell in _numbered(nb, "markdown"):
@@ -415,6 +425,7 @@ RULES = (
     exercises_have_checks,
     solutions_match_stubs,
     links_lead_somewhere,
+    formulas_are_escaped_once,
     headings_in_order,
     clean_metadata,
     unique_cell_ids,
