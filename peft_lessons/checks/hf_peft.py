@@ -736,6 +736,9 @@ class _Served(_Quiet):
             inputs=_only("input_ids", "attention_mask", "token_type_ids")
         ),
         "it runs in train mode, with dropout": _served(mode=lambda model: None),
+        "these are probabilities: leave the softmax out": _served(
+            order=lambda rows, names: [row.softmax(-1) for row in rows]
+        ),
         "adapter_names is known to LoRA alone: (IA)³ takes it without a word, and every row is "
         "answered by the active adapter": _passed_on,
     },
@@ -813,14 +816,17 @@ class _Saved:
         clear: bool = True,
         anew: bool = False,
         clip: float = torch.inf,
+        every: int = 1,
         optimiser: type = torch.optim.AdamW,
     ) -> dict[str, torch.Tensor]:
         """What training makes of all that the file holds, from the values that it held."""
         model = copy.deepcopy(self.begun).train()
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = optimiser(params, lr=rate)
-        for batch in batches:
-            model(**batch).loss.backward()
+        for count, batch in enumerate(batches, 1):
+            (model(**batch).loss / every).backward()
+            if count % every:
+                continue
             nn.utils.clip_grad_norm_(params, clip)
             optimizer.step()
             if clear:
@@ -994,6 +1000,7 @@ def _moved_what_it_holds(model: nn.Module, saved: _Saved, batches: list) -> None
             saved.reference(batches, anew=True)
         ),
         "the gradients are clipped to a norm of 1": saved.reference(batches, clip=1.0),
+        "there is one step for two batches": saved.reference(batches, every=2),
         "the first batch is left out": saved.reference(batches[1:]),
         "the last batch is left out": saved.reference(batches[:-1]),
         "the batches are used twice": saved.reference(batches * 2),

@@ -626,6 +626,12 @@ def whole_output(model, inputs, adapters):
     return model(**inputs)
 
 
+@wrong("mixed_batch", "these are probabilities: leave the softmax out")
+@kept
+def probabilities(model, inputs, adapters):
+    return row_by_row(model, inputs, adapters).softmax(-1)
+
+
 @wrong("mixed_batch", "the argument inputs was changed")
 @kept
 def takes_from_inputs(model, inputs, adapters):
@@ -794,6 +800,23 @@ def base_awake_and_not_held(base, path, data, lr=1e-2):
     model = start(base, path)
     own = [p for p in model.parameters() if p.requires_grad]
     return finish(steps(model.requires_grad_(True), data, lr, own), path)
+
+
+@wrong("resume", "there is one step for two batches")
+def gradients_of_two_batches(base, path, data, lr=1e-2):
+    model = start(base, path)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for number, batch in enumerate(data, 1):
+        (model(**batch).loss / 2).backward()
+        if number % 2 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return finish(model, path)
+
+
+@wrong("resume", "the batches are used in another order")
+def last_batch_first(base, path, data, lr=1e-2):
+    return finish(steps(start(base, path), list(data)[::-1], lr), path)
 
 
 @wrong("resume", "the head alone has been trained")
