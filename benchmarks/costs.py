@@ -170,35 +170,45 @@ def answer(base: str, model: torch.nn.Module, rows: int):
     return run
 
 
+def add_costs(
+    results: Results, base: str, models: dict[tuple[str, str], torch.nn.Module], merged: tuple
+) -> None:
+    """Measure models of one base by turns, {(method, whose): model}, and add a row for each, and
+    for the course's own ones named in `merged` when they are merged."""
+    task = next(task for task, name in BASES.items() if name == base)
+    batches = list(itertools.islice(load_task(task).stream(BATCH[base], seed=0), ROUNDS))
+    steps = {way: stepper(model, batches) for way, model in models.items()}
+    steps |= {way: patched(step) for way, step in steps.items() if "with gradient" in way[0]}
+    seconds = measure.by_turns(steps, ROUNDS)
+    peaks = {way: measure.peak_bytes(step) for way, step in steps.items()}
+    trained = {way: measure.parameters(model).trainable for way, model in models.items()}
+    files = {way: adapter_bytes(m) for way, m in models.items() if injection_of(m)}
+    del steps
+    models = dict(models)
+    for method in merged:
+        models[f"{method}, merged", "ours"] = plain = deepcopy(models[method, "ours"])
+        merge(plain)
+        unload(plain)  # the plain base with other weights, no wrapper left
+    latency = {
+        rows: measure.by_turns({way: answer(base, m, rows) for way, m in models.items()}, n)
+        for rows, n in ANSWERS[base].items()
+    }
+    for way in models:
+        row = {"base": base, "method": way[0], "whose": way[1]}
+        row |= {"trainable": trained.get(way, 0), "file_bytes": files.get(way, 0)}
+        row |= {"seconds": f"{seconds.get(way, 0):.4f}", "peak_bytes": peaks.get(way, 0)}
+        row |= {f"answer_{n}": f"{latency[n][way]:.5f}" for n in latency}
+        results.add(**row)
+        print(*row.values(), flush=True)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     results = Results("costs", COLUMNS, anew=True)
-    for task, base in BASES.items():
-        batches = list(itertools.islice(load_task(task).stream(BATCH[base], seed=0), ROUNDS))
+    for base in BASES.values():
         models = {(method, "ours"): model for method, model in ours(base).items()}
         models |= {(method, "PEFT"): model for method, model in theirs(base).items()}
-        steps = {way: stepper(model, batches) for way, model in models.items()}
-        steps |= {way: patched(step) for way, step in steps.items() if "with gradient" in way[0]}
-        seconds = measure.by_turns(steps, ROUNDS)
-        peaks = {way: measure.peak_bytes(step) for way, step in steps.items()}
-        trained = {way: measure.parameters(model).trainable for way, model in models.items()}
-        files = {way: adapter_bytes(m) for way, m in models.items() if injection_of(m)}
-        del steps
-        for method in MERGED:
-            models[f"{method}, merged", "ours"] = merged = deepcopy(models[method, "ours"])
-            merge(merged)
-            unload(merged)  # the plain base with other weights, no wrapper left
-        latency = {
-            rows: measure.by_turns({way: answer(base, m, rows) for way, m in models.items()}, n)
-            for rows, n in ANSWERS[base].items()
-        }
-        for way in models:
-            row = {"base": base, "method": way[0], "whose": way[1]}
-            row |= {"trainable": trained.get(way, 0), "file_bytes": files.get(way, 0)}
-            row |= {"seconds": f"{seconds.get(way, 0):.4f}", "peak_bytes": peaks.get(way, 0)}
-            row |= {f"answer_{n}": f"{latency[n][way]:.5f}" for n in latency}
-            results.add(**row)
-            print(*row.values(), flush=True)
+        add_costs(results, base, models, MERGED)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""The study that lesson 13 chooses by: every method of the course, on little and on much data.
+
+    python benchmarks/choosing_study.py               # nine hours on one core
+    python benchmarks/choosing_study.py --backwards   # beside the first, on a second core
+
+Trains minilm on movie sentiment and tinylm on Jane Austen's novels, on all of the training split
+and on its first 1,000 and 100 examples, and adds a row for each run to
+data/results/choosing_study.csv. On less data every method is tried at three learning rates with
+one seed, and at the best by the validation split with two seeds more. On all of it the rate is the
+one that the studies of lessons 02 to 11 chose; what they had not tried is tried here.
+
+`memory` is what is left of what the base could do. minilm: the share of nouns whose category the
+nearest of other nouns' definitions has, by the mean of the last hidden states. tinylm: the
+perplexity of such definitions, on which it was pretrained.
+"""
+
+import sys
+from functools import partial
+
+import torch
+from adalora_study import schedule
+from additive_study import IA3S, TEXTS, P
+from common import BASES, CHOICES, STEPS, Results, base_of, fill, to_do
+from selective_study import NORMS, Watched, train_in_halves
+
+from peft_lessons import (
+    AdaLoRA,
+    BitFit,
+    BottleneckAdapter,
+    DoRA,
+    History,
+    LoRA,
+    MixAndMatch,
+    PartialFineTuning,
+    Prefix,
+    Prompt,
+    QLoRA,
+    evaluate,
+    fit,
+    freeze,
+    inject,
+    load_task,
+    load_tokenizer,
+    measure,
+)
+from peft_lessons.tasks import LanguageTask, Split
+
+ALL = 0  # examples; a row says how many they are
+SIZES = (ALL, 100, 1000)
+FEW_STEPS = {"sentiment": 100, "austen": 50}  # on 100 examples
+FACTORS = {"rank": 8, "alpha": 16}
+WIDTHS = {"sentiment": (16, 8), "austen": (64, 56)}  # of an adapter, and of one beside a prefix
+TOKENS = {"sentiment": 8, "austen": 16}  # of the prefix beside an adapter
+QV = {"sentiment": ("query", "value"), "austen": ("q_proj", "v_proj")}
+ONE_IN = 200  # numbers that diff pruning keeps
+RATES = {  # (on all examples; three around them on less): the middle one if there is but one
+    "sentiment": {
+        "head": (3e-2,),
+        "norms": (3e-3,),
+        "bitfit": (3e-3,),
+        "last two": (3e-4,),
+        "full": (2e-4,),
+        "lora": (3e-3,),
+        "lora, all linear": (1e-3, 3e-3),
+        "qlora": (1e-3, 3e-3),
+        "dora, all linear": (1e-3, 3e-3),
+        "adalora": (3e-3, 1e-2),
+        "pfeiffer": (1e-3, 3e-3),
+        "parallel": (1e-3,),
+        "mixed": (1e-3,),
+        "ia3": (3e-2,),
+        "prompt": (3e-2,),
+        "prefix": (3e-2,),
+        "diff": (1e-2,),
+    },
+    "austen": {
+        "base": (0.0,),
+        "norms": (3e-2,),
+        "last two": (1e-2,),
+        "full": (3e-3,),
+        "lora": (1e-2, 3e-2, 1e-1),
+        "lora, all linear": (3e-2,),
+        "qlora": (3e-2,),
+        "dora, all linear": (1e-2, 3e-2, 1e-1),
+        "adalora": (1e-2, 3e-2, 1e-1),
+        "pfeiffer": (1e-2,),
+        "parallel": (3e-3,),
+        "mixed": (3e-3,),
+        "ia3": (3e-1,),
+        "prompt": (1e-1,),
+        "prefix": (1.0,),
+        "diff": (1e-2,),
+    },
+}
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+NAMES = ("task", "method", "examples")
+COLUMNS = (
+    *(*NAMES, "lr", "seed", "steps", "trainable"),
+    *("validation", "test", "test_loss", "memory", "seconds_per_step"),
+)
+
+
+def rates_of(task: str, method: str, examples: int) -> tuple[float, ...]:
+    """The learning rates to try."""
+    rates = RATES[task][method]
+    if examples == ALL or not any(rates):
+        return rates
+    if method == "full" and task == "sentiment":
+        return (1e-4, 2e-4, 4e-4)
+    middle = LADDER.index(rates[len(rates) // 2])
+    return LADDER[middle - 1 : middle + 2]
+
+
+def method_of(task: str, method: str, steps: int):
+    """The description of a method; None for those that train the base as it is."""
+    width, beside = WIDTHS[task]
+    return {
+        "norms": lambda: PartialFineTuning(patterns=NORMS[task]),
+        "bitfit": BitFit,
+        "last two": lambda: PartialFineTuning(last=2),
+        "lora": lambda: LoRA(**FACTORS, targets=QV[task]),
+        "lora, all linear": lambda: LoRA(**FACTORS),
+        "qlora": lambda: QLoRA(**FACTORS),
+        "dora, all linear": lambda: DoRA(**FACTORS),
+        "adalora": lambda: AdaLoRA(12, 8, 16, "all-linear", **schedule(steps), total_steps=steps),
+        "pfeiffer": lambda: BottleneckAdapter(width),
+        "parallel": lambda: BottleneckAdapter(width, "parallel", activation="relu", scale=4),
+        "mixed": lambda: MixAndMatch(TOKENS[task], beside, scale=4),
+        "ia3": lambda: IA3S[task],
+        "prompt": lambda: Prompt(P, init=TEXTS[task], tokenizer=load_tokenizer(BASES[task])),
+        "prefix": lambda: Prefix(P),
+        "diff": Watched,
+    }.get(method, lambda: None)()
+
+
+def build(task: str, method: str, steps: int, seed: int) -> torch.nn.Module:
+    """The base with a method in it, ready to train."""
+    model = base_of(task, seed)
+    if description := method_of(task, method, steps):
+        inject(model, description)
+    elif method != "full":  # the head, or nothing
+        freeze(model)
+    return model
+
+
+def train(model, task, method: str, steps: int, lr: float, seed: int) -> History:
+    """At a rate of 0 nothing trains: what the base itself gives."""
+    if not lr:
+        return History()
+    if method == "diff":
+        return train_in_halves(model, task, steps, ONE_IN, lr, seed, [])
+    return fit(model, task, steps, lr=lr, seed=seed, show=False)
+
+
+def definitions() -> LanguageTask:
+    """Definitions of nouns, as tinylm read them in its pretraining."""
+    nouns, tokenizer = load_task("wordnet"), load_tokenizer("tinylm")
+    texts = tuple(nouns.texts("test"))
+    tokens = [tokenizer(text)["input_ids"] for text in texts]
+    blocks = Split(texts, tuple((*ids, tokenizer.eos_token_id) for ids in tokens))
+    return LanguageTask("definitions", {"test": blocks}, tokenizer, 128)
+
+
+@torch.no_grad()
+def vectors(model, task, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors (texts, width), the means of the last hidden states, and the labels (texts,)."""
+    model.eval()
+    found, labels = [], []
+    for batch in task.batches(split, 64, by_length=True):
+        labels.append(batch.pop("labels"))
+        mask = batch["attention_mask"][..., None]  # (texts, tokens, 1)
+        states = model(**batch, output_hidden_states=True).hidden_states[-1]
+        states = states[:, -mask.shape[1] :]  # behind a prompt, if there is one
+        found.append((states * mask).sum(dim=1) / mask.sum(dim=1))
+    return torch.nn.functional.normalize(torch.cat(found)), torch.cat(labels)
+
+
+def memory(model, known) -> float:
+    """What the model still can of what the base could: see the top of the file."""
+    if isinstance(known, LanguageTask):
+        return evaluate(model, known).perplexity
+    (near, names), (asked, labels) = (vectors(model, known, split) for split in ("train", "test"))
+    return (names[(asked @ near.T).argmax(dim=1)] == labels).float().mean().item()
+
+
+def run(tasks: dict, known: dict, name: str, method: str, examples: int, lr: float, seed: int):
+    """Train one point and return its measured columns."""
+    task = tasks[name]
+    if examples < task.size("train"):
+        task = task.limit(train=examples)
+    steps = FEW_STEPS[name] if examples == 100 else STEPS[name]
+    model = build(name, method, steps, seed)
+    trainable = measure.parameters(model).trainable if lr else 0
+    history = train(model, task, method, steps, lr, seed)
+
+    def score(split: str) -> tuple[str, str]:
+        scores = evaluate(model, task, split)
+        quality = scores.perplexity if scores.accuracy is None else scores.accuracy
+        return f"{quality:.5f}", f"{scores.loss:.5f}"
+
+    test, test_loss = score("test")
+    return {
+        "steps": steps if lr else 0,
+        "trainable": trainable,
+        "validation": score("validation")[0],
+        "test": test,
+        "test_loss": test_loss,
+        "memory": f"{memory(model, known[name]):.5f}",
+        "seconds_per_step": f"{history.seconds / max(1, len(history.loss)):.4f}",
+    }
+
+
+def main(backwards: bool) -> None:
+    torch.set_num_threads(1)
+    results = Results("choosing_study", COLUMNS)
+    tasks = {
+        "sentiment": load_task("sentiment"),
+        "austen": load_task("austen").limit(validation=250),
+    }
+    known = {
+        "sentiment": load_task("wordnet").limit(train=780),
+        "austen": definitions(),
+    }
+    for size in SIZES:
+        for name in list(tasks)[:: -1 if backwards else 1]:
+            examples = size or tasks[name].size("train")
+            rates = {
+                (name, method, examples): rates_of(name, method, size) for method in RATES[name]
+            }
+            left = partial(to_do, results, NAMES, rates, CHOICES[name])
+            run_one = partial(run, tasks, known)
+            fill(results, (*NAMES, "lr", "seed"), left, run_one, backwards)
+
+
+if __name__ == "__main__":
+    main("--backwards" in sys.argv)
