@@ -46,7 +46,6 @@ from peft_lessons import (
 from peft_lessons.tasks import LanguageTask, Split
 
 ALL = 0  # examples; a row says how many they are
-SIZES = (ALL, 100, 1000)
 FEW_STEPS = {"sentiment": 100, "austen": 50}  # on 100 examples
 FACTORS = {"rank": 8, "alpha": 16}
 WIDTHS = {"sentiment": (16, 8), "austen": (64, 56)}  # of an adapter, and of one beside a prefix
@@ -92,6 +91,12 @@ RATES = {  # (on all examples; three around them on less): the middle one if the
         "diff": (1e-2,),
     },
 }
+FAMILIES = (  # on less data these come first, then their relatives
+    *("head", "base", "norms", "bitfit", "last two", "full", "lora", "lora, all linear"),
+    *("pfeiffer", "ia3", "prompt", "prefix"),
+)
+EVERY = tuple(dict.fromkeys(method for rates in RATES.values() for method in rates))
+STAGES = ((ALL, EVERY), (100, FAMILIES), (1000, FAMILIES), (100, EVERY), (1000, EVERY))
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 NAMES = ("task", "method", "examples")
 COLUMNS = (
@@ -221,11 +226,13 @@ def main(backwards: bool) -> None:
         "sentiment": load_task("wordnet").limit(train=780),
         "austen": definitions(),
     }
-    for size in SIZES:
+    for size, methods in STAGES:
         for name in list(tasks)[:: -1 if backwards else 1]:
             examples = size or tasks[name].size("train")
             rates = {
-                (name, method, examples): rates_of(name, method, size) for method in RATES[name]
+                (name, method, examples): rates_of(name, method, size)
+                for method in RATES[name]
+                if method in methods
             }
             left = partial(to_do, results, NAMES, rates, CHOICES[name])
             run_one = partial(run, tasks, known)
