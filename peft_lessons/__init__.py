@@ -26,6 +26,7 @@ from .methods.prompt import Prompt, PromptTuning, prompt_of, prompts_for_rows
 from .methods.qlora import NF4Linear, QLoRA, dequantize
 from .methods.selective import BitFit, DiffPruning, PartialFineTuning, prune_diff
 from .methods.unified import MixAndMatch
+from .methods.variants import OFT, LoftQ, LoRAPlus, PiSSA, VeRA
 from .models import load_model, load_tokenizer, write
 from .proof import (
     adapter_bytes,
@@ -55,6 +56,7 @@ from .training import History, Scores, TrainingDiverged, evaluate, fit, standard
 
 __all__ = [
     "IA3",
+    "OFT",
     "AdaLoRA",
     "Adapter",
     "BitFit",
@@ -69,9 +71,12 @@ __all__ = [
     "LinearWithLoRA",
     "LoRA",
     "LoRALayer",
+    "LoRAPlus",
+    "LoftQ",
     "MixAndMatch",
     "NF4Linear",
     "PartialFineTuning",
+    "PiSSA",
     "Prefix",
     "PrefixTuning",
     "Prompt",
@@ -79,6 +84,7 @@ __all__ = [
     "QLoRA",
     "Scores",
     "TrainingDiverged",
+    "VeRA",
     "adapter_bytes",
     "against_peft",
     "agreement",

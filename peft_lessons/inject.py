@@ -32,8 +32,8 @@ class Method:
     """Base class of the frozen dataclasses that describe a method (`LoRA(rank=8, ...)`).
 
     A method changes the base in up to three ways, and overrides what it needs of
-    `wrap` (a module in the place of each target), `attach` (one module for the whole model) and
-    `select` (parameters of the base that train themselves).
+    `wrap` (a module in the place of each target; `wrap_all` where these share something), `attach`
+    (one module for the whole model) and `select` (parameters of the base that train themselves).
 
     `find`, `check`, `wrap` and `attach` must work on a meta model, which has shapes and no values:
     `load_adapter` tries them there first. An attached module must not hold a module of the base
@@ -109,6 +109,11 @@ class Method:
     def wrap(self, path: str, layer: nn.Module) -> Adapted:
         """The module that takes the place of `layer`."""
         raise NotImplementedError
+
+    def wrap_all(self, layers: Mapping[str, nn.Module]) -> dict[str, Adapted]:
+        """The modules that take the places of all targets, {path: module}; by default each is made
+        by itself. One whose layers share something makes it here."""
+        return {path: self.wrap(path, layer) for path, layer in layers.items()}
 
     def attach(self, model: nn.Module) -> tuple[nn.Module, list] | None:
         """One module for the whole model and the hook handles that make it work, or None."""
@@ -661,7 +666,8 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     shapes = {path: tuple(getattr(weight, "shape", ())) for path, weight in weights.items()}
     were_trainable = {n: p.requires_grad for n, p in parameters.items()}
     try:
-        wrappers = {p: _in_mode_of(layer, method.wrap(p, layer)) for p, layer in targets.items()}
+        made = method.wrap_all(targets)
+        wrappers = {path: _in_mode_of(layer, made[path]) for path, layer in targets.items()}
         attached, handles = method.attach(model) or (None, [])
         if not (wrappers or attached or chosen):
             raise ValueError(f"{type(method).__name__} finds nothing to train in this model")

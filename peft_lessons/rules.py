@@ -78,20 +78,23 @@ FLAG = needs(lambda v: isinstance(v, bool), "must be True or False")
 
 SETTINGS: dict[str, Rule] = {
     **dict.fromkeys(("rank", "initial_rank", "target_rank", "delta", "total_steps"), whole(1)),
-    **dict.fromkeys(("tinit", "tfinal"), whole(0)),
+    **dict.fromkeys(("tinit", "tfinal", "iterations"), whole(0)),
     **dict.fromkeys(("width", "bottleneck_size", "hidden_size", "dim", "kv_dim"), whole(1)),
     **dict.fromkeys(("ff_dim", "embed_dim", "head_dim", "num_layers", "num_heads"), whole(1)),
     **dict.fromkeys(("tokens", "num_tokens", "prefix_length"), whole(1)),
     **dict.fromkeys(("steps", "batch_size", "checkpoint_every", "repeats", "keep"), whole(1)),
     "max_length": whole(1),
+    "block_size": whole(2),
     **dict.fromkeys(("projection", "last", "eval_every"), or_none(whole(1))),
     **dict.fromkeys(("alpha", "scale", "adapter_scalar", "lr", "epochs"), POSITIVE),
+    **dict.fromkeys(("lr_ratio", "d_initial"), POSITIVE),
     "seed": needs(
         lambda v: type(v) is int and 0 <= v < 2**32, "must be a whole number (an int) below 2**32"
     ),
     **dict.fromkeys(("beta1", "beta2"), INNER),
     **dict.fromkeys(("orthogonal", "sparsity", "weight_decay"), NOT_NEGATIVE),
     **dict.fromkeys(("rslora", "double_quant", "structured", "gates"), FLAG),
+    **dict.fromkeys(("principal", "neumann"), FLAG),
     "dropout": number(
         lambda v: 0 <= v < 1, "must lie in [0, 1): 0 switches it off, 1 drops everything"
     ),
@@ -317,3 +320,17 @@ def _indices(value: tuple[torch.Tensor, int, int]) -> str | None:
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
         return f"lie outside 0 to {size - 1}"
     return None if len(indices.unique()) == len(indices) else "are there twice"
+
+# ---------------- 14: a start for four bits, and blocks that are rotated
+
+THINGS["start"] = needs(
+    lambda v: v[0] or v[1],
+    "must be (iterations, principal), one of them on: with neither, A and B would be 0 both and "
+    "never learn; QLoRA is what starts from no correction",
+)
+
+
+@about("blocks")
+def _blocks(value: tuple[int, int]) -> str | None:
+    size, width = value
+    return None if width % size == 0 else f"must be (block_size, in) with in a multiple of {size}"

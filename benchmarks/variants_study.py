@@ -1,0 +1,135 @@
+"""The study of lesson 14: variants of LoRA, ranks, and what is left of the base afterwards.
+
+    python benchmarks/variants_study.py               # two hours on one core
+    python benchmarks/variants_study.py --backwards   # beside the first, on a second core
+
+Trains tinylm on Jane Austen's novels for 100 steps, all its linear layers (its embedding too in
+full fine-tuning), and adds a row for each run to data/results/variants_study.csv. Every setting is
+tried at each of its learning rates with one seed; the best one by the validation split is run with
+two more. alpha is 16 throughout; `rank` is the block size of OFT.
+
+`validation`, `test` and `memory` are perplexities; `memory` that of definitions, on which tinylm
+was pretrained: what is left of what the base could do.
+
+`intruders` counts over all linear layers those of the K strongest left singular vectors of the
+trained weight whose cosine with every left singular vector of the base's weight is below EPSILON
+(Shuttleworth et al. 2024, algorithm 1). `nearest` is the mean, over all layers and the K vectors,
+of the largest cosine: 1 if all are where they were.
+"""
+
+import sys
+from functools import partial
+
+import torch
+from choosing_study import definitions, memory
+from common import STEPS, Results, base_of, tune
+
+from peft_lessons import (
+    OFT,
+    LoftQ,
+    LoRA,
+    LoRAPlus,
+    PiSSA,
+    VeRA,
+    dequantize,
+    evaluate,
+    fit,
+    inject,
+    injection_of,
+    load_task,
+    measure,
+    merge,
+)
+from peft_lessons.inject import find_targets
+
+TASK, ALPHA = "austen", 16
+K, EPSILON = 10, 0.5
+NAMES = ("task", "method", "rank")
+MIDDLE = (1e-2, 3e-2, 1e-1)  # around the best rate of LoRA of rank 8
+LOWER = (1e-3, 3e-3, 1e-2)
+SETTINGS = {  # (method, rank): rates, what matters most first
+    ("lora", 8): MIDDLE,
+    ("full", 0): (3e-3,),  # of the four that lesson 03's study tried
+    ("lora", 1): MIDDLE,
+    ("lora", 64): MIDDLE,
+    ("rslora", 64): LOWER,
+    ("lora+", 8): LOWER,
+    ("pissa", 8): LOWER,
+    ("lora", 16): MIDDLE,
+    ("oft", 32): LOWER,
+    ("vera", 64): (1e-1, 3e-1, 1.0),
+    ("loftq", 8): (3e-3, 1e-2, 3e-2),
+    ("qpissa", 8): LOWER,
+}
+COLUMNS = (
+    *(*NAMES, "lr", "seed", "steps", "trainable"),
+    *("validation", "test", "test_loss", "memory"),
+    *("intruders", "nearest", "seconds_per_step"),
+)
+
+
+def method_of(method: str, rank: int):
+    """The description of a setting; None for full fine-tuning."""
+    return {
+        "lora": lambda: LoRA(rank, ALPHA),
+        "rslora": lambda: LoRA(rank, ALPHA, rslora=True),
+        "lora+": lambda: LoRAPlus(rank, ALPHA),
+        "pissa": lambda: PiSSA(rank, ALPHA),
+        "vera": lambda: VeRA(rank),
+        "oft": lambda: OFT(rank),
+        "loftq": lambda: LoftQ(rank, ALPHA),
+        "qpissa": lambda: LoftQ(rank, ALPHA, iterations=0, principal=True),
+    }.get(method, lambda: None)()
+
+
+@torch.no_grad()
+def cosines(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """(K,): of each of the strongest left singular vectors of `after`, (out, in), the largest
+    cosine, without its sign, with one of `before`."""
+    old, new = (torch.linalg.svd(w.double(), full_matrices=False).U for w in (before, after))
+    return (old.T @ new[:, :K]).abs().amax(dim=0)
+
+
+def compared(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[int, float]:
+    """(intruders, nearest) of a trained model, whose method is merged by this, beside the weights
+    of its base, {path of a layer: (out, in)}."""
+    if injection := injection_of(model):
+        if isinstance(injection.method, LoftQ):
+            dequantize(model)
+        merge(model)
+    found = torch.stack([cosines(w, model.get_submodule(p).weight) for p, w in weights.items()])
+    return int((found < EPSILON).sum()), found.mean().item()
+
+
+def run(task, known, name: str, method: str, rank: int, lr: float, seed: int) -> dict:
+    """Train one point and return its measured columns."""
+    model = base_of(name, seed)
+    layers = find_targets(model, "all-linear", (torch.nn.Linear,))
+    weights = {path: layer.weight.detach().clone() for path, layer in layers.items()}
+    if description := method_of(method, rank):
+        inject(model, description)
+    trainable = measure.parameters(model).trainable
+    history = fit(model, task, STEPS[name], lr=lr, seed=seed, show=False)
+    test = evaluate(model, task, "test")
+    row = {
+        "steps": STEPS[name],
+        "trainable": trainable,
+        "validation": f"{evaluate(model, task, 'validation').perplexity:.5f}",
+        "test": f"{test.perplexity:.5f}",
+        "test_loss": f"{test.loss:.5f}",
+        "memory": f"{memory(model, known):.5f}",
+        "seconds_per_step": f"{history.seconds / STEPS[name]:.4f}",
+    }
+    intruders, nearest = compared(weights, model)
+    return row | {"intruders": intruders, "nearest": f"{nearest:.5f}"}
+
+
+def main(backwards: bool) -> None:
+    torch.set_num_threads(1)
+    results, task = Results("variants_study", COLUMNS), load_task(TASK).limit(validation=250)
+    rates = {(TASK, *setting): tried for setting, tried in SETTINGS.items()}
+    tune(results, NAMES, rates, partial(run, task, definitions()), min, backwards)
+
+
+if __name__ == "__main__":
+    main("--backwards" in sys.argv)
