@@ -1,0 +1,687 @@
+"""LoRA+, PiSSA, LoftQ, VeRA and OFT: beside PEFT's, and what is their own."""
+
+import warnings
+from copy import deepcopy
+from dataclasses import replace
+
+import bitsandbytes.functional as bnb
+import peft
+import pytest
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
+from tiny import (
+    EACH,
+    MODELS,
+    TARGETS,
+    batch_of,
+    close,
+    lora_config,
+    lora_pair,
+    moved,
+    refused,
+    rewrite,
+    same,
+    state,
+    step_of_both,
+    task_of,
+    task_type,
+    tiny_llama,
+)
+from torch import nn
+
+from peft_lessons import (
+    OFT,
+    LoftQ,
+    LoRA,
+    LoRAPlus,
+    NF4Linear,
+    PiSSA,
+    QLoRA,
+    VeRA,
+    dequantize,
+    fit,
+    inject,
+    injection_of,
+    load_adapter,
+    merge,
+    read_adapter,
+    report,
+    save_adapter,
+    unload,
+    unmerge,
+    with_method,
+)
+from peft_lessons.adapters_io import WEIGHTS
+from peft_lessons.methods.variants import (
+    LinearWithPiSSA,
+    alternate,
+    cayley,
+    cayley_neumann,
+    leading,
+    rotated,
+    skew,
+)
+
+BOTH = pytest.mark.parametrize("neumann", [True, False])
+
+
+def wide():
+    """Every width a multiple of 64, as four bits need it."""
+    return tiny_llama(intermediate_size=128)
+
+
+def added(model):
+    return dict(injection_of(model).added())
+
+
+# ------------------------------------------------------------------ all of them
+
+
+@EACH
+@pytest.mark.parametrize("method", [LoRAPlus(4, 6.0), PiSSA(4, 6.0), VeRA(12), OFT(16)])
+def test_at_the_start_it_is_the_base(name, method):
+    base, batch = MODELS[name](), batch_of(name)
+    inside = with_method(base, replace(method, targets=TARGETS[name]))
+    assert torch.equal(inside(**batch).logits, base(**batch).logits)
+
+
+@EACH
+@pytest.mark.parametrize(
+    "method", [LoRAPlus(4, 6.0), PiSSA(4, 6.0), VeRA(12), OFT(16), OFT(16, neumann=False)]
+)
+def test_merge_and_unmerge(name, method):
+    model, batch = MODELS[name](), batch_of(name)
+    before, plain = state(model), model(**batch).logits
+    inject(model, replace(method, targets=TARGETS[name]))
+    with torch.no_grad():
+        for _, p in injection_of(model).added():
+            p.add_(0.1 * torch.randn_like(p))
+    expected = model(**batch).logits
+    assert (expected - plain).abs().max() > 1e-3
+    merge(model)
+    close(model(**batch).logits, expected, 1e-5)
+    unmerge(model)
+    close(model(**batch).logits, expected, 1e-5)
+    merge(model)
+    unload(model)
+    close(model(**batch).logits, expected, 1e-5)
+    assert list(before) == list(state(model))
+
+
+@pytest.mark.parametrize("method", [LoRAPlus(4), PiSSA(4), VeRA(12), OFT(16), LoftQ(4)])
+def test_in_a_16_bit_base_what_learns_has_32(method):
+    model, batch = wide().bfloat16(), batch_of("llama")
+    plain = model(**batch).logits
+    inject(model, method)
+    assert {p.dtype for p in added(model).values()} == {torch.float32}
+    output = model(**batch)
+    assert output.logits.dtype == torch.bfloat16
+    if not isinstance(method, LoftQ):
+        assert torch.equal(output.logits, plain)
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in added(model).values())
+
+
+@pytest.mark.parametrize("method", [LoRAPlus(4), PiSSA(4), LoftQ(4), VeRA(12), OFT(16)])
+def test_fit_lowers_the_loss(method):
+    model = wide()
+    inject(model, method)
+    history = fit(model, task_of("llama"), 20, show=False)
+    assert history.smooth_loss()[-1] < history.loss[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: LoRAPlus(lr_ratio=0.0), "lr_ratio=0.0 must be"),
+        (lambda: LoRAPlus(rank=0), "LoRAPlus: rank=0"),
+        (lambda: PiSSA(alpha=-1.0), "PiSSA: alpha=-1.0"),
+        (lambda: LoftQ(iterations=-1), "iterations=-1 must be"),
+        (lambda: LoftQ(iterations=0), r"start=\(0, False\).*QLoRA is what starts from no"),
+        (lambda: LoftQ(principal=1), "principal=1 must be True or False"),
+        (lambda: VeRA(rank=0), "VeRA: rank=0"),
+        (lambda: VeRA(d_initial=0.0), "d_initial=0.0 must be"),
+        (lambda: VeRA(seed=-1), "seed=-1 must be"),
+        (lambda: VeRA(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
+        (lambda: OFT(block_size=1), "block_size=1 must be at least 2"),
+        (lambda: OFT(neumann=None), "neumann=None must be True or False"),
+    ],
+)
+def test_settings_that_make_no_sense(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (OFT(48), r"'model.layers.0.self_attn.q_proj': blocks=\(48, 64\) must be"),
+        (PiSSA(20), "rank=40 is above min"),
+        (LoftQ(65), "rank=65 is above min"),
+        (VeRA(8, ("nope",)), "'nope' matches no module"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(method, told):
+    model = wide()
+    with refused(model, told):
+        inject(model, method)
+
+
+# ------------------------------------------------------------------ LoRA+
+
+
+def test_b_learns_at_its_own_rate():
+    """The first step of Adam moves each number by its rate, if it has a gradient: A has none while
+    B is 0."""
+    model, rate = MODELS["llama"](), 1e-4
+    inject(model, LoRAPlus(4, 6.0, ("q_proj", "down_proj"), lr_ratio=7.0))
+    moved(model)
+    before = {name: p.detach().clone() for name, p in added(model).items()}
+    fit(model, task_of("llama"), 1, lr=rate, warmup=0.0, show=False)
+    for name, p in added(model).items():
+        step = (p - before[name]).abs().max().item()
+        assert step == pytest.approx(rate * (7 if name.endswith("lora_B") else 1), rel=0.02)
+
+
+def test_peft_s_optimiser_has_the_same_rates():
+    theirs, ours = lora_pair(tiny_llama(), LoRAPlus(4, 6.0, TARGETS["llama"]))
+    made = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    factors = injection_of(ours).method.rate_factors
+    for name, p in theirs.named_parameters():
+        if p.requires_grad:
+            factor = factors["lora.lora_B"] if "lora_B" in name else 1.0
+            assert rates[id(p)] == pytest.approx(1e-4 * factor)
+
+
+# ------------------------------------------------------------------ PiSSA
+
+
+def pissa_pair(name, rslora=False):
+    """(PEFT's model, ours) on copies of one base, as they start, and the base."""
+    base, method = MODELS[name](), PiSSA(4, 6.0, TARGETS[name], rslora=rslora)
+    config = lora_config(method, task_type(name), init_lora_weights="pissa")
+    ours = with_method(base, method)
+    theirs = peft.get_peft_model(deepcopy(base), config)
+    return theirs.eval(), ours.eval(), base
+
+
+def layers_of(theirs, ours):
+    """(their layer, our wrapper) of each target."""
+    for path, wrapper in injection_of(ours).wrappers.items():
+        yield theirs.base_model.model.get_submodule(path), wrapper
+
+
+@EACH
+@pytest.mark.parametrize("rslora", [False, True])
+@torch.no_grad()
+def test_pissa_starts_as_peft_s(name, rslora):
+    theirs, ours, _ = pissa_pair(name, rslora)
+    for layer, wrapper in layers_of(theirs, ours):
+        close(wrapper.lora.delta_weight(), layer.get_delta_weight("default"), 1e-5, "BA")
+        residual = wrapper.base.weight - wrapper.lora.delta_weight()
+        close(residual, layer.base_layer.weight, 1e-5, "residual")
+        # The signs of singular vectors are free, and their sizes are not.
+        A = layer.lora_A["default"].weight
+        close(wrapper.lora.lora_A.abs(), A.abs(), 1e-4, "A")
+        close(wrapper.lora.lora_A.norm(), wrapper.lora.lora_B.norm(), 1e-4, "equal shares")
+
+
+@EACH
+def test_pissa_after_training_is_peft_s(name):
+    theirs, ours, _ = pissa_pair(name)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for layer, wrapper in layers_of(theirs, ours):
+            for factor in ("lora_A", "lora_B"):
+                p = getattr(wrapper.lora, factor)
+                p.add_(0.1 * torch.randn_like(p))
+                getattr(layer, factor)["default"].weight.copy_(p)
+    step_of_both(theirs, ours, batch_of(name), 2e-5)  # W is never taken apart here
+    for layer, wrapper in layers_of(theirs, ours):
+        for factor in ("lora_A", "lora_B"):
+            grad = getattr(layer, factor)["default"].weight.grad
+            close(getattr(wrapper.lora, factor).grad, grad, 2e-6, factor)
+    merge(ours)
+    merged = theirs.merge_and_unload()
+    for path, wrapper in injection_of(ours).wrappers.items():
+        close(wrapper.base.weight, merged.get_submodule(path).weight, 1e-5, path)
+
+
+@torch.no_grad()
+def test_pissa_with_dropout_drops_what_peft_drops():
+    base, method = tiny_llama(), PiSSA(4, 6.0, ("q_proj",), dropout=0.5)
+    ours = with_method(base, method).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = lora_config(method, init_lora_weights="pissa")
+        theirs = peft.get_peft_model(deepcopy(base), config).train()
+    layer, wrapper = next(layers_of(theirs, ours))
+    x = torch.randn(5, 64)
+    torch.manual_seed(3)
+    expected = layer(x)
+    torch.manual_seed(3)
+    close(wrapper(x), expected, 1e-5)
+    assert (wrapper(x) - base.model.layers[0].self_attn.q_proj(x)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_its_file_is_a_lora_of_twice_the_rank(rslora, tmp_path):
+    base = tiny_llama()
+    model = moved(with_method(base, PiSSA(3, 6.0, ("q_proj", "down_proj"), rslora=rslora)))
+    save_adapter(model, tmp_path)
+    config, tensors, _ = read_adapter(tmp_path)
+    assert (config["r"], config["use_rslora"]) == (6, rslora)
+    assert config["lora_alpha"] == pytest.approx(6 * 2**0.5 if rslora else 12)
+    assert "init_lora_weights" not in config
+    assert {key.rpartition(".")[0].rpartition(".")[2] for key in tensors} == {"lora_A", "lora_B"}
+    again = deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert type(injection_of(again).method) is LoRA
+    close(again(**batch_of("llama")).logits, model(**batch_of("llama")).logits, 5e-6)
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base")
+def test_what_peft_converts_is_what_we_save(tmp_path):
+    base = tiny_llama()
+    config = lora_config(PiSSA(4, 6.0, TARGETS["llama"]), init_lora_weights="pissa")
+    theirs = peft.get_peft_model(deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path / "start")
+    ours = with_method(base, PiSSA(4, 6.0, TARGETS["llama"]))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for layer, wrapper in layers_of(theirs, ours):
+            for factor in ("lora_A", "lora_B"):
+                p = getattr(wrapper.lora, factor)
+                p.add_(0.1 * torch.randn_like(p))
+                getattr(layer, factor)["default"].weight.copy_(p)
+    start = str(tmp_path / "start")
+    theirs.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=start)
+    save_adapter(ours, tmp_path / "ours")
+    a, b = (load_file(tmp_path / whose / WEIGHTS) for whose in ("theirs", "ours"))
+    assert a.keys() == b.keys() and {t.shape for t in a.values()} == {t.shape for t in b.values()}
+    batch, opened = batch_of("llama"), deepcopy(base)
+    load_adapter(opened, tmp_path / "theirs")
+    expected = ours(**batch).logits
+    close(opened(**batch).logits, expected, 1e-5)
+    back = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path / "ours").eval()
+    close(back(**batch).logits, expected, 1e-5)
+
+
+def test_a_file_that_needs_another_base_is_refused(tmp_path):
+    """What PEFT saves of a PiSSA as it is belongs on the residual, which no file holds."""
+    base = tiny_llama()
+    config = lora_config(PiSSA(4, 6.0, ("q_proj",)), init_lora_weights="pissa")
+    peft.get_peft_model(deepcopy(base), config).save_pretrained(tmp_path)
+    with refused(base, "init_lora_weights='pissa'"):
+        load_adapter(base, tmp_path)
+
+
+def test_leading_is_the_best_approximation():
+    W = torch.randn(48, 96)
+    A, B = leading(W, 5)
+    S = torch.linalg.svdvals(W)
+    assert (W - B @ A).norm().item() == pytest.approx(S[5:].norm().item(), rel=1e-5)
+    close(A @ A.T, torch.diag(S[:5]), 1e-4)
+    close(B.T @ B, torch.diag(S[:5]), 1e-4)
+    assert leading(W.double(), 5)[0].dtype == torch.float64
+    assert leading(W.bfloat16(), 5)[0].dtype == torch.float32
+
+
+# ------------------------------------------------------------------ LoftQ
+
+
+def spectrum(decay, size=128, seed=0):
+    torch.manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(size, size)).Q for _ in range(2))
+    W = U * torch.arange(1, size + 1) ** -float(decay) @ V.T
+    return W * (size / W.norm())
+
+
+def by_bnb(weight):
+    """A weight in 4 bits and back, by bitsandbytes."""
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
+
+
+def by_us(weight):
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight)
+    return NF4Linear(linear, double_quant=False).weight
+
+
+def error(weight, parts):
+    A, B, Q = parts
+    return (weight - Q - B @ A).norm().item()
+
+
+def test_alternating_written_once_more():
+    W, rank = spectrum(0.5), 8
+    for quantize in (by_bnb, by_us):
+        product = torch.zeros_like(W)
+        for _ in range(3):
+            Q = quantize(W - product)
+            U, S, V = torch.linalg.svd(W - Q)
+            product = U[:, :rank] @ torch.diag(S[:rank]) @ V[:rank]
+        A, B, found = alternate(W, rank, quantize, 3)
+        close(found, Q, 1e-5)
+        close(B @ A, product, 1e-4)
+
+
+def test_errors_fall_and_their_order_is_the_spectrum_s():
+    for decay in (0, 1):
+        W = spectrum(decay)
+        plain = (W - by_us(W)).norm().item()
+        ours = [error(W, alternate(W, 8, by_us, n)) for n in (1, 5)]
+        qpissa = error(W, alternate(W, 8, by_us, 0, principal=True))
+        both = error(W, alternate(W, 8, by_us, 5, principal=True))
+        assert plain > ours[0] > ours[1] and both < qpissa < plain
+        assert (qpissa < ours[1]) == (decay == 1)
+
+
+@pytest.mark.parametrize("method", [LoftQ(4, 6.0), LoftQ(4, 6.0, iterations=0, principal=True)])
+def test_in_the_model_it_is_nearer_than_qlora(method):
+    base = wide()
+    ours, plain = with_method(base, method), with_method(base, QLoRA(4, 6.0))
+    for path, wrapper in injection_of(ours).wrappers.items():
+        W = base.get_submodule(path).weight
+        near = W - wrapper.base.weight - wrapper.lora.delta_weight()
+        assert isinstance(wrapper.base, NF4Linear)
+        assert near.norm() < (W - injection_of(plain).wrappers[path].base.weight).norm()
+        close(wrapper.lora.lora_A.norm(), wrapper.lora.lora_B.norm(), 1e-5)
+
+
+def test_q_and_the_factors_are_those_of_alternate():
+    base, method = wide(), LoftQ(4, 6.0, double_quant=False, iterations=2)
+    ours = with_method(base, method)
+    for path, wrapper in injection_of(ours).wrappers.items():
+        A, B, Q = alternate(base.get_submodule(path).weight.detach(), 4, by_us, 2)
+        close(wrapper.base.weight, Q, 1e-6)
+        close(wrapper.lora.delta_weight(), B @ A, 1e-6)
+
+
+def test_only_its_targets_get_a_branch():
+    model = wide()
+    inject(model, LoftQ(4, 6.0, ("q_proj",)))
+    wrappers = injection_of(model).wrappers
+    with_branch = {path for path, w in wrappers.items() if w.lora is not None}
+    assert with_branch == {path for path in wrappers if path.endswith("q_proj")}
+    assert all(isinstance(w.base, NF4Linear) for w in wrappers.values())
+
+
+def test_the_base_that_unload_leaves_is_q(tmp_path):
+    """What PEFT needs to open the file is this base: LoftQ's adapter belongs on Q, not on W."""
+    base, batch = wide(), batch_of("llama")
+    model = moved(with_method(base, LoftQ(4, 6.0, iterations=2)))
+    expected = model(**batch).logits
+    save_adapter(model, tmp_path)
+    config, _, _ = read_adapter(tmp_path)
+    assert (config["quantised_base"], config["quantised_iterations"]) == ("loftq", 2)
+    again = deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert isinstance(injection_of(again).method, LoftQ)
+    plain = dequantize(unload(deepcopy(model)))
+    assert not torch.equal(
+        plain.model.layers[0].mlp.up_proj.weight,
+        by_us(base.model.layers[0].mlp.up_proj.weight.detach()),
+    )
+    opened = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    close(opened(**batch).logits, expected, 1e-5)
+    dequantize(model)
+    merge(model)
+    close(unload(model)(**batch).logits, expected, 1e-5)
+
+
+def test_merging_into_four_bits_is_refused():
+    model = wide()
+    inject(model, LoftQ(4, 6.0, iterations=1))
+    with refused(model, "the base is in 4 bits", TypeError):
+        merge(model)
+
+
+# ------------------------------------------------------------------ VeRA
+
+
+def vera_pair(name, **more):
+    method = VeRA(12, TARGETS[name], **more)
+    targets = list(TARGETS[name])
+    config = peft.VeraConfig(
+        r=12, target_modules=targets, projection_prng_key=method.seed, task_type=task_type(name)
+    )
+    base = MODELS[name]()
+    ours = with_method(base, method).eval()
+    theirs = peft.get_peft_model(deepcopy(base), config).eval()
+    return theirs, ours
+
+
+def shake(theirs, ours, names):
+    """Both the same values, away from the start. names: {their dict: our parameter}."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for layer, wrapper in layers_of(theirs, ours):
+            for there, here in names.items():
+                p = getattr(wrapper, here)
+                p.add_(0.1 * torch.randn_like(p))
+                held = getattr(layer, there)["default"]
+                (held.weight if isinstance(held, nn.Module) else held).copy_(p)
+
+
+LAMBDAS = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
+
+
+@EACH
+def test_vera_is_peft_s(name):
+    theirs, ours = vera_pair(name, seed=5)
+    layer, wrapper = next(layers_of(theirs, ours))
+    assert torch.equal(wrapper.shared.vera_A, layer.vera_A["default"])
+    assert torch.equal(wrapper.shared.vera_B, layer.vera_B["default"])
+    assert torch.equal(wrapper.lambda_d, layer.vera_lambda_d["default"])
+    assert torch.equal(wrapper.lambda_b, layer.vera_lambda_b["default"])
+    shake(theirs, ours, LAMBDAS)
+    step_of_both(theirs, ours, batch_of(name))
+    for layer, wrapper in layers_of(theirs, ours):
+        for there, here in LAMBDAS.items():
+            close(getattr(wrapper, here).grad, getattr(layer, there)["default"].grad, 1e-6, here)
+    merge(ours)
+    merged = theirs.merge_and_unload()
+    for path, wrapper in injection_of(ours).wrappers.items():
+        close(wrapper.base.weight, merged.get_submodule(path).weight, 1e-5, path)
+
+
+def test_only_the_vectors_train_and_they_are_few():
+    model = tiny_llama()
+    inject(model, VeRA(12, ("q_proj", "v_proj")))
+    assert report(model).trainable == 2 * ((12 + 64) + (12 + 32))
+    moving = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert moving == {"lambda_b", "lambda_d"}
+
+
+@pytest.mark.parametrize("change", [lambda m: m, lambda m: m.bfloat16(), deepcopy])
+def test_all_layers_share_one_pair(change):
+    model = tiny_llama()
+    inject(model, VeRA(12))
+    wrappers = injection_of(change(model)).wrappers.values()
+    assert len({w.shared.vera_A.data_ptr() for w in wrappers}) == 1
+    assert {tuple(w.shared.vera_A.shape) for w in wrappers} == {(12, 96)}
+    assert {tuple(w.shared.vera_B.shape) for w in wrappers} == {(96, 12)}
+
+
+def test_the_seed_makes_the_projections():
+    def pair(seed):
+        model = tiny_llama()
+        inject(model, VeRA(12, seed=seed))
+        return next(iter(injection_of(model).wrappers.values())).shared.vera_A
+
+    torch.manual_seed(1)
+    first = pair(0)
+    before = torch.get_rng_state()
+    assert torch.equal(first, pair(0)) and not torch.equal(first, pair(1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_rank_above_the_widths_is_no_mistake():
+    """λ_d chooses among random directions, and more of them are more freedom."""
+    model = tiny_llama()
+    inject(model, VeRA(200, ("q_proj",)))
+    assert len(next(iter(added(model).values()))) in (200, 64)
+
+
+def test_the_projections_stand_once_in_the_file(tmp_path):
+    model = moved(with_method(tiny_llama(), VeRA(12)))
+    save_adapter(model, tmp_path)
+    _, tensors, _ = read_adapter(tmp_path)
+    assert [key for key in tensors if key.endswith(("vera_A", "vera_B"))] == [
+        "base_model.vera_A",
+        "base_model.vera_B",
+    ]
+    assert len(tensors) == 2 + 2 * len(injection_of(model).wrappers)
+
+
+def test_the_file_s_projections_count_and_not_the_seed_s(tmp_path):
+    """Another version of torch may draw others."""
+    save_adapter(moved(with_method(tiny_llama(), VeRA(12))), tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors["base_model.vera_A"].mul_(2))
+    doubled = load_file(tmp_path / WEIGHTS)["base_model.vera_A"]
+    again = tiny_llama()
+    load_adapter(again, tmp_path)
+    for wrapper in injection_of(again).wrappers.values():
+        assert torch.equal(wrapper.shared.vera_A, doubled)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
+def test_a_file_without_projections_is_refused(tmp_path):
+    base = tiny_llama()
+    config = peft.VeraConfig(r=12, target_modules=["q_proj"], save_projection=False)
+    peft.get_peft_model(deepcopy(base), config).save_pretrained(tmp_path)
+    with refused(base, "VeRA asks for save_projection=True"):
+        load_adapter(base, tmp_path)
+    save_adapter(with_method(base, VeRA(12)), tmp_path / "ours")
+    rewrite(tmp_path / "ours", lambda tensors: tensors.pop("base_model.vera_B"))
+    with refused(base, "describes no VeRA: .*base_model.vera_B"):
+        load_adapter(base, tmp_path / "ours")
+
+
+# ------------------------------------------------------------------ OFT
+
+
+def oft_pair(name, neumann):
+    base = MODELS[name]()
+    ours = with_method(base, OFT(16, TARGETS[name], neumann)).eval()
+    config = peft.OFTConfig(
+        oft_block_size=16,
+        target_modules=list(TARGETS[name]),
+        use_cayley_neumann=neumann,
+        task_type=task_type(name),
+    )
+    return peft.get_peft_model(deepcopy(base), config).eval(), ours
+
+
+@EACH
+@BOTH
+def test_oft_is_peft_s(name, neumann):
+    theirs, ours = oft_pair(name, neumann)
+    shake(theirs, ours, {"oft_R": "entries"})
+    step_of_both(theirs, ours, batch_of(name))
+    for layer, wrapper in layers_of(theirs, ours):
+        close(wrapper.entries.grad, layer.oft_R["default"].weight.grad, 1e-6)
+    merge(ours)
+    merged = theirs.merge_and_unload()
+    for path, wrapper in injection_of(ours).wrappers.items():
+        close(wrapper.base.weight, merged.get_submodule(path).weight, 1e-5, path)
+
+
+def test_one_is_a_rotation_and_the_other_nearly_its_transpose():
+    torch.manual_seed(0)
+    S, eye = skew(0.02 * torch.randn(3, 120), 16), torch.eye(16)
+    exact, series = cayley(S), cayley_neumann(S)
+    close(exact @ exact.mT, eye.expand(3, 16, 16), 1e-5)
+    assert torch.linalg.det(exact).sub(1).abs().max() < 1e-5  # turned, not mirrored
+    off = (series @ series.mT - eye).abs().max().item()
+    assert 1e-7 < off < 1e-2
+    assert (series - exact.mT).abs().max() < 0.01 * (series - exact).abs().max()
+
+
+def test_skew_is_filled_row_by_row_above_the_diagonal():
+    S = skew(torch.arange(1.0, 7.0)[None], 4)[0]
+    assert S[0].tolist() == [0, 1, 2, 3] and S[1].tolist() == [-1, 0, 4, 5]
+    assert torch.equal(S.T, -S)
+
+
+def test_rotated_is_a_product_with_a_block_diagonal():
+    torch.manual_seed(0)
+    x, R = torch.randn(2, 5, 12), torch.randn(3, 4, 4)
+    close(rotated(x, R), x @ torch.block_diag(*R), 1e-5)
+
+
+@torch.no_grad()
+def test_an_exact_rotation_leaves_lengths_and_singular_values():
+    theirs, ours = oft_pair("llama", neumann=False)
+    shake(theirs, ours, {"oft_R": "entries"})
+    before = {p: w.base.weight.clone() for p, w in injection_of(ours).wrappers.items()}
+    merge(ours)
+    for path, wrapper in injection_of(ours).wrappers.items():
+        old, new = (torch.linalg.svdvals(w) for w in (before[path], wrapper.base.weight))
+        close(new, old, 1e-5)
+        assert (wrapper.base.weight - before[path]).abs().max() > 0.01
+
+
+@BOTH
+def test_unmerge_gives_the_weight_back(neumann):
+    theirs, ours = oft_pair("llama", neumann)
+    shake(theirs, ours, {"oft_R": "entries"})
+    before = {p: w.base.weight.clone() for p, w in injection_of(ours).wrappers.items()}
+    merge(ours)
+    unmerge(ours)
+    for path, wrapper in injection_of(ours).wrappers.items():
+        close(wrapper.base.weight, before[path], 1e-6)
+
+
+def test_the_setting_is_in_the_file_and_changes_the_model(tmp_path):
+    base, batch = tiny_llama(), batch_of("llama")
+    model = moved(with_method(base, OFT(16, neumann=False)))
+    save_adapter(model, tmp_path)
+    assert read_adapter(tmp_path)[0]["use_cayley_neumann"] is False
+    rewrite(tmp_path, use_cayley_neumann=True)
+    other = deepcopy(base)
+    load_adapter(other, tmp_path)
+    assert (other(**batch).logits - model(**batch).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("version", ["0.17.1", None, ..., "0.9"])
+def test_a_series_of_older_versions_is_refused(version, tmp_path):
+    base = tiny_llama()
+    save_adapter(moved(with_method(base, OFT(16))), tmp_path)
+    rewrite(tmp_path, peft_version=version)
+    with refused(base, "describes no OFT: PEFT before 0.18"):
+        load_adapter(base, tmp_path)
+    rewrite(tmp_path, peft_version="0.21.0@abc")
+    load_adapter(base, tmp_path)
+
+
+def test_peft_opens_ours_without_a_warning(tmp_path):
+    save_adapter(moved(with_method(tiny_llama(), OFT(16))), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option", [dict(coft=True), dict(block_share=True), dict(module_dropout=0.1)]
+)
+def test_options_of_peft_that_we_have_not_are_refused(option, tmp_path):
+    base = tiny_llama()
+    config = peft.OFTConfig(oft_block_size=16, target_modules=["q_proj"], **option)
+    peft.get_peft_model(deepcopy(base), config).save_pretrained(tmp_path)
+    with refused(base, f"does not read {next(iter(option))}="):
+        load_adapter(base, tmp_path)
+
+
+# ------------------------------------------------------------------ the engine
+
+
+def test_a_wrapper_of_pissa_is_one_of_lora():
+    model = tiny_llama()
+    before = state(model)
+    inject(model, PiSSA(4))
+    assert all(isinstance(w, LinearWithPiSSA) for w in injection_of(model).wrappers.values())
+    assert same(state(unload(model)), before)
