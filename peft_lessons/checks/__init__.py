@@ -3,6 +3,7 @@
 from . import (
     adalora,
     adapters,
+    beyond,
     dora,
     hf_peft,
     ia3,
@@ -22,6 +23,7 @@ __all__ = [
     "WrongAnswer",
     "adalora",
     "adapters",
+    "beyond",
     "dora",
     "hf_peft",
     "ia3",
