@@ -26,6 +26,7 @@ from common import STEPS, Results, base_of, tune
 
 from peft_lessons import (
     OFT,
+    History,
     LoftQ,
     LoRA,
     LoRAPlus,
@@ -47,7 +48,8 @@ K, EPSILON = 10, 0.5
 NAMES = ("task", "method", "rank")
 MIDDLE = (1e-2, 3e-2, 1e-1)  # around the best rate of LoRA of rank 8
 LOWER = (1e-3, 3e-3, 1e-2)
-SETTINGS = {  # (method, rank): rates, what matters most first
+SETTINGS = {  # (method, rank): rates, what matters most first; at a rate of 0 nothing trains
+    ("none", 0): (0.0,),
     ("lora", 8): MIDDLE,
     ("full", 0): (3e-3,),  # of the four that lesson 03's study tried
     ("lora", 1): MIDDLE,
@@ -69,7 +71,7 @@ COLUMNS = (
 
 
 def method_of(method: str, rank: int):
-    """The description of a setting; None for full fine-tuning."""
+    """The description of a setting; None for full fine-tuning and for the base itself."""
     return {
         "lora": lambda: LoRA(rank, ALPHA),
         "rslora": lambda: LoRA(rank, ALPHA, rslora=True),
@@ -108,17 +110,17 @@ def run(task, known, name: str, method: str, rank: int, lr: float, seed: int) ->
     weights = {path: layer.weight.detach().clone() for path, layer in layers.items()}
     if description := method_of(method, rank):
         inject(model, description)
-    trainable = measure.parameters(model).trainable
-    history = fit(model, task, STEPS[name], lr=lr, seed=seed, show=False)
+    steps, trainable = (STEPS[name], measure.parameters(model).trainable) if lr else (0, 0)
+    history = fit(model, task, steps, lr=lr, seed=seed, show=False) if lr else History()
     test = evaluate(model, task, "test")
     row = {
-        "steps": STEPS[name],
+        "steps": steps,
         "trainable": trainable,
         "validation": f"{evaluate(model, task, 'validation').perplexity:.5f}",
         "test": f"{test.perplexity:.5f}",
         "test_loss": f"{test.loss:.5f}",
         "memory": f"{memory(model, known):.5f}",
-        "seconds_per_step": f"{history.seconds / STEPS[name]:.4f}",
+        "seconds_per_step": f"{history.seconds / max(1, steps):.4f}",
     }
     intruders, nearest = compared(weights, model)
     return row | {"intruders": intruders, "nearest": f"{nearest:.5f}"}
