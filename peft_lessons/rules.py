@@ -321,16 +321,21 @@ def _indices(value: tuple[torch.Tensor, int, int]) -> str | None:
         return f"lie outside 0 to {size - 1}"
     return None if len(indices.unique()) == len(indices) else "are there twice"
 
+
 # ---------------- 14: a start for four bits, and blocks that are rotated
 
 THINGS["start"] = needs(
     lambda v: v[0] or v[1],
-    "must be (iterations, principal), one of them on: with neither, A and B would be 0 both and "
-    "never learn; QLoRA is what starts from no correction",
+    "is (iterations, principal): with neither A and B are both 0, and never learn; QLoRA is what "
+    "starts without a correction",
 )
 
 
 @about("blocks")
 def _blocks(value: tuple[int, int]) -> str | None:
     size, width = value
-    return None if width % size == 0 else f"must be (block_size, in) with in a multiple of {size}"
+    return (
+        None
+        if width % size == 0
+        else (f"is (block_size, in): {width} inputs cannot be cut into blocks of {size}")
+    )

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file
 from tiny import (
     EACH,
@@ -39,6 +40,7 @@ from peft_lessons import (
     PiSSA,
     QLoRA,
     VeRA,
+    check,
     dequantize,
     fit,
     inject,
@@ -138,7 +140,7 @@ def test_fit_lowers_the_loss(method):
         (lambda: LoRAPlus(rank=0), "LoRAPlus: rank=0"),
         (lambda: PiSSA(alpha=-1.0), "PiSSA: alpha=-1.0"),
         (lambda: LoftQ(iterations=-1), "iterations=-1 must be"),
-        (lambda: LoftQ(iterations=0), r"start=\(0, False\).*QLoRA is what starts from no"),
+        (lambda: LoftQ(iterations=0), r"start=\(0, False\) is .*QLoRA is what starts without"),
         (lambda: LoftQ(principal=1), "principal=1 must be True or False"),
         (lambda: VeRA(rank=0), "VeRA: rank=0"),
         (lambda: VeRA(d_initial=0.0), "d_initial=0.0 must be"),
@@ -156,7 +158,7 @@ def test_settings_that_make_no_sense(make, told):
 @pytest.mark.parametrize(
     ("method", "told"),
     [
-        (OFT(48), r"'model.layers.0.self_attn.q_proj': blocks=\(48, 64\) must be"),
+        (OFT(48), r"'model.layers.0.self_attn.q_proj': blocks=\(48, 64\) is .*blocks of 48"),
         (PiSSA(20), "rank=40 is above min"),
         (LoftQ(65), "rank=65 is above min"),
         (VeRA(8, ("nope",)), "'nope' matches no module"),
@@ -674,6 +676,31 @@ def test_options_of_peft_that_we_have_not_are_refused(option, tmp_path):
     peft.get_peft_model(deepcopy(base), config).save_pretrained(tmp_path)
     with refused(base, f"does not read {next(iter(option))}="):
         load_adapter(base, tmp_path)
+
+
+# ------------------------------------------------------------------ what the exercises ask for
+
+
+def test_intruders_are_those_that_peft_counts():
+    theirs, ours = lora_pair(tiny_llama(), LoRA(4, 0.5, TARGETS["llama"]))
+    told = []
+    reduce_intruder_dimension(theirs, top_k=10, threshold_epsilon=0.5, logging_sink=told.append)
+    wrappers = injection_of(ours).wrappers.values()
+    found = []
+    for w in wrappers:
+        pair = (w.base.weight.detach(), (w.base.weight + w.delta_weight()).detach())
+        found.append(check.beyond.intruder_dimensions.reference(*pair, 10, 0.5))
+    told = [text.rpartition(": ")[2] for text in told if "ntruders" in text]
+    counts = [0 if text == "No intruders" else int(text) for text in told]
+    assert counts == found and len(set(found)) > 1
+
+
+def test_groups_have_the_rates_of_peft_s_optimiser():
+    theirs, _ = lora_pair(tiny_llama(), LoRA(4, 6.0, TARGETS["llama"]))
+    made = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    ours = check.beyond.loraplus_groups.reference(theirs.named_parameters(), 1e-4, 16)
+    assert {id(p): group["lr"] for group in ours for p in group["params"]} == pytest.approx(rates)
 
 
 # ------------------------------------------------------------------ the engine
