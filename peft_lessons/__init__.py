@@ -11,7 +11,7 @@ The verbs of the course, the same for every method:
 """
 
 from . import checks as check
-from . import measure, plots
+from . import measure, memory, plots
 from .adapters_io import load_adapter, read_adapter, save_adapter
 from .hf import load_and_merge_adapter, setup_peft_training, setup_qlora
 from .inject import freeze, inject, injection_of, merge, methods, report, unload, unmerge
@@ -114,6 +114,7 @@ __all__ = [
     "machine_check",
     "measure",
     "measured_on",
+    "memory",
     "merge",
     "methods",
     "plots",

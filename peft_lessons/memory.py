@@ -1,0 +1,528 @@
+"""Memory of a fine-tuning by part, for models too big to load: from their shape alone.
+
+Two ways to the activations: `activations` adds up a formula, `traced_activations` runs the model
+without values, on any configuration and with any method, and looks at what is kept. They know
+nothing of each other.
+
+### The formula
+
+A training step keeps, for each token and each block, what its backward pass will read. With widths
+d (model), d_ff (feed-forward), q = n_h · d_h (all query heads), k = n_kv · d_h (keys, or values),
+e bytes a number of the base and a of an adapter:
+
+| what | bytes | kept if |
+|---|---|---|
+| what a norm reads (an RMSNorm as a float32 copy) | 4 d, twice | a gradient flows through it |
+| what a norm has divided, before its weight | e d, twice | the norms train |
+| what query, key and value read | e d | one of them trains or is adapted |
+| queries, keys, values, and the attention's result | e (2 q + 2 k) | a gradient flows |
+| gate, SiLU(gate), up | 3 e d_ff | a gradient flows |
+| what gate and up read | e d | one of them trains or is adapted |
+| what the last matrix reads | e d_ff | it trains, is adapted, or (IA)³ scales it |
+| keys and values before their vector | e 2 k | (IA)³ |
+| LoRA: x Aᵀ, and x once more for each layer | a r, and a in if a is not e | the layer is adapted |
+| DoRA, as PEFT has it: two outputs more, and BA once | 2 e out, and e in · out in all | likewise |
+
+Attention is taken as fused: of its scores one number a row is kept. Behind the last block stand a
+norm and the logarithm of the probabilities, 4 V. With gradient checkpointing a block keeps e d only
+and is computed anew in the backward pass, one block at a time. A BERT differs in its norms, its
+GELU and its dropout, which keeps what it draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from . import measure
+from .inject import Method, inject, matches
+from .methods.adalora import AdaLoRA
+from .methods.dora import DoRA
+from .methods.ia3 import IA3
+from .methods.lora import LoRA
+from .methods.prefix import Prefix
+from .methods.prompt import Prompt
+from .methods.qlora import QLoRA
+from .models import MeanPooledBertForSequenceClassification
+from .rules import validate
+
+GB, GIB = 10**9, 2**30  # what a byte count is given in, and what a card is sold in
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight: its code, and its share of the statistics
+
+# Published shapes, by the numbers in their own config.json.
+MODELS: dict[str, PreTrainedConfig] = {
+    "SmolLM3-3B": SmolLM3Config(pad_token_id=None),
+    "LLaMA-7B": LlamaConfig(),
+    "Llama-3-8B": LlamaConfig(
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    ),
+    "Qwen3-8B": Qwen3Config(
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+    ),
+    "Qwen3-32B": Qwen3Config(
+        hidden_size=5120,
+        intermediate_size=25600,
+        num_hidden_layers=64,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+    ),
+    "Llama-3.3-70B": LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+    ),
+}
+
+# ------------------------------------------------------------------ shapes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a transformer that its memory depends on. A size may be a fraction: see
+    `Shape.of_size`."""
+
+    layers: float
+    width: float
+    feedforward: float
+    heads: float
+    kv_heads: float
+    head_width: float
+    vocabulary: int
+    tied: bool = False  # whether the head is the table of tokens
+    qk_norm: bool = False  # RMSNorms on every head's query and key
+    bert: bool = False  # else as a Llama
+    positions: int = 0  # rows of tables for positions and types, which a Llama does not have
+    dropout: bool = False  # whether training draws some
+
+    @classmethod
+    def of(cls, model: str | Shape | PreTrainedConfig) -> Shape:
+        """Of a name in `MODELS`, or a configuration of a Llama, Qwen3, SmolLM3, Mistral or BERT.
+
+        Raises ValueError for another name, or a configuration of another kind."""
+        if isinstance(model, Shape):
+            return model
+        if isinstance(model, str):
+            if model not in MODELS:
+                raise ValueError(f"model={model!r} must be one of {', '.join(map(repr, MODELS))}")
+            model = MODELS[model]
+        kind = getattr(model, "model_type", type(model).__name__)
+        if kind not in ("llama", "mistral", "qwen3", "smollm3", "bert"):
+            raise ValueError(
+                f"no formula for a {kind}: only for llama, mistral, qwen3, smollm3 and bert; "
+                "traced_activations takes any configuration"
+            )
+        bert, heads = kind == "bert", model.num_attention_heads
+        return cls(
+            layers=model.num_hidden_layers,
+            width=model.hidden_size,
+            feedforward=model.intermediate_size,
+            heads=heads,
+            kv_heads=getattr(model, "num_key_value_heads", None) or heads,
+            head_width=getattr(model, "head_dim", None) or model.hidden_size // heads,
+            vocabulary=model.vocab_size,
+            tied=bert or model.tie_word_embeddings,
+            qk_norm=kind == "qwen3",
+            bert=bert,
+            positions=model.max_position_embeddings + model.type_vocab_size if bert else 0,
+            dropout=bert and model.hidden_dropout_prob > 0,
+        )
+
+    @classmethod
+    def of_size(cls, n_params: float) -> Shape:
+        """A Llama-3 of another size: 128 d wide for d blocks, a feed-forward of 3.5 d, heads of 128
+        of which four share a key, 128,256 tokens; with 8.03 billion parameters it is Llama-3-8B.
+
+        Of sizes that are no whole numbers, so that memory grows steadily with `n_params`.
+        Raises ValueError for a size that is no number above 0."""
+        validate("Shape.of_size", n_params=n_params)
+        low, high = 0.0, 1e7  # widths
+        for _ in range(100):
+            middle = (low + high) / 2
+            shape = cls(middle / 128, middle, 3.5 * middle, middle / 128, middle / 512, 128, 128256)
+            low, high = (middle, high) if shape.parameters < n_params else (low, middle)
+        return shape
+
+    @property
+    def linears(self) -> dict[str, tuple[float, float]]:
+        """{path in a block: (in, out)} of the linear layers of one block."""
+        d, f = self.width, self.feedforward
+        q, k = (n * self.head_width for n in (self.heads, self.kv_heads))
+        if self.bert:
+            inner = dict.fromkeys(
+                (f"attention.self.{n}" for n in ("query", "key", "value")), (d, d)
+            )
+            last = {"intermediate.dense": (d, f), "output.dense": (f, d)}
+            return inner | {"attention.output.dense": (d, d)} | last
+        attention = {"q_proj": (d, q), "k_proj": (d, k), "v_proj": (d, k), "o_proj": (q, d)}
+        gated = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+        named = {f"self_attn.{n}": size for n, size in attention.items()}
+        return named | {f"mlp.{n}": size for n, size in gated.items()}
+
+    @property
+    def in_linears(self) -> float:
+        """Weights of the linear layers of all blocks, which is what QLoRA quantises."""
+        return self.layers * sum(i * o for i, o in self.linears.values())
+
+    @property
+    def parameters(self) -> float:
+        """All parameters, those of a classifier's head left out; without whole numbers if the
+        sizes are none."""
+        d, tables = self.width, self.vocabulary * (1 if self.tied else 2) + self.positions
+        norms = 2 * self.layers * d + (0 if self.bert else d)
+        if self.bert:  # LayerNorms and linear layers with a bias each
+            biases = self.layers * sum(out for _, out in self.linears.values())
+            norms = (2 * self.layers + 1) * 2 * d + biases
+        if self.qk_norm:
+            norms += self.layers * 2 * self.head_width
+        return self.in_linears + tables * d + norms
+
+    def adapted(self, targets: tuple[str, ...] | str) -> dict[str, tuple[float, float]]:
+        """Those of `linears` that `targets` of a method names.
+
+        Raises ValueError if it names none."""
+        if targets == "all-linear":
+            return self.linears
+        found = {p: size for p, size in self.linears.items() if matches(f"layer.0.{p}", targets)}
+        if not found:
+            raise ValueError(f"targets={targets!r} names none of {', '.join(self.linears)}")
+        return found
+
+    def added(self, method: Method | None) -> float:
+        """The numbers that a method trains, without a fresh head; None is full fine-tuning.
+
+        Raises ValueError for a method without a formula."""
+        if method is None:
+            return self.parameters
+        if isinstance(method, Prompt):
+            return method.tokens * self.width
+        if isinstance(method, Prefix) and method.projection is None:
+            return method.tokens * self.layers * 2 * self.kv_heads * self.head_width
+        if isinstance(method, IA3):
+            inner = self.adapted(method.feedforward) if method.feedforward else {}
+            sizes = self.adapted(method.targets).items()
+            return self.layers * sum(size[0 if path in inner else 1] for path, size in sizes)
+        if isinstance(method, LoRA | DoRA | AdaLoRA):
+            sizes, r = self.adapted(method.targets).values(), _rank(method)
+            outs, values = isinstance(method, DoRA), r * isinstance(method, AdaLoRA)
+            return self.layers * sum(r * (i + o) + outs * o + values for i, o in sizes)
+        raise ValueError(
+            f"no formula for {method!r}: only for LoRA, DoRA, AdaLoRA, QLoRA, IA3, Prompt and a "
+            "Prefix without an MLP"
+        )
+
+
+def _rank(method: Method) -> int:
+    return method.initial_rank if isinstance(method, AdaLoRA) else method.rank
+
+
+# ------------------------------------------------------------------ activations by the formula
+
+# Where something stands in a block; what is kept of the first one begins behind what trains first.
+_BEFORE, _QKV, _ATTENTION, _OUTPUT, _NORM, _INNER, _LAST = range(7)
+_IN_A_BLOCK = ("norms", "attention", "feed-forward", "method")
+_PLACES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), _QKV),
+    **dict.fromkeys(("o_proj", "attention.output.dense"), _OUTPUT),
+    **dict.fromkeys(("gate_proj", "up_proj", "intermediate.dense"), _INNER),
+    **dict.fromkeys(("down_proj", "output.dense"), _LAST),
+}
+
+
+def _place(path: str) -> int:
+    return next(place for leaf, place in _PLACES.items() if f".{path}".endswith(f".{leaf}"))
+
+
+def activations(
+    model: str | Shape | PreTrainedConfig,
+    method: Method | None = None,
+    *,
+    batch: int = 1,
+    context: int = 2048,
+    weight: int = 2,
+    adapter: int | None = None,
+    labels: bool = False,
+    fused: bool = True,
+    padded: bool = False,
+    checkpointing: bool = False,
+) -> dict[str, float]:
+    """Bytes kept for the backward pass by what keeps them, {"norms": ..., "attention": ...}, by the
+    formula at the top of this file.
+
+    model: a name in MODELS, a configuration, or a Shape. method: None is full fine-tuning.
+    batch texts of `context` tokens. weight: bytes of a number of the base, and of what flows (2 or
+    4); adapter: of a number of LoRA's factors, as many unless said. labels: a classifier, whose
+    head keeps next to nothing. fused=False: attention that writes its scores out. padded: a mask is
+    given, of which fused attention keeps a copy, and with it repeated keys and values.
+    checkpointing: each block keeps its input only. Dropout in a branch is not counted.
+
+    Raises ValueError for a shape or a method without a formula, or a size below 1."""
+    validate("activations", batch=batch, context=context)
+    shape, e, a = Shape.of(model), weight, weight if adapter is None else adapter
+    d, f = shape.width, shape.feedforward
+    q, k = (n * shape.head_width for n in (shape.heads, shape.kv_heads))
+    full, before = method is None, method.tokens if isinstance(method, Prefix) else 0
+    context += method.tokens if isinstance(method, Prompt) else 0
+    tokens, keys = batch * context, context + before
+    adapts = shape.adapted(method.targets) if isinstance(method, LoRA | DoRA | AdaLoRA) else {}
+    scaled = shape.adapted(method.targets) if isinstance(method, IA3) else {}
+    if not (full or adapts or scaled or isinstance(method, Prompt | Prefix)):
+        shape.added(method)  # which says that there is no formula
+    start = min(map(_place, adapts | scaled), default=_ATTENTION - 1 if before else _BEFORE)
+    flowing = full or isinstance(method, Prompt)  # into the first block too
+    kept = dict.fromkeys((*_IN_A_BLOCK, "head"), 0.0)
+
+    def keep(part: str, numbers: float, at: int | None = None) -> None:
+        """`numbers` bytes a token, in every block; in the first if a gradient comes so far."""
+        blocks = shape.layers if at is None or flowing or at > start else shape.layers - 1
+        kept[part] += blocks * numbers * tokens
+
+    def reads(place: int) -> bool:
+        """Whether what stands here needs its input, as it is, for a gradient of its own."""
+        return full or (a == e and any(_place(path) == place for path in adapts))
+
+    # A Llama's two norms stand before a sublayer and copy to float32, a BERT's behind one.
+    norm = e * d + 8 if shape.bert else 4 * (d + 1) + (e * d if full else 0)
+    drop = e * d if shape.dropout else 0
+    keep("norms", norm + drop, _OUTPUT + 0.5 if shape.bert else _BEFORE)
+    keep("norms", norm + drop, _LAST + 0.5 if shape.bert else _OUTPUT + 0.5)
+    own = {leaf[0] for leaf in (p.rpartition(".")[2] for p in adapts | scaled)}  # "q", "k", "v"
+    own |= {"k", "v"} if before else set()
+    if shape.qk_norm:
+        for name, wide, n in (("q", q, shape.heads), ("k", k, shape.kv_heads)):
+            size = 4 * (wide + n) + (e * wide if full else 0)
+            keep("norms", size, _ATTENTION if name in own else _BEFORE)
+    if reads(_QKV):
+        keep("attention", e * d)
+    repeated = q if padded or before or not fused else k
+    keys_and_values = e * repeated * keys / context
+    if not fused or (shape.bert and shape.dropout):
+        # Of a product each side is kept for the other's gradient.
+        for size, others in ((e * q, {"k"}), (keys_and_values, {"q"}), (keys_and_values, {*"qk"})):
+            keep("attention", size, _ATTENTION if own & others else _BEFORE)
+        softmax = (e if shape.bert or e == 4 else 4 + e) + (2 * e if shape.dropout else 0)
+        keep("attention", softmax * shape.heads * keys, _ATTENTION)
+        if reads(_OUTPUT):
+            keep("attention", e * q)
+    else:
+        keep("attention", 2 * e * q + 2 * keys_and_values + 4 * shape.heads, _ATTENTION)
+        if padded or before:
+            keep("attention", e * keys, _ATTENTION)
+    if reads(_INNER):
+        keep("feed-forward", e * d)
+    keep("feed-forward", e * f * (1 if shape.bert else 3), _INNER + 0.5)
+    if reads(_LAST) or any(_place(path) == _LAST for path in scaled):
+        keep("feed-forward", e * f)
+    for i, o in adapts.values():
+        keep("method", a * _rank(method) + (a * i if a != e else 0))
+        if isinstance(method, DoRA):  # as PEFT's: two more outputs, and the change of the weight
+            keep("method", 2 * e * o + e * i * o / tokens)
+    keep("method", sum(e * o for path, (_, o) in scaled.items() if _place(path) == _QKV))
+    if shape.bert and flowing:  # the norm and the dropout of the embeddings
+        kept["norms"] += (e * d + 8 + drop) * tokens
+    if checkpointing:
+        kept = {"inputs of blocks": e * d * shape.layers * tokens, "norms": 0.0, "head": 0.0}
+    if not shape.bert:
+        kept["norms"] += 4 * (d + 1) * tokens + (e * d * tokens if full else 0)
+        read = e * d if full or labels else 0  # a classifier's head trains in any case
+        kept["head"] += (read + (0 if labels else 4 * shape.vocabulary)) * tokens
+    return kept
+
+
+# ------------------------------------------------------------------ activations by running
+
+
+def traced_activations(
+    config: PreTrainedConfig | str,
+    method: Any = None,
+    *,
+    batch: int = 1,
+    context: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+    adapter: torch.dtype | None = None,
+    labels: bool = False,
+    fused: bool = True,
+    padded: bool = False,
+    checkpointing: bool = False,
+) -> int:
+    """Bytes kept for the backward pass by a model that is run without values, in training mode.
+
+    Its tensors have shapes and nothing in them, so it may be of any size. It is run as on a CPU,
+    where fused attention is torch's own. Arguments as in `activations`, but that any configuration
+    will do, that `dtype` and `adapter` are dtypes, and that `method` may be any of the course, or a
+    configuration of PEFT's. Raises ValueError as `inject` does."""
+    validate("traced_activations", batch=batch, context=context)
+    config = MODELS[config] if isinstance(config, str) else config
+    model = _prepared(_on_meta(config, dtype, labels, fused), method, adapter)
+    # A mask of ones is looked at, and left out, where there are values; here it stays.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = torch.zeros(batch, context, dtype=torch.long)
+        inputs = {"input_ids": ids, "labels": ids[:, 0] if labels else ids}
+        if padded:
+            inputs["attention_mask"] = torch.ones_like(ids)
+        return measure.activation_bytes(model, lambda: model(**inputs).loss)
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, labels: bool, fused: bool) -> nn.Module:
+    """The model of a configuration on the meta device; a BERT is a classifier as in the course."""
+    config = type(config).from_dict(config.to_dict())
+    config._attn_implementation = "sdpa" if fused else "eager"
+    with torch.device("meta"):
+        if config.model_type == "bert":
+            model = MeanPooledBertForSequenceClassification(config).to(dtype)
+        else:
+            kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+            model = kind.from_config(config, dtype=dtype)
+    if labels or config.model_type == "bert":
+        model.fresh_modules = ("score",) if hasattr(model, "score") else ("classifier",)
+    return model
+
+
+def _prepared(model: nn.Module, method: Any, adapter: torch.dtype | None) -> nn.Module:
+    """The model with a method in it, whose numbers are of dtype `adapter`, or that of the base."""
+    if method is None:
+        return model
+    frozen = set(map(id, model.parameters()))
+    dtype = next(model.parameters()).dtype if adapter is None else adapter
+    if isinstance(method, Method):
+        inject(model, method)
+    else:
+        from peft import get_peft_model  # takes seconds
+
+        model = get_peft_model(model, method)
+    for p in model.parameters():
+        if id(p) not in frozen:
+            p.data = p.data.to(dtype)
+    return model
+
+
+# ------------------------------------------------------------------ all parts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Bytes a number: of a frozen weight; and of what trains, its weight, gradient, master copy and
+    optimiser's moments."""
+
+    frozen: float
+    weight: float
+    gradient: float
+    master: float
+    moments: float
+
+    @property
+    def trained(self) -> float:
+        return self.weight + self.gradient + self.master + self.moments
+
+
+RECIPES: dict[str, Recipe] = {
+    "mixed precision": Recipe(2, 2, 2, 4, 8),  # bfloat16, float32 master copy, Adam in float32
+    "all float32": Recipe(4, 4, 4, 0, 8),
+    "pure bfloat16": Recipe(2, 2, 2, 0, 4),  # small steps are rounded away: see lesson 01
+    "bfloat16, 8-bit Adam": Recipe(2, 2, 2, 0, 2),
+    "float32 adapter": Recipe(2, 4, 4, 0, 8),  # on a bfloat16 base: what PEFT does by default
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The bytes of a fine-tuning at its peak, by what they are for."""
+
+    weights: float  # of the base
+    adapter: float  # weights that a method adds
+    gradients: float
+    optimiser: float  # with the master copy
+    activations: float
+    at_work: float  # what is computed and dropped again where the backward pass begins
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+    def __repr__(self) -> str:
+        rows = [*vars(self).items(), ("total", self.total)]
+        return "\n".join(f"{n.replace('_', ' '):<12}{value / GB:>10.2f} GB" for n, value in rows)
+
+
+def training_memory(
+    model: str | Shape | PreTrainedConfig,
+    method: Method | None = None,
+    recipe: str | Recipe = "mixed precision",
+    *,
+    batch: int = 1,
+    context: int = 2048,
+    labels: bool = False,
+    padded: bool = False,
+    checkpointing: bool = False,
+) -> Memory:
+    """What fine-tuning a model takes, by part; the arguments are those of `activations`.
+
+    With `QLoRA` the linear layers of the blocks lie in NF4 with double quantisation, 4.127 bits a
+    weight, and all else in the recipe's bytes; one matrix at a time is unpacked. At work are two
+    float32 gradients as large as the logits, or what the widest layer reads, gives, and both's
+    gradients; with checkpointing one block, computed anew.
+
+    The parts add up where gradients are accumulated over batches. Where they are not, those of full
+    fine-tuning come as the activations go, and the peak is lower by the smaller of the two.
+
+    Raises ValueError for an unknown recipe, and what `activations` raises."""
+    shape = Shape.of(model)
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe={recipe!r} must be one of {', '.join(map(repr, RECIPES))}")
+        recipe = RECIPES[recipe]
+    trains, full, e = shape.added(method), method is None, int(recipe.frozen)
+    packed = shape.in_linears if isinstance(method, QLoRA) else 0
+    weights = packed * NF4_BITS / 8 + (shape.parameters - packed) * recipe.frozen
+    sizes = {"batch": batch, "context": context, "weight": e, "labels": labels, "padded": padded}
+    sizes |= {"adapter": e if full else int(recipe.weight)}
+    kept = activations(shape, method, checkpointing=checkpointing, **sizes)
+    tokens = batch * (context + (method.tokens if isinstance(method, Prompt) else 0))
+    at_work = 2 * e * tokens * (shape.width + shape.feedforward)
+    if checkpointing:
+        all_blocks = activations(shape, method, **sizes)
+        at_work += sum(all_blocks[part] for part in _IN_A_BLOCK) / shape.layers
+    if packed:
+        at_work += e * max(i * o for i, o in shape.linears.values())
+    if not (labels or shape.bert):
+        at_work = max(at_work, 8 * shape.vocabulary * tokens)
+    return Memory(
+        weights=trains * recipe.weight if full else weights,
+        adapter=0 if full else trains * recipe.weight,
+        gradients=trains * recipe.gradient,
+        optimiser=trains * (recipe.master + recipe.moments),
+        activations=sum(kept.values()),
+        at_work=at_work,
+    )
