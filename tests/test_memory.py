@@ -243,13 +243,15 @@ def test_a_float32_adapter_costs_activations():
     assert added[0] == added[1] == 16 * 19_988_480
 
 
+# Measured: 0.93 to 1.04.
 @pytest.mark.parametrize("method", ["LoRA on query and value", "prefix"])
 @pytest.mark.parametrize("base", ["tinylm", "minilm"])
 def test_parts_make_up_the_peak_of_a_step(base, method):
     minilm, chosen = base == "minilm", (BERT if base == "minilm" else LLAMA)[method]
     model = load_model(base, labels=2 if minilm else None)
     inject(model, chosen)
-    batch = next(load_task("sentiment" if minilm else "austen").stream(2, seed=0))
+    stream = load_task("sentiment" if minilm else "austen").stream(12 if minilm else 2, seed=0)
+    batch = next(stream)
     rows, tokens = batch["input_ids"].shape
     more = {"labels": minilm, "padded": minilm, "batch": rows, "context": tokens}
     found = training_memory(model.config, chosen, "all float32", **more)
