@@ -13,6 +13,7 @@ The verbs of the course, the same for every method:
 from . import checks as check
 from . import measure, memory, plots
 from .adapters_io import load_adapter, read_adapter, save_adapter
+from .advice import adviser, recommend_peft_method
 from .hf import load_and_merge_adapter, setup_peft_training, setup_qlora
 from .inject import freeze, inject, injection_of, merge, methods, report, unload, unmerge
 from .machine import machine_check
@@ -42,12 +43,14 @@ from .results import (
     beside,
     by_rate,
     compare,
+    difference,
     load_results,
     measured_on,
     references,
     scores,
     spread,
     stored_costs,
+    student_t,
     tuned,
 )
 from .tables import cost_table, table
@@ -86,6 +89,7 @@ __all__ = [
     "TrainingDiverged",
     "VeRA",
     "adapter_bytes",
+    "adviser",
     "against_peft",
     "agreement",
     "apply_lora_to_model",
@@ -98,6 +102,7 @@ __all__ = [
     "copy_values",
     "cost_table",
     "dequantize",
+    "difference",
     "drop_mlp",
     "evaluate",
     "fit",
@@ -122,6 +127,7 @@ __all__ = [
     "prompts_for_rows",
     "prune_diff",
     "read_adapter",
+    "recommend_peft_method",
     "references",
     "report",
     "save_adapter",
@@ -132,6 +138,7 @@ __all__ = [
     "standard_error",
     "start_prefix",
     "stored_costs",
+    "student_t",
     "table",
     "there_and_back",
     "train_with_peft",

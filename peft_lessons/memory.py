@@ -32,6 +32,7 @@ GELU and its dropout, which keeps what it draws.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -158,6 +159,7 @@ class Shape:
         )
 
     @classmethod
+    @cache
     def of_size(cls, n_params: float) -> Shape:
         """A Llama-3 of another size: 128 d wide for d blocks, a feed-forward of 3.5 d, heads of 128
         of which four share a key, 128,256 tokens; with 8.03 billion parameters it is Llama-3-8B.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import math
 import platform
 import statistics
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .models import data_folder
+from .rules import validate
 from .tables import Table, cost_table, table
 
 
@@ -77,6 +79,71 @@ def spread(rows: list[dict], column: str, scale: float = 1.0) -> Spread:
         )
     values = [scale * row[column] for row in rows]
     return Spread(statistics.fmean(values), min(values), max(values), len(values))
+
+
+def _between(t: float, degrees: int) -> float:
+    """How much of Student's distribution lies between -t and t (Abramowitz & Stegun 26.7.3, 4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    if degrees == 1:
+        return 2 * angle / math.pi
+    odd = degrees % 2
+    term = total = math.cos(angle) if odd else 1.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+def student_t(degrees: int) -> float:
+    """The t for which 95 % of Student's distribution lies between -t and t, to nine digits.
+
+    degrees: of freedom, 1, 2, ...; ValueError for another number."""
+    validate("student_t", degrees=degrees)
+    low, high = 1.9, 13.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _between(middle, degrees) < 0.95 else (low, middle)
+    return middle
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over n seeds, and between what it lies at 95 %; one seed says nothing of
+    that, and the interval is infinite."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+    def __repr__(self) -> str:
+        if self.n == 1:
+            return f"{self.mean:+.1f} (1 seed)"
+        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f}, {self.n} seeds)"
+
+
+def difference(
+    rows: list[dict], others: list[dict], column: str = "test", scale: float = 1.0
+) -> Difference:
+    """How much more `rows` have in a column than `others`, `scale` times: the mean over the seeds
+    that both have, and its interval of 95 % by Student's t.
+
+    Raises ValueError if they have no seed in common, or one has a seed twice."""
+    for given in (rows, others):
+        spread(given, column)  # which looks for seeds that are there twice
+    theirs = {row["seed"]: row[column] for row in others}
+    gaps = [scale * (r[column] - theirs[r["seed"]]) for r in rows if r["seed"] in theirs]
+    if not gaps:
+        raise ValueError("no seed in common: there is nothing to pair")
+    mean, n = statistics.fmean(gaps), len(gaps)
+    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n) if n > 1 else math.inf
+    return Difference(mean, mean - half, mean + half, n)
 
 
 def tuned(rows: list[dict], choose: Callable = max) -> tuple[float, list[dict]]:

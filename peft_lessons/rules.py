@@ -85,7 +85,12 @@ SETTINGS: dict[str, Rule] = {
     **dict.fromkeys(("steps", "batch_size", "checkpoint_every", "repeats", "keep"), whole(1)),
     "block_size": whole(2),
     **dict.fromkeys(("max_length", "batch", "context"), whole(1)),
-    "n_params": POSITIVE,
+    **dict.fromkeys(("degrees", "num_examples"), whole(1)),
+    **dict.fromkeys(("n_params", "gpu_memory_gb"), POSITIVE),
+    "model_size_b": number(
+        lambda v: 0 < v < 10_000,
+        "must be in billions, above 0 and below 10,000: 7 for a model of 7e9 parameters",
+    ),
     **dict.fromkeys(("projection", "last", "eval_every"), or_none(whole(1))),
     **dict.fromkeys(("alpha", "scale", "adapter_scalar", "lr", "epochs"), POSITIVE),
     **dict.fromkeys(("lr_ratio", "d_initial"), POSITIVE),

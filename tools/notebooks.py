@@ -39,6 +39,10 @@ MODULES = {
     "14_beyond_lora": "beyond",
 }
 
+# Of an output with sliders a page without a kernel shows the other forms, and this one has an id
+# that is drawn anew each time.
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 CLEAN_METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -158,7 +162,7 @@ def execute(nb: NotebookNode, cwd: Path, env: dict[str, str]) -> NotebookNode:
 
 
 def clean(nb: NotebookNode, stem: str) -> NotebookNode:
-    """Metadata that says nothing of the machine, and an id for every cell."""
+    """Metadata that says nothing of the machine, no sliders, and an id for every cell."""
     nb = copy.deepcopy(nb)
     nb.metadata = nbformat.from_dict(CLEAN_METADATA)
     nb.nbformat, nb.nbformat_minor = 4, 5
@@ -167,6 +171,8 @@ def clean(nb: NotebookNode, stem: str) -> NotebookNode:
         cell.metadata = nbformat.from_dict({"tags": tags(cell)} if tags(cell) else {})
         for output in cell.get("outputs", []):
             output.pop("transient", None)
+            if len(output.get("data", ())) > 1:
+                output.data.pop(WIDGET, None)
     return nb
 
 

@@ -1,0 +1,477 @@
+"""Which method to choose: what fits by `memory`, in the order of the study in data/results.
+
+    recommend_peft_method(8, 24, "generation", 5_000)
+
+says a name of `NAMES`, and shows why. Among what fits it takes the first of a ranking. The ranking
+comes from the task and the number of examples alone, so more memory never makes the advice worse,
+and what does not fit is never recommended.
+
+Candidates are the methods that Hugging Face PEFT has a configuration for, and full fine-tuning. The
+study has more: PEFT has no configuration for bottleneck adapters, BitFit, diff pruning and the last
+blocks, and a Llama no bias for BitFit; norms and the head alone are for the lesson to show. Once
+the base is frozen none of them saves memory. For the frozen base is what costs, and so QLoRA, with
+its base in 4 bits, takes less than all others; what the study ranks below QLoRA is therefore named
+as an alternative, and never recommended.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .inject import Method
+from .memory import GB, GIB, Memory, Shape, training_memory
+from .methods.adalora import AdaLoRA
+from .methods.dora import DoRA
+from .methods.ia3 import IA3
+from .methods.lora import LoRA
+from .methods.prefix import Prefix
+from .methods.prompt import Prompt
+from .methods.qlora import QLoRA
+from .results import Difference, difference, load_results, measured_on, spread, tuned
+from .rules import validate
+from .tables import Table, table
+
+FULL, NOTHING = "full fine-tuning", "does not fit"
+TOKENS = 16  # of a prompt or a prefix, as in the study
+FACTORS = {"rank": 8, "alpha": 16}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that may be recommended: its row in the study, what it puts into a Llama, the name
+    of its configuration in PEFT and the settings of that."""
+
+    study: str
+    method: Method | None
+    config: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+_DORA = _LORA | {"use_dora": True}
+_ADALORA = {"init_r": 12, "target_r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+_VIRTUAL = {"num_virtual_tokens": TOKENS}
+
+# In the order in which they come where the study has no rows.
+CANDIDATES: dict[str, Candidate] = {
+    "LoRA": Candidate("lora, all linear", LoRA(**FACTORS), "LoraConfig", _LORA),
+    "QLoRA": Candidate("qlora", QLoRA(**FACTORS), "LoraConfig", _LORA),
+    "DoRA": Candidate(
+        "dora, all linear", DoRA(**FACTORS), "LoraConfig", _LORA | {"use_dora": True}
+    ),
+    "AdaLoRA": Candidate(
+        "adalora",
+        AdaLoRA(12, 8, 16, "all-linear", tinit=100, tfinal=300, delta=10, total_steps=1000),
+        "AdaLoraConfig",
+        _ADALORA | {"tinit": 100, "tfinal": 300, "deltaT": 10, "total_step": 1000},
+    ),
+    FULL: Candidate("full", None),
+    "(IA)³": Candidate("ia3", IA3(("k_proj", "v_proj", "down_proj"), ("down_proj",)), "IA3Config"),
+    "prefix tuning": Candidate("prefix", Prefix(TOKENS), "PrefixTuningConfig", _VIRTUAL),
+    "prompt tuning": Candidate(
+        "prompt",
+        Prompt(TOKENS, init="normal"),
+        "PromptTuningConfig",
+        _VIRTUAL | {"prompt_tuning_init": "SAMPLE_VOCAB"},
+    ),
+}
+NAMES = (*CANDIDATES, NOTHING)  # all that can be recommended
+
+TASKS = {  # what is asked for: (its task in the study, PEFT's name, other names)
+    "classification": ("sentiment", "SEQ_CLS", ("sequence classification", "text classification")),
+    "generation": ("austen", "CAUSAL_LM", ("text generation", "language modeling", "causal lm")),
+}
+# A method is as good as another if their scores lie so near each other, and the seeds do not say
+# otherwise: about a standard error of an accuracy on the test sentences; a hundredth of a
+# perplexity. Without it, three seeds that scatter would make a much worse method as good.
+NEAR = {"sentiment": 0.01, "austen": 0.01}
+SPARE, CONTEXT = 0.05, 0.75 * GIB  # of a card: its part lost to fragments, bytes of CUDA itself
+LARGEST = 10_000  # billions of parameters; a size above is not in billions
+
+
+# ------------------------------------------------------------------ the study
+
+
+def study(task: str, rows: Sequence[dict] | None = None) -> dict[int, dict[str, list[dict]]]:
+    """{examples: {method: its rows at its tuned rate, over the seeds}} of "sentiment" or "austen".
+
+    rows: those of data/results/choosing_study.csv unless given. A method without a run of seed 0 is
+    left out. Raises ValueError for another task."""
+    if task not in NEAR:
+        raise ValueError(f"task={task!r} must be one of {', '.join(map(repr, NEAR))}")
+    rows = load_results("choosing_study", task=task) if rows is None else rows
+    found: dict[int, dict[str, list[dict]]] = {}
+    for row in rows:
+        if row["task"] == task:
+            found.setdefault(row["examples"], {}).setdefault(row["method"], []).append(row)
+    best = max if task == "sentiment" else min
+    return {
+        size: {
+            name: tuned(runs, best)[1]
+            for name, runs in methods.items()
+            if any(run["seed"] == 0 for run in runs)
+        }
+        for size, methods in sorted(found.items())
+    }
+
+
+def nearest_size(sizes: Sequence[int], examples: int) -> int:
+    """The size of the study that is nearest in ratio; of two as near the smaller."""
+    return min(sorted(sizes), key=lambda size: abs(math.log(size / examples)))
+
+
+def _better(task: str, row: dict) -> float:
+    """A score of which more is better, so that a difference of 0.01 is one of a hundredth."""
+    return row["test"] if task == "sentiment" else -math.log(row["test"])
+
+
+def _gap(task: str, rows: list[dict], others: list[dict]) -> Difference:
+    """How much better some rows are than others: in accuracy, or in the logarithm of perplexity."""
+    scored = [[{"seed": r["seed"], "it": _better(task, r)} for r in rs] for rs in (rows, others)]
+    return difference(*scored, "it")
+
+
+def as_good(task: str, rows: list[dict], best: list[dict]) -> bool:
+    """Whether some rows are as good as the best: nearer than `NEAR` in the mean, and no interval of
+    95 % over the common seeds that leaves zero out."""
+    gap = _gap(task, rows, best)
+    return abs(gap.mean) <= NEAR[task] and not gap.is_clear
+
+
+def ranking(task: str, examples: int, rows: Sequence[dict] | None = None) -> list[str]:
+    """The names of the candidates, the first choice first, for "sentiment" or "austen".
+
+    From the study at the nearest size: the best score first, but of those that are as good as the
+    best of the rest, the cheapest comes first: that which trains fewest numbers, then that with the
+    faster step. A method that has no rows at this size comes behind, in the order of CANDIDATES."""
+    sizes = study(task, rows)
+    found = sizes[nearest_size(list(sizes), examples)] if sizes else {}
+    known = {name: found[c.study] for name, c in CANDIDATES.items() if c.study in found}
+
+    def mean(name: str) -> float:
+        return sum(_better(task, row) for row in known[name]) / len(known[name])
+
+    def cost(name: str) -> tuple[int, float]:
+        runs = known[name]
+        return runs[0]["trainable"], min(run["seconds_per_step"] for run in runs)
+
+    rest, order = sorted(known, key=mean, reverse=True), []
+    while rest:
+        equals = [name for name in rest if as_good(task, known[name], known[rest[0]])]
+        order.append(min(equals, key=cost))
+        rest.remove(order[-1])
+    return order + [name for name in CANDIDATES if name not in known]
+
+
+# ------------------------------------------------------------------ what fits
+
+
+def usable_bytes(gpu_memory_gb: float) -> float:
+    """What a card leaves for a training: its GiB (a "24 GB" card has 24 · 2³⁰ bytes), less 0.75 GiB
+    for CUDA itself and a twentieth for fragments.
+
+    Raises ValueError for a size that is no finite number above 0."""
+    validate("usable_bytes", gpu_memory_gb=gpu_memory_gb)
+    return max(0.0, (1 - SPARE) * gpu_memory_gb * GIB - CONTEXT)
+
+
+def needs_of(
+    model_size_b: float, labels: bool, context: int = 1024, batch: int = 1
+) -> dict[str, Memory]:
+    """{name: what it takes at the peak} of every candidate, on a Llama-3 of this many billions of
+    parameters, in mixed precision, with gradient checkpointing: except for a prefix, which lies in
+    the cache, and checkpointing switches that off."""
+    shape = Shape.of_size(model_size_b * 1e9)
+    more = {"batch": batch, "context": context, "labels": labels}
+    return {
+        name: training_memory(shape, c.method, checkpointing=name != "prefix tuning", **more)
+        for name, c in CANDIDATES.items()
+    }
+
+
+def _largest(gpu_memory_gb: float, labels: bool, context: int, batch: int) -> float:
+    """The most billions of parameters of which some candidate fits."""
+    low, high, usable = 0.0, float(LARGEST), usable_bytes(gpu_memory_gb)
+    for _ in range(40):
+        middle = (low + high) / 2
+        least = min(m.total for m in needs_of(middle, labels, context, batch).values())
+        low, high = (middle, high) if least <= usable else (low, middle)
+    return low
+
+
+# ------------------------------------------------------------------ the advice
+
+
+def _task(task_type: Any) -> str:
+    """The key of TASKS that is meant."""
+    text = str(getattr(task_type, "value", task_type))
+    plain = text.strip().lower().replace("_", " ").replace("-", " ")
+    for name, (_, peft_name, others) in TASKS.items():
+        if plain in (name, peft_name.lower().replace("_", " "), *others):
+            return name
+    known = ", ".join(repr(n) for name, (_, theirs, _) in TASKS.items() for n in (name, theirs))
+    raise ValueError(f"recommend_peft_method: task_type={task_type!r} must be one of {known}")
+
+
+class Advice(str):
+    """A name of `NAMES`, and why. Made by `recommend_peft_method`.
+
+    fits: a table of all candidates in their order, with bytes by part and what is left.
+    evidence: a table of what the study measured, for this kind of task and this much data.
+    alternatives: two other names. config: PEFT's configuration, None for full fine-tuning and
+    "does not fit". quantization: what to load the base with, for QLoRA. why: all of it as text."""
+
+    fits: Table
+    evidence: Table | None
+    alternatives: tuple[str, str]
+    sentences: tuple[str, ...]
+    _peft_task: str
+
+    @cached_property
+    def config(self) -> Any:
+        candidate = CANDIDATES.get(self)
+        if candidate is None or not candidate.config:
+            return None
+        import peft  # takes seconds
+
+        kind = getattr(peft, candidate.config)
+        return kind(task_type=self._peft_task, **candidate.settings)
+
+    @cached_property
+    def quantization(self) -> Any:
+        if self != "QLoRA":
+            return None
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+
+    @property
+    def why(self) -> str:
+        shown = (*self.sentences, repr(self.fits), repr(self.evidence) if self.evidence else "")
+        return "\n".join(filter(None, shown))
+
+    def __repr__(self) -> str:
+        return f"{self!s}\n{self.why}"
+
+    def _repr_html_(self) -> str:
+        told = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
+        tables = (self.fits, self.evidence) if self.evidence else (self.fits,)
+        shown = "".join(t._repr_html_() for t in tables)
+        return f"<p><strong>{html.escape(str(self))}</strong></p>{told}{shown}"
+
+
+def recommend_peft_method(
+    model_size_b: float,
+    gpu_memory_gb: float,
+    task_type: str,
+    num_examples: int,
+    *,
+    context: int = 1024,
+    batch: int = 1,
+) -> Advice:
+    """Which method to fine-tune a model with: a name of `NAMES` that explains itself.
+
+    Args:
+        model_size_b: parameters in billions, 7 for a 7-billion model, taken for a Llama-3 of that
+            size.
+        gpu_memory_gb: of one card, as it is sold: a "24 GB" card has 24 · 2³⁰ bytes.
+        task_type: "classification" or "generation", or PEFT's SEQ_CLS or CAUSAL_LM.
+        num_examples: in the training set.
+        context, batch: tokens of a text, texts in a step. Gradients can be accumulated over steps.
+
+    The name is the first of `ranking` whose `needs_of` are at most `usable_bytes`, so it never does
+    not fit, and more memory never leads to a lower rank.
+    Raises ValueError for an unknown task (lists the known), and for a number that is none, is not
+    finite, not above 0, or, where a whole one is wanted, not whole."""
+    own = "recommend_peft_method"
+    validate(own, model_size_b=model_size_b, gpu_memory_gb=gpu_memory_gb)
+    validate(own, num_examples=num_examples, context=context, batch=batch)
+    kind = _task(task_type)
+    task, peft_task, _ = TASKS[kind]
+    rows = load_results("choosing_study", task=task)
+    needs = needs_of(model_size_b, kind == "classification", context, batch)
+    usable, order = usable_bytes(gpu_memory_gb), ranking(task, num_examples, rows)
+    fitting = [name for name in order if needs[name].total <= usable]
+    chosen = fitting[0] if fitting else NOTHING
+    others = [name for name in order if name != chosen]
+    others.sort(key=lambda name: (name not in fitting, name not in fitting and needs[name].total))
+    advice = Advice(chosen)
+    advice._peft_task, advice.alternatives = peft_task, tuple(others[:2])
+    advice.fits = _fits(order, needs, usable, kind, context, batch)
+    advice.evidence = _evidence(task, num_examples, order, rows)
+    advice.sentences = (
+        _decision(chosen, needs, usable, model_size_b, gpu_memory_gb, kind, context, batch),
+        _others(advice.alternatives, needs, usable),
+        _data(task, num_examples, rows),
+    )
+    return advice
+
+
+def _decision(chosen, needs, usable, size, card, kind, context, batch) -> str:
+    room = f"of {card:g} GiB ({card * GIB / GB:.1f} GB) {usable / GB:.1f} GB can be used"
+    if chosen == NOTHING:
+        least = min(needs, key=lambda name: needs[name].total)
+        most = _largest(card, kind == "classification", context, batch)
+        short = (needs[least].total - usable) / GB
+        return (
+            f"Nothing fits a model of {size:g} billion: {room}, and even {least} lacks "
+            f"{short:.1f} GB. {_at_most(most)}, or take a larger card, several, or shorter texts."
+        )
+    took = needs[chosen].total
+    return (
+        f"{chosen} takes {took / GB:.1f} GB for a model of {size:g} billion, and {room}: "
+        f"{(usable - took) / GB:.1f} GB are left. It is the first that fits in the order below."
+    )
+
+
+def _at_most(size: float) -> str:
+    if size < 1e-3:
+        return "On this card no language model of this kind fits"
+    unit = 10 ** (math.floor(math.log10(size)) - 1)  # rounded down to two digits, so that it fits
+    return f"On this card a model of at most {math.floor(size / unit) * unit:.3g} billion fits"
+
+
+def _others(alternatives, needs, usable) -> str:
+    def told(name: str) -> str:
+        left = (usable - needs[name].total) / GB
+        return f"{name} ({f'leaves {left:.1f}' if left >= 0 else f'lacks {-left:.1f}'} GB)"
+
+    return f"Alternatives: {', '.join(map(told, alternatives))}."
+
+
+def _data(task: str, examples: int, rows: Sequence[dict]) -> str:
+    if not (sizes := list(study(task, rows))):
+        return "The study has no rows of this task yet: the order is that of CANDIDATES."
+    size = nearest_size(sizes, examples)
+    base, more = {
+        "sentiment": ("an encoder of 22.7 million parameters", "sentences of movie reviews"),
+        "austen": ("a language model of 3.2 million parameters", "pieces of Jane Austen's novels"),
+    }[task]
+    return (
+        f"The order is that of the study at {size:,} examples, the nearest to {examples:,}. It was "
+        f"measured on {base} with {more}: far from yours, so a reason to try this first, and no "
+        "more. Every method there has its own learning rate; take care of yours."
+    )
+
+
+def _fits(order, needs, usable, kind, context, batch) -> Table:
+    rows = []
+    for name in order:
+        m = needs[name]
+        trained = m.adapter + m.gradients + m.optimiser
+        left = usable - m.total
+        rows.append(
+            {
+                "in order": name,
+                "base": m.weights / GB,
+                "what trains": trained / GB,
+                "activations": (m.activations + m.at_work) / GB,
+                "in all": m.total / GB,
+                "left": f"{left / GB:.1f} GB" if left >= 0 else f"lacks {-left / GB:.1f} GB",
+            }
+        )
+    formats = dict.fromkeys(("base", "in all", "activations"), "{:.1f} GB")
+    return table(
+        rows,
+        formats | {"what trains": "{:.2f} GB"},
+        note=f"{kind}, {batch} × {context:,} tokens, bfloat16, master copy and Adam in float32, "
+        "gradient checkpointing (not with a prefix)",
+    )
+
+
+def _evidence(task: str, examples: int, order: Sequence[str], rows: Sequence[dict]) -> Table | None:
+    if not (sizes := study(task, rows)):
+        return None
+    size = nearest_size(list(sizes), examples)
+    found, lines, shown = sizes[size], [], []
+    scale, heading = (100, "accuracy, %") if task == "sentiment" else (1, "perplexity")
+    for name in order:
+        runs = found.get(CANDIDATES[name].study)
+        if runs is None:
+            continue
+        shown += runs
+        lines.append(
+            {
+                f"the study, {size:,} examples": name,
+                "trains there": runs[0]["trainable"],
+                f"test {heading}": spread(runs, "test", scale),
+            }
+        )
+    return table(lines, note=measured_on(*shown)) if lines else None
+
+
+# ------------------------------------------------------------------ sliders
+
+
+class Adviser:
+    """`recommend_peft_method` with sliders where there is a kernel, and without one the advice for
+    where they stand at first. Shown by itself at the end of a cell."""
+
+    def __init__(self, **first: Any) -> None:
+        self.first = recommend_peft_method(**first)
+        self.widget = self._sliders(first)
+
+    def _sliders(self, first: Mapping[str, Any]):
+        try:
+            import ipywidgets as w
+        except ImportError:
+            return None
+        box = {"layout": w.Layout(width="32em"), "style": {"description_width": "11em"}}
+        log = {"base": 10, "step": 0.05, "readout_format": ".3g", "continuous_update": False} | box
+        sizes = ("model_size_b", "gpu_memory_gb", "num_examples")
+        ranges = ("billion parameters", -1, 2.7), ("GiB of the card", 0.6, 2.2), ("examples", 1, 6)
+        inputs = {
+            name: w.FloatLogSlider(first[name], min=low, max=high, description=told, **log)
+            for name, (told, low, high) in zip(sizes, ranges, strict=True)
+        }
+        inputs["task_type"] = w.Dropdown(
+            options=list(TASKS), value=_task(first["task_type"]), description="task", **box
+        )
+        shown = w.HTML()
+
+        def update(_=None) -> None:
+            values = {name: widget.value for name, widget in inputs.items()}
+            values["num_examples"] = round(values["num_examples"])
+            shown.value = recommend_peft_method(**values)._repr_html_()
+
+        for widget in inputs.values():
+            widget.observe(update, names="value")
+        update()
+        return w.VBox([*inputs.values(), shown])
+
+    def __repr__(self) -> str:
+        return repr(self.first)
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
+        told = self.first._repr_html_()
+        if self.widget is None:
+            told += "<p>With ipywidgets installed, there are sliders here.</p>"
+        bundle = {"text/plain": repr(self), "text/html": told}
+        return bundle | (self.widget._repr_mimebundle_() if self.widget else {}) | bundle
+
+
+def adviser(
+    model_size_b: float = 8.0,
+    gpu_memory_gb: float = 24.0,
+    task_type: str = "generation",
+    num_examples: int = 1000,
+) -> Adviser:
+    """Sliders over `recommend_peft_method`, which start here. Without ipywidgets, or on a page
+    without a kernel, the advice for the start is shown instead. Raises ValueError as it does."""
+    return Adviser(
+        model_size_b=model_size_b,
+        gpu_memory_gb=gpu_memory_gb,
+        task_type=task_type,
+        num_examples=num_examples,
+    )

@@ -1,0 +1,324 @@
+"""The advice: what fits, in an order of the study; whatever is asked, it never does not fit."""
+
+import itertools
+import math
+
+import pytest
+import tiny
+import torch
+
+from peft_lessons import advice as module
+from peft_lessons import adviser, load_task, recommend_peft_method, student_t
+from peft_lessons.advice import CANDIDATES, FULL, NAMES, NOTHING, TASKS, needs_of, ranking
+from peft_lessons.memory import GIB, Shape, training_memory
+from peft_lessons.results import difference
+
+SIZES = (0.1, 1, 7, 13, 32, 70, 400)
+CARDS = (2, 4, 6, 8, 12, 14, 16, 24, 48, 80, 141, 640, 2000)
+STUDIED = {"sentiment": (100, 1000, 6377), "austen": (100, 1000, 7695)}
+
+
+def rows_of(task, scores, examples, *, cost=None, seeds=3):
+    """Rows of a study in which {method: score, or a score for each seed} came out."""
+    rows = []
+    for i, (method, score) in enumerate(scores.items()):
+        every = [score] * seeds if isinstance(score, float) else score
+        for seed, value in enumerate(every):
+            rows.append(
+                {"task": task, "method": method, "examples": examples, "lr": 0.1, "seed": seed}
+                | {"validation": value, "test": value, "seconds_per_step": 0.5}
+                | {"trainable": (cost or {}).get(method, 1000 * (i + 1))}
+                | {"torch": "2", "machine": "none", "date": "2000-01-01"}
+            )
+    return rows
+
+
+NAMED = {name: c.study for name, c in CANDIDATES.items()}
+# An order in which every candidate could be recommended, and the better one is the later.
+RISING = {NAMED[name]: 0.5 + 0.05 * i for i, name in enumerate(CANDIDATES)}
+
+
+@pytest.fixture
+def studied(monkeypatch):
+    """Let a study of our own take the place of the stored one."""
+
+    def put(rows):
+        of_task = lambda name, task: [r for r in rows if r["task"] == task]  # noqa: E731
+        monkeypatch.setattr(module, "load_results", of_task)
+
+    rows = [r for size in STUDIED["sentiment"] for r in rows_of("sentiment", RISING, size)]
+    falling = {method: 100 * (1.5 - score) for method, score in RISING.items()}
+    rows += [r for size in STUDIED["austen"] for r in rows_of("austen", falling, size)]
+    put(rows)
+    return put
+
+
+# ------------------------------------------------------------------ what fits
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("examples", [100, 5000])
+def test_what_is_recommended_fits_and_no_better_one_does(task, examples):
+    order = ranking(TASKS[task][0], examples)
+    for size, card in itertools.product(SIZES, CARDS):
+        advice = recommend_peft_method(size, card, task, examples)
+        needs, usable = needs_of(size, task == "classification"), module.usable_bytes(card)
+        better = order if advice == NOTHING else order[: order.index(advice)]
+        assert advice == NOTHING or needs[advice].total <= usable
+        assert all(needs[name].total > usable for name in better)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_more_memory_is_never_worse(task):
+    order = [*ranking(TASKS[task][0], 1000), NOTHING]
+    for size in SIZES:
+        found = [recommend_peft_method(size, card, task, 1000) for card in CARDS]
+        ranks = [order.index(str(advice)) for advice in found]
+        assert ranks == sorted(ranks, reverse=True)
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_it_changes_where_it_just_fits(name, studied):
+    """The card that has just the bytes, and one with a millionth less."""
+    studied(rows_of("austen", {NAMED[name]: 50.0}, 1000))
+    need = needs_of(7, labels=False)[name].total
+    card = (need + module.CONTEXT) / (1 - module.SPARE) / GIB
+    assert recommend_peft_method(7, card * (1 + 1e-9), "generation", 1000) == name
+    assert recommend_peft_method(7, card * (1 - 1e-6), "generation", 1000) != name
+
+
+def test_known_cards():
+    """Which base lies on the card at all: 7 billion in 16 bits are 14.0 GB, 70 in 4 bits 39.4."""
+    ask = lambda size, card: recommend_peft_method(size, card, "generation", 5000)  # noqa: E731
+    for size, card in ((70, 24), (70, 8), (7, 4), (400, 141)):
+        assert ask(size, card) == NOTHING
+    for size, card in ((7, 14), (7, 13.99), (13, 24), (70, 48)):
+        assert ask(size, card) == "QLoRA"
+    assert ask(7, 24) not in ("QLoRA", NOTHING, FULL)
+
+
+def test_a_card_of_24_gb_has_24_gib():
+    assert module.usable_bytes(24) == pytest.approx(0.95 * 24 * 2**30 - 0.75 * 2**30)
+    assert module.usable_bytes(0.1) == 0
+
+
+def test_needs_are_those_of_the_memory_module():
+    shape = Shape.of_size(7e9)
+    found = needs_of(7, labels=False, context=512, batch=2)
+    for name, candidate in CANDIDATES.items():
+        saving = name != "prefix tuning"
+        more = {"context": 512, "batch": 2, "checkpointing": saving}
+        assert found[name] == training_memory(shape, candidate.method, **more)
+
+
+def test_longer_texts_and_larger_batches_take_more():
+    assert recommend_peft_method(7, 24, "generation", 5000) != NOTHING
+    assert recommend_peft_method(7, 24, "generation", 5000, context=65536) == NOTHING
+    assert recommend_peft_method(7, 24, "generation", 5000, batch=64) == NOTHING
+
+
+# ------------------------------------------------------------------ the order
+
+
+def test_every_name_can_be_recommended_if_the_study_ranks_it_above_qlora(studied):
+    for best in CANDIDATES:
+        studied(rows_of("austen", {NAMED[best]: 20.0, "qlora": 50.0} | {NAMED[best]: 20.0}, 1000))
+        assert recommend_peft_method(7, 2000, "generation", 1000) == best
+    assert recommend_peft_method(7, 2, "generation", 1000) == NOTHING
+
+
+def test_nothing_takes_less_than_qlora():
+    """Which is why nothing that the study ranks below it is ever recommended."""
+    for size, labels in itertools.product((0.2, *SIZES[1:]), (True, False)):
+        needs = needs_of(size, labels)
+        assert min(needs, key=lambda name: needs[name].total) == "QLoRA"
+
+
+def test_the_best_score_comes_first(studied):
+    assert ranking("sentiment", 1000) == list(reversed(CANDIDATES))
+    assert ranking("austen", 1000) == list(reversed(CANDIDATES))
+
+
+def test_of_those_as_good_the_cheapest_comes_first():
+    near = {"full": 0.862, "lora, all linear": 0.858, "ia3": 0.840}
+    cost = {"full": 9_000_000, "lora, all linear": 300_000, "ia3": 5000}
+    rows = rows_of("sentiment", near, 1000, cost=cost)
+    # Without any spread over the seeds every difference is clear.
+    assert ranking("sentiment", 1000, rows)[:3] == [FULL, "LoRA", "(IA)³"]
+    noisy = near | {"lora, all linear": [0.852, 0.865, 0.857]}
+    rows = rows_of("sentiment", noisy, 1000, cost=cost)
+    assert ranking("sentiment", 1000, rows)[:3] == ["LoRA", FULL, "(IA)³"]
+    # Two points behind, an interval that says little makes no method as good.
+    wild = near | {"ia3": [0.700, 0.900, 0.920]}
+    rows = rows_of("sentiment", wild, 1000, cost=cost)
+    assert ranking("sentiment", 1000, rows)[:3] == [FULL, "LoRA", "(IA)³"]
+    # At the same count the faster step comes first.
+    rows = rows_of("austen", {"qlora": [40.0, 40.1, 39.9], "lora, all linear": [40.1, 39.9, 40]}, 9)
+    for row in rows:
+        row["trainable"], row["seconds_per_step"] = 300, 0.9 if row["method"] == "qlora" else 0.4
+    assert ranking("austen", 9, rows)[:2] == ["LoRA", "QLoRA"]
+
+
+def test_the_order_is_that_of_the_nearest_size():
+    rows = rows_of("austen", {"full": 30.0, "ia3": 50.0}, 7695)
+    rows += rows_of("austen", {"full": 60.0, "ia3": 50.0}, 100)
+    assert ranking("austen", 700, rows)[0] == "(IA)³"  # √(100 · 7,695) is 877
+    assert ranking("austen", 1000, rows)[0] == FULL
+    assert ranking("austen", 1, rows)[0] == "(IA)³"
+
+
+def test_rows_that_are_missing_are_said_and_do_not_stop_it(studied):
+    studied([])
+    advice = recommend_peft_method(7, 24, "generation", 1000)
+    assert advice == "LoRA" and advice.evidence is None and "no rows" in advice.why
+    half = rows_of("austen", {"full": 30.0}, 1000)
+    for row in half:
+        row["seed"] += 1  # the run that chooses the rate is not there yet
+    studied(half + rows_of("austen", {"ia3": [50.0]}, 1000))
+    assert ranking("austen", 1000, half)[0] == "LoRA"
+    assert recommend_peft_method(7, 24, "generation", 1000) == "(IA)³"
+
+
+def test_near_is_the_standard_error_of_the_test_sentences():
+    n = load_task("sentiment").size("test")
+    assert module.NEAR["sentiment"] == pytest.approx(math.sqrt(0.85 * 0.15 / n), rel=0.2)
+
+
+# ------------------------------------------------------------------ what it says
+
+
+def test_it_is_a_string_and_explains_itself(studied):
+    advice = recommend_peft_method(8, 24, "CAUSAL_LM", 1000)
+    assert isinstance(advice, str) and advice == str(advice) and advice in NAMES
+    for told in ("25.8 GB", "are left", "Alternatives", "order", "far from yours", "perplexity"):
+        assert told in advice.why
+    assert repr(advice).startswith(f"{advice}\n") and advice.why in repr(advice)
+    shown = advice._repr_html_()
+    assert shown.count("<table>") == 2 and "25.8 GB" in shown
+    assert len(advice.fits.cells) == len(CANDIDATES)
+    assert len(set(advice.alternatives) - {str(advice)}) == 2
+
+
+def test_what_does_not_fit_says_what_would():
+    advice = recommend_peft_method(70, 24, "generation", 1000)
+    assert advice == NOTHING and advice.config is None and "QLoRA lacks" in advice.why
+    largest = float(advice.why.partition("at most ")[2].partition(" billion")[0])
+    assert recommend_peft_method(largest, 24, "generation", 1000) != NOTHING
+    assert recommend_peft_method(1.1 * largest, 24, "generation", 1000) == NOTHING
+    for card in (1.2, 0.3):
+        advice = recommend_peft_method(1, card, "generation", 10)
+        assert advice == NOTHING and "no language model of this kind fits" in advice.why
+
+
+# A BERT has other names for its layers: LoRA's kin find them by "all-linear".
+@pytest.mark.parametrize("name", [n for n in CANDIDATES if n != FULL])
+@pytest.mark.parametrize("task", TASKS)
+def test_its_configuration_is_ready(name, task, studied):
+    from peft import get_peft_model
+
+    kind = TASKS[task][0]
+    studied(rows_of(kind, {NAMED[name]: 0.9 if kind == "sentiment" else 30.0}, 1000))
+    advice = recommend_peft_method(8, 2000, task, 1000)
+    assert advice == name and advice.config is advice.config
+    assert (advice.quantization is not None) == (name == "QLoRA")
+    bert = task == "classification" and name not in ("(IA)³", "prompt tuning")
+    base = tiny.tiny_bert() if bert else tiny.tiny_llama()
+    if task == "classification" and not bert:
+        from transformers import LlamaForSequenceClassification
+
+        base.config.pad_token_id = 0
+        base = LlamaForSequenceClassification(base.config)
+    config = advice.config
+    if name == "prompt tuning":
+        config.tokenizer_name_or_path = None
+    model = get_peft_model(base, config)
+    assert 0 < model.get_nb_trainable_parameters()[0] < model.get_nb_trainable_parameters()[1]
+    batch = tiny.batch_of("bert" if task == "classification" else "llama")
+    assert torch.isfinite(model(**batch).loss)
+
+
+def test_full_fine_tuning_has_no_configuration(studied):
+    studied(rows_of("austen", {"full": 30.0}, 1000))
+    advice = recommend_peft_method(1, 80, "generation", 1000)
+    assert advice == FULL and advice.config is None and advice.quantization is None
+
+
+@pytest.mark.parametrize(
+    "task_type", ["classification", "Classification", "SEQ_CLS", "seq-cls", "text classification"]
+)
+def test_a_task_has_several_names(task_type):
+    from peft import TaskType
+
+    advice = recommend_peft_method(7, 24, task_type, 1000)
+    assert advice.why == recommend_peft_method(7, 24, TaskType.SEQ_CLS, 1000).why
+
+
+GOOD = {"model_size_b": 7, "gpu_memory_gb": 24, "task_type": "generation", "num_examples": 1000}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("model_size_b", (0, -7, math.nan, math.inf, True, "7", None), "model_size_b="),
+        ("model_size_b", (7e9, 10_000), "must be in billions"),
+        ("gpu_memory_gb", (0, -1, math.nan, math.inf, False, "24", None), "gpu_memory_gb="),
+        ("num_examples", (-5, 0, 2.5, 1e3, math.nan, True, "10"), "num_examples="),
+        ("task_type", ("translation", "", None, 7), "must be one of 'classification', 'SEQ_CLS'"),
+        ("context", (0, 1.5), "context="),
+        ("batch", (0, "2"), "batch="),
+    ],
+)
+def test_what_makes_no_sense_is_refused(name, values, told):
+    for value in values:
+        with pytest.raises(ValueError) as caught:
+            recommend_peft_method(**GOOD | {name: value})
+        assert told in str(caught.value) and "recommend_peft_method" in str(caught.value)
+
+
+# ------------------------------------------------------------------ the sliders
+
+
+def test_the_sliders_follow(studied):
+    pytest.importorskip("ipywidgets")
+    found = adviser(7, 24, "generation", 1000)
+    bundle = found._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
+    assert bundle["text/html"] == recommend_peft_method(7, 24, "generation", 1000)._repr_html_()
+    size, card, examples, task, shown = found.widget.children
+    size.value, card.value, examples.value, task.value = 70.0, 24.0, 100.0, "classification"
+    assert shown.value == recommend_peft_method(70, 24, "classification", 100)._repr_html_()
+
+
+def test_without_ipywidgets_the_table_stays(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
+    bundle = adviser()._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "text/html"} and "ipywidgets" in bundle["text/html"]
+    assert "<table>" in bundle["text/html"]
+
+
+# ------------------------------------------------------------------ the statistics
+
+
+def test_student_t_is_that_of_the_tables():
+    known = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 30: 2.0423}
+    for degrees, t in known.items():
+        assert student_t(degrees) == pytest.approx(t, abs=5e-5)
+    assert student_t(10**4) == pytest.approx(1.9602, abs=5e-5)
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="degrees"):
+            student_t(wrong)
+
+
+def test_a_difference_is_paired_by_seed():
+    a = [{"seed": s, "test": v} for s, v in ((0, 0.84), (1, 0.86), (2, 0.85))]
+    b = [{"seed": s, "test": v} for s, v in ((2, 0.80), (0, 0.80), (1, 0.80), (7, 0.1))]
+    found = difference(a, b, scale=100)
+    half = 4.302653 * 1 / math.sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((5, 5 - half, 5 + half))
+    assert found.n == 3 and found.is_clear and "3 seeds" in repr(found)
+    one = difference(a[:1], b)
+    assert not one.is_clear and one.high == math.inf and "1 seed" in repr(one)
+    with pytest.raises(ValueError, match="no seed in common"):
+        difference(a, b[3:])
+    with pytest.raises(ValueError, match="there twice"):
+        difference([*a, *a], b)
