@@ -1,0 +1,65 @@
+"""Solutions of lesson 13."""
+
+import math
+import statistics
+
+from peft_lessons import student_t
+
+
+def pareto_front(costs: list[float], scores: list[float]) -> list[int]:
+    """Indices of the points that no other dominates, the cheapest first."""
+    points = list(zip(costs, scores, strict=True))
+    measured = [i for i, point in enumerate(points) if not any(math.isnan(v) for v in point)]
+
+    def dominates(j: int, i: int) -> bool:
+        (cost, score), (other_cost, other_score) = points[j], points[i]
+        return cost <= other_cost and score >= other_score and points[j] != points[i]
+
+    front = [i for i in measured if not any(dominates(j, i) for j in measured)]
+    return sorted(front, key=lambda i: costs[i])  # equal points stay in their order
+
+
+def fits(n_params: int, n_trainable: int, gpu_gb: float, bits: int) -> bool:
+    """Whether weights and what trains take at most seven eighths of the card."""
+    if bits not in (4, 16):
+        raise ValueError(f"bits={bits!r} must be 4 or 16")
+    stored = 16 if bits == 16 else 4 + 8 / 64 + 32 / (64 * 256)   # bits a frozen number
+    frozen = (n_params - n_trainable) * stored / 8                # bytes
+    return frozen + 16 * n_trainable <= 7 / 8 * gpu_gb * 2**30
+
+
+def paired_difference(
+    scores_a: list[float], scores_b: list[float]
+) -> tuple[float, float, float]:
+    """The mean of a − b over the seeds, and the ends of its 95 % interval."""
+    if len(scores_a) != len(scores_b) or len(scores_a) < 2:
+        raise ValueError("the scores must be pairs, of two seeds at least")
+    gaps = [a - b for a, b in zip(scores_a, scores_b, strict=True)]
+    n, mean = len(gaps), statistics.fmean(gaps)
+    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def defend_choice(
+    needs: dict[str, float], gpu_gb: float, scores: dict[str, list[float]]
+) -> dict:
+    """The cheapest of what fits and is as good as the best that fits, with the numbers."""
+
+    def paired(a: list[float], b: list[float]) -> tuple[float, float, float]:
+        gaps = [x - y for x, y in zip(a, b, strict=True)]
+        mean, n = statistics.fmean(gaps), len(gaps)
+        half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
+        return mean, mean - half, mean + half
+
+    usable = 7 / 8 * gpu_gb * 2**30
+    fitting = [name for name in needs if needs[name] <= usable]
+    if not fitting:
+        least = min(needs.values())
+        return {"method": "does not fit", "takes": least / 1e9, "left": (usable - least) / 1e9,
+                "behind": {}}
+    best = max(fitting, key=lambda name: statistics.fmean(scores[name]))
+    behind = {name: paired(scores[best], scores[name]) for name in fitting if name != best}
+    as_good = [best, *(name for name, (_, low, _) in behind.items() if low <= 0)]
+    chosen = min(as_good, key=needs.get)
+    return {"method": chosen, "takes": needs[chosen] / 1e9,
+            "left": (usable - needs[chosen]) / 1e9, "behind": behind}
