@@ -52,6 +52,7 @@ from .results import (
     stored_costs,
     student_t,
     tuned,
+    undominated,
 )
 from .tables import cost_table, table
 from .tasks import load_task
@@ -143,6 +144,7 @@ __all__ = [
     "there_and_back",
     "train_with_peft",
     "tuned",
+    "undominated",
     "unload",
     "unmerge",
     "with_method",

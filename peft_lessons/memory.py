@@ -389,6 +389,7 @@ def traced_activations(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
         if checkpointing:
+            model.config.use_cache = False  # which it would be, with a notice
             model.gradient_checkpointing_enable({"use_reentrant": False})
         ids = torch.zeros(batch, context, dtype=torch.long)
         inputs = {"input_ids": ids, "labels": ids[:, 0] if labels else ids}

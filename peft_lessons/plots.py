@@ -137,3 +137,31 @@ def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], title: str, xlabel
     ax.margins(x=0.1)
     ax.set(title=title, xlabel=xlabel)
     ax.legend(ncols=len(parts), loc="lower right")
+
+
+def name_points(ax, points: Mapping[str, tuple[float, float]], size: float = 7) -> None:
+    """The names of points {name: (x, y)} beside them, moved up or down where they would lie on one
+    another. To be called last: it goes by the scales of the axes, which it gives some room."""
+    ax.margins(x=0.1, y=0.1)
+    ax.figure.draw_without_rendering()
+    pixel = ax.figure.dpi / 72  # of a point of type
+    places = {name: ax.transData.transform(point) for name, point in points.items()}
+    taken: list[tuple[float, float, float]] = []
+    for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
+        left, right = x + 4 * pixel, x + (4 + 0.58 * size * len(name)) * pixel
+        for step in sorted(range(-40, 41), key=abs):
+            at = y + step * size * pixel / 4
+            if all(
+                right < a or left > b or abs(at - c) >= 1.15 * size * pixel for a, b, c in taken
+            ):
+                break
+        taken.append((left, right, at))
+        ax.annotate(
+            name,
+            points[name],
+            (4, (at - y) / pixel),
+            textcoords="offset points",
+            size=size,
+            va="center",
+            annotation_clip=False,
+        )

@@ -146,6 +146,18 @@ def difference(
     return Difference(mean, mean - half, mean + half, n)
 
 
+def undominated(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Of points {name: (cost, score)}, lower cost and higher score being better, the names of those
+    than which none is better in one and as good in the other: the Pareto front, cheapest first."""
+
+    def beaten(point: tuple[float, float]) -> bool:
+        cost, score = point
+        return any(c <= cost and s >= score and (c, s) != point for c, s in points.values())
+
+    front = [name for name, point in points.items() if not beaten(point)]
+    return sorted(front, key=lambda name: points[name][0])
+
+
 def tuned(rows: list[dict], choose: Callable = max) -> tuple[float, list[dict]]:
     """(learning rate, its rows): the best by column `validation` among the runs with seed 0.
 

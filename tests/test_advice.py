@@ -11,7 +11,7 @@ from peft_lessons import advice as module
 from peft_lessons import adviser, load_task, recommend_peft_method, student_t
 from peft_lessons.advice import CANDIDATES, FULL, NAMES, NOTHING, TASKS, needs_of, ranking
 from peft_lessons.memory import GIB, Shape, training_memory
-from peft_lessons.results import difference
+from peft_lessons.results import difference, undominated
 
 SIZES = (0.1, 1, 7, 13, 32, 70, 400)
 CARDS = (2, 4, 6, 8, 12, 14, 16, 24, 48, 80, 141, 640, 2000)
@@ -322,3 +322,10 @@ def test_a_difference_is_paired_by_seed():
         difference(a, b[3:])
     with pytest.raises(ValueError, match="there twice"):
         difference([*a, *a], b)
+
+
+def test_the_front_is_what_nothing_dominates():
+    points = {"a": (1.0, 0.5), "b": (2.0, 0.5), "c": (2.0, 0.7), "d": (3.0, 0.7), "e": (0.5, 0.1)}
+    assert undominated(points) == ["e", "a", "c"]
+    assert undominated(points | {"twin": (1.0, 0.5)}) == ["e", "a", "twin", "c"]
+    assert undominated({}) == []

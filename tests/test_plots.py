@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -171,3 +172,16 @@ def test_a_title_set_outside_stands_once_to_the_left_in_bold():
     plots.show(fig, alt="an empty figure with a title")
     assert ax.get_title(loc="left") == "a claim" and ax.get_title(loc="center") == ""
     assert ax._left_title.get_fontweight() == "bold"
+
+
+def test_names_beside_points_do_not_lie_on_one_another():
+    _, ax = plots.figure(size=(4, 3))
+    points = {f"method {n}": (1 + n / 1000, 2.0) for n in range(6)} | {"far": (9, 8)}
+    ax.set(xlim=(0, 10), ylim=(0, 10))
+    plots.name_points(ax, points)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert [text.get_text() for text in ax.texts][-1] == "far" and len(boxes) == 7
+    gaps = sorted(box.y0 for box in boxes)
+    height = min(box.height for box in boxes)
+    assert all(b - a > 0.8 * height for a, b in itertools.pairwise(gaps))
+    assert ax.texts[0].xy == points["method 0"]
