@@ -181,15 +181,22 @@ def usable_bytes(gpu_memory_gb: float) -> float:
 
 
 def needs_of(
-    model_size_b: float, labels: bool, context: int = 1024, batch: int = 1
+    model_size_b: float,
+    labels: bool,
+    context: int = 1024,
+    batch: int = 1,
+    *,
+    checkpointing: bool = True,
 ) -> dict[str, Memory]:
     """{name: what it takes at the peak} of every candidate, on a Llama-3 of this many billions of
-    parameters, in mixed precision, with gradient checkpointing: except for a prefix, which lies in
-    the cache, and checkpointing switches that off."""
+    parameters, in mixed precision, with gradient checkpointing or without: never with a prefix,
+    which lies in the cache, and checkpointing switches that off."""
     shape = Shape.of_size(model_size_b * 1e9)
     more = {"batch": batch, "context": context, "labels": labels}
     return {
-        name: training_memory(shape, c.method, checkpointing=name != "prefix tuning", **more)
+        name: training_memory(
+            shape, c.method, checkpointing=checkpointing and name != "prefix tuning", **more
+        )
         for name, c in CANDIDATES.items()
     }
 
@@ -308,7 +315,9 @@ def recommend_peft_method(
     others.sort(key=lambda name: (name not in fitting, name not in fitting and needs[name].total))
     advice = Advice(chosen)
     advice._peft_task, advice.alternatives = peft_task, tuple(others[:2])
-    advice.fits = _fits(order, needs, usable, kind, context, batch)
+    plain = needs_of(model_size_b, kind == "classification", context, batch, checkpointing=False)
+    told = f"{kind}, {batch} × {context:,} tokens"
+    advice.fits = _fits(order, needs, plain, usable, told)
     advice.evidence = _evidence(task, num_examples, order, rows)
     advice.sentences = (
         _decision(chosen, needs, usable, model_size_b, gpu_memory_gb, kind, context, batch),
@@ -326,7 +335,7 @@ def _decision(chosen, needs, usable, size, card, kind, context, batch) -> str:
         short = (needs[least].total - usable) / GB
         return (
             f"Nothing fits a model of {size:g} billion: {room}, and even {least} lacks "
-            f"{short:.1f} GB. {_at_most(most)}, or take a larger card, several, or shorter texts."
+            f"{short:.1f} GB. {_at_most(most)}. Or take a larger card, several, or shorter texts."
         )
     took = needs[chosen].total
     return (
@@ -365,28 +374,31 @@ def _data(task: str, examples: int, rows: Sequence[dict]) -> str:
     )
 
 
-def _fits(order, needs, usable, kind, context, batch) -> Table:
+def _fits(order, needs, plain, usable, told) -> Table:
+    def left(m: Memory) -> str:
+        gigabytes = (usable - m.total) / GB
+        return f"{gigabytes:.1f} GB" if gigabytes >= 0 else f"lacks {-gigabytes:.1f} GB"
+
     rows = []
     for name in order:
         m = needs[name]
-        trained = m.adapter + m.gradients + m.optimiser
-        left = usable - m.total
         rows.append(
             {
                 "in order": name,
                 "base": m.weights / GB,
-                "what trains": trained / GB,
+                "what trains": (m.adapter + m.gradients + m.optimiser) / GB,
                 "activations": (m.activations + m.at_work) / GB,
                 "in all": m.total / GB,
-                "left": f"{left / GB:.1f} GB" if left >= 0 else f"lacks {-left / GB:.1f} GB",
+                "left": left(m),
+                "left without checkpointing": left(plain[name]),
             }
         )
     formats = dict.fromkeys(("base", "in all", "activations"), "{:.1f} GB")
     return table(
         rows,
         formats | {"what trains": "{:.2f} GB"},
-        note=f"{kind}, {batch} × {context:,} tokens, bfloat16, master copy and Adam in float32, "
-        "gradient checkpointing (not with a prefix)",
+        note=f"{told}, bfloat16, master copy and Adam in float32, gradient checkpointing (not with "
+        "a prefix); where it fits without, it is faster without",
     )
 
 

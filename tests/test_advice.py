@@ -289,6 +289,20 @@ def test_the_sliders_follow(studied):
     assert shown.value == recommend_peft_method(70, 24, "classification", 100)._repr_html_()
 
 
+def test_a_stored_output_has_no_sliders():
+    """Their id is drawn anew each time, and a page without a kernel shows the table."""
+    import nbformat
+
+    from tools.notebooks import WIDGET, clean
+
+    output = nbformat.v4.new_output("execute_result", data=adviser()._repr_mimebundle_())
+    alone = nbformat.v4.new_output("display_data", data={WIDGET: {"model_id": "1"}})
+    cells = [nbformat.v4.new_code_cell("adviser()", outputs=[output, alone])]
+    both, only = clean(nbformat.v4.new_notebook(cells=cells), "13_choosing").cells[0].outputs
+    assert set(both.data) == {"text/plain", "text/html"}
+    assert set(only.data) == {WIDGET}
+
+
 def test_without_ipywidgets_the_table_stays(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
     bundle = adviser()._repr_mimebundle_()
