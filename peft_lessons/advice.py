@@ -147,8 +147,9 @@ def ranking(task: str, examples: int, rows: Sequence[dict] | None = None) -> lis
     """The names of the candidates, the first choice first, for "sentiment" or "austen".
 
     From the study at the nearest size: the best score first, but of those that are as good as the
-    best of the rest, the cheapest comes first: that which trains fewest numbers, then that with the
-    faster step. A method that has no rows at this size comes behind, in the order of CANDIDATES."""
+    best of the rest, the cheapest comes first: that which trains fewest numbers, and of two such
+    the one whose base is not in 4 bits, which must be unpacked in every step and cannot be merged
+    as it is. A method that has no rows at this size comes behind, in the order of CANDIDATES."""
     sizes = study(task, rows)
     found = sizes[nearest_size(list(sizes), examples)] if sizes else {}
     known = {name: found[c.study] for name, c in CANDIDATES.items() if c.study in found}
@@ -156,9 +157,8 @@ def ranking(task: str, examples: int, rows: Sequence[dict] | None = None) -> lis
     def mean(name: str) -> float:
         return sum(_better(task, row) for row in known[name]) / len(known[name])
 
-    def cost(name: str) -> tuple[int, float]:
-        runs = known[name]
-        return runs[0]["trainable"], min(run["seconds_per_step"] for run in runs)
+    def cost(name: str) -> tuple[int, bool]:
+        return known[name][0]["trainable"], isinstance(CANDIDATES[name].method, QLoRA)
 
     rest, order = sorted(known, key=mean, reverse=True), []
     while rest:

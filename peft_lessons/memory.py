@@ -159,20 +159,14 @@ class Shape:
         )
 
     @classmethod
-    @cache
     def of_size(cls, n_params: float) -> Shape:
-        """A Llama-3 of another size: 128 d wide for d blocks, a feed-forward of 3.5 d, heads of 128
-        of which four share a key, 128,256 tokens; with 8.03 billion parameters it is Llama-3-8B.
+        """A Llama-3 of another size: d / 128 blocks of width d, a feed-forward of 3.5 d, heads of
+        128 of which four share a key, 128,256 tokens; 8.03 billion parameters are Llama-3-8B.
 
         Of sizes that are no whole numbers, so that memory grows steadily with `n_params`.
         Raises ValueError for a size that is no number above 0."""
         validate("Shape.of_size", n_params=n_params)
-        low, high = 0.0, 1e7  # widths
-        for _ in range(100):
-            middle = (low + high) / 2
-            shape = cls(middle / 128, middle, 3.5 * middle, middle / 128, middle / 512, 128, 128256)
-            low, high = (middle, high) if shape.parameters < n_params else (low, middle)
-        return shape
+        return _llama_of(n_params)
 
     @property
     def linears(self) -> dict[str, tuple[float, float]]:
@@ -241,6 +235,16 @@ class Shape:
             f"no formula for {method!r}: only for LoRA, DoRA, AdaLoRA, QLoRA, IA3, Prompt and a "
             "Prefix without an MLP"
         )
+
+
+@cache
+def _llama_of(n_params: float) -> Shape:
+    low, high = 0.0, 1e7  # widths
+    for _ in range(100):
+        d = (low + high) / 2
+        shape = Shape(d / 128, d, 3.5 * d, d / 128, d / 512, 128, 128256)
+        low, high = (d, high) if shape.parameters < n_params else (low, d)
+    return shape
 
 
 def _rank(method: Method) -> int:
