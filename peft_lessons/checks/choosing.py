@@ -173,13 +173,7 @@ def _fits(
     return fits
 
 
-def _between(n, t, bits, low, high):
-    """A call on a card between what it takes with the bytes `low` and `high`: the second fits."""
-    return [n, t, (low + high) / 2 / (7 / 8 * _CARD), bits]
-
-
 _N, _T = 7_000_000_000, 40_000_000
-_F, _Q = (_N - _T) * 2 + 16 * _T, (_N - _T) * _BITS[4] / 8 + 16 * _T  # bytes, in 16 bits and in 4
 
 
 @check_for(
@@ -188,21 +182,13 @@ _F, _Q = (_N - _T) * 2 + 16 * _T, (_N - _T) * _BITS[4] / 8 + 16 * _T  # bytes, i
         (_N, _T, 12, 16),
         (_N, _T, 6, 4),
         (_N, _N, 80, 16),
-        (_N, _N, 140, 16),
         (_N, _T, 40, 4),
-        Case(lambda: [_N, _T, 16.8, 16], note="16 bits, in 24 GB and in 12 it was clear"),
-        Case(lambda: [_N, _T, 15.9, 16]),
         Case(lambda: [_N, _T, 15.4, 16]),
         Case(lambda: [_N, 300_000_000, 19.2, 16]),
-        Case(lambda: [_N, 300_000_000, 18.3, 16]),
-        Case(lambda: [_N, 300_000_000, 18.9, 16]),
-        Case(lambda: [_N, 300_000_000, 18.5, 16]),
         Case(lambda: [_N, 300_000_000, 8.9, 4]),
         Case(lambda: [_N, 300_000_000, 8.6, 4]),
         Case(lambda: [70_000_000_000, _T, 38.8, 4]),
         Case(lambda: [70_000_000_000, _T, 39.3, 4]),
-        Case(lambda: [70_000_000_000, _T, 41.5, 4]),
-        Case(lambda: [_N, 2_000_000_000, 37, 4]),
         Case(lambda: [1_000_000_000, 0, 2.15, 16], note="nothing trains"),
         Case(lambda: [7 * 2**30 // 2, 0, 8, 16], note="it takes exactly seven eighths"),
         Case(lambda: [7 * 2**26, 7 * 2**26, 8, 16], note="the same, and all of it trains"),
