@@ -5,9 +5,10 @@
 
 Trains minilm on movie sentiment and tinylm on Jane Austen's novels, on all of the training split
 and on its first 1,000 and 100 examples, and adds a row for each run to
-data/results/choosing_study.csv. On less data every method is tried at three learning rates with
-one seed, and at the best by the validation split with two seeds more. On all of it the rate is the
-one that the studies of lessons 02 to 11 chose; what they had not tried is tried here.
+data/results/choosing_study.csv. Every method is tried at several learning rates with one seed, and
+at the best by the validation split with two seeds more. On all of the data the rate is the one that
+the studies of lessons 02 to 11 chose; what they had not tried is tried here. On 100 examples there
+are three rates around that one, on 1,000 those that were best on all and on 100.
 
 `memory` is what is left of what the base could do. minilm: the share of nouns whose category the
 nearest of other nouns' definitions has, by the mean of the last hidden states. tinylm: the
@@ -52,7 +53,7 @@ WIDTHS = {"sentiment": (16, 8), "austen": (64, 56)}  # of an adapter, and of one
 TOKENS = {"sentiment": 8, "austen": 16}  # of the prefix beside an adapter
 QV = {"sentiment": ("query", "value"), "austen": ("q_proj", "v_proj")}
 ONE_IN = 200  # numbers that diff pruning keeps
-RATES = {  # (on all examples; three around them on less): the middle one if there is but one
+RATES = {  # on all examples; on 100 the middle one and its neighbours
     "sentiment": {
         "head": (3e-2,),
         "norms": (3e-3,),
@@ -105,15 +106,31 @@ COLUMNS = (
 )
 
 
-def rates_of(task: str, method: str, examples: int) -> tuple[float, ...]:
-    """The learning rates to try."""
+def rates_of(results: Results, task: str, method: str, examples: int) -> tuple[float, ...]:
+    """The learning rates to try; none where those of other sizes, which decide, aren't all in."""
     rates = RATES[task][method]
     if examples == ALL or not any(rates):
         return rates
+    if examples == 1000:
+        found = {best_rate(results, task, method, size) for size in (ALL, 100)}
+        return () if None in found else tuple(sorted(found))
     if method == "full" and task == "sentiment":
         return (1e-4, 2e-4, 4e-4)
     middle = LADDER.index(rates[len(rates) // 2])
     return LADDER[middle - 1 : middle + 2]
+
+
+def best_rate(results: Results, task: str, method: str, examples: int) -> float | None:
+    """The rate that the validation split chose, once all of them were tried."""
+    tried = {
+        float(row["lr"]): float(row["validation"])
+        for row in results.rows()
+        if (row["task"], row["method"], row["seed"]) == (task, method, "0")
+        and (int(row["examples"]) == examples or (examples == ALL and int(row["examples"]) > 1000))
+    }
+    if set(rates_of(results, task, method, examples)) - set(tried):
+        return None
+    return CHOICES[task](tried, key=tried.get)
 
 
 def method_of(task: str, method: str, steps: int):
@@ -226,16 +243,19 @@ def main(backwards: bool) -> None:
         "sentiment": load_task("wordnet").limit(train=780),
         "austen": definitions(),
     }
+    run_one = partial(run, tasks, known)
     for size, methods in STAGES:
         for name in list(tasks)[:: -1 if backwards else 1]:
-            examples = size or tasks[name].size("train")
-            rates = {
-                (name, method, examples): rates_of(name, method, size)
-                for method in RATES[name]
-                if method in methods
-            }
-            left = partial(to_do, results, NAMES, rates, CHOICES[name])
-            run_one = partial(run, tasks, known)
+
+            def left(name=name, size=size, methods=methods) -> list[tuple]:
+                examples = size or tasks[name].size("train")
+                rates = {
+                    (name, method, examples): rates_of(results, name, method, size)
+                    for method in RATES[name]
+                    if method in methods
+                }
+                return to_do(results, NAMES, rates, CHOICES[name])
+
             fill(results, (*NAMES, "lr", "seed"), left, run_one, backwards)
 
 
