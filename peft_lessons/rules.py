@@ -345,3 +345,25 @@ def _blocks(value: tuple[int, int]) -> str | None:
         if width % size == 0
         else (f"is (block_size, in): {width} inputs cannot be cut into blocks of {size}")
     )
+
+
+@about("doubled")
+def _doubled(value: tuple[int, int]) -> str | None:
+    rank, limit = value
+    return (
+        None
+        if 2 * rank <= limit
+        else (
+            "is (rank, min(in, out)): the file of a PiSSA is a LoRA of twice the rank, and it would not "
+            f"fit; choose a rank up to {limit // 2}, or leave this layer out of targets"
+        )
+    )
+
+
+@about("matrix")
+def _matrix(value: torch.Tensor) -> str | None:
+    if not (wrong := first_wrong(value, value.isfinite())):
+        return None
+    entry, others = wrong
+    more = f" (and {others} more)" if others else ""
+    return f"is {value[entry].item():g} at {list(entry)}{more}, and has no singular values"

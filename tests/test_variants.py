@@ -159,7 +159,7 @@ def test_settings_that_make_no_sense(make, told):
     ("method", "told"),
     [
         (OFT(48), r"'model.layers.0.self_attn.q_proj': blocks=\(48, 64\) is .*blocks of 48"),
-        (PiSSA(20), "rank=40 is above min"),
+        (PiSSA(20), r"k_proj': doubled=\(20, 32\) is .*twice the rank.* a rank up to 16"),
         (LoftQ(65), "rank=65 is above min"),
         (VeRA(8, ("nope",)), "'nope' matches no module"),
     ],
@@ -318,6 +318,28 @@ def test_a_file_that_needs_another_base_is_refused(tmp_path):
     peft.get_peft_model(deepcopy(base), config).save_pretrained(tmp_path)
     with refused(base, "init_lora_weights='pissa'"):
         load_adapter(base, tmp_path)
+
+
+def test_a_weight_without_singular_values_is_named():
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4:6] = torch.nan
+    with refused(model, r"'model.layers.1.mlp.up_proj': matrix is nan at \[3, 4\] \(and 1 more\)"):
+        inject(model, PiSSA(4))
+
+
+def test_in_16_bits_a_small_scale_does_not_overflow():
+    model = tiny_llama().half()
+    inject(model, PiSSA(4, alpha=1e-6))
+    assert all(p.isfinite().all() for p in added(model).values())
+
+
+def test_both_branches_are_rounded_alike():
+    """A product rounds by how its factors lie in memory too; SVD gives V column by column."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(96, 64), torch.randn(3, 96)
+    wrapper = LinearWithPiSSA(layer, 4)
+    assert torch.equal(wrapper(x), layer(x))
+    assert wrapper.start_A.stride() == wrapper.lora.lora_A.stride()
 
 
 def test_leading_is_the_best_approximation():

@@ -50,11 +50,13 @@ class LinearWithPiSSA(LinearWithLoRA):
 
     def __init__(self, linear, rank=8, alpha=16.0, dropout=0.0, rslora=False):
         super().__init__(linear, rank, alpha, dropout, rslora)
-        A, B = leading(linear.weight / self.lora.scaling, rank)
+        A, B = leading(linear.weight, rank)
         self.lora.to(A.dtype)  # in 16 bits A would not be A₀
-        for name, start in {"lora_A": A, "lora_B": B}.items():
-            getattr(self.lora, name).data.copy_(start)
-            self.register_buffer(f"start_{name[-1]}", start)         # A₀ (rank, in), B₀ (out, rank)
+        for name, factor in {"lora_A": A, "lora_B": B}.items():
+            trains = getattr(self.lora, name)
+            trains.data.copy_(factor / math.sqrt(self.lora.scaling))
+            start = trains.detach().clone()                          # A₀ (rank, in), B₀ (out, rank)
+            self.register_buffer(f"start_{name[-1]}", start)
 
     def forward(self, x):
         y = self.base(x)                                             # (..., out)
@@ -78,7 +80,8 @@ class PiSSA(LoRA):
                     self.dropout, self.rslora)
 
     def check(self, path, layer):
-        self.plain().check(path, layer)
+        limit = min(layer.weight.shape)
+        validate(f"PiSSA on {path!r}", doubled=(self.rank, limit), matrix=layer.weight)
 
     def wrap(self, path, layer):
         return LinearWithPiSSA(layer, self.rank, self.alpha, self.dropout, self.rslora)
