@@ -340,23 +340,19 @@ THINGS["start"] = needs(
 @about("blocks")
 def _blocks(value: tuple[int, int]) -> str | None:
     size, width = value
-    return (
-        None
-        if width % size == 0
-        else (f"is (block_size, in): {width} inputs cannot be cut into blocks of {size}")
-    )
+    if width % size == 0:
+        return None
+    return f"is (block_size, in): {width} inputs cannot be cut into blocks of {size}"
 
 
 @about("doubled")
 def _doubled(value: tuple[int, int]) -> str | None:
     rank, limit = value
+    if 2 * rank <= limit:
+        return None
     return (
-        None
-        if 2 * rank <= limit
-        else (
-            "is (rank, min(in, out)): the file of a PiSSA is a LoRA of twice the rank, and it would not "
-            f"fit; choose a rank up to {limit // 2}, or leave this layer out of targets"
-        )
+        "is (rank, min(in, out)): the file of a PiSSA is a LoRA of twice the rank, which would not "
+        f"fit; choose a rank up to {limit // 2}, or leave this layer out of targets"
     )
 
 
@@ -367,3 +363,20 @@ def _matrix(value: torch.Tensor) -> str | None:
     entry, others = wrong
     more = f" (and {others} more)" if others else ""
     return f"is {value[entry].item():g} at {list(entry)}{more}, and has no singular values"
+
+
+@about("R")
+def _turns_back(value: tuple[torch.Tensor, torch.dtype]) -> str | None:
+    R, dtype = value
+    if R.is_meta or not R.isfinite().all():  # merge itself finds NaN
+        return None
+    condition = torch.linalg.cond(R)
+    if not (wrong := first_wrong(condition, condition * torch.finfo(dtype).eps < 1)):
+        return None
+    (block,), others = wrong
+    more = f" (and of {others} more)" if others else ""
+    return (
+        f"of block {block}{more} has a condition number of {condition[block].item():.0f}: the "
+        f"series is far from a rotation there, and what merge rounds away in {dtype} unmerge would "
+        "magnify as much; model.float() before merge, or keep the adapter beside the base"
+    )

@@ -125,6 +125,26 @@ def test_in_a_16_bit_base_what_learns_has_32(method):
     assert all(p.grad.isfinite().all() for p in added(model).values())
 
 
+@pytest.mark.parametrize("method", [VeRA(12), OFT(16), OFT(16, neumann=False)])
+def test_in_a_64_bit_base_what_learns_has_64(method):
+    model, batch = tiny_llama().double(), batch_of("llama")
+    plain = model(**batch).logits
+    inject(model, method)
+    assert {p.dtype for p in added(model).values()} == {torch.float64}
+    assert torch.equal(model(**batch).logits, plain)
+    expected = moved(model)(**batch).logits
+    merge(model)
+    close(model(**batch).logits, expected, 1e-13)
+
+
+@pytest.mark.parametrize("method", [VeRA(12), OFT(16), OFT(16, neumann=False)])
+def test_a_model_may_be_halved_afterwards(method):
+    model, batch = tiny_llama(), batch_of("llama")
+    inject(model, method)
+    expected = moved(model)(**batch).logits
+    close(model.half()(**batch).logits.float(), expected, 1e-2)
+
+
 @pytest.mark.parametrize("method", [LoRAPlus(4), PiSSA(4), LoftQ(4), VeRA(12), OFT(16)])
 def test_fit_lowers_the_loss(method):
     model = wide()
@@ -456,6 +476,18 @@ def test_the_base_that_unload_leaves_is_q(tmp_path):
     close(unload(model)(**batch).logits, expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_16_bits_q_has_16(dtype):
+    """The product BA that is taken off has 32."""
+    model, batch = wide().to(dtype), batch_of("llama")
+    inject(model, LoftQ(4, 6.0, iterations=2))
+    expected = moved(model)(**batch).logits
+    dequantize(model)
+    assert torch.equal(model(**batch).logits, expected)
+    merge(model)
+    close(unload(model)(**batch).logits, expected, 0.05)
+
+
 def test_merging_into_four_bits_is_refused():
     model = wide()
     inject(model, LoftQ(4, 6.0, iterations=1))
@@ -541,6 +573,21 @@ def test_the_seed_makes_the_projections():
     before = torch.get_rng_state()
     assert torch.equal(first, pair(0)) and not torch.equal(first, pair(1))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_default_device_or_dtype_does_not_change_them():
+    """The generator is the processor's: on a default device of another kind it drew nothing."""
+    plain, here, double = tiny_llama(), tiny_llama(), tiny_llama()
+    inject(plain, VeRA(12))
+    with torch.device("meta"):
+        inject(here, VeRA(12))
+    torch.set_default_dtype(torch.float64)
+    try:
+        inject(double, VeRA(12))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(state(here), state(plain)) and same(state(double), state(plain))
+    assert {p.dtype for p in added(double).values()} == {torch.float32}
 
 
 def test_a_rank_above_the_widths_is_no_mistake():
@@ -660,6 +707,25 @@ def test_unmerge_gives_the_weight_back(neumann):
         close(wrapper.base.weight, before[path], 1e-6)
 
 
+@torch.no_grad()
+def test_what_unmerge_could_not_bring_back_is_not_merged():
+    """Far from 0 the series is no rotation at all: in 16 bits its inverse would bring noise."""
+    model, batch = tiny_llama().bfloat16(), batch_of("llama")
+    inject(model, OFT(16, ("up_proj",)))
+    torch.manual_seed(0)
+    for p in added(model).values():
+        p.normal_(std=0.4)
+    with refused(model, r"up_proj': OFT: R of block \d .*condition number .*model.float\(\)"):
+        merge(model)
+    before = [w.base.weight.float() for w in injection_of(model.float()).wrappers.values()]
+    expected = model(**batch).logits
+    merge(model)
+    close(model(**batch).logits, expected, 1e-4)
+    unmerge(model)
+    for wrapper, weight in zip(injection_of(model).wrappers.values(), before, strict=True):
+        close(wrapper.base.weight, weight, 1e-4)
+
+
 def test_the_setting_is_in_the_file_and_changes_the_model(tmp_path):
     base, batch = tiny_llama(), batch_of("llama")
     model = moved(with_method(base, OFT(16, neumann=False)))
@@ -671,14 +737,14 @@ def test_the_setting_is_in_the_file_and_changes_the_model(tmp_path):
     assert (other(**batch).logits - model(**batch).logits).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("version", ["0.17.1", None, ..., "0.9"])
+@pytest.mark.parametrize("version", ["0.17.1", None, ..., "0.9", "abc"])
 def test_a_series_of_older_versions_is_refused(version, tmp_path):
     base = tiny_llama()
     save_adapter(moved(with_method(base, OFT(16))), tmp_path)
     rewrite(tmp_path, peft_version=version)
     with refused(base, "describes no OFT: PEFT before 0.18"):
         load_adapter(base, tmp_path)
-    rewrite(tmp_path, peft_version="0.21.0@abc")
+    rewrite(tmp_path, peft_version="0.21rc1@abc")
     load_adapter(base, tmp_path)
 
 

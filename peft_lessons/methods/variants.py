@@ -10,6 +10,7 @@ __all__ = ['SHARED', 'NEW', 'LoRAPlus', 'leading', 'LinearWithPiSSA', 'PiSSA', '
 
 # %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-003
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -148,6 +149,7 @@ def start_from_loss(wrapper, linear, method):
     root = math.sqrt(wrapper.lora.scaling)
     A, B, _ = alternate(linear.weight.detach(), method.rank, quantize, method.iterations,
                         method.principal)
+    wrapper.base.like = linear.weight.detach().new_empty(0)  # in 16 bits W − BA is no longer W's
     wrapper.lora.to(A.dtype)
     wrapper.lora.lora_A.data.copy_(A / root)
     wrapper.lora.lora_B.data.copy_(B / root)
@@ -169,8 +171,8 @@ class Projections(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, shape in {"vera_A": (rank, in_features), "vera_B": (out_features, rank)}.items():
             bound = math.sqrt(6 / shape[1])
-            values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            self.register_buffer(name, values)
+            values = torch.empty(shape, device="cpu", dtype=torch.float32)
+            self.register_buffer(name, values.uniform_(-bound, bound, generator=generator))
 
 # %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-037
 class LinearWithVeRA(Adapted):
@@ -180,8 +182,9 @@ class LinearWithVeRA(Adapted):
         super().__init__(linear)
         self.shared, self.dropout = shared, nn.Dropout(dropout)
         with linear.weight.device:  # new tensors are made there
-            self.lambda_d = nn.Parameter(torch.full((len(shared.vera_A),), float(d_initial)))
-            self.lambda_b = nn.Parameter(torch.zeros(linear.out_features))
+            rank, dtype = len(shared.vera_A), shared.vera_A.dtype
+            self.lambda_d = nn.Parameter(torch.full((rank,), float(d_initial), dtype=dtype))
+            self.lambda_b = nn.Parameter(torch.zeros(linear.out_features, dtype=dtype))
 
     @property
     def factors(self):
@@ -212,7 +215,8 @@ class VeRA(Method):
     def wrap_all(self, layers):
         outs, ins = zip(*(layer.weight.shape for layer in layers.values()), strict=True)
         shared = Projections(self.rank, max(ins), max(outs), self.seed)
-        shared.to(next(iter(layers.values())).weight.device)
+        like = next(iter(layers.values())).weight
+        shared.to(like.device, torch.promote_types(like.dtype, torch.float32))
         return {path: LinearWithVeRA(layer, shared, self.dropout, self.d_initial)
                 for path, layer in layers.items()}
 
@@ -284,23 +288,27 @@ class LinearWithOFT(Adapted):
         super().__init__(linear)
         blocks, above = linear.in_features // block_size, block_size * (block_size - 1) // 2
         self.block_size, self.neumann = block_size, neumann
-        self.entries = nn.Parameter(torch.zeros(blocks, above, device=linear.weight.device))
+        self.entries = nn.Parameter(linear.weight.new_zeros(blocks, above))
 
     def rotation(self):
-        S = skew(self.entries, self.block_size)                      # (blocks, size, size)
+        precise = torch.promote_types(self.entries.dtype, torch.float32)  # 16 bits make no rotation
+        S = skew(self.entries.to(precise), self.block_size)          # (blocks, size, size)
         return cayley_neumann(S) if self.neumann else cayley(S)
 
     def forward(self, x):
         if self.merged:
             return self.base(x)
-        return self.base(rotated(x.to(self.entries.dtype), self.rotation()).to(x.dtype))
+        R = self.rotation()
+        return self.base(rotated(x.to(R.dtype), R).to(x.dtype))
 
     def merged_tensors(self):                                        # x R Wᵀ = x (W Rᵀ)ᵀ
-        return rotated(self.base.weight.to(self.entries.dtype), self.rotation().mT), None
+        R, W = self.rotation(), self.base.weight
+        validate("OFT", R=(R, W.dtype))
+        return rotated(W.to(R.dtype), R.mT), None
 
     def unmerged_tensors(self):                                      # the series is no rotation
-        inverse = torch.linalg.inv(self.rotation().mT)
-        return rotated(self.base.weight.to(self.entries.dtype), inverse), None
+        R, W = self.rotation(), self.base.weight
+        return rotated(W.to(R.dtype), torch.linalg.inv(R.mT)), None
 
 # %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-051
 @dataclass(frozen=True)
@@ -327,8 +335,9 @@ def with_version(self, tensors):
 
 def of_this_version(cls, config, tensors):
     """(method, tensors). ValueError for the series of older versions, which was another one."""
-    version = str(config.get("peft_version") or "0.0").partition("@")[0].split(".")
-    if config.get("use_cayley_neumann", True) and [int(n) for n in version[:2]] < [0, 18]:
+    found = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+    old = found is None or tuple(map(int, found.groups())) < (0, 18)
+    if config.get("use_cayley_neumann", True) and old:
         raise ValueError("PEFT before 0.18 had another series for R: train it anew")
     return cls(**cls.settings_of(config)), tensors
 
