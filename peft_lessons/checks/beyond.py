@@ -20,6 +20,12 @@ from .kit import Case, check_for
         "it is multiplied by the root: divide": lambda alpha, rank: alpha * math.sqrt(rank),
         "it is turned: this is √rank / alpha": lambda alpha, rank: math.sqrt(rank) / alpha,
         "alpha is left out": lambda alpha, rank: 1 / math.sqrt(rank),
+        "rank**1/2 is (rank**1) / 2: the exponent needs brackets": lambda alpha, rank: (
+            alpha / rank**1 / 2
+        ),
+        "it is divided by the rank and by its root: one of the two": lambda alpha, rank: (
+            alpha / rank / math.sqrt(rank)
+        ),
         "the rank is squared: take its root": lambda alpha, rank: alpha / rank**2,
         "the root is cut to a whole number: // or int() drops the fraction": (
             lambda alpha, rank: alpha / int(math.sqrt(rank))
@@ -193,6 +199,15 @@ def _twice_through(named_parameters, lr, ratio):
         "lora_B is looked for at a fixed place: names are of several lengths": _grouped(
             is_b=lambda n: n.split(".")[-3:-2] == ["lora_B"]
         ),
+        "a capital B anywhere in the name counts: a B is called lora_B": _grouped(
+            is_b=lambda n: "B" in n
+        ),
+        "only the adapter called default counts: any name may stand after lora_B": _grouped(
+            is_b=lambda n: n.endswith(("lora_B", "lora_B.default.weight"))
+        ),
+        "what is frozen is taken, and what trains is left out: the condition is turned": _grouped(
+            kept=lambda n, p: not p.requires_grad
+        ),
         "copies or .data are in the groups: an optimiser must hold the parameters": _grouped(
             held=lambda p: p.detach()
         ),
@@ -219,8 +234,11 @@ def _weight(out, in_, dtype=torch.float32, decay=0.8):
 
 
 def _factors(result):
-    """What of A and B is unique: each vector may have its sign turned in both."""
+    """What of A and B is unique: each vector may have its sign turned in both, and stand at another
+    place; here the longest come first."""
     A, B, _ = result
+    order = (A.norm(dim=1) * B.norm(dim=0)).argsort(descending=True, stable=True)
+    A, B = A[order], B[:, order]
     return {"B @ A": B @ A, "A @ A.T": A @ A.T, "B.T @ B": B.T @ B}
 
 
@@ -269,8 +287,14 @@ def _cut_residual(weight, rank):
 
 
 def _randomised(weight, rank):
-    U, S, V = torch.svd_lowrank(weight, rank, niter=0)
+    U, S, V = torch.svd_lowrank(weight, rank)
     return S.sqrt()[:, None] * V.T, U * S.sqrt(), weight - U * S @ V.T
+
+
+def _bare_rest(weight, rank):
+    A, B, _ = _start()(weight, rank)
+    U, _, V = _svd(weight)
+    return A, B, U[:, rank:] @ V[rank:]
 
 
 def _by_qr(weight, rank):
@@ -332,6 +356,7 @@ def _by_qr(weight, rank):
         ),
         "half of B @ A is taken out": _start(residual=lambda W, BA: W - BA / 2),
         "the smallest value is missing in the residual": _cut_residual,
+        "the residual is made without its singular values": _bare_rest,
         "this is LoRA's start, A random and B zero": _as_lora,
         "the decomposition is a randomised one, which is not exact": _randomised,
         "this is OLoRA's start, by QR: PiSSA takes the singular vectors": _by_qr,
@@ -365,7 +390,6 @@ def _loftq(
     missing=lambda W, Q: W - Q,
     times=lambda steps: steps,
     values=lambda S: (S.sqrt(), S.sqrt()),
-    cut=lambda r: r,
     fit_first=False,
     again=False,
     result=lambda W, Q, first, BA: Q,
@@ -374,9 +398,8 @@ def _loftq(
 
     def fitted(residual, rank):
         U, S, V = _svd(residual)
-        r = cut(rank)
-        left, right = values(S[:r])
-        return right[:, None] * V[:r], U[:, :r] * left
+        left, right = values(S[:rank])
+        return right[:, None] * V[:rank], U[:, :rank] * left
 
     def init(weight, rank, quantize, steps):
         A, B = fitted(weight, rank) if fit_first else (None, None)
@@ -409,6 +432,15 @@ def _summed(weight, rank, quantize, steps):
         Q = quantize(weight - total)
         U, S, V = _svd(weight - Q - total)
         A, B = S[:rank].sqrt()[:, None] * V[:rank], U[:, :rank] * S[:rank].sqrt()
+        total = total + B @ A
+    return A, B, Q
+
+
+def _summed_products(weight, rank, quantize, steps):
+    total = torch.zeros_like(weight)
+    for _ in range(steps):
+        Q = quantize(weight - total)
+        A, B, _ = _start()(weight - Q, rank)
         total = total + B @ A
     return A, B, Q
 
@@ -446,6 +478,9 @@ def _no_correction(weight, rank, quantize, steps):
         "the factors are fitted to Q − W: their sign is turned": _loftq(
             missing=lambda W, Q: Q - W, target=lambda W, BA: W + BA
         ),
+        "the factors are fitted to Q − W, and BA is taken off as if to W − Q": _loftq(
+            missing=lambda W, Q: Q - W
+        ),
         "W + BA is quantised: Q + BA is to be W, so quantise W − BA": _loftq(
             target=lambda W, BA: W + BA
         ),
@@ -458,11 +493,12 @@ def _no_correction(weight, rank, quantize, steps):
             "each, where BA must be taken off first"
         ): _loftq(times=lambda steps: 1),
         "this is one step too few": _loftq(times=lambda steps: max(steps - 1, 1)),
-        "this is one step too many": _loftq(times=lambda steps: steps + 1),
+        "these are more steps than `steps` says": _loftq(times=lambda steps: steps + 1),
         "the weight is quantised once more at the end: A and B then belong to an older Q": _loftq(
             again=True
         ),
         "the products of all steps are added up: each step fits anew": _summed,
+        "the products of all steps are taken off W together: only the last one": _summed_products,
         "the Q of the first step is returned: it belongs to older factors": _loftq(
             result=lambda W, Q, first, BA: first
         ),
@@ -517,6 +553,16 @@ def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0, dtype=t
         return [W.to(dtype), new.to(dtype), k, eps]
 
     return make
+
+
+def _shared():
+    """Two new directions on either side of one old one, and near it both."""
+    W = _weight(20, 4, torch.float64)
+    full = torch.linalg.svd(W, full_matrices=True).U
+    u, n = full[:, 0], full[:, -1]
+    pair = torch.stack([u + n, u - n], dim=1) / 2**0.5
+    V = torch.linalg.qr(torch.randn(4, 2, dtype=torch.float64)).Q
+    return [W, W + 50 * pair * torch.tensor([1.0, 0.8]) @ V.T, 2, 0.5]
 
 
 def _across():
@@ -574,6 +620,15 @@ def _rows_of_u(w0, w1, k):
     return (old @ new[:k].T).abs()
 
 
+def _one_to_one(w0, w1, k, eps):
+    cosines, count = _cosines(w0, w1, k), 0
+    for j in range(k):
+        i = cosines[:, j].argmax()
+        count += int(cosines[i, j] < eps)
+        cosines[i] = 0 if cosines[i, j] >= eps else cosines[i]
+    return count
+
+
 def _weakest(w0, w1, k):
     old, new = (torch.linalg.svd(w, full_matrices=False).U for w in (w0, w1))
     return (old.T @ new[:, -k:]).abs()
@@ -581,7 +636,8 @@ def _weakest(w0, w1, k):
 
 @check_for(
     cases=[
-        Case(_turned(20, 20, intruders=2), note="a square weight, two new directions"),
+        # So many directions between near and far that each mistake gives a number of its own.
+        Case(_turned(40, 34, 3, shift=0.12, k=20, eps=0.45), note="three strong new directions"),
         Case(_turned(28, 40, intruders=1, k=5)),
         Case(_turned(24, 16, intruders=3, k=7, eps=0.6)),
         Case(_turned(18, 30), note="no new direction"),
@@ -591,6 +647,7 @@ def _weakest(w0, w1, k):
         Case(_right_only, note="only right singular vectors are new"),
         Case(_left_only, note="only left singular vectors are new"),
         Case(_across, note="9 outputs, 8 inputs"),
+        Case(_shared, note="two new directions near one old one"),
         Case(_turned(20, 20, intruders=4, k=2), note="more new directions than k"),
         Case(_turned(30, 30, intruders=2, dtype=torch.float64)),
     ],
@@ -635,6 +692,10 @@ def _weakest(w0, w1, k):
             lambda a, b, k: _cosines(a, b, k, full=True)
         ),
         "the cosines are squared": _counting(best=lambda c: c.amax(0) ** 2),
+        "all cosines are put together, as a sum or a length: what counts is the largest": (
+            _counting(best=lambda c: c.sum(0))
+        ),
+        "an old vector that is near one is taken away: it may be near others too": _one_to_one,
         "the angle is compared: eps is a cosine": _counting(
             best=lambda c: torch.acos(c.amax(0).clamp(max=1))
         ),

@@ -47,6 +47,16 @@ def no_alpha(alpha, rank):
     return rank**-0.5
 
 
+@wrong("rslora_scaling", "rank**1/2 is (rank**1) / 2")
+def no_brackets(alpha, rank):
+    return alpha / rank**1/2  # fmt: skip
+
+
+@wrong("rslora_scaling", "by the rank and by its root")
+def on_top_of_lora(alpha, rank):
+    return alpha / rank / rank**0.5
+
+
 @wrong("rslora_scaling", "the rank is squared")
 def squared(alpha, rank):
     return alpha / rank**2
@@ -236,6 +246,26 @@ def fixed_place(named_parameters, lr, ratio):
         return len(parts) > 2 and parts[-3] == "lora_B"
 
     return halves(named_parameters, third_from_the_end, lr, lr * ratio)
+
+
+@wrong("loraplus_groups", "a capital B anywhere")
+def capital_b(named_parameters, lr, ratio):
+    return halves(named_parameters, lambda n: "B" in n, lr, lr * ratio)
+
+
+@wrong("loraplus_groups", "only the adapter called default counts")
+def two_endings(named_parameters, lr, ratio):
+    def ends(name):
+        return name.endswith("lora_B") or name.endswith("lora_B.default.weight")
+
+    return halves(named_parameters, ends, lr, lr * ratio)
+
+
+@wrong("loraplus_groups", "the condition is turned")
+def the_frozen(named_parameters, lr, ratio):
+    rows = [(n, p) for n, p in named_parameters if not p.requires_grad]
+    ups = [p for n, p in rows if b(n)]
+    return [dict(params=[p for n, p in rows if not b(n)], lr=lr), dict(params=ups, lr=lr * ratio)]
 
 
 @wrong("loraplus_groups", "copies or .data are in the groups")
@@ -448,6 +478,12 @@ def one_short(weight, rank):
     return A, B, U[:, rank:-1] @ S[rank:-1].diag() @ V[rank:-1]
 
 
+@wrong("pissa_init", "made without its singular values")
+def bare_rest(weight, rank):
+    U, _, V = svd(weight)
+    return *leading(weight, rank), U[:, rank:] @ V[rank:]
+
+
 @wrong("pissa_init", "this is LoRA's start")
 def lora_start(weight, rank):
     A = torch.nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=math.sqrt(5))
@@ -456,7 +492,7 @@ def lora_start(weight, rank):
 
 @wrong("pissa_init", "the decomposition is a randomised one")
 def fast(weight, rank):
-    U, S, V = torch.svd_lowrank(weight, q=rank, niter=0)
+    U, S, V = torch.svd_lowrank(weight, q=rank)
     A, B = (V * S.sqrt()).T, U * S.sqrt()
     return A, B, weight - B @ A
 
@@ -532,6 +568,15 @@ def one_by_one(weight, rank):
 
 
 @right("pissa_init")
+def from_eigenvectors(weight, rank):
+    """eigh gives the smallest first, so the vectors come in the other order."""
+    values, V = torch.linalg.eigh((weight.T @ weight).double())
+    V, root = V[:, -rank:], values[-rank:] ** 0.25
+    A, B = root[:, None] * V.T, weight.double() @ V / root
+    return tuple(t.to(weight.dtype) for t in (A, B, weight - B @ A))
+
+
+@right("pissa_init")
 def by_the_lesson(weight, rank):
     A, B = leading(weight, rank)
     return A, B, weight - torch.einsum("or,ri->oi", B, A)
@@ -598,6 +643,31 @@ def plus(weight, rank, quantize, steps):
     return A, B, Q
 
 
+@wrong("loftq_init", "BA is taken off as if to W − Q")
+def turned_sign(weight, rank, quantize, steps):
+    BA = 0
+    for _ in range(steps):
+        Q = quantize(weight - BA)
+        A, B = fitted(Q - weight, rank)
+        BA = B @ A
+    return A, B, Q
+
+
+@wrong("loftq_init", "the products of all steps are taken off W together")
+def takes_all_off(weight, rank, quantize, steps):
+    BA = 0
+    for _ in range(steps):
+        Q = quantize(weight - BA)
+        A, B = fitted(weight - Q, rank)
+        BA = BA + B @ A
+    return A, B, Q
+
+
+@wrong("loftq_init", "these are more steps than")
+def always_five(weight, rank, quantize, steps):
+    return alternate(weight, rank, quantize, 5)
+
+
 @wrong("loftq_init", "the first step takes PiSSA's factors off")
 def from_pissa(weight, rank, quantize, steps):
     return alternate(weight, rank, quantize, steps, principal=True)
@@ -622,7 +692,7 @@ def from_step_one(weight, rank, quantize, steps):
     return A, B, Q
 
 
-@wrong("loftq_init", "this is one step too many")
+@wrong("loftq_init", "these are more steps than")
 def first_and_then_steps(weight, rank, quantize, steps):
     Q = quantize(weight)
     A, B = fitted(weight - Q, rank)
@@ -859,6 +929,28 @@ def squares(w0, w1, k, eps):
     return tally((left(w0).T @ left(w1)[:, :k]).square().amax(0), eps)
 
 
+@wrong("intruder_dimensions", "all cosines are put together, as a sum")
+def sums(w0, w1, k, eps):
+    return tally((left(w0).T @ left(w1)[:, :k]).abs().sum(0), eps)
+
+
+@wrong("intruder_dimensions", "all cosines are put together, as a sum or a length")
+def projections(w0, w1, k, eps):
+    return tally((left(w0).T @ left(w1)[:, :k]).norm(dim=0), eps)
+
+
+@wrong("intruder_dimensions", "an old vector that is near one is taken away")
+def pairs_off(w0, w1, k, eps):
+    free, count = list(left(w0).T), 0
+    for v in left(w1).T[:k]:
+        near = [abs(float(u @ v)) for u in free]
+        if max(near) < eps:
+            count += 1
+        else:
+            free.pop(near.index(max(near)))
+    return count
+
+
 @wrong("intruder_dimensions", "the angle is compared")
 def angles(w0, w1, k, eps):
     nearest = (left(w0).T @ left(w1)[:, :k]).abs().amax(0)
@@ -871,17 +963,17 @@ def distance(w0, w1, k, eps):
     return int((1 - nearest > eps).sum())
 
 
-@wrong("intruder_dimensions", "the result is a tensor, expected the int 2")
+@wrong("intruder_dimensions", "the result is a tensor, expected the int 5")
 def a_tensor_(w0, w1, k, eps):
     return ((left(w0).T @ left(w1)[:, :k]).abs().amax(0) < eps).sum()
 
 
-@wrong("intruder_dimensions", "the result is the float 0.333333, expected the int 2")
+@wrong("intruder_dimensions", "the result is the float 0.25, expected the int 5")
 def share(w0, w1, k, eps):
     return ((left(w0).T @ left(w1)[:, :k]).abs().amax(0) < eps).float().mean().item()
 
 
-@wrong("intruder_dimensions", "the result is a list of 2, expected the int 2")
+@wrong("intruder_dimensions", "the result is a list of 5, expected the int 5")
 def which(w0, w1, k, eps):
     nearest = (left(w0).T @ left(w1)[:, :k]).abs().amax(0)
     return [j for j in range(k) if nearest[j] < eps]
