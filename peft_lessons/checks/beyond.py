@@ -445,6 +445,13 @@ def _summed_products(weight, rank, quantize, steps):
     return A, B, Q
 
 
+def _best_kept(weight, rank, quantize, steps):
+    tried = [
+        _loftq(times=lambda steps, n=n: n)(weight, rank, quantize, 0) for n in range(1, steps + 1)
+    ]
+    return min(tried, key=lambda parts: float((weight - parts[2] - parts[1] @ parts[0]).norm()))
+
+
 def _quantised_factors(weight, rank, quantize, steps):
     A, B, Q = _loftq()(weight, rank, quantize, steps)
     return quantize(A), quantize(B), Q
@@ -461,7 +468,7 @@ def _no_correction(weight, rank, quantize, steps):
         Case(lambda: [_weight(12, 20), 4, _grid(0.4), 3], note="rounds to multiples of 0.4"),
         Case(lambda: [_weight(20, 12), 4, _grid(0.4), 1], note="one step"),
         Case(lambda: [_weight(9, 14, torch.float64), 2, _grid(0.3), 4], note="multiples of 0.3"),
-        Case(lambda: [_weight(32, 64), 5, _nf4, 5], note="NF4"),
+        Case(lambda: [_weight(16, 64), 5, _nf4, 5], note="NF4"),
         Case(lambda: [_weight(10, 8), 1, torch.sign, 3], note="one bit: the sign alone"),
     ],
     returns=("A", "B", "the quantised weight"),
@@ -499,6 +506,7 @@ def _no_correction(weight, rank, quantize, steps):
         ),
         "the products of all steps are added up: each step fits anew": _summed,
         "the products of all steps are taken off W together: only the last one": _summed_products,
+        "the nearest of all steps is returned: the last one is asked for": _best_kept,
         "the Q of the first step is returned: it belongs to older factors": _loftq(
             result=lambda W, Q, first, BA: first
         ),

@@ -668,6 +668,18 @@ def always_five(weight, rank, quantize, steps):
     return alternate(weight, rank, quantize, 5)
 
 
+@wrong("loftq_init", "the nearest of all steps is returned")
+def the_best(weight, rank, quantize, steps):
+    least, BA = torch.inf, 0
+    for _ in range(steps):
+        Q = quantize(weight - BA)
+        A, B = fitted(weight - Q, rank)
+        BA = B @ A
+        if (off := (weight - Q - BA).norm()) < least:
+            least, best = off, (A, B, Q)
+    return best
+
+
 @wrong("loftq_init", "the first step takes PiSSA's factors off")
 def from_pissa(weight, rank, quantize, steps):
     return alternate(weight, rank, quantize, steps, principal=True)
