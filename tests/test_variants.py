@@ -20,6 +20,7 @@ from tiny import (
     lora_config,
     lora_pair,
     moved,
+    read_config,
     refused,
     rewrite,
     same,
@@ -463,6 +464,7 @@ def test_the_base_that_unload_leaves_is_q(tmp_path):
     save_adapter(model, tmp_path)
     config, _, _ = read_adapter(tmp_path)
     assert (config["quantised_base"], config["quantised_iterations"]) == ("loftq", 2)
+    assert not any(name.startswith("quantised") for name in read_config(tmp_path))  # in the header
     again = deepcopy(base)
     load_adapter(again, tmp_path)
     assert isinstance(injection_of(again).method, LoftQ)
@@ -482,6 +484,7 @@ def test_in_16_bits_q_has_16():
     """The product BA that is taken off has 32."""
     model, batch = wide().bfloat16(), batch_of("llama")
     inject(model, LoftQ(4, 6.0, iterations=2))
+    assert not any(torch.equal(p, p.bfloat16().float()) for p in added(model).values())
     expected = moved(model)(**batch).logits
     dequantize(model)
     assert torch.equal(model(**batch).logits, expected)
@@ -774,7 +777,13 @@ def test_peft_opens_ours_without_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [dict(coft=True), dict(block_share=True), dict(module_dropout=0.1)]
+    "option",
+    [
+        dict(coft=True),
+        dict(block_share=True),
+        dict(module_dropout=0.1),
+        dict(num_cayley_neumann_terms=4),
+    ],
 )
 def test_options_of_peft_that_we_have_not_are_refused(option, tmp_path):
     base = tiny_llama()
