@@ -18,8 +18,8 @@ e bytes a number of the base and a of an adapter:
 | queries, keys, values, and the attention's result | e (2 q + 2 k) | a gradient flows |
 | gate, SiLU(gate), up | 3 e d_ff | a gradient flows |
 | what gate and up read | e d | one of them trains or is adapted |
-| what the last matrix reads | e d_ff | it trains, is adapted, or (IA)³ scales it |
-| keys and values before their vector | e 2 k | (IA)³ |
+| what the last matrix reads | e d_ff | it trains or is adapted |
+| (IA)³: what its vectors scale, before | e out, or e in of an input | likewise |
 | LoRA: x Aᵀ, and x once more for each layer | a r, and a in if a is not e | the layer is adapted |
 | DoRA, as PEFT has it: two outputs more, and BA once | 2 e out, and e in · out in all | likewise |
 
@@ -48,7 +48,7 @@ from transformers import (
 )
 
 from . import measure
-from .inject import Method, inject, matches
+from .inject import Method, inject, matches, one_by_one
 from .methods.adalora import AdaLoRA
 from .methods.dora import DoRA
 from .methods.ia3 import IA3
@@ -106,6 +106,13 @@ MODELS: dict[str, PreTrainedConfig] = {
 
 # ------------------------------------------------------------------ shapes
 
+# What a configuration may say otherwise, and the formulas have not.
+_COUNTED_AS = {
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    | {"attention_dropout": 0.0, "use_sliding_window": False},
+    "bert": {"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False},
+}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -123,26 +130,36 @@ class Shape:
     qk_norm: bool = False  # RMSNorms on every head's query and key
     bert: bool = False  # else as a Llama
     positions: int = 0  # rows of tables for positions and types, which a Llama does not have
-    dropout: bool = False  # whether training draws some
+    dropout: bool = False  # whether training draws some behind a sublayer
+    drops_scores: bool = False  # and some of the attention
+    window: int = 0  # how many tokens a token sees, if not all
 
     @classmethod
     def of(cls, model: str | Shape | PreTrainedConfig) -> Shape:
         """Of a name in `MODELS`, or a configuration of a Llama, Qwen3, SmolLM3, Mistral or BERT.
 
-        Raises ValueError for another name, or a configuration of another kind."""
+        Raises ValueError for another name, a configuration of another kind, or one that says
+        otherwise than `_COUNTED_AS`."""
         if isinstance(model, Shape):
             return model
         if isinstance(model, str):
             if model not in MODELS:
                 raise ValueError(f"model={model!r} must be one of {', '.join(map(repr, MODELS))}")
             model = MODELS[model]
-        kind = getattr(model, "model_type", type(model).__name__)
+        config = isinstance(model, PreTrainedConfig)
+        kind = model.model_type if config else type(model).__name__
         if kind not in ("llama", "mistral", "qwen3", "smollm3", "bert"):
             raise ValueError(
-                f"no formula for a {kind}: only for llama, mistral, qwen3, smollm3 and bert; "
-                "traced_activations takes any configuration"
+                f"no formula for a {kind}: only for the configuration of a llama, mistral, qwen3, "
+                "smollm3 or bert; traced_activations takes any"
             )
         bert, heads = kind == "bert", model.num_attention_heads
+        for name, counted in _COUNTED_AS["bert" if bert else "llama"].items():
+            if (said := getattr(model, name, counted)) != counted:
+                raise ValueError(
+                    f"no formula for a {kind} with {name}={said!r}: only for {counted!r}; "
+                    "traced_activations takes any"
+                )
         return cls(
             layers=model.num_hidden_layers,
             width=model.hidden_size,
@@ -156,6 +173,8 @@ class Shape:
             bert=bert,
             positions=model.max_position_embeddings + model.type_vocab_size if bert else 0,
             dropout=bert and model.hidden_dropout_prob > 0,
+            drops_scores=bert and model.attention_probs_dropout_prob > 0,
+            window=(kind == "mistral" and model.sliding_window) or 0,
         )
 
     @classmethod
@@ -205,13 +224,13 @@ class Shape:
     def adapted(self, targets: tuple[str, ...] | str) -> dict[str, tuple[float, float]]:
         """Those of `linears` that `targets` of a method names.
 
-        Raises ValueError if it names none."""
+        Raises ValueError for a name of none of them."""
         if targets == "all-linear":
             return self.linears
-        found = {p: size for p, size in self.linears.items() if matches(f"layer.0.{p}", targets)}
-        if not found:
-            raise ValueError(f"targets={targets!r} names none of {', '.join(self.linears)}")
-        return found
+        for name, alone in one_by_one(targets):
+            if not any(matches(f"layer.0.{path}", alone) for path in self.linears):
+                raise ValueError(f"targets: {name!r} names none of {', '.join(self.linears)}")
+        return {p: size for p, size in self.linears.items() if matches(f"layer.0.{p}", targets)}
 
     def added(self, method: Method | None) -> float:
         """The numbers that a method trains, without a fresh head; None is full fine-tuning.
@@ -296,11 +315,13 @@ def activations(
     shape, e, a = Shape.of(model), weight, weight if adapter is None else adapter
     d, f = shape.width, shape.feedforward
     q, k = (n * shape.head_width for n in (shape.heads, shape.kv_heads))
+    padded = padded or 0 < shape.window < context  # a window is a mask, too
     full, before = method is None, method.tokens if isinstance(method, Prefix) else 0
     context += method.tokens if isinstance(method, Prompt) else 0
     tokens, keys = batch * context, context + before
     adapts = shape.adapted(method.targets) if isinstance(method, LoRA | DoRA | AdaLoRA) else {}
     scaled = shape.adapted(method.targets) if isinstance(method, IA3) else {}
+    inputs = shape.adapted(method.feedforward) if scaled and method.feedforward else {}
     if not (full or adapts or scaled or isinstance(method, Prompt | Prefix)):
         shape.added(method)  # which says that there is no formula
     start = min(map(_place, adapts | scaled), default=_ATTENTION - 1 if before else _BEFORE)
@@ -330,12 +351,14 @@ def activations(
     if reads(_QKV):
         keep("attention", e * d)
     repeated = q if padded or before or not fused else k
-    keys_and_values = e * repeated * keys / context
-    if not fused or (shape.bert and shape.dropout):
+    # With dropout attention is not fused on a CPU, and computed in float32.
+    w = 4 if fused and shape.drops_scores else e
+    keys_and_values = w * repeated * keys / context
+    if not fused or shape.drops_scores:
         # Of a product each side is kept for the other's gradient.
-        for size, others in ((e * q, {"k"}), (keys_and_values, {"q"}), (keys_and_values, {*"qk"})):
+        for size, others in ((w * q, {"k"}), (keys_and_values, {"q"}), (keys_and_values, {*"qk"})):
             keep("attention", size, _ATTENTION if own & others else _BEFORE)
-        softmax = (e if shape.bert or e == 4 else 4 + e) + (2 * e if shape.dropout else 0)
+        softmax = (w if shape.bert or w == 4 else 4 + w) + (2 * w if shape.drops_scores else 0)
         keep("attention", softmax * shape.heads * keys, _ATTENTION)
         if reads(_OUTPUT):
             keep("attention", e * q)
@@ -346,13 +369,14 @@ def activations(
     if reads(_INNER):
         keep("feed-forward", e * d)
     keep("feed-forward", e * f * (1 if shape.bert else 3), _INNER + 0.5)
-    if reads(_LAST) or any(_place(path) == _LAST for path in scaled):
+    if reads(_LAST):
         keep("feed-forward", e * f)
     for i, o in adapts.values():
         keep("method", a * _rank(method) + (a * i if a != e else 0))
         if isinstance(method, DoRA):  # as PEFT's: two more outputs, and the change of the weight
             keep("method", 2 * e * o + e * i * o / tokens)
-    keep("method", sum(e * o for path, (_, o) in scaled.items() if _place(path) == _QKV))
+    keep("method", sum(e * o for path, (_, o) in scaled.items() if path not in inputs))
+    keep("method", sum({_place(path): e * i for path, (i, _) in inputs.items()}.values()))
     if shape.bert and flowing:  # the norm and the dropout of the embeddings
         kept["norms"] += (e * d + 8 + drop) * tokens
     if checkpointing:
@@ -512,7 +536,10 @@ def training_memory(
         recipe = RECIPES[recipe]
     trains, full, e = shape.added(method), method is None, int(recipe.frozen)
     packed = shape.in_linears if isinstance(method, QLoRA) else 0
-    weights = packed * NF4_BITS / 8 + (shape.parameters - packed) * recipe.frozen
+    # A classifier has a small head of its own in the place of the one for tokens.
+    head = shape.vocabulary * shape.width if labels and not shape.tied else 0
+    trains -= head if full else 0
+    weights = packed * NF4_BITS / 8 + (shape.parameters - head - packed) * recipe.frozen
     sizes = {"batch": batch, "context": context, "weight": e, "labels": labels, "padded": padded}
     sizes |= {"adapter": e if full else int(recipe.weight)}
     kept = activations(shape, method, checkpointing=checkpointing, **sizes)

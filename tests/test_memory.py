@@ -5,7 +5,14 @@ import math
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from peft_lessons import (
     IA3,
@@ -99,6 +106,62 @@ def test_a_shape_by_size_is_a_llama_3():
         assert getattr(found, field) == pytest.approx(value), field
     for size in (1e6, 3e8, 7e9, 7e10, 4e11):
         assert Shape.of_size(size).parameters == pytest.approx(size)
+
+
+SMALL = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4)
+SMALL |= dict(vocab_size=100)
+GROUPED = SMALL | dict(num_key_value_heads=2)
+NO_DROPOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+UNUSUAL = [
+    LlamaConfig(**SMALL, num_key_value_heads=None, head_dim=None),
+    LlamaConfig(**GROUPED, head_dim=32, tie_word_embeddings=True),
+    MistralConfig(**GROUPED, sliding_window=None),
+    MistralConfig(**GROUPED, sliding_window=16),
+    Qwen3Config(**GROUPED, tie_word_embeddings=True),
+    SmolLM3Config(**GROUPED, pad_token_id=None, tie_word_embeddings=False),
+    BertConfig(**SMALL),
+    BertConfig(**SMALL | NO_DROPOUT | {"hidden_dropout_prob": 0.1}),
+    BertConfig(**SMALL | NO_DROPOUT | {"attention_probs_dropout_prob": 0.1}),
+]
+
+
+@pytest.mark.parametrize("config", UNUSUAL, ids=lambda c: c.model_type)
+def test_an_unusual_configuration_is_counted(config):
+    labels = config.model_type == "bert"
+    model = memory._on_meta(config, torch.bfloat16, labels=labels, fused=True)
+    head = measure.parameters(model.classifier).total if labels else 0
+    assert Shape.of(config).parameters == measure.parameters(model).total - head
+    sizes = {"batch": 2, "context": 64, "labels": labels}
+    for method in (None, LoRA()):
+        kept = memory.traced_activations(config, method, **sizes)
+        assert total(config, method, **sizes) == pytest.approx(kept, rel=0.011)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (LlamaConfig, {"attention_bias": True}),
+        (LlamaConfig, {"mlp_bias": True}),
+        (LlamaConfig, {"hidden_act": "relu"}),
+        (LlamaConfig, {"attention_dropout": 0.1}),
+        (Qwen3Config, {"use_sliding_window": True}),
+        (BertConfig, {"hidden_act": "relu"}),
+        (BertConfig, {"is_decoder": True}),
+    ],
+)
+def test_what_the_formula_does_not_count_is_refused(kind, said):
+    with pytest.raises(ValueError, match=f"no formula for a .* with {next(iter(said))}="):
+        Shape.of(kind(**said))
+
+
+def test_a_classifier_has_no_head_for_tokens():
+    for tied in (False, True):
+        config = LlamaConfig(**GROUPED, tie_word_embeddings=tied)
+        model = memory._on_meta(config, torch.bfloat16, labels=True, fused=True)
+        base = measure.parameters(model).total - measure.parameters(model.score).total
+        for method in (None, LoRA()):
+            assert training_memory(config, method, labels=True).weights == 2 * base
+        assert training_memory(config, labels=True).gradients == 2 * base
 
 
 # ------------------------------------------------------------------ activations
@@ -216,6 +279,15 @@ def test_the_trace_takes_any_configuration_and_method():
         activations("Qwen3-8B", BottleneckAdapter(16))
 
 
+@pytest.mark.parametrize(
+    "method", [IA3(("gate_proj",), ()), IA3(("down_proj",), ()), IA3(("k_proj", "o_proj"), ())]
+)
+def test_formula_is_what_vectors_elsewhere_keep(method):
+    config, sizes = shallow("LLaMA-7B"), {"context": 64}
+    kept = memory.traced_activations(config, method, **sizes)
+    assert total(config, method, **sizes) == pytest.approx(kept, rel=0.05)
+
+
 def test_fused_attention_grows_with_the_text_and_unfused_with_its_square():
     for fused, factor in ((True, 2), (False, 3.6)):
         more = {"fused": fused}
@@ -301,6 +373,8 @@ def test_memory_tells_its_parts():
         (lambda: activations("LLaMA-7B", batch=0), "batch=0 must be at least 1"),
         (lambda: activations("LLaMA-7B", context=1.5), "context=1.5 must be a whole number"),
         (lambda: activations("LLaMA-7B", LoRA(targets=("c_attn",))), "names none of"),
+        (lambda: activations("LLaMA-7B", LoRA(targets=("q_proj", "lm_head"))), "'lm_head' names"),
+        (lambda: Shape.of(LlamaConfig), "no formula for a type"),
         (lambda: training_memory("LLaMA-7B", Prefix(4, projection=8)), "no formula for Prefix"),
         (lambda: training_memory("LLaMA-7B", recipe="fp16"), "recipe='fp16' must be one of"),
     ],
