@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from .inject import Method
@@ -84,7 +84,11 @@ NAMES = (*CANDIDATES, NOTHING)  # all that can be recommended
 
 TASKS = {  # what is asked for: (its task in the study, PEFT's name, other names)
     "classification": ("sentiment", "SEQ_CLS", ("sequence classification", "text classification")),
-    "generation": ("austen", "CAUSAL_LM", ("text generation", "language modeling", "causal lm")),
+    "generation": (
+        "austen",
+        "CAUSAL_LM",
+        ("text generation", "language modeling", "language modelling"),
+    ),
 }
 # A method is as good as another if their scores lie so near each other, and the seeds do not say
 # otherwise: about a standard error of an accuracy on the test sentences; a hundredth of a
@@ -101,7 +105,7 @@ def study(task: str, rows: Sequence[dict] | None = None) -> dict[int, dict[str, 
     """{examples: {method: its rows at its tuned rate, over the seeds}} of "sentiment" or "austen".
 
     rows: those of data/results/choosing_study.csv unless given. A method without a run of seed 0 is
-    left out. Raises ValueError for another task."""
+    left out, and one of which a run at its rate diverged. Raises ValueError for another task."""
     if task not in NEAR:
         raise ValueError(f"task={task!r} must be one of {', '.join(map(repr, NEAR))}")
     rows = load_results("choosing_study", task=task) if rows is None else rows
@@ -110,19 +114,22 @@ def study(task: str, rows: Sequence[dict] | None = None) -> dict[int, dict[str, 
         if row["task"] == task:
             found.setdefault(row["examples"], {}).setdefault(row["method"], []).append(row)
     best = max if task == "sentiment" else min
+
+    def at_its_rate(runs: list[dict]) -> list[dict]:
+        if not any(r["seed"] == 0 and math.isfinite(r["validation"]) for r in runs):
+            return []
+        at_best = tuned(runs, best)[1]
+        return at_best if all(math.isfinite(r["test"]) for r in at_best) else []
+
     return {
-        size: {
-            name: tuned(runs, best)[1]
-            for name, runs in methods.items()
-            if any(run["seed"] == 0 for run in runs)
-        }
+        size: {name: kept for name, runs in methods.items() if (kept := at_its_rate(runs))}
         for size, methods in sorted(found.items())
     }
 
 
 def nearest_size(sizes: Sequence[int], examples: int) -> int:
     """The size of the study that is nearest in ratio; of two as near the smaller."""
-    return min(sorted(sizes), key=lambda size: abs(math.log(size / examples)))
+    return min(sorted(sizes), key=lambda size: abs(math.log(size) - math.log(examples)))
 
 
 def _better(task: str, row: dict) -> float:
@@ -231,7 +238,8 @@ class Advice(str):
     fits: a table of all candidates in their order, with bytes by part and what is left.
     evidence: a table of what the study measured, for this kind of task and this much data.
     alternatives: two other names. config: PEFT's configuration, None for full fine-tuning and
-    "does not fit". quantization: what to load the base with, for QLoRA. why: all of it as text."""
+    "does not fit"; a new one each time, since PEFT writes into it the layers that it found.
+    quantization: what to load the base with, for QLoRA. why: all of it as text."""
 
     fits: Table
     evidence: Table | None
@@ -239,7 +247,7 @@ class Advice(str):
     sentences: tuple[str, ...]
     _peft_task: str
 
-    @cached_property
+    @property
     def config(self) -> Any:
         candidate = CANDIDATES.get(self)
         if candidate is None or not candidate.config:
@@ -249,7 +257,7 @@ class Advice(str):
         kind = getattr(peft, candidate.config)
         return kind(task_type=self._peft_task, **candidate.settings)
 
-    @cached_property
+    @property
     def quantization(self) -> Any:
         if self != "QLoRA":
             return None
@@ -265,7 +273,8 @@ class Advice(str):
 
     @property
     def why(self) -> str:
-        shown = (*self.sentences, repr(self.fits), repr(self.evidence) if self.evidence else "")
+        told = (textwrap.fill(sentence, 100) for sentence in self.sentences)
+        shown = (*told, repr(self.fits), repr(self.evidence) if self.evidence else "")
         return "\n".join(filter(None, shown))
 
     def __repr__(self) -> str:
@@ -397,8 +406,8 @@ def _fits(order, needs, plain, usable, told) -> Table:
     return table(
         rows,
         formats | {"what trains": "{:.2f} GB"},
-        note=f"{told}, bfloat16, master copy and Adam in float32, gradient checkpointing (not with "
-        "a prefix); where it fits without, it is faster without",
+        note=f"{told}, bfloat16, master copy and Adam in float32, gradient checkpointing\n"
+        "(not with a prefix); where it fits without, it is faster without",
     )
 
 
@@ -444,7 +453,13 @@ class Adviser:
         sizes = ("model_size_b", "gpu_memory_gb", "num_examples")
         ranges = ("billion parameters", -1, 2.7), ("GiB of the card", 0.6, 2.2), ("examples", 1, 6)
         inputs = {
-            name: w.FloatLogSlider(first[name], min=low, max=high, description=told, **log)
+            name: w.FloatLogSlider(
+                first[name],
+                min=min(low, math.log10(first[name])),  # it would move what lies outside
+                max=max(high, math.log10(first[name])),
+                description=told,
+                **log,
+            )
             for name, (told, low, high) in zip(sizes, ranges, strict=True)
         }
         inputs["task_type"] = w.Dropdown(

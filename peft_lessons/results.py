@@ -62,6 +62,8 @@ class Spread:
     n: int
 
     def __repr__(self) -> str:
+        if self.n == 1:
+            return f"{self.mean:.1f} (1 seed)"
         return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f}, {self.n} seeds)"
 
 
@@ -132,7 +134,8 @@ def difference(
     rows: list[dict], others: list[dict], column: str = "test", scale: float = 1.0
 ) -> Difference:
     """How much more `rows` have in a column than `others`, `scale` times: the mean over the seeds
-    that both have, and its interval of 95 % by Student's t.
+    that both have, and its interval of 95 % by Student's t. With a run that diverged nothing is
+    known of the difference, and it is not clear.
 
     Raises ValueError if they have no seed in common, or one has a seed twice."""
     for given in (rows, others):
@@ -142,30 +145,37 @@ def difference(
     if not gaps:
         raise ValueError("no seed in common: there is nothing to pair")
     mean, n = statistics.fmean(gaps), len(gaps)
-    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n) if n > 1 else math.inf
+    known = n > 1 and math.isfinite(mean)
+    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n) if known else math.inf
     return Difference(mean, mean - half, mean + half, n)
 
 
 def undominated(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Of points {name: (cost, score)}, lower cost and higher score being better, the names of those
-    than which none is better in one and as good in the other: the Pareto front, cheapest first."""
+    than which none is better in one and as good in the other: the Pareto front, cheapest first.
+    A point with a NaN was not measured, and is none of them."""
 
     def beaten(point: tuple[float, float]) -> bool:
         cost, score = point
         return any(c <= cost and s >= score and (c, s) != point for c, s in points.values())
 
-    front = [name for name, point in points.items() if not beaten(point)]
+    measured = {n: point for n, point in points.items() if not any(map(math.isnan, point))}
+    front = [name for name, point in measured.items() if not beaten(point)]
     return sorted(front, key=lambda name: points[name][0])
 
 
 def tuned(rows: list[dict], choose: Callable = max) -> tuple[float, list[dict]]:
-    """(learning rate, its rows): the best by column `validation` among the runs with seed 0.
+    """(learning rate, its rows): the best by column `validation` among the runs with seed 0 that
+    did not diverge.
 
     choose: max, or min where less is better, as of perplexities.
-    Raises ValueError if there is no run with seed 0."""
+    Raises ValueError if there is no such run."""
     first = sorted((r for r in rows if r["seed"] == 0), key=lambda r: r["lr"])
     if not first:
         raise ValueError("no run with seed 0 to choose a rate by: the filter matches nothing")
+    first = [r for r in first if math.isfinite(r["validation"])]
+    if not first:
+        raise ValueError("no run with seed 0 to choose a rate by: all diverged")
     rate = choose(first, key=lambda r: r["validation"])["lr"]
     return rate, [r for r in rows if r["lr"] == rate]
 

@@ -45,6 +45,8 @@ def whole(least: int) -> Rule:
     def rule(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int):
             return "must be a whole number (an int)"
+        if value >= 2**63:
+            return "must be below 2**63"
         return None if value >= least else f"must be at least {least}"
 
     return rule
@@ -53,7 +55,7 @@ def whole(least: int) -> Rule:
 def number(fits: Callable[[float], bool], otherwise: str) -> Rule:
     def rule(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            return "must be a number"
+            return "must be a number (an int or a float)"
         return None if fits(value) else otherwise
 
     return rule
@@ -71,7 +73,8 @@ def one_of(*values: Any) -> Rule:
     return needs(fits, f"must be one of {', '.join(map(repr, values))}")
 
 
-POSITIVE = number(lambda v: 0 < v < math.inf, "must be a finite number above 0")
+# An int may be larger than any float.
+POSITIVE = number(lambda v: 0 < v < 2**1023, "must be a finite number above 0")
 NOT_NEGATIVE = number(lambda v: 0 <= v < math.inf, "must be a finite number, 0 or more")
 INNER = number(lambda v: 0 < v < 1, "must lie between 0 and 1, both left out")
 FLAG = needs(lambda v: isinstance(v, bool), "must be True or False")
