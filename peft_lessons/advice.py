@@ -198,7 +198,7 @@ def needs_of(
     """{name: what it takes at the peak} of every candidate, on a Llama-3 of this many billions of
     parameters, in mixed precision, with gradient checkpointing or without: never with a prefix,
     which lies in the cache, and checkpointing switches that off."""
-    shape = Shape.of_size(model_size_b * 1e9)
+    shape = Shape.of_size(model_size_b * 1e9, tied=labels)
     more = {"batch": batch, "context": context, "labels": labels}
     return {
         name: training_memory(

@@ -178,14 +178,15 @@ class Shape:
         )
 
     @classmethod
-    def of_size(cls, n_params: float) -> Shape:
+    def of_size(cls, n_params: float, *, tied: bool = False) -> Shape:
         """A Llama-3 of another size: d / 128 blocks of width d, a feed-forward of 3.5 d, heads of
         128 of which four share a key, 128,256 tokens; 8.03 billion parameters are Llama-3-8B.
+        tied: without a head for tokens of its own, as a classifier of this size is.
 
         Of sizes that are no whole numbers, so that memory grows steadily with `n_params`.
         Raises ValueError for a size that is no number above 0."""
         validate("Shape.of_size", n_params=n_params)
-        return _llama_of(n_params)
+        return _llama_of(n_params, tied)
 
     @property
     def linears(self) -> dict[str, tuple[float, float]]:
@@ -257,11 +258,11 @@ class Shape:
 
 
 @cache
-def _llama_of(n_params: float) -> Shape:
+def _llama_of(n_params: float, tied: bool) -> Shape:
     low, high = 0.0, 1e7  # widths
     for _ in range(100):
         d = (low + high) / 2
-        shape = Shape(d / 128, d, 3.5 * d, d / 128, d / 512, 128, 128256)
+        shape = Shape(d / 128, d, 3.5 * d, d / 128, d / 512, 128, 128256, tied)
         low, high = (d, high) if shape.parameters < n_params else (low, d)
     return shape
 

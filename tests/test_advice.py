@@ -118,6 +118,12 @@ def test_needs_are_those_of_the_memory_module():
         assert found[name] == training_memory(shape, candidate.method, **more)
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_size_is_that_of_what_is_loaded(labels):
+    assert needs_of(7, labels)["LoRA"].weights == pytest.approx(2 * 7e9)
+    assert needs_of(0.1, labels)[FULL].gradients == pytest.approx(2 * 1e8)
+
+
 def test_longer_texts_and_larger_batches_take_more():
     assert recommend_peft_method(7, 24, "generation", 5000) != NOTHING
     assert recommend_peft_method(7, 24, "generation", 5000, context=65536) == NOTHING
