@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -51,7 +52,9 @@ def difference(
 
 
 def _same_type(got: Any, expected: Any) -> bool:
-    for family in (torch.Tensor, nn.Module, dict, list | tuple, bool, Integral, Real):
+    if isinstance(expected, bool):
+        return isinstance(got, bool | np.bool_)
+    for family in (torch.Tensor, nn.Module, dict, list | tuple, Integral, Real):
         if isinstance(expected, family):
             # bool is an Integral and an int is a Real: only the second makes a right answer.
             return isinstance(got, family) and isinstance(got, bool) == isinstance(expected, bool)
@@ -106,6 +109,7 @@ def _scalar_difference(got: Any, expected: Any, what: str, tolerance: float) -> 
     if got == expected:
         return None
     if isinstance(expected, bool) or not isinstance(expected, Real):
+        got = bool(got) if isinstance(got, np.bool_) else got
         return f"{what} is {got!r}, expected {expected!r}"
     if not isinstance(expected, Integral):
         if abs(got - expected) <= tolerance * (abs(expected) or 1.0):
@@ -149,8 +153,8 @@ def _dtype(t: torch.Tensor) -> str:
 
 def kind(value: Any) -> str:
     """What a value is, in a few words: "a tensor", "the float 0.5", "a tuple"."""
-    if value is None or isinstance(value, bool):
-        return repr(value)
+    if value is None or isinstance(value, bool | np.bool_):
+        return str(value)
     if isinstance(value, Real):
         return f"the {'int' if isinstance(value, Integral) else 'float'} {number(value)}"
     if isinstance(value, torch.Tensor):

@@ -252,10 +252,12 @@ class Check:
     def _likely(self, function: Callable, number: int, gradients: bool = False) -> list[str]:
         """The causes whose wrong function does what the learner's does, here and before.
 
-        In the cases before it was right: what would have failed there is not the cause."""
+        In the cases before it was right: what would have failed there is not the cause. Of True
+        and False one is right by chance half of the time: there all cases must agree."""
         same = self._same_gradients if gradients else self._same_result
         results = [i for i, case in enumerate(self.cases) if not case.raises]
-        before = [i for i in results if i <= number]
+        told = self.reference(*self._arguments(number))
+        before = [i for i in results if i <= number or isinstance(told, bool)]
         named = [s for s, w in self.causes.items() if all(same(function, w, i) for i in before)]
         if len(named) > 1:  # these cases do not tell them apart, but perhaps a later one does
             counts = {s: sum(same(function, self.causes[s], i) for i in results) for s in named}

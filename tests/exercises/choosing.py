@@ -88,6 +88,39 @@ def not_sorted(costs, scores):
     return sorted(pareto_by_tuples(costs, scores))
 
 
+@wrong("pareto_front", "equal points are turned round")
+def twins_turned_round(costs, scores):
+    front = pareto_by_tuples(costs, scores)
+    return sorted(front, key=lambda i: (costs[i], -i))
+
+
+@wrong("pareto_front", "these are costs")
+def the_costs(costs, scores):
+    return [costs[i] for i in pareto_by_tuples(costs, scores)]
+
+
+@wrong("pareto_front", "`index` finds the first")
+def by_index(costs, scores):
+    points = [(costs[i], scores[i]) for i in pareto_by_tuples(costs, scores)]
+    return [costs.index(cost) for cost, _ in points]
+
+
+@wrong("pareto_front", "these are indices into what was measured")
+def of_the_filtered(costs, scores):
+    found = measured(costs, scores)
+    return pareto_by_tuples([costs[i] for i in found], [scores[i] for i in found])
+
+
+@wrong("pareto_front", "the best score begins at 0")
+def sweep_from_zero(costs, scores):
+    front, best = [], (None, 0)
+    for i in sorted(measured(costs, scores), key=lambda i: (costs[i], -scores[i])):
+        if scores[i] > best[1] or (costs[i], scores[i]) == best:
+            front.append(i)
+            best = costs[i], scores[i]
+    return front
+
+
 @wrong("pareto_front", "the dearest comes first")
 def best_first(costs, scores):
     front = pareto_by_tuples(costs, scores)
@@ -248,6 +281,18 @@ def without_double_quantisation(n_params, n_trainable, gpu_gb, bits):
     return (n_params - n_trainable) * size + 16 * n_trainable <= 0.875 * gpu_gb * GIB
 
 
+@wrong("fits", "the second level is left out")
+def one_level(n_params, n_trainable, gpu_gb, bits):
+    size = {16: 2, 4: (4 + 8 / 64) / 8}[bits] if checked(bits) else 0
+    return (n_params - n_trainable) * size + 16 * n_trainable <= 0.875 * gpu_gb * GIB
+
+
+@wrong("fits", "4 // 8 is 0")
+def whole_bytes(n_params, n_trainable, gpu_gb, bits):
+    checked(bits)
+    return (n_params - n_trainable) * (bits // 8) + 16 * n_trainable <= 0.875 * gpu_gb * GIB
+
+
 @wrong("fits", "what trains is counted twice")
 def twice(n_params, n_trainable, gpu_gb, bits):
     return n_params * checked(bits) + 16 * n_trainable <= 0.875 * gpu_gb * GIB
@@ -326,6 +371,29 @@ def what_is_left(n_params, n_trainable, gpu_gb, bits):
     return 0.875 * gpu_gb * GIB - (n_params - n_trainable) * checked(bits) - 16 * n_trainable
 
 
+@wrong("fits", "bits=8 (a byte)")
+def bytes_too(n_params, n_trainable, gpu_gb, bits):
+    if bits == 8:
+        return n_params + 15 * n_trainable <= 0.875 * gpu_gb * GIB
+    return by_parts(n_params, n_trainable, gpu_gb, bits)
+
+
+def guessed(trained=16, frozen=2, share=0.875):
+    """A fits that is wrong in a way that no cause is about."""
+
+    def fits(n_params, n_trainable, gpu_gb, bits):
+        size = checked(bits) if bits == 4 else frozen
+        need = (n_params - n_trainable) * size + trained * n_trainable
+        return need <= share * gpu_gb * GIB
+
+    return fits
+
+
+# A cause must not be named because True and False agree by chance.
+for wrongly in (guessed(trained=8), guessed(trained=20), guessed(frozen=4), guessed(share=0.9)):
+    wrong("fits", "the result is")(wrongly)
+
+
 @wrong("fits", "nothing was raised, where ValueError was due")
 def any_bits(n_params, n_trainable, gpu_gb, bits):
     size = NF4_BITS / 8 if bits == 4 else bits / 8
@@ -351,6 +419,12 @@ def by_parts(n_params, n_trainable, gpu_gb, bits):
     parts = {"base": frozen * checked(bits), "weights": 2 * n_trainable}
     parts |= {"gradients": 2 * n_trainable, "master": 4 * n_trainable, "moments": 8 * n_trainable}
     return sum(parts.values()) <= card - card / 8
+
+
+@right("fits")
+def a_truth_of_numpy(n_params, n_trainable, gpu_gb, bits):
+    need = np.float64(n_params - n_trainable) * checked(bits) + 16 * n_trainable
+    return need <= 0.875 * gpu_gb * GIB
 
 
 @right("fits")
@@ -428,7 +502,24 @@ def of_one_seed(scores_a, scores_b):
     return around(d.mean(), student_t(len(d) - 1) * d.std(ddof=1))
 
 
-@wrong("paired_difference", "divide it by √n")
+@wrong("paired_difference", "divided by √(n − 1)")
+def by_the_root_of_the_degrees(scores_a, scores_b):
+    d = pairs(scores_a, scores_b)
+    return around(d.mean(), student_t(len(d) - 1) * d.std(ddof=1) / (len(d) - 1) ** 0.5)
+
+
+@wrong("paired_difference", "give or take a deviation")
+def one_deviation(scores_a, scores_b):
+    d = pairs(scores_a, scores_b)
+    return around(d.mean(), d.std(ddof=1))
+
+
+@wrong("paired_difference", "the mean comes first")
+def in_order_of_size(scores_a, scores_b):
+    return tuple(sorted(right_with_numpy(scores_a, scores_b)))
+
+
+@wrong("paired_difference", "divided by n: divide it by √n")
 def by_n(scores_a, scores_b):
     d = pairs(scores_a, scores_b)
     return around(d.mean(), student_t(len(d) - 1) * d.std(ddof=1) / len(d))
@@ -709,6 +800,45 @@ class TurnedRound(Defence):
 
     def choose(self, fitting, best, behind, needs):
         return min((n for n in fitting if n == best or behind[n][2] >= 0), key=needs.get)
+
+
+@wrong_defence("what takes exactly seven eighths fits")
+class StrictlyLess(Defence):
+    def fitting(self, needs, usable):
+        return [name for name, need in needs.items() if need < usable]
+
+
+@wrong_defence("divided by n, not by n − 1")
+class NumpysDefault(Defence):
+    def gap(self, a, b):
+        return numpys_default(a, b)
+
+
+@wrong_defence("not divided by √n")
+class OfOneSeed(Defence):
+    def gap(self, a, b):
+        return of_one_seed(a, b)
+
+
+@wrong_defence("`takes` is that of the best")
+class TakesOfTheBest(Defence):
+    def __call__(self, needs, gpu_gb, scores):
+        answer, usable = super().__call__(needs, gpu_gb, scores), 7 / 8 * gpu_gb * GIB
+        if fitting := self.fitting(needs, usable):
+            took = needs[self.best(fitting, needs, scores)]
+            answer |= {"takes": took / GB, "left": (usable - took) / GB}
+        return answer
+
+
+@wrong_defence("counted from the method chosen")
+class BehindTheChosen(Defence):
+    def __call__(self, needs, gpu_gb, scores):
+        answer = super().__call__(needs, gpu_gb, scores)
+        fitting = self.fitting(needs, 7 / 8 * gpu_gb * GIB)
+        if (chosen := answer["method"]) in needs:
+            gaps = {n: self.gap(scores[chosen], scores[n]) for n in fitting if n != chosen}
+            answer["behind"] = gaps
+        return answer
 
 
 @wrong_defence("`behind` has what does not fit, too")
