@@ -129,7 +129,7 @@ def study(task: str, rows: Sequence[dict] | None = None) -> dict[int, dict[str, 
 
 def nearest_size(sizes: Sequence[int], examples: int) -> int:
     """The size of the study that is nearest in ratio; of two as near the smaller."""
-    return min(sorted(sizes), key=lambda size: abs(math.log(size) - math.log(examples)))
+    return min(sorted(sizes), key=lambda size: max(size, examples) / min(size, examples))
 
 
 def _better(task: str, row: dict) -> float:

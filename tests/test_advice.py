@@ -18,6 +18,7 @@ from peft_lessons.advice import (
     NAMES,
     NOTHING,
     TASKS,
+    nearest_size,
     needs_of,
     ranking,
     usable_bytes,
@@ -85,13 +86,15 @@ def test_what_is_recommended_fits_and_no_better_one_does(task, examples):
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_it_changes_where_it_just_fits(name, studied):
+def test_it_changes_where_it_just_fits(name, studied, monkeypatch):
     """The card that has just the bytes, and one with a millionth less."""
     studied(rows_of("austen", {NAMED[name]: 50.0}, 1000))
     need = needs_of(7, labels=False)[name].total
     card = (need + module.CONTEXT) / (1 - module.SPARE) / GIB
     assert recommend_peft_method(7, card * (1 + 1e-9), "generation", 1000) == name
     assert recommend_peft_method(7, card * (1 - 1e-6), "generation", 1000) != name
+    monkeypatch.setattr(module, "usable_bytes", lambda gpu_memory_gb: need)
+    assert recommend_peft_method(7, card, "generation", 1000) == name
 
 
 def test_known_cards():
@@ -174,13 +177,29 @@ def test_of_those_as_good_the_cheapest_comes_first():
     assert ranking("austen", 9, rows)[:2] == ["LoRA", "QLoRA"]
 
 
+def test_perplexities_are_near_by_a_hundredth_of_them():
+    for behind, order in ((0.3, ["(IA)³", FULL]), (0.8, [FULL, "(IA)³"])):
+        noisy = [40.0 + behind + noise for noise in (-1.0, 1.0, 0.0)]
+        rows = rows_of("austen", {"full": 40.0, "ia3": noisy}, 9, cost={"full": 9, "ia3": 1})
+        assert ranking("austen", 9, rows)[:2] == order
+
+
+@pytest.mark.parametrize(("task", "good", "bad"), [("sentiment", 0.9, 0.6), ("austen", 30.0, 60.0)])
+def test_a_method_stands_there_at_its_best_rate(task, good, bad):
+    slow, fast = rows_of(task, {"ia3": bad}, 9), rows_of(task, {"ia3": good}, 9)
+    for low, high in ((slow, fast), (fast, slow)):
+        rows = low + [row | {"lr": 1.0} for row in high]
+        found = module.study(task, rows)[9]["ia3"]
+        assert [row["test"] for row in found] == [good] * 3
+
+
 def test_the_order_is_that_of_the_nearest_size():
     rows = rows_of("austen", {"full": 30.0, "ia3": 50.0}, 7695)
     rows += rows_of("austen", {"full": 60.0, "ia3": 50.0}, 100)
     assert ranking("austen", 700, rows)[0] == "(IA)³"  # √(100 · 7,695) is 877
     assert ranking("austen", 1000, rows)[0] == FULL
     assert ranking("austen", 1, rows)[0] == "(IA)³"
-    assert ranking("austen", 10**400, rows)[0] == FULL
+    assert nearest_size([800, 200], 400) == 200
 
 
 def test_rows_that_are_missing_are_said_and_do_not_stop_it(studied):
@@ -234,6 +253,15 @@ def test_it_is_a_string_and_explains_itself(studied):
     assert len(set(advice.alternatives) - {str(advice)}) == 2
 
 
+def test_an_alternative_fits_if_one_does(studied):
+    advice = recommend_peft_method(8, 24, "generation", 1000)
+    assert advice == "prompt tuning" and advice.alternatives == ("prefix tuning", "(IA)³")
+    advice = recommend_peft_method(8, 22.5, "generation", 1000)  # a prefix lacks a little
+    assert advice == "prompt tuning" and advice.alternatives == ("(IA)³", "AdaLoRA")
+    advice = recommend_peft_method(7, 16, "generation", 1000)  # what lacks least
+    assert advice == "QLoRA" and advice.alternatives == ("(IA)³", "prompt tuning")
+
+
 def test_its_lines_can_be_read():
     for size, card in ((8, 24), (400, 4)):
         for task in TASKS:
@@ -284,6 +312,11 @@ def test_its_configuration_is_ready(name, task, studied):
     model = get_peft_model(base, config)  # which writes into it the layers that it found
     found = getattr(advice.config, "target_modules", None)
     assert found == CANDIDATES[name].settings.get("target_modules")
+    same = {"rank": "r", "alpha": "lora_alpha", "tokens": "num_virtual_tokens"}
+    same |= {"initial_rank": "init_r", "target_rank": "target_r", "total_steps": "total_step"}
+    for ours, theirs in same.items():
+        if value := getattr(CANDIDATES[name].method, ours, None):
+            assert getattr(config, theirs) == value
     assert 0 < model.get_nb_trainable_parameters()[0] < model.get_nb_trainable_parameters()[1]
     batch = tiny.batch_of("bert" if task == "classification" else "llama")
     assert torch.isfinite(model(**batch).loss)
