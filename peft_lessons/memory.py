@@ -132,7 +132,7 @@ class Shape:
     positions: int = 0  # rows of tables for positions and types, which a Llama does not have
     dropout: bool = False  # whether training draws some behind a sublayer
     drops_scores: bool = False  # and some of the attention
-    window: int = 0  # how many tokens a token sees, if not all
+    window: int = 0  # how many tokens a token sees, itself among them, if not all
 
     @classmethod
     def of(cls, model: str | Shape | PreTrainedConfig) -> Shape:
@@ -316,7 +316,7 @@ def activations(
     shape, e, a = Shape.of(model), weight, weight if adapter is None else adapter
     d, f = shape.width, shape.feedforward
     q, k = (n * shape.head_width for n in (shape.heads, shape.kv_heads))
-    padded = padded or 0 < shape.window < context  # a window is a mask, too
+    padded = padded or 0 < shape.window <= context  # a window is a mask, too
     full, before = method is None, method.tokens if isinstance(method, Prefix) else 0
     context += method.tokens if isinstance(method, Prompt) else 0
     tokens, keys = batch * context, context + before

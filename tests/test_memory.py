@@ -114,7 +114,8 @@ GROUPED = SMALL | dict(num_key_value_heads=2)
 NO_DROPOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
 UNUSUAL = [
     LlamaConfig(**GROUPED, head_dim=32, tie_word_embeddings=True),
-    MistralConfig(**GROUPED, sliding_window=16),
+    MistralConfig(**GROUPED, sliding_window=65),
+    MistralConfig(**GROUPED, sliding_window=64),
     Qwen3Config(**GROUPED, tie_word_embeddings=True),
     SmolLM3Config(**GROUPED, pad_token_id=None, tie_word_embeddings=False),
     BertConfig(**SMALL),
@@ -322,6 +323,12 @@ def test_llama_3_8b_with_lora_by_hand():
     assert found.activations == a_token * tokens
     assert found.at_work == 8 * 128256 * tokens
     assert found.total / GB == pytest.approx(31.64, abs=0.005)
+
+
+def test_bytes_of_a_number_that_trains():
+    trained = {"mixed precision": 16, "all float32": 16, "pure bfloat16": 8}
+    trained |= {"bfloat16, 8-bit Adam": 6, "float32 adapter": 16}
+    assert {name: recipe.trained for name, recipe in memory.RECIPES.items()} == trained
 
 
 def test_what_is_at_work():
