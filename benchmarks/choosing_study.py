@@ -93,11 +93,18 @@ RATES = {  # on all examples; on 100 the middle one and its neighbours
     },
 }
 FAMILIES = (  # on less data these come first, then their relatives
-    *("head", "base", "norms", "bitfit", "last two", "full", "lora", "lora, all linear"),
+    *("head", "base", "bitfit", "last two", "full", "lora, all linear", "qlora"),
     *("pfeiffer", "ia3", "prompt", "prefix"),
 )
 EVERY = tuple(dict.fromkeys(method for rates in RATES.values() for method in rates))
-STAGES = ((ALL, EVERY), (100, FAMILIES), (1000, FAMILIES), (100, EVERY), (1000, EVERY))
+STAGES = (  # (examples, methods, tasks)
+    (ALL, EVERY, ("sentiment", "austen")),
+    (100, FAMILIES, ("sentiment", "austen")),
+    (1000, FAMILIES, ("sentiment",)),
+    (1000, FAMILIES, ("austen",)),
+    (100, EVERY, ("sentiment", "austen")),
+    (1000, EVERY, ("sentiment", "austen")),
+)
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 NAMES = ("task", "method", "examples")
 COLUMNS = (
@@ -244,8 +251,8 @@ def main(backwards: bool) -> None:
         "austen": definitions(),
     }
     run_one = partial(run, tasks, known)
-    for size, methods in STAGES:
-        for name in list(tasks)[:: -1 if backwards else 1]:
+    for size, methods, names in STAGES:
+        for name in names[:: -1 if backwards else 1]:
 
             def left(name=name, size=size, methods=methods) -> list[tuple]:
                 examples = size or tasks[name].size("train")
