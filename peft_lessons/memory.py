@@ -62,6 +62,12 @@ from .rules import validate
 GB, GIB = 10**9, 2**30  # what a byte count is given in, and what a card is sold in
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight: its code, and its share of the statistics
 
+_QWEN3 = {
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
 # Published shapes, by the numbers in their own config.json.
 MODELS: dict[str, PreTrainedConfig] = {
     "SmolLM3-3B": SmolLM3Config(pad_token_id=None),
@@ -77,20 +83,14 @@ MODELS: dict[str, PreTrainedConfig] = {
         intermediate_size=12288,
         num_hidden_layers=36,
         num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        tie_word_embeddings=False,
+        **_QWEN3,
     ),
     "Qwen3-32B": Qwen3Config(
         hidden_size=5120,
         intermediate_size=25600,
         num_hidden_layers=64,
         num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        tie_word_embeddings=False,
+        **_QWEN3,
     ),
     "Llama-3.3-70B": LlamaConfig(
         hidden_size=8192,

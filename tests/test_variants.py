@@ -230,6 +230,14 @@ def pissa_pair(name, rslora=False):
     return theirs.eval(), ours.eval(), base
 
 
+def merged_alike(ours, theirs) -> None:
+    """Merge both, and compare the weights."""
+    merge(ours)
+    merged = theirs.merge_and_unload()
+    for path, wrapper in injection_of(ours).wrappers.items():
+        close(wrapper.base.weight, merged.get_submodule(path).weight, 1e-5, path)
+
+
 def layers_of(theirs, ours):
     """(their layer, our wrapper) of each target."""
     for path, wrapper in injection_of(ours).wrappers.items():
@@ -266,10 +274,7 @@ def test_pissa_after_training_is_peft_s(name):
         for factor in ("lora_A", "lora_B"):
             grad = getattr(layer, factor)["default"].weight.grad
             close(getattr(wrapper.lora, factor).grad, grad, 2e-6, factor)
-    merge(ours)
-    merged = theirs.merge_and_unload()
-    for path, wrapper in injection_of(ours).wrappers.items():
-        close(wrapper.base.weight, merged.get_submodule(path).weight, 1e-5, path)
+    merged_alike(ours, theirs)
 
 
 @torch.no_grad()
@@ -542,10 +547,7 @@ def test_vera_is_peft_s(name):
     for layer, wrapper in layers_of(theirs, ours):
         for there, here in LAMBDAS.items():
             close(getattr(wrapper, here).grad, getattr(layer, there)["default"].grad, 1e-6, here)
-    merge(ours)
-    merged = theirs.merge_and_unload()
-    for path, wrapper in injection_of(ours).wrappers.items():
-        close(wrapper.base.weight, merged.get_submodule(path).weight, 1e-5, path)
+    merged_alike(ours, theirs)
 
 
 @torch.no_grad()
@@ -676,10 +678,7 @@ def test_oft_is_peft_s(name, neumann):
     step_of_both(theirs, ours, batch_of(name))
     for layer, wrapper in layers_of(theirs, ours):
         close(wrapper.entries.grad, layer.oft_R["default"].weight.grad, 1e-6)
-    merge(ours)
-    merged = theirs.merge_and_unload()
-    for path, wrapper in injection_of(ours).wrappers.items():
-        close(wrapper.base.weight, merged.get_submodule(path).weight, 1e-5, path)
+    merged_alike(ours, theirs)
 
 
 def test_one_is_a_rotation_and_the_other_nearly_its_transpose():

@@ -585,72 +585,50 @@ def by_the_lesson(weight, rank):
 # ------------------------------------------------------------------ loftq_init
 
 
-def fitted(residual, rank):
-    return leading(residual, rank)
+def rounds(weight, rank, quantize, steps, reads=None, fits=None, factors=leading):
+    """LoftQ's, but with `reads` of (W, BA) quantised, or the factors fitted to `fits` of (W, Q)."""
+    BA = 0
+    for _ in range(steps):
+        Q = quantize(reads(weight, BA) if reads else weight - BA)
+        A, B = factors(fits(weight, Q) if fits else weight - Q, rank)
+        BA = B @ A
+    return A, B, Q
 
 
 @wrong("loftq_init", "this is what one step gives")
 def weight_each_time(weight, rank, quantize, steps):
-    for _ in range(steps):
-        Q = quantize(weight)
-        A, B = fitted(weight - Q, rank)
-    return A, B, Q
+    return rounds(weight, rank, quantize, steps, reads=lambda W, BA: W)
 
 
 @wrong("loftq_init", "this is what one step gives")
 def once(weight, rank, quantize, steps):
     Q = quantize(weight)
-    return *fitted(weight - Q, rank), Q
+    return *leading(weight - Q, rank), Q
 
 
 @wrong("loftq_init", "the factors are fitted to W:")
 def fits_w(weight, rank, quantize, steps):
-    BA = 0
-    for _ in range(steps):
-        Q = quantize(weight - BA)
-        A, B = fitted(weight, rank)
-        BA = B @ A
-    return A, B, Q
+    return rounds(weight, rank, quantize, steps, fits=lambda W, Q: W)
 
 
 @wrong("loftq_init", "the factors are fitted to Q: ")
 def fits_q(weight, rank, quantize, steps):
-    BA = 0
-    for _ in range(steps):
-        Q = quantize(weight - BA)
-        A, B = fitted(Q, rank)
-        BA = B @ A
-    return A, B, Q
+    return rounds(weight, rank, quantize, steps, fits=lambda W, Q: Q)
 
 
 @wrong("loftq_init", "the factors are fitted to Q − W")
 def fits_the_negative(weight, rank, quantize, steps):
-    BA = 0
-    for _ in range(steps):
-        Q = quantize(weight + BA)
-        A, B = fitted(Q - weight, rank)
-        BA = B @ A
-    return A, B, Q
+    return rounds(weight, rank, quantize, steps, lambda W, BA: W + BA, lambda W, Q: Q - W)
 
 
 @wrong("loftq_init", "W + BA is quantised")
 def plus(weight, rank, quantize, steps):
-    BA = 0
-    for _ in range(steps):
-        Q = quantize(weight + BA)
-        A, B = fitted(weight - Q, rank)
-        BA = B @ A
-    return A, B, Q
+    return rounds(weight, rank, quantize, steps, reads=lambda W, BA: W + BA)
 
 
 @wrong("loftq_init", "BA is taken off as if to W − Q")
 def turned_sign(weight, rank, quantize, steps):
-    BA = 0
-    for _ in range(steps):
-        Q = quantize(weight - BA)
-        A, B = fitted(Q - weight, rank)
-        BA = B @ A
-    return A, B, Q
+    return rounds(weight, rank, quantize, steps, fits=lambda W, Q: Q - W)
 
 
 @wrong("loftq_init", "the products of all steps are taken off W together")
@@ -658,7 +636,7 @@ def takes_all_off(weight, rank, quantize, steps):
     BA = 0
     for _ in range(steps):
         Q = quantize(weight - BA)
-        A, B = fitted(weight - Q, rank)
+        A, B = leading(weight - Q, rank)
         BA = BA + B @ A
     return A, B, Q
 
@@ -673,7 +651,7 @@ def the_best(weight, rank, quantize, steps):
     least, BA = torch.inf, 0
     for _ in range(steps):
         Q = quantize(weight - BA)
-        A, B = fitted(weight - Q, rank)
+        A, B = leading(weight - Q, rank)
         BA = B @ A
         if (off := (weight - Q - BA).norm()) < least:
             least, best = off, (A, B, Q)
@@ -689,7 +667,7 @@ def from_pissa(weight, rank, quantize, steps):
 def other_way_round(weight, rank, quantize, steps):
     Q = torch.zeros_like(weight)
     for _ in range(steps):
-        A, B = fitted(weight - Q, rank)
+        A, B = leading(weight - Q, rank)
         Q = quantize(weight - B @ A)
     return A, B, Q
 
@@ -697,20 +675,20 @@ def other_way_round(weight, rank, quantize, steps):
 @wrong("loftq_init", "this is one step too few")
 def from_step_one(weight, rank, quantize, steps):
     Q = quantize(weight)
-    A, B = fitted(weight - Q, rank)
+    A, B = leading(weight - Q, rank)
     for _ in range(2, steps):
         Q = quantize(weight - B @ A)
-        A, B = fitted(weight - Q, rank)
+        A, B = leading(weight - Q, rank)
     return A, B, Q
 
 
 @wrong("loftq_init", "these are more steps than")
 def first_and_then_steps(weight, rank, quantize, steps):
     Q = quantize(weight)
-    A, B = fitted(weight - Q, rank)
+    A, B = leading(weight - Q, rank)
     for _ in range(steps):
         Q = quantize(weight - B @ A)
-        A, B = fitted(weight - Q, rank)
+        A, B = leading(weight - Q, rank)
     return A, B, Q
 
 
@@ -725,7 +703,7 @@ def adds_up(weight, rank, quantize, steps):
     total = torch.zeros_like(weight)
     for _ in range(steps):
         Q = quantize(weight - total)
-        A, B = fitted(weight - Q - total, rank)
+        A, B = leading(weight - Q - total, rank)
         total += B @ A
     return A, B, Q
 
@@ -762,24 +740,20 @@ def weight_returned(weight, rank, quantize, steps):
 
 @wrong("loftq_init", "the singular values are in both factors in full")
 def full_in_both(weight, rank, quantize, steps):
-    BA = 0
-    for _ in range(steps):
-        Q = quantize(weight - BA)
-        U, S, V = svd(weight - Q)
-        A, B = S[:rank, None] * V[:rank], U[:, :rank] * S[:rank]
-        BA = B @ A
-    return A, B, Q
+    def factors(residual, rank):
+        U, S, V = svd(residual)
+        return S[:rank, None] * V[:rank], U[:, :rank] * S[:rank]
+
+    return rounds(weight, rank, quantize, steps, factors=factors)
 
 
 @wrong("loftq_init", "all of the singular values are in B")
 def values_in_b(weight, rank, quantize, steps):
-    BA = 0
-    for _ in range(steps):
-        Q = quantize(weight - BA)
-        U, S, V = svd(weight - Q)
-        A, B = V[:rank], U[:, :rank] * S[:rank]
-        BA = B @ A
-    return A, B, Q
+    def factors(residual, rank):
+        U, S, V = svd(residual)
+        return V[:rank], U[:, :rank] * S[:rank]
+
+    return rounds(weight, rank, quantize, steps, factors=factors)
 
 
 @wrong("loftq_init", "all of the singular values are in A")
@@ -806,7 +780,7 @@ def takes_off_in_place(weight, rank, quantize, steps):
     given = weight.clone()
     for _ in range(steps):
         Q = quantize(weight)
-        A, B = fitted(given - Q, rank)
+        A, B = leading(given - Q, rank)
         weight.copy_(given - B @ A)
     return A, B, Q
 
@@ -846,7 +820,7 @@ def recursive(weight, rank, quantize, steps):
     else:
         A, B, _ = recursive(weight, rank, quantize, steps - 1)
         Q = quantize(weight - B @ A)
-    return *fitted(weight - Q, rank), Q
+    return *leading(weight - Q, rank), Q
 
 
 # ------------------------------------------------------------------ intruder_dimensions
