@@ -103,7 +103,7 @@ def as_plain_lora(self, tensors):
 
 
 PiSSA.tensors = LoRA.tensors | {"start_A": "start_A", "start_B": "start_B"}
-PiSSA.to_peft, PiSSA.learning_rate = as_plain_lora, 3e-4
+PiSSA.to_peft, PiSSA.learning_rate = as_plain_lora, 1e-3
 
 # %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-026
 def alternate(weight, rank, quantize, iterations, principal=False):
