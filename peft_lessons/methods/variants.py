@@ -276,8 +276,8 @@ def cayley_neumann(S):
 
 # %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-049
 def rotated(x, R):
-    """x (..., in), each of its blocks times one of R (blocks, size, size)."""
-    blocks = x.unflatten(-1, R.shape[:2])                            # (..., blocks, size)
+    """x (..., in), each of its blocks times one of R (blocks, size, size), in R's dtype."""
+    blocks = x.to(R.dtype).unflatten(-1, R.shape[:2])                # (..., blocks, size)
     return torch.einsum("...ki,kij->...kj", blocks, R).flatten(-2)   # (..., in)
 
 # %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-050
@@ -296,19 +296,15 @@ class LinearWithOFT(Adapted):
         return cayley_neumann(S) if self.neumann else cayley(S)
 
     def forward(self, x):
-        if self.merged:
-            return self.base(x)
-        R = self.rotation()
-        return self.base(rotated(x.to(R.dtype), R).to(x.dtype))
+        return self.base(x if self.merged else rotated(x, self.rotation()).to(x.dtype))
 
     def merged_tensors(self):                                        # x R Wᵀ = x (W Rᵀ)ᵀ
         R, W = self.rotation(), self.base.weight
         validate("OFT", R=(R, W.dtype))
-        return rotated(W.to(R.dtype), R.mT), None
+        return rotated(W, R.mT), None
 
     def unmerged_tensors(self):                                      # the series is no rotation
-        R, W = self.rotation(), self.base.weight
-        return rotated(W.to(R.dtype), torch.linalg.inv(R.mT)), None
+        return rotated(self.base.weight, torch.linalg.inv(self.rotation().mT)), None
 
 # %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-051
 @dataclass(frozen=True)
