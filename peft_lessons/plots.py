@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib as mpl
 from cycler import cycler
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from PIL import Image
 
 from .results import Spread
@@ -105,6 +106,16 @@ def curves(
         ax.legend()
 
 
+def log_axis(ax, which: str, ticks: Iterable[float]) -> None:
+    """Make the axis "x" or "y" logarithmic, marked in plain figures at those `ticks` that lie in
+    its range."""
+    axis, ticks = getattr(ax, f"{which}axis"), list(ticks)
+    ax.set(**{f"{which}scale": "log"})
+    axis.set_major_locator(FixedLocator(ticks))  # set_ticks would widen the range to hold all
+    axis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+    axis.set_minor_locator(NullLocator())
+
+
 @mpl.rc_context(_STYLE)
 def spreads(ax, points: Mapping[float, Spread], label: str | None = None) -> None:
     """A line through the means of {x: spread}, with whiskers from the worst to the best seed.
@@ -114,9 +125,7 @@ def spreads(ax, points: Mapping[float, Spread], label: str | None = None) -> Non
     below = [s.mean - s.low for s in points.values()]
     above = [s.high - s.mean for s in points.values()]
     ax.errorbar(list(points), mean, (below, above), marker="o", capsize=3, label=label)
-    ax.set_xscale("log")
-    ax.set_xticks(list(points), labels=[f"{x:g}" for x in points])
-    ax.minorticks_off()
+    log_axis(ax, "x", points)
     if label:
         ax.legend()
 

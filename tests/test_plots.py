@@ -166,6 +166,17 @@ def test_spreads_draw_the_mean_and_the_range():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "8"]
 
 
+def test_a_logarithmic_axis_is_marked_where_it_is_told_and_keeps_its_range():
+    _, ax = plots.figure()
+    ax.plot([1, 2], [30, 110])
+    plots.log_axis(ax, "y", (0.001, 40, 100, 16384))
+    low, high = ax.get_ylim()
+    assert ax.get_yscale() == "log" and ax.get_xscale() == "linear"
+    assert 20 < low < 30 and 110 < high < 150
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0.001", "40", "100", "16384"]
+    assert not ax.yaxis.get_ticklocs(minor=True).size
+
+
 def test_a_title_set_outside_stands_once_to_the_left_in_bold():
     fig, ax = plots.figure()
     ax.set(title="a claim")
