@@ -39,7 +39,8 @@ def test_make_help_explains_every_target():
 
 
 def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
-    code, with_peft = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    text = (ROOT / "README.md").read_text()
+    code, with_peft, advice = re.findall(r"```python\n(.*?)```", text, re.S)
     assert "steps=200" in code
     monkeypatch.chdir(tmp_path)
     short = code.replace("steps=200", "steps=2, show=False")
@@ -48,6 +49,7 @@ def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
     assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
     exec(with_peft.replace("steps=20", "steps=2"), {})
     assert (tmp_path / "my-run" / "adapter_config.json").is_file()
+    exec(advice, {})
 
 
 def test_every_result_table_is_listed_with_the_command_that_makes_it():
