@@ -8,7 +8,7 @@ __all__ = ['SHARED', 'NEW', 'LoRAPlus', 'leading', 'LinearWithPiSSA', 'PiSSA', '
            'cayley_neumann', 'rotated', 'LinearWithOFT', 'OFT', 'with_version', 'of_this_version',
            'through_projections', 'turned']
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-003
+# %% ../../notebooks/14_beyond_lora.ipynb #528256a7
 import math
 import re
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from .lora import LinearWithLoRA, LoRA
 from .qlora import NF4Linear, QLoRA
 from .unified import LINEAR, SUM, Design
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-013
+# %% ../../notebooks/14_beyond_lora.ipynb #ab2a4904
 @dataclass(frozen=True)
 class LoRAPlus(LoRA):
     """LoRA+ (Hayou et al. 2024): a LoRA whose B learns at `lr_ratio` times the rate of A. What it
@@ -35,7 +35,7 @@ class LoRAPlus(LoRA):
     def rate_factors(self):
         return {"lora.lora_B": self.lr_ratio}
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-017
+# %% ../../notebooks/14_beyond_lora.ipynb #494911b4
 def leading(weight, rank):
     """(A (rank, in), B (out, rank)) whose product BA is the best approximation of a weight (out,
     in) of that rank: the singular vectors, each times the root of its singular value."""
@@ -44,7 +44,7 @@ def leading(weight, rank):
     root = S[:rank].sqrt()                                           # (rank,)
     return root[:, None] * V[:rank], U[:, :rank] * root              # (rank, in), (out, rank)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-020
+# %% ../../notebooks/14_beyond_lora.ipynb #29e37cb8
 class LinearWithPiSSA(LinearWithLoRA):
     """y = x W_resᵀ + b + s · (x Aᵀ) Bᵀ with W_res = W − s · B₀A₀, A₀ and B₀ the start of A and B.
     W itself stays as it is: x (B₀A₀)ᵀ is taken off the output."""
@@ -69,7 +69,7 @@ class LinearWithPiSSA(LinearWithLoRA):
     def delta_weight(self):
         return self.lora.delta_weight() - self.start_B @ self.start_A * self.lora.scaling
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-022
+# %% ../../notebooks/14_beyond_lora.ipynb #e0b7738a
 @dataclass(frozen=True)
 class PiSSA(LoRA):
     """PiSSA (Meng et al. 2024): a LoRA that starts from the r largest singular values of W, beside
@@ -87,7 +87,7 @@ class PiSSA(LoRA):
     def wrap(self, path, layer):
         return LinearWithPiSSA(layer, self.rank, self.alpha, self.dropout, self.rslora)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-023
+# %% ../../notebooks/14_beyond_lora.ipynb #a1d4ce05
 def as_plain_lora(self, tensors):
     """(config, tensors) of the LoRA [B, −B₀] [A; A₀]; what is a head's stays."""
     doubled = {}
@@ -105,7 +105,7 @@ def as_plain_lora(self, tensors):
 PiSSA.tensors = LoRA.tensors | {"start_A": "start_A", "start_B": "start_B"}
 PiSSA.to_peft, PiSSA.learning_rate = as_plain_lora, 1e-3
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-026
+# %% ../../notebooks/14_beyond_lora.ipynb #8977783f
 def alternate(weight, rank, quantize, iterations, principal=False):
     """(A, B, Q): low-rank factors and a quantised Q with Q + BA near the weight, (out, in); Q is
     what `quantize` makes of a weight. A and B start from 0, or, `principal`, from PiSSA's."""
@@ -116,7 +116,7 @@ def alternate(weight, rank, quantize, iterations, principal=False):
         A, B = leading(weight - Q, rank)
     return A, B, Q
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-030
+# %% ../../notebooks/14_beyond_lora.ipynb #11661995
 @dataclass(frozen=True)
 class LoftQ(QLoRA):
     """LoftQ (Li et al. 2023): a QLoRA whose A and B start from what the 4 bits lost. With
@@ -135,7 +135,7 @@ class LoftQ(QLoRA):
             start_from_loss(wrapper, layer, self)
         return wrapper
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-031
+# %% ../../notebooks/14_beyond_lora.ipynb #0e0ba224
 def start_from_loss(wrapper, linear, method):
     """Give a `QLoRALinear` the Q, A and B of `alternate` for a Linear, where s · BA is the product
     (s ≠ 1 goes to both factors alike)."""
@@ -154,14 +154,14 @@ def start_from_loss(wrapper, linear, method):
     wrapper.lora.lora_A.data.copy_(A / root)
     wrapper.lora.lora_B.data.copy_(B / root)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-033
+# %% ../../notebooks/14_beyond_lora.ipynb #546e0c65
 LoftQ.peft_type, LoftQ.peft_constants = "LORA", {"quantised_base": "loftq"}
 LoftQ.learning_rate = 1e-3
 LoftQ.peft_fields = QLoRA.peft_fields | {
     "iterations": ("quantised_iterations", 5), "principal": ("quantised_principal", False)}
 LoftQ.own_entries = (*QLoRA.own_entries, "quantised_iterations", "quantised_principal")
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-036
+# %% ../../notebooks/14_beyond_lora.ipynb #e27345ed
 class Projections(nn.Module):
     """VeRA's A (rank, in) and B (out, rank): random, never trained, one pair for all layers. As in
     PEFT the seed gives them; each layer takes as many columns and rows as it has."""
@@ -174,7 +174,7 @@ class Projections(nn.Module):
             values = torch.empty(shape, device="cpu", dtype=torch.float32)
             self.register_buffer(name, values.uniform_(-bound, bound, generator=generator))
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-037
+# %% ../../notebooks/14_beyond_lora.ipynb #6d2a75b0
 class LinearWithVeRA(Adapted):
     """y = x Wᵀ + b + λ_b ⊙ (λ_d ⊙ (x Aᵀ)) Bᵀ: only the vectors λ_d (rank,) and λ_b (out,) learn."""
 
@@ -201,7 +201,7 @@ class LinearWithVeRA(Adapted):
         A, B = self.factors
         return (self.lambda_b[:, None] * B) @ (self.lambda_d[:, None] * A)   # (out, in)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-039
+# %% ../../notebooks/14_beyond_lora.ipynb #5e922336
 @dataclass(frozen=True)
 class VeRA(Method):
     """VeRA (Kopiczko et al. 2024) on every Linear that `targets` names."""
@@ -220,7 +220,7 @@ class VeRA(Method):
         return {path: LinearWithVeRA(layer, shared, self.dropout, self.d_initial)
                 for path, layer in layers.items()}
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-041
+# %% ../../notebooks/14_beyond_lora.ipynb #431f5a71
 SHARED = ("vera_A", "vera_B")
 
 
@@ -242,7 +242,7 @@ def shared_by_all(cls, config, tensors):
 
 VeRA.to_peft, VeRA.from_peft = shared_once, classmethod(shared_by_all)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-042
+# %% ../../notebooks/14_beyond_lora.ipynb #a110c338
 VeRA.peft_type, VeRA.peft_constants = "VERA", {"save_projection": True}
 VeRA.peft_fields = {
     "rank": ("r", 256), "targets": ("target_modules", None), "dropout": ("vera_dropout", 0.0),
@@ -252,7 +252,7 @@ VeRA.tensors = {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d",
                 "shared.vera_A": "vera_A", "shared.vera_B": "vera_B"}
 VeRA.learning_rate = 3e-2
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-045
+# %% ../../notebooks/14_beyond_lora.ipynb #529bde1a
 def skew(entries, size):
     """(blocks, size (size − 1) / 2) -> S (blocks, size, size) with Sᵀ = −S; the entries are those
     above the diagonal, row by row."""
@@ -274,13 +274,13 @@ def cayley_neumann(S):
     S3 = S2 @ S
     return torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) + 2 * S + 2 * S2 + 2 * S3 + S3 @ S
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-049
+# %% ../../notebooks/14_beyond_lora.ipynb #0f12fe6e
 def rotated(x, R):
     """x (..., in), each of its blocks times one of R (blocks, size, size), in R's dtype."""
     blocks = x.to(R.dtype).unflatten(-1, R.shape[:2])                # (..., blocks, size)
     return torch.einsum("...ki,kij->...kj", blocks, R).flatten(-2)   # (..., in)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-050
+# %% ../../notebooks/14_beyond_lora.ipynb #23e7c56f
 class LinearWithOFT(Adapted):
     """y = (x R) Wᵀ + b: the input of a frozen Linear is rotated, block by block."""
 
@@ -306,7 +306,7 @@ class LinearWithOFT(Adapted):
     def unmerged_tensors(self):                                      # the series is no rotation
         return rotated(self.base.weight, torch.linalg.inv(self.rotation().mT)), None
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-051
+# %% ../../notebooks/14_beyond_lora.ipynb #61842fda
 @dataclass(frozen=True)
 class OFT(Method):
     """OFT (Qiu et al. 2023) on every Linear that `targets` names. `neumann=False` makes R exactly
@@ -322,7 +322,7 @@ class OFT(Method):
     def wrap(self, path, layer):
         return LinearWithOFT(layer, self.block_size, self.neumann)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-052
+# %% ../../notebooks/14_beyond_lora.ipynb #af057421
 def with_version(self, tensors):
     """(config, tensors); the version of PEFT whose series this is stands in the config."""
     entries, tensors = Method.to_peft(self, tensors)
@@ -346,7 +346,7 @@ OFT.peft_fields = {
 OFT.peft_others = ("eps", "init_weights")
 OFT.peft_off = {"num_cayley_neumann_terms": (5,), "r": (0,)}
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-lora-054
+# %% ../../notebooks/14_beyond_lora.ipynb #39c095b9
 def through_projections(site):
     """λ_b ⊙ (λ_d ⊙ (x Aᵀ)) Bᵀ"""
     layer, (A, B) = site.module, site.module.factors
