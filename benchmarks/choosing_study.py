@@ -8,7 +8,8 @@ and on its first 1,000 and 100 examples, and adds a row for each run to
 data/results/choosing_study.csv. Every method is tried at several learning rates with one seed, and
 at the best by the validation split with two seeds more. On all of the data the rate is the one that
 the studies of lessons 02 to 11 chose; what they had not tried is tried here. On 100 examples there
-are three rates around that one, on 1,000 those that were best on all and on 100.
+are three rates around that one, on 1,000 those from the best on all to the best on 100; in both
+cases more, as long as the best lies at the edge of what was tried.
 
 `memory` is what is left of what the base could do. minilm: the share of nouns whose category the
 nearest of other nouns' definitions has, by the mean of the last hidden states. tinylm: the
@@ -16,6 +17,7 @@ perplexity of such definitions, on which it was pretrained.
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -53,7 +55,7 @@ WIDTHS = {"sentiment": (16, 8), "austen": (64, 56)}  # of an adapter, and of one
 TOKENS = {"sentiment": 8, "austen": 16}  # of the prefix beside an adapter
 QV = {"sentiment": ("query", "value"), "austen": ("q_proj", "v_proj")}
 ONE_IN = 200  # numbers that diff pruning keeps
-RATES = {  # on all examples; on 100 the middle one and its neighbours
+RATES = {  # on all examples; on 100 the middle one and its neighbours, and more if need be
     "sentiment": {
         "head": (3e-2,),
         "norms": (3e-3,),
@@ -119,25 +121,48 @@ def rates_of(results: Results, task: str, method: str, examples: int) -> tuple[f
     if examples == ALL or not any(rates):
         return rates
     if examples == 1000:
-        found = {best_rate(results, task, method, size) for size in (ALL, 100)}
-        return () if None in found else tuple(sorted(found))
-    if method == "full" and task == "sentiment":
-        return (1e-4, 2e-4, 4e-4)
-    middle = LADDER.index(rates[len(rates) // 2])
-    return LADDER[middle - 1 : middle + 2]
+        found = [best_rate(results, task, method, size) for size in (ALL, 100)]
+        if None in found:
+            return ()
+        start = {*found, *(rate for rate in LADDER if min(found) < rate < max(found))}
+    elif method == "full" and task == "sentiment":
+        start = {1e-4, 2e-4, 4e-4}
+    else:
+        middle = LADDER.index(rates[len(rates) // 2])
+        start = LADDER[middle - 1 : middle + 2]
+    return widened(tuple(sorted(start)), tried_at(results, task, method, examples), CHOICES[task])
 
 
-def best_rate(results: Results, task: str, method: str, examples: int) -> float | None:
-    """The rate that the validation split chose, once all of them were tried."""
-    tried = {
+def widened(rates: tuple[float, ...], tried: dict[float, float], best: Callable) -> tuple:
+    """Rates, and one more on that side on which the best of them lies at the edge, as often as
+    needed: what is chosen at last has a worse one on both sides, or the ladder ends."""
+    while set(rates) <= set(tried):
+        chosen = best(rates, key=tried.get)
+        below, above = [r for r in LADDER if r < rates[0]], [r for r in LADDER if r > rates[-1]]
+        if chosen == rates[0] and below:
+            rates = (below[-1], *rates)
+        elif chosen == rates[-1] and above:
+            rates = (*rates, above[0])
+        else:
+            break
+    return rates
+
+
+def tried_at(results: Results, task: str, method: str, examples: int) -> dict[float, float]:
+    """{rate: validation} of the runs of seed 0."""
+    return {
         float(row["lr"]): float(row["validation"])
         for row in results.rows()
         if (row["task"], row["method"], row["seed"]) == (task, method, "0")
         and (int(row["examples"]) == examples or (examples == ALL and int(row["examples"]) > 1000))
     }
-    if set(rates_of(results, task, method, examples)) - set(tried):
-        return None
-    return CHOICES[task](tried, key=tried.get)
+
+
+def best_rate(results: Results, task: str, method: str, examples: int) -> float | None:
+    """The rate that the validation split chose, once all of them were tried."""
+    tried = tried_at(results, task, method, examples)
+    rates = rates_of(results, task, method, examples)
+    return CHOICES[task](rates, key=tried.get) if set(rates) <= set(tried) else None
 
 
 def method_of(task: str, method: str, steps: int):

@@ -373,7 +373,7 @@ def _data(task: str, examples: int, rows: Sequence[dict]) -> str:
         return "The study has no rows of this task yet: the order is that of CANDIDATES."
     size = nearest_size(sizes, examples)
     base, more = {
-        "sentiment": ("an encoder of 22.7 million parameters", "sentences of movie reviews"),
+        "sentiment": ("an encoder of 22.6 million parameters", "sentences of movie reviews"),
         "austen": ("a language model of 3.2 million parameters", "pieces of Jane Austen's novels"),
     }[task]
     return (

@@ -150,12 +150,13 @@ def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], title: str, xlabel
 
 def name_points(ax, points: Mapping[str, tuple[float, float]], size: float = 7) -> None:
     """The names of points {name: (x, y)} beside them, moved up or down where they would lie on one
-    another. To be called last: it goes by the scales of the axes, which it gives some room."""
+    another or on another point, and tied to their points where that is far. To be called last: it
+    goes by the scales of the axes, which it gives some room."""
     ax.margins(x=0.1, y=0.1)
     ax.figure.draw_without_rendering()
     pixel = ax.figure.dpi / 72  # of a point of type
     places = {name: ax.transData.transform(point) for name, point in points.items()}
-    taken: list[tuple[float, float, float]] = []
+    taken = [(x - 3 * pixel, x + 3 * pixel, y) for x, y in places.values()]  # the points
     for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
         left, right = x + 4 * pixel, x + (4 + 0.58 * size * len(name)) * pixel
         for step in sorted(range(-40, 41), key=abs):
@@ -165,6 +166,7 @@ def name_points(ax, points: Mapping[str, tuple[float, float]], size: float = 7) 
             ):
                 break
         taken.append((left, right, at))
+        tie = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
         ax.annotate(
             name,
             points[name],
@@ -173,4 +175,5 @@ def name_points(ax, points: Mapping[str, tuple[float, float]], size: float = 7) 
             size=size,
             va="center",
             annotation_clip=False,
+            arrowprops=tie if abs(at - y) > size * pixel else None,
         )

@@ -9,6 +9,7 @@ import sys
 
 import matplotlib as mpl
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from peft_lessons import plots
@@ -190,7 +191,8 @@ def test_names_beside_points_do_not_lie_on_one_another():
     points = {f"method {n}": (1 + n / 1000, 2.0) for n in range(6)} | {"far": (9, 8)}
     ax.set(xlim=(0, 10), ylim=(0, 10))
     plots.name_points(ax, points)
-    boxes = [text.get_window_extent() for text in ax.texts]
+    ax.figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without their ties
     assert [text.get_text() for text in ax.texts][-1] == "far" and len(boxes) == 7
     gaps = sorted(box.y0 for box in boxes)
     height = min(box.height for box in boxes)
