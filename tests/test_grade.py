@@ -19,7 +19,7 @@ kit.Check._check_signature = lambda self, function: None
 kit.Check._check_case = lambda self, function, number: True"""
 ENDLESS = "while True:\n    pass"
 HUGE = "print('x' * 10**8)\nheap = [bytearray(10**9) for _ in range(40)]"
-DEAF = "while True:\n    try:\n        while True:\n            pass\n    except BaseException:\n        pass"
+DEAF = "while True:\n    try:\n        sorted(range(10**6))\n    except BaseException:\n        pass"
 CONFINED = pytest.mark.skipif(
     not (has_landlock() and grade.namespaces()), reason="this kernel has no Landlock or namespaces"
 )
