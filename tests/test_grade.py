@@ -19,7 +19,7 @@ kit.Check._check_signature = lambda self, function: None
 kit.Check._check_case = lambda self, function, number: True"""
 ENDLESS = "while True:\n    pass"
 HUGE = "print('x' * 10**8)\nheap = [bytearray(10**9) for _ in range(40)]"
-DEAF = "while True:\n    try:\n        sorted(range(10**6))\n    except BaseException:\n        pass"
+DEAF = "import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True:\n    pass"
 CONFINED = pytest.mark.skipif(
     not (has_landlock() and grade.namespaces()), reason="this kernel has no Landlock or namespaces"
 )
@@ -65,8 +65,8 @@ def marked(tmp_path_factory):
     server = socket.create_server(("127.0.0.1", 0))
     setup = "import torch"
     hand_in(folder, "ann, no checks", RIGHT, setup, drop="check")
-    hand_in(folder, "<b>ben</b>", WRONG, setup)
-    hand_in(folder, "cleo", "", HUGE)
+    hand_in(folder, "<b>ben", WRONG, setup)
+    hand_in(folder, "cleo", "", f"{setup}\n{HUGE}")
     hand_in(folder, "dan", "def row_norms(weight:\n    return 1", setup)
     hand_in(folder, "eve", "", FAKE)
     hand_in(folder, "fay", RIGHT, f"{setup}\n{ENDLESS}")
@@ -88,7 +88,7 @@ def test_a_class_is_marked(marked):
     marks, _ = marked
     assert {student: outcome for student, (outcome, _) in marks.items()} == {
         "ann, no checks": "right",
-        "<b>ben</b>": "wrong",
+        "<b>ben": "wrong",
         "cleo": "not attempted",
         "dan": "crashed",
         "eve": "crashed",
@@ -98,7 +98,7 @@ def test_a_class_is_marked(marked):
         "ida": "crashed",
         "jo": "crashed",
     }
-    assert "Likely cause: " in marks["<b>ben</b>"][1]
+    assert "Likely cause: " in marks["<b>ben"][1]
     assert "SyntaxError" in marks["dan"][1]
     assert marks["eve"][1] == "the notebook changes how answers are judged"
     assert "longer than 25 s" in marks["gus"][1]
