@@ -698,8 +698,7 @@ class Defence:
     def others(self, fitting, best, needs):
         return [name for name in fitting if name != best]
 
-    def gap(self, a, b):
-        return right_with_numpy(a, b)
+    gap = staticmethod(right_with_numpy)
 
     def as_good(self, low):
         return low <= 0
@@ -762,20 +761,17 @@ class Dearest(Defence):
 
 @wrong_defence("taken for independent samples")
 class Unpaired(Defence):
-    def gap(self, a, b):
-        return two_samples(a, b)
+    gap = staticmethod(two_samples)
 
 
 @wrong_defence("1.96 is taken for Student's t")
 class Normal(Defence):
-    def gap(self, a, b):
-        return normal(a, b)
+    gap = staticmethod(normal)
 
 
 @wrong_defence("the standard error is taken for the interval")
 class StandardError(Defence):
-    def gap(self, a, b):
-        return standard_error(a, b)
+    gap = staticmethod(standard_error)
 
 
 @wrong_defence("a lower score is taken for the better one")
@@ -810,14 +806,12 @@ class StrictlyLess(Defence):
 
 @wrong_defence("divided by n, not by n − 1")
 class NumpysDefault(Defence):
-    def gap(self, a, b):
-        return numpys_default(a, b)
+    gap = staticmethod(numpys_default)
 
 
 @wrong_defence("not divided by √n")
 class OfOneSeed(Defence):
-    def gap(self, a, b):
-        return of_one_seed(a, b)
+    gap = staticmethod(of_one_seed)
 
 
 @wrong_defence("`takes` is that of the best")
