@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 LESSON ?=
+FOLDER ?=
 ARGS ?=
 
 BIN := .venv/bin
@@ -11,7 +12,7 @@ READY := .venv/ready
 OFFLINE := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test export outputs solved browser lint clean .venv
+.PHONY: help lab test export outputs solved release grade guide site results costs browser lint clean .venv
 
 help:  ## show this list
 	@echo "make TARGET   (PYTHON=/path/to/python3.11 where it isn't found by that name)"
@@ -34,8 +35,29 @@ outputs: $(READY)  ## execute the lessons and store clean outputs; one with LESS
 solved: $(READY)  ## run the lessons with the solutions, checks strict; one with LESSON=02
 	@$(OFFLINE) $(BIN)/python -m tools.notebooks solved $(LESSON)
 
-browser: $(READY)  ## try a lesson in JupyterLab with a real browser (needs Chromium)
-	@$(OFFLINE) $(BIN)/python -m pytest -q -rs $(ARGS) tests/test_browser.py
+release: $(READY)  ## write the students' copy, without solutions, to build/peft-lessons
+	@$(BIN)/python -m tools.release $(FOLDER)
+
+grade: $(READY)  ## mark what students handed in: FOLDER=submitted
+	@test -n "$(FOLDER)" || { echo "Which folder? make grade FOLDER=submitted"; exit 2; }
+	@$(OFFLINE) $(BIN)/python -m tools.grade "$(FOLDER)" $(ARGS)
+
+guide: $(READY)  ## write docs/wrong_answers.md, what the checks recognise
+	@$(OFFLINE) $(BIN)/python -m tools.guide
+
+site: $(READY)  ## build the course as web pages, to build/site/index.html
+	@$(BIN)/python -m tools.site $(FOLDER)
+
+results: $(READY)  ## run what the measured tables lack; many hours if they are empty
+	@for script in benchmarks/*_study.py benchmarks/dora_analysis.py; do \
+	  echo "$$script"; $(OFFLINE) $(BIN)/python $$script $(ARGS) || exit 1; done
+
+costs: $(READY)  ## measure times and bytes anew, on an idle machine: half an hour
+	@for script in benchmarks/costs.py benchmarks/choosing_costs.py benchmarks/qlora_cost.py; do \
+	  echo "$$script"; $(OFFLINE) $(BIN)/python $$script || exit 1; done
+
+browser: $(READY)  ## try all lessons in JupyterLab, and the site, in a real browser (needs Chromium)
+	@$(OFFLINE) $(BIN)/python -m pytest -q -rs -m browser $(ARGS) tests
 
 lint: $(READY)  ## check the style of all Python code
 	@$(BIN)/ruff check .

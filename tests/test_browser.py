@@ -1,11 +1,19 @@
-"""What a learner sees: a lesson in JupyterLab, in a real browser, and an exercise done in it."""
+"""What a learner sees: each lesson in JupyterLab, in a real browser, and an exercise done in it.
 
+`make test` opens the shortest lesson, `make browser` all of them.
+"""
+
+import ast
+import builtins
+import importlib
 import importlib.util
+import inspect
 import re
+import symtable
 
 import pytest
 
-from tools.notebooks import NOTEBOOKS, read_solutions
+from tools import notebooks
 
 pytestmark = pytest.mark.browser
 if importlib.util.find_spec("playwright") is None:
@@ -13,22 +21,49 @@ if importlib.util.find_spec("playwright") is None:
 
 from tools.lab import chromium, open_lab  # noqa: E402  # needs playwright
 
-LESSON = NOTEBOOKS / "02_lora.ipynb"
-EXERCISE = "unmerge_lora"
 BAR = re.compile(r"([\d.]+\w?)/([\d.]+\w?) \|")
+LESSONS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.every_lesson] if number else [])
+    for number, path in enumerate(notebooks.lessons())
+]
 
 
-def wrong(solution):
-    """The solution with its result negated: of the right shape and type, and wrong."""
-    return solution.replace(f"def {EXERCISE}(", "def right(") + (
-        f"\n\n\ndef {EXERCISE}(merged_weight, A, B, alpha):\n"
-        "    return -right(merged_weight, A, B, alpha)\n"
-    )
+def globals_of(scope):
+    """The global names that a scope and those within it look up."""
+    own = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global()}
+    return own.union(*map(globals_of, scope.get_children()))
+
+
+def wrong_answer(lesson):
+    """(exercise, source, what it is told): the first wrong answer of the tests that stands by
+    itself, with the imports of its module."""
+    module = importlib.import_module(f"exercises.{notebooks.MODULES[lesson]}")
+    body = ast.parse(inspect.getsource(module)).body
+    imports = [n for n in body if isinstance(n, ast.Import | ast.ImportFrom)]
+    imports = [node for node in imports if not getattr(node, "level", 0)]
+    given = {a.asname or a.name.split(".")[0] for node in imports for a in node.names}
+    functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    for exercise, function, told in module.answers.wrongs:
+        if (node := functions.get(function.__name__)) and function.__module__ == module.__name__:
+            node.name, node.decorator_list = exercise, []
+            source = "\n".join(map(ast.unparse, [*imports, node]))
+            (scope,) = symtable.symtable(ast.unparse(node), "", "exec").get_children()
+            if globals_of(scope) <= given | set(dir(builtins)):
+                return exercise, source, told
+    raise AssertionError(f"no wrong answer of {lesson} stands by itself")
+
+
+@pytest.mark.parametrize("lesson", [lesson.values[0].stem for lesson in LESSONS])
+def test_each_lesson_has_a_wrong_answer_to_show(lesson):
+    exercise, source, told = wrong_answer(lesson)
+    assert f"def {exercise}(" in source and told
 
 
 @pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")
-def test_a_lesson_runs_and_an_exercise_is_judged():
-    with open_lab(LESSON) as lab:
+@pytest.mark.parametrize("path", LESSONS)
+def test_a_lesson_runs_and_an_exercise_is_judged(path):
+    exercise, wrong, told = wrong_answer(path.stem)
+    with open_lab(path) as lab:
         lab.run_all()
         cells = lab.cells()
         code = [cell for cell in cells if cell["type"] == "code" and cell["source"].strip()]
@@ -42,20 +77,17 @@ def test_a_lesson_runs_and_an_exercise_is_judged():
         bars = [bar for cell in code for bar in BAR.findall(cell["text"])]
         assert all(done == total for done, total in bars), bars
 
-        stub, check = lab.find(f"def {EXERCISE}(", "exercise"), lab.find(EXERCISE, "check")
-        assert "not attempted" in cells[check]["text"].lower()
-        solution = read_solutions(LESSON)[EXERCISE]
-
-        assert not lab.run_cell(stub, wrong(solution))["errors"]
+        stub, check = lab.find(f"def {exercise}(", "exercise"), lab.find(exercise, "check")
+        assert not lab.run_cell(stub, wrong)["errors"]
         refused = lab.run_cell(check)
         assert refused["errors"] == 1
-        assert f"✗ {EXERCISE}" in refused["text"]
+        assert f"✗ {exercise}" in refused["text"]
+        assert told in refused["text"]
         assert "Traceback" not in refused["text"]
 
-        assert not lab.run_cell(stub, solution)["errors"]
+        assert not lab.run_cell(stub, notebooks.read_solutions(path)[exercise])["errors"]
         accepted = lab.run_cell(check)
         assert not accepted["errors"]
-        assert accepted["text"].strip()
-        assert "not attempted" not in accepted["text"].lower()
+        assert f"✓ {exercise}" in accepted["text"]
 
         assert not lab.console_errors, "\n".join(lab.console_errors)

@@ -68,7 +68,7 @@ def marked(tmp_path_factory):
     hand_in(folder, "<b>ben", WRONG, setup)
     hand_in(folder, "cleo", "", f"{setup}\n{HUGE}")
     hand_in(folder, "dan", "def row_norms(weight:\n    return 1", setup)
-    hand_in(folder, "eve", "", FAKE)
+    hand_in(folder, "eve", WRONG, f"{setup}\n{FAKE}")
     hand_in(folder, "fay", RIGHT, f"{setup}\n{ENDLESS}")
     hand_in(folder, "gus", RIGHT, f"{setup}\n{DEAF}")
     hand_in(folder, "hal", curious(folder, server.getsockname()[1]), setup)
@@ -118,7 +118,8 @@ def test_the_page_shows_names_as_text(marked):
 
 
 def test_only_lessons_in_students_folders_count(tmp_path):
-    for name in ("a/x/02_lora.ipynb", "a/.ipynb_checkpoints/02_lora.ipynb", "02_lora.ipynb", "b/x.ipynb"):
+    hidden = "a/.ipynb_checkpoints/02_lora.ipynb"
+    for name in ("a/x/02_lora.ipynb", hidden, "02_lora.ipynb", "b/x.ipynb"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = grade.submissions(tmp_path)

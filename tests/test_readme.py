@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from tools import guide
+
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+README = (ROOT / "README.md").read_text()
 TARGETS = set(re.findall(r"(?m)^([a-z.]+):.*##", (ROOT / "Makefile").read_text()))
 
 
-@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "data/README.md"]
+
+
+@pytest.mark.parametrize("page", ["README.md", *GUIDES])
 def test_every_relative_link_leads_somewhere(page):
     file = ROOT / page
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text())
@@ -21,16 +27,48 @@ def test_every_relative_link_leads_somewhere(page):
 
 
 def test_the_maps_list_every_lesson():
-    readme = (ROOT / "README.md").read_text()
-    assert re.findall(r"\]\(notebooks/([^)]+)\)", readme) == LESSONS
+    assert re.findall(r"\]\(notebooks/([^)]+)\)", README) == LESSONS
     cells = json.loads((ROOT / "notebooks" / LESSONS[0]).read_text())["cells"]
     start = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     assert set(LESSONS[1:]) <= set(re.findall(r"\]\(([0-9][^)]+\.ipynb)\)", start))
 
 
-def test_every_make_target_named_in_the_readme_exists():
-    named = set(re.findall(r"(?m)(?:`|^)make ([a-z.]+)", (ROOT / "README.md").read_text()))
-    assert {"lab", "test", "help"} <= named and named - TARGETS == set()
+def test_every_make_target_named_in_the_guides_exists():
+    pages = "".join((ROOT / page).read_text() for page in ["README.md", *GUIDES])
+    named = set(re.findall(r"(?m)(?:`|^)make ([a-z.]+)", pages))
+    assert {"lab", "test", "help", "grade", "results"} <= named and named - TARGETS == set()
+
+
+def minutes_by_lesson():
+    """{lesson: (reading, exercises)} of the README's table."""
+    rows = re.findall(r"\]\(notebooks/(\S+)\.ipynb\) \|.*\| (\d+) \+ (\d+) \|", README)
+    return {lesson: (int(reading), int(exercises)) for lesson, reading, exercises in rows}
+
+
+def test_the_plans_for_instructors_add_up():
+    minutes, plans = minutes_by_lesson(), (ROOT / "docs/instructors.md").read_text().split("### ")
+    summed = 0
+    for plan in plans:
+        rows = re.findall(r"\]\(\.\./notebooks/(\S+)\.ipynb\) \| (\w+) \| (\d+) \|", plan)
+        for lesson, what, claimed in rows:
+            reading, exercises = minutes[lesson]
+            assert int(claimed) == reading + (exercises if what == "all" else 0), lesson
+        if together := re.search(r"\*\*together\*\* \| \*\*(\d+)\*\*", plan):
+            assert int(together[1]) == sum(int(claimed) for *_, claimed in rows)
+            summed += 1
+    assert summed == 2
+
+
+def test_the_list_of_wrong_answers_is_that_of_the_checks():
+    assert guide.PAGE.read_text() == guide.page(), "run `make guide`"
+
+
+def test_every_benchmark_is_run_by_a_make_target():
+    makefile = (ROOT / "Makefile").read_text()
+    patterns = re.findall(r"benchmarks/[\w*]+\.py", makefile)
+    run = {path.name for pattern in patterns for path in ROOT.glob(pattern)}
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts - run == {"common.py", "qlora_gpu.py"}, "no script, and one for a GPU"
 
 
 def test_make_help_explains_every_target():
@@ -39,8 +77,7 @@ def test_make_help_explains_every_target():
 
 
 def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
-    text = (ROOT / "README.md").read_text()
-    code, with_peft, advice = re.findall(r"```python\n(.*?)```", text, re.S)
+    code, with_peft, advice = re.findall(r"```python\n(.*?)```", README, re.S)
     assert "steps=200" in code
     monkeypatch.chdir(tmp_path)
     short = code.replace("steps=200", "steps=2, show=False")

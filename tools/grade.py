@@ -88,7 +88,7 @@ def namespaces() -> tuple[str, ...]:
 def guards() -> str:
     """What holds a notebook on this machine, as a sentence."""
     network = "without network" if namespaces() else "without network for Python code"
-    files = "in a folder of its own" if has_landlock() else "WITH ALL FILES OF THIS MACHINE IN REACH"
+    files = "in a folder of its own" if has_landlock() else "WITH ALL YOUR FILES IN REACH"
     return f"Each notebook ran {network}, {files}, with limits of time and memory."
 
 

@@ -1,9 +1,9 @@
-"""Run one student's notebook and judge its answers: started by tools.grade, in a process of its own.
+"""Run one student's notebook and judge its answers: the process that tools.grade starts.
 
     python -m tools.grade_one NOTEBOOK LESSON SECONDS MEMORY CHANNEL
 
-Writes a line of JSON for each exercise of the lesson to the file descriptor CHANNEL. The lines carry
-the word that stands on standard input, so that nothing printed by accident is taken for one.
+Writes a line of JSON for each exercise of the lesson to the file descriptor CHANNEL. The lines
+carry the word that stands on standard input, so that nothing printed by accident is taken for one.
 """
 
 import json

@@ -1,44 +1,65 @@
-"""Write docs/wrong_answers.md, what the checks recognise: python -m tools.guide
-
-The list is that of the tests, which hand every one of these answers to its check.
-"""
+"""Write docs/wrong_answers.md, what the checks recognise: python -m tools.guide"""
 
 import importlib
+import re
 import sys
 
+from peft_lessons import check
 from tools import notebooks
 from tools.environment import ROOT
 from tools.grade_one import exercises
 
 PAGE = ROOT / "docs" / "wrong_answers.md"
+INTRODUCTION = """\
+# Wrong answers by exercise
+
+What to expect in class, written by `make guide` from the checks themselves: the causes that each
+check names, in its own words. A check names one only where the answer does what that mistake does.
+What any exercise can get wrong is left out here and refused all the same: another shape or dtype, a
+list in the place of a tensor, an argument that is changed, a gradient that does not arrive, an
+error."""
 
 
-def wrong_answers(lesson: str) -> dict[str, list[str]]:
-    """{exercise: what its wrong answers are told} of a lesson, each once."""
+def causes(lesson: str) -> dict[str, list[str]]:
+    """{exercise: its wrong answers}: the causes that its check names, without those that are two
+    of the others at once. Three exercises are checked by what their answer builds, and have no
+    causes to compare with: theirs are the wrong answers of the tests, and what those are told."""
+    course = getattr(check, notebooks.MODULES[lesson])
+    found = {}
+    for exercise in exercises(lesson):
+        named = list(getattr(course, exercise).causes)
+        single = [c for c in named if not any(other in c for other in named if other != c)]
+        found[exercise] = single or tested(lesson, exercise)
+    return found
+
+
+def tested(lesson: str, exercise: str) -> list[str]:
+    """The wrong answers of the tests, each with what it is told."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
         answers = importlib.import_module(f"exercises.{notebooks.MODULES[lesson]}").answers
     finally:
         sys.path.pop(0)
-    found: dict[str, list[str]] = {name: [] for name in exercises(lesson)}
-    for exercise, _, told in answers.wrongs:
-        if told not in found[exercise]:
-            found[exercise].append(told)
-    return found
+    return [
+        told if function.__name__ == exercise else f"{function.__name__.replace('_', ' ')}: {told}"
+        for name, function, told in answers.wrongs
+        if name == exercise
+    ]
+
+
+def escaped(sentence: str) -> str:
+    """For Markdown: formulas in the sentences hold characters that mean something there."""
+    return re.sub(r"([*<$\[\]]|_(?=_))", r"\\\1", sentence)
 
 
 def page() -> str:
-    parts = [
-        "# Wrong answers by exercise",
-        "What the checks say of the wrong answers that they know, exercise by exercise. Written by "
-        "`make guide` from the tests, which hand each of these answers to its check.",
-    ]
+    parts = [INTRODUCTION]
     for path in notebooks.lessons():
-        title = notebooks.read(path).cells[0].source.splitlines()[0].lstrip("# ")
+        title = notebooks.read(path).cells[0].source.splitlines()[0].removeprefix("# ")
         parts.append(f"## {path.stem[:2]} {title}")
-        for exercise, told in wrong_answers(path.stem).items():
-            parts.append(f"### `{exercise}`")
-            parts.append("\n".join(f"- {sentence}" for sentence in told))
+        for exercise, sentences in causes(path.stem).items():
+            lines = "\n".join(f"- {escaped(sentence)}" for sentence in sentences)
+            parts.append(f"### `{exercise}`\n\n{lines}")
     return "\n\n".join(parts) + "\n"
 
 

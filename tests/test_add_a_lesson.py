@@ -1,0 +1,69 @@
+"""The steps of CONTRIBUTING.md, done once: docs/example adds a lesson with a method of its own to a
+copy of the course, and all that the course's tests ask of a lesson and a method holds for it."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tools import notebooks
+from tools.environment import ROOT, offline_environment
+
+EXAMPLE = ROOT / "docs" / "example"
+LINES = {  # {file: (a line that is there, the line that comes below it)}
+    "tools/notebooks.py": ('    "14_beyond_lora": "beyond",', '    "15_lora_xs": "lora_xs",'),
+    "peft_lessons/checks/__init__.py": ("from . import (", "    lora_xs,"),
+    "peft_lessons/__init__.py": (
+        "from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model",
+        "from .methods.lora_xs import LoRAXS",
+    ),
+    "tests/test_every_method.py": (
+        "METHODS = {  # {row: the method for a model of this name}",
+        '    "lora-xs": lambda name: LoRAXS(4, 6.0, TARGETS[name]),',
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """A copy of the course with the example's files and lines in it."""
+    folder = tmp_path_factory.mktemp("course")
+    for name in ("peft_lessons", "tools", "tests", "notebooks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "conftest.py", "README.md", "Makefile"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "data").symlink_to(ROOT / "data")
+    shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
+    for name, (there, new) in LINES.items():
+        text = (folder / name).read_text()
+        assert text.count(f"{there}\n") == 1, f"{name} has no line {there!r}"
+        (folder / name).write_text(text.replace(there, f"{there}\n{new}"))
+    rows = folder / "tests" / "test_every_method.py"
+    rows.write_text(rows.read_text().replace("    LoRAPlus,\n", "    LoRAPlus,\n    LoRAXS,\n", 1))
+    return folder
+
+
+def run(folder, *command):
+    env = offline_environment() | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_new_lesson_is_exported_executed_and_tested(course):
+    run(course, "tools.notebooks", "export", "15")
+    run(course, "tools.notebooks", "outputs", "15")
+    tests = [f"tests/test_{name}.py" for name in ("notebooks", "exercises", "every_method")]
+    chosen = "15_lora_xs or lora_xs or affordable_rank or lora-xs or has_a_row"
+    said = run(course, "pytest", "-v", "-k", chosen, *tests)
+    ran = "rules[15", "solved[15", "affordable_rank-linear", "resumes_to_the_same_bits[lora-xs"
+    for test in ran:
+        assert re.search(rf"{re.escape(test)}.*PASSED", said), test
+    fresh = notebooks.read(course / "notebooks" / "15_lora_xs.ipynb")
+    stored = notebooks.read(EXAMPLE / "notebooks" / "15_lora_xs.ipynb")
+    assert [cell.source for cell in fresh.cells] == [cell.source for cell in stored.cells]

@@ -1,0 +1,152 @@
+"""The course as web pages: built without a warning, whole, and readable in a real browser."""
+
+import importlib.util
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from tools import notebooks, site
+
+PAGES = ["index.html", *(f"notebooks/{path.stem}.html" for path in notebooks.lessons())]
+PAGES += [guide.replace(".md", ".html") for guide in site.GUIDES]
+SOME = {"index.html", "notebooks/02_lora.html"}
+IN_A_BROWSER = [
+    pytest.param(page, marks=[] if page in SOME else [pytest.mark.every_lesson]) for page in PAGES
+]
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 1000}
+SEEN = """() => ({
+    formulas: document.querySelectorAll('.math').length,
+    rendered: document.querySelectorAll('mjx-container').length,
+    refused: document.querySelectorAll('mjx-merror').length,
+    wide: document.documentElement.scrollWidth - window.innerWidth,
+    broken: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src),
+    back: getComputedStyle(document.body).backgroundColor,
+    text: getComputedStyle(document.querySelector('article')).color,
+})"""
+
+
+class Page(HTMLParser):
+    """The links, loaded files, ids and pictures of a page."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.links, self.loaded, self.ids, self.alts = [], [], set(), []
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.ids |= {given["id"]} if given.get("id") else set()
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+        if tag in {"script", "img", "iframe"} and given.get("src"):
+            self.loaded.append(given["src"])
+        if tag == "link" and "stylesheet" in given.get("rel", ""):
+            self.loaded.append(given["href"])
+        if tag == "img":
+            self.alts.append(given.get("alt", ""))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    assert site.build(folder) == 0
+    return folder
+
+
+def test_there_is_a_page_for_each_lesson_and_guide(built):
+    assert all((built / page).is_file() for page in PAGES)
+    links = Page(built / "index.html").links
+    assert set(PAGES[1:]) <= set(links), "the map leads to each"
+
+
+def test_no_link_is_broken_and_nothing_is_loaded_from_elsewhere(built):
+    files = [file for file in built.rglob("*.html") if "_static" not in file.parts]  # templates
+    pages = {file: Page(file) for file in files}
+    broken = []
+    for file, page in pages.items():
+        for target in page.links + page.loaded:
+            parts = urlsplit(target)
+            if parts.scheme in {"http", "https", "mailto", "data"}:
+                assert target in page.links or parts.scheme == "data", f"{file} loads {target}"
+                continue
+            to = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+            there = to.is_file()
+            if there and parts.fragment and to in pages:
+                there = parts.fragment in pages[to].ids
+            if not there:
+                broken.append((file.name, target))
+    assert not broken
+
+
+def test_every_figure_has_its_alternative_text(built):
+    for page in PAGES:
+        assert all(len(alt) >= 20 for alt in Page(built / page).alts), page
+
+
+def test_the_search_knows_every_lesson(built):
+    index = (built / "searchindex.js").read_text(encoding="utf-8")
+    assert all(f'"notebooks/{path.stem}"' in index for path in notebooks.lessons())
+    assert "intrud" in index  # words are cut to their stems
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("playwright is not installed")
+    from playwright.sync_api import sync_playwright
+
+    from tools.lab import CHROMIUM_FLAGS, chromium
+
+    if chromium() is None:
+        pytest.skip("Chromium is not installed")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
+        yield opened
+        opened.close()
+
+
+def seen(browser, address, size, theme):
+    """(what a page shows in a window and theme, what its console says)"""
+    context = browser.new_context(viewport=size, color_scheme=theme, offline=True)
+    page, said = context.new_page(), []
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("console", lambda entry: entry.type in {"error", "warning"} and said.append(entry.text))
+    page.goto(address)
+    page.wait_for_function(
+        "() => document.querySelectorAll('mjx-container').length"
+        " >= document.querySelectorAll('.math').length",
+        timeout=30_000,
+    )
+    found = page.evaluate(SEEN)
+    context.close()
+    return found, said
+
+
+def brightness(color):
+    return sum(map(float, re.findall(r"[\d.]+", color)[:3])) / 3
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("page", IN_A_BROWSER)
+def test_a_page_is_readable_on_desk_and_phone_in_both_themes(built, browser, page):
+    for size, theme in ((DESK, "light"), (PHONE, "dark")):
+        found, said = seen(browser, (built / page).as_uri(), size, theme)
+        assert not said
+        assert found["rendered"] == found["formulas"] and not found["refused"]
+        assert found["wide"] <= 0, "the page is wider than the window"
+        assert not found["broken"]
+        contrast = brightness(found["back"]) - brightness(found["text"])
+        assert (contrast > 120) if theme == "light" else (contrast < -120)
+
+
+@pytest.mark.browser
+def test_the_search_finds_a_lesson(built, browser):
+    page = browser.new_page()
+    page.goto((built / "search.html").as_uri() + "?q=intruder")
+    page.wait_for_selector("#search-results li a")
+    links = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.href)")
+    assert any("14_beyond_lora" in link for link in links)
+    page.close()

@@ -1,0 +1,63 @@
+"""Build the course as a site: python -m tools.site [FOLDER]
+
+The pages are the stored notebooks and the guides. Nothing is executed or downloaded. FOLDER,
+build/site unless given, can be opened from disk: FOLDER/index.html.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from sphinx.cmd.build import build_main
+
+from tools import notebooks
+from tools.environment import ROOT
+
+CONFIGURATION = ROOT / "docs" / "site"
+GUIDES = ("docs/instructors.md", "docs/wrong_answers.md", "CONTRIBUTING.md", "data/README.md")
+LINKED = ("LICENSE", "docs/lesson.png", "docs/architecture.svg")
+
+
+def contents() -> str:
+    """What stands in the sidebar."""
+    lessons = [f"notebooks/{path.stem}" for path in notebooks.lessons()]
+    parts = []
+    for caption, pages in (("Lessons", lessons), ("Guides", [g[: -len(".md")] for g in GUIDES])):
+        lines = "\n".join(pages)
+        parts.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```")
+    return "\n\n".join(parts)
+
+
+def lay_out(source: Path) -> None:
+    """Copy the pages to a folder as Sphinx wants them: the README is the first."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (source / "index.md").write_text(f"{readme}\n{contents()}\n", encoding="utf-8")
+    for page in (*GUIDES, *LINKED, *(f"notebooks/{path.name}" for path in notebooks.lessons())):
+        (source / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, source / page)
+
+
+def build(folder: Path) -> int:
+    """Write the site and return Sphinx's exit status: 1 after any warning."""
+    with tempfile.TemporaryDirectory() as place:
+        source, trees = Path(place) / "source", Path(place) / "trees"
+        source.mkdir()
+        lay_out(source)
+        options = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(CONFIGURATION)]
+        return build_main([*options, "-d", str(trees), str(source), str(folder)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.site", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "site")
+    folder = parser.parse_args(argv).folder.resolve()
+    status = build(folder)
+    if status == 0:
+        print(folder / "index.html")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
