@@ -85,7 +85,7 @@ class LoRA(Method):
         "targets": ("target_modules", None), "rslora": ("use_rslora", False),
     }
     peft_others = ("ensure_weight_tying", "megatron_core", "qalora_group_size")  # of other options
-    peft_off = {"init_lora_weights": (True, False, "gaussian")}  # PiSSA changes the base too
+    peft_off = {"init_lora_weights": (True, False, "gaussian")}  # others change the base
     tensors = {"lora.lora_A": "lora_A.weight", "lora.lora_B": "lora_B.weight"}
     learning_rate = 3e-3  # what fit takes if it is not told otherwise; section 5 measures it
 

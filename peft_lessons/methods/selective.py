@@ -101,7 +101,7 @@ class PartialFineTuning(Method):
     names_modules = ("patterns",)
     peft_type = "PARTIAL_FINE_TUNING"
     peft_fields = {"last": ("last_blocks", None), "patterns": ("patterns", ())}
-    learning_rate = 3e-4  # section 5 measures it
+    learning_rate = 3e-4  # of the last blocks; norms bear ten times as much (section 5)
 
     def __post_init__(self):
         super().__post_init__()

@@ -47,7 +47,7 @@ def leading(weight, rank):
 # %% ../../notebooks/14_beyond_lora.ipynb #29e37cb8
 class LinearWithPiSSA(LinearWithLoRA):
     """y = x W_resᵀ + b + s · (x Aᵀ) Bᵀ with W_res = W − s · B₀A₀, A₀ and B₀ the start of A and B.
-    W itself stays as it is: x (B₀A₀)ᵀ is taken off the output."""
+    W itself stays as it is: s · x (B₀A₀)ᵀ is taken off the output."""
 
     def __init__(self, linear, rank=8, alpha=16.0, dropout=0.0, rslora=False):
         super().__init__(linear, rank, alpha, dropout, rslora)
