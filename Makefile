@@ -71,7 +71,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 	  echo "The course needs Python 3.11, and '$(PYTHON)' isn't it. Install it, or name it:"; \
 	  echo "  make PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "Setting up .venv with PyTorch, JupyterLab and the rest: once, 2 to 10 minutes."
+	@echo "Setting up .venv with PyTorch, JupyterLab and the rest: once, 1 to 10 minutes."
 	@test -f $@ || { rm -rf .venv && $(PYTHON) -m venv .venv; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@

@@ -23,7 +23,7 @@ error."""
 def causes(lesson: str) -> dict[str, list[str]]:
     """{exercise: its wrong answers}: the causes that its check names, without those that are two
     of the others at once. Three exercises are checked by what their answer builds, and have no
-    causes to compare with: theirs are the wrong answers of the tests, and what those are told."""
+    causes to compare with: theirs are the wrong answers of the tests, and part of what is told."""
     course = getattr(check, notebooks.MODULES[lesson])
     found = {}
     for exercise in exercises(lesson):
@@ -41,7 +41,7 @@ def tested(lesson: str, exercise: str) -> list[str]:
     finally:
         sys.path.pop(0)
     return [
-        told if function.__name__ == exercise else f"{function.__name__.replace('_', ' ')}: {told}"
+        f"{function.__name__.replace('_', ' ')}: “… {told} …”"
         for name, function, told in answers.wrongs
         if name == exercise
     ]
