@@ -41,7 +41,8 @@ def tested(lesson: str, exercise: str) -> list[str]:
     finally:
         sys.path.pop(0)
     return [
-        f"{function.__name__.replace('_', ' ')}: “… {told} …”"
+        ("" if function.__name__ == exercise else f"{function.__name__.replace('_', ' ')}: ")
+        + f"“… {told} …”"
         for name, function, told in answers.wrongs
         if name == exercise
     ]
