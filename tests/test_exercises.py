@@ -46,6 +46,7 @@ CAUSES = [
     for one in found.values()
     for i, (sentence, wrong) in enumerate(one.causes.items())
 ]
+gc.freeze()  # what was imported stays: each look for what may go would go through all of it
 by_name = {"ids": lambda value: getattr(value, "__name__", None)}
 
 

@@ -12,7 +12,7 @@ from peft_lessons.methods.unified import Design
 def prefix_as_adapter(
     x: torch.Tensor, w_q: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor
 ) -> torch.Tensor:
-    """softmax(x W_downᵀ) W_up, with the W_down and W_up that make it a prefix: (..., T, d_h)."""
+    """softmax(x W_downᵀ) W_upᵀ, with the W_down and W_up that make it a prefix: (..., T, d_h)."""
     w_down = prefix_k @ w_q / w_q.shape[0] ** 0.5              # (p, d)
     return (x @ w_down.T).softmax(-1) @ prefix_v               # (..., T, d_h)
 

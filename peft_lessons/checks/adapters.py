@@ -399,7 +399,7 @@ def _inserted(layer):
     shapes = Counter(tuple(p.shape) for p in trained)
     seen[_TRAINS] = sorted(f"{n} × {shape}" for shape, n in shapes.items())
     d = layer.attention.self.query.in_features
-    torch.manual_seed(0)
+    torch.random.default_generator.manual_seed(0)
     x = torch.randn(2, 6, d)
     if len(trained) != 8 or set(shapes.values()) != {2}:
         return seen

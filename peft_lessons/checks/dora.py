@@ -431,7 +431,7 @@ def _used(module):
     seen[start] = m.detach().clone()
     if m.shape != B.shape[:1]:
         return seen
-    torch.manual_seed(0)
+    torch.random.default_generator.manual_seed(0)
     x = torch.randn(2, 6, A.shape[1], requires_grad=True)
     with torch.no_grad():
         seen[zero], seen[first] = module(torch.zeros(3, A.shape[1])), module(x)

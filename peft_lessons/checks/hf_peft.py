@@ -86,7 +86,7 @@ _FAMILIES = {
 @cache
 def _original(family: str, layers: int = 2) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        torch.random.default_generator.manual_seed(0)
         model = _FAMILIES[family](layers).eval()
         for p in model.parameters():  # biases that start at 0 would hide that they are lost
             p.add_(0.1 * torch.randn_like(p))
@@ -526,7 +526,7 @@ def _serving(family: str) -> nn.Module:
 
     configs = _adapters()[family]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.random.default_generator.manual_seed(1)
         first, *others = configs
         model = get_peft_model(_model(family, layers=1), configs[first], adapter_name=first)
         for name in others:

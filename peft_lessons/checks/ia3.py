@@ -369,7 +369,7 @@ def _used(module):
     widths = [m.out_features for m in module.modules() if isinstance(m, nn.Linear)]
     if any(vector.shape != (min(widths, default=0),) for vector in (l_k, l_v)):
         return seen
-    torch.manual_seed(0)
+    torch.random.default_generator.manual_seed(0)
     x = torch.randn(2, 7, _WIDTH, requires_grad=True)
     with torch.no_grad():
         seen[first] = module(x)

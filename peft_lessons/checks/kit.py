@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache, cached_property
 from numbers import Real
 from types import FrameType, TracebackType
 from typing import Any
@@ -160,8 +161,8 @@ class Check:
             return
         theirs = list(given.parameters)
         try:
-            for number in range(len(self.cases)):
-                given.bind(*self._arguments(number))
+            for count in self._counts:
+                given.bind(*self.names[:count])
             given.bind(*self.names)
             fits = theirs == self.names or sorted(theirs) != sorted(self.names)
         except TypeError:
@@ -170,6 +171,11 @@ class Check:
             wanted, yours = (_parameters(s) for s in (self.signature, given))
             facts = f"Expected {self.__name__}{wanted}", f"Yours is {self.__name__}{yours}"
             raise WrongAnswer(f"{self.__name__}: the parameters differ.", *facts)
+
+    @cached_property
+    def _counts(self) -> set[int]:
+        """How many arguments the cases have: models among them take long to make."""
+        return {len(self._arguments(number)) for number in range(len(self.cases))}
 
     def _check_case(self, function: Callable, number: int) -> bool:
         """Raise WrongAnswer for the first thing that is wrong; False if this is still the stub."""
@@ -220,7 +226,7 @@ class Check:
         # Before the gradients: autograd meets a change in place with a less telling error.
         self._check_arguments(args, function, number, self.changes, refuse)
         try:
-            problem = self._gradient_difference(function, self.reference, number)
+            problem = self._gradient_difference(*self._runs(function, self.reference), number)
         except Exception as failed:
             lines = own_lines(traceback.walk_tb(failed.__traceback__), module)
             refuse(f"it fails where gradients are wanted: {summary(failed)}", *lines[-4:])
@@ -259,51 +265,55 @@ class Check:
         with _seeded(_CALLS):
             told = self.reference(*self._arguments(number))
         before = [i for i in results if i <= number or isinstance(told, bool)]
-        named = [s for s, w in self.causes.items() if all(same(function, w, i) for i in before)]
+        yours, *wrongs = self._runs(function, *self.causes.values())
+        causes = dict(zip(self.causes, wrongs, strict=True))
+        named = [s for s, theirs in causes.items() if all(same(yours, theirs, i) for i in before)]
         if len(named) > 1:  # these cases do not tell them apart, but perhaps a later one does
-            counts = {s: sum(same(function, self.causes[s], i) for i in results) for s in named}
+            counts = {s: sum(same(yours, causes[s], i) for i in results) for s in named}
             named = [s for s, count in counts.items() if count == max(counts.values())]
         if not named and not gradients:
-            got, _ = outcome(function, self._arguments(number, function))
+            got, _ = yours.result(number)
             for name, arg in zip(self.names, self._arguments(number), strict=False):
                 if isinstance(arg, torch.Tensor) and not difference(got, arg):
                     return [f"Your result equals the argument {name}."]
         return [f"Likely cause: {', or '.join(named)}."] if named else []
 
-    def _same_gradients(self, function: Callable, wrong: Callable, number: int) -> bool:
+    def _runs(self, *functions: Callable) -> list["_Runs"]:
+        return [_Runs(self, function) for function in functions]
+
+    def _same_gradients(self, yours: "_Runs", theirs: "_Runs", number: int) -> bool:
         with suppress(Exception):  # a wrong function need not work in every case
-            agree = self._same_result(function, wrong, number)
-            return agree and not self._gradient_difference(function, wrong, number)
+            agree = self._same_result(yours, theirs, number)
+            return agree and not self._gradient_difference(yours, theirs, number)
         return False
 
-    def _same_result(self, function: Callable, wrong: Callable, number: int) -> bool:
-        got, error = outcome(function, self._arguments(number, function))
-        theirs, wrong_error = outcome(wrong, self._arguments(number, wrong))
+    def _same_result(self, yours: "_Runs", theirs: "_Runs", number: int) -> bool:
+        (got, error), (wrong, wrong_error) = yours.result(number), theirs.result(number)
         if error or wrong_error:
             return False
-        if self.view and not difference(got, theirs, values=False):
+        if self.view and not difference(got, wrong, values=False):
             # A result so wrong that it has no view is known by its parts' types and shapes.
-            (got, error), (theirs, wrong_error) = (outcome(self.view, [r]) for r in (got, theirs))
+            (got, error), (wrong, wrong_error) = yours.view(number), theirs.view(number)
             if error and wrong_error:
                 return type(error) is type(wrong_error)
             if self.staged and not (error or wrong_error):
-                return self._same_stages(got, theirs, number)
-        return not difference(got, theirs, tolerance=self.tolerance)
+                return self._same_stages(got, wrong, number)
+        return not difference(got, wrong, tolerance=self.tolerance)
 
-    def _same_stages(self, got: dict, theirs: dict, number: int) -> bool:
+    def _same_stages(self, got: dict, wrong: dict, number: int) -> bool:
         with _seeded(_CALLS):
             right = self.view(self.reference(*self._arguments(number)))
         for part, value in right.items():
-            if difference(got[part], theirs[part], tolerance=self.tolerance):
+            if difference(got[part], wrong[part], tolerance=self.tolerance):
                 return False
             if difference(got[part], value, tolerance=self.tolerance):
                 return True
         return True
 
-    def _gradient_difference(self, function, against, number) -> str | None:
+    def _gradient_difference(self, yours: "_Runs", against: "_Runs", number: int) -> str | None:
         if not self.gradients:
             return None
-        expected, got = (self._gradients(f, number) for f in (against, function))
+        expected, got = against.gradients(number), yours.gradients(number)
         for name in self.gradients:
             for ours, theirs in zip(expected[name], got[name], strict=True):
                 if theirs is None and ours is not None:
@@ -325,6 +335,16 @@ class Check:
             grads = gradients_of(result, wanted)
         pairs = list(zip(leaves, grads, strict=True))
         return {name: [g for (n, _), g in pairs if n == name] for name in self.gradients}
+
+
+class _Runs:
+    """What one function gives in the cases of a check: each case is run once, and only if it is
+    asked for. A refused answer is compared with some twenty causes."""
+
+    def __init__(self, check: Check, function: Callable) -> None:
+        self.result = cache(lambda n: outcome(function, check._arguments(n, function)))
+        self.view = cache(lambda n: outcome(check.view, [self.result(n)[0]]))
+        self.gradients = cache(lambda n: check._gradients(function, n))
 
 
 class Refused(Exception):
@@ -428,7 +448,9 @@ def _strict() -> bool:
 def _seeded(seed: int):
     """A seed of our own; the notebook's random numbers go on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: that would seed every GPU's generator too, for good, and where
+        # there is none it writes down the whole call stack, which takes longer than most answers.
+        torch.random.default_generator.manual_seed(seed)
         yield
 
 

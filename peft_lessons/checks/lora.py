@@ -400,7 +400,7 @@ def _injected(model):
         before = model(ids)
         for seed, module in enumerate(wrapped.values()):
             for factor in (module.lora.lora_A, module.lora.lora_B):
-                torch.manual_seed(seed + factor.numel())
+                torch.random.default_generator.manual_seed(seed + factor.numel())
                 factor.copy_(torch.randn(factor.shape))
         after = model(ids)
     return {

@@ -44,7 +44,7 @@ def _built() -> nn.Module:
         num_labels=2,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        torch.random.default_generator.manual_seed(0)
         model = BertForSequenceClassification(config).eval()
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -59,7 +59,7 @@ def _bert() -> nn.Module:
 def _inject(model: nn.Module, method: Method) -> Injection:
     """inject, always with the same random numbers; the head stays frozen: what is learned, the
     method learns."""
-    torch.manual_seed(1)
+    torch.random.default_generator.manual_seed(1)
     inject(model, method)
     model.classifier.requires_grad_(False)
     return injection_of(model)
@@ -492,7 +492,7 @@ def _refuse_file(method: Method, because: tuple[str, Any] | None = None) -> None
                 f"save_adapter raised {summary(error)}",
                 "Of a field a file holds numbers, strings, lists and None.",
             ) from None
-        torch.manual_seed(2)  # what is not in the file is drawn anew
+        torch.random.default_generator.manual_seed(2)  # what is not in the file is drawn anew
         try:
             load_adapter(loaded, folder)
         except Exception as error:
