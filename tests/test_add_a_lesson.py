@@ -1,6 +1,7 @@
 """The steps of CONTRIBUTING.md, done once: docs/example adds a lesson with a method of its own to a
 copy of the course, and all that the course's tests ask of a lesson and a method holds for it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -46,7 +47,8 @@ def course(tmp_path_factory):
 
 
 def run(folder, *command):
-    env = offline_environment() | {"PYTHONPATH": str(folder)}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env = offline_environment(ours) | {"PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=folder, env=env, capture_output=True, text=True, check=False,
