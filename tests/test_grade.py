@@ -77,7 +77,7 @@ def marked(tmp_path_factory):
     (folder / "jo" / f"{LESSON}.ipynb").write_text('{"cells": [')
     (folder / "jo" / "my own.ipynb").write_text("not of this course")
     with server:
-        assert grade.main([str(folder), "--seconds", "4", "--total", "25", "--jobs", "2"]) == 0
+        assert grade.main([str(folder), "--seconds", "4", "--total", "15", "--jobs", "2"]) == 0
     with (folder / "grades.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert all((row["lesson"], row["exercise"]) == (LESSON, EXERCISE) for row in rows)
@@ -101,7 +101,7 @@ def test_a_class_is_marked(marked):
     assert "Likely cause: " in marks["<b>ben"][1]
     assert "SyntaxError" in marks["dan"][1]
     assert marks["eve"][1] == "the notebook changes how answers are judged"
-    assert "longer than 25 s" in marks["gus"][1]
+    assert "longer than 15 s" in marks["gus"][1]
     assert "JSON" in marks["jo"][1]
 
 
