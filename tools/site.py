@@ -42,11 +42,14 @@ def lay_out(source: Path) -> None:
 def build(folder: Path) -> int:
     """Write the site and return Sphinx's exit status: 1 after any warning."""
     with tempfile.TemporaryDirectory() as place:
-        source, trees = Path(place) / "source", Path(place) / "trees"
+        source, trees, pages = (Path(place) / name for name in ("source", "trees", "pages"))
         source.mkdir()
         lay_out(source)
         options = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(CONFIGURATION)]
-        return build_main([*options, "-d", str(trees), str(source), str(folder)])
+        status = build_main([*options, "-d", str(trees), str(source), str(pages)])
+        if status == 0:  # not before: myst-nb also writes beside its pages
+            shutil.copytree(pages, folder, dirs_exist_ok=True)
+        return status
 
 
 def main(argv: list[str] | None = None) -> int:
