@@ -57,7 +57,7 @@ costs: $(READY)  ## measure times and bytes anew, on an idle machine: half an ho
 	  echo "$$script"; $(OFFLINE) $(BIN)/python $$script || exit 1; done
 
 browser: $(READY)  ## try all lessons in JupyterLab, and the site, in a real browser (needs Chromium)
-	@$(OFFLINE) $(BIN)/python -m pytest -q -rs -m browser $(ARGS) tests
+	@$(OFFLINE) $(BIN)/python -m pytest -q -rs -m browser $(ARGS) tests/test_browser.py tests/test_site.py
 
 lint: $(READY)  ## check the style of all Python code
 	@$(BIN)/ruff check .

@@ -7,10 +7,10 @@ import nbformat
 import pytest
 
 from tools import grade, notebooks
-from tools.grade_one import exercises, has_landlock
+from tools.grade_one import has_landlock
 
 LESSON = "00_start_here"
-(EXERCISE,) = exercises(LESSON)
+(EXERCISE,) = notebooks.exercises(LESSON)
 RIGHT = notebooks.read_solutions(notebooks.NOTEBOOKS / f"{LESSON}.ipynb")[EXERCISE]
 WRONG = f"def {EXERCISE}(weight):\n    return weight.square().sum(dim=1)"
 FAKE = """from peft_lessons.checks import kit

@@ -56,6 +56,14 @@ def built(tmp_path_factory):
     return folder
 
 
+def test_a_folder_of_something_else_is_kept(built, tmp_path):
+    assert (built / ".buildinfo").exists(), "by which an earlier site is known"
+    (tmp_path / "thesis").touch()
+    with pytest.raises(ValueError, match="holds something else"):
+        site.build(tmp_path)
+    assert (tmp_path / "thesis").exists()
+
+
 def test_there_is_a_page_for_each_lesson_and_guide(built):
     assert all((built / page).is_file() for page in PAGES)
     links = Page(built / "index.html").links

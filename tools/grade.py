@@ -36,7 +36,7 @@ from pathlib import Path
 
 from tools import notebooks
 from tools.environment import ROOT, offline_environment
-from tools.grade_one import exercises, has_landlock
+from tools.grade_one import has_landlock
 
 OUTCOMES = ("right", "wrong", "not attempted", "crashed", "timed out")
 LARGEST = 20_000_000  # bytes of a notebook
@@ -102,7 +102,7 @@ def grade(student: str, path: Path, lesson: str, name: str, limits: Limits) -> l
     took = time.monotonic() - started
     return [
         Mark(student, name, lesson, exercise, *said.get(exercise, (*rest, round(took, 1))))
-        for exercise in exercises(lesson)
+        for exercise in notebooks.exercises(lesson)
     ]
 
 

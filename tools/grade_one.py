@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(line | {"seconds": time.monotonic() - started}), file=out, flush=True)
 
     course = getattr(check, notebooks.MODULES[lesson])
-    checks = {name: getattr(course, name) for name in exercises(lesson)}
+    checks = {name: getattr(course, name) for name in notebooks.exercises(lesson)}
     nb = notebooks.read(path)
     signal.signal(signal.SIGALRM, _alarm)
     config = Config()
@@ -157,13 +157,6 @@ def main(argv: list[str]) -> None:
         say(name, outcome, told, started)
     out.close()
     os._exit(0)  # no thread or exit handler of the notebook's holds the process up
-
-
-def exercises(lesson: str) -> list[str]:
-    """The names of a lesson's exercises, as the course has them."""
-    nb = notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb")
-    cells = [c for c in notebooks.code_cells(nb) if "exercise" in notebooks.tags(c)]
-    return [notebooks.exercise_name(cell) for cell in cells]
 
 
 if __name__ == "__main__":

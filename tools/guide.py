@@ -7,7 +7,6 @@ import sys
 from peft_lessons import check
 from tools import notebooks
 from tools.environment import ROOT
-from tools.grade_one import exercises
 
 PAGE = ROOT / "docs" / "wrong_answers.md"
 INTRODUCTION = """\
@@ -26,7 +25,7 @@ def causes(lesson: str) -> dict[str, list[str]]:
     causes to compare with: theirs are the wrong answers of the tests, and part of what is told."""
     course = getattr(check, notebooks.MODULES[lesson])
     found = {}
-    for exercise in exercises(lesson):
+    for exercise in notebooks.exercises(lesson):
         named = list(getattr(course, exercise).causes)
         single = [c for c in named if not any(other in c for other in named if other != c)]
         found[exercise] = single or tested(lesson, exercise)

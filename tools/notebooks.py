@@ -89,6 +89,13 @@ def exercise_name(cell: NotebookNode) -> str:
     return names[0]
 
 
+def exercises(lesson: str) -> list[str]:
+    """The names of a lesson's exercises, as the course has them."""
+    nb = read(NOTEBOOKS / f"{lesson}.ipynb")
+    cells = [c for c in code_cells(nb) if "exercise" in tags(c)]
+    return [exercise_name(cell) for cell in cells]
+
+
 def solutions_path(path: Path) -> Path:
     return path.parent / "solutions" / f"{MODULES[path.stem]}.py"
 

@@ -20,6 +20,14 @@ LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part")
 STAMP = ".students-copy"
 
 
+def clear(folder: Path, stamp: str) -> None:
+    """Remove a folder that an earlier run wrote, which the file `stamp` in it shows. Raises
+    ValueError for one that holds something else."""
+    if folder.exists() and not (folder / stamp).exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else: name a new folder")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def without_answers(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """In place: what exercises and checks printed is gone; all else, the kernel too, stays."""
     for cell in notebooks.code_cells(nb):
@@ -31,9 +39,7 @@ def without_answers(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def release(folder: Path) -> Path:
     """Write the copy and its ZIP file, and return the path of that. Raises ValueError for a folder
     that holds something else."""
-    if folder.exists() and not (folder / STAMP).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else: name a new folder")
-    shutil.rmtree(folder, ignore_errors=True)
+    clear(folder, STAMP)
     (folder / "notebooks").mkdir(parents=True)
     (folder / STAMP).touch()
     for name in COPIED:

@@ -14,6 +14,7 @@ from sphinx.cmd.build import build_main
 
 from tools import notebooks
 from tools.environment import ROOT
+from tools.release import clear
 
 CONFIGURATION = ROOT / "docs" / "site"
 GUIDES = ("docs/instructors.md", "docs/wrong_answers.md", "CONTRIBUTING.md", "data/README.md")
@@ -40,7 +41,9 @@ def lay_out(source: Path) -> None:
 
 
 def build(folder: Path) -> int:
-    """Write the site and return Sphinx's exit status: 1 after any warning."""
+    """Write the site and return Sphinx's exit status: 1 after any warning. Raises ValueError for a
+    folder that holds something else."""
+    clear(folder, ".buildinfo")
     with tempfile.TemporaryDirectory() as place:
         source, trees, pages = (Path(place) / name for name in ("source", "trees", "pages"))
         source.mkdir()
@@ -48,7 +51,7 @@ def build(folder: Path) -> int:
         options = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(CONFIGURATION)]
         status = build_main([*options, "-d", str(trees), str(source), str(pages)])
         if status == 0:  # not before: myst-nb also writes beside its pages
-            shutil.copytree(pages, folder, dirs_exist_ok=True)
+            shutil.copytree(pages, folder)
         return status
 
 
@@ -56,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.site", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "site")
     folder = parser.parse_args(argv).folder.resolve()
-    status = build(folder)
+    try:
+        status = build(folder)
+    except ValueError as error:
+        parser.error(str(error))
     if status == 0:
         print(folder / "index.html")
     return status

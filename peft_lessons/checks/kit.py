@@ -226,7 +226,8 @@ class Check:
         # Before the gradients: autograd meets a change in place with a less telling error.
         self._check_arguments(args, function, number, self.changes, refuse)
         try:
-            problem = self._gradient_difference(*self._runs(function, self.reference), number)
+            runs = _Runs(self, function), _Runs(self, self.reference)
+            problem = self._gradient_difference(*runs, number)
         except Exception as failed:
             lines = own_lines(traceback.walk_tb(failed.__traceback__), module)
             refuse(f"it fails where gradients are wanted: {summary(failed)}", *lines[-4:])
@@ -260,16 +261,24 @@ class Check:
 
         In the cases before it was right: what would have failed there is not the cause. Of True
         and False one is right by chance half of the time: there all cases must agree."""
-        same = self._same_gradients if gradients else self._same_result
         results = [i for i, case in enumerate(self.cases) if not case.raises]
-        with _seeded(_CALLS):
-            told = self.reference(*self._arguments(number))
+        right, yours = _Runs(self, self.reference), _Runs(self, function)
+        causes = {sentence: _Runs(self, wrong) for sentence, wrong in self.causes.items()}
+
+        def same(sentence: str, i: int) -> bool:
+            theirs = causes[sentence]
+            if not gradients:
+                return self._same_result(yours, theirs, right, i)
+            with suppress(Exception):  # a wrong function need not work in every case
+                agree = self._same_result(yours, theirs, right, i)
+                return agree and not self._gradient_difference(yours, theirs, i)
+            return False
+
+        told, _ = right.result(number)
         before = [i for i in results if i <= number or isinstance(told, bool)]
-        yours, *wrongs = self._runs(function, *self.causes.values())
-        causes = dict(zip(self.causes, wrongs, strict=True))
-        named = [s for s, theirs in causes.items() if all(same(yours, theirs, i) for i in before)]
+        named = [sentence for sentence in causes if all(same(sentence, i) for i in before)]
         if len(named) > 1:  # these cases do not tell them apart, but perhaps a later one does
-            counts = {s: sum(same(yours, causes[s], i) for i in results) for s in named}
+            counts = {s: sum(same(s, i) for i in results) for s in named}
             named = [s for s, count in counts.items() if count == max(counts.values())]
         if not named and not gradients:
             got, _ = yours.result(number)
@@ -278,16 +287,7 @@ class Check:
                     return [f"Your result equals the argument {name}."]
         return [f"Likely cause: {', or '.join(named)}."] if named else []
 
-    def _runs(self, *functions: Callable) -> list["_Runs"]:
-        return [_Runs(self, function) for function in functions]
-
-    def _same_gradients(self, yours: "_Runs", theirs: "_Runs", number: int) -> bool:
-        with suppress(Exception):  # a wrong function need not work in every case
-            agree = self._same_result(yours, theirs, number)
-            return agree and not self._gradient_difference(yours, theirs, number)
-        return False
-
-    def _same_result(self, yours: "_Runs", theirs: "_Runs", number: int) -> bool:
+    def _same_result(self, yours: "_Runs", theirs: "_Runs", right: "_Runs", number: int) -> bool:
         (got, error), (wrong, wrong_error) = yours.result(number), theirs.result(number)
         if error or wrong_error:
             return False
@@ -297,12 +297,10 @@ class Check:
             if error and wrong_error:
                 return type(error) is type(wrong_error)
             if self.staged and not (error or wrong_error):
-                return self._same_stages(got, wrong, number)
+                return self._same_stages(got, wrong, right.view(number)[0])
         return not difference(got, wrong, tolerance=self.tolerance)
 
-    def _same_stages(self, got: dict, wrong: dict, number: int) -> bool:
-        with _seeded(_CALLS):
-            right = self.view(self.reference(*self._arguments(number)))
+    def _same_stages(self, got: dict, wrong: dict, right: dict) -> bool:
         for part, value in right.items():
             if difference(got[part], wrong[part], tolerance=self.tolerance):
                 return False
