@@ -356,6 +356,14 @@ def _in_proportion(scores, budget):
     return [_best(score, round(budget * len(score) / total)) for score in scores]
 
 
+def _in_turn(scores, budget):
+    masks = []
+    for score in scores:
+        masks.append(_best(score, budget))
+        budget -= int(masks[-1].sum())
+    return masks
+
+
 def _normalised(scores, budget):
     pooled = torch.cat([score / score.sum() for score in scores])
     return _split(_best(pooled, budget), scores)
@@ -385,11 +393,18 @@ def _ties():
     causes={
         "every layer keeps the same number: rank all layers together": _each,
         "every layer keeps a share of its own size: rank all layers together": _in_proportion,
+        "the first layers take the budget, whatever their scores: rank all together": _in_turn,
         (
             "the scores are normalised within each layer, which makes all layers equally good"
         ): _normalised,
         "the worst are kept, not the best": _masking(
             lambda pooled, b: _chosen(pooled, _order(pooled, descending=False), b)
+        ),
+        "scores are compared without their signs": _masking(
+            lambda pooled, budget: _best(pooled.abs(), budget)
+        ),
+        "what has no score above 0 goes, though the budget has room for it": _masking(
+            lambda pooled, budget: _best(pooled, budget) & (pooled > 0)
         ),
         "the mask tells what goes: True is for what stays": _masking(
             lambda pooled, budget: ~_best(pooled, budget)

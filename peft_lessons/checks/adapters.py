@@ -198,6 +198,10 @@ def _gap(of, training=None):
     return identity_gap
 
 
+def _spectral(x):
+    return torch.linalg.matrix_norm(x.flatten(0, -2), 2)
+
+
 @check_for(
     cases=[
         Case(lambda: _near((2, 5, 24), 6, 0.3)),
@@ -232,6 +236,12 @@ def _gap(of, training=None):
         ),
         "the ratio is taken of each entry and then averaged: a small entry outweighs all": _gap(
             lambda a, h: ((a - h) / h).abs().mean()
+        ),
+        "the sizes of the vectors are averaged: take one size of all entries together": _gap(
+            lambda a, h: (a - h).norm(dim=-1).mean() / h.norm(dim=-1).mean()
+        ),
+        "linalg.norm(…, 2) of a matrix is its largest singular value: take all entries": _gap(
+            lambda a, h: _spectral(a - h) / _spectral(h)
         ),
         "the largest entries are compared: take the Euclidean sizes": _gap(
             lambda a, h: (a - h).abs().max() / h.abs().max()

@@ -470,6 +470,31 @@ def normalised(scores, budget):
     return split(chosen(pooled, pooled.argsort(descending=True, stable=True)[:budget]), scores)
 
 
+@wrong("mask_to_budget", "the first layers take the budget")
+def layer_after_layer(scores, budget):
+    masks = []
+    for score in scores:
+        best = score.argsort(descending=True, stable=True)[:budget]
+        masks.append(chosen(score, best))
+        budget -= len(best)
+    return masks
+
+
+@wrong("mask_to_budget", "scores are compared without their signs")
+def by_size(scores, budget):
+    pooled = torch.cat(scores)
+    return split(
+        chosen(pooled, pooled.abs().argsort(descending=True, stable=True)[:budget]), scores
+    )
+
+
+@wrong("mask_to_budget", "what has no score above 0 goes")
+def above_zero(scores, budget):
+    pooled = torch.cat(scores)
+    best = chosen(pooled, pooled.argsort(descending=True, stable=True)[:budget])
+    return split(best & (pooled > 0), scores)
+
+
 @wrong("mask_to_budget", "the worst are kept, not the best")
 def ascending(scores, budget):
     pooled = torch.cat(scores)

@@ -265,6 +265,10 @@ def gap_of(ratio):
     return identity_gap
 
 
+def spectral_norm(x):
+    return torch.linalg.norm(x.flatten(0, -2), 2)
+
+
 for told, ratio in [
     ("the change is not divided by the size of h", lambda a, h: (a - h).norm()),
     (
@@ -289,6 +293,14 @@ for told, ratio in [
         lambda a, h: ((a - h).abs() / h.abs()).mean(),
     ),
     (
+        "the sizes of the vectors are averaged",
+        lambda a, h: (a - h).norm(dim=-1).mean() / h.norm(dim=-1).mean(),
+    ),
+    (
+        "is its largest singular value",
+        lambda a, h: spectral_norm(a - h) / spectral_norm(h),
+    ),
+    (
         "the largest entries are compared",
         lambda a, h: (a - h).abs().max() / h.abs().max(),
     ),
@@ -301,6 +313,14 @@ for told, ratio in [
     ("`adapter` has the residual in it", lambda a, h: (a - h - h).norm() / h.norm()),
 ]:
     wrong("identity_gap", told)(gap_of(ratio))
+
+
+@wrong("identity_gap", "the argument adapter was changed")
+def only_the_outermost_put_back(adapter, h):
+    mode = adapter.training
+    gap = ((adapter.eval()(h) - h).norm() / h.norm()).item()
+    adapter.training = mode
+    return gap
 
 
 @wrong("identity_gap", "dropout is on")
