@@ -63,9 +63,17 @@ def test_a_new_lesson_is_exported_executed_and_tested(course):
     tests = [f"tests/test_{name}.py" for name in ("notebooks", "exercises", "every_method")]
     chosen = "15_lora_xs or lora_xs or affordable_rank or lora-xs or has_a_row"
     said = run(course, "pytest", "-v", "-k", chosen, *tests)
-    ran = "rules[15", "solved[15", "affordable_rank-linear", "resumes_to_the_same_bits[lora-xs"
+    ran = (
+        "computes_the_same_or_is_refused[lora-xs",
+        "rules[15",
+        "solved[15",
+        "affordable_rank-linear",
+        "resumes_to_the_same_bits[lora-xs",
+    )
     for test in ran:
         assert re.search(rf"{re.escape(test)}.*PASSED", said), test
     fresh = notebooks.read(course / "notebooks" / "15_lora_xs.ipynb")
     stored = notebooks.read(EXAMPLE / "notebooks" / "15_lora_xs.ipynb")
     assert [cell.source for cell in fresh.cells] == [cell.source for cell in stored.cells]
+    (proof,) = [c for c in fresh.cells if "nbval-check-output" in notebooks.tags(c)]
+    assert proof.outputs[0].text == "True True\n"

@@ -45,9 +45,11 @@ from peft_lessons import (
     inject,
     injection_of,
     load_adapter,
+    merge,
     methods,
     save_adapter,
     unload,
+    unmerge,
 )
 from peft_lessons.adapters_io import CONFIG, WEIGHTS
 
@@ -81,6 +83,10 @@ METHODS = {  # {row: the method for a model of this name}
     "oft, exact": lambda name: OFT(16, TARGETS[name], neumann=False),
 }
 IN_4_BITS = ("qlora", "loftq", "qpissa")
+NO_MERGE = (  # what no change of the weights computes, or none in 4 bits
+    *IN_4_BITS,
+    *("houlsby", "pfeiffer", "parallel", "prompt", "prefix", "prefix, mlp", "mixed"),
+)
 WIDE = {  # every width a multiple of 64, as four bits need it
     "llama": lambda: tiny_llama(intermediate_size=128),
     "opt": lambda: tiny_opt(ffn_dim=128),
@@ -154,6 +160,21 @@ def test_unload_gives_the_base_back_bit_by_bit_twice(row, name):
         assert unload(model) is model and injection_of(model) is None
         assert same(state(model), before) and not hooks(model)
         assert torch.equal(model(**batch).logits, logits)
+
+
+@pytest.mark.parametrize(("row", "name"), CASES)
+def test_merged_it_computes_the_same_or_is_refused(row, name):
+    model, batch = moved(fresh(row, name)), batch_of(name)
+    before, logits = state(model), model(**batch).logits
+    if row in NO_MERGE:
+        with pytest.raises(TypeError, match="merge"):
+            merge(model)
+        assert same(state(model), before) and torch.equal(model(**batch).logits, logits)
+    else:
+        merge(model)
+        close(model(**batch).logits, logits, 5e-6)
+        unmerge(model)
+        close(model(**batch).logits, logits, 5e-6)
 
 
 def as_loaded(method):
