@@ -5,6 +5,7 @@ Clicks on menus proved flaky. JupyterLab's own commands are called instead, thro
 """
 
 import contextlib
+import io
 import json
 import shutil
 import socket
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from tools.environment import offline_environment
@@ -28,7 +30,8 @@ CHROMIUM_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WIDTH, HEIGHT, MAX_HEIGHT = 1280, 1000, 16_000
+WIDTH, HEIGHT = 1280, 1000
+SCREEN = 8000  # the height of a picture's parts: Chromium paints no more than 16,384 at once
 NOTEBOOK = "window.jupyterapp.shell.currentWidget.content"
 STATE = f"""() => {NOTEBOOK}.widgets.map(w => ({{
     type: w.model.type,
@@ -122,16 +125,20 @@ class Lab:
         return self.cells()[number]
 
     def screenshot(self, file: Path) -> None:
-        """A picture of the whole notebook, up to a height that the browser can paint."""
-        panel = "document.querySelector('.jp-WindowedPanel-outer')"
+        """A picture of the whole notebook, joined from as many screens as it fills."""
+        self.page.set_viewport_size({"width": WIDTH, "height": SCREEN})
         self.page.evaluate(f"() => {{ {NOTEBOOK}.activeCellIndex = 0; }}")
-        height = self.page.evaluate(f"() => {panel}.scrollHeight")
-        size = {"width": WIDTH, "height": min(max(height + 100, HEIGHT), MAX_HEIGHT)}
-        self.page.set_viewport_size(size)
         self.page.wait_for_timeout(1000)
-        self.page.evaluate(f"() => {{ {panel}.scrollTop = 0; }}")
-        self.page.wait_for_timeout(200)
-        self.page.screenshot(path=file)
+        panel = self.page.locator(".jp-WindowedPanel-outer")
+        box = panel.bounding_box()
+        height = panel.evaluate("panel => panel.scrollHeight")
+        picture = Image.new("RGB", (int(box["width"]), height))
+        for top in range(0, height, int(box["height"])):
+            top = panel.evaluate(f"panel => {{ panel.scrollTop = {top}; return panel.scrollTop; }}")
+            self.page.wait_for_timeout(200)
+            screen = io.BytesIO(self.page.screenshot(clip=box))
+            picture.paste(Image.open(screen), (0, int(top)))
+        picture.save(file)
 
 
 def _settings(folder: Path, dark: bool) -> None:
