@@ -341,10 +341,13 @@ def _decision(chosen, needs, usable, size, card, kind, context, batch) -> str:
     if chosen == NOTHING:
         least = min(needs, key=lambda name: needs[name].total)
         most = _largest(card, kind == "classification", context, batch)
-        short = (needs[least].total - usable) / GB
+        need = needs[least]
+        short = (need.total - usable) / GB
+        shorter = need.total - need.activations - need.at_work < usable
+        remedies = ("a larger card", "several", *["shorter texts"] * shorter)
         return (
             f"Nothing fits a model of {size:g} billion: {room}, and even {least} lacks "
-            f"{short:.1f} GB. {_at_most(most)}. Or take a larger card, several, or shorter texts."
+            f"{short:.1f} GB. {_at_most(most)}. Or take {' or '.join(remedies)}."
         )
     took = needs[chosen].total
     return (
@@ -361,11 +364,11 @@ def _at_most(size: float) -> str:
 
 
 def _others(alternatives, needs, usable) -> str:
-    def told(name: str) -> str:
-        left = (usable - needs[name].total) / GB
-        return f"{name} ({f'leaves {left:.1f}' if left >= 0 else f'lacks {-left:.1f}'} GB)"
-
-    return f"Alternatives: {', '.join(map(told, alternatives))}."
+    left = {name: (usable - needs[name].total) / GB for name in alternatives}
+    fitting = [f"{name} (leaves {room:.1f} GB)" for name, room in left.items() if room >= 0]
+    lacking = [f"{name} (lacks {-room:.1f} GB)" for name, room in left.items() if room < 0]
+    told = {"Alternatives": fitting, "Too large": lacking}
+    return " ".join(f"{what}: {', '.join(names)}." for what, names in told.items() if names)
 
 
 def _data(task: str, examples: int, rows: Sequence[dict]) -> str:
@@ -396,18 +399,19 @@ def _fits(order, needs, plain, usable, told) -> Table:
                 "in order": name,
                 "base": m.weights / GB,
                 "what trains": (m.adapter + m.gradients + m.optimiser) / GB,
-                "activations": (m.activations + m.at_work) / GB,
+                "in a step": (m.activations + m.at_work) / GB,
                 "in all": m.total / GB,
                 "left": left(m),
                 "left without checkpointing": left(plain[name]),
             }
         )
-    formats = dict.fromkeys(("base", "in all", "activations"), "{:.1f} GB")
+    formats = dict.fromkeys(("base", "in all", "in a step"), "{:.1f} GB")
     return table(
         rows,
         formats | {"what trains": "{:.2f} GB"},
         note=f"{told}, bfloat16, master copy and Adam in float32, gradient checkpointing\n"
-        "(not with a prefix); where it fits without, it is faster without",
+        "(not with a prefix); where it fits without, it is faster without\n"
+        "in a step: activations, and what the backward pass holds for a moment",
     )
 
 

@@ -260,6 +260,7 @@ def test_an_alternative_fits_if_one_does(studied):
     assert advice == "prompt tuning" and advice.alternatives == ("(IA)³", "AdaLoRA")
     advice = recommend_peft_method(7, 16, "generation", 1000)  # what lacks least
     assert advice == "QLoRA" and advice.alternatives == ("(IA)³", "prompt tuning")
+    assert "Alternatives" not in advice.why and "Too large: (IA)³ (lacks" in advice.why
 
 
 def test_its_lines_can_be_read():
@@ -280,6 +281,9 @@ def test_what_does_not_fit_says_what_would():
     advice = recommend_peft_method(70, 24, "generation", 1000)
     told = advice.sentences[0]
     assert advice == NOTHING and advice.config is None and "QLoRA lacks" in told
+    assert "shorter texts" not in told  # the weights alone are too large
+    long = recommend_peft_method(8, 8, "generation", 1000, context=8192)
+    assert long == NOTHING and "shorter texts" in long.sentences[0]
     largest = float(told.partition("at most ")[2].partition(" billion")[0])
     assert recommend_peft_method(largest, 24, "generation", 1000) != NOTHING
     assert recommend_peft_method(1.1 * largest, 24, "generation", 1000) == NOTHING

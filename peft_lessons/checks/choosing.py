@@ -447,13 +447,13 @@ def _defend(
 def _situation(gpu_gb, seeds=3, noise=0.4, **given):
     """{method: (GB, mean score)} as the arguments of a call, with scores that rise and fall
     together, and a little apart."""
+    shared = [2.0 * math.cos(3.1 * s) for s in range(seeds)]
     waves = [[math.sin(7.3 * i * s + s) for s in range(1, seeds + 1)] for i in range(len(given))]
     needs, scores = {}, {}
     for (name, (size, score)), wave in zip(given.items(), waves, strict=True):
-        shared = [2.0 * math.cos(3.1 * s) for s in range(seeds)]
         needs[name] = size * _GB
         scores[name] = [
-            score + a + noise * (b - statistics.fmean(wave))
+            score + a - statistics.fmean(shared) + noise * (b - statistics.fmean(wave))
             for a, b in zip(shared, wave, strict=True)
         ]
     return [needs, gpu_gb, scores]
@@ -470,8 +470,8 @@ _SEVENTY_BILLION = {"lora": (143.0, 77.0), "qlora": (43.0, 76.0), "prompt": (141
 
 def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
     """The case of a situation; the note names what the dicts hold."""
-    sizes = ", ".join(f"{name} {size:g}" for name, (size, _) in given.items())
-    told = f"GB: {sizes}{note}"
+    sizes = ", ".join(f"{name} {size:g} and {score:g}" for name, (size, score) in given.items())
+    told = f"GB and mean score: {sizes}{note}"
     return Case(lambda: _situation(gpu_gb, seeds, noise, **given), note=told)
 
 
