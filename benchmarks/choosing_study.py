@@ -1,6 +1,6 @@
 """The study that lesson 13 chooses by: every method of the course, on little and on much data.
 
-    python benchmarks/choosing_study.py               # nine hours on one core
+    python benchmarks/choosing_study.py               # ten hours on one core
     python benchmarks/choosing_study.py --backwards   # beside the first, on a second core
 
 Trains minilm on movie sentiment and tinylm on Jane Austen's novels, on all of the training split
