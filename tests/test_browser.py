@@ -42,7 +42,8 @@ def wrong_answer(lesson):
     imports = [n for n in body if isinstance(n, ast.Import | ast.ImportFrom)]
     imports = [node for node in imports if not getattr(node, "level", 0)]
     given = {a.asname or a.name.split(".")[0] for node in imports for a in node.names}
-    functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    # Of two of one name the first, as among the answers.
+    functions = {node.name: node for node in reversed(body) if isinstance(node, ast.FunctionDef)}
     for exercise, function, told in module.answers.wrongs:
         if (node := functions.get(function.__name__)) and function.__module__ == module.__name__:
             node.name, node.decorator_list = exercise, []
