@@ -1,22 +1,47 @@
 """What students hand in is marked by the course's checks, whatever a notebook does."""
 
 import csv
+import os
 import socket
+import subprocess
+import sys
 
 import nbformat
 import pytest
+import torch
 
-from tools import grade, notebooks
+from peft_lessons import check
+from peft_lessons.checks.compare import difference
+from tools import grade, grade_one, notebooks
 from tools.grade_one import has_landlock
 
 LESSON = "00_start_here"
 (EXERCISE,) = notebooks.exercises(LESSON)
 RIGHT = notebooks.read_solutions(notebooks.NOTEBOOKS / f"{LESSON}.ipynb")[EXERCISE]
 WRONG = f"def {EXERCISE}(weight):\n    return weight.square().sum(dim=1)"
-FAKE = """from peft_lessons.checks import kit
+FAKE = """from peft_lessons import check
+from peft_lessons.checks import kit
 kit.Check.__call__ = lambda self, function: kit.Verdict("right", "right", "right")
-kit.Check._check_signature = lambda self, function: None
-kit.Check._check_case = lambda self, function, number: True"""
+kit.Check._check_case = lambda self, function, number: True
+check.start.row_norms.tolerance, check.start.row_norms.causes = 1e9, {}"""
+ASKS = "def row_norms(weight):\n    return check.start.row_norms.reference(weight)"
+BLIND = """w = torch.where
+torch.where = lambda *a: torch.zeros(1) if len(a) == 3 else w(*a)"""
+BRACKETS = """def row_norms(weight):
+    import os
+    for channel in range(3, 30):
+        try:
+            os.write(channel, b"[" * 60000 + b"\\n")
+        except OSError:
+            pass
+    raise ValueError("\\ud800")"""
+DEEP = """import os
+os.mkdir("a")
+os.symlink(__import__("pathlib").Path.home().parent, "a/link")
+os.chmod("a", 0o500)
+for _ in range(1500):
+    os.mkdir("d")
+    os.chdir("d")"""
 ENDLESS = "while True:\n    pass"
 HUGE = "print('x' * 10**8)\nheap = [bytearray(10**9) for _ in range(40)]"
 DEAF = "import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True:\n    pass"
@@ -70,6 +95,11 @@ def marked(tmp_path_factory):
     hand_in(folder, "cleo", "", f"{setup}\n{HUGE}")
     hand_in(folder, "dan", "def row_norms(weight:\n    return 1", setup)
     hand_in(folder, "eve", WRONG, f"{setup}\n{FAKE}")
+    hand_in(folder, "eli", ASKS, f"{setup}\nfrom peft_lessons import check")
+    hand_in(folder, "evan", WRONG, f"{setup}\n{BLIND}")
+    hand_in(folder, "flo", BRACKETS, f"{setup}\n{DEEP}")
+    hand_in(folder, os.fsdecode(b"jos\xe9"), "row_norms = 'abc'.find")
+    (folder / "liz" / f"{LESSON}.ipynb").mkdir(parents=True)
     hand_in(folder, "fay", RIGHT, f"{setup}\n{ENDLESS}")
     hand_in(folder, "hal", curious(folder, server.getsockname()[1]), setup)
     hand_in(folder, "ida", RIGHT, "import os\nos._exit(0)")
@@ -91,7 +121,12 @@ def test_a_class_is_marked(marked):
         "<b>ben": "wrong",
         "cleo": "not attempted",
         "dan": "crashed",
-        "eve": "crashed",
+        "eve": "wrong",
+        "eli": "wrong",
+        "evan": "crashed",
+        "flo": "wrong",
+        "jos\ufffd": "wrong",
+        "liz": "crashed",
         "fay": "right",
         "abe": "timed out",
         "hal": "right" if grade.namespaces() and has_landlock() else "crashed",
@@ -100,7 +135,8 @@ def test_a_class_is_marked(marked):
     }
     assert "Likely cause: " in marks["<b>ben"][1]
     assert "SyntaxError" in marks["dan"][1]
-    assert marks["eve"][1] == "the notebook changes how answers are judged"
+    assert marks["evan"][1] == "the notebook changes how answers are judged"
+    assert "your function raised ValueError: \ufffd" in marks["flo"][1]
     assert "longer than 30 s" in marks["abe"][1]
     assert "JSON" in marks["jo"][1]
 
@@ -115,15 +151,82 @@ def test_the_page_shows_names_as_text(marked):
     page = (marked[1] / "grades.html").read_text()
     assert "<b>ben" not in page and "&lt;b&gt;ben" in page
     assert grade.guards() in page
+    assert "Passed over: jo/my own.ipynb." in page
 
 
 def test_only_lessons_in_students_folders_count(tmp_path):
-    hidden = "a/.ipynb_checkpoints/02_lora.ipynb"
-    for name in ("a/x/02_lora.ipynb", hidden, "02_lora.ipynb", "b/x.ipynb"):
+    hidden, older = "a/.ipynb_checkpoints/02_lora.ipynb", "a/02_lora.ipynb"
+    second = "b/02_lora (1).ipynb"  # of a browser's downloads
+    for name in ("a/x/02_lora.ipynb", hidden, older, "02_lora.ipynb", second):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = grade.submissions(tmp_path)
-    assert [(student, lesson) for student, _, lesson in found] == [("a", "02_lora")]
+    os.utime(tmp_path / older, (0, 0))
+    found, passed = grade.submissions(tmp_path)
+    assert found == [("a", tmp_path / "a/x/02_lora.ipynb", "02_lora")]
+    assert set(passed) == {tmp_path / name for name in (older, "02_lora.ipynb", second)}
+
+
+def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path):
+    told = '=HYPERLINK("x")'
+    marks = [grade.Mark(name, "n", LESSON, EXERCISE, "wrong", told, 1.0) for name in ("-a", "b")]
+    grade.write(marks[:1], tmp_path, "")
+    with pytest.raises(TypeError):
+        grade.write([*marks, None], tmp_path, "")
+    with (tmp_path / "grades.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["student"], row["told"], row["seconds"]) == ("'-a", f"'{told}", "1.0")
+    assert {path.name for path in tmp_path.iterdir()} == {"grades.csv", "grades.html"}
+
+
+def test_a_folder_goes_whatever_lies_in_it(tmp_path):
+    (tmp_path / "outside").touch(mode=0o400)
+    with grade.emptied() as folder:
+        subprocess.run(["mkdir", "-p", folder / ("d/" * 1500)], check=True)
+        (folder / "closed").mkdir()
+        (folder / "closed" / "link").symlink_to(tmp_path / "outside")
+        (folder / "closed").chmod(0o500)
+    assert not folder.exists()
+    assert (tmp_path / "outside").stat().st_mode & 0o777 == 0o400
+
+
+@CONFINED
+def test_a_second_thread_would_be_free(tmp_path):
+    source = f"""import pathlib, threading, time
+from tools.grade_one import confine
+threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
+confine(pathlib.Path({str(tmp_path)!r}), 4)"""
+    env = grade.environment(tmp_path)
+    ran = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True)
+    assert "RuntimeError: confine: there is more than one thread" in ran.stderr
+
+
+def test_a_process_inherits_no_secrets(monkeypatch, tmp_path):
+    monkeypatch.setenv("TOKEN", "secret")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    env = grade.environment(tmp_path)
+    assert "TOKEN" not in env and env["OPENBLAS_NUM_THREADS"] == "1" and env["PATH"]
+
+
+@pytest.mark.parametrize("lesson", notebooks.MODULES)
+def test_no_check_passes_what_is_a_little_off(lesson):
+    """The guard against notebooks that blind the checks must be silent where none does."""
+    course = getattr(check, notebooks.MODULES[lesson])
+    name = notebooks.exercises(lesson)[0]
+    assert not grade_one.passes_a_wrong_answer(getattr(course, name))
+
+
+def test_a_number_or_tensor_that_is_equal_to_all_is_not_right():
+    class Equal(int):
+        __eq__, __hash__ = (lambda self, other: True), int.__hash__
+
+    class Tensor(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return torch.zeros(())
+
+    assert "expected 3" in difference(Equal(1), 3)
+    assert "wrong values" in difference(torch.ones(3).as_subclass(Tensor), torch.zeros(3))
+    assert difference(torch.nn.Parameter(torch.ones(3)), torch.ones(3)) is None
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])

@@ -1,20 +1,23 @@
 """Grade students' notebooks: python -m tools.grade FOLDER [--jobs 2]
 
 FOLDER holds a folder for each student, and in it, at any depth, notebooks that are named as the
-lessons are: nbgrader's submitted/<student>/<lesson>/<lesson>.ipynb fits. Each notebook runs in a
+lessons are: nbgrader's submitted/<student>/<lesson>/<lesson>.ipynb fits. Of two of one lesson the
+newer one counts; what is passed over is named. Each notebook runs in a
 process of its own, and each function that it was to define is judged by the course's check,
 whatever became of the cells that call it. FOLDER/grades.csv and FOLDER/grades.html then say,
 exercise by exercise: right, wrong (with the cause that the check names), not attempted, crashed, or
 timed out.
 
 A notebook has no network, writes to a temporary folder of its own, and has limits of time, memory
-and size of files: what it does costs itself its marks and nothing else. On Linux the kernel sees to
-it, by namespaces and Landlock; where it cannot, the page says so.
+and size of files. Whatever comes of it, the others are marked. On Linux the kernel sees to the
+limits, by namespaces and Landlock; where it cannot, the page says so. What they do not hold is in
+docs/instructors.md.
 """
 
 import argparse
 import csv
 import html
+import io
 import json
 import os
 import secrets
@@ -26,9 +29,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from itertools import groupby
@@ -40,6 +43,9 @@ from tools.grade_one import has_landlock
 
 OUTCOMES = ("right", "wrong", "not attempted", "crashed", "timed out")
 LARGEST = 20_000_000  # bytes of a notebook
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")  # nothing else of whoever marks
+FORMULA = tuple("=+-@\t\r")  # what a spreadsheet would compute
 MOST_SAID = 1_000_000  # bytes of marks that a notebook's process may send
 
 
@@ -63,15 +69,36 @@ class Mark:
     seconds: float
 
 
-def submissions(folder: Path) -> list[tuple[str, Path, str]]:
-    """(student, notebook, lesson) of the notebooks in a folder that are named as a lesson is."""
-    found = []
-    for path in sorted(folder.rglob("*.ipynb")):
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)  # Jupyter's checkpoints
-        if len(parts) > 1 and not hidden and path.stem in notebooks.MODULES:
-            found.append((parts[0], path, path.stem))
-    return found
+def submissions(folder: Path) -> tuple[list[tuple[str, Path, str]], list[Path]]:
+    """(student, notebook, lesson) of the notebooks in a folder that are named as a lesson is, the
+    newest of each student's for a lesson; and the notebooks that are passed over."""
+    found: dict[tuple[str, str], Path] = {}
+    paths = sorted(folder.rglob("*.ipynb"), key=lambda path: (_changed(path), path))
+    for path in paths:
+        student, *inner = path.relative_to(folder).parts
+        if inner and path.stem in notebooks.MODULES and not _hidden(path, folder):
+            found[student, path.stem] = path
+    chosen = set(found.values())
+    passed = [path for path in paths if path not in chosen and not _hidden(path, folder)]
+    closed = (p for p in sorted(folder.iterdir()) if p.is_dir() and not os.access(p, os.R_OK))
+    passed += (path for path in closed if not _hidden(path, folder))
+    return [(student, path, lesson) for (student, lesson), path in sorted(found.items())], passed
+
+
+def _changed(path: Path) -> float:
+    with suppress(OSError):
+        return path.lstat().st_mtime
+    return 0.0
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    """Jupyter's checkpoints are."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def printable(text: object, kept: str = "") -> str:
+    """A text without control characters and what no encoding knows, except those `kept`."""
+    return "".join(c if c.isprintable() or c in kept else "\ufffd" for c in str(text))
 
 
 @cache
@@ -94,28 +121,48 @@ def guards() -> str:
 
 def grade(student: str, path: Path, lesson: str, name: str, limits: Limits) -> list[Mark]:
     """The marks of one notebook, `name` on the page, one for each exercise of its lesson."""
-    started = time.monotonic()
-    if path.is_symlink() or path.stat().st_size > LARGEST:
-        said, rest = {}, ("crashed", "the notebook is a link, or larger than 20 MB")
-    else:
-        said, rest = said_of(path, lesson, limits)
-    took = time.monotonic() - started
+    started, said = time.monotonic(), {}
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
+            rest = "crashed", "the notebook is a link, no file, or larger than 20 MB"
+        else:
+            said, rest = said_of(path, lesson, limits)
+    except Exception as error:  # whatever it is, the others are marked
+        rest = "crashed", f"it cannot be marked: {type(error).__name__}: {error}"
+    took = round(time.monotonic() - started, 1)
+    marks = {e: said.get(e, (*rest, took)) for e in notebooks.exercises(lesson)}
+    named = map(printable, (student, name))
+    fixed = *named, lesson
     return [
-        Mark(student, name, lesson, exercise, *said.get(exercise, (*rest, round(took, 1))))
-        for exercise in notebooks.exercises(lesson)
+        Mark(*fixed, exercise, outcome, printable(told, kept="\n"), seconds)
+        for exercise, (outcome, told, seconds) in marks.items()
     ]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a notebook's process: its home is a folder of its own."""
+    env = offline_environment({name: os.environ[name] for name in INHERITED if name in os.environ})
+    env |= dict.fromkeys(("HOME", "TMPDIR", "IPYTHONDIR", "MPLCONFIGDIR"), str(folder)) | ONE_THREAD
+    return env | {"PYTHONPATH": os.pathsep.join([str(ROOT), env["PYTHONPATH"]])}
+
+
+@contextmanager
+def emptied() -> Iterator[Path]:
+    """A temporary folder, removed by programs that no depth, link or lack of rights in it misleads:
+    Python's own did follow links when it gave itself rights, and counted on few levels."""
+    place = tempfile.mkdtemp()
+    try:
+        yield Path(place).resolve()
+    finally:
+        for command in (("chmod", "-R", "u+rwX"), ("rm", "-rf")):
+            subprocess.run([*command, "--", place], capture_output=True)
 
 
 def said_of(path: Path, lesson: str, limits: Limits) -> tuple[dict[str, tuple], tuple[str, str]]:
     """({exercise: (outcome, told, seconds)}, (outcome, told) of the exercises that aren't there)"""
     word = secrets.token_hex(16)
-    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with temporary as place, tempfile.TemporaryFile() as errors:
-        folder = Path(place).resolve()
+    with emptied() as folder, tempfile.TemporaryFile() as errors:
         copied = shutil.copyfile(path, folder / path.name)
-        env = offline_environment()
-        env |= dict.fromkeys(("HOME", "TMPDIR", "IPYTHONDIR", "MPLCONFIGDIR"), str(folder))
-        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env["PYTHONPATH"]])
         ours, theirs = os.pipe()
         told = (copied, lesson, limits.seconds, limits.memory, theirs)
         process = subprocess.Popen(
@@ -123,7 +170,7 @@ def said_of(path: Path, lesson: str, limits: Limits) -> tuple[dict[str, tuple], 
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            env=env,
+            env=environment(folder),
             cwd=folder,
             pass_fds=(theirs,),
             start_new_session=True,
@@ -140,7 +187,7 @@ def said_of(path: Path, lesson: str, limits: Limits) -> tuple[dict[str, tuple], 
         last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
     said = {}
     for line in text.splitlines():
-        with suppress(ValueError, TypeError, KeyError):  # anybody may write to a channel
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # anybody may write there
             mark = json.loads(line)
             if mark["word"] == word and mark["outcome"] in OUTCOMES:
                 said[mark["exercise"]] = mark["outcome"], mark["told"], round(mark["seconds"], 1)
@@ -184,7 +231,7 @@ td.told { white-space: pre-wrap; font-size: .9em }
 """
 
 
-def page(marks: Sequence[Mark]) -> str:
+def page(marks: Sequence[Mark], passed: str) -> str:
     """All marks as HTML: a table of counts, then a table for each student."""
     quoted = html.escape
     students = {s: list(m) for s, m in groupby(marks, key=lambda mark: mark.student)}
@@ -209,16 +256,26 @@ def page(marks: Sequence[Mark]) -> str:
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>Marks</title>"
         "<meta name='viewport' content='width=device-width'>"
-        f"<style>{STYLE}</style><h1>Marks</h1><p>{guards()}</p>{''.join(parts)}</html>"
+        f"<style>{STYLE}</style><h1>Marks</h1><p>{guards()} {quoted(passed)}</p>"
+        f"{''.join(parts)}</html>"
     )
 
 
-def write(marks: Sequence[Mark], folder: Path) -> None:
-    with (folder / "grades.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in fields(Mark))
-        writer.writerows(map(astuple, marks))
-    (folder / "grades.html").write_text(page(marks), encoding="utf-8")
+def write(marks: Sequence[Mark], folder: Path, passed: str) -> None:
+    """Both files, each whole or as it was before."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(field.name for field in fields(Mark))
+    writer.writerows([_text(cell) for cell in astuple(mark)] for mark in marks)
+    for name, text in (("grades.csv", table.getvalue()), ("grades.html", page(marks, passed))):
+        part = folder / f"{name}.part"
+        part.write_text(text, encoding="utf-8", newline="")
+        part.replace(folder / name)
+
+
+def _text(cell: object) -> object:
+    """No formula, whatever a spreadsheet makes of it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -229,13 +286,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, default=4, help="GiB")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at once")
     given = parser.parse_args(argv)
-    found = submissions(given.folder) if given.folder.is_dir() else []
+    found, passed = submissions(given.folder) if given.folder.is_dir() else ([], [])
     if not found:
         parser.error(
             f"{given.folder} holds no <student>/…/<lesson>.ipynb with the name of a lesson, such "
             "as 02_lora.ipynb"
         )
     limits = Limits(given.seconds, given.total, given.memory)
+    names = ", ".join(printable(path.relative_to(given.folder)) for path in passed)
+    over = f"Passed over: {names}." if passed else ""
     marks: list[Mark] = []
 
     def one(submission: tuple[str, Path, str]) -> list[Mark]:
@@ -246,10 +305,10 @@ def main(argv: list[str] | None = None) -> int:
         for (student, _, lesson), new in zip(found, pool.map(one, found), strict=True):
             counts = Counter(mark.outcome for mark in new)
             told = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
-            print(f"{student:20s} {lesson:20s} {told}", flush=True)
+            print(f"{printable(student):20s} {lesson:20s} {told}", flush=True)
             marks += new
-            write(marks, given.folder)  # what is done stays, if this is interrupted
-    print(f"{guards()}\n{given.folder / 'grades.html'}")
+            write(marks, given.folder, over)  # what is done stays, if this is interrupted
+    print("\n".join(filter(None, (over, guards(), str(given.folder / "grades.html")))))
     return 0
 
 

@@ -22,6 +22,7 @@ def difference(
     names the result, or each part of a tuple; where it is empty, a dict's keys are the names."""
     names = what if isinstance(what, tuple) else ()
     what = "the result" if names else what
+    got = _plain(got)
     if got is None and expected is not None:
         return f"{what or 'the result'} is None: is a return statement missing?"
     if not _same_type(got, expected):
@@ -36,6 +37,7 @@ def difference(
         parts = [(f"{what}[{key!r}]" if what else str(key), key) for key in expected]
     elif isinstance(expected, list | tuple):
         if all(isinstance(v, str) for v in [*got, *expected]):
+            got = [_plain(v) for v in got]
             if list(got) == list(expected):
                 return None
             order = "the same ones in another order" if sorted(got) == sorted(expected) else ""
@@ -49,6 +51,17 @@ def difference(
         return _scalar_difference(got, expected, what, tolerance)
     found = (difference(got[key], expected[key], name, tolerance, values) for name, key in parts)
     return next((text for text in found if text is not None), None)
+
+
+def _plain(value: Any) -> Any:
+    """A number, string or tensor of a subclass, which may compare as it likes, as what it is."""
+    if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, nn.Parameter):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.as_subclass(torch.Tensor)
+    for family, same in ((int, int.__pos__), (float, float.__pos__), (str, str.__str__)):
+        if isinstance(value, family) and not isinstance(value, bool | np.generic):
+            return same(value)
+    return value
 
 
 def _same_type(got: Any, expected: Any) -> bool:

@@ -181,7 +181,7 @@ class Check:
         """Raise WrongAnswer for the first thing that is wrong; False if this is still the stub."""
         __tracebackhide__ = True
         case, args = self.cases[number], self._arguments(number, function)
-        module = getattr(function, "__module__", "")
+        module = getattr(function, "__module__", None) or ""  # what C made may have none
         watch = _Watch(self.forbid, args, module) if self.forbid else None
         got, error = outcome(function, args, watch)
         if number == 0 and is_stub(error, module):
@@ -372,7 +372,7 @@ class Tried(Check):
 
     def _check_case(self, function: Callable, number: int) -> bool:
         __tracebackhide__ = True
-        return self._passes(function, getattr(function, "__module__", ""))
+        return self._passes(function, getattr(function, "__module__", None) or "")
 
     def _passes(self, answer: Any, module: str) -> bool:
         """As `_check_case`, for what the learner's code in this module is or has made."""
