@@ -2,9 +2,10 @@
 
 import csv
 import os
+import resource
 import socket
 import subprocess
-import sys
+import threading
 
 import nbformat
 import pytest
@@ -25,8 +26,6 @@ kit.Check.__call__ = lambda self, function: kit.Verdict("right", "right", "right
 kit.Check._check_case = lambda self, function, number: True
 check.start.row_norms.tolerance, check.start.row_norms.causes = 1e9, {}"""
 ASKS = "def row_norms(weight):\n    return check.start.row_norms.reference(weight)"
-BLIND = """w = torch.where
-torch.where = lambda *a: torch.zeros(1) if len(a) == 3 else w(*a)"""
 BRACKETS = """def row_norms(weight):
     import os
     for channel in range(3, 30):
@@ -94,11 +93,8 @@ def marked(tmp_path_factory):
     hand_in(folder, "<b>ben", WRONG, setup)
     hand_in(folder, "cleo", "", f"{setup}\n{HUGE}")
     hand_in(folder, "dan", "def row_norms(weight:\n    return 1", setup)
-    hand_in(folder, "eve", WRONG, f"{setup}\n{FAKE}")
-    hand_in(folder, "eli", ASKS, f"{setup}\nfrom peft_lessons import check")
-    hand_in(folder, "evan", WRONG, f"{setup}\n{BLIND}")
+    hand_in(folder, os.fsdecode(b"ev\xe9"), ASKS, f"{setup}\n{FAKE}")
     hand_in(folder, "flo", BRACKETS, f"{setup}\n{DEEP}")
-    hand_in(folder, os.fsdecode(b"jos\xe9"), "row_norms = 'abc'.find")
     (folder / "liz" / f"{LESSON}.ipynb").mkdir(parents=True)
     hand_in(folder, "fay", RIGHT, f"{setup}\n{ENDLESS}")
     hand_in(folder, "hal", curious(folder, server.getsockname()[1]), setup)
@@ -121,11 +117,8 @@ def test_a_class_is_marked(marked):
         "<b>ben": "wrong",
         "cleo": "not attempted",
         "dan": "crashed",
-        "eve": "wrong",
-        "eli": "wrong",
-        "evan": "crashed",
+        "ev\ufffd": "wrong",
         "flo": "wrong",
-        "jos\ufffd": "wrong",
         "liz": "crashed",
         "fay": "right",
         "abe": "timed out",
@@ -135,7 +128,6 @@ def test_a_class_is_marked(marked):
     }
     assert "Likely cause: " in marks["<b>ben"][1]
     assert "SyntaxError" in marks["dan"][1]
-    assert marks["evan"][1] == "the notebook changes how answers are judged"
     assert "your function raised ValueError: \ufffd" in marks["flo"][1]
     assert "longer than 30 s" in marks["abe"][1]
     assert "JSON" in marks["jo"][1]
@@ -190,14 +182,13 @@ def test_a_folder_goes_whatever_lies_in_it(tmp_path):
 
 
 @CONFINED
-def test_a_second_thread_would_be_free(tmp_path):
-    source = f"""import pathlib, threading, time
-from tools.grade_one import confine
-threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
-confine(pathlib.Path({str(tmp_path)!r}), 4)"""
-    env = grade.environment(tmp_path)
-    ran = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True)
-    assert "RuntimeError: confine: there is more than one thread" in ran.stderr
+def test_a_second_thread_would_be_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: pytest.fail("it did not look before"))
+    done = threading.Event()
+    threading.Thread(target=done.wait, daemon=True).start()
+    with pytest.raises(RuntimeError, match="more than one thread"):
+        grade_one.confine(tmp_path, 4)
+    done.set()
 
 
 def test_a_process_inherits_no_secrets(monkeypatch, tmp_path):
@@ -213,6 +204,18 @@ def test_no_check_passes_what_is_a_little_off(lesson):
     course = getattr(check, notebooks.MODULES[lesson])
     name = notebooks.exercises(lesson)[0]
     assert not grade_one.passes_a_wrong_answer(getattr(course, name))
+
+
+def test_checks_that_were_blinded_judge_nothing(monkeypatch):
+    one, where = check.start.row_norms, torch.where
+    assert grade_one.judged(one, one.reference, 9)[0] == "right"
+    monkeypatch.setattr(torch, "where", lambda *a: torch.zeros(1) if len(a) == 3 else where(*a))
+    told = "the notebook changes how answers are judged"
+    assert grade_one.judged(one, lambda weight: weight.sum(dim=1), 9) == ("crashed", told)
+
+
+def test_what_has_no_module_is_judged():
+    assert grade_one.judged(check.start.row_norms, "abc".find, 9)[0] == "wrong"
 
 
 def test_a_number_or_tensor_that_is_equal_to_all_is_not_right():

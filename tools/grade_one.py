@@ -57,13 +57,14 @@ def confine(folder: Path, memory: float) -> None:
     no Landlock only the memory is held: tools.grade says so.
 
     Raises RuntimeError if there is another thread, which would stay free."""
+    kernel_holds = has_landlock()
+    if kernel_holds and len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("confine: there is more than one thread, and only this one is held")
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if not has_landlock():
+    if not kernel_holds:
         return
-    if len(os.listdir("/proc/self/task")) > 1:
-        raise RuntimeError("confine: there is more than one thread, and only this one is held")
     from landlock import FSAccess, Ruleset
 
     read = FSAccess.EXECUTE | FSAccess.READ_FILE | FSAccess.READ_DIR
