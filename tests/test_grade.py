@@ -41,9 +41,9 @@ os.chmod("a", 0o500)
 for _ in range(1500):
     os.mkdir("d")
     os.chdir("d")"""
-ENDLESS = "while True:\n    pass"
+ENDLESS = "import time\nwhile True:\n    time.sleep(1)"
 HUGE = "print('x' * 10**8)\nheap = [bytearray(10**9) for _ in range(40)]"
-DEAF = "import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True:\n    pass"
+DEAF = f"import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\n{ENDLESS}"
 CONFINED = pytest.mark.skipif(
     not (has_landlock() and grade.namespaces()), reason="this kernel has no Landlock or namespaces"
 )
@@ -214,8 +214,16 @@ def test_checks_that_were_blinded_judge_nothing(monkeypatch):
     assert grade_one.judged(one, lambda weight: weight.sum(dim=1), 9) == ("crashed", told)
 
 
-def test_what_has_no_module_is_judged():
+def test_what_has_no_module_or_no_message_is_judged():
+    class Mute(BaseException):
+        def __str__(self):
+            raise RuntimeError
+
+    def mute(weight):
+        raise Mute
+
     assert grade_one.judged(check.start.row_norms, "abc".find, 9)[0] == "wrong"
+    assert grade_one.judged(check.start.row_norms, mute, 9)[0] != "right"
 
 
 def test_a_number_or_tensor_that_is_equal_to_all_is_not_right():

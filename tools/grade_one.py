@@ -129,7 +129,10 @@ def run(nb, shell: InteractiveShell, seconds: float) -> dict[str, str]:
 def told_of(error: BaseException, seconds: float) -> str:
     if isinstance(error, TimedOut):
         return f"longer than {seconds:g} s"
-    return f"{type(error).__name__}: {error}"[:500]
+    told = type(error).__name__
+    with suppress(Exception):  # the message is the notebook's code, too
+        told += f": {error}"
+    return told[:500]
 
 
 def judged(one: Check, function: object, seconds: float) -> tuple[str, str]:
