@@ -344,10 +344,10 @@ def _decision(chosen, needs, usable, size, card, kind, context, batch) -> str:
         need = needs[least]
         short = (need.total - usable) / GB
         shorter = need.total - need.activations - need.at_work < usable
-        remedies = ("a larger card", "several", *["shorter texts"] * shorter)
+        texts = ", or shorter texts" if shorter else ""
         return (
             f"Nothing fits a model of {size:g} billion: {room}, and even {least} lacks "
-            f"{short:.1f} GB. {_at_most(most)}. Or take {' or '.join(remedies)}."
+            f"{short:.1f} GB. {_at_most(most)}. Or take a larger card or several{texts}."
         )
     took = needs[chosen].total
     return (

@@ -417,7 +417,7 @@ def _defend(
     quality: Callable = statistics.fmean,
     paired: Callable = _PAIRED,
     compared: Callable = lambda best, fitting, needs: [n for n in fitting if n != best],
-    as_good: Callable = lambda behind: behind[1] <= 0,
+    as_good: Callable = lambda behind, best, other: behind[1] <= 0,
     choose: Callable = lambda as_good, needs, best: min(as_good, key=needs.get),
     taken: Callable = lambda method, best: method,
     against: Callable = lambda method, best: best,
@@ -431,7 +431,8 @@ def _defend(
         if fitting:
             best = max(best_of(fitting, needs), key=lambda name: quality(scores[name]))
             behind = {n: paired(scores[best], scores[n]) for n in compared(best, fitting, needs)}
-            equals = [best, *(n for n in behind if n != best and as_good(behind[n]))]
+            others = {n: (behind[n], scores[best], scores[n]) for n in behind if n != best}
+            equals = [best, *(n for n, given in others.items() if as_good(*given))]
             method = choose(equals, needs, best)
             took, first = needs[taken(method, best)], against(method, best)
             if first != best:
@@ -444,18 +445,26 @@ def _defend(
     return defend_choice
 
 
+def _overlap(_, best, other):
+    """Whether the intervals of two means overlap."""
+    ends = [_PAIRED(scores, [0.0] * len(scores)) for scores in (best, other)]
+    return ends[1][2] >= ends[0][1]
+
+
 def _situation(gpu_gb, seeds=3, noise=0.4, **given):
     """{method: (GB, mean score)} as the arguments of a call, with scores that rise and fall
     together, and a little apart."""
-    shared = [2.0 * math.cos(3.1 * s) for s in range(seeds)]
-    waves = [[math.sin(7.3 * i * s + s) for s in range(1, seeds + 1)] for i in range(len(given))]
+
+    def wave(value: Callable) -> list[float]:
+        values = [value(s) for s in range(1, seeds + 1)]
+        return [v - statistics.fmean(values) for v in values]
+
+    shared = wave(lambda s: 2.0 * math.cos(3.1 * (s - 1)))
     needs, scores = {}, {}
-    for (name, (size, score)), wave in zip(given.items(), waves, strict=True):
+    for i, (name, (size, score)) in enumerate(given.items()):
         needs[name] = size * _GB
-        scores[name] = [
-            score + a - statistics.fmean(shared) + noise * (b - statistics.fmean(wave))
-            for a, b in zip(shared, wave, strict=True)
-        ]
+        own = wave(lambda s, i=i: math.sin(7.3 * i * s + s))
+        scores[name] = [score + a + noise * b for a, b in zip(shared, own, strict=True)]
     return [needs, gpu_gb, scores]
 
 
@@ -483,6 +492,7 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
         _called(_PERPLEXITIES, 48, 5, 1.2, "; scores are perplexities, negated; five seeds"),
         _called(_SEVENTY_BILLION, 24),
         _called({"qlora": (43.0, 76.0)}, 80),
+        _called({"lora": (19.2, 85.4), "prompt": (16.6, 50.0)}, 24),
         _called({"lora": (7 * 2**30 / _GB, 89.0), "qlora": (5.2, 86.0)}, 8, note="; 7 GiB"),
     ],
     returns="the answer",
@@ -500,10 +510,13 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
             usable=lambda gb: gb * _CARD, room=lambda gb: gb * _CARD
         ),
         "it is dominated: the cheapest that fits is taken, though another is clearly better": (
-            _defend(as_good=lambda behind: True)
+            _defend(as_good=lambda *_: True)
+        ),
+        "two intervals that overlap are taken for no difference: that of the differences decides": (
+            _defend(as_good=_overlap)
         ),
         "the difference is within noise: the best mean is taken, though a cheaper one is as good": (
-            _defend(as_good=lambda behind: False)
+            _defend(as_good=lambda *_: False)
         ),
         "of those as good as the best the dearest is taken": _defend(
             choose=lambda equals, needs, best: max(equals, key=needs.get)
@@ -526,7 +539,7 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
             ),
         ),
         "`behind` has the sign turned: it is the best less the other": _defend(
-            paired=_paired(gap=lambda a, b: b - a), as_good=lambda behind: behind[2] >= 0
+            paired=_paired(gap=lambda a, b: b - a), as_good=lambda behind, *_: behind[2] >= 0
         ),
         "what takes exactly seven eighths fits": _defend(usable=lambda gb: 7 / 8 * gb * _CARD - 1),
         "the deviation of the differences is divided by n, not by n − 1": _defend(

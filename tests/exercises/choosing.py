@@ -894,6 +894,20 @@ class NothingFits(Defence):
         return max([])
 
 
+@wrong("defend_choice", "two intervals that overlap are taken for no difference")
+def overlapping(needs, gpu_gb, scores):
+    def interval(values):
+        half = student_t(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+        return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+    class Overlapping(Defence):
+        def choose(self, fitting, best, behind, needs):
+            lowest = interval(scores[best])[0]
+            return min((n for n in fitting if interval(scores[n])[1] >= lowest), key=needs.get)
+
+    return Overlapping()(needs, gpu_gb, scores)
+
+
 right("defend_choice")(lambda needs, gpu_gb, scores: Defence()(needs, gpu_gb, scores))
 
 
