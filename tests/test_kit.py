@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
@@ -432,6 +433,67 @@ T = torch.tensor
 def test_difference(got, expected, told):
     found = difference(got, expected)
     assert found is None if told is None else found.startswith(told)
+
+
+class YesInt(int):
+    def __eq__(self, other):
+        return True
+
+    __hash__ = int.__hash__
+
+
+class YesStr(str):
+    __eq__, __hash__ = YesInt.__eq__, str.__hash__
+
+
+class YesTensor(torch.Tensor):
+    """Of what a comparison is made of, it gives 0: no gap, and nothing astray."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        asked = getattr(func, "__name__", "") in ("where", "isfinite", "__invert__", "bitwise_not")
+        return torch.zeros_like(result) if asked else result
+
+
+class OwnRules(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "told"),
+    [
+        (YesInt(7), 8, "the result is a YesInt, expected the int 8"),
+        (YesInt(7), 8.0, "the result is a YesInt, expected the float 8"),
+        (YesStr("a"), "b", "the result is a YesStr, expected a string"),
+        ([YesStr("a")], ["b"], "the result[0] is a YesStr, expected a string"),
+        (T([1.0, 2.0]).as_subclass(YesTensor), T([1.0, 3.0]), "the result has wrong values"),
+        (T([1.0, 2.0]).as_subclass(OwnRules), T([0.0, 0.0]), "the result is a tensor with rules"),
+        (nn.Parameter(T([1.0, 3.0])), T([1.0, 3.0]), None),
+        (np.float32(0.5), 0.5, None),
+        (np.int64(8), 8, None),
+    ],
+)
+def test_what_says_of_itself_that_it_is_right(got, expected, told):
+    test_difference(got, expected, told)
+
+
+def test_a_tensor_that_speaks_for_its_gradient():
+    class Knows(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.autograd.grad:
+                (x,) = args[1]
+                return [3 * torch.linspace(-1, 1.5, x.numel()).view_as(x)]
+            return super().__torch_function__(func, types, args, kwargs)
+
+    def answer(x, k):
+        return (x.detach() * k + 0 * x).as_subclass(Knows)
+
+    assert "the gradient of x has wrong values" in refusal(scale, answer)
+    assert scale(lambda x, k: (x * k).as_subclass(Knows)).status == "right"
 
 
 def test_difference_names_the_parts():

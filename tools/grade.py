@@ -24,11 +24,12 @@ import secrets
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -71,34 +72,39 @@ class Mark:
 
 def submissions(folder: Path) -> tuple[list[tuple[str, Path, str]], list[Path]]:
     """(student, notebook, lesson) of the notebooks in a folder that are named as a lesson is, the
-    newest of each student's for a lesson; and the notebooks that are passed over."""
-    found: dict[tuple[str, str], Path] = {}
-    paths = sorted(folder.rglob("*.ipynb"), key=lambda path: (_changed(path), path))
-    for path in paths:
-        student, *inner = path.relative_to(folder).parts
-        if inner and path.stem in notebooks.MODULES and not _hidden(path, folder):
-            found[student, path.stem] = path
-    chosen = set(found.values())
-    passed = [path for path in paths if path not in chosen and not _hidden(path, folder)]
-    closed = (p for p in sorted(folder.iterdir()) if p.is_dir() and not os.access(p, os.R_OK))
-    passed += (path for path in closed if not _hidden(path, folder))
-    return [(student, path, lesson) for (student, lesson), path in sorted(found.items())], passed
-
-
-def _changed(path: Path) -> float:
-    with suppress(OSError):
-        return path.lstat().st_mtime
-    return 0.0
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    """Jupyter's checkpoints are."""
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    newest of each student's for a lesson; and the notebooks, and folders, that are passed over."""
+    handed: dict[tuple[str, str], list[tuple[float, Path]]] = defaultdict(list)
+    passed, waiting = [], [folder]
+    while waiting:  # neither rglob nor os.walk: a deep tree is a RecursionError in both
+        here = waiting.pop()
+        try:
+            entries = [(path, path.lstat()) for path in here.iterdir()]
+        except OSError:
+            passed.append(here)
+            continue
+        for path, status in entries:
+            if path.name.startswith("."):  # Jupyter's checkpoints
+                continue
+            if path.suffix == ".ipynb":
+                student, *inner = path.relative_to(folder).parts
+                if inner and path.stem in notebooks.MODULES:
+                    handed[student, path.stem].append((status.st_mtime, path))
+                else:
+                    passed.append(path)
+            elif stat.S_ISDIR(status.st_mode):
+                waiting.append(path)
+    found = []
+    for (student, lesson), paths in handed.items():
+        *older, (_, newest) = sorted(paths)
+        found.append((student, newest, lesson))
+        passed += [path for _, path in older]
+    return sorted(found), sorted(passed)
 
 
 def printable(text: object, kept: str = "") -> str:
-    """A text without control characters and what no encoding knows, except those `kept`."""
-    return "".join(c if c.isprintable() or c in kept else "\ufffd" for c in str(text))
+    """A text in which control characters, except those `kept`, and what no encoding knows are
+    spelt out: two names stay two."""
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in str(text))
 
 
 @cache
@@ -313,4 +319,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names in another alphabet than a terminal's
     raise SystemExit(main())

@@ -4,6 +4,8 @@
 
 Writes a line of JSON for each exercise of the lesson to the file descriptor CHANNEL. The lines
 carry the word that stands on standard input, so that nothing printed by accident is taken for one.
+
+The checks are made when the notebook has run, so that it can neither ask nor change them.
 """
 
 import functools
@@ -14,8 +16,11 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.util import spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,13 +29,12 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
-import peft_lessons
-from peft_lessons import check
-from peft_lessons.checks.kit import Check, WrongAnswer
 from tools import notebooks
 from tools.environment import ROOT
 
 LARGEST_FILE = 2**28
+CHECKS = "peft_lessons.checks"
+PACKAGE = ROOT / "peft_lessons"
 DEVICES = ("null", "zero", "random", "urandom")
 
 
@@ -53,8 +57,8 @@ def at_most(seconds: float) -> Iterator[None]:
 
 def confine(folder: Path, memory: float) -> None:
     """From here on this process and its children write to `folder` alone, read the course (not its
-    solutions), Python and the system's files, and hold at most `memory` GiB. Where the kernel has
-    no Landlock only the memory is held: tools.grade says so.
+    solutions and checks), Python and the system's files, and hold at most `memory` GiB. Where the
+    kernel has no Landlock only the memory is held: tools.grade says so.
 
     Raises RuntimeError if there is another thread, which would stay free."""
     kernel_holds = has_landlock()
@@ -67,12 +71,15 @@ def confine(folder: Path, memory: float) -> None:
         return
     from landlock import FSAccess, Ruleset
 
-    read = FSAccess.EXECUTE | FSAccess.READ_FILE | FSAccess.READ_DIR
-    course = [ROOT / name for name in ("peft_lessons", "data", "tools")]
+    file = FSAccess.EXECUTE | FSAccess.READ_FILE
+    parts = [path for path in PACKAGE.iterdir() if path.name != "checks"]
+    course = [ROOT / "data", ROOT / "tools", *(path for path in parts if path.is_dir())]
     system = ["/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/opt"]
     places = [*course, *system, sys.prefix, sys.base_prefix]
     rules = Ruleset()
-    rules.allow(*(p for p in map(Path, places) if p.exists()), rules=read)
+    rules.allow(*(p for p in map(Path, places) if p.exists()), rules=file | FSAccess.READ_DIR)
+    rules.allow(*(path for path in parts if path.is_file()), rules=file)
+    rules.allow(PACKAGE, rules=FSAccess.READ_DIR)  # without it nothing in it can be imported
     files = FSAccess.READ_FILE | FSAccess.WRITE_FILE
     rules.allow(*(Path("/dev") / name for name in DEVICES), rules=files)
     rules.allow(folder)
@@ -101,13 +108,38 @@ class Nothing(ModuleType):
         pass
 
 
-def hide_checks() -> None:
-    """From here on whoever imports the checks gets `Nothing`. What a notebook does to it, or asks
-    it, has no part in the checks that are held here and judge."""
-    nothing = Nothing("checks")
-    peft_lessons.check = peft_lessons.checks = nothing
-    for name in [n for n in sys.modules if n.startswith("peft_lessons.checks")]:
-        sys.modules[name] = nothing
+class Checks(InspectLoader, MetaPathFinder):
+    """The modules of checks, from sources that are read before the notebook has its turn. Until
+    they are made, and by their names afterwards too, there is `Nothing`."""
+
+    def __init__(self) -> None:
+        files = sorted((PACKAGE / "checks").glob("*.py"))
+        self.sources = {f"{CHECKS}.{file.stem}": file.read_text("utf-8") for file in files}
+        self.sources[CHECKS] = ""  # it would import those of all other lessons
+        self.hide()
+
+    def hide(self) -> None:
+        sys.modules.update(dict.fromkeys(self.sources, Nothing(CHECKS)))
+
+    def made(self, module: str) -> ModuleType:
+        for name in self.sources:
+            sys.modules.pop(name, None)
+        sys.meta_path.insert(0, self)
+        try:
+            return import_module(f"{CHECKS}.{module}")
+        finally:
+            sys.meta_path.remove(self)
+            self.hide()
+            sys.modules["peft_lessons"].checks = Nothing(CHECKS)
+
+    def find_spec(self, name, path=None, target=None):
+        return spec_from_loader(name, self) if name in self.sources else None
+
+    def get_source(self, name: str) -> str:
+        return self.sources[name]
+
+    def is_package(self, name: str) -> bool:
+        return name == CHECKS
 
 
 def run(nb, shell: InteractiveShell, seconds: float) -> dict[str, str]:
@@ -135,14 +167,14 @@ def told_of(error: BaseException, seconds: float) -> str:
     return told[:500]
 
 
-def judged(one: Check, function: object, seconds: float) -> tuple[str, str]:
+def judged(one: Callable, function: object, seconds: float) -> tuple[str, str]:
     """(outcome, what is said of it) of an answer, by the course's own check."""
     try:
         with at_most(seconds):
             verdict = one(function)
             if verdict.status == "right" and passes_a_wrong_answer(one):
                 return "crashed", "the notebook changes how answers are judged"
-    except WrongAnswer as wrong:
+    except AssertionError as wrong:  # a check's WrongAnswer is one
         return "wrong", str(wrong).removeprefix("✗ ")
     except TimedOut as error:
         return "timed out", told_of(error, seconds)
@@ -151,7 +183,14 @@ def judged(one: Check, function: object, seconds: float) -> tuple[str, str]:
     return verdict.status, verdict.headline
 
 
-def passes_a_wrong_answer(one: Check) -> bool:
+def missing(why: str | None) -> tuple[str, str]:
+    """(outcome, what is said of it) where there is no answer, and perhaps an error in its cell."""
+    if why is None:
+        return "not attempted", "the notebook does not define it"
+    return "timed out" if why.startswith("longer than") else "crashed", f"its cell fails: {why}"
+
+
+def passes_a_wrong_answer(one: Callable) -> bool:
     """Whether the check, after the notebook has run, lets a wrong answer pass: one that it knows,
     and one that is always a little off."""
 
@@ -190,27 +229,27 @@ def main(argv: list[str]) -> None:
         line = {"word": word, "exercise": exercise, "outcome": outcome, "told": told[:2000]}
         print(json.dumps(line | {"seconds": time.monotonic() - started}), file=out, flush=True)
 
-    course = getattr(check, notebooks.MODULES[lesson])
-    checks = {name: getattr(course, name) for name in notebooks.exercises(lesson)}
-    nb = notebooks.read(path)
+    checks, names, nb = Checks(), notebooks.exercises(lesson), notebooks.read(path)
+    import_module("peft_lessons")  # here, since it takes longer than the first cell may
     signal.signal(signal.SIGALRM, _alarm)
     config = Config()
     config.HistoryManager.enabled = False
     shell = InteractiveShell.instance(config=config)
-    hide_checks()
     confine(path.parent, float(memory))
     failed = run(nb, shell, seconds)
-    for name, one in checks.items():
+    course = checks.made(notebooks.MODULES[lesson])
+    for name in names:
         started, function = time.monotonic(), shell.user_ns.get(name)
-        if str(getattr(function, "__module__", "")).startswith("peft_lessons"):
-            function = None  # imported: the exercise's own cell is gone
-        if function is not None:
-            outcome, told = judged(one, function, seconds)
-        elif name in failed:
-            outcome = "timed out" if failed[name].startswith("longer than") else "crashed"
-            told = f"its cell fails: {failed[name]}"
-        else:
-            outcome, told = "not attempted", "the notebook does not define it"
+        try:
+            # An import of the course's own is no answer: the exercise's cell is gone.
+            if str(getattr(function, "__module__", "")).startswith("peft_lessons"):
+                function = None
+            if function is None:
+                outcome, told = missing(failed.get(name))
+            else:
+                outcome, told = judged(getattr(course, name), function, seconds)
+        except BaseException as error:  # the other exercises keep their marks
+            outcome, told = "crashed", told_of(error, seconds)
         say(name, outcome, told, started)
     out.close()
     os._exit(0)  # no thread or exit handler of the notebook's holds the process up

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+# A class that inherits from one of these may say of itself that it equals everything.
+_PLAIN = {bool, int, float, str, *np.sctypeDict.values()}
+
 
 def difference(
     got: Any,
@@ -22,13 +25,12 @@ def difference(
     names the result, or each part of a tuple; where it is empty, a dict's keys are the names."""
     names = what if isinstance(what, tuple) else ()
     what = "the result" if names else what
-    got = _plain(got)
     if got is None and expected is not None:
         return f"{what or 'the result'} is None: is a return statement missing?"
     if not _same_type(got, expected):
         return f"{what or 'the result'} is {kind(got)}, expected {kind(expected)}"
     if isinstance(expected, torch.Tensor):
-        return _tensor_difference(got, expected, what, tolerance, values)
+        return _tensor_difference(bare(got), bare(expected), what, tolerance, values)
     if isinstance(expected, nn.Module):
         return None
     if isinstance(expected, dict):
@@ -36,8 +38,7 @@ def difference(
             return f"the keys of {what or 'the result'} differ: {_sets(got, expected)}"
         parts = [(f"{what}[{key!r}]" if what else str(key), key) for key in expected]
     elif isinstance(expected, list | tuple):
-        if all(isinstance(v, str) for v in [*got, *expected]):
-            got = [_plain(v) for v in got]
+        if all(type(v) is str for v in [*got, *expected]):
             if list(got) == list(expected):
                 return None
             order = "the same ones in another order" if sorted(got) == sorted(expected) else ""
@@ -53,25 +54,31 @@ def difference(
     return next((text for text in found if text is not None), None)
 
 
-def _plain(value: Any) -> Any:
-    """A number, string or tensor of a subclass, which may compare as it likes, as what it is."""
-    if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, nn.Parameter):
-        with torch._C.DisableTorchFunctionSubclass():
-            return value.as_subclass(torch.Tensor)
-    for family, same in ((int, int.__pos__), (float, float.__pos__), (str, str.__str__)):
-        if isinstance(value, family) and not isinstance(value, bool | np.generic):
-            return same(value)
-    return value
-
-
 def _same_type(got: Any, expected: Any) -> bool:
     if isinstance(expected, bool):
-        return isinstance(got, bool | np.bool_)
-    for family in (torch.Tensor, nn.Module, dict, list | tuple, Integral, Real):
+        return type(got) in (bool, np.bool_)
+    if isinstance(expected, Real | str) and type(got) not in _PLAIN:
+        return type(got) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        return isinstance(got, torch.Tensor) and not _own_rules(got)
+    for family in (nn.Module, dict, list | tuple, Integral, Real, str):
         if isinstance(expected, family):
             # bool is an Integral and an int is a Real: only the second makes a right answer.
             return isinstance(got, family) and isinstance(got, bool) == isinstance(expected, bool)
-    return isinstance(got, type(expected))
+    return type(got) is type(expected)
+
+
+def _own_rules(t: torch.Tensor) -> bool:
+    """Whether every operation on a tensor is its class's own, down to that of taking it off."""
+    return torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
+
+
+def bare(t: torch.Tensor) -> torch.Tensor:
+    """A tensor with its gradient, without what a class of its own would say of it."""
+    if type(t) is torch.Tensor:
+        return t
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.Tensor.as_subclass(t, torch.Tensor)
 
 
 def _tensor_difference(got, expected, what, tolerance, values) -> str | None:
@@ -168,15 +175,15 @@ def kind(value: Any) -> str:
     """What a value is, in a few words: "a tensor", "the float 0.5", "a tuple"."""
     if value is None or isinstance(value, bool | np.bool_):
         return str(value)
-    if isinstance(value, Real):
+    if isinstance(value, Real) and type(value) in _PLAIN:
         return f"the {'int' if isinstance(value, Integral) else 'float'} {number(value)}"
     if isinstance(value, torch.Tensor):
-        return "a tensor"
+        return "a tensor with rules of its own" if _own_rules(value) else "a tensor"
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, nn.Module):
         return f"a module ({type(value).__name__})"
-    if isinstance(value, str):
+    if type(value) in (str, np.str_):
         return "a string"
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

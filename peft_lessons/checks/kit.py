@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .compare import difference, kind, shown, state, tensors
+from .compare import bare, difference, kind, shown, state, tensors
 
 # The seed of calls, apart from the cases' own: a function that draws must not draw its arguments.
 _CALLS = 2**31 - 1
@@ -401,7 +401,7 @@ class Tried(Check):
 
 def gradients_of(result: Any, wanted: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     """The gradients of a fixed weighted sum of the result's entries; None for what gets none."""
-    flat = torch.cat([t.reshape(-1).double() for t in tensors(result)])
+    flat = torch.cat([bare(t).reshape(-1).double() for t in tensors(result)])
     loss = flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)
     if not loss.requires_grad:
         return [None] * len(wanted)
