@@ -137,10 +137,9 @@ def grade(student: str, path: Path, lesson: str, name: str, limits: Limits) -> l
         rest = "crashed", f"it cannot be marked: {type(error).__name__}: {error}"
     took = round(time.monotonic() - started, 1)
     marks = {e: said.get(e, (*rest, took)) for e in notebooks.exercises(lesson)}
-    named = map(printable, (student, name))
-    fixed = *named, lesson
+    who, where = printable(student), printable(name)
     return [
-        Mark(*fixed, exercise, outcome, printable(told, kept="\n"), seconds)
+        Mark(who, where, lesson, exercise, outcome, printable(told, kept="\n"), seconds)
         for exercise, (outcome, told, seconds) in marks.items()
     ]
 
