@@ -81,7 +81,7 @@ def pytest_runtest_logreport(report):
 
 
 def _network_attempts() -> list[str]:
-    return NETWORK_LOG.read_text().splitlines() if NETWORK_LOG.exists() else []
+    return NETWORK_LOG.read_text(encoding="utf-8").splitlines() if NETWORK_LOG.exists() else []
 
 
 @pytest.hookimpl(trylast=True)

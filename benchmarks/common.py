@@ -23,16 +23,16 @@ class Results:
         self.path, self.columns = FOLDER / f"{name}.csv", (*columns, *stamp())
         if anew or not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(",".join(self.columns) + "\n")
+            self.path.write_text(",".join(self.columns) + "\n", encoding="utf-8")
 
     def rows(self) -> list[dict[str, str]]:
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
     def add(self, **values) -> None:
         """Append a row, stamped; a GPU benchmark names its own machine. ValueError for a value
         without its column."""
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writerow(stamp() | values)
 

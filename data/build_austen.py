@@ -105,7 +105,7 @@ def main() -> None:
         (folder / f"{split}.txt.bz2").write_bytes(bz2.compress(text.encode()))
         row = (f"{counts[split, what]:,}" for what in ("chapters", "paragraphs", "characters"))
         print(f"| {split} | {' | '.join(row)} |")
-    (folder / "NOTICE").write_text(NOTICE)
+    (folder / "NOTICE").write_text(NOTICE, encoding="utf-8")
     record(FOLDER, "python data/build_austen.py")
 
 

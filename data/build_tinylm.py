@@ -143,7 +143,7 @@ def pretrain(model, train: np.ndarray, valid: np.ndarray, steps: int, folder: Pa
             optimizer.load_state_dict(s)
         first = saved["step"]
     else:
-        curve.write_text(",".join(COLUMNS) + "\n")
+        curve.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
     peaks = [
         (g, p)
         for o, p in zip(steppers, (MUON_RATE, ADAM_RATE), strict=True)
@@ -174,7 +174,7 @@ def pretrain(model, train: np.ndarray, valid: np.ndarray, steps: int, folder: Pa
                 f"{mean_loss(model, valid):.4f}",
                 *stamp().values(),
             )
-            with curve.open("a", newline="") as file:
+            with curve.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerow(row)
             speed = (done - first) * BATCH * CONTEXT / (time.time() - started)
             print(*row[:5], f"{speed:,.0f} tokens/s", flush=True)
@@ -225,7 +225,8 @@ def main() -> None:
             digest=digest,
             loss=loss,
             perplexity=math.exp(loss),
-        )
+        ),
+        encoding="utf-8",
     )
     CURVE.write_bytes((options.folder / "curve.csv").read_bytes())
     record(FOLDER, "python data/build_tinylm.py FOLDER")

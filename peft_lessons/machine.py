@@ -91,8 +91,9 @@ def _files() -> Row:
 
 def machine_check() -> Readiness:
     """Look at everything the lessons need, and say whether it is there."""
-    python = sys.version_info[:2] == (3, 11)
-    rows = [Row("Python", platform.python_version() + ("" if python else ", needs 3.11"), python)]
+    python = sys.version_info >= (3, 11)
+    needs = "" if python else ", needs 3.11 or newer"
+    rows = [Row("Python", platform.python_version() + needs, python)]
     rows += _packages()
     rows.append(Row("processor", f"{platform.machine()}, {os.cpu_count()} cores", None))
     memory = _memory_gib()

@@ -146,7 +146,7 @@ def _records() -> dict[str, dict]:
             f"{file} is missing. Restore it: git checkout -- data/checksums.json. Lessons need the "
             "whole checkout; PEFT_LESSONS_DATA can name a data folder elsewhere."
         )
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _sha256(file: Path) -> str:

@@ -254,4 +254,4 @@ def _rename_norms(folder: Path, method: PartialFineTuning, config, injection: In
     save_file(tensors, folder / "theirs" / WEIGHTS)
     entries = method.to_peft({})[0] | {"peft_type": method.peft_type}
     entries["modules_to_save"] = list(injection.whole_modules)
-    (folder / "theirs" / CONFIG).write_text(json.dumps(entries))
+    (folder / "theirs" / CONFIG).write_text(json.dumps(entries), encoding="utf-8")

@@ -533,7 +533,7 @@ def smallest_file(folder):
     save_adapter(trained(source, 0.3), folder)
     config = {"peft_type": "ADALORA", "init_r": 4, "total_step": 1, "target_modules": ["q_proj"]}
     rewrite(folder)  # without our header, which vouches for the config
-    (folder / CONFIG).write_text(json.dumps(config))
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])

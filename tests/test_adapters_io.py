@@ -172,14 +172,15 @@ def test_the_smallest_config_of_peft(tmp_path):
         {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
         {"peft_type": "LORA", "r": 4, "target_modules": r".*\.q_proj", "lora_dropout": 0.3},
     ):
-        (tmp_path / CONFIG).write_text(json.dumps(config))
+        (tmp_path / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         again = tiny_llama()
         load_adapter(again, tmp_path)
         assert torch.equal(logits(again), logits(ours))
         theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
         assert torch.equal(logits(again), logits(theirs))
     (tmp_path / CONFIG).write_text(
-        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]})
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}),
+        encoding="utf-8",
     )
     again = tiny_llama()
     load_adapter(again, tmp_path)
@@ -513,7 +514,7 @@ def test_files_that_are_cut_off(saved, file, keep):
     "text", ["[]", "3", "null", '"LORA"', "{}", '{"a": 1}', "\ufeff{}", "nonsense", "[" * 99999]
 )
 def test_json_that_is_no_adapter(saved, text):
-    (saved / CONFIG).write_text(text)
+    (saved / CONFIG).write_text(text, encoding="utf-8")
     not_loaded(saved, f"{CONFIG} in .*(names no peft_type|is broken)")
 
 
@@ -530,7 +531,7 @@ def test_missing_files(saved, tmp_path, file):
 def test_a_config_changed_by_hand(saved, change):
     config = read_config(saved)
     config[change[0]] = change[1]
-    (saved / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (saved / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     not_loaded(saved, f"{CONFIG} in .* is not the one that {WEIGHTS} was saved with")
 
 

@@ -38,11 +38,16 @@ def course(tmp_path_factory):
     (folder / "data").symlink_to(ROOT / "data")
     shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
     for name, (there, new) in LINES.items():
-        text = (folder / name).read_text()
+        text = (folder / name).read_text(encoding="utf-8")
         assert text.count(f"{there}\n") == 1, f"{name} has no line {there!r}"
-        (folder / name).write_text(text.replace(there, f"{there}\n{new}"))
+        (folder / name).write_text(text.replace(there, f"{there}\n{new}"), encoding="utf-8")
     rows = folder / "tests" / "test_every_method.py"
-    rows.write_text(rows.read_text().replace("    LoRAPlus,\n", "    LoRAPlus,\n    LoRAXS,\n", 1))
+    rows.write_text(
+        rows.read_text(encoding="utf-8").replace(
+            "    LoRAPlus,\n", "    LoRAPlus,\n    LoRAXS,\n", 1
+        ),
+        encoding="utf-8",
+    )
     return folder
 
 

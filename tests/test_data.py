@@ -20,7 +20,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 DOMAINS = ("movies", "amazon", "nytimes", "tweets")
 SPLITS = ("train", "validation", "test")
 README = (DATA / "README.md").read_text(encoding="utf-8")
-CHECKSUMS = json.loads((DATA / "checksums.json").read_text())
+CHECKSUMS = json.loads((DATA / "checksums.json").read_text(encoding="utf-8"))
 
 # From the published fp32 file: a tensor, a flat index, its value there.
 FP32_VALUES = [
@@ -307,7 +307,7 @@ def test_the_decoder_is_what_the_readme_says():
     flat = " ".join(README.split())
     count = sum(tensor.numel() for tensor in tensors.values())
     assert f"{len(tensors)} tensors, {count:,} numbers, in fp16" in flat
-    config = json.loads((DATA / "models/tinylm/config.json").read_text())
+    config = json.loads((DATA / "models/tinylm/config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"]
     assert (
         f"hidden size {config['hidden_size']}, {config['num_hidden_layers']} layers, "
@@ -321,17 +321,19 @@ def test_the_decoder_is_what_the_readme_says():
 
 
 def test_licences_are_there():
-    apache = (DATA / "models/minilm/LICENSE").read_text()
+    apache = (DATA / "models/minilm/LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in apache and "END OF TERMS AND CONDITIONS" in apache
-    assert "rounded from fp32 to fp16" in (DATA / "models/minilm/NOTICE").read_text()
-    mit = (DATA / "tasks/sentiment/LICENSE").read_text()
+    assert "rounded from fp32 to fp16" in (DATA / "models/minilm/NOTICE").read_text(
+        encoding="utf-8"
+    )
+    mit = (DATA / "tasks/sentiment/LICENSE").read_text(encoding="utf-8")
     assert "Copyright (c) 2016 C.J. Hutto" in mit and "Permission is hereby granted" in mit
     assert "Hutto, C.J. & Gilbert, E.E. (2014)" in mit
-    princeton = " ".join((DATA / "tasks/wordnet/LICENSE").read_text().split())
+    princeton = " ".join((DATA / "tasks/wordnet/LICENSE").read_text(encoding="utf-8").split())
     assert "WordNet 3.0" in princeton and "Princeton University" in princeton
     assert "Permission to use, copy, modify and distribute" in princeton
-    assert "public domain" in (DATA / "tasks/austen/NOTICE").read_text()
-    tinylm = (DATA / "models/tinylm/NOTICE").read_text()
+    assert "public domain" in (DATA / "tasks/austen/NOTICE").read_text(encoding="utf-8")
+    tinylm = (DATA / "models/tinylm/NOTICE").read_text(encoding="utf-8")
     assert "Princeton University" in tinylm and "MIT licence" in tinylm
     assert re.search(r"Validation loss \d\.\d{4} nats a token", tinylm)
 

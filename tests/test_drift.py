@@ -138,8 +138,8 @@ def saved(config, base=None, change=None, **entries) -> Path:
         tensors = load_file(folder / WEIGHTS)
         change(tensors)
         save_file(tensors, folder / WEIGHTS)
-    content = json.loads((folder / CONFIG).read_text()) | entries
-    (folder / CONFIG).write_text(json.dumps(content))
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | entries
+    (folder / CONFIG).write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
@@ -846,7 +846,7 @@ ROWS = [
     Row("12", "is_trainable=True lets it train on",
         lambda: trained_on(is_trainable=True), 2 * 4 * (64 + 64 + 64 + 32)),
     Row("12", "the saved config says inference_mode, and keeps r and α",
-        lambda: {k: json.loads((lora_file() / CONFIG).read_text())[k]
+        lambda: {k: json.loads((lora_file() / CONFIG).read_text(encoding="utf-8"))[k]
                  for k in ("peft_type", "task_type", "inference_mode", "r", "lora_alpha")},
         dict(peft_type="LORA", task_type="CAUSAL_LM", inference_mode=True, r=4, lora_alpha=8)),
     Row("12", "a changed lora_alpha in the file is another model, without a word",
@@ -979,7 +979,7 @@ def test_a_generate_that_goes_past_what_was_learned_is_seen(row, monkeypatch):
 def test_every_lesson_that_leans_on_peft_has_rows():
     lessons = {row.lesson for row in ROWS}
     for path in (ROOT / "notebooks").glob("[01]*_*.ipynb"):
-        cells = json.loads(path.read_text())["cells"]
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
         if "from peft import" in code:
             assert path.name[:2] in lessons, f"{path.name} uses PEFT: give it rows in ROWS"
@@ -990,7 +990,10 @@ def test_every_lesson_that_leans_on_peft_has_rows():
 PINS = {
     pin.name: pin.specifier
     for pin in map(
-        Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        Requirement,
+        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "dependencies"
+        ],
     )
 }
 BROKEN = Version("5.24")  # of transformers: generate goes past prompts and prefixes of peft 0.21
@@ -1042,10 +1045,10 @@ def test_the_pin_is_the_one_that_code_and_lessons_name():
         "5.23.9"
     )
     assert not PINS["peft"].contains("0.22.0"), "newer peft: see `advice`"
-    rules = (ROOT / "peft_lessons" / "rules.py").read_text()
+    rules = (ROOT / "peft_lessons" / "rules.py").read_text(encoding="utf-8")
     assert f"transformers>=5.20,<{BROKEN}" in rules
     for lesson in ("08", "09"):
-        text = (ROOT / "notebooks" / notebook(lesson)).read_text()
+        text = (ROOT / "notebooks" / notebook(lesson)).read_text(encoding="utf-8")
         assert str(BROKEN) in text, (
             f"lesson {lesson} does not say from which version on it is wrong"
         )

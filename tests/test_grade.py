@@ -102,7 +102,7 @@ def hand_in(folder, student, answer="", before="", drop=""):
 def marked(tmp_path_factory):
     """{student: (outcome, told)} of a class with all kinds of notebooks, and its folder."""
     folder = tmp_path_factory.mktemp("submitted")
-    (folder / "kept").write_text("theirs")
+    (folder / "kept").write_text("theirs", encoding="utf-8")
     server = socket.create_server(("127.0.0.1", 0))
     setup = "import torch"
     hand_in(folder, "abe", RIGHT, f"{setup}\n{DEAF}")  # the longest, and the first
@@ -118,11 +118,11 @@ def marked(tmp_path_factory):
     hand_in(folder, "hal", curious(folder, server.getsockname()[1]), setup)
     hand_in(folder, "ida", RIGHT, "import os\nos._exit(0)")
     (folder / "jo").mkdir()
-    (folder / "jo" / f"{LESSON}.ipynb").write_text('{"cells": [')
-    (folder / "jo" / "my own.ipynb").write_text("not of this course")
+    (folder / "jo" / f"{LESSON}.ipynb").write_text('{"cells": [', encoding="utf-8")
+    (folder / "jo" / "my own.ipynb").write_text("not of this course", encoding="utf-8")
     with server:
         assert grade.main([str(folder), "--seconds", "4", "--total", "30", "--jobs", "2"]) == 0
-    with (folder / "grades.csv").open(newline="") as file:
+    with (folder / "grades.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert all((row["lesson"], row["exercise"]) == (LESSON, EXERCISE) for row in rows)
     return {row["student"]: (row["outcome"], row["told"]) for row in rows}, folder
@@ -156,11 +156,13 @@ def test_a_class_is_marked(marked):
 @CONFINED
 def test_nothing_else_is_changed(marked):
     _, folder = marked
-    assert (folder / "kept").read_text() == "theirs" and not (folder / "new").exists()
+    assert (folder / "kept").read_text(encoding="utf-8") == "theirs" and not (
+        folder / "new"
+    ).exists()
 
 
 def test_the_page_shows_names_as_text(marked):
-    page = (marked[1] / "grades.html").read_text()
+    page = (marked[1] / "grades.html").read_text(encoding="utf-8")
     assert "<b>ben" not in page and "&lt;b&gt;ben" in page
     assert grade.guards() in page
     assert "Passed over: jo/my own.ipynb." in page
@@ -197,7 +199,7 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path):
     grade.write(marks[:1], tmp_path, "")
     with pytest.raises(TypeError):
         grade.write([*marks, None], tmp_path, "")
-    with (tmp_path / "grades.csv").open(newline="") as file:
+    with (tmp_path / "grades.csv").open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert (row["student"], row["told"], row["seconds"]) == ("'-a", f"'{told}", "1.0")
     assert {path.name for path in tmp_path.iterdir()} == {"grades.csv", "grades.html"}
@@ -269,7 +271,7 @@ def test_a_folder_without_notebooks_is_an_error(folder, tmp_path, capsys):
 
 def test_a_link_and_a_giant_are_not_opened(tmp_path):
     target = tmp_path / "target.ipynb"
-    target.write_text("{}")
+    target.write_text("{}", encoding="utf-8")
     link = tmp_path / "link.ipynb"
     link.symlink_to(target)
     (mark,) = grade.grade("kim", link, LESSON, "link", grade.Limits())

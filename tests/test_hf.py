@@ -597,7 +597,7 @@ def test_adalora_reaches_its_ranks_within_the_run(run, tmp_path, monkeypatch):
     assert steps == list(range(1, 13))
     ranks = [sum(kept) for kept in model.active_peft_config.rank_pattern.values()]
     assert sum(ranks) == 4 * len(ranks) and len(set(ranks)) > 1
-    entries = json.loads((tmp_path / "out" / CONFIG).read_text())
+    entries = json.loads((tmp_path / "out" / CONFIG).read_text(encoding="utf-8"))
     schedule = [entries[key] for key in ("total_step", "tinit", "tfinal", "deltaT")]
     assert schedule == [12, 1, 4, 1]
 
@@ -636,10 +636,10 @@ def test_a_wrong_set_up_is_refused(folders, arguments, match):
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="is a file"):
         setup_peft_training("tinylm", "lora", tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_tokenizer_without_padding_takes_its_end_token_or_is_refused():
@@ -769,8 +769,8 @@ def rewritten(folder, change=None, **entries):
     tensors = load_file(folder / WEIGHTS)
     (change or (lambda _: None))(tensors)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    config = json.loads((folder / CONFIG).read_text()) | entries
-    (folder / CONFIG).write_text(json.dumps(config))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | entries
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 

@@ -52,7 +52,7 @@ def training(processes, folder):
     """(folder of the adapter, metrics, what each process noted, losses of a classifier)."""
     folder.mkdir()
     script = folder / "watched.py"
-    script.write_text(WATCHED)
+    script.write_text(WATCHED, encoding="utf-8")
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "two_cpus.yaml")]
     command = [sys.executable, *(launcher if processes == 2 else ())]
     done = subprocess.run(
@@ -67,7 +67,7 @@ def training(processes, folder):
     text, classifier = map(json.loads, lines)
     assert text["processes"] == processes
     notes = [
-        [ast.literal_eval(line) for line in path.read_text().splitlines()]
+        [ast.literal_eval(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for path in sorted(folder.glob("process?"))
     ]
     return folder / "out", text, notes, classifier["loss"]
@@ -107,14 +107,17 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 def test_the_script_reads_a_file_of_ones_own(tmp_path, capsys):
     file = tmp_path / "mine.jsonl"
-    file.write_text("\n".join(json.dumps({"text": f"Text number {n} of a few."}) for n in range(6)))
+    file.write_text(
+        "\n".join(json.dumps({"text": f"Text number {n} of a few."}) for n in range(6)),
+        encoding="utf-8",
+    )
     given = ["--data", str(file), "--steps", "2", "--batch-size", "2", "--method", "ia3"]
     metrics = main([*given, "--output", str(tmp_path / "out")])
     assert json.loads(capsys.readouterr().out) == metrics | {"processes": 1}
     assert metrics["examples"] == 6 and (tmp_path / "out" / WEIGHTS).exists()
     file.write_text('{"text": "one\u2028two"}\n\n{"text": "three"}\n\n', encoding="utf-8")
     assert [row["text"] for row in examples(str(file))] == ["one\u2028two", "three"]
-    file.write_text('{"text": "fine"}\n{"text": ')
+    file.write_text('{"text": "fine"}\n{"text": ', encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine.jsonl, line 2 is no JSON"):
         examples(str(file))
 
@@ -159,7 +162,7 @@ def launched(name):
 
 def test_every_config_names_its_command():
     for file in CONFIGS.iterdir():
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         assert f"accelerate launch --config_file configs/{file.name} -m peft_lessons.train" in text
 
 
@@ -189,7 +192,7 @@ def test_fsdp_s_config_is_what_it_says(monkeypatch):
 def test_a_run_in_parts_goes_on_from_trainer_s_own_checkpoint(monkeypatch, tmp_path):
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-4"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text("{}")
+        (tmp_path / name / "trainer_state.json").write_text("{}", encoding="utf-8")
     assert _checkpoint(tmp_path, resume=True) is None  # here each would lack what is needed
     for engine in ("FSDP", "DEEPSPEED"):
         with monkeypatch.context() as patch:

@@ -180,7 +180,7 @@ def test_peft_trains_saves_and_loads_it(batch, tmp_path):
         model(**batch, labels=torch.tensor([1, 1, 0])).loss.backward()
         optimizer.step()
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
     again = PeftModel.from_pretrained(load_model("minilm", labels=2, seed=5), tmp_path)
     expected = model.eval()(**batch).logits
@@ -293,7 +293,9 @@ def test_an_adapter_names_the_decoder_so_that_it_can_be_loaded(tmp_path):
             if parameter.requires_grad:
                 parameter.fill_(0.01 + 0.001 * (len(name) % 7))
     save_adapter(model, tmp_path)
-    name = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    name = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))[
+        "base_model_name_or_path"
+    ]
     assert name == "tinylm"
     ids = load_tokenizer(name)("a dog", return_tensors="pt")
     expected = model(**ids).logits
@@ -477,7 +479,7 @@ def test_truncated_file(copy_of_data):
 
 
 def test_missing_checksums(copy_of_data):
-    (copy_of_data / "checksums.json").write_text("{}")
+    (copy_of_data / "checksums.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"git checkout -- data/checksums\.json"):
         load_model("minilm")
     (copy_of_data / "checksums.json").unlink()

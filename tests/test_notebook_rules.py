@@ -61,9 +61,9 @@ def number(nb):
 def place(tmp_path):
     """Where the notebook lies: with a solution beside it."""
     path = tmp_path / "00_start_here.ipynb"
-    path.write_text("{}")
+    path.write_text("{}", encoding="utf-8")
     (tmp_path / "solutions").mkdir()
-    (tmp_path / "solutions" / "start.py").write_text(SOLUTION)
+    (tmp_path / "solutions" / "start.py").write_text(SOLUTION, encoding="utf-8")
     return path
 
 
@@ -85,7 +85,9 @@ def change(function):
 
 
 def solution(source):
-    return lambda nb, path: (path.parent / "solutions" / "start.py").write_text(source)
+    return lambda nb, path: (path.parent / "solutions" / "start.py").write_text(
+        source, encoding="utf-8"
+    )
 
 
 def without(tag):
@@ -116,7 +118,7 @@ BAD = {
         ),
         "checkout": add(new_markdown_cell(f"in {ROOT}")),
     },
-    "small_file": {"large": lambda nb, path: path.write_text("x" * 1_000_000)},
+    "small_file": {"large": lambda nb, path: path.write_text("x" * 1_000_000, encoding="utf-8")},
     "pictures_have_alt_text": {
         "none": add(code("x", new_output("display_data", {"image/png": "aGk="}))),
         "empty": add(code("x", picture(""))),
@@ -241,7 +243,7 @@ def test_execution_is_strict_and_guarded(tmp_path):
     nb = new_notebook(cells=[code(source), code("1 / 0")])
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
         notebooks.execute(nb, tmp_path, offline_environment(log=log, strict=True))
-    assert "192.0.2.1" in log.read_text()
+    assert "192.0.2.1" in log.read_text(encoding="utf-8")
     nb.cells.pop()
     done = notebooks.execute(nb, tmp_path, offline_environment(log=log, strict=True))
     assert "refused" in done.cells[0].outputs[0].text

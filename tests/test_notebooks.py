@@ -28,7 +28,9 @@ def test_solved(path, tmp_path):
     cwd, log = tmp_path / "somewhere else", tmp_path / "network.log"
     cwd.mkdir()
     notebooks.run_solved(path, cwd, log)
-    assert not log.exists(), "the lesson opened a network connection:\n" + log.read_text()
+    assert not log.exists(), "the lesson opened a network connection:\n" + log.read_text(
+        encoding="utf-8"
+    )
     left = [str(file.relative_to(cwd)) for file in cwd.rglob("*")]
     assert not left, f"the lesson leaves files where it runs; use a temporary folder: {left}"
 

@@ -552,7 +552,7 @@ def test_the_smallest_file(tmp_path):
     save_adapter(ours, tmp_path)
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": P}
     rewrite(tmp_path)
-    (tmp_path / CONFIG).write_text(json.dumps(config))
+    (tmp_path / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     again, batch = tiny_llama(), batch_of("llama")
     assert load_adapter(again, tmp_path).method == Prompt(P, "normal")
     assert torch.equal(again(**batch).logits, ours(**batch).logits)
@@ -567,7 +567,7 @@ def test_ours_both_ways(init, tmp_path):
     save_adapter(model, tmp_path / "a")
     save_adapter(model, tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert "tinylm/" not in (tmp_path / "a" / CONFIG).read_text()
+    assert "tinylm/" not in (tmp_path / "a" / CONFIG).read_text(encoding="utf-8")
     again = load_model("tinylm")
     told = load_adapter(again, tmp_path / "a")
     assert told.method.init == (init if init == "normal" else "vocab")

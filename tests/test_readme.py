@@ -11,8 +11,8 @@ from tools import guide
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
-README = (ROOT / "README.md").read_text()
-TARGETS = set(re.findall(r"(?m)^([a-z.]+):.*##", (ROOT / "Makefile").read_text()))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TARGETS = set(re.findall(r"(?m)^([a-z.]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8")))
 
 
 GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "data/README.md"]
@@ -21,20 +21,20 @@ GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "data/README.md"]
 @pytest.mark.parametrize("page", ["README.md", *GUIDES])
 def test_every_relative_link_leads_somewhere(page):
     file = ROOT / page
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text())
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (file.parent / link).exists()]
     assert links and not missing
 
 
 def test_the_maps_list_every_lesson():
     assert re.findall(r"\]\(notebooks/([^)]+)\)", README) == LESSONS
-    cells = json.loads((ROOT / "notebooks" / LESSONS[0]).read_text())["cells"]
+    cells = json.loads((ROOT / "notebooks" / LESSONS[0]).read_text(encoding="utf-8"))["cells"]
     start = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     assert set(LESSONS[1:]) <= set(re.findall(r"\]\(([0-9][^)]+\.ipynb)\)", start))
 
 
 def test_every_make_target_named_in_the_guides_exists():
-    pages = "".join((ROOT / page).read_text() for page in ["README.md", *GUIDES])
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ["README.md", *GUIDES])
     named = set(re.findall(r"(?m)(?:`|^)make ([a-z.]+)", pages))
     assert {"lab", "test", "help", "grade", "results"} <= named and named - TARGETS == set()
 
@@ -46,7 +46,10 @@ def minutes_by_lesson():
 
 
 def test_the_plans_for_instructors_add_up():
-    minutes, plans = minutes_by_lesson(), (ROOT / "docs/instructors.md").read_text().split("### ")
+    minutes, plans = (
+        minutes_by_lesson(),
+        (ROOT / "docs/instructors.md").read_text(encoding="utf-8").split("### "),
+    )
     summed = 0
     for plan in plans:
         rows = re.findall(r"\]\(\.\./notebooks/(\S+)\.ipynb\) \| (\w+) \| (\d+) \|", plan)
@@ -60,11 +63,11 @@ def test_the_plans_for_instructors_add_up():
 
 
 def test_the_list_of_wrong_answers_is_that_of_the_checks():
-    assert guide.PAGE.read_text() == guide.page(), "run `make guide`"
+    assert guide.PAGE.read_text(encoding="utf-8") == guide.page(), "run `make guide`"
 
 
 def test_every_benchmark_is_run_by_a_make_target():
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     patterns = re.findall(r"benchmarks/[\w*]+\.py", makefile)
     run = {path.name for pattern in patterns for path in ROOT.glob(pattern)}
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
@@ -91,7 +94,8 @@ def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
 
 def test_every_result_table_is_listed_with_the_command_that_makes_it():
     listed = re.findall(
-        r"\| (results/\S+) \| `python (\S+)` \|", (ROOT / "data/README.md").read_text()
+        r"\| (results/\S+) \| `python (\S+)` \|",
+        (ROOT / "data/README.md").read_text(encoding="utf-8"),
     )
     stored = {f"results/{path.name}" for path in (ROOT / "data/results").iterdir()}
     assert {table for table, _ in listed} == stored

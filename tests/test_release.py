@@ -16,7 +16,11 @@ def copied(tmp_path_factory):
 
 def test_no_solution_is_in_it(copied):
     folder, _ = copied
-    texts = {p: p.read_text() for p in folder.rglob("*") if p.suffix in {".py", ".ipynb", ".md"}}
+    texts = {
+        p: p.read_text(encoding="utf-8")
+        for p in folder.rglob("*")
+        if p.suffix in {".py", ".ipynb", ".md"}
+    }
     assert not [p for p in folder.rglob("*") if "solutions" in p.name or "tests" in p.name]
     for path in notebooks.lessons():
         for name, source in notebooks.read_solutions(path).items():

@@ -59,7 +59,8 @@ def results(tmp_path, monkeypatch):
     (tmp_path / "results" / "runs.csv").write_text(
         "method,lr,seed,validation,test\n"
         "lora,0.001,0,0.5,0.50\nlora,0.001,1,0.7,0.52\nlora,0.01,0,0.9,0.40\nlora,0.01,1,0.8,0.44\n"
-        "full,0.001,0,0.6,0.6\n"
+        "full,0.001,0,0.6,0.6\n",
+        encoding="utf-8",
     )
     monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
 
@@ -168,7 +169,7 @@ def test_a_note_below_costs_is_of_all_rows_too(tmp_path, monkeypatch):
         f"minilm,{whose},{method},1,2,0.5,4,0.1,0.2,2.1.0,one core,2026-01-0{day}"
         for whose, method, day in (("ours", "a", 2), ("PEFT", "a", 3), ("ours", "b", 1))
     ]
-    (tmp_path / "results" / "costs.csv").write_text("\n".join(lines))
+    (tmp_path / "results" / "costs.csv").write_text("\n".join(lines), encoding="utf-8")
     monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
     both = repr(stored_costs("minilm", {"b": "B", "a": "A"})).splitlines()[-1]
     assert both == "one core · torch 2.1.0 · 2026-01-01 to 2026-01-02"

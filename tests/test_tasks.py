@@ -494,7 +494,8 @@ def test_missing_or_wrong_labels(tokenizer, labels):
 def test_missing_file(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
     (tmp_path / "checksums.json").write_text(
-        '{"tasks/sentiment/movies.csv": {"bytes": 1, "sha256": "", "rebuild": "python x.py"}}'
+        '{"tasks/sentiment/movies.csv": {"bytes": 1, "sha256": "", "rebuild": "python x.py"}}',
+        encoding="utf-8",
     )
     with pytest.raises(FileNotFoundError, match=r"movies\.csv is missing.*python x\.py"):
         load_task("sentiment", tokenizer)

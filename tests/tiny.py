@@ -251,7 +251,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def read_config(folder: Path) -> dict:
-    return json.loads((folder / CONFIG).read_text())
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
 def rewrite(folder: Path, change: Callable[[dict], object] | None = None, **entries) -> Path:
@@ -262,7 +262,7 @@ def rewrite(folder: Path, change: Callable[[dict], object] | None = None, **entr
         change(tensors)
     save_file(tensors, folder / WEIGHTS)
     config = {k: v for k, v in (read_config(folder) | entries).items() if v is not ...}
-    (folder / CONFIG).write_text(json.dumps(config))
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 

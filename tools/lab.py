@@ -151,7 +151,7 @@ def _settings(folder: Path, dark: bool) -> None:
     for name, value in settings.items():
         file = folder / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(value))
+        file.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _free_port() -> int:
@@ -184,7 +184,7 @@ def _server(root: Path, scratch: Path, dark: bool) -> Iterator[str]:
         f"--ServerApp.root_dir={root}",
     ]
     log = scratch / "server.log"
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
             env=offline_environment() | {k: str(scratch / v) for k, v in folders.items()},
@@ -199,7 +199,9 @@ def _server(root: Path, scratch: Path, dark: bool) -> Iterator[str]:
                 break
             except OSError:
                 if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("JupyterLab doesn't start:\n" + log.read_text()) from None
+                    raise RuntimeError(
+                        "JupyterLab doesn't start:\n" + log.read_text(encoding="utf-8")
+                    ) from None
                 time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:

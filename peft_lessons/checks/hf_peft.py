@@ -792,7 +792,7 @@ class _Saved:
 
     def config(self) -> dict[str, Any]:
         """The settings in the folder; PEFT writes sets as lists, and some names twice."""
-        settings = json.loads((self.folder / _FILES[1]).read_text())
+        settings = json.loads((self.folder / _FILES[1]).read_text(encoding="utf-8"))
         return {k: set(v) if isinstance(v, list) else v for k, v in settings.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
