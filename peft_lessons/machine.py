@@ -12,6 +12,7 @@ from importlib import metadata
 import torch
 from packaging.requirements import Requirement
 
+from . import limits
 from .models import bundled_files
 
 _MARKS = {True: "✓", False: "✗", None: "·"}
@@ -36,7 +37,8 @@ class Readiness:
         self.verdict = (
             "This machine is ready."
             if self.ready
-            else "Not ready: mend what is marked ✗ first; `make .venv` sets up the right versions."
+            else "Not ready: mend what is marked ✗ first. `python course.py lab` opens the course "
+            "with the right versions, and with as many threads as there are cores."
         )
 
     def __repr__(self) -> str:
@@ -51,14 +53,6 @@ class Readiness:
             for r in self.rows
         )
         return f"<table>{body}</table><p><strong>{html.escape(self.verdict)}</strong></p>"
-
-
-def _memory_gib() -> float | None:
-    """The machine's memory; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _packages() -> list[Row]:
@@ -89,18 +83,36 @@ def _files() -> Row:
     return Row("bundled models and data", found, not broken)
 
 
+def _processor() -> Row:
+    """The cores that this process may use, and whether torch starts more threads than that."""
+    machine, allowed, threads = platform.machine(), limits.cores(), torch.get_num_threads()
+    host = os.cpu_count() or allowed
+    found = (
+        f"{machine}, {allowed} of {host} cores" if allowed < host else f"{machine}, {host} cores"
+    )
+    if threads > allowed:
+        # Threads that wait for each other on a core of another are several times slower than one.
+        return Row("processor", f"{found}, but {threads} threads: set OMP_NUM_THREADS", False)
+    return Row("processor", found, None)
+
+
+def _memory() -> list[Row]:
+    """The memory that this process may use; no row where the system does not say."""
+    allowed = limits.memory()
+    if allowed is None:
+        return []
+    gib = allowed / 2**30
+    enough = gib >= _NEEDED_GIB
+    needs = "" if enough else f", the lessons need {_NEEDED_GIB}"
+    return [Row("memory", f"{gib:.0f} GiB{needs}", enough)]
+
+
 def machine_check() -> Readiness:
     """Look at everything the lessons need, and say whether it is there."""
     python = sys.version_info >= (3, 11)
     needs = "" if python else ", needs 3.11 or newer"
-    rows = [Row("Python", platform.python_version() + needs, python)]
-    rows += _packages()
-    rows.append(Row("processor", f"{platform.machine()}, {os.cpu_count()} cores", None))
-    memory = _memory_gib()
-    if memory is not None:
-        enough = memory > _NEEDED_GIB
-        needs = "" if enough else f", the lessons need {_NEEDED_GIB}"
-        rows.append(Row("memory", f"{memory:.0f} GiB{needs}", enough))
+    rows = [Row("Python", platform.python_version() + needs, python), *_packages()]
+    rows += [_processor(), *_memory()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (none is needed)"
     rows += [Row("GPU", gpu, None), _files()]
     return Readiness(rows)

@@ -2,8 +2,10 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import network_guard
@@ -99,3 +101,18 @@ def test_every_text_names_its_encoding():
     assert len(files) > 100
     found = {f.name: calls for f in files if (calls := without_encoding(f.read_text("utf-8")))}
     assert not found
+
+
+def test_the_exact_versions_fit_and_name_no_address():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    exact = [Requirement(line) for line in lines]
+    assert all(re.fullmatch(r"==[\w.!+-]+", str(one.specifier)) for one in exact)
+    assert not [one.name for one in exact if one.url]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        wanted = Requirement(text)
+        found = [one for one in exact if one.name.lower() == wanted.name.lower()]
+        assert found, f"{wanted.name}: run `make constraints`"
+        for one in found:
+            version = str(one.specifier).removeprefix("==")
+            assert wanted.specifier.contains(version, prereleases=True), f"{one}, {wanted}"

@@ -1,0 +1,504 @@
+# -*- coding: utf-8 -*-
+"""Run the course: python course.py COMMAND
+
+The first command sets up an environment in the folder .venv; nothing outside this folder changes.
+This file needs nothing but Python itself, and its syntax is old enough that an outdated Python can
+read it and say what is missing.
+"""
+
+from __future__ import print_function
+
+import difflib
+import errno
+import glob
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.realpath(__file__))
+VENV = os.path.join(ROOT, ".venv")
+STAMP = os.path.join(VENV, "ready")
+WINDOWS = os.name == "nt"
+LINUX = sys.platform.startswith("linux")
+BIN = os.path.join(VENV, "Scripts" if WINDOWS else "bin")
+PYTHON = os.path.join(BIN, "python.exe" if WINDOWS else "python")
+
+OLDEST, NEWEST = (3, 11), (3, 14)
+# In the order of trust: the suite runs on the first and the third of them.
+NAMES = ["python3.13", "python3.12", "python3.11", "python3.14", "python3", "python", "py -3"]
+
+# The students' copy holds lessons, package and data; what needs more is not offered there.
+WHOLE = os.path.isdir(os.path.join(ROOT, "tools"))
+EXTRA = "[dev]" if WHOLE else ""
+
+# Two kernels on two cores: more than one thread each is several times slower.
+OFFLINE = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+# As measured, in GB: (to download, on disk).
+SIZES = {
+    ("cpu", "[dev]"): (0.5, 2.0),
+    ("cpu", ""): (0.4, 1.6),
+    ("cuda", "[dev]"): (3.0, 6.0),
+    ("cuda", ""): (2.9, 5.6),
+}
+
+
+class Trouble(Exception):
+    """Something that the reader can mend, told in one sentence."""
+
+
+# ------------------------------------------------------------------ commands
+
+# {command: (arguments, what it does, the modules or scripts that it runs)}; {} is where the given
+# arguments go, at the end where it is left out. lab, setup, clean and help are functions below.
+COMMANDS = {
+    "test": (
+        "[OPTIONS]",
+        "run all tests and every lesson, as shipped and solved (a quarter of an hour)",
+        ["-m pytest -q -n 2 --nbval-lax {} tests notebooks"],
+    ),
+    "export": (
+        "[LESSON ...]",
+        "write the lessons' exported cells to peft_lessons/methods/",
+        ["-m tools.notebooks export"],
+    ),
+    "outputs": (
+        "[LESSON ...]",
+        "execute lessons, all or 02 03, and store clean outputs",
+        ["-m tools.notebooks outputs"],
+    ),
+    "solved": (
+        "[LESSON ...]",
+        "run lessons with the solutions, checks strict",
+        ["-m tools.notebooks solved"],
+    ),
+    "release": (
+        "[FOLDER]",
+        "write the students' copy, without solutions, to build/peft-lessons",
+        ["-m tools.release"],
+    ),
+    "grade": (
+        "FOLDER [OPTIONS]",
+        "mark what students handed in",
+        ["-m tools.grade"],
+    ),
+    "guide": ("", "write docs/wrong_answers.md, what the checks recognise", ["-m tools.guide"]),
+    "site": ("[FOLDER]", "build the course as web pages, to build/site", ["-m tools.site"]),
+    "results": (
+        "[OPTIONS]",
+        "run what the measured tables lack; many hours if they are empty",
+        ["benchmarks/*_study.py", "benchmarks/dora_analysis.py"],
+    ),
+    "costs": (
+        "",
+        "measure times and bytes anew, on an idle machine: half an hour",
+        ["benchmarks/costs.py", "benchmarks/choosing_costs.py", "benchmarks/qlora_cost.py"],
+    ),
+    "browser": (
+        "[OPTIONS]",
+        "try all lessons, and the site, in a real browser (needs Chromium)",
+        ["-m pytest -q -rs -m browser {} tests/test_browser.py tests/test_site.py"],
+    ),
+    "lint": ("", "check the style of all Python code", ["-m ruff check ."]),
+    "constraints": (
+        "",
+        "write the newest versions that fit to constraints.txt",
+        [
+            "-m uv pip compile --quiet --universal --upgrade --no-header --no-annotate"
+            " --python-version 3.11 --extra dev --output-file constraints.txt pyproject.toml"
+        ],
+    ),
+}
+
+
+def lines(command, given):
+    """Return the command lines, without the interpreter, that a command runs in turn."""
+    found = []
+    for line in COMMANDS[command][2]:
+        head, _, tail = line.partition(" {}")
+        parts = head.split()
+        scripts = [parts]
+        if "*" in head:
+            scripts = [
+                [os.path.relpath(p, ROOT)] for p in sorted(glob.glob(os.path.join(ROOT, head)))
+            ]
+        found += [script + given + tail.split() for script in scripts]
+    return found
+
+
+def run(command, given):
+    """Run a command of the table in the environment; return its exit status."""
+    if command == "grade" and not [g for g in given if os.path.isdir(g)]:
+        named = [g for g in given if not g.startswith("-")]
+        raise Trouble(
+            "There is no folder {}.".format(named[0])
+            if named
+            else "Which folder? python course.py grade FOLDER"
+        )
+    python = ready()
+    for line in lines(command, given):
+        if len(COMMANDS[command][2]) > 1:
+            print(line[0], flush=True)
+        status = wait([python] + line, ROOT, OFFLINE)
+        if status:
+            return status
+    return 0
+
+
+def lab(given):
+    """Open a lesson in JupyterLab, 00 unless another is named; return JupyterLab's status."""
+    folder = os.path.join(ROOT, "notebooks")
+    lessons = sorted(name for name in os.listdir(folder) if re.match(r"\d\d_.*\.ipynb$", name))
+    wanted = "00"
+    if given and re.match(r"\d", given[0]):
+        wanted, given = given[0], given[1:]
+    found = [name for name in lessons if name.startswith(wanted)]
+    if not found:
+        raise Trouble(
+            "There is no lesson {}: they go from 00 to {}.".format(wanted, lessons[-1][:2])
+        )
+    python = ready()
+    limits = os.path.join(ROOT, "peft_lessons", "limits.py")
+    cores = subprocess.check_output([python, limits]).decode().strip()
+    # torch counts the machine's cores, of which a container or a hub may allow few.
+    limited = cores != str(os.cpu_count()) and "OMP_NUM_THREADS" not in os.environ
+    threads = {"OMP_NUM_THREADS": cores} if limited else {}
+    # In a container everybody is root, whom JupyterLab refuses unless told.
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    return wait([python, "-m", "jupyterlab"] + root + given + [found[0]], folder, threads)
+
+
+def clean():
+    """Remove caches and what was built; the environment stays."""
+    for name in ("build", ".pytest_cache", ".ruff_cache", "notebooks/.ipynb_checkpoints"):
+        shutil.rmtree(os.path.join(ROOT, name), ignore_errors=True)
+    for folder, inner, _ in os.walk(ROOT):
+        inner[:] = [name for name in inner if name not in (".venv", ".git")]
+        if "__pycache__" in inner:
+            inner.remove("__pycache__")
+            shutil.rmtree(os.path.join(folder, "__pycache__"), ignore_errors=True)
+
+
+def wait(command, folder, variables):
+    """Run a program in a folder until it ends; return its status. Ctrl+C is for the program."""
+    process = subprocess.Popen(command, cwd=folder, env=dict(os.environ, **variables))
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def show_help():
+    """Print every command with what it does."""
+    rows = [("lab [LESSON]", "open lesson 00, or the one named, in JupyterLab")]
+    rows += [("setup", "set up .venv, where it is missing or out of date")]
+    rows += [("here", "install into this Python instead: for hubs, Colab, containers")]
+    if WHOLE:
+        rows += [("{} {}".format(c, COMMANDS[c][0]), COMMANDS[c][1]) for c in COMMANDS]
+    rows += [("clean", "remove caches and what was built; .venv stays")]
+    rows += [("help", "show this list")]
+    print("python course.py COMMAND    (on Windows: py course.py COMMAND)\n")
+    for usage, text in rows:
+        print("  {:<23}{}".format(usage.strip(), text))
+    print(
+        "\nPYTHON=/path/to/python in the environment names the interpreter for .venv; otherwise it "
+        "is\nthe first of {} that fits.".format(", ".join(NAMES))
+    )
+
+
+# ------------------------------------------------------------------ the environment
+
+
+def ready():
+    """Return the interpreter of .venv, which is set up first where it is missing or out of date."""
+    wanted = {"root": ROOT, "packages": fingerprint()}
+    found = read_stamp()
+    if found == wanted and os.path.exists(PYTHON):
+        return PYTHON
+    anew = found.get("root") != ROOT or not os.path.exists(PYTHON)
+    set_up(anew)
+    # Last, so that a set-up cut short begins anew.
+    with open(STAMP, "w", encoding="utf-8") as stamp:
+        json.dump(wanted, stamp)
+    return PYTHON
+
+
+def read_stamp():
+    """Return what the last complete set-up wrote down, or {}."""
+    try:
+        with open(STAMP, encoding="utf-8") as stamp:
+            found = json.load(stamp)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def constraints():
+    """Return pip's options for the exact versions, which automatic runs take."""
+    file = os.path.join(ROOT, "constraints.txt")
+    return ["-c", file] if os.environ.get("CI") and os.path.exists(file) else []
+
+
+def fingerprint():
+    """Return what the environment depends on, as a short text."""
+    digest = hashlib.sha256()
+    for name in ["pyproject.toml"] + [os.path.basename(c) for c in constraints()[1:]]:
+        with open(os.path.join(ROOT, name), "rb") as file:
+            digest.update(file.read().replace(b"\r\n", b"\n"))
+    return EXTRA + digest.hexdigest()[:16]
+
+
+def set_up(anew):
+    """Make .venv, or bring it up to date, and install the course into it.
+
+    Raises Trouble with one sentence that says what is missing."""
+    uv = shutil.which("uv")
+    if anew:
+        interpreter, found = find_python(uv)
+        print("Setting up .venv with {}: once, 1 to 10 minutes.".format(found), flush=True)
+        announce(EXTRA)
+        shutil.rmtree(VENV, ignore_errors=True)
+        if os.path.exists(VENV):
+            raise Trouble(
+                "The folder {} cannot be removed: is JupyterLab still running in it?".format(VENV)
+            )
+        if uv:
+            attempt([uv, "venv", "--quiet", "--seed", "--python", interpreter, VENV])
+        else:
+            attempt([interpreter, "-m", "venv", VENV])
+    else:
+        print("Bringing .venv up to date.", flush=True)
+    install(PYTHON, uv, EXTRA)
+
+
+def here():
+    """Install what a learner needs into the Python that runs this file: on a hub, in Colab, in a
+    container."""
+    if sys.version_info[:2] < OLDEST:
+        raise Trouble("This is Python {}.{}, and the course needs 3.11.".format(*sys.version_info))
+    print("Installing into {}.".format(sys.executable))
+    announce("")
+    install(sys.executable, shutil.which("uv"), "")
+
+
+def announce(extra):
+    """Say how much will be downloaded. Raises Trouble where the disk has no room for it."""
+    unsupported()
+    backend = "cuda" if LINUX and nvidia() else "cpu"
+    download, disk = SIZES[backend, extra]
+    text = "About {:.1f} GB to download, {:.1f} GB on disk.".format(download, disk)
+    if LINUX and backend == "cpu":
+        text += " (Up to {:.1f} and {:.1f} GB if PyTorch's index cannot be reached.)".format(
+            *SIZES["cuda", extra]
+        )
+    free = shutil.disk_usage(ROOT).free / 1e9
+    if free < disk and not os.path.exists(VENV):
+        raise Trouble(
+            "The disk is too full: the course needs {:.1f} GB here, and {:.1f} GB are free.".format(
+                disk, free
+            )
+        )
+    print("PyTorch, JupyterLab and the rest. " + text, flush=True)
+
+
+def install(python, uv, extra):
+    """Install the course and what it needs for an interpreter.
+
+    PyTorch's builds without CUDA lie in an index of their own, which uv knows by name. Where that
+    index, or uv, cannot be reached, pip takes the build of the ordinary index."""
+    target = ["-e", "." + extra] + constraints()
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
+    if LINUX:
+        if not uv and attempt(pip + ["--quiet", "uv"], must=False):
+            uv = os.path.join(os.path.dirname(python), "uv")
+        choice = ["--torch-backend", "auto" if nvidia() else "cpu"]
+        if uv and attempt([uv, "pip", "install", "--python", python] + choice + target, must=False):
+            return
+        print("PyTorch's own index cannot be reached: pip takes the ordinary build.", flush=True)
+    elif uv:
+        attempt([uv, "pip", "install", "--python", python] + target)
+        return
+    attempt(pip + target)
+
+
+def attempt(command, must=True):
+    """Run one step of the set-up; return whether it succeeded.
+
+    With `must` a failure is Trouble, named by its likely cause. A full disk always is."""
+    environment = dict(os.environ, PYTHONIOENCODING="utf-8")
+    environment.pop("VIRTUAL_ENV", None)
+    if not must:
+        environment["UV_HTTP_RETRIES"] = "1"  # there is another way, and nobody likes to wait
+    started, shown = time.time(), sys.stdout.isatty()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if shown:
+                    print("\r{:4.0f} s ".format(time.time() - started), end="", flush=True)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+        output.seek(0)
+        said = output.read().decode("utf-8", "replace")
+    if shown:
+        print("\r       \r", end="", flush=True)
+    if process.returncode == 0:
+        return True
+    if re.search(r"No space left|not enough space|disk quota|os error 112", said, re.I):
+        raise OSError(errno.ENOSPC, "")
+    if must:
+        raise Trouble(cause(said))
+    return False
+
+
+def cause(said):
+    """Return what a failed installation most likely means, as a sentence, and its last words."""
+    last = "\n".join(said.strip().splitlines()[-5:])
+    network = r"connection|connect|resolve|dns|timed out|unreachable|proxy|ssl|certificate"
+    if re.search(network, said, re.I):
+        return "The packages cannot be downloaded: is there a network?\n\n" + last
+    return "The packages cannot be installed. The installer's last words:\n\n" + last
+
+
+def nvidia():
+    """Return whether the driver of an NVIDIA GPU answers."""
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            return subprocess.call(["nvidia-smi"], stdout=nowhere, stderr=nowhere) == 0
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------ the interpreter
+
+PROBE = """
+import json, platform, sys, sysconfig
+try:
+    import ensurepip, venv
+    whole = True
+except ImportError:
+    whole = False
+# Not that of a virtual environment: .venv itself may be active, and about to be removed.
+executable = getattr(sys, "_base_executable", None) or sys.executable
+print(json.dumps([list(sys.version_info[:3]), sysconfig.get_platform(), sys.maxsize > 2**32, whole,
+                  executable]))
+"""
+
+
+def find_python(uv):
+    """Return (the interpreter for .venv, what to call it).
+
+    Raises Trouble that names what was found and why it does not do."""
+    named = os.environ.get("PYTHON")
+    refused = []
+    for command in [named] if named else NAMES + [sys.executable]:
+        parts = [command] if command in (named, sys.executable) else command.split()
+        found = probe(parts)
+        if found is None and named:
+            raise Trouble("PYTHON={}, and no Python runs by that name.".format(named))
+        if found is None:
+            continue
+        version, system, wide, whole, executable = found
+        text = ".".join(str(n) for n in version)
+        if not OLDEST <= tuple(version[:2]) or (not named and tuple(version[:2]) > NEWEST):
+            refused.append(text)
+        elif not wide or (WINDOWS and "arm" in system):
+            refused.append("{} for {}".format(text, system))
+        elif sys.platform == "darwin" and system.endswith("x86_64"):
+            refused.append("{} built for Intel".format(text))
+        elif not whole and not uv:
+            refused.append("{} without venv (on Debian and Ubuntu: python3-venv)".format(text))
+        else:
+            return executable, "Python " + text
+    if uv and not named:
+        return "3.13", "Python 3.13, which uv downloads where it is missing"
+    raise Trouble(
+        "The course needs Python 3.11, 3.12, 3.13 or 3.14, and {}. Install one from your system's "
+        "packages or from python.org, or name it: PYTHON=/path/to/python.".format(
+            "this machine has " + ", ".join(sorted(set(refused))) if refused else "found none"
+        )
+    )
+
+
+def probe(parts):
+    """Return what an interpreter says of itself, or None where it does not run."""
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            said = subprocess.check_output(parts + ["-c", PROBE], stderr=nowhere)
+        return json.loads(said.decode().strip().splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.CalledProcessError):
+        return None
+
+
+def unsupported():
+    """Raise Trouble on a system for which PyTorch is not made."""
+    if sys.platform == "darwin":
+        version = platform.mac_ver()[0]
+        # An old build of Python calls every newer system 10.16.
+        if version not in ("", "10.16") and int(version.split(".")[0]) < 14:
+            raise Trouble("PyTorch needs macOS 14 or newer, and this is macOS {}.".format(version))
+        chip = subprocess.check_output(["uname", "-v"]).decode()
+        if "ARM64" not in chip:
+            raise Trouble("PyTorch is not made for Macs with an Intel processor any more.")
+    if WINDOWS and "ARM" in os.environ.get("PROCESSOR_IDENTIFIER", ""):
+        raise Trouble("PyTorch is not made for Windows on ARM.")
+
+
+# ------------------------------------------------------------------ the beginning
+
+
+def main(given):
+    """Run the command that is given; return its exit status."""
+    command, given = (given[0], given[1:]) if given else ("help", [])
+    if command in ("help", "-h", "--help"):
+        show_help()
+        return 0
+    if command == "lab":
+        return lab(given)
+    if command in ("setup", "here", "clean"):
+        {"setup": ready, "here": here, "clean": clean}[command]()
+        return 0
+    if WHOLE and command in COMMANDS:
+        return run(command, given)
+    known = ["lab", "setup", "here", "clean", "help"] + (list(COMMANDS) if WHOLE else [])
+    near = difflib.get_close_matches(command, known, 1)
+    raise Trouble(
+        "There is no command {}.{} `python course.py help` lists them.".format(
+            command, " Did you mean {}?".format(near[0]) if near else ""
+        )
+    )
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 6):
+        sys.exit(
+            "This is Python {}.{}, and the course needs 3.11 or newer: try python3".format(
+                *sys.version_info[:2]
+            )
+        )
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Trouble as trouble:
+        sys.exit(str(trouble))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            sys.exit("The disk is full: make room and start again, nothing is lost.")
+        sys.exit("{}: {}".format(error.filename or ROOT, error.strerror or error))
+    except KeyboardInterrupt:
+        sys.exit(130)

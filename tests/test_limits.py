@@ -1,0 +1,138 @@
+"""The memory and the cores that a process may use, read from made-up trees of control groups."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from peft_lessons import limits, machine
+
+GIB = 2**30
+# The host of all trees: 64 cores and 256 GiB.
+TREES = {
+    "no groups": ({}, 64, 256),
+    "version 2, no limit": (
+        {
+            "proc/self/cgroup": "0::/user.slice\n",
+            "sys/fs/cgroup/user.slice/memory.max": "max\n",
+            "sys/fs/cgroup/user.slice/cpu.max": "max 100000\n",
+        },
+        64, 256,
+    ),
+    "version 2, in a container": (
+        {
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": f"{2 * GIB}\n",
+            "sys/fs/cgroup/cpu.max": "200000 100000\n",
+        },
+        2, 2,
+    ),
+    "version 2, a group above has less": (
+        {
+            "proc/self/cgroup": "0::/pod/course\n",
+            "sys/fs/cgroup/pod/course/memory.max": "max\n",
+            "sys/fs/cgroup/pod/course/cpu.max": "800000 100000\n",
+            "sys/fs/cgroup/pod/memory.max": f"{8 * GIB}\n",
+            "sys/fs/cgroup/pod/cpu.max": "300000 100000\n",
+        },
+        3, 8,
+    ),
+    "version 2, the host's path is not mounted": (
+        {
+            "proc/self/cgroup": "0::/kubepods/pod1/course\n",
+            "sys/fs/cgroup/memory.max": f"{4 * GIB}\n",
+            "sys/fs/cgroup/cpu.max": "50000 100000\n",
+        },
+        1, 4,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "11:memory:/docker/1\n7:cpu,cpuacct:/docker/1\n1:name=systemd:/\n",
+            "sys/fs/cgroup/memory/docker/1/memory.limit_in_bytes": f"{3 * GIB}\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/cpu/docker/1/cpu.cfs_quota_us": "250000\n",
+            "sys/fs/cgroup/cpu/docker/1/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        2, 3,
+    ),
+    "version 1, no limit": (
+        {
+            "proc/self/cgroup": "11:memory:/\n7:cpuacct,cpu:/\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        64, 256,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Make this machine one of 64 cores and 256 GiB."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 256 * GIB // 4096}
+    monkeypatch.setattr(os, "sysconf", pages.get, raising=False)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("tree", TREES)
+def test_the_narrowest_limit_counts(tmp_path, tree):
+    files, cores, memory = TREES[tree]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert limits.cores(tmp_path) == cores
+    assert limits.memory(tmp_path) == memory * GIB
+
+
+@pytest.mark.usefixtures("host")
+def test_affinity_is_a_limit_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5})
+    assert limits.cores(tmp_path) == 2
+
+
+def test_systems_without_these_files_say_what_they_can(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert limits.cores(tmp_path) == 1
+    assert limits.memory(tmp_path) is None
+
+
+def test_as_a_script_it_prints_the_cores_without_loading_torch():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", limits.__file__],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) == limits.cores()
+    assert "torch" not in done.stderr
+
+
+def rows_of(monkeypatch, cores, threads, memory):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(machine.limits, "cores", lambda: cores)
+    monkeypatch.setattr(machine.limits, "memory", lambda: memory)
+    torch = SimpleNamespace(get_num_threads=lambda: threads, cuda=machine.torch.cuda)
+    monkeypatch.setattr(machine, "torch", torch)
+    return {row.what: row for row in machine.machine_check().rows}
+
+
+def test_the_check_of_the_machine_shows_what_is_allowed(monkeypatch):
+    rows = rows_of(monkeypatch, cores=2, threads=2, memory=8 * GIB)
+    assert rows["processor"].found.endswith(", 2 of 64 cores") and rows["processor"].ok is None
+    assert rows["memory"].found == "8 GiB" and rows["memory"].ok
+
+
+def test_too_little_memory_and_too_many_threads_are_marked(monkeypatch):
+    rows = rows_of(monkeypatch, cores=2, threads=64, memory=2 * GIB)
+    assert "2 of 64 cores, but 64 threads: set OMP_NUM_THREADS" in rows["processor"].found
+    assert rows["processor"].ok is False
+    assert rows["memory"].found.startswith("2 GiB, the lessons need") and not rows["memory"].ok
+    rows = rows_of(monkeypatch, cores=2, threads=1, memory=None)
+    assert "memory" not in rows
