@@ -147,6 +147,8 @@ def run(command, given):
             if named
             else "Which folder? python course.py grade FOLDER"
         )
+    if command == "grade" and not LINUX:
+        raise Trouble("Marking needs Linux, whose kernel holds the notebooks (on Windows: WSL).")
     python = ready()
     for line in lines(command, given):
         if len(COMMANDS[command][2]) > 1:

@@ -150,6 +150,13 @@ def test_a_wrong_command_is_one_sentence_and_installs_nothing(course, given, tol
     assert not course.ran
 
 
+def test_marking_off_linux_is_refused_in_one_sentence(course, tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "LINUX", False)
+    with pytest.raises(course.Trouble, match="Marking needs Linux"):
+        course.main(["grade", str(tmp_path)])
+    assert not course.ran
+
+
 def test_a_trouble_is_shown_without_a_traceback():
     done = subprocess.run(
         [sys.executable, SCRIPT, "lbb"], capture_output=True, text=True, check=False

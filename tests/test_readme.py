@@ -2,20 +2,20 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
+import course
 from tools import guide
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TARGETS = set(re.findall(r"(?m)^([a-z.]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8")))
+COMMANDS = {"lab", "setup", "here", "clean", "help", *course.COMMANDS}
 
 
-GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "data/README.md"]
+GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "docs/hub.md", "data/README.md"]
 
 
 @pytest.mark.parametrize("page", ["README.md", *GUIDES])
@@ -33,10 +33,13 @@ def test_the_maps_list_every_lesson():
     assert set(LESSONS[1:]) <= set(re.findall(r"\]\(([0-9][^)]+\.ipynb)\)", start))
 
 
-def test_every_make_target_named_in_the_guides_exists():
-    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ["README.md", *GUIDES])
-    named = set(re.findall(r"(?m)(?:`|^)make ([a-z.]+)", pages))
-    assert {"lab", "test", "help", "grade", "results"} <= named and named - TARGETS == set()
+@pytest.mark.parametrize("page", ["README.md", *GUIDES, "docs/student/README.md", "CHANGELOG.md"])
+def test_every_command_named_in_a_guide_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    made = set(re.findall(r"(?m)(?:`|^)make ([a-z.]+)", text))
+    named = set(re.findall(r"\bcourse\.py ([a-z]+)", text))
+    assert made | named or page == "data/README.md"
+    assert (made | named) - COMMANDS == ({".venv"} if page == "CHANGELOG.md" else set())
 
 
 def minutes_by_lesson():
@@ -66,17 +69,10 @@ def test_the_list_of_wrong_answers_is_that_of_the_checks():
     assert guide.PAGE.read_text(encoding="utf-8") == guide.page(), "run `make guide`"
 
 
-def test_every_benchmark_is_run_by_a_make_target():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    patterns = re.findall(r"benchmarks/[\w*]+\.py", makefile)
-    run = {path.name for pattern in patterns for path in ROOT.glob(pattern)}
+def test_every_benchmark_is_run_by_a_command():
+    run = {Path(line[0]).name for name in ("results", "costs") for line in course.lines(name, [])}
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
     assert scripts - run == {"common.py", "qlora_gpu.py"}, "no script, and one for a GPU"
-
-
-def test_make_help_explains_every_target():
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert all(re.search(rf"(?m)^  {re.escape(t)}\s+\S", shown.stdout) for t in TARGETS)
 
 
 def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):

@@ -1,11 +1,15 @@
-"""Write the students' copy of the course: python -m tools.release [FOLDER]
+"""Write the students' copy of the course: python -m tools.release [FOLDER] [--colab OWNER/NAME]
 
-It has the lessons, the package and the data, and runs by itself. It has no solutions, no tests,
-which hold them too, and no outputs of exercises and checks. FOLDER, build/peft-lessons unless
-given, must be new or an earlier copy; a ZIP file of it is written beside it.
+The copy has the lessons, the package and the data, and it runs by itself. It has no solutions, no
+tests, which hold the solutions too, and no outputs of exercises and checks. FOLDER, build/peft-
+lessons unless given, must be new or an earlier copy; a ZIP file of it is written beside it.
+
+For Colab, publish the copy as the GitHub repository OWNER/NAME, branch main. With --colab every
+lesson begins with a badge that opens it there, and a cell that installs the course there.
 """
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
@@ -14,8 +18,9 @@ import nbformat
 from tools import notebooks
 from tools.environment import ROOT
 
-COPIED = ("LICENSE", "pyproject.toml", "environment.yml", "peft_lessons", "data", "benchmarks")
-STUDENT = ROOT / "docs" / "student"  # a README and a Makefile of their own
+COPIED = ("LICENSE", "NOTICE", "Makefile", "course.py", "pyproject.toml")
+COPIED += ("peft_lessons", "data", "benchmarks", "configs")
+STUDENT = ROOT / "docs" / "student"  # a README and an environment of their own
 LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part")
 STAMP = ".students-copy"
 
@@ -36,9 +41,32 @@ def without_answers(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return nb
 
 
-def release(folder: Path) -> Path:
-    """Write the copy and its ZIP file, and return the path of that. Raises ValueError for a folder
-    that holds something else."""
+COLAB_HOME = "https://colab.research.google.com"
+COLAB_CELL = """import os
+if "COLAB_RELEASE_TAG" in os.environ:  # in Colab only: two minutes, once a session
+    !git clone --quiet --depth 1 https://github.com/{repository} /content/course
+    !python /content/course/course.py here
+    %cd /content/course/notebooks
+    import sys; sys.path.insert(0, "/content/course")"""
+
+
+def for_colab(nb: nbformat.NotebookNode, repository: str, name: str) -> nbformat.NotebookNode:
+    """In place: begin with a badge that opens the lesson in Colab, and a cell that installs the
+    course there. `repository` is OWNER/NAME, `name` that of the notebook's file."""
+    address = f"{COLAB_HOME}/github/{repository}/blob/main/notebooks/{name}"
+    badge = f"[![Open in Colab]({COLAB_HOME}/assets/colab-badge.svg)]({address})"
+    install = nbformat.v4.new_code_cell(COLAB_CELL.format(repository=repository), id="colab")
+    nb.cells[:0] = [nbformat.v4.new_markdown_cell(badge, id="colab-badge"), install]
+    return nb
+
+
+def release(folder: Path, colab: str | None = None) -> Path:
+    """Write the copy and its ZIP file, and return the path of the ZIP file.
+
+    `colab` is the GitHub repository, OWNER/NAME, where the copy will be published. Raises
+    ValueError for a folder that holds something else, or for another form of repository."""
+    if colab is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", colab):
+        raise ValueError(f"{colab} is no repository: write OWNER/NAME")
     clear(folder, STAMP)
     (folder / "notebooks").mkdir(parents=True)
     (folder / STAMP).touch()
@@ -51,16 +79,20 @@ def release(folder: Path) -> Path:
     for file in STUDENT.iterdir():
         shutil.copy(file, folder / file.name)
     for path in notebooks.lessons():
-        nbformat.write(without_answers(notebooks.read(path)), folder / "notebooks" / path.name)
+        nb = without_answers(notebooks.read(path))
+        if colab is not None:
+            nb = for_colab(nb, colab, path.name)
+        nbformat.write(nb, folder / "notebooks" / path.name)
     return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.release", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "peft-lessons")
+    parser.add_argument("--colab", metavar="OWNER/NAME", help="where the copy will be published")
     given = parser.parse_args(argv)
     try:
-        archive = release(given.folder.resolve())
+        archive = release(given.folder.resolve(), given.colab)
     except ValueError as error:
         parser.error(str(error))
     print(f"{given.folder}\n{archive}, {archive.stat().st_size / 2**20:.0f} MiB")
