@@ -14,7 +14,8 @@ import nbformat
 from tools import notebooks
 from tools.environment import ROOT
 
-COPIED = ("LICENSE", "pyproject.toml", "environment.yml", "peft_lessons", "data", "benchmarks")
+COPIED = (".gitattributes", "LICENSE", "NOTICE", "pyproject.toml", "environment.yml")
+COPIED += ("peft_lessons", "data", "benchmarks")
 STUDENT = ROOT / "docs" / "student"  # a README and a Makefile of their own
 LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part")
 STAMP = ".students-copy"
