@@ -80,7 +80,7 @@ def _files() -> Row:
     size = sum(f.size for f in files) / 2**20
     found = f"{len(files)} files, {size:.0f} MiB, checksums right"
     if broken:
-        found = f"missing or damaged: {', '.join(broken)}; data/README.md says how to rebuild them"
+        found = f"missing or damaged: {', '.join(broken)}; data/README.md says how to restore them"
     return Row("bundled models and data", found, not broken)
 
 

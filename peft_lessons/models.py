@@ -154,6 +154,20 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _sha256_with_lf(file: Path) -> str:
+    """Return the sha256 that a text file has once its line ends are LF again."""
+    return hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+
+
+# `git checkout` alone skips the files, as nothing has changed for git, or converts them again.
+_CONVERTED = """its line ends were converted from LF to CRLF, as git for Windows does unless told \
+otherwise. Restore the models and tasks with these commands, from the top of the checkout:
+    git config core.autocrlf false
+    git rm -r -q --cached data/models data/tasks
+    git checkout HEAD -- data/models data/tasks
+Without git, copy the data folder again with a program that leaves line ends as they are."""
+
+
 def bundled_files() -> list[BundledFile]:
     """Path (relative to data/), presence, size and integrity of every bundled file.
 
@@ -171,7 +185,8 @@ def bundled_path(path: str, verify: bool = False) -> Path:
     """Where the bundled file `path` (relative to data/) lies.
 
     Raises FileNotFoundError when it is missing, ValueError when it has another size than recorded
-    or, with `verify`, another sha256; both name the command that rebuilds it."""
+    or, with `verify`, another sha256; both name the command that rebuilds it. Where line ends were
+    converted to CRLF, ValueError says so and names the commands that restore the bundled files."""
     file, entry = data_folder() / path, _records().get(path)
     if entry is None:
         raise FileNotFoundError(
@@ -183,6 +198,8 @@ def bundled_path(path: str, verify: bool = False) -> Path:
         raise FileNotFoundError(f"the bundled file {file} is missing. {remedy}")
     size = file.stat().st_size
     if size != entry["bytes"]:
+        if _sha256_with_lf(file) == entry["sha256"]:
+            raise ValueError(f"the bundled file {file} is damaged: {_CONVERTED}")
         raise ValueError(
             f"the bundled file {file} is damaged: {size} bytes, not {entry['bytes']}. {remedy}"
         )
@@ -192,7 +209,14 @@ def bundled_path(path: str, verify: bool = False) -> Path:
 
 
 def _bundled_model_folder(bundled: Bundled, verify: bool) -> Path:
-    listed = [path for path in _records() if path.startswith(bundled.folder + "/")]
+    """Return the folder of a bundled model, whose files are there and have their sizes.
+
+    Its licence and notice may be missing or edited: no model is loaded from them."""
+    listed = [
+        path
+        for path in _records()
+        if path.startswith(bundled.folder + "/") and not path.endswith(("/LICENSE", "/NOTICE"))
+    ]
     for path in listed or [f"{bundled.folder}/config.json"]:
         bundled_path(path, verify)
     return data_folder() / bundled.folder

@@ -332,7 +332,7 @@ def _load_sentiment(name, tokenizer, max_length, domain: str) -> Task:
         split: _tokenise(texts, tokenizer, max_length, tuple(labels))
         for split, (texts, labels) in rows.items()
     }
-    source = "Hutto & Gilbert (2014), vaderSentiment 3.3.2, MIT licence; labels |mean rating| > 1"
+    source = "Hutto & Gilbert (2014), vaderSentiment 3.3.2 (ratings: MIT); labels |mean rating| > 1"
     return Task(name, splits, LABEL_NAMES, tokenizer, max_length, source)
 
 
@@ -414,8 +414,6 @@ class Loader:
 
 LOADERS = {
     "sentiment": Loader(partial(_load_sentiment, domain="movies")),
-    "sentiment-amazon": Loader(partial(_load_sentiment, domain="amazon")),
-    "sentiment-nytimes": Loader(partial(_load_sentiment, domain="nytimes")),
     "sentiment-tweets": Loader(partial(_load_sentiment, domain="tweets")),
     "wordnet": Loader(_load_wordnet),
     "austen": Loader(_load_austen, model="tinylm"),

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-DOMAINS = ("movies", "amazon", "nytimes", "tweets")
+DOMAINS = ("movies", "tweets")
 SPLITS = ("train", "validation", "test")
 README = (DATA / "README.md").read_text(encoding="utf-8")
 CHECKSUMS = json.loads((DATA / "checksums.json").read_text(encoding="utf-8"))
@@ -161,6 +161,23 @@ def test_weights_are_the_published_ones_rounded(weights, name, index, value):
     norm = weights[name].double().norm().item()
     # Rounding to 11 bits: at most 2^-11 of each number, and far less in a sum.
     assert norm == pytest.approx(FP32_NORMS[name], rel=2**-13)
+
+
+def test_sentences_rebuild_byte_for_byte_from_the_archive():
+    archive = os.environ.get("VADER_ARCHIVE")
+    if not archive:
+        pytest.skip("VADER_ARCHIVE names no published archive")
+    code = (
+        "import json, sys, tarfile; from build_common import sha256\n"
+        "from build_sentiment import build, INSIDE\n"
+        "package = tarfile.open(sys.argv[1])\n"
+        "inner = INSIDE + 'additional_resources/hutto_ICWSM_2014.tar.gz'\n"
+        "files = build(tarfile.open(fileobj=package.extractfile(inner)))\n"
+        "print(json.dumps({name: sha256(content) for name, content in files.items()}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, archive], cwd=DATA, capture_output=True)
+    built = json.loads(run.stdout.decode().splitlines()[-1])
+    assert built == {name: CHECKSUMS[f"tasks/sentiment/{name}.csv"]["sha256"] for name in DOMAINS}
 
 
 def test_weights_rebuild_byte_for_byte_from_the_archive():
@@ -318,6 +335,20 @@ def test_the_decoder_is_what_the_readme_says():
     # What the 4-bit kernels need of every linear layer inside it.
     layers = [tensor for name, tensor in tensors.items() if name.endswith("proj.weight")]
     assert len(layers) == 42 and all(tensor.shape[1] % 64 == 0 for tensor in layers)
+
+
+def test_the_notice_names_every_bundled_component():
+    notice = (DATA.parent / "NOTICE").read_text(encoding="utf-8")
+    folders = {file.rpartition("/")[0] for file in CHECKSUMS}
+    assert {"models/minilm", "tasks/sentiment", "reference"} < folders
+    assert re.findall(r"(?m)^data/(\S+)$", notice) == sorted(folders)
+
+
+def test_the_licence_of_the_ratings_is_not_claimed_for_the_sentences():
+    texts = [DATA.parent / "NOTICE", DATA / "README.md", DATA / "tasks/sentiment/LICENSE"]
+    for text in [*texts, DATA.parent / "README.md"]:
+        flat = " ".join(text.read_text(encoding="utf-8").split())
+        assert "quotations" in flat and "research and teaching" in flat, text
 
 
 def test_licences_are_there():

@@ -478,6 +478,31 @@ def test_truncated_file(copy_of_data):
         load_model("minilm")
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE"])
+@pytest.mark.parametrize("state", ["missing", "edited"])
+def test_a_model_loads_whatever_its_licence_and_notice_look_like(copy_of_data, name, state):
+    file = copy_of_data / "models/minilm" / name
+    file.unlink()
+    if state == "edited":
+        file.write_text("see elsewhere\r\n", encoding="utf-8")
+    load_tokenizer("minilm")
+    load_model("minilm", verify=True)
+    found = {file.path: file for file in bundled_files()}[f"models/minilm/{name}"]
+    assert found.present == (state == "edited") and not found.intact
+
+
+def test_converted_line_ends_are_named_as_the_cause(copy_of_data):
+    file = copy_of_data / "models/minilm/config.json"
+    content = file.read_bytes().replace(b"\n", b"\r\n")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged: .* from LF to CRLF(?s:.)*git"):
+        load_tokenizer("minilm")
+    # Damaged in another way too: then the line ends are not the cause.
+    file.write_bytes(content.replace(b"hidden", b"hiden"))
+    with pytest.raises(ValueError, match=r"config\.json is damaged: \d+ bytes.*build_minilm\.py"):
+        load_tokenizer("minilm")
+
+
 def test_missing_checksums(copy_of_data):
     (copy_of_data / "checksums.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"git checkout -- data/checksums\.json"):

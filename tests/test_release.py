@@ -58,6 +58,12 @@ def test_the_archive_holds_the_folder(copied):
     assert {"peft-lessons/notebooks/14_beyond_lora.ipynb", "peft-lessons/Makefile"} <= set(names)
 
 
+def test_it_has_the_notices_and_the_rule_for_line_ends(copied):
+    # An instructor may put the copy into a repository, which somebody clones on Windows.
+    names = set(zipfile.ZipFile(copied[1]).namelist())
+    assert {f"peft-lessons/{name}" for name in (".gitattributes", "LICENSE", "NOTICE")} <= names
+
+
 def test_a_folder_of_something_else_is_kept(tmp_path):
     (tmp_path / "thesis").touch()
     with pytest.raises(ValueError, match="holds something else"):

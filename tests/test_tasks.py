@@ -216,7 +216,7 @@ def test_encode(task):
 
 
 def test_long_texts_are_cut(tokenizer):
-    task = load_task("sentiment-nytimes", tokenizer, max_length=8)
+    task = load_task("sentiment-tweets", tokenizer, max_length=8)
     assert max(b["input_ids"].shape[1] for b in task.batches("train", 64)) == 8
     assert task.encode(["word " * 50])["input_ids"].shape == (1, 8)
 
@@ -230,12 +230,12 @@ def test_describe_tells_the_truth(task):
     count = f"{task.size('train'):,}"
     assert cells == ["train", count, f"{100 * share:.1f}", "%", f"{words:.1f}", f"{tokens:.1f}"]
     assert len({len(line) for line in lines[:-1]}) == 1
-    assert "MIT" in lines[-1] and "Hutto" in lines[-1]
+    assert "ratings: MIT" in lines[-1] and "Hutto" in lines[-1] and len(lines[-1]) <= 100
     assert count in repr(task) and "negative / positive" in repr(task)
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match=r"'sentimant'.*sentiment, sentiment-amazon"):
+    with pytest.raises(ValueError, match=r"'sentimant'.*sentiment, sentiment-tweets"):
         load_task("sentimant")
 
 

@@ -18,7 +18,7 @@ import nbformat
 from tools import notebooks
 from tools.environment import ROOT
 
-COPIED = ("LICENSE", "NOTICE", "Makefile", "course.py", "pyproject.toml")
+COPIED = (".gitattributes", "LICENSE", "NOTICE", "Makefile", "course.py", "pyproject.toml")
 COPIED += ("peft_lessons", "data", "benchmarks", "configs")
 STUDENT = ROOT / "docs" / "student"  # a README and an environment of their own
 LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part")

@@ -18,7 +18,7 @@ from tools.release import clear
 
 CONFIGURATION = ROOT / "docs" / "site"
 GUIDES = ("docs/instructors.md", "docs/wrong_answers.md", "CONTRIBUTING.md", "data/README.md")
-LINKED = ("LICENSE", "docs/lesson.png", "docs/architecture.svg")
+LINKED = ("LICENSE", "NOTICE", "docs/lesson.png", "docs/architecture.svg")
 
 
 def contents() -> str:

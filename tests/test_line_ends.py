@@ -1,0 +1,80 @@
+"""A clone on Windows, where git converts line ends, has the bundled files as they were recorded."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from peft_lessons.models import BUNDLED, load_model, load_tokenizer
+from peft_lessons.tasks import LOADERS, load_task
+
+ROOT = Path(__file__).resolve().parent.parent
+CONVERT = ("-c", "core.autocrlf=true")  # what git for Windows proposes when it is installed
+
+
+@pytest.fixture(autouse=True)
+def git_of_a_stranger(monkeypatch):
+    """Leave the settings of this machine's git, and of its user, out of the tests."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.delenv("PEFT_LESSONS_BASE", raising=False)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, encoding="utf-8"
+    ).stdout
+
+
+def test_a_clone_that_converts_line_ends_loads_every_model_and_task(tmp_path, monkeypatch):
+    git(tmp_path, "clone", "-q", "--depth", "1", *CONVERT, ROOT.as_uri(), "clone")
+    files = git(tmp_path / "clone", "ls-files", "--eol").splitlines()
+    assert len(files) > 50
+    assert [file for file in files if "w/crlf" in file or "w/mixed" in file] == []
+    monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path / "clone" / "data"))
+    for name in BUNDLED:
+        load_model(name, verify=True)
+        load_tokenizer(name)
+    for name in LOADERS:
+        load_task(name)
+
+
+def commit(folder: Path) -> None:
+    identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    git(folder, "add", "-A")
+    git(folder, *identity, "commit", "-q", "-m", "x")
+
+
+@pytest.mark.parametrize("attributes", ["none", "pulled later"])
+def test_the_error_names_line_ends_and_commands_that_restore_the_files(
+    tmp_path, monkeypatch, attributes
+):
+    source, clone = tmp_path / "source", tmp_path / "clone"
+    for folder in ("models/tinylm", "tasks/sentiment"):
+        shutil.copytree(ROOT / "data" / folder, source / "data" / folder)
+    shutil.copy(ROOT / "data/checksums.json", source / "data")
+    git(source, "init", "-q")
+    commit(source)
+    git(tmp_path, "clone", "-q", *CONVERT, source.as_uri(), "clone")
+    if attributes == "pulled later":
+        shutil.copy(ROOT / ".gitattributes", source)
+        commit(source)
+        git(clone, "pull", "-q")
+    tokenizer = load_tokenizer("minilm")
+    monkeypatch.setenv("PEFT_LESSONS_DATA", str(clone / "data"))
+    with pytest.raises(ValueError, match=r"tweets\.csv is damaged: .* converted from LF to CRLF"):
+        load_task("sentiment-tweets", tokenizer)
+    with pytest.raises(ValueError, match=r"json is damaged: .* converted from LF to CRLF") as error:
+        load_tokenizer("tinylm")
+    commands = [line for line in str(error.value).splitlines() if line.startswith("    git ")]
+    assert len(commands) == 3
+    for command in commands:
+        git(clone, *command.split()[1:])
+    load_tokenizer("tinylm")
+    load_task("sentiment-tweets", tokenizer)
+    assert "w/crlf" not in git(clone, "ls-files", "--eol", "data/models", "data/tasks")
