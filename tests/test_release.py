@@ -1,8 +1,13 @@
 """The students' copy has all that a lesson needs, and no answers."""
 
+import ast
+import re
+import subprocess
+import sys
 import zipfile
 
 import pytest
+import yaml
 
 from tools import notebooks, release
 from tools.environment import offline_environment
@@ -41,21 +46,126 @@ def test_exercises_and_checks_have_no_outputs_and_the_rest_is_as_it_was(copied):
                 assert mine == his
 
 
-def test_it_runs_by_itself(copied):
+LESSONS = [
+    pytest.param(path.name, id=path.stem, marks=[pytest.mark.every_lesson] if number else [])
+    for number, path in enumerate(notebooks.lessons())
+]
+
+
+def elsewhere(folder):
+    """Return an environment in which the copy's package is the one that is imported."""
+    return offline_environment({"PATH": "/usr/bin:/bin"}) | {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_runs_in_the_copy_as_shipped(copied, lesson):
     folder, _ = copied
-    env = offline_environment({"PATH": "/usr/bin:/bin"}) | {"PYTHONPATH": str(folder)}
-    path = folder / "notebooks" / "00_start_here.ipynb"
+    path = folder / "notebooks" / lesson
     nb = notebooks.read(path)
     nb.cells.append(nb.cells[-1].copy())
     nb.cells[-1].update(source="import peft_lessons; peft_lessons.__file__", id="where")
-    done = notebooks.execute(nb, path.parent, env)
+    done = notebooks.execute(nb, path.parent, elsewhere(folder))
     assert str(folder) in done.cells[-1].outputs[0].data["text/plain"]
+
+
+def imports(nb):
+    """Return the import statements of a notebook's code cells, as one source."""
+    trees = [ast.parse(cell.source) for cell in notebooks.code_cells(nb)]
+    found = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.Import | ast.ImportFrom)]
+    return "\n".join(map(ast.unparse, found))
+
+
+def test_every_import_of_every_lesson_resolves_in_the_copy(copied):
+    folder, _ = copied
+    lessons = [notebooks.read(folder / "notebooks" / path.name) for path in notebooks.lessons()]
+    source = "\n".join(map(imports, lessons))
+    assert source.count("from peft_lessons import") >= len(lessons)
+    where = "import peft_lessons, peft_lessons.train as t; print(t.__file__, t.CONFIGS.is_dir())"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{source}\n{where}"],
+        cwd=folder / "notebooks", env=elsewhere(folder), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(folder / "peft_lessons" / "train.py"), "True"]
+
+
+PATH = re.compile(
+    r"(?<![\w./-])(?:benchmarks|build|configs|data|docs|notebooks|peft_lessons|results|tasks|tests|tools)"
+    r"/[\w./*-]*[\w*]"
+)
+COMMAND = re.compile(r"(?:`|^|python3? |py )(?:make|course\.py) ([a-z]+)|\bmake ([a-z]+)`", re.M)
+
+
+def sentences(folder):
+    """Yield (file, text) of all that a learner reads in the copy."""
+    for file in sorted(folder.rglob("*.md")) + sorted(folder.glob("environment.yml")):
+        yield file, file.read_text(encoding="utf-8")
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        for cell in notebooks.read(path).cells:
+            shown = [o.get("text") or str(o.get("data", {})) for o in cell.get("outputs", [])]
+            shown = [re.sub(r"[A-Za-z0-9+/=]{200,}", "", text) for text in shown]  # pictures
+            yield path, "\n".join([cell.source, *shown])
+    for file in sorted((folder / "peft_lessons").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield file, node.value
+
+
+def test_no_sentence_names_a_file_or_a_command_that_the_copy_does_not_have(copied):
+    folder, _ = copied
+    missing = []
+    for file, text in sentences(folder):
+        for path in PATH.findall(text):
+            places = [folder, folder / "data"]
+            if not any(list(place.glob(path)) for place in places):
+                missing.append((file.name, path))
+        missing += [(file.name, c) for pair in COMMAND.findall(text) for c in pair if c not in HAS]
+    assert not missing
+
+
+HAS = {"", "lab", "setup", "here", "clean", "help"}
+
+
+def test_its_commands_are_those_of_a_learner(copied):
+    folder, _ = copied
+    shown = subprocess.run(
+        [sys.executable, "course.py", "help"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(re.findall(r"(?m)^  ([a-z]+)", shown.stdout)) == HAS - {""}
+    wrong = subprocess.run(
+        [sys.executable, "course.py", "test"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 1 and "There is no command test." in wrong.stderr
+    conda = yaml.safe_load((folder / "environment.yml").read_text(encoding="utf-8"))
+    assert conda["dependencies"][-1] == {"pip": ["-e ."]}, "without the instructors' tools"
+
+
+def test_for_colab_each_lesson_begins_with_a_badge_and_a_set_up(tmp_path):
+    path = notebooks.lessons()[0]
+    nb = release.for_colab(notebooks.read(path), "jo/peft-course", path.name)
+    badge, install = nb.cells[:2]
+    assert "/github/jo/peft-course/blob/main/notebooks/00_start_here.ipynb)" in badge.source
+    assert "github.com/jo/peft-course " in install.source and "course.py here" in install.source
+    assert nb.cells[2:] == notebooks.read(path).cells
+    nb.cells = nb.cells[:2]
+    done = notebooks.execute(nb, tmp_path, offline_environment())
+    assert not done.cells[1].outputs, "nothing happens outside of Colab"
+    with pytest.raises(ValueError, match="OWNER/NAME"):
+        release.release(tmp_path / "new", colab="https://example.org/jo/peft-course")
 
 
 def test_the_archive_holds_the_folder(copied):
     names = zipfile.ZipFile(copied[1]).namelist()
     assert all(name.startswith("peft-lessons/") for name in names)
-    assert {"peft-lessons/notebooks/14_beyond_lora.ipynb", "peft-lessons/Makefile"} <= set(names)
+    assert {"peft-lessons/notebooks/14_beyond_lora.ipynb", "peft-lessons/course.py"} <= set(names)
 
 
 def test_it_has_the_notices_and_the_rule_for_line_ends(copied):
