@@ -39,6 +39,7 @@ def good():
         code("#| default_exp methods.start"),
         code("#| export\nimport math"),
         code("import base64\n%matplotlib inline"),
+        new_markdown_cell("| a | |\n|:---|---|\n| b | c |\n| | |"),
         new_markdown_cell("## Part\n\n```\n# no heading\n```\n\n### Subpart"),
         code("print('https://example.org/tmp/x')", text("https://example.org/tmp/x\n")),
         code("show()", picture(ALT, in_html=ALT), picture(ALT), picture(ALT, "top")),
@@ -182,6 +183,10 @@ BAD = {
     },
     "formulas_are_escaped_once": {
         "doubled": add(new_markdown_cell(r"where $W_\\text{up}$ starts at zero")),
+    },
+    "tables_have_headers": {
+        "empty row": add(new_markdown_cell("text\n\n| | |\n|---|---|\n| a | b |")),
+        "aligned": add(new_markdown_cell("|  |  |\n|:--|--:|\n| a | b |")),
     },
     "headings_in_order": {
         "no title": change(lambda nb: nb.cells[0].update(source="Title")),

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"(?m)^([a-z.]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8")))
 
 
-GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "data/README.md"]
+GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "docs/site/start.md", "data/README.md"]
 
 
 @pytest.mark.parametrize("page", ["README.md", *GUIDES])

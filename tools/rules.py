@@ -393,6 +393,16 @@ def formulas_are_escaped_once(nb: NotebookNode, path: Path) -> Complaints:
     return found
 
 
+def tables_have_headers(nb: NotebookNode, path: Path) -> Complaints:
+    """The first row of a table says what stands below: an empty one is read out as nothing."""
+    empty = re.compile(r"^\|(?:[ \t]*\|)+[ \t]*\n\|[ \t]*:?-", re.M)
+    return [
+        f"{label} has a table whose first row is empty"
+        for label, cell in _numbered(nb, "markdown")
+        if empty.search(cell.source)
+    ]
+
+
 def headings_in_order(nb: NotebookNode, path: Path) -> Complaints:
     found, levels = [], []
     for label, cell in _numbered(nb, "markdown"):
@@ -451,6 +461,7 @@ RULES = (
     solutions_match_stubs,
     links_lead_somewhere,
     formulas_are_escaped_once,
+    tables_have_headers,
     headings_in_order,
     clean_metadata,
     unique_cell_ids,
