@@ -143,6 +143,7 @@ def test_the_first_page_is_for_a_reader_and_leads_to_the_readme(built):
     first = [f"notebooks/{path.stem}.html" for path in notebooks.lessons()[:3]]
     assert all(f'href="{link}"' in article for link in [*first, "README.html"])
     assert "make " not in article and "pip " not in article
+    assert "not set" not in page  # as the theme says of an author
 
 
 @pytest.fixture(scope="module")
