@@ -53,15 +53,18 @@ class Shown:
     def __init__(self, png: bytes, alt: str, caption: str):
         self.png, self.alt, self.caption = png, alt, caption
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        source = "data:image/png;base64," + base64.b64encode(self.png).decode()
-        # JupyterLab gives image outputs no alternative text; an <img> in HTML keeps its own.
-        return {
-            "text/html": f'<figure style="margin:0"><img src="{source}" style="max-width:100%" '
-            f'alt="{html.escape(self.alt, quote=True)}">'
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict[str, str], dict]:
+        png = base64.b64encode(self.png).decode()
+        # JupyterLab and the site show the HTML: their <img> of an image/png has no alt text. A PDF
+        # takes the image/png, for which nbconvert reads the alt text from the metadata.
+        data = {
+            "text/html": f'<figure style="margin:0"><img src="data:image/png;base64,{png}" '
+            f'style="max-width:100%" alt="{html.escape(self.alt, quote=True)}">'
             f"<figcaption>{html.escape(self.caption)}</figcaption></figure>",
+            "image/png": png,
             "text/plain": f"{self.caption}\n[{self.alt}]",
         }
+        return data, {"image/png": {"alt": self.alt}}
 
 
 # The style must hold while things are drawn: titles, lines and legends read it only then.

@@ -13,11 +13,13 @@ SOLUTION = "def row_norms(weight, eps=0.0):\n    return weight\n"
 STUB = "def row_norms(weight, eps=0.0):\n    raise NotImplementedError"
 
 
-def picture(alt, where="html"):
-    if where == "html":
-        return new_output("display_data", {"text/html": f'<img src="data:,x" alt="{alt}">'})
+def picture(alt, where="nested", in_html=None):
+    """An image with its alt text in the metadata, and with HTML beside it if that has one too."""
     metadata = {"alt": alt} if where == "top" else {"image/png": {"alt": alt}}
-    return new_output("display_data", {"image/png": "aGk="}, metadata=metadata)
+    data = {"image/png": "aGk="}
+    if in_html is not None:
+        data["text/html"] = f'<img src="data:,x" alt="{in_html}">'
+    return new_output("display_data", data, metadata=metadata)
 
 
 def text(value, name="stdout"):
@@ -37,9 +39,10 @@ def good():
         code("#| default_exp methods.start"),
         code("#| export\nimport math"),
         code("import base64\n%matplotlib inline"),
+        new_markdown_cell("| a | |\n|:---|---|\n| b | c |\n| | |"),
         new_markdown_cell("## Part\n\n```\n# no heading\n```\n\n### Subpart"),
         code("print('https://example.org/tmp/x')", text("https://example.org/tmp/x\n")),
-        code("show()", picture(ALT), picture(ALT, "nested"), picture(ALT, "top")),
+        code("show()", picture(ALT, in_html=ALT), picture(ALT), picture(ALT, "top")),
         code(
             "1 / 0", new_output("error", ename="E", evalue="", traceback=["E"]),
             tags=["raises-exception"],
@@ -121,11 +124,16 @@ BAD = {
     "small_file": {"large": lambda nb, path: path.write_text("x" * 1_000_000, encoding="utf-8")},
     "pictures_have_alt_text": {
         "none": add(code("x", new_output("display_data", {"image/png": "aGk="}))),
-        "empty": add(code("x", picture(""))),
-        "short": add(code("x", picture("a plot", "nested"))),
+        "empty": add(code("x", picture(ALT, in_html=""))),
+        "short": add(code("x", picture("a plot"))),
+        "not with the image": add(code("x", picture("", in_html=ALT))),
         "second": add(
             code("x", new_output("display_data", {"text/html": f'<img alt="{ALT}"><img>'}))
         ),
+        "svg": add(code("x", new_output("display_data", {"text/html": "<svg></svg>"}))),
+    },
+    "pictures_outlive_html": {
+        "img": add(code("x", new_output("display_data", {"text/html": f'<img alt="{ALT}">'}))),
         "svg": add(code("x", new_output("display_data", {"text/html": "<svg></svg>"}))),
     },
     "short_cells": {"26 lines": add(code("x\n" * 25 + "x"))},
@@ -175,6 +183,10 @@ BAD = {
     },
     "formulas_are_escaped_once": {
         "doubled": add(new_markdown_cell(r"where $W_\\text{up}$ starts at zero")),
+    },
+    "tables_have_headers": {
+        "empty row": add(new_markdown_cell("text\n\n| | |\n|---|---|\n| a | b |")),
+        "aligned": add(new_markdown_cell("|  |  |\n|:--|--:|\n| a | b |")),
     },
     "headings_in_order": {
         "no title": change(lambda nb: nb.cells[0].update(source="Title")),

@@ -1,8 +1,12 @@
 """Every lesson keeps the rules, exports its module, and runs with its solutions."""
 
+import base64
+import html
+import re
 import shutil
 
 import pytest
+from nbconvert import LatexExporter, MarkdownExporter
 
 from tools import notebooks
 from tools.rules import RULES
@@ -20,6 +24,24 @@ def test_rules(path):
     nb = notebooks.read(path)
     complaints = [f"{rule.__name__}: {text}" for rule in RULES for text in rule(nb, path)]
     assert not complaints, "\n" + "\n".join(complaints)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_every_figure_reaches_a_pdf_and_markdown(path):
+    nb = notebooks.read(path)
+    nb.cells = notebooks.code_cells(nb)  # the text between them would need pandoc
+    shown = [out for cell in nb.cells for out in cell.outputs if "data" in out]
+    figures = [
+        (re.search(r"base64,([^\"]+)", out.data["text/html"])[1], out.metadata["image/png"]["alt"])
+        for out in shown
+        if "<img" in out.data.get("text/html", "")
+    ]
+    latex, made = LatexExporter().from_notebook_node(nb)
+    drawn = [made["outputs"][name] for name in re.findall(r"\\adjustimage.*\{(\S+?)\}", latex)]
+    assert drawn == [base64.b64decode(picture) for picture, _ in figures]
+    page, _ = MarkdownExporter().from_notebook_node(nb)
+    found = re.findall(r'<img src="data:image/png;base64,(\S+)"[^>]* alt="([^"]+)"', page)
+    assert [(picture, html.unescape(alt)) for picture, alt in found] == figures
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)

@@ -40,7 +40,7 @@ def drawn():
 def test_alt_text_is_there_and_escaped(displayed):
     plots.show(drawn()[0], ALT, 'A "caption" with <b>tags</b> & signs')
     (shown,) = displayed
-    bundle = shown._repr_mimebundle_()
+    bundle, metadata = shown._repr_mimebundle_()
     page = bundle["text/html"]
     assert page.count("<img ") == page.count(" alt=") == page.count("<figcaption>") == 1
     alt = re.search(r' alt="([^"]*)"', page).group(1)
@@ -51,7 +51,9 @@ def test_alt_text_is_there_and_escaped(displayed):
     png = base64.b64decode(re.search(r"base64,([^\"]+)", page).group(1))
     assert png == shown.png and png.startswith(b"\x89PNG")
     assert ALT in bundle["text/plain"] and 'A "caption"' in bundle["text/plain"]
-    assert set(bundle) == {"text/html", "text/plain"}
+    assert set(bundle) == {"text/html", "image/png", "text/plain"}
+    assert base64.b64decode(bundle["image/png"]) == png
+    assert metadata == {"image/png": {"alt": ALT}}
 
 
 @pytest.mark.parametrize("alt", ["", "a plot", "nineteen characters"])

@@ -16,6 +16,7 @@ COMMANDS = {"lab", "setup", "here", "clean", "help", *course.COMMANDS}
 
 
 GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "docs/hub.md", "data/README.md"]
+PAGES = ["README.md", "CHANGELOG.md", "docs/site/start.md", "docs/student/README.md", *GUIDES]
 
 
 @pytest.mark.parametrize("page", ["README.md", *GUIDES])
@@ -33,7 +34,7 @@ def test_the_maps_list_every_lesson():
     assert set(LESSONS[1:]) <= set(re.findall(r"\]\(([0-9][^)]+\.ipynb)\)", start))
 
 
-@pytest.mark.parametrize("page", ["README.md", *GUIDES, "docs/student/README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_named_in_a_guide_exists(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     made = set(re.findall(r"(?m)(?:`|^)make ([a-z.]+)", text))

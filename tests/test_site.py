@@ -1,6 +1,7 @@
 """The course as web pages: built without a warning, whole, and readable in a real browser."""
 
 import importlib.util
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +13,7 @@ from tools import notebooks, site
 
 PAGES = ["index.html", *(f"notebooks/{path.stem}.html" for path in notebooks.lessons())]
 PAGES += [guide.replace(".md", ".html") for guide in site.GUIDES]
-SOME = {"index.html", "notebooks/02_lora.html"}
+SOME = {"index.html", "README.html", "notebooks/02_lora.html"}
 IN_A_BROWSER = [
     pytest.param(page, marks=[] if page in SOME else [pytest.mark.every_lesson]) for page in PAGES
 ]
@@ -26,6 +27,22 @@ SEEN = """() => ({
     back: getComputedStyle(document.body).backgroundColor,
     text: getComputedStyle(document.querySelector('article')).color,
 })"""
+# A word is torn if its letters stand on more than one line.
+TORN = """() => {
+    const torn = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const text = texts.currentNode, inside = text.parentElement;
+        if (!inside.closest('article table') || inside.closest('mjx-container')) continue;
+        for (const word of text.data.matchAll(/\\p{L}+/gu)) {
+            const letters = document.createRange();
+            letters.setStart(text, word.index);
+            letters.setEnd(text, word.index + word[0].length);
+            const lines = [...letters.getClientRects()].map(box => Math.round(box.top));
+            if (new Set(lines).size > 1) torn.push(word[0]);
+        }
+    }
+    return torn;
+}"""
 
 
 class Page(HTMLParser):
@@ -94,10 +111,39 @@ def test_every_figure_has_its_alternative_text(built):
         assert all(len(alt) >= 20 for alt in Page(built / page).alts), page
 
 
+def searchindex(built):
+    text = (built / "searchindex.js").read_text(encoding="utf-8")
+    return json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
+
+
 def test_the_search_knows_every_lesson(built):
-    index = (built / "searchindex.js").read_text(encoding="utf-8")
-    assert all(f'"notebooks/{path.stem}"' in index for path in notebooks.lessons())
-    assert "intrud" in index  # words are cut to their stems
+    index = searchindex(built)
+    assert {f"notebooks/{path.stem}" for path in notebooks.lessons()} <= set(index["docnames"])
+    assert "intrud" in index["terms"] | index["titleterms"]  # words are cut to their stems
+
+
+def test_a_lesson_goes_by_its_number_wherever_it_is_named(built):
+    index, paths = searchindex(built), notebooks.lessons()
+    titles = dict(zip(index["docnames"], index["titles"], strict=True))
+    start = (built / "index.html").read_text(encoding="utf-8")
+    for path, after in zip(paths, [*paths[1:], None], strict=True):
+        number, page = path.stem[:2], (built / "notebooks" / path.stem).with_suffix(".html")
+        text = page.read_text(encoding="utf-8")
+        assert titles[f"notebooks/{path.stem}"].startswith(f"{number} ")
+        assert re.search(rf"<title>{number} ", text) and re.search(rf"<h1>{number} ", text)
+        assert re.search(rf'href="notebooks/{path.stem}.html">\s*{number} ', start), "sidebar"
+        if after:
+            following = text[text.index('class="right-next"') :]
+            assert re.search(rf'"prev-next-title">{after.stem[:2]} ', following)
+
+
+def test_the_first_page_is_for_a_reader_and_leads_to_the_readme(built):
+    page = (built / "index.html").read_text(encoding="utf-8")
+    article = page[page.index("<article") : page.index("</article>")]
+    first = [f"notebooks/{path.stem}.html" for path in notebooks.lessons()[:3]]
+    assert all(f'href="{link}"' in article for link in [*first, "README.html"])
+    assert "make " not in article and "pip " not in article
+    assert "not set" not in page  # as the theme says of an author
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +162,20 @@ def browser():
         opened.close()
 
 
+def hindrances(page):
+    """Return what axe-core finds in a page that seriously hinders a reader."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    # No preload: it asks for each style sheet, which a browser refuses to pages from disk.
+    options = {"resultTypes": ["violations"], "preload": False}
+    found = Axe().run(page, options=options).response["violations"]
+    return [
+        f"{rule['id']}: {rule['help']}: {rule['nodes'][0]['html']}"
+        for rule in found
+        if rule["impact"] in {"serious", "critical"}
+    ]
+
+
 def seen(browser, address, size, theme):
     """(what a page shows in a window and theme, what its console says)"""
     context = browser.new_context(viewport=size, color_scheme=theme, offline=True)
@@ -128,7 +188,7 @@ def seen(browser, address, size, theme):
         " >= document.querySelectorAll('.math').length",
         timeout=30_000,
     )
-    found = page.evaluate(SEEN)
+    found = page.evaluate(SEEN) | {"torn": page.evaluate(TORN), "hinders": hindrances(page)}
     context.close()
     return found, said
 
@@ -145,7 +205,7 @@ def test_a_page_is_readable_on_desk_and_phone_in_both_themes(built, browser, pag
         assert not said
         assert found["rendered"] == found["formulas"] and not found["refused"]
         assert found["wide"] <= 0, "the page is wider than the window"
-        assert not found["broken"]
+        assert not found["broken"] and not found["torn"] and not found["hinders"]
         contrast = brightness(found["back"]) - brightness(found["text"])
         assert (contrast > 120) if theme == "light" else (contrast < -120)
 

@@ -159,25 +159,49 @@ class _ImageAlts(HTMLParser):
             self.alts.append(dict(attrs).get("alt" if tag == "img" else "aria-label") or "")
 
 
-def _alt_texts(output: NotebookNode) -> list[str]:
-    """The alt text of each picture in an output, '' where it has none."""
+def _shown(nb: NotebookNode) -> Iterator[tuple[str, NotebookNode]]:
+    """Yield (label of the cell, output) for each output that may hold a picture."""
+    for label, cell in _numbered(nb, "code"):
+        for output in cell.outputs:
+            if output.output_type in {"display_data", "execute_result"}:
+                yield label, output
+
+
+def _alts_in_html(output: NotebookNode) -> list[str]:
+    """Return the alt text of each picture in an output's HTML, '' where a picture has none."""
     html = _ImageAlts()
     html.feed(output.data.get("text/html", ""))
-    pictures = [kind for kind in output.data if kind.startswith("image/")]
-    if not pictures or html.alts:  # the picture is then the fallback of the HTML
-        return html.alts
-    nested = [output.metadata.get(kind, {}).get("alt", "") for kind in pictures]
-    return [output.metadata.get("alt") or max(nested, key=len)]
+    return html.alts
+
+
+def _images(output: NotebookNode) -> list[str]:
+    return [kind for kind in output.data if kind.startswith("image/")]
+
+
+def _alt_texts(output: NotebookNode) -> list[str]:
+    """Return all alt texts of an output: those in its HTML and the one of its image."""
+    alts = _alts_in_html(output)
+    if images := _images(output):
+        nested = [output.metadata.get(kind, {}).get("alt", "") for kind in images]
+        alts.append(output.metadata.get("alt") or max(nested, key=len))
+    return alts
 
 
 def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
     return [
         f"{label} shows a picture whose alt text is {alt!r}: at least {MIN_ALT} characters"
-        for label, cell in _numbered(nb, "code")
-        for output in cell.outputs
-        if output.output_type in {"display_data", "execute_result"}
+        for label, output in _shown(nb)
         for alt in _alt_texts(output)
         if len(alt.strip()) < MIN_ALT
+    ]
+
+
+def pictures_outlive_html(nb: NotebookNode, path: Path) -> Complaints:
+    """Beside a picture in HTML stands an image, which a PDF shows."""
+    return [
+        f"{label} shows a picture in HTML alone, which a PDF leaves out: use `show`"
+        for label, output in _shown(nb)
+        if _alts_in_html(output) and not _images(output)
     ]
 
 
@@ -369,6 +393,16 @@ def formulas_are_escaped_once(nb: NotebookNode, path: Path) -> Complaints:
     return found
 
 
+def tables_have_headers(nb: NotebookNode, path: Path) -> Complaints:
+    """The first row of a table says what stands below: an empty one is read out as nothing."""
+    empty = re.compile(r"^\|(?:[ \t]*\|)+[ \t]*\n\|[ \t]*:?-", re.M)
+    return [
+        f"{label} has a table whose first row is empty"
+        for label, cell in _numbered(nb, "markdown")
+        if empty.search(cell.source)
+    ]
+
+
 def headings_in_order(nb: NotebookNode, path: Path) -> Complaints:
     found, levels = [], []
     for label, cell in _numbered(nb, "markdown"):
@@ -415,6 +449,7 @@ RULES = (
     no_machine_paths,
     small_file,
     pictures_have_alt_text,
+    pictures_outlive_html,
     short_cells,
     imports_in_setup,
     no_input,
@@ -426,6 +461,7 @@ RULES = (
     solutions_match_stubs,
     links_lead_somewhere,
     formulas_are_escaped_once,
+    tables_have_headers,
     headings_in_order,
     clean_metadata,
     unique_cell_ids,

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import nbformat
 from sphinx.cmd.build import build_main
 
 from tools import notebooks
@@ -17,27 +18,51 @@ from tools.environment import ROOT
 from tools.release import clear
 
 CONFIGURATION = ROOT / "docs" / "site"
-GUIDES = ("docs/instructors.md", "docs/wrong_answers.md", "CONTRIBUTING.md", "data/README.md")
+START = CONFIGURATION / "start.md"
+GUIDES = (
+    "README.md",
+    "docs/instructors.md",
+    "docs/hub.md",
+    "docs/wrong_answers.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "data/README.md",
+)
 LINKED = ("LICENSE", "NOTICE", "docs/lesson.png", "docs/architecture.svg")
 
 
+def numbered(path: Path) -> nbformat.NotebookNode:
+    """Return a lesson whose title starts with its number, by which other lessons name it."""
+    nb = notebooks.read(path)
+    nb.cells[0].source = nb.cells[0].source.replace("# ", f"# {path.stem[:2]} ", 1)
+    return nb
+
+
 def contents() -> str:
-    """What stands in the sidebar."""
-    lessons = [f"notebooks/{path.stem}" for path in notebooks.lessons()]
+    """Return the sidebar: lessons by number and short title, guides by their own titles."""
+    lessons = []
+    for path in notebooks.lessons():
+        title = numbered(path).cells[0].source.splitlines()[0].removeprefix("# ")
+        lessons.append(f"{title.partition(':')[0]} <notebooks/{path.stem}>")
+    readme, *others = (guide.removesuffix(".md") for guide in GUIDES)
+    guides = [f"Overview and installation <{readme}>", *others]
     parts = []
-    for caption, pages in (("Lessons", lessons), ("Guides", [g[: -len(".md")] for g in GUIDES])):
+    for caption, pages in (("Lessons", lessons), ("Guides", guides)):
         lines = "\n".join(pages)
         parts.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```")
     return "\n\n".join(parts)
 
 
 def lay_out(source: Path) -> None:
-    """Copy the pages to a folder as Sphinx wants them: the README is the first."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (source / "index.md").write_text(f"{readme}\n{contents()}\n", encoding="utf-8")
-    for page in (*GUIDES, *LINKED, *(f"notebooks/{path.name}" for path in notebooks.lessons())):
+    """Copy the pages to a folder as Sphinx wants them: docs/site/start.md becomes the first."""
+    start = START.read_text(encoding="utf-8").replace("](../../", "](")
+    (source / "index.md").write_text(f"{start}\n{contents()}\n", encoding="utf-8")
+    for page in (*GUIDES, *LINKED):
         (source / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / page, source / page)
+    (source / "notebooks").mkdir()
+    for path in notebooks.lessons():
+        nbformat.write(numbered(path), source / "notebooks" / path.name)
 
 
 def build(folder: Path) -> int:

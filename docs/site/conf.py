@@ -10,6 +10,7 @@ html_theme_options = {
     "show_toc_level": 1,
     "home_page_in_toc": True,
     "use_fullscreen_button": False,
+    "footer_content_items": [],  # no author or date is stated
     "navbar_persistent": [],  # the sidebar has the search
 }
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
