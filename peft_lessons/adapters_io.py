@@ -29,8 +29,8 @@ from .inject import (
     inject,
     injection_of,
     matches,
-    methods,
     refuse_injected,
+    registered_methods,
     require_injection,
 )
 
@@ -197,7 +197,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
             f"{CONFIG} in {str(folder)!r} is not the one that {WEIGHTS} was saved with: one of the "
             "two was changed or exchanged since; save the adapter again"
         )
-    known = [method for method in methods() if method.peft_type == config["peft_type"]]
+    known = [method for method in registered_methods() if method.peft_type == config["peft_type"]]
     indices = {name for method in known for name in method.index_tensors}
     for key, tensor in tensors.items():
         fits, made_of = _FLOATS, "16-, 32- or 64-bit floats: it was quantised or is no adapter"
@@ -217,7 +217,7 @@ def _own_entries(text: str, folder: Path) -> dict:
         entries = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header of {WEIGHTS} in {str(folder)!r} is broken: {error}") from None
-    known = {name for method in methods() for name in method.own_entries}
+    known = {name for method in registered_methods() for name in method.own_entries}
     if not isinstance(entries, dict) or not entries.keys() <= known:
         raise ValueError(
             f"the header of {WEIGHTS} in {str(folder)!r} holds {_OWN}={text[:80]!r}, which must be "
@@ -229,9 +229,9 @@ def _own_entries(text: str, folder: Path) -> dict:
 def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
     """The method that the config describes, and its tensors. ValueError if the course has none."""
     kind = config["peft_type"]
-    known = [m for m in methods() if m.peft_type == kind]
+    known = [m for m in registered_methods() if m.peft_type == kind]
     if not known:
-        names = ", ".join(sorted({m.peft_type for m in methods()}))
+        names = ", ".join(sorted({m.peft_type for m in registered_methods()}))
         raise ValueError(f"peft_type {kind!r} is no method of the course; known are {names}")
     complaints = {}
     for method in known:

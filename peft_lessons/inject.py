@@ -237,7 +237,7 @@ def _refuse_twice(merged: bool, wanted: bool) -> None:
         )
 
 
-def methods() -> list[type[Method]]:
+def registered_methods() -> list[type[Method]]:
     """Every method that has been defined so far: the registry.
 
     Of a class that was defined again, as when a notebook's cell is run twice, the last one, even
@@ -644,7 +644,7 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     Returns a `Report`. Raises TypeError or ValueError, with the model unchanged, if the method does
     not fit the model, and RuntimeError if a method is in it already."""
     if not isinstance(method, Method):
-        known = ", ".join(sorted(m.__name__ for m in methods()))
+        known = ", ".join(sorted(m.__name__ for m in registered_methods()))
         raise TypeError(f"method={method!r} must describe a method, such as one of: {known}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

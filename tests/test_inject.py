@@ -1,6 +1,8 @@
 """inject, merge, unmerge, unload: what they do, and what they refuse without changing anything."""
 
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ from peft_lessons import (
     inject,
     injection_of,
     merge,
-    methods,
+    registered_methods,
     report,
     save_adapter,
     unload,
@@ -605,8 +607,20 @@ class Broken(Scale):
 
 
 def test_the_registry_holds_every_method():
-    assert {LoRA, Scale, ShiftEmbeddings, Norms} <= set(methods())
-    assert Method not in methods()
+    assert {LoRA, Scale, ShiftEmbeddings, Norms} <= set(registered_methods())
+    assert Method not in registered_methods()
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import peft_lessons.methods.lora as lora; from peft_lessons import methods",
+        "from peft_lessons import LoRA, methods; import peft_lessons.methods.lora as lora",
+    ],
+)
+def test_the_name_of_the_subpackage_is_the_subpackage_s_own(imports):
+    code = f"{imports}; assert methods.__name__ == 'peft_lessons.methods' and methods.lora is lora"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_wrapping_method_without_merge_rule():
@@ -702,7 +716,7 @@ def test_of_a_method_defined_twice_the_last_one_counts():
         return Again
 
     first, second = define(1), define(2)
-    assert [m.version for m in methods() if m.peft_type == "TEST_AGAIN"] == [2]
+    assert [m.version for m in registered_methods() if m.peft_type == "TEST_AGAIN"] == [2]
     assert first is not second
 
 
