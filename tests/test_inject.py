@@ -29,6 +29,7 @@ from peft_lessons import (
     unmerge,
 )
 from peft_lessons.inject import Adapted, Method
+from peft_lessons.rules import validate
 
 QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
 IDS = torch.arange(1, 25).view(2, 12)
@@ -581,7 +582,7 @@ class Norms(Method):
         return [n for n, _ in model.named_parameters() if "layernorm" in n]
 
 
-def test_a_field_may_be_called_like_a_thing_of_a_lesson():
+def test_a_field_may_be_called_like_a_thing_of_a_lesson_or_have_no_rule():
     """Prefix tuning looks at the layers of a cache, DoRA at the length of rows."""
 
     @dataclass(frozen=True)
@@ -589,6 +590,7 @@ def test_a_field_may_be_called_like_a_thing_of_a_lesson():
         layers: tuple[int, ...] = (0, 1)
         length: int = 3
         rank: int = 2
+        temperature: float = -1.0  # no rule has this name
         peft_type = "TEST_NAMED"
 
     assert inject(tiny_llama(), Named()).method == Named(layers=(0, 1), length=3)
@@ -609,6 +611,13 @@ class Broken(Scale):
 def test_the_registry_holds_every_method():
     assert {LoRA, Scale, ShiftEmbeddings, Norms} <= set(registered_methods())
     assert Method not in registered_methods()
+
+
+def test_a_name_without_a_rule_cannot_be_validated():
+    with pytest.raises(KeyError, match="LoRALayer: no rule is called 'rnak'; did you mean 'rank'?"):
+        validate("LoRALayer", rnak=0)
+    with pytest.raises(KeyError, match="LoRALayer: no rule is called 'zzz'\""):
+        validate("LoRALayer", rank=4, zzz=0)
 
 
 @pytest.mark.parametrize(
