@@ -15,7 +15,7 @@ from . import measure, memory, plots
 from .adapters_io import load_adapter, read_adapter, save_adapter
 from .advice import adviser, recommend_peft_method
 from .hf import load_and_merge_adapter, setup_peft_training, setup_qlora
-from .inject import freeze, inject, injection_of, merge, methods, report, unload, unmerge
+from .inject import freeze, inject, injection_of, merge, registered_methods, report, unload, unmerge
 from .machine import machine_check
 from .methods.adalora import AdaLoRA
 from .methods.adapters import Adapter, BottleneckAdapter
@@ -122,7 +122,6 @@ __all__ = [
     "measured_on",
     "memory",
     "merge",
-    "methods",
     "plots",
     "prompt_of",
     "prompts_for_rows",
@@ -130,6 +129,7 @@ __all__ = [
     "read_adapter",
     "recommend_peft_method",
     "references",
+    "registered_methods",
     "report",
     "save_adapter",
     "scores",

@@ -1,9 +1,10 @@
 """Save and load what a method learned, in the file format of Hugging Face PEFT.
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. PEFT opens ours
-wherever it has the method, and we open PEFT's. The header of our weights says three things more,
+wherever it has the method, and we open PEFT's. The header of our weights says four things more,
 which PEFT passes over: a fingerprint of the base they belong to, the method's entries that PEFT
-does not know, and a digest of these and of the config.
+does not know, the modules of a classification head that are in the file and do not train, and a
+digest of these and of the config.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from .inject import (
     Method,
     Report,
     fingerprint,
+    head_of,
     inject,
     injection_of,
+    is_classifier,
     matches,
-    methods,
     refuse_injected,
+    registered_methods,
     require_injection,
 )
 
@@ -38,6 +41,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Where the header of our weights keeps them.
 _BASE, _CONFIG_DIGEST, _OWN = "peft_lessons_base", "peft_lessons_config", "peft_lessons_own"
+_FROZEN = "peft_lessons_frozen"
+# PEFT wraps each module whose path ends so into its modules_to_save, if the task is SEQ_CLS.
+_HEADS = ("classifier", "score")
 # Entries of any config of PEFT's that say nothing about the function the adapter computes.
 _SAYS_NOTHING = {
     "auto_mapping",
@@ -54,8 +60,11 @@ _WHOLE = (torch.int32, torch.int64)
 _OFF = (None, False, {}, [], "none")
 
 
-def _slots(model: nn.Module, injection: Injection) -> Iterator[tuple[str, torch.Tensor]]:
-    """(key in PEFT's file, tensor in the model) of all that the file holds."""
+def _slots(
+    model: nn.Module, injection: Injection, frozen_head: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key in PEFT's file, tensor in the model) of all that the file holds; other programs' files
+    hold no frozen head."""
     method = injection.method
     # PEFT's prompt methods hold the base itself; its others hold a tuner that holds the base.
     base = _PREFIX if injection.attached is None else "base_model."
@@ -65,15 +74,25 @@ def _slots(model: nn.Module, injection: Injection) -> Iterator[tuple[str, torch.
             if name in method.tensors:
                 yield prefix + method.tensors[name], tensor
     for name, tensor in model.named_parameters():
-        if name in injection.whole:
+        if name in injection.whole or (frozen_head and name in injection.frozen):
             yield base + name, tensor
 
 
 def task_type(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    if name.endswith("ForCausalLM"):
+    """The name that PEFT has for what the model does, or None."""
+    if type(model).__name__.endswith("ForCausalLM"):
         return "CAUSAL_LM"
-    return "SEQ_CLS" if name.endswith("ForSequenceClassification") else None
+    return "SEQ_CLS" if is_classifier(model) else None
+
+
+def _task_of_file(model: nn.Module, injection: Injection) -> str | None:
+    """Return the task that a file names: none for a classifier whose head the method has changed.
+
+    For SEQ_CLS PEFT asks the file for the whole head, which such a file has not. A prompt changes
+    no head, and PEFT opens no prompt without a task."""
+    heads = {path for path, _ in model.named_modules() if path.endswith(_HEADS)}
+    headless = injection.attached is None and not heads <= {*injection.in_full}
+    return None if is_classifier(model) and headless else task_type(model)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
@@ -99,17 +118,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     own = {name: entries.pop(name) for name in injection.method.own_entries}
     entries = {
         "peft_type": injection.method.peft_type,
-        "task_type": task_type(model),
+        "task_type": _task_of_file(model, injection),
         "base_model_name_or_path": getattr(model, "name_or_path", None),
         "inference_mode": True,
         **entries,
-        "modules_to_save": list(injection.whole_modules) or None,
+        "modules_to_save": list(injection.in_full) or None,
     }
     config = (json.dumps(entries, indent=2) + "\n").encode()
-    own = json.dumps(own) if own else ""
-    digest = _digest(config + own.encode())
-    header = {"format": "pt", _BASE: injection.fingerprint, _CONFIG_DIGEST: digest}
-    header |= {_OWN: own} if own else {}
+    said = {_OWN: json.dumps(own) if own else "", _FROZEN: ",".join(injection.frozen_head)}
+    digest = _digest(config + "".join(said.values()).encode())
+    header = {"format": "pt", _BASE: injection.body, _CONFIG_DIGEST: digest}
+    header |= {name: text for name, text in said.items() if text}
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_adapter: folder={str(folder)!r} is a file; name a folder")
@@ -191,13 +210,13 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS} in {str(folder)!r} is broken or cut off: {error}") from None
     own = header.get(_OWN, "")
-    digest = _digest(text + own.encode())
+    digest = _digest(text + (own + header.get(_FROZEN, "")).encode())
     if header.get(_CONFIG_DIGEST, digest) != digest:
         raise ValueError(
             f"{CONFIG} in {str(folder)!r} is not the one that {WEIGHTS} was saved with: one of the "
             "two was changed or exchanged since; save the adapter again"
         )
-    known = [method for method in methods() if method.peft_type == config["peft_type"]]
+    known = [method for method in registered_methods() if method.peft_type == config["peft_type"]]
     indices = {name for method in known for name in method.index_tensors}
     for key, tensor in tensors.items():
         fits, made_of = _FLOATS, "16-, 32- or 64-bit floats: it was quantised or is no adapter"
@@ -217,7 +236,7 @@ def _own_entries(text: str, folder: Path) -> dict:
         entries = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header of {WEIGHTS} in {str(folder)!r} is broken: {error}") from None
-    known = {name for method in methods() for name in method.own_entries}
+    known = {name for method in registered_methods() for name in method.own_entries}
     if not isinstance(entries, dict) or not entries.keys() <= known:
         raise ValueError(
             f"the header of {WEIGHTS} in {str(folder)!r} holds {_OWN}={text[:80]!r}, which must be "
@@ -229,9 +248,9 @@ def _own_entries(text: str, folder: Path) -> dict:
 def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
     """The method that the config describes, and its tensors. ValueError if the course has none."""
     kind = config["peft_type"]
-    known = [m for m in methods() if m.peft_type == kind]
+    known = [m for m in registered_methods() if m.peft_type == kind]
     if not known:
-        names = ", ".join(sorted({m.peft_type for m in methods()}))
+        names = ", ".join(sorted({m.peft_type for m in registered_methods()}))
         raise ValueError(f"peft_type {kind!r} is no method of the course; known are {names}")
     complaints = {}
     for method in known:
@@ -283,19 +302,21 @@ def load_adapter(
     do not fit, NaN, another base) or RuntimeError (a method is in the model); model unchanged."""
     config, tensors, header = read_adapter(folder)
     refuse_injected(model)
+    saved = config.get("modules_to_save") or []
+    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise ValueError(f"{CONFIG}: modules_to_save={saved!r} must be a list of module names")
     if check_base:
         refuse_other_base(model, config, header)
     method, tensors = _method_of(config, tensors)
     # PEFT lists every name that a head may have; those of other models match nothing here.
     paths = [path for path, _ in model.named_modules()]
-    saved = config.get("modules_to_save") or []
-    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-        raise ValueError(f"{CONFIG}: modules_to_save={saved!r} must be a list of module names")
-    whole = [name for name in saved if any(matches(path, (name,)) for path in paths)]
+    frozen = header[_FROZEN].split(",") if _FROZEN in header else []
+    trains = [name for name in saved if name not in frozen]
+    whole = [name for name in trains if any(matches(path, (name,)) for path in paths)]
 
     skeleton = _on_meta(model)
     inject(skeleton, method, also_train=whole)
-    expected = dict(_slots(skeleton, injection_of(skeleton)))
+    expected = dict(_slots(skeleton, injection_of(skeleton), bool(frozen)))
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(misfit("misses", missing, len(expected)))
     if surplus := sorted(tensors.keys() - expected.keys()):
@@ -311,7 +332,7 @@ def load_adapter(
 
     result = inject(model, method, also_train=whole)
     with torch.no_grad():
-        for key, slot in _slots(model, injection_of(model)):
+        for key, slot in _slots(model, injection_of(model), bool(frozen)):
             slot.copy_(tensors[key])
     if not trainable:
         model.requires_grad_(False)
@@ -326,10 +347,12 @@ def misfit(what: str, keys: list[str], total: int) -> str:
 
 def refuse_other_base(model: nn.Module, config: dict, header: dict) -> None:
     """ValueError if an adapter, as `read_adapter` gives it, was made for another base."""
-    theirs, ours = header.get(_BASE), fingerprint(model)
+    theirs, saved = header.get(_BASE), config.get("modules_to_save") or []
+    # A head that the file holds may be another one in the model: the file's takes its place.
+    ours = fingerprint(model), fingerprint(model, [h for h in head_of(model) if h in saved])
     remedy = "load its own base, or pass check_base=False if you mean it"
     if theirs is not None:
-        if "meta" not in (theirs, ours) and theirs != ours:
+        if "meta" not in (theirs, *ours) and theirs not in ours:
             raise ValueError(f"the adapter was made for a base with other weights: {remedy}")
         return
     # PEFT's own files carry no fingerprint, only a name, which may be missing.

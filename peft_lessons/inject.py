@@ -237,7 +237,7 @@ def _refuse_twice(merged: bool, wanted: bool) -> None:
         )
 
 
-def methods() -> list[type[Method]]:
+def registered_methods() -> list[type[Method]]:
     """Every method that has been defined so far: the registry.
 
     Of a class that was defined again, as when a notebook's cell is run twice, the last one, even
@@ -370,7 +370,12 @@ def find_targets(
             raise ValueError(f"targets='all-linear': {packed[0]!r} is a {kind}{_IN_4_BITS}")
         heads = fresh_modules(model) or ("lm_head",)
         tied = _tied(model, {path: modules[path] for path in usable})
-        found = [path for path in usable if not matches(path, heads) and path not in tied]
+        inside = tuple(f"{path}." for path in head_of(model))
+        found = [
+            path
+            for path in usable
+            if not (matches(path, heads) or f"{path}.".startswith(inside) or path in tied)
+        ]
         if not found:
             raise ValueError(f"targets='all-linear': the model has no {kinds} besides its head")
     else:
@@ -428,6 +433,28 @@ def fresh_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "fresh_modules", ()))
 
 
+def head_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the modules of a sequence classifier's head, () for other models: all modules beside
+    its base model that have parameters, and no 4-bit codes among them."""
+    body = getattr(model, "base_model", model)
+    if not is_classifier(model) or body is model:
+        return ()
+    children = [(name, m) for name, m in model.named_children() if m is not body]
+    return tuple(name for name, m in children if list(m.parameters()) and not _packed(m, True))
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Tell by the name of its class whether a model is a sequence classifier."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _frozen_head(model: nn.Module, touched: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules of the head that hold none of the `touched` paths, which are the targets
+    and all that trains of the base."""
+    paths = [f"{path}." for path in touched]
+    return tuple(h for h in head_of(model) if not any(p.startswith(f"{h}.") for p in paths))
+
+
 def _find_whole(model: nn.Module, also_train: Any, wrapped: Iterable[str]) -> dict[str, nn.Module]:
     """The modules that train in full: the fresh ones and those that `also_train` names."""
     names = _names((also_train,) if isinstance(also_train, str) else also_train, "also_train")
@@ -468,8 +495,11 @@ class Injection:
     handles: list
     whole: dict[str, torch.Tensor]  # parameters of the base that train, with their old values
     whole_modules: tuple[str, ...]
+    frozen_head: tuple[str, ...]  # modules of a classification head in which nothing trains
+    frozen: dict[str, torch.Tensor]  # their parameters, with their old values
     were_trainable: dict[str, bool]
     fingerprint: str
+    body: str  # the fingerprint without a classification head that the file holds
     size: int  # parameters of the base; a method that quantises it leaves fewer to count
     shapes: dict[str, tuple[int, ...]]  # of the wrapped layers' weights, for the same reason
     kept: bool = False  # whether merge made what trained of the base part of it
@@ -477,6 +507,12 @@ class Injection:
     @property
     def merged(self) -> bool:
         return self.kept or any(w.merged for w in self.wrappers.values())
+
+    @property
+    def in_full(self) -> tuple[str, ...]:
+        """The modules of the base that a file holds in full: those that train, and a frozen head,
+        since without its values another head would give other logits."""
+        return (*self.whole_modules, *self.frozen_head)
 
     def modules(self) -> dict[str, nn.Module]:
         """{path in the model: module}: all that the method added."""
@@ -527,6 +563,7 @@ class Report:
     whole: tuple[str, ...] = ()
     whole_parameters: int = 0
     fresh: tuple[str, ...] = ()
+    frozen_head: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         rows = [("base, frozen", self.base - self.whole_parameters, "")]
@@ -552,7 +589,12 @@ class Report:
         share = 100 * self.trainable / self.base
         rows.append(("trainable", self.trainable, f"{share:.3g} % of the base's {self.base:,}"))
         head = repr(self.method) if self.method else "all frozen but what is named below"
-        body = (f"  {what:<20}{n:>13,}  {note}".rstrip() for what, n, note in rows)
+        body = [f"  {what:<20}{n:>13,}  {note}".rstrip() for what, n, note in rows]
+        if self.frozen_head:
+            body += [
+                f"  Frozen in the classification head: {', '.join(self.frozen_head)}.",
+                f"  To train the head too, pass also_train={self.frozen_head}.",
+            ]
         return "\n".join((head, *body))
 
 
@@ -564,18 +606,19 @@ def _trainable(model: nn.Module) -> int:
     return _size(p for p in model.parameters() if p.requires_grad)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     """A short digest of the base's names, shapes and a sample of its values (of its codes where it
-    is in 4 bits), without what is fresh.
+    is in 4 bits), without what is fresh and the modules at the top that `without` names.
 
     The same base gives the same digest in float32 and bfloat16. A model on the meta device has no
     values: its digest says "meta" and is not compared."""
     digest, fresh = hashlib.sha256(), fresh_modules(model)
+    outside = tuple(f"{name}." for name in without)
     codes = ((name, b) for name, b in model.named_buffers() if b.dtype == torch.uint8)
     for name, p in (*model.named_parameters(), *codes):
         if p.is_meta:
             return "meta"
-        if within(name, fresh):
+        if within(name, fresh) or name.startswith(outside):
             continue
         flat = p.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32).bfloat16()
@@ -609,7 +652,8 @@ def freeze(model: nn.Module, also_train: Iterable[str] | str = ()) -> Report:
     for module in whole.values():
         module.requires_grad_(True)
     n, trainable = _size(model.parameters()), _trainable(model)
-    return Report(None, trainable, n, n, (), (), tuple(whole), trainable, fresh_modules(model))
+    left, fresh = _frozen_head(model, whole), fresh_modules(model)
+    return Report(None, trainable, n, n, (), (), tuple(whole), trainable, fresh, left)
 
 
 def _in_mode_of(layer: nn.Module, wrapper: Adapted) -> Adapted:
@@ -638,13 +682,14 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     """Freeze `model` and put `method` into it, in place.
 
     What the method adds trains, and with it a fresh head and the modules that `also_train` names
-    (PEFT's modules_to_save). Added parameters lie on the device of their layer; in a half-precision
-    base they are float32, as in PEFT, since small steps would be lost in 16 bits.
+    (PEFT's modules_to_save). Any other classification head stays frozen, and the report says so.
+    Added parameters lie on the device of their layer; in a half-precision base they are float32, as
+    in PEFT, since small steps would be lost in 16 bits.
 
     Returns a `Report`. Raises TypeError or ValueError, with the model unchanged, if the method does
     not fit the model, and RuntimeError if a method is in it already."""
     if not isinstance(method, Method):
-        known = ", ".join(sorted(m.__name__ for m in methods()))
+        known = ", ".join(sorted(m.__name__ for m in registered_methods()))
         raise TypeError(f"method={method!r} must describe a method, such as one of: {known}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -661,7 +706,10 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
             raise ValueError(f"{type(method).__name__}: {name!r} is no parameter of the model")
         if not parameters[name].is_floating_point():
             raise ValueError(f"{type(method).__name__}: {name!r} is{_IN_4_BITS[1:]}")
-    digest, size = fingerprint(model), _size(parameters.values())
+    frozen_head = _frozen_head(model, (*targets, *whole, *chosen))
+    kept_apart = [path for path in head_of(model) if path in whole or path in frozen_head]
+    digest, body = fingerprint(model), fingerprint(model, kept_apart)
+    size = _size(parameters.values())
     weights = {path: getattr(layer, "weight", None) for path, layer in targets.items()}
     shapes = {path: tuple(getattr(weight, "shape", ())) for path, weight in weights.items()}
     were_trainable = {n: p.requires_grad for n, p in parameters.items()}
@@ -678,6 +726,8 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     # From here on nothing can fail: the model is changed.
     names = {f"{path}.{n}" for path, m in whole.items() for n, _ in m.named_parameters()}
     old = {n: p.detach().clone() for n, p in parameters.items() if n in names or n in chosen}
+    inside = tuple(f"{path}." for path in frozen_head)
+    frozen = {n: p.detach().clone() for n, p in parameters.items() if n.startswith(inside)}
     model.requires_grad_(False)
     for name in old:
         parameters[name].requires_grad_(True)
@@ -686,7 +736,19 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     if attached is not None:
         model.add_module(ATTACHED, attached.train(model.training))
     model._peft_injection = injection = Injection(
-        method, wrappers, attached, handles, old, tuple(whole), were_trainable, digest, size, shapes
+        method,
+        wrappers,
+        attached,
+        handles,
+        old,
+        tuple(whole),
+        frozen_head,
+        frozen,
+        were_trainable,
+        digest,
+        body,
+        size,
+        shapes,
     )
     for _, p in injection.added():
         p.data = p.data.float() if p.dtype in (torch.float16, torch.bfloat16) else p.data
@@ -717,6 +779,7 @@ def report(model: nn.Module) -> Report:
         (*injection.whole_modules, *selected),
         sum(t.numel() for t in injection.whole.values()),
         fresh_modules(model),
+        injection.frozen_head,
     )
 
 
@@ -769,10 +832,11 @@ def unload(model: nn.Module) -> nn.Module:
         delattr(model, ATTACHED)
     for path, wrapper in injection.wrappers.items():
         _put(model, path, wrapper.base)
+    old = injection.whole | injection.frozen
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name in injection.whole and not injection.merged:
-                p.copy_(injection.whole[name])
+            if name in old and not injection.merged:
+                p.copy_(old[name])
     _restore(model, injection.were_trainable)
     del model._peft_injection
     return model

@@ -241,7 +241,7 @@ def _in_four_bits(base: nn.Module, quantised: set[str]) -> nn.Module:
 def _rename_norms(folder: Path, method: PartialFineTuning, config, injection: Injection) -> None:
     """Turn our file into PEFT's and PEFT's into ours. The numbers are the same, whole norms; PEFT
     puts the trained norm beside the first one, and that shows in the names."""
-    heads = tuple(f"base_model.model.{path}." for path in injection.whole_modules)
+    heads = tuple(f"base_model.model.{path}." for path in injection.in_full)
     tensors = load_file(folder / "ours" / WEIGHTS)
     for key in [key for key in tensors if not key.startswith(heads)]:
         path, _, leaf = key.rpartition(".")
@@ -253,5 +253,5 @@ def _rename_norms(folder: Path, method: PartialFineTuning, config, injection: In
     tensors = {key.replace(".ln_tuning_layers", ""): tensor for key, tensor in tensors.items()}
     save_file(tensors, folder / "theirs" / WEIGHTS)
     entries = method.to_peft({})[0] | {"peft_type": method.peft_type}
-    entries["modules_to_save"] = list(injection.whole_modules)
+    entries["modules_to_save"] = list(injection.in_full)
     (folder / "theirs" / CONFIG).write_text(json.dumps(entries), encoding="utf-8")

@@ -8,6 +8,7 @@ must be.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -20,11 +21,16 @@ Rule = Callable[[Any], str | None]  # the complaint about a value, or None
 
 
 def validate(owner: str, **values: Any) -> None:
-    """Raise ValueError for the first of `values` that breaks the rule of its name (rank...)."""
+    """Raise ValueError for the first of `values` that breaks the rule of its name (rank...), and
+    KeyError for a name without a rule: a misspelt name must not pass unchecked."""
     rules = SETTINGS | THINGS
     for name, value in values.items():
-        complaint = rules[name](value) if name in rules else None
-        if complaint:
+        if name not in rules:
+            near = "".join(
+                f"; did you mean {n!r}?" for n in difflib.get_close_matches(name, rules, 1)
+            )
+            raise KeyError(f"{owner}: no rule is called {name!r}{near}")
+        if complaint := rules[name](value):
             # A module is shown by its type, a tensor not at all: printed, it would fill the screen.
             text = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
             parts = value if isinstance(value, tuple) else (value,)

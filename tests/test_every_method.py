@@ -46,7 +46,7 @@ from peft_lessons import (
     injection_of,
     load_adapter,
     merge,
-    methods,
+    registered_methods,
     save_adapter,
     unload,
     unmerge,
@@ -105,7 +105,7 @@ def base_of(row, name):
 
 
 def test_every_method_of_the_course_has_a_row():
-    course = {m for m in methods() if m.__module__.startswith("peft_lessons.methods.")}
+    course = {m for m in registered_methods() if m.__module__.startswith("peft_lessons.methods.")}
     # Two that leave a plain LoRA behind are no kinds of file, and so in no registry.
     assert {type(make("bert")) for make in METHODS.values()} == course | {LoRAPlus, PiSSA}
 

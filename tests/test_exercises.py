@@ -9,7 +9,7 @@ import pytest
 import torch
 from exercises import Recipe
 
-from peft_lessons import check, methods
+from peft_lessons import check, registered_methods
 from peft_lessons.checks.kit import Check, WrongAnswer
 from tools import notebooks
 
@@ -53,7 +53,7 @@ by_name = {"ids": lambda value: getattr(value, "__name__", None)}
 @pytest.fixture(autouse=True)
 def no_answer_stays_a_method():
     yield
-    if any(method.__module__.startswith("exercises.") for method in methods()):
+    if any(method.__module__.startswith("exercises.") for method in registered_methods()):
         gc.collect()
 
 

@@ -1,6 +1,8 @@
 """inject, merge, unmerge, unload: what they do, and what they refuse without changing anything."""
 
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -20,13 +22,14 @@ from peft_lessons import (
     inject,
     injection_of,
     merge,
-    methods,
+    registered_methods,
     report,
     save_adapter,
     unload,
     unmerge,
 )
 from peft_lessons.inject import Adapted, Method
+from peft_lessons.rules import validate
 
 QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
 IDS = torch.arange(1, 25).view(2, 12)
@@ -579,7 +582,7 @@ class Norms(Method):
         return [n for n, _ in model.named_parameters() if "layernorm" in n]
 
 
-def test_a_field_may_be_called_like_a_thing_of_a_lesson():
+def test_a_field_may_be_called_like_a_thing_of_a_lesson_or_have_no_rule():
     """Prefix tuning looks at the layers of a cache, DoRA at the length of rows."""
 
     @dataclass(frozen=True)
@@ -587,6 +590,7 @@ def test_a_field_may_be_called_like_a_thing_of_a_lesson():
         layers: tuple[int, ...] = (0, 1)
         length: int = 3
         rank: int = 2
+        temperature: float = -1.0  # no rule has this name
         peft_type = "TEST_NAMED"
 
     assert inject(tiny_llama(), Named()).method == Named(layers=(0, 1), length=3)
@@ -605,8 +609,27 @@ class Broken(Scale):
 
 
 def test_the_registry_holds_every_method():
-    assert {LoRA, Scale, ShiftEmbeddings, Norms} <= set(methods())
-    assert Method not in methods()
+    assert {LoRA, Scale, ShiftEmbeddings, Norms} <= set(registered_methods())
+    assert Method not in registered_methods()
+
+
+def test_a_name_without_a_rule_cannot_be_validated():
+    with pytest.raises(KeyError, match="LoRALayer: no rule is called 'rnak'; did you mean 'rank'?"):
+        validate("LoRALayer", rnak=0)
+    with pytest.raises(KeyError, match="LoRALayer: no rule is called 'zzz'\""):
+        validate("LoRALayer", rank=4, zzz=0)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import peft_lessons.methods.lora as lora; from peft_lessons import methods",
+        "from peft_lessons import LoRA, methods; import peft_lessons.methods.lora as lora",
+    ],
+)
+def test_the_name_of_the_subpackage_is_the_subpackage_s_own(imports):
+    code = f"{imports}; assert methods.__name__ == 'peft_lessons.methods' and methods.lora is lora"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_wrapping_method_without_merge_rule():
@@ -702,7 +725,7 @@ def test_of_a_method_defined_twice_the_last_one_counts():
         return Again
 
     first, second = define(1), define(2)
-    assert [m.version for m in methods() if m.peft_type == "TEST_AGAIN"] == [2]
+    assert [m.version for m in registered_methods() if m.peft_type == "TEST_AGAIN"] == [2]
     assert first is not second
 
 

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, TASKS, batch_of, same, state, tiny_llama
+from tiny import MODELS, TASKS, batch_of, same, state, tiny_bert, tiny_llama
 
 from peft_lessons import (
     IA3,
@@ -22,8 +22,8 @@ from peft_lessons import (
     interoperability,
     load_adapter,
     load_model,
-    methods,
     proof,
+    registered_methods,
 )
 from peft_lessons.adapters_io import WEIGHTS
 
@@ -79,7 +79,11 @@ def only(row, bases):
 
 def test_every_method_that_peft_has_is_in_the_table():
     known = {kind.value for kind in peft.PeftType}
-    course = {m.peft_type for m in methods() if m.__module__.startswith("peft_lessons.methods.")}
+    course = {
+        m.peft_type
+        for m in registered_methods()
+        if m.__module__.startswith("peft_lessons.methods.")
+    }
     described = {ours.peft_type for ours, _ in DESCRIBED.values()}
     assert course & known <= described
     assert described - known == {"PARTIAL_FINE_TUNING"}  # LN_TUNING there
@@ -98,6 +102,15 @@ def test_files_travel_both_ways(row, name):
         assert found["refused"] is None and found["effect"] > 0.01
         assert max(found[THERE_], found[BACK]) < 1e-5
     assert same(state(base), before)
+
+
+@pytest.mark.parametrize("row", ["LoRA", "prefix", "norms"])
+def test_a_frozen_head_travels_too(row):
+    """PEFT trains the head of every classifier, the course only the one that load_model made."""
+    base = tiny_bert()
+    del base.fresh_modules
+    (found,) = only(row, {"bert": base})
+    assert found["refused"] is None and max(found[THERE_], found[BACK]) < 1e-5
 
 
 @pytest.mark.parametrize("row", ["LoRA", "QLoRA", "norms"])

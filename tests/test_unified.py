@@ -46,8 +46,8 @@ from peft_lessons import (
     injection_of,
     load_adapter,
     merge,
-    methods,
     read_adapter,
+    registered_methods,
     report,
     save_adapter,
 )
@@ -66,7 +66,7 @@ from peft_lessons.methods.unified import (
 )
 from tools import notebooks
 
-COURSE = [m for m in methods() if m.__module__.startswith("peft_lessons.")]
+COURSE = [m for m in registered_methods() if m.__module__.startswith("peft_lessons.")]
 BATCH = batch_of("bert")
 EXACT = 1e-10  # in float64; what is asked for is 1e-5
 
@@ -86,7 +86,7 @@ BASE = bert()
 @pytest.fixture(autouse=True)
 def no_method_of_a_test_stays():
     yield
-    if any(method.__module__ == "__main__" for method in methods()):
+    if any(method.__module__ == "__main__" for method in registered_methods()):
         gc.collect()
 
 
@@ -501,21 +501,21 @@ def test_a_design_that_sees_no_place_says_0():
 def test_in_a_notebook_the_last_definition_of_a_name_counts():
     older = a_method(peft_type="TEST_OLD", design=STILL)
     newer = a_method(peft_type="TEST_NEW", design=replace(STILL, form="new"))
-    assert newer in methods() and older not in methods()
-    assert older.peft_type not in {m.peft_type for m in methods()}
+    assert newer in registered_methods() and older not in registered_methods()
+    assert older.peft_type not in {m.peft_type for m in registered_methods()}
     # With another parent, and then back again to one that comes earlier among the classes.
     child = a_method(bases=(LoRA,), peft_type="TEST_CHILD", design=replace(STILL, form="child"))
-    assert [m for m in methods() if m.__name__ == "AMethod"] == [child]
+    assert [m for m in registered_methods() if m.__name__ == "AMethod"] == [child]
     again = a_method(peft_type="TEST_AGAIN")
-    assert [m for m in methods() if m.__name__ == "AMethod"] == [again]
+    assert [m for m in registered_methods() if m.__name__ == "AMethod"] == [again]
     # A stub is no method, and takes the place of what was one.
     stub = a_method()
-    assert not [m for m in methods() if m.__name__ == "AMethod"] and stub.design is None
+    assert not [m for m in registered_methods() if m.__name__ == "AMethod"] and stub.design is None
 
 
 def test_of_a_lesson_s_class_and_the_package_s_the_last_one_is_in_the_table():
     mine = a_method("Prompt", peft_type="TEST_PROMPT", design=replace(STILL, form="the lesson's"))
-    assert Prompt in methods() and mine in methods()
+    assert Prompt in registered_methods() and mine in registered_methods()
     assert [row["form"] for row in rows_of("Prompt")] == ["the lesson's"]
 
 

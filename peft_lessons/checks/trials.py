@@ -19,7 +19,7 @@ from ..inject import (
     inject,
     injection_of,
     merge,
-    methods,
+    registered_methods,
     report,
     unload,
     unmerge,
@@ -162,12 +162,12 @@ def _as_named(method: Method) -> str:
         )
     if not isinstance(cls.peft_type, str) or not cls.peft_type:
         raise Refused(f"peft_type must be a name, not {kind(cls.peft_type)}")
-    if cls not in methods():
+    if cls not in registered_methods():
         raise Refused(
             "it is not in the registry: another class of this name was defined after it",
             "Run its cell again, and then this one.",
         )
-    others = [m for m in methods() if m.peft_type == cls.peft_type and m is not cls]
+    others = [m for m in registered_methods() if m.peft_type == cls.peft_type and m is not cls]
     if others:
         raise Refused(
             f"the peft_type {cls.peft_type!r} is that of {others[0].__name__} already",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 
-from ..inject import Method, inject, injection_of, methods
+from ..inject import Method, inject, injection_of, registered_methods
 from .adalora import AdaLoRA
 from .adapters import BottleneckAdapter
 from .dora import DoRA
@@ -263,7 +263,7 @@ def check_design(method, model, batch):
 def unified_table(model, batch):
     """The rows of `check_design` for every method that has been defined so far. Of one name the
     class that was defined last counts: a lesson defines anew what the package has."""
-    kinds = {kind.__name__: kind for kind in methods()}.values()
+    kinds = {kind.__name__: kind for kind in registered_methods()}.values()
     return [row for kind in kinds for row in check_design(kind, model, batch)]
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-034

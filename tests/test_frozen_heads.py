@@ -1,0 +1,316 @@
+"""Sequence classifiers that did not come from load_model: their head is frozen, and in the file."""
+
+from copy import deepcopy
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import (
+    FEED_FORWARD,
+    SIZES,
+    TinyTask,
+    interrupted,
+    moved,
+    read_config,
+    refused,
+    same,
+    shaken,
+    state,
+    tiny_bert,
+)
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from peft_lessons import (
+    IA3,
+    OFT,
+    AdaLoRA,
+    BitFit,
+    BottleneckAdapter,
+    DoRA,
+    LoRA,
+    PiSSA,
+    Prefix,
+    Prompt,
+    VeRA,
+    fit,
+    freeze,
+    inject,
+    injection_of,
+    load_adapter,
+    load_and_merge_adapter,
+    load_model,
+    merge,
+    report,
+    save_adapter,
+    unload,
+)
+from peft_lessons.adapters_io import WEIGHTS
+from peft_lessons.inject import fingerprint
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def bert():
+    config = BertConfig(**SIZES, **FEED_FORWARD, max_position_embeddings=64, num_labels=3)
+    return BertForSequenceClassification(config)
+
+
+def roberta():
+    config = RobertaConfig(**SIZES, **FEED_FORWARD, max_position_embeddings=64, num_labels=3)
+    return RobertaForSequenceClassification(config)
+
+
+def distilbert():
+    sizes = dict(dim=64, n_layers=2, n_heads=4, hidden_dim=96, max_position_embeddings=64)
+    config = DistilBertConfig(vocab_size=128, num_labels=3, **sizes)
+    return DistilBertForSequenceClassification(config)
+
+
+def llama():
+    config = LlamaConfig(**SIZES, **FEED_FORWARD, num_key_value_heads=2, num_labels=3)
+    config.pad_token_id = 0
+    return LlamaForSequenceClassification(config)
+
+
+# {family: (the model, its head, layers for a method)}
+CLASSIFIERS = {
+    "bert": (bert, ("classifier",), ("query", "value")),
+    "roberta": (roberta, ("classifier",), ("query", "value")),
+    "distilbert": (distilbert, ("pre_classifier", "classifier"), ("q_lin", "v_lin")),
+    "llama": (llama, ("score",), ("q_proj", "v_proj")),
+}
+METHODS = {
+    "LoRA": lambda targets: LoRA(4, 6, targets),
+    "rsLoRA": lambda targets: LoRA(4, 6, targets, rslora=True),
+    "DoRA": lambda targets: DoRA(4, 6, targets),
+    "AdaLoRA": lambda targets: AdaLoRA(6, 3, 10, targets, 1, 1, 1, 4),
+    "(IA)³": lambda targets: IA3(targets, ()),
+    "PiSSA": lambda targets: PiSSA(2, 3, targets),
+    "VeRA": lambda targets: VeRA(12, targets, seed=5),
+    "OFT": lambda targets: OFT(16, targets),
+    "all-linear": lambda targets: LoRA(4, 6, "all-linear"),
+    "prefix": lambda targets: Prefix(5),
+    "prompt": lambda targets: Prompt(6),
+}
+EACH = pytest.mark.parametrize("family", CLASSIFIERS)
+
+
+def base_of(family):
+    torch.manual_seed(0)
+    return shaken(CLASSIFIERS[family][0]())
+
+
+def another_head(model):
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.startswith(("pre_classifier.", "classifier.", "score.")):
+                p.normal_()
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+def training(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def opened_by_peft(base, folder):
+    return peft.PeftModel.from_pretrained(base, folder)
+
+
+def apart(a, b):
+    return (logits(a) - logits(b)).abs().max()
+
+
+@EACH
+def test_the_report_says_that_the_head_is_frozen_and_how_to_train_it(family):
+    model, (_, head, targets) = base_of(family), CLASSIFIERS[family]
+    told = inject(model, LoRA(4, 6, targets))
+    assert told.frozen_head == head and repr(report(model)) == repr(told)
+    assert not any(p.requires_grad for path in head for p in model.get_submodule(path).parameters())
+    lines = repr(told).splitlines()
+    assert f"  Frozen in the classification head: {', '.join(head)}." in lines
+    assert f"  To train the head too, pass also_train={head!r}." in lines
+    unload(model)
+    assert repr(freeze(model)).splitlines()[-2:] == lines[-2:]
+
+    told = inject(model, LoRA(4, 6, targets), also_train=head)
+    assert told.whole == head and not told.frozen_head and "Frozen" not in repr(told)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("bert", LoRA(2, 6, ("query", "classifier"))),
+        ("roberta", LoRA(2, 6, ("query", "out_proj"))),
+        ("llama", LoRA(2, 6, ("q_proj", "score"))),
+        ("bert", BitFit()),
+    ],
+)
+def test_a_head_that_the_method_trains_is_not_called_frozen(family, method, tmp_path):
+    ours = base_of(family)
+    told = inject(ours, method)
+    assert not told.frozen_head and "Frozen" not in repr(told)
+    save_adapter(moved(ours), tmp_path)
+    config = read_config(tmp_path)
+    assert config["task_type"] is None and config["modules_to_save"] is None
+    again = base_of(family)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+    if config["peft_type"] == "LORA":
+        assert apart(opened_by_peft(base_of(family), tmp_path), ours) < 1e-6
+    # The head that the method changes is the base's.
+    with refused(model := another_head(base_of(family)), "base with other weights"):
+        load_adapter(model, tmp_path)
+
+
+def test_the_reports_of_other_models_say_nothing_of_a_head():
+    assert "Frozen" not in repr(inject(tiny_bert(), LoRA(4, 6, ("query",))))
+    model = load_model("minilm", labels=2)
+    assert "Frozen" not in repr(inject(model, LoRA(4, 6, ("query",))))
+    assert injection_of(model).frozen_head == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "row"),
+    [
+        *(("bert", row) for row in METHODS),
+        *(("roberta", row) for row in ("LoRA", "DoRA", "all-linear", "prompt")),
+        *(("distilbert", row) for row in ("LoRA", "DoRA", "all-linear")),
+        *(("llama", row) for row in ("LoRA", "DoRA", "all-linear", "prompt")),
+    ],
+)
+def test_the_file_gives_the_same_logits_on_any_head(family, row, tmp_path):
+    head, targets = CLASSIFIERS[family][1:]
+    ours = base_of(family)
+    inject(ours, METHODS[row](targets))
+    save_adapter(moved(ours), tmp_path)
+    assert read_config(tmp_path)["modules_to_save"] == list(head)
+    assert apart(base_of(family), ours) > 1e-3
+
+    for base in (base_of(family), another_head(base_of(family))):
+        assert apart(opened_by_peft(deepcopy(base), tmp_path), ours) < 1e-6
+        before = state(base)
+        told = load_adapter(base, tmp_path, trainable=True)
+        assert apart(base, ours) < 1e-6
+        assert training(base) == training(ours) and told.frozen_head == head
+        assert save_adapter(base, tmp_path / "again") and same(state(unload(base)), before)
+    if row != "PiSSA":  # it becomes a LoRA on the way
+        for name in ("adapter_config.json", WEIGHTS):
+            assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@EACH
+def test_a_head_in_also_train_is_in_the_file_and_trains(family, tmp_path):
+    head, targets = CLASSIFIERS[family][1:]
+    ours = base_of(family)
+    inject(ours, LoRA(4, 6, targets), also_train=head)
+    save_adapter(moved(ours), tmp_path)
+    config = read_config(tmp_path)
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == list(head)
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        assert "peft_lessons_frozen" not in file.metadata()
+    for base in (base_of(family), another_head(base_of(family))):
+        assert apart(opened_by_peft(deepcopy(base), tmp_path), ours) < 1e-6
+        load_adapter(base, tmp_path, trainable=True)
+        assert torch.equal(logits(base), logits(ours)) and training(base) == training(ours)
+
+
+@pytest.mark.parametrize("also_train", [("out_proj",), ("classifier.dense", "out_proj")])
+def test_a_part_of_a_head_is_no_head_for_peft(also_train, tmp_path):
+    ours = base_of("roberta")
+    inject(ours, LoRA(4, 6, ("query",)), also_train)
+    save_adapter(moved(ours), tmp_path)
+    assert read_config(tmp_path)["task_type"] is None
+    assert apart(opened_by_peft(base_of("roberta"), tmp_path), ours) < 1e-6
+    load_adapter(again := base_of("roberta"), tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+
+
+def test_a_head_of_which_one_module_trains_is_whole_in_the_file(tmp_path):
+    """PEFT takes every module for a head whose name ends in "classifier"."""
+    ours = base_of("distilbert")
+    told = inject(ours, LoRA(4, 6, ("q_lin",)), also_train=("classifier",))
+    assert told.whole == ("classifier",) and told.frozen_head == ("pre_classifier",)
+    save_adapter(moved(ours), tmp_path)
+    assert apart(opened_by_peft(another_head(base_of("distilbert")), tmp_path), ours) < 1e-6
+
+
+@pytest.mark.parametrize("method", [BottleneckAdapter(8), LoRA(4, 6, ("query",))])
+def test_another_body_is_refused(method, tmp_path):
+    ours = base_of("bert")
+    inject(ours, method)
+    save_adapter(moved(ours), tmp_path)
+    with refused(model := shaken(base_of("bert")), "base with other weights"):
+        load_adapter(model, tmp_path)
+
+
+def test_a_file_of_peft_without_the_head_leaves_it_alone(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query"])
+    theirs = moved(peft.get_peft_model(base_of("bert"), config))
+    theirs.save_pretrained(tmp_path)
+    ours = base_of("bert")
+    load_adapter(ours, tmp_path)
+    assert apart(theirs, ours) < 1e-6
+    save_adapter(ours, tmp_path / "again")
+    assert apart(opened_by_peft(another_head(base_of("bert")), tmp_path / "again"), ours) < 1e-6
+
+
+def test_a_file_whose_fingerprint_covers_the_head_still_opens(tmp_path):
+    """Earlier files of the course had one."""
+    ours = base_of("bert")
+    header = {"format": "pt", "peft_lessons_base": fingerprint(ours)}
+    inject(ours, LoRA(4, 6, ("query",)), also_train=("classifier",))
+    save_adapter(moved(ours), tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, header)
+    load_adapter(again := base_of("bert"), tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+    with refused(model := another_head(base_of("bert")), "base with other weights"):
+        load_adapter(model, tmp_path)
+
+
+def test_a_merged_classifier_keeps_the_head_of_the_file(tmp_path):
+    ours = base_of("bert")
+    inject(ours, LoRA(4, 6, ("query",)))
+    save_adapter(moved(ours), tmp_path)
+    again = another_head(base_of("bert"))
+    load_adapter(again, tmp_path)
+    merge(again)
+    assert apart(unload(again), ours) < 1e-5
+
+
+def test_a_run_does_not_go_on_beside_another_head(tmp_path):
+    """The checkpoint holds what trains, and nothing of a frozen head."""
+    options = dict(steps=4, show=False, checkpoint=tmp_path / "run.pt", checkpoint_every=2)
+    for model in (base_of("bert"), another_head(base_of("bert"))):
+        inject(model, LoRA(4, 6, ("query",)))
+        if not options["checkpoint"].exists():
+            with pytest.raises(KeyboardInterrupt):
+                fit(model, interrupted(TinyTask, 3), **options)
+        else:
+            with pytest.raises(ValueError, match="base"):
+                fit(model, TinyTask(), **options)
+
+
+def test_the_adapter_merges_into_a_base_that_load_model_gives_a_new_head(tmp_path):
+    ours = load_model("minilm", labels=2)
+    del ours.fresh_modules
+    inject(ours, LoRA(4, 6, ("query",)))
+    save_adapter(moved(ours), tmp_path)
+    merged = load_and_merge_adapter("minilm", tmp_path)
+    assert apart(merged, ours) < 1e-5
