@@ -16,7 +16,7 @@ from . import limits
 from .models import bundled_files
 
 _MARKS = {True: "✓", False: "✗", None: "·"}
-# A machine sold with 4 GB. The largest lesson's kernel takes 2.9 GiB, JupyterLab 0.2.
+# A machine sold with 4 GB. The largest kernel of a lesson took 3.3 GiB, JupyterLab takes 0.2.
 _NEEDED_GIB = 3.5
 
 

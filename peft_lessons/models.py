@@ -143,8 +143,9 @@ def _records() -> dict[str, dict]:
     file = data_folder() / "checksums.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} is missing. Restore it: git checkout -- data/checksums.json. Lessons need the "
-            "whole checkout; PEFT_LESSONS_DATA can name a data folder elsewhere."
+            f"{file} is missing. Take it from a fresh copy of the course; in a clone: "
+            "git checkout -- data/checksums.json. Lessons need the whole course; "
+            "PEFT_LESSONS_DATA can name a data folder elsewhere."
         )
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -190,10 +191,13 @@ def bundled_path(path: str, verify: bool = False) -> Path:
     file, entry = data_folder() / path, _records().get(path)
     if entry is None:
         raise FileNotFoundError(
-            f"{data_folder() / 'checksums.json'} knows no {path}. Restore it: "
-            "git checkout -- data/checksums.json"
+            f"{data_folder() / 'checksums.json'} knows no {path}. Take it from a fresh copy "
+            "of the course; in a clone: git checkout -- data/checksums.json"
         )
-    remedy = f"Rebuild it from the top of the checkout: {entry['rebuild']}"
+    remedy = (
+        "Take it from a fresh copy of the course, or rebuild it from the top of the course's "
+        f"folder: {entry['rebuild']}"
+    )
     if not file.is_file():
         raise FileNotFoundError(f"the bundled file {file} is missing. {remedy}")
     size = file.stat().st_size

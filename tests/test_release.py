@@ -83,16 +83,15 @@ def test_every_import_of_every_lesson_resolves_in_the_copy(copied):
     where = "import peft_lessons, peft_lessons.train as t; print(t.__file__, t.CONFIGS.is_dir())"
     done = subprocess.run(
         [sys.executable, "-c", f"{source}\n{where}"],
-        cwd=folder / "notebooks", env=elsewhere(folder), capture_output=True, text=True, check=False,
+        cwd=folder / "notebooks", env=elsewhere(folder),
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(folder / "peft_lessons" / "train.py"), "True"]
 
 
-PATH = re.compile(
-    r"(?<![\w./-])(?:benchmarks|build|configs|data|docs|notebooks|peft_lessons|results|tasks|tests|tools)"
-    r"/[\w./*-]*[\w*]"
-)
+FOLDERS = "benchmarks|build|configs|data|docs|notebooks|peft_lessons|results|tasks|tests|tools"
+PATH = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*[\w*]")
 COMMAND = re.compile(r"(?:`|^|python3? |py )(?:make|course\.py) ([a-z]+)|\bmake ([a-z]+)`", re.M)
 
 
