@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from tools.environment import NEVER, OFFLINE, offline_environment
 
@@ -40,29 +39,34 @@ def _lesson(nodeid: str) -> tuple[str, str] | None:
     return None
 
 
-class OneKernelPerNotebook(LoadScopeScheduling):
-    """Sends all cells of a notebook to the same worker, and each other test wherever there's room.
+@pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist knows no such hook
+def pytest_xdist_make_scheduler(config, log):
+    """Send all cells of a notebook to the same worker, and each other test wherever there's room.
 
     This replaces --dist loadgroup, whose marks have no effect under pytest 9.2 and xdist 3.8.
     """
+    from xdist.scheduler import LoadScopeScheduling
 
-    def __init__(self, config, log):
-        super().__init__(config, log)
-        config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems
+    class OneKernelPerNotebook(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file in TOGETHER else " ".join(_lesson(nodeid) or (nodeid,))
 
-    def _split_scope(self, nodeid):
-        file = nodeid.partition("::")[0]
-        return file if file in TOGETHER else " ".join(_lesson(nodeid) or (nodeid,))
+    scheduler = OneKernelPerNotebook(config, log)
+    config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems
+    return scheduler
 
 
-def pytest_xdist_make_scheduler(config, log):
-    return OneKernelPerNotebook(config, log)
+def _cache(config):
+    """Return pytest's cache, None under -p no:cacheprovider."""
+    return getattr(config, "cache", None)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Begin with the notebooks, and among them with those that took longest the last time."""
-    durations = config.cache.get(DURATIONS, {})
+    cache = _cache(config)
+    durations = cache.get(DURATIONS, {}) if cache else {}
 
     def order(item):
         lesson = _lesson(item.nodeid)
@@ -90,9 +94,9 @@ def pytest_sessionfinish(session, exitstatus):
         return
     if _network_attempts() and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    cache = session.config.cache
-    durations = cache.get(DURATIONS, {})
-    cache.set(DURATIONS, durations | {" ".join(k): round(v, 1) for k, v in _TIMES.items()})
+    if cache := _cache(session.config):
+        durations = {" ".join(k): round(v, 1) for k, v in _TIMES.items()}
+        cache.set(DURATIONS, cache.get(DURATIONS, {}) | durations)
 
 
 @pytest.hookimpl(trylast=True)

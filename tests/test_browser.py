@@ -8,9 +8,14 @@ import builtins
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import symtable
+import urllib.error
+import urllib.request
+from unittest.mock import MagicMock
 
+import psutil
 import pytest
 
 from tools import notebooks
@@ -19,7 +24,7 @@ pytestmark = pytest.mark.browser
 if importlib.util.find_spec("playwright") is None:
     pytest.skip("playwright is not installed", allow_module_level=True)
 
-from tools.lab import chromium, open_lab  # noqa: E402  # needs playwright
+from tools.lab import chromium, launch, open_lab, serve  # noqa: E402  # needs playwright
 
 BAR = re.compile(r"([\d.]+\w?)/([\d.]+\w?) \|")
 LESSONS = [
@@ -58,6 +63,42 @@ def wrong_answer(lesson):
 def test_each_lesson_has_a_wrong_answer_to_show(lesson):
     exercise, source, told = wrong_answer(lesson)
     assert f"def {exercise}(" in source and told
+
+
+def status_of(address, token=None):
+    """(the status of a request, the page that it ends at)"""
+    headers = {"Authorization": f"token {token}"} if token else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as answer:
+            return answer.status, answer.url
+    except urllib.error.HTTPError as error:
+        return error.code, error.url
+
+
+def test_no_other_account_can_use_the_server(tmp_path):
+    (root := tmp_path / "notebooks").mkdir()
+    with serve(root, tmp_path, dark=False) as (url, token):
+        for path in ("contents", "kernels", "terminals"):
+            assert status_of(f"{url}/api/{path}")[0] == 403
+            assert status_of(f"{url}/api/{path}", token[::-1])[0] == 403
+            assert status_of(f"{url}/api/{path}", token)[0] == 200
+        assert "/login" in status_of(f"{url}/lab")[1]
+        assert status_of(f"{url}/lab?token={token}") == (200, f"{url}/lab?token={token}")
+        # What a list of processes shows to everybody.
+        shown = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+        assert any("-m jupyterlab" in line for line in shown)
+        assert not any(token in line for line in shown)
+    with serve(root, tmp_path, dark=False) as (_, another):
+        assert another != token
+
+
+@pytest.mark.parametrize(("account", "sandbox"), [(0, False), (1000, True)])
+def test_only_root_s_browser_has_no_sandbox(account, sandbox, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: account, raising=False)
+    playwright = MagicMock()
+    launch(playwright)
+    given = playwright.chromium.launch.call_args.kwargs
+    assert given["chromium_sandbox"] is sandbox and "--no-sandbox" not in given["args"]
 
 
 @pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")

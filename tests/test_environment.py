@@ -72,6 +72,18 @@ def test_the_tests_run_offline_and_with_few_threads():
     assert Path(os.environ["IPYTHONDIR"]) != Path.home() / ".ipython"
 
 
+def test_pytest_runs_without_its_cache_and_without_xdist():
+    """As an instructor may call it in a read-only folder, or where xdist is not installed."""
+    one = "tests/test_environment.py::test_this_machine_is_local[None]"
+    # A worker of xdist does less than a pytest of its own.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", one],
+        cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 def without_encoding(source: str) -> list[str]:
     """The calls in some source that read or write text in whatever encoding the system prefers."""
     found = []

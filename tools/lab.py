@@ -7,6 +7,8 @@ Clicks on menus proved flaky. JupyterLab's own commands are called instead, thro
 import contextlib
 import io
 import json
+import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -18,12 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 from tools.environment import offline_environment
 
 CHROMIUM_FLAGS = [
-    "--no-sandbox",
     "--disable-gpu",
     "--no-first-run",
     "--disable-background-networking",
@@ -55,6 +56,14 @@ def chromium() -> str | None:
     """The browser's path, or None where there is none."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     return next((path for path in map(shutil.which, names) if path), None)
+
+
+def launch(playwright: Playwright) -> Browser:
+    """Start Chromium, in its sandbox unless the process is root's, for whom Chromium refuses it."""
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    return playwright.chromium.launch(
+        executable_path=chromium(), args=CHROMIUM_FLAGS, chromium_sandbox=not root
+    )
 
 
 class Lab:
@@ -161,8 +170,11 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _server(root: Path, scratch: Path, dark: bool) -> Iterator[str]:
-    """JupyterLab on the loopback address, with nothing of the user's own settings; its URL."""
+def serve(root: Path, scratch: Path, dark: bool) -> Iterator[tuple[str, str]]:
+    """Run JupyterLab on the loopback address, with nothing of the user's own settings.
+
+    Yields its URL and its token. Other accounts of the machine reach the address too, and see the
+    options of each process, but not its environment, where the token stands."""
     _settings(scratch / "settings", dark)
     folders = {
         "JUPYTERLAB_SETTINGS_DIR": "settings",
@@ -172,7 +184,8 @@ def _server(root: Path, scratch: Path, dark: bool) -> Iterator[str]:
         "JUPYTER_RUNTIME_DIR": "runtime",
         "IPYTHONDIR": "ipython",
     }
-    port = _free_port()
+    port, token = _free_port(), secrets.token_urlsafe()
+    url = f"http://127.0.0.1:{port}"
     options = [
         "--no-browser",
         "--allow-root",
@@ -180,22 +193,26 @@ def _server(root: Path, scratch: Path, dark: bool) -> Iterator[str]:
         "--ip=127.0.0.1",
         f"--port={port}",
         "--ServerApp.port_retries=0",
-        "--IdentityProvider.token=",
         f"--ServerApp.root_dir={root}",
     ]
     log = scratch / "server.log"
     with log.open("w", encoding="utf-8") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
-            env=offline_environment() | {k: str(scratch / v) for k, v in folders.items()},
+            env=offline_environment()
+            | {k: str(scratch / v) for k, v in folders.items()}
+            | {"JUPYTER_TOKEN": token},
             stdout=output,
             stderr=output,
         )
     try:
         deadline = time.monotonic() + 60
+        status = urllib.request.Request(
+            f"{url}/api/status", headers={"Authorization": f"token {token}"}
+        )
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api").close()
+                urllib.request.urlopen(status).close()
                 break
             except OSError:
                 if server.poll() is not None or time.monotonic() > deadline:
@@ -203,7 +220,7 @@ def _server(root: Path, scratch: Path, dark: bool) -> Iterator[str]:
                         "JupyterLab doesn't start:\n" + log.read_text(encoding="utf-8")
                     ) from None
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        yield url, token
     finally:
         server.terminate()
         server.wait(30)
@@ -217,10 +234,10 @@ def open_lab(notebook: Path, *, dark: bool = False) -> Iterator[Lab]:
         root = scratch / "notebooks"
         root.mkdir()
         shutil.copy(notebook, root)
-        with _server(root, scratch, dark) as url, sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
+        with serve(root, scratch, dark) as (url, token), sync_playwright() as playwright:
+            browser = launch(playwright)
             page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
             lab = Lab(page)
-            lab.open(f"{url}/doc/tree/{notebook.name}")
+            lab.open(f"{url}/doc/tree/{notebook.name}?token={token}")
             yield lab
             browser.close()
