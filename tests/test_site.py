@@ -152,12 +152,12 @@ def browser():
         pytest.skip("playwright is not installed")
     from playwright.sync_api import sync_playwright
 
-    from tools.lab import CHROMIUM_FLAGS, chromium
+    from tools.lab import chromium, launch
 
     if chromium() is None:
         pytest.skip("Chromium is not installed")
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_FLAGS)
+        opened = launch(playwright)
         yield opened
         opened.close()
 
