@@ -372,7 +372,7 @@ def attempt(command, must=True):
 def cause(said):
     """Return what a failed installation most likely means, as a sentence, and its last words."""
     last = "\n".join(said.strip().splitlines()[-5:])
-    network = r"connection|connect|resolve|dns|timed out|unreachable|proxy|ssl|certificate"
+    network = r"connect|resolve|dns|timed out|unreachable|proxy|ssl|certificate|from versions: none"
     if re.search(network, said, re.I):
         return "The packages cannot be downloaded: is there a network?\n\n" + last
     return "The packages cannot be installed. The installer's last words:\n\n" + last

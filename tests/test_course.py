@@ -358,6 +358,7 @@ def test_a_full_disk_is_one_sentence(course, monkeypatch):
         ("raise OSError(28, 'No space left on device')", OSError, None),
         ("print('ERROR: Failed to establish a new connection')", None, "is there a network?"),
         ("print('error: dns error')", None, "is there a network?"),
+        ("print('No version of setuptools (from versions: none)')", None, "is there a network?"),
         (
             "print('No matching distribution for x')",
             None,
