@@ -127,22 +127,13 @@ HAS = {"", "lab", "setup", "here", "clean", "help"}
 
 def test_its_commands_are_those_of_a_learner(copied):
     folder, _ = copied
-    shown = subprocess.run(
-        [sys.executable, "course.py", "help"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert set(re.findall(r"(?m)^  ([a-z]+)", shown.stdout)) == HAS - {""}
-    wrong = subprocess.run(
-        [sys.executable, "course.py", "test"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert wrong.returncode == 1 and "There is no command test." in wrong.stderr
+
+    def run(command):
+        line = [sys.executable, "course.py", command]
+        return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+
+    assert set(re.findall(r"(?m)^  ([a-z]+)", run("help").stdout)) == HAS - {""}
+    assert "There is no command test." in run("test").stderr
     conda = yaml.safe_load((folder / "environment.yml").read_text(encoding="utf-8"))
     assert conda["dependencies"][-1] == {"pip": ["-e ."]}, "without the instructors' tools"
 
