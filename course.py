@@ -111,6 +111,11 @@ COMMANDS = {
         "try all lessons, and the site, in a real browser (needs Chromium)",
         ["-m pytest -q -rs -m browser {} tests/test_browser.py tests/test_site.py"],
     ),
+    "mutants": (
+        "[WORD ...]",
+        "apply one-line faults to a copy, and see which test notices each: 20 minutes",
+        ["-m tools.mutants"],
+    ),
     "lint": ("", "check the style of all Python code", ["-m ruff check ."]),
     "constraints": (
         "",

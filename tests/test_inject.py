@@ -359,6 +359,13 @@ def test_layers_called_like_the_parts_of_a_wrapper():
     assert list(untouched) == list(state(model))
 
 
+def test_the_share_is_one_of_the_base():
+    """An adapter as large as its base trains 100 % of it, not half of all that is there then."""
+    told = inject(nn.Sequential(nn.Linear(6, 6, bias=False)), LoRA(3, 3, ("0",)))
+    assert (told.trainable, told.base, told.total) == (36, 36, 72)
+    assert "100 % of the base's 36" in repr(told)
+
+
 def test_pytorchs_own_attention_is_left_alone_or_refused():
     class Attends(nn.Module):
         def __init__(self):

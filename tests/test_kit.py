@@ -120,6 +120,39 @@ def test_half_a_function_is_a_crash():
 # ------------------------------------------------------------------ wrong
 
 
+def test_one_wrong_entry_among_many_is_enough():
+    @check_for(cases=[Case(lambda: [torch.ones(200, 500)])])
+    def same(x):
+        """Nothing is changed."""
+        return x.clone()
+
+    def one_off(x):
+        x = x.clone()
+        x[17, 3] += 1e-3
+        return x
+
+    assert "expected 1 at [17, 3], got 1.001; 1 of 100000 entries are off" in refusal(same, one_off)
+
+
+def test_gradients_that_cancel_in_a_sum_are_compared():
+    """Those of a softmax add up to nothing, right or wrong."""
+
+    @check_for(cases=[Case(lambda: [torch.randn(4, 6)])], gradients=("x",))
+    def shares(x):
+        """Each row adds up to 1."""
+        return x.softmax(-1)
+
+    def cut(x):
+        return x.detach().softmax(-1) + 0 * x
+
+    def half(x):
+        return x.detach().softmax(-1) + 0.5 * (x.softmax(-1) - x.softmax(-1).detach())
+
+    assert shares(lambda x: x.exp() / x.exp().sum(-1, keepdim=True)).status == "right"
+    for answer in (cut, half):
+        assert "the gradient of x has wrong values" in refusal(shares, answer)
+
+
 def in_place(x, k):
     return x.mul_(k)
 

@@ -566,6 +566,20 @@ def test_a_local_folder(tiny, name, base, classifier, fresh):
     assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
 
 
+def test_a_decoder_with_several_end_tokens_pads_with_the_first(tiny, tmp_path):
+    """Llama 3 has three; a classifier on it looks for one padding token."""
+    shutil.copytree(tiny / "llama", tmp_path / "llama")
+    file = tmp_path / "llama/config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"eos_token_id": [7, 9, 11], "pad_token_id": None}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "llama/generation_config.json").unlink(missing_ok=True)
+    model = load_model(tmp_path / "llama", labels=2)
+    assert model.config.pad_token_id == 7
+    ids = torch.tensor([[5, 6, 7, 7], [5, 6, 8, 4]])
+    assert torch.allclose(model(ids).logits[0], model(ids[:1, :2]).logits[0], atol=1e-6)
+
+
 def test_incomplete_weights(tiny, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -241,6 +241,15 @@ def test_a_model_without_biases_is_refused(make):
         inject(model, BitFit())
 
 
+def test_the_biases_of_pytorchs_own_attention_train():
+    """It calls one of them in_proj_bias."""
+    model = nn.TransformerEncoderLayer(8, 2, 12)
+    inject(model, BitFit())
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    layers = ("self_attn.out_proj", "linear1", "linear2", "norm1", "norm2")
+    assert trains == {"self_attn.in_proj_bias", *(f"{layer}.bias" for layer in layers)}
+
+
 def test_a_fresh_heads_bias_is_no_bias_of_the_base():
     model = tiny_llama()
     model.add_module("score", nn.Linear(64, 2))

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,17 @@ from tiny import (
 )
 from torch import nn
 
-from peft_lessons import LoRA, TrainingDiverged, evaluate, fit, freeze, inject, injection_of, merge
+from peft_lessons import (
+    History,
+    LoRA,
+    TrainingDiverged,
+    evaluate,
+    fit,
+    freeze,
+    inject,
+    injection_of,
+    merge,
+)
 from peft_lessons.inject import Adapted, Method
 
 QV = LoRA(rank=4, alpha=6, targets=("query", "value"), dropout=0.1)
@@ -68,6 +79,12 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_global_one_alone():
     train(two, seed=1)
     train(other, seed=2)
     assert same(state(one), state(two)) and not same(state(one), state(other))
+
+
+def test_smooth_loss_is_the_mean_of_the_last_steps():
+    history = History(loss=[8.0, 4.0, 0.0, 2.0])
+    assert history.smooth_loss(2) == [8.0, 6.0, 2.0, 1.0]
+    assert history.smooth_loss(9) == [8.0, 6.0, 4.0, 3.5]
 
 
 def test_full_fine_tuning_trains_everything_and_freeze_only_the_head():
@@ -152,6 +169,23 @@ def test_nan_stops_before_it_reaches_the_weights(poison):
     with refused(model, "step 1: loss nan.*smaller lr", TrainingDiverged):
         train(model, 5)
     assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+class RootAtZero(nn.Module):
+    """A finite loss, 0, whose gradient is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def forward(self, input_ids, attention_mask, labels):
+        return SimpleNamespace(loss=self.w.sqrt().sum())
+
+
+def test_an_infinite_gradient_stops_before_it_reaches_the_weights():
+    model = RootAtZero()
+    with refused(model, "loss 0, gradient norm inf", TrainingDiverged):
+        train(model, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,250 @@
+"""Apply each of a list of one-line faults to a copy of the course, and see which test notices it.
+
+    python -m tools.mutants [WORD ...]     with words: those whose file or line holds one of them
+
+A fault is a line of the package or the tools, what it becomes, and the tests that are to notice it.
+The checkout itself stays as it is. The exit status is the number of faults that nothing noticed.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.environment import ROOT, offline_environment
+
+COPIED = ("peft_lessons", "tests", "tools", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which stands once in `file`, becomes `new`; one of `tests` must fail then."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def __str__(self) -> str:
+        shown = (" ".join(text.split())[:60] for text in (self.old, self.new))
+        return f"{self.file}: {' → '.join(shown)}"
+
+
+METHODS, TESTS = "peft_lessons/methods", "tests/test_{}.py"
+
+
+def of(file: str, tests: str, *edits: tuple[str, str]) -> list[Mutant]:
+    files = " ".join(TESTS.format(name) for name in tests.split())
+    return [Mutant(file, old, new, files) for old, new in edits]
+
+
+MUTANTS = [
+    *of(
+        f"{METHODS}/lora.py",
+        "lora_against_peft every_method inject",
+        ("alpha / math.sqrt(rank) if rslora else alpha / rank", "alpha / rank"),
+        ("F.linear(low, self.lora_B) * self.scaling", "F.linear(low, self.lora_B)"),
+        ("torch.zeros(out_features, rank)", "torch.randn(out_features, rank)"),
+        ("self.dropout(x.to(self.lora_A.dtype))", "x.to(self.lora_A.dtype)"),
+        ("(y + self.lora(x)).to(y.dtype)", "y + self.lora(x)"),
+    ),
+    *of(
+        f"{METHODS}/qlora.py",
+        "qlora",
+        ("(codes[0::2] << 4) | codes[1::2]", "(codes[1::2] << 4) | codes[0::2]"),
+        ("offset = absmax.mean()", "offset = absmax.median()"),
+        ("grad @ ctx.layer.weight.to(grad.dtype)", "grad @ ctx.layer.weight.to(grad.dtype).sign()"),
+        ("branch = not self.merged and self.lora is not None", "branch = self.lora is not None"),
+    ),
+    *of(
+        f"{METHODS}/dora.py",
+        "dora",
+        (
+            "@torch.no_grad()  # a constant in the backward pass",
+            "# a constant in the backward pass",
+        ),
+        ("self.base.weight / self.merged_c[:, None] -", "self.base.weight -"),
+        ("plain = y if bias is None else y - bias", "plain = y"),
+        ("if layer.training and layer.dropout.p > 0:", "if False:"),
+    ),
+    *of(
+        f"{METHODS}/adalora.py",
+        "adalora",
+        ("self.alpha, self.divisor = alpha, rank + 1e-5", "self.alpha, self.divisor = alpha, rank"),
+        ("(step > method.tinit and step % method.delta == 0)", "(step % method.delta == 0)"),
+        ("b: tensors[b][:, mask]", "b: tensors[b]"),
+        ("doubt = (importance - sensitivity).abs()", "doubt = importance - sensitivity"),
+    ),
+    *of(
+        f"{METHODS}/adapters.py",
+        "adapters",
+        ("t = norm(h + x)", "t = norm(h)"),
+        ("h + self.scale * self.adapter(t)", "h + self.adapter(t)"),
+        ("self.added_to(h, x, output.LayerNorm) + x", "self.added_to(h, x, output.LayerNorm)"),
+    ),
+    *of(
+        f"{METHODS}/ia3.py",
+        "ia3",
+        (
+            "return weight * self.l, None if keeps else bias",
+            "return weight * self.l, None if 1 else bias",
+        ),
+        ("self.base(rescaled(x, self.l.flatten()))", "rescaled(self.base(x), self.l.flatten())"),
+        ('entries["target_modules"] = paths', "pass"),
+    ),
+    *of(
+        f"{METHODS}/prompt.py",
+        "prompt",
+        ("lengthen(labels, len(self.prompt_embeddings), -100)", "labels"),
+        ('for name in ("position_ids", "cache_position"):', 'for name in ("cache_position",):'),
+        ("places.where(places < 0, places + p)", "places + p"),
+    ),
+    *of(
+        f"{METHODS}/prefix.py",
+        "prefix",
+        ("lengthen(mask, p, 1)", "lengthen(mask, p, 0)"),
+        ('changed["position_ids"] = positions + p', 'changed["position_ids"] = positions'),
+        ("if not cache.get_seq_length():", "if True:"),
+    ),
+    *of(
+        f"{METHODS}/selective.py",
+        "selective",
+        ('endswith((".bias", "_bias"))', 'endswith(".bias")'),
+        ("((2 * s - 1) * stretch).clamp(0, 1)", "((2 * s - 1) * stretch).clamp(min=0)"),
+        ("layer.w.copy_(layer.delta_weight() * mask)", "layer.w.copy_(layer.w * mask)"),
+    ),
+    *of(
+        f"{METHODS}/variants.py",
+        "variants",
+        ('"lora.lora_B": self.lr_ratio', '"lora.lora_A": self.lr_ratio'),
+        ("torch.cat([B, -B0], dim=1)", "torch.cat([B, B0], dim=1)"),
+        ("return S - S.mT", "return S + S.mT"),
+    ),
+    *of(
+        "peft_lessons/inject.py",
+        "inject every_method",
+        ("share = 100 * self.trainable / self.base", "share = 100 * self.trainable / self.total"),
+        ("if name in old and not injection.merged:", "if name in old:"),
+        ('path == name or path.endswith("." + name)', "path.endswith(name)"),
+        ("module.training = layer.training", "pass"),
+        ("p.data.float() if p.dtype in", "p.data if p.dtype in"),
+        ("if not stored.isfinite().all():", "if not tensor.isfinite().all():"),
+        ("wrapper._new_tensors(merged)\n", "pass\n"),
+        (
+            "modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if p}",
+            "modules = {p: m for p, m in model.named_modules() if p}",
+        ),
+    ),
+    *of(
+        "peft_lessons/adapters_io.py",
+        "adapters_io",
+        ('with open(temporary[path], "wb") as f:', 'with open(path, "wb") as f:'),
+        ('if "meta" not in (theirs, *ours) and theirs not in ours:', "if False:"),
+        ("if header.get(_CONFIG_DIGEST, digest) != digest:", "if False:"),
+        ("if surplus := sorted(tensors.keys() - expected.keys()):", "if surplus := []:"),
+        ("    if not trainable:\n", "    if False:\n"),
+        ("tensors[key].to(slot.dtype)}", "tensors[key]}"),
+    ),
+    *of(
+        "peft_lessons/training.py",
+        "training",
+        ("(math.isfinite(value) and math.isfinite(norm))", "math.isfinite(value)"),
+        ("max(0, i - window + 1)", "max(0, i - window)"),
+        ("optimizer.zero_grad()  # a gradient from before", "# a gradient from before"),
+    ),
+    *of(
+        "peft_lessons/models.py",
+        "models",
+        ("end[0] if isinstance(end, list) else end", "end"),
+        ("attention_mask[:, -states.shape[1] :]", "attention_mask[:, : states.shape[1]]"),
+    ),
+    *of(
+        "peft_lessons/checks/compare.py",
+        "kit",
+        (
+            "if gap.max() <= tolerance * (size or 1.0):",
+            "if gap.mean() <= tolerance * (size or 1.0):",
+        ),
+        ("if got.dtype != expected.dtype:", "if False:"),
+    ),
+    *of(
+        "peft_lessons/checks/kit.py",
+        "kit",
+        (
+            "flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)",
+            "flat.sum()",
+        ),
+        (
+            'raised = frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]',
+            "raised = True",
+        ),
+        ("if theirs is None and ours is not None:", "if False:"),
+        (
+            "before = [i for i in results if i <= number",
+            "before = [i for i in results if i == number",
+        ),
+    ),
+    *of(
+        "tools/grade.py",
+        "grade",
+        (
+            'if mark["word"] == word and mark["outcome"] in OUTCOMES:',
+            'if mark["outcome"] in OUTCOMES:',
+        ),
+    ),
+    *of(
+        "tools/grade_one.py",
+        "grade",
+        ("class TimedOut(BaseException):", "class TimedOut(Exception):"),
+    ),
+]
+
+
+def noticed(mutant: Mutant, place: Path) -> str | None:
+    """The first test that fails on a copy of the course with this fault, or None."""
+    path = place / mutant.file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, *mutant.tests.split()],
+            cwd=place,
+            env=offline_environment() | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        path.write_text(text, encoding="utf-8")
+    found = re.search(r"(?m)^(?:FAILED|ERROR) (\S+)", done.stdout)
+    return found.group(1) if found and done.returncode else None
+
+
+def main(words: Sequence[str]) -> int:
+    chosen = [m for m in MUTANTS if not words or any(word in str(m) for word in words)]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+            copy(ROOT / name, place / name)
+        for rest in ROOT.iterdir():
+            if rest.name not in (*COPIED, ".git", ".venv"):
+                (place / rest.name).symlink_to(rest)
+        for number, mutant in enumerate(chosen, 1):
+            started = time.monotonic()
+            test = noticed(mutant, place)
+            missed += test is None
+            took = time.monotonic() - started
+            print(f"{number:3} {mutant}\n    {test or 'NOT NOTICED'} ({took:.0f} s)", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults are noticed")
+    return missed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
