@@ -10,7 +10,8 @@ import torch
 from exercises import Recipe
 
 from peft_lessons import check, registered_methods
-from peft_lessons.checks.kit import Check, WrongAnswer
+from peft_lessons.checks.compare import tensors
+from peft_lessons.checks.kit import Check, Tried, WrongAnswer
 from tools import notebooks
 
 LESSONS = {
@@ -72,7 +73,8 @@ def test_checks_solutions_and_answers_belong_together(lesson):
     names = set(CHECKS[lesson])
     assert names == set(SOLUTIONS[lesson])
     for name in names:
-        assert sum(exercise == name for exercise, *_ in ANSWERS[lesson].wrongs) >= 4
+        wrongs = [answer for exercise, answer, _ in ANSWERS[lesson].wrongs if exercise == name]
+        assert wrongs and len(wrongs) + len(CHECKS[lesson][name].causes) >= 4
         assert sum(exercise == name for exercise, *_ in ANSWERS[lesson].rights) >= 2
     assert {exercise for exercise, *_ in ANSWERS[lesson].wrongs + ANSWERS[lesson].rights} == names
 
@@ -113,35 +115,129 @@ def test_a_cause_is_named_alone(one, sentence, wrong):
     assert refusal(one, wrong).splitlines()[-1].strip() == f"Likely cause: {sentence}."
 
 
-def shuffled(solution):
-    """Right in kind and shape, random in value, or a wrong number of the same type."""
+@pytest.mark.parametrize(
+    "one", [one for found in CHECKS.values() for one in found.values() if one.right], **by_name
+)
+def test_what_mistakes_are_edits_of_is_right(one):
+    assert one(one.right).status == "right"
 
-    def change(value):
+
+# ------------------------------------------------------------------ faults of any exercise
+
+
+def parts(value):
+    """Every tensor in a value, and every list, dict and module."""
+    if isinstance(value, torch.nn.Module):
+        return list(value.parameters())
+    if isinstance(value, list | tuple | dict):
+        held = value.values() if isinstance(value, dict) else value
+        inner = [part for v in held for part in parts(v)]
+        return inner if isinstance(value, tuple) else [*inner, value]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def spoil(part):
+    """Change a tensor, a list or a dict in place."""
+    if isinstance(part, torch.Tensor):
+        part.data.logical_not_() if part.dtype is torch.bool else part.data.add_(1)
+    elif part:
+        del part[next(iter(part)) if isinstance(part, dict) else 0]
+
+
+def own(t):
+    """A copy of a tensor, where it may be a view of an argument."""
+    return t if isinstance(t, torch.nn.Parameter) else t.clone()
+
+
+def changing(number):
+    """The solution, which then changes its argument of this number."""
+
+    def fault(solution):
+        def answer(*args):
+            result = of_tensors(own)(solution)(*args)
+            for part in parts(args[number])[:1]:
+                spoil(part)
+            return result
+
+        return answer
+
+    return fault
+
+
+def of_tensors(change):
+    """The solution, with every tensor in its result changed."""
+
+    def changed(value):
         if isinstance(value, torch.Tensor):
-            return torch.rand(value.shape).to(value.dtype)
+            return change(value)
         if isinstance(value, tuple | list):
-            return type(value)(change(v) for v in value)
-        return value + 1
+            return type(value)(changed(v) for v in value)
+        if isinstance(value, dict):
+            return {name: changed(v) for name, v in value.items()}
+        return value
 
-    return lambda *args: change(solution(*args))
+    return lambda solution: lambda *args: changed(solution(*args))
 
 
-ANY = {
-    "nothing": lambda *args: None,
-    "a string": lambda *args: "W",
-    "a number": lambda *args: 7,
-    "an empty list": lambda *args: [],
-    "the first argument": lambda *args: args[0],
-}
+def another_float(t):
+    return t.float() if t.dtype == torch.float64 else t.double()
+
+
+def shuffled(value):
+    """Right in kind and shape, random in value, or a wrong number of the same type."""
+    if isinstance(value, torch.Tensor):
+        return torch.rand(value.shape).to(value.dtype)
+    if isinstance(value, tuple | list):
+        return type(value)(shuffled(v) for v in value)
+    return value + 1
+
+
+def renamed(solution, names):
+    """The solution under another signature."""
+
+    def answer(*args):
+        return solution(*args)
+
+    by_name = inspect.signature(solution).parameters
+    answer.__signature__ = inspect.Signature([by_name[name] for name in names])
+    return answer
+
+
+def faults(one, solution):
+    """(answer, what it must be told) of the faults that any answer may have, where they apply."""
+    for cheap in (None, "W", 7, []):
+        yield lambda *args, cheap=cheap: cheap, f"✗ {one.__name__}: "
+    yield lambda *args: args[0], f"✗ {one.__name__}: "
+    if isinstance(one, Tried):
+        return
+    yield lambda *args: None, "is None: is a return statement missing?"
+    names, args = one.names, one._arguments(0)
+    result = solution(*one._arguments(0))
+    floats = [t for t in tensors(result) if t.is_floating_point()]
+    for number, name in enumerate(names[: len(args)]):
+        # A module that is built around another one computes with the changed one.
+        held = isinstance(result, torch.nn.Module) and isinstance(args[number], torch.nn.Module)
+        if parts(args[number]) and name not in one.changes and not held:
+            yield changing(number)(solution), f"the argument {name} was changed"
+    if len(names) > 1:
+        required = [n for n in names if one.signature.parameters[n].default is inspect._empty]
+        if len(required) > 1:
+            turned = [*required[1::-1], *required[2:], *names[len(required) :]]
+            yield renamed(solution, turned), "the parameters differ"
+    if one.gradients:
+        yield of_tensors(lambda t: t.detach())(solution), "no gradient reaches"
+    if floats and not isinstance(result, torch.nn.Module):
+        yield of_tensors(another_float)(solution), " has dtype float"
+        yield of_tensors(lambda t: t[None])(solution), " has shape ("
+        yield of_tensors(lambda t: t.tolist())(solution), ", expected a tensor"
+        yield lambda *args: shuffled(solution(*args)), f"✗ {one.__name__}: "
 
 
 @pytest.mark.parametrize(("lesson", "name"), EXERCISES)
-def test_no_cheap_answer_passes(lesson, name):
-    one = CHECKS[lesson][name]
-    for answer in ANY.values():
-        assert f"✗ {name}: " in refusal(one, answer)
-    if name != "apply_lora":
-        refusal(one, shuffled(SOLUTIONS[lesson][name]))
+def test_a_fault_that_any_answer_may_have_is_told(lesson, name):
+    one, solution = CHECKS[lesson][name], SOLUTIONS[lesson][name]
+    for answer, told in faults(one, solution):
+        assert told in refusal(one, answer)
     first = []
 
     def constant(*args):

@@ -11,6 +11,7 @@ from torch import nn
 from peft_lessons.checks import kit
 from peft_lessons.checks.compare import difference
 from peft_lessons.checks.kit import Case, Forbid, WrongAnswer, check_for
+from peft_lessons.checks.mistakes import mistakes
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,76 @@ def test_half_a_function_is_a_crash():
         return x * k
 
     assert "your function raised NotImplementedError." in refusal(scale, answer)
+
+
+# ------------------------------------------------------------------ mistakes
+
+DOUBLE = """
+    def double(x):
+        y = 2 * x
+        return y
+"""
+
+
+def test_mistakes_are_edits_of_a_right_answer():
+    made = mistakes(
+        DOUBLE,
+        """
+        the factor is left out, which
+        leaves x as it was
+            2 * x → x
+        it is three, and negative
+            2 * x → 3 * x
+            return y →
+                return -y
+        nothing is returned
+            return y → ∅
+        it is halved
+            = half
+        """,
+        half=lambda x: x / 2,
+    )
+    assert made.right(5) == 10
+    assert {sentence: wrong(5) for sentence, wrong in made.items()} == {
+        "the factor is left out, which leaves x as it was": 5,
+        "it is three, and negative": -15,
+        "nothing is returned": None,
+        "it is halved": 2.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("edits", "told"),
+    [
+        ("it is void\n z → x", "'z' is there 0 times"),
+        ("it hits more than it says\n x → 3", "'x' is there 2 times"),
+        ("it changes nothing\n 2 → 2", "'2' is there 1 times"),
+        ("one\n 2 → 3\n one\n 2 → 4", "'one' is there twice"),
+    ],
+)
+def test_an_edit_that_is_void_or_double_is_an_error(edits, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        mistakes(DOUBLE, edits)
+
+
+def test_the_wrong_line_of_a_mistake_is_in_its_traceback():
+    made = mistakes(DOUBLE, "it divides by nothing\n 2 * x → x / 0")
+    with pytest.raises(ZeroDivisionError) as caught:
+        made["it divides by nothing"](1)
+    assert str(caught.traceback[-1].statement).strip() == "y = x / 0"
+
+
+def test_a_literal_of_a_case_that_an_answer_changes_is_whole_in_the_next():
+    @check_for(cases=[([3, 4],), ([5],)])
+    def total(numbers):
+        """The sum is right."""
+        return sum(numbers)
+
+    def empties(numbers):
+        return sum(numbers.pop() for _ in range(len(numbers)))
+
+    for _ in range(2):
+        assert "the argument numbers was changed" in refusal(total, empties)
 
 
 # ------------------------------------------------------------------ wrong

@@ -124,6 +124,8 @@ class Check:
         self.signature = inspect.signature(reference)
         self.names = list(self.signature.parameters)
         self.causes = dict(causes or {})
+        # The right answer that the causes are edits of, where they are.
+        self.right = getattr(causes, "right", None)
         self.__name__, self.__doc__ = reference.__name__, inspect.getdoc(reference)
 
     def __call__(self, function: Callable) -> Verdict:
@@ -248,7 +250,7 @@ class Check:
     def _arguments(self, number: int, function: Callable | None = None) -> list[Any]:
         case = self.cases[number]
         with _seeded(number):
-            args = case.make()
+            args = _unshared(case.make())
             return list(case.earlier(function or self.reference, *args) if case.earlier else args)
 
     def _described(self, number: int) -> str:
@@ -431,6 +433,16 @@ class _Watch(TorchDispatchMode):
                 self.formed, self.sentence = tuple(t.shape), self.sentences[_bare(t.shape)]
                 self.lines = own_lines(traceback.walk_stack(None), self.module)[:1]
         return result
+
+
+def _unshared(value: Any) -> Any:
+    """The value with lists and dicts of its own: an answer that changes a literal one of a case
+    must not change it for the next call."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_unshared, value))
+    if type(value) is dict:
+        return {key: _unshared(part) for key, part in value.items()}
+    return value
 
 
 def _bare(shape: Sequence[int]) -> tuple[int, ...]:

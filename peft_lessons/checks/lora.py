@@ -1,14 +1,12 @@
 """Checks of lesson 02."""
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..methods.lora import LinearWithLoRA
 from .kit import Case, Forbid, check_for
-from .scaling import wrong_scalings
+from .mistakes import mistakes, scaling_mistakes
 
 
 def _factors(out, in_, rank):
@@ -24,10 +22,6 @@ def _merged(out, in_, rank, alpha, dtype=torch.float32):
     return [t.to(dtype) for t in (torch.randn(out, in_) * 3, A, B)] + [alpha]
 
 
-def _unmerging(scale):
-    return lambda merged, A, B, alpha: merged - scale(alpha, A.shape[0]) * (B @ A)
-
-
 @check_for(
     cases=[
         Case(lambda: _merged(48, 96, 4, 10)),
@@ -38,23 +32,28 @@ def _unmerging(scale):
         Case(lambda: _merged(24, 40, 4, 10, torch.float64)),
     ],
     gradients=("merged_weight", "A", "B"),
-    causes={
-        "alpha is left out: only 1 / r scales": _unmerging(lambda alpha, r: 1 / r),
-        **wrong_scalings(_unmerging),
-        "the update is added again, not subtracted": _unmerging(lambda alpha, r: -alpha / r),
-        "alpha is divided by a width: the rank is A.shape[0]": lambda merged, A, B, alpha: (
-            merged - alpha / A.shape[1] * (B @ A)
-        ),
-        "alpha is divided by a width: the rank is B.shape[1]": lambda merged, A, B, alpha: (
-            merged - alpha / B.shape[0] * (B @ A)
-        ),
-        (
-            "this is the update alone: subtract it from the merged weight"
-        ): lambda merged, A, B, alpha: alpha / A.shape[0] * (B @ A),
-        (
-            "the sign is turned: subtract the update from the merged weight"
-        ): lambda merged, A, B, alpha: alpha / A.shape[0] * (B @ A) - merged,
-    },
+    causes=mistakes(
+        """
+        def unmerge_lora(merged_weight, A, B, alpha):
+            r = A.shape[0]
+            return merged_weight - alpha / r * (B @ A)
+        """,
+        f"""
+        alpha is left out: only 1 / r scales
+            alpha / r → 1 / r
+        {scaling_mistakes("alpha / r")}
+        the update is added again, not subtracted
+            merged_weight - → merged_weight +
+        alpha is divided by a width: the rank is A.shape[0]
+            A.shape[0] → A.shape[1]
+        alpha is divided by a width: the rank is B.shape[1]
+            A.shape[0] → B.shape[0]
+        this is the update alone: subtract it from the merged weight
+            merged_weight - → ∅
+        the sign is turned: subtract the update from the merged weight
+            merged_weight - alpha / r * (B @ A) → alpha / r * (B @ A) - merged_weight
+        """,
+    ),
 )
 def unmerge_lora(merged_weight, A, B, alpha):
     """The base weight is back, whatever alpha, rank and shape."""
@@ -80,54 +79,12 @@ def _pair(out, in_, rank, to, dtype=torch.float32):
     return [(grades * A).to(dtype), B.to(dtype), to]
 
 
-def _truncated(of):
-    """compress_lora by a wrong sharing of the singular values of BA."""
-
-    def compress(A, B, rank):
-        U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
-        return of(U[:, :rank], S[:rank], Vh[:rank])
-
-    return compress
-
-
-def _smallest(A, B, rank):
-    U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
-    kept = slice(len(A) - rank, len(A))
-    return Vh[kept], U[:, kept] * S[kept]
-
-
 def _rank_of_each(A, B, rank):
-    """Each factor truncated by itself: the best of each is not the best of the product."""
+    """The best of each factor is not the best of the product."""
     Ua, Sa, Va = torch.linalg.svd(A, full_matrices=False)
     Ub, Sb, Vb = torch.linalg.svd(B, full_matrices=False)
     middle = (Vb[:rank] @ Ua[:, :rank]) * Sa[:rank]
     return middle @ Va[:rank], Ub[:, :rank] * Sb[:rank]
-
-
-def _largest_rows(A, B, rank):
-    kept = (A.norm(dim=1) * B.norm(dim=0)).topk(rank).indices
-    return A[kept], B[:, kept]
-
-
-def _qr_alone(A, B, rank):
-    Q, R = torch.linalg.qr(B)
-    return R[:rank] @ A, Q[:, :rank]
-
-
-def _svd_of_a(A, B, rank):
-    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    return Vh[:rank], B @ U[:, :rank] * S[:rank]
-
-
-def _svd_of_b(A, B, rank):
-    U, S, Vh = torch.linalg.svd(B, full_matrices=False)
-    return Vh[:rank] @ A, U[:, :rank] * S[:rank]
-
-
-def _untransposed(A, B, rank):
-    (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(Rb @ Ra)
-    return Vh[:rank] @ Qa.T, Qb @ U[:, :rank] * S[:rank]
 
 
 @check_for(
@@ -153,28 +110,49 @@ def _untransposed(A, B, rank):
             'full_matrices=False, and qr with mode="reduced".',
         ),
     ],
-    causes={
-        (
-            "the first rows and columns are kept; their order says nothing of their size"
-        ): lambda A, B, rank: (
-            A[:rank],
-            B[:, :rank],
-        ),
-        "whole rows and columns are chosen: the best directions mix them": _largest_rows,
-        "the factors are truncated each by itself, not their product": _rank_of_each,
-        "QR alone does not sort directions by size: a small SVD must follow": _qr_alone,
-        "only A is decomposed, but B too decides which directions are large": _svd_of_a,
-        "only B is decomposed, but A too decides which directions are large": _svd_of_b,
-        "Aᵀ = Q R gives A = Rᵀ Qᵀ: the R of A's QR is not transposed": _untransposed,
-        "the smallest singular values are kept, not the largest": _smallest,
-        "the singular values are left out": _truncated(lambda U, S, Vh: (Vh, U)),
-        "the singular values are in both factors: share them": _truncated(
-            lambda U, S, Vh: (S[:, None] * Vh, U * S)
-        ),
-        "the order is turned: return A first": _truncated(lambda U, S, Vh: (U * S, Vh)),
-        "both factors are transposed": _truncated(lambda U, S, Vh: (Vh.T, (U * S).T)),
-        "the factors are returned as they were": lambda A, B, rank: (A, B),
-    },
+    causes=mistakes(
+        """
+        def compress_lora(A, B, rank):
+            Qb, Rb = torch.linalg.qr(B)
+            Qa, Ra = torch.linalg.qr(A.T)
+            U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
+            U, S, Vh = Qb @ U[:, :rank], S[:rank], Vh[:rank] @ Qa.T
+            return Vh, U * S
+        """,
+        """
+        the first rows and columns are kept; their order says nothing of their size
+            return Vh, U * S → return A[:rank], B[:, :rank]
+        whole rows and columns are chosen: the best directions mix them
+            return Vh, U * S →
+                best = (A.norm(dim=1) * B.norm(dim=0)).topk(rank)[1]; return A[best], B[:, best]
+        the factors are truncated each by itself, not their product
+            = rank_of_each
+        QR alone does not sort directions by size: a small SVD must follow
+            return Vh, U * S → return Rb[:rank] @ A, Qb[:, :rank]
+        only A is decomposed, but B too decides which directions are large
+            torch.linalg.svd(Rb @ Ra.T) → torch.linalg.svd(A, full_matrices=False)
+            Qb @ U[:, :rank], S[:rank], Vh[:rank] @ Qa.T → B @ U[:, :rank], S[:rank], Vh[:rank]
+        only B is decomposed, but A too decides which directions are large
+            torch.linalg.svd(Rb @ Ra.T) → torch.linalg.svd(B, full_matrices=False)
+            Qb @ U[:, :rank], S[:rank], Vh[:rank] @ Qa.T → U[:, :rank], S[:rank], Vh[:rank] @ A
+        Aᵀ = Q R gives A = Rᵀ Qᵀ: the R of A's QR is not transposed
+            Ra.T → Ra
+        the smallest singular values are kept, not the largest
+            Qb @ U[:, :rank], S[:rank], Vh[:rank] @ Qa.T →
+                Qb @ U[:, -rank:], S[-rank:], Vh[-rank:] @ Qa.T
+        the singular values are left out
+            U * S → U
+        the singular values are in both factors: share them
+            Vh, U * S → S[:, None] * Vh, U * S
+        the order is turned: return A first
+            Vh, U * S → U * S, Vh
+        both factors are transposed
+            Vh, U * S → Vh.T, (U * S).T
+        the factors are returned as they were
+            Vh, U * S → A, B
+        """,
+        rank_of_each=_rank_of_each,
+    ),
 )
 def compress_lora(A, B, rank):
     """As close to BA as this rank allows, with no tensor as large as a weight on the way."""
@@ -189,12 +167,6 @@ def _table(ids, alpha, vocabulary=23, d=12, rank=4, dtype=torch.float32):
     A, B = _factors(d, vocabulary, rank)
     weight = torch.randn(vocabulary, d)
     return [torch.tensor(ids), *(t.to(dtype) for t in (weight, A, B)), alpha]
-
-
-def _looked_up(scale, base=1):
-    return lambda ids, weight, A, B, alpha: (
-        base * weight[ids] + scale(alpha, A.shape[0]) * (A.T[ids] @ B.T)
-    )
 
 
 @check_for(
@@ -221,25 +193,29 @@ def _looked_up(scale, base=1):
             "or F.embedding.",
         ),
     ],
-    causes={
-        **wrong_scalings(_looked_up),
-        "the update is subtracted, not added": _looked_up(lambda alpha, r: -alpha / r),
-        (
-            "alpha is divided by the vocabulary's size: the rank is A.shape[0]"
-        ): lambda ids, weight, A, B, alpha: weight[ids] + alpha / A.shape[1] * (A.T[ids] @ B.T),
-        "the token table's own rows are missing: this is the update alone": _looked_up(
-            lambda alpha, r: alpha / r, base=0
-        ),
-        "the update is missing: these are the base's rows": _looked_up(lambda alpha, r: 0),
-        "the scaling is applied to the base's rows too": lambda ids, weight, A, B, alpha: (
-            alpha / A.shape[0] * (weight[ids] + A.T[ids] @ B.T)
-        ),
-        "A is reshaped where it must be transposed: columns of A are tokens": (
-            lambda ids, weight, A, B, alpha: (
-                weight[ids] + alpha / A.shape[0] * (A.reshape(-1, A.shape[0])[ids] @ B.T)
-            )
-        ),
-    },
+    causes=mistakes(
+        """
+        def embedding_lora(ids, weight, A, B, alpha):
+            r = A.shape[0]
+            update = A.T[ids] @ B.T
+            return weight[ids] + alpha / r * update
+        """,
+        f"""
+        {scaling_mistakes("alpha / r")}
+        the update is subtracted, not added
+            weight[ids] + → weight[ids] -
+        alpha is divided by the vocabulary's size: the rank is A.shape[0]
+            A.shape[0] → A.shape[1]
+        the token table's own rows are missing: this is the update alone
+            weight[ids] + → ∅
+        the update is missing: these are the base's rows
+            + alpha / r * update → ∅
+        the scaling is applied to the base's rows too
+            weight[ids] + alpha / r * update → alpha / r * (weight[ids] + update)
+        A is reshaped where it must be transposed: columns of A are tokens
+            A.T[ids] → A.reshape(-1, r)[ids]
+        """,
+    ),
 )
 def embedding_lora(ids, weight, A, B, alpha):
     """Every token's row of weight + (alpha / r)·(BA)ᵀ, by lookup, for ids of any shape."""
@@ -255,55 +231,6 @@ def _adapters(*settings, out=40, in_=72):
     return [[(*_factors(out, in_, rank), alpha, weight) for rank, alpha, weight in settings]]
 
 
-def _concatenated(on_A, on_B):
-    """sum_adapters by wrong scales of the factors."""
-
-    def add(adapters):
-        A = [on_A(weight, alpha, len(A)) * A for A, _, alpha, weight in adapters]
-        B = [on_B(weight, alpha, B.shape[1]) * B for _, B, alpha, weight in adapters]
-        return torch.cat(A), torch.cat(B, dim=1)
-
-    return add
-
-
-def _one(*_):
-    return 1
-
-
-def _summed_factors(adapters):
-    """What PEFT's combination_type="linear" does."""
-    scales = [math.sqrt(weight * alpha / len(A)) for A, _, alpha, weight in adapters]
-    return (
-        sum(scale * A for scale, (A, _, _, _) in zip(scales, adapters, strict=True)),
-        sum(scale * B for scale, (_, B, _, _) in zip(scales, adapters, strict=True)),
-    )
-
-
-def _plain_sums(adapters):
-    return (
-        sum(A for A, _, _, _ in adapters),
-        sum(weight * alpha / len(A) * B for A, B, alpha, weight in adapters),
-    )
-
-
-def _by_total_rank(adapters):
-    total = sum(len(A) for A, _, _, _ in adapters)
-    return _concatenated(_one, lambda w, alpha, r: w * alpha / total)(adapters)
-
-
-def _normalised(adapters):
-    total = sum(weight for _, _, _, weight in adapters)
-    return _concatenated(_one, lambda w, alpha, r: w / total * alpha / r)(adapters)
-
-
-def _turned(adapters):
-    _, B = _concatenated(_one, lambda w, alpha, r: w * alpha / r)(adapters)
-    return torch.cat([A for A, *_ in reversed(adapters)]), B
-
-
-_SUMMED = "the factors are summed, not the products: B₁A₁ + B₂A₂ isn't (B₁ + B₂)(A₁ + A₂)"
-
-
 @check_for(
     cases=[
         Case(lambda: _adapters((4, 10, 0.7), (4, 6, 0.5)), note="two of rank 4"),
@@ -313,32 +240,51 @@ _SUMMED = "the factors are summed, not the products: B₁A₁ + B₂A₂ isn't (
     ],
     returns=("A", "B"),
     view=_product,
-    causes={
-        f"{_SUMMED}, and with square roots as in PEFT's 'linear'": _summed_factors,
-        _SUMMED: _plain_sums,
-        "the weights are left out": _concatenated(_one, lambda w, alpha, r: alpha / r),
-        "the scalings alpha / r are left out": _concatenated(_one, lambda w, alpha, r: w),
-        "weights and scalings are left out": _concatenated(_one, _one),
-        "alpha is not divided by r": _concatenated(_one, lambda w, alpha, r: w * alpha),
-        "weight and scaling are in both factors: they count twice in BA": _concatenated(
-            *[lambda w, alpha, r: w * alpha / r] * 2
-        ),
-        "the weights are in both factors: they count twice in BA": _concatenated(
-            lambda w, alpha, r: w, lambda w, alpha, r: w * alpha / r
-        ),
-        "alpha is divided by the ranks' sum: each has a rank of its own": _by_total_rank,
-        "the weights are divided by their sum, which was not asked for": _normalised,
-        (
-            "a negative weight has no square root: put weight and scaling into one factor"
-        ): _concatenated(*[lambda w, alpha, r: torch.tensor(w * alpha / r).sqrt()] * 2),
-        "the sign of a negative weight is lost": _concatenated(
-            _one, lambda w, alpha, r: abs(w) * alpha / r
-        ),
-        "A and B are stacked in different orders": _turned,
-        "the order is turned: return A first": lambda adapters: _concatenated(
-            _one, lambda w, a, r: w * a / r
-        )(adapters)[::-1],
-    },
+    causes=mistakes(
+        """
+        def sum_adapters(adapters):
+            total = sum(weight for *_, weight in adapters)
+            ranks = sum(len(A) for A, *_ in adapters)
+            new_A = [A for A, B, alpha, weight in adapters]
+            new_B = [weight * (alpha / len(A)) * B for A, B, alpha, weight in adapters]
+            return torch.cat(new_A), torch.cat(new_B, dim=1)
+        """,
+        """
+        the factors are summed, not the products: B₁A₁ + B₂A₂ isn't (B₁ + B₂)(A₁ + A₂), and with
+        square roots as in PEFT's 'linear'
+            [A for → [math.sqrt(weight * alpha / len(A)) * A for
+            weight * (alpha / len(A)) * B → math.sqrt(weight * alpha / len(A)) * B
+            torch.cat(new_A), torch.cat(new_B, dim=1) → sum(new_A), sum(new_B)
+        the factors are summed, not the products: B₁A₁ + B₂A₂ isn't (B₁ + B₂)(A₁ + A₂)
+            torch.cat(new_A), torch.cat(new_B, dim=1) → sum(new_A), sum(new_B)
+        the weights are left out
+            weight * (alpha → (alpha
+        the scalings alpha / r are left out
+            (alpha / len(A)) * → ∅
+        weights and scalings are left out
+            weight * (alpha / len(A)) * → ∅
+        alpha is not divided by r
+            (alpha / len(A)) → alpha
+        weight and scaling are in both factors: they count twice in BA
+            [A for → [weight * alpha / len(A) * A for
+        the weights are in both factors: they count twice in BA
+            [A for → [weight * A for
+        alpha is divided by the ranks' sum: each has a rank of its own
+            len(A)) → ranks)
+        the weights are divided by their sum, which was not asked for
+            weight * (alpha → weight / total * (alpha
+        a negative weight has no square root: put weight and scaling into one factor
+            [A for → [torch.tensor(weight * alpha / len(A)).sqrt() * A for
+            weight * (alpha / len(A)) → torch.tensor(weight * alpha / len(A)).sqrt()
+        the sign of a negative weight is lost
+            [weight * → [abs(weight) *
+        A and B are stacked in different orders
+            [A for A, B, alpha, weight in adapters] → [A for A, *_ in reversed(adapters)]
+        the order is turned: return A first
+            torch.cat(new_A), torch.cat(new_B, dim=1) →
+                torch.cat(new_B, dim=1), torch.cat(new_A)
+        """,
+    ),
 )
 def sum_adapters(adapters):
     """One pair whose BA is the weighted sum of all updates, of different ranks and signs too."""

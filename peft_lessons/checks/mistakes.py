@@ -1,0 +1,120 @@
+'''Mistakes, written once: a right answer, and for each mistake the edit that makes it.
+
+    causes=mistakes(
+        """
+        def scaled(x, A, B, alpha):
+            return alpha / len(A) * (x @ A.T @ B.T)
+        """,
+        """
+        the scaling alpha / r is left out
+            alpha / len(A) * → ∅
+        A and B have changed places: x meets A first, which has
+        as many columns as x
+            x @ A.T → x @ B
+            @ B.T → @ A
+        """,
+    )
+
+A sentence, which may take several lines, and below it what is replaced by what: all edits together
+are one mistake. ∅ is nothing; what follows an arrow may stand on the next line. A mistake that no
+edit can say is a function: `= name` takes it from the names that are handed over.
+
+The check names these causes, the tests run each of them through it, docs/wrong_answers.md lists
+them. The right answer is no reference: a check compares with an independent one, and the tests
+compare the right answer with that.
+'''
+
+import ast
+import linecache
+import math
+from collections.abc import Callable, Mapping
+from textwrap import dedent
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+KNOWN = {"math": math, "torch": torch, "nn": nn, "F": F}
+
+# The ways in which LoRA's scaling goes wrong, the same in every lesson that has it.
+_SCALINGS = """
+the scaling alpha / r is left out
+    {s} → 1
+alpha is not divided by r
+    {s} → {alpha}
+the scaling is upside down: it is alpha / r
+    {s} → ({r} / {alpha})
+the scaling alpha / r is applied twice
+    {s} → ({s}) ** 2
+// drops the fraction of alpha / r
+    {s} → ({alpha} // {r})
+alpha is divided by √r, as in rsLoRA
+    {s} → {s} ** 0.5
+"""
+
+
+class Mistakes(dict):
+    """{sentence: wrong function}, and the `right` one that they are edits of."""
+
+    def __init__(self, right: Callable, wrong: Mapping[str, Callable]) -> None:
+        super().__init__(wrong)
+        self.right = right
+
+
+def mistakes(right: str, wrong: str, **names: Any) -> Mistakes:
+    """Make {sentence: wrong function} from the source of the right one and the text of the edits.
+
+    The source may see `names`, beside math, torch, nn and F. Raises ValueError for an edit whose
+    old text is not there exactly once: none is void, and none hits more than it says."""
+    source = dedent(right).strip() + "\n"
+    found: dict[str, Callable] = {}
+    for sentence, edits in read(wrong):
+        if sentence in found:
+            raise ValueError(f"{sentence!r} is there twice")
+        first = edits[0]
+        if first.startswith("= "):
+            found[sentence] = names[first.removeprefix("= ")]
+        else:
+            found[sentence] = compiled(edited(source, edits), sentence, names)
+    return Mistakes(compiled(source, "the right answer", names), found)
+
+
+def scaling_mistakes(text: str) -> str:
+    """The edits that make a wrong scaling of `text`, which reads "alpha / r" with any names."""
+    alpha, r = text.split(" / ")
+    return _SCALINGS.format(s=text, alpha=alpha, r=r)
+
+
+def read(text: str) -> list[tuple[str, list[str]]]:
+    """(sentence, its edits) of each mistake in a text."""
+    found: list[tuple[list[str], list[str]]] = []
+    for line in text.replace("→\n", "→ ").splitlines():
+        if not (line := " ".join(line.split())):
+            continue
+        if "→" in line or line.startswith("= "):
+            found[-1][1].append(line)
+        elif not found or found[-1][1]:
+            found.append(([line], []))
+        else:
+            found[-1][0].append(line)
+    return [(" ".join(said), edits) for said, edits in found]
+
+
+def edited(source: str, edits: list[str]) -> str:
+    """Return the source after the edits. ValueError where an old text is not there exactly once."""
+    for edit in edits:
+        old, new = (part.strip() for part in edit.split("→"))
+        if (times := source.count(old)) != 1 or old == new:
+            raise ValueError(f"{old!r} is there {times} times, not once, in\n{source}")
+        source = source.replace(old, "" if new == "∅" else new)
+    return source
+
+
+def compiled(source: str, title: str, names: Mapping[str, Any]) -> Callable:
+    """Return the last function that a source defines; tracebacks show its lines."""
+    file = f"<{title}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    space = KNOWN | dict(names)
+    exec(compile(source, file, "exec"), space)
+    return space[ast.parse(source).body[-1].name]
