@@ -865,8 +865,9 @@ def test_places_in_the_text_move_with_it():
         F.cross_entropy(got.end_logits, end + P),
     )
     close(got.loss, sum(losses) / 2)
-    ours, keep = prompted(tiny_llama()), torch.tensor([0, 3])
-    close(ours(ids, logits_to_keep=keep).logits, ours(ids).logits[:, P:][:, keep])
+    ours = prompted(tiny_llama())
+    for keep in (torch.tensor([0, 3]), torch.tensor([-1, -2])):
+        close(ours(ids, logits_to_keep=keep).logits, ours(ids).logits[:, P:][:, keep])
 
 
 def test_a_classifier_that_reads_the_last_place_without_a_mask():

@@ -19,9 +19,9 @@ A sentence, which may take several lines, and below it what is replaced by what:
 are one mistake. ∅ is nothing; what follows an arrow may stand on the next line. A mistake that no
 edit can say is a function: `= name` takes it from the names that are handed over.
 
-The check names these causes, the tests run each of them through it, docs/wrong_answers.md lists
-them. The right answer is no reference: a check compares with an independent one, and the tests
-compare the right answer with that.
+The check names these causes, the tests run each of them through it, the list of wrong answers for
+instructors holds them. The right answer is no reference: a check compares with an independent one,
+and the tests compare the right answer with that.
 '''
 
 import ast
