@@ -1,9 +1,9 @@
 # -*- coding: utf-8 -*-
 """Run the course: python course.py COMMAND
 
-The first command sets up an environment in the folder .venv; nothing outside this folder changes.
-This file needs nothing but Python itself, and its syntax is old enough that an outdated Python can
-read it and say what is missing.
+The first command sets up an environment in the folder .venv. Packages go nowhere else, except that
+`here` installs them into the running Python and pip and uv keep their usual caches. This file needs
+nothing but Python itself. An outdated Python can read its syntax and say what is missing.
 """
 
 from __future__ import print_function
@@ -66,7 +66,7 @@ class Trouble(Exception):
 COMMANDS = {
     "test": (
         "[OPTIONS]",
-        "run all tests and every lesson, as shipped and solved (a quarter of an hour)",
+        "run all tests and every lesson, as shipped and solved: about 20 minutes",
         ["-m pytest -q -n 2 --nbval-lax {} tests notebooks"],
     ),
     "export": (
@@ -153,7 +153,7 @@ def run(command, given):
             else "Which folder? python course.py grade FOLDER"
         )
     if command == "grade" and not LINUX:
-        raise Trouble("Marking needs Linux, whose kernel holds the notebooks (on Windows: WSL).")
+        raise Trouble("Marking needs Linux, which isolates the notebooks. On Windows, use WSL.")
     python = ready()
     for line in lines(command, given):
         if len(COMMANDS[command][2]) > 1:
@@ -344,7 +344,8 @@ def install(python, uv, extra):
 def attempt(command, must=True):
     """Run one step of the set-up; return whether it succeeded.
 
-    With `must` a failure is Trouble, named by its likely cause. A full disk always is."""
+    Raise OSError for a full disk. For any other failure raise Trouble with its likely cause if
+    `must` is true."""
     environment = dict(os.environ, PYTHONIOENCODING="utf-8")
     environment.pop("VIRTUAL_ENV", None)
     if not must:
@@ -411,7 +412,7 @@ print(json.dumps([list(sys.version_info[:3]), sysconfig.get_platform(), sys.maxs
 def find_python(uv):
     """Return (the interpreter for .venv, what to call it).
 
-    Raises Trouble that names what was found and why it does not do."""
+    Raise Trouble if no interpreter fits, naming each one found and the reason."""
     named = os.environ.get("PYTHON")
     refused = []
     for command in [named] if named else NAMES + [sys.executable]:
@@ -459,12 +460,16 @@ def unsupported():
         version = platform.mac_ver()[0]
         # An old build of Python calls every newer system 10.16.
         if version not in ("", "10.16") and int(version.split(".")[0]) < 14:
-            raise Trouble("PyTorch needs macOS 14 or newer, and this is macOS {}.".format(version))
+            raise Trouble(
+                "The course needs macOS 14 or newer, and this is macOS {}.".format(version)
+            )
         chip = subprocess.check_output(["uname", "-v"]).decode()
         if "ARM64" not in chip:
-            raise Trouble("PyTorch is not made for Macs with an Intel processor any more.")
+            raise Trouble(
+                "The course does not run on Macs with an Intel processor: PyPI has no PyTorch for them."
+            )
     if WINDOWS and "ARM" in os.environ.get("PROCESSOR_IDENTIFIER", ""):
-        raise Trouble("PyTorch is not made for Windows on ARM.")
+        raise Trouble("The course does not run on Windows on ARM: PyPI has no PyTorch for it.")
 
 
 # ------------------------------------------------------------------ the beginning
@@ -505,7 +510,7 @@ if __name__ == "__main__":
         sys.exit(str(trouble))
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            sys.exit("The disk is full: make room and start again, nothing is lost.")
+            sys.exit("The disk is full: free some space and run the command again.")
         sys.exit("{}: {}".format(error.filename or ROOT, error.strerror or error))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -19,8 +19,8 @@ SYSTEM = Path("/")
 def _settings(system: Path, controller: str, file: str) -> Iterator[str]:
     """Yield what `file` holds in the process's control group and in each group above it.
 
-    `controller` is empty for version 2. In a container the group's path is often that of the host,
-    which is not mounted: then the top alone is there."""
+    `controller` is empty for version 2. In a container the path of the group is often the host's
+    path, which is not mounted. Then only the settings of the top group can be read."""
     try:
         groups = (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -38,8 +38,8 @@ class Readiness:
         self.verdict = (
             "This machine is ready."
             if self.ready
-            else "Not ready: mend what is marked ✗ first. `python course.py lab` opens the course "
-            "with the right versions, and with as many threads as there are cores."
+            else "Not ready: fix what is marked ✗ first. `python course.py lab` opens the course "
+            "with the right package versions and no more threads than cores."
         )
 
     def __repr__(self) -> str:
@@ -57,7 +57,7 @@ class Readiness:
 
 
 def _packages() -> list[Row]:
-    """The installed version of everything the course needs, against the range it needs."""
+    """Compare the installed version of each required package with the range the course needs."""
     rows = []
     for line in metadata.requires("peft-lessons") or []:
         needed = Requirement(line)
@@ -85,7 +85,7 @@ def _files() -> Row:
 
 
 def _processor() -> Row:
-    """The cores that this process may use, and whether torch starts more threads than that."""
+    """Report the cores this process may use; fail if PyTorch starts more threads than cores."""
     machine, allowed, threads = platform.machine(), limits.cores(), torch.get_num_threads()
     host = os.cpu_count() or allowed
     found = (
@@ -98,7 +98,7 @@ def _processor() -> Row:
 
 
 def _memory() -> list[Row]:
-    """The memory that this process may use; no row where the system does not say."""
+    """Report the memory this process may use; return no row if the system does not say."""
     allowed = limits.memory()
     if allowed is None:
         return []

@@ -439,8 +439,8 @@ def test_this_interpreter_says_of_itself_what_it_is():
     ("system", "change", "told"),
     [
         ("darwin", {"version": "13.6"}, "needs macOS 14 or newer, and this is macOS 13.6"),
-        ("darwin", {"chip": b"RELEASE_X86_64"}, "not made for Macs with an Intel processor"),
-        ("win32", {"processor": "ARMv8 (64-bit)"}, "not made for Windows on ARM"),
+        ("darwin", {"chip": b"RELEASE_X86_64"}, "not run on Macs with an Intel processor"),
+        ("win32", {"processor": "ARMv8 (64-bit)"}, "not run on Windows on ARM"),
         ("darwin", {}, None),
         ("win32", {}, None),
         ("linux", {}, None),

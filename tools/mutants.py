@@ -1,9 +1,9 @@
-"""Apply each of a list of one-line faults to a copy of the course, and see which test notices it.
+"""Run a mutation test: apply one-line faults to a copy of the course, and see what detects each.
 
-    python -m tools.mutants [WORD ...]     with words: those whose file or line holds one of them
+    python -m tools.mutants [WORD ...]     WORD: only faults whose file or code contains a word
 
-A fault is a line of the package or the tools, what it becomes, and the tests that are to notice it.
-The checkout itself stays as it is. The exit status is the number of faults that nothing noticed.
+A fault has a line of the package or the tools, its replacement, and the test files that must detect
+the fault. The checkout itself does not change. The exit status is the number of undetected faults.
 """
 
 import re
@@ -206,7 +206,7 @@ MUTANTS = [
 
 
 def noticed(mutant: Mutant, place: Path) -> str | None:
-    """The first test that fails on a copy of the course with this fault, or None."""
+    """Return the first test that fails on the copy in `place` with this fault, or None."""
     path = place / mutant.file
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")

@@ -15,13 +15,13 @@
         """,
     )
 
-A sentence, which may take several lines, and below it what is replaced by what: all edits together
-are one mistake. ∅ is nothing; what follows an arrow may stand on the next line. A mistake that no
-edit can say is a function: `= name` takes it from the names that are handed over.
+Each mistake is a sentence, on one line or several, followed by its edits, `old → new`. All edits of
+a mistake are applied together. ∅ stands for empty text. The new text may follow on the next line.
+If no edit can express a mistake, pass a function by keyword and write `= name` instead of edits.
 
-The check names these causes, the tests run each of them through it, the list of wrong answers for
-instructors holds them. The right answer is no reference: a check compares with an independent one,
-and the tests compare the right answer with that.
+A check reports these sentences as likely causes, the tests run every wrong function through the
+check, and the instructors' list of wrong answers prints the sentences. The right answer is not the
+reference: a check has an independent reference, and the tests compare the right answer with it.
 '''
 
 import ast
@@ -65,8 +65,8 @@ class Mistakes(dict):
 def mistakes(right: str, wrong: str, **names: Any) -> Mistakes:
     """Make {sentence: wrong function} from the source of the right one and the text of the edits.
 
-    The source may see `names`, beside math, torch, nn and F. Raises ValueError for an edit whose
-    old text is not there exactly once: none is void, and none hits more than it says."""
+    The source may use `names`, math, torch, nn and F. Raise ValueError if the old text of an edit
+    does not occur exactly once, so that every edit changes exactly one place."""
     source = dedent(right).strip() + "\n"
     found: dict[str, Callable] = {}
     for sentence, edits in read(wrong):
@@ -81,13 +81,13 @@ def mistakes(right: str, wrong: str, **names: Any) -> Mistakes:
 
 
 def scaling_mistakes(text: str) -> str:
-    """The edits that make a wrong scaling of `text`, which reads "alpha / r" with any names."""
+    """Return the edits that make `text`, an expression like "alpha / r", a wrong scaling."""
     alpha, r = text.split(" / ")
     return _SCALINGS.format(s=text, alpha=alpha, r=r)
 
 
 def read(text: str) -> list[tuple[str, list[str]]]:
-    """(sentence, its edits) of each mistake in a text."""
+    """Return (sentence, its edits) for each mistake in a text."""
     found: list[tuple[list[str], list[str]]] = []
     for line in text.replace("→\n", "→ ").splitlines():
         if not (line := " ".join(line.split())):
