@@ -61,8 +61,16 @@ class Trouble(Exception):
 
 # ------------------------------------------------------------------ commands
 
+# {command: (arguments, what it does)} of the commands that are functions below.
+OWN = {
+    "lab": ("[LESSON]", "open lesson 00, or the one named, in JupyterLab"),
+    "setup": ("", "set up .venv, where it is missing or out of date"),
+    "here": ("", "install into this Python instead: for hubs, Colab, containers"),
+    "clean": ("", "remove caches and what was built; .venv stays"),
+    "help": ("", "show this list"),
+}
 # {command: (arguments, what it does, the modules or scripts that it runs)}; {} is where the given
-# arguments go, at the end where it is left out. lab, setup, clean and help are functions below.
+# arguments go, at the end where it is left out.
 COMMANDS = {
     "test": (
         "[OPTIONS]",
@@ -137,7 +145,8 @@ def lines(command, given):
         scripts = [parts]
         if "*" in head:
             scripts = [
-                [os.path.relpath(p, ROOT)] for p in sorted(glob.glob(os.path.join(ROOT, head)))
+                [os.path.relpath(path, ROOT)]
+                for path in sorted(glob.glob(os.path.join(glob.escape(ROOT), head)))
             ]
         found += [script + given + tail.split() for script in scripts]
     return found
@@ -145,7 +154,7 @@ def lines(command, given):
 
 def run(command, given):
     """Run a command of the table in the environment; return its exit status."""
-    if command == "grade" and not [g for g in given if os.path.isdir(g)]:
+    if command == "grade" and not [g for g in given if os.path.isdir(os.path.join(ROOT, g))]:
         named = [g for g in given if not g.startswith("-")]
         raise Trouble(
             "There is no folder {}.".format(named[0])
@@ -170,7 +179,7 @@ def lab(given):
     lessons = sorted(name for name in os.listdir(folder) if re.match(r"\d\d_.*\.ipynb$", name))
     wanted = "00"
     if given and re.match(r"\d", given[0]):
-        wanted, given = given[0], given[1:]
+        wanted, given = given[0].zfill(2), given[1:]
     found = [name for name in lessons if name.startswith(wanted)]
     if not found:
         raise Trouble(
@@ -210,16 +219,10 @@ def wait(command, folder, variables):
 
 def show_help():
     """Print every command with what it does."""
-    rows = [("lab [LESSON]", "open lesson 00, or the one named, in JupyterLab")]
-    rows += [("setup", "set up .venv, where it is missing or out of date")]
-    rows += [("here", "install into this Python instead: for hubs, Colab, containers")]
-    if WHOLE:
-        rows += [("{} {}".format(c, COMMANDS[c][0]), COMMANDS[c][1]) for c in COMMANDS]
-    rows += [("clean", "remove caches and what was built; .venv stays")]
-    rows += [("help", "show this list")]
     print("python course.py COMMAND    (on Windows: py course.py COMMAND)\n")
-    for usage, text in rows:
-        print("  {:<23}{}".format(usage.strip(), text))
+    for table in (OWN, COMMANDS) if WHOLE else (OWN,):
+        for command, row in table.items():
+            print("  {:<23}{}".format("{} {}".format(command, row[0]).strip(), row[1]))
     print(
         "\nPYTHON=/path/to/python in the environment names the interpreter for .venv; otherwise it "
         "is\nthe first of {} that fits.".format(", ".join(NAMES))
@@ -233,9 +236,11 @@ def ready():
     """Return the interpreter of .venv, which is set up first where it is missing or out of date."""
     wanted = {"root": ROOT, "packages": fingerprint()}
     found = read_stamp()
-    if found == wanted and os.path.exists(PYTHON):
+    # It may be there and not run: the Python that it was made from can be gone.
+    runs = probe([PYTHON])
+    if found == wanted and runs:
         return PYTHON
-    anew = found.get("root") != ROOT or not os.path.exists(PYTHON)
+    anew = found.get("root") != ROOT or not runs
     set_up(anew)
     # Last, so that a set-up cut short begins anew.
     with open(STAMP, "w", encoding="utf-8") as stamp:
@@ -330,7 +335,7 @@ def install(python, uv, extra):
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
     if LINUX:
         if not uv and attempt(pip + ["--quiet", "uv"], must=False):
-            uv = os.path.join(os.path.dirname(python), "uv")
+            uv = shutil.which("uv", path=os.path.dirname(python))  # elsewhere for a user install
         choice = ["--torch-backend", "auto" if nvidia() else "cpu"]
         if uv and attempt([uv, "pip", "install", "--python", python] + choice + target, must=False):
             return
@@ -378,7 +383,10 @@ def attempt(command, must=True):
 def cause(said):
     """Return what a failed installation most likely means, as a sentence, and its last words."""
     last = "\n".join(said.strip().splitlines()[-5:])
-    network = r"connect|resolve|dns|timed out|unreachable|proxy|ssl|certificate|from versions: none"
+    network = (
+        r"connect|failed to resolve|name resolution|dns|timed out|unreachable|proxy|ssl|certificate"
+        r"|from versions: none"
+    )
     if re.search(network, said, re.I):
         return "The packages cannot be downloaded: is there a network?\n\n" + last
     return "The packages cannot be installed. The installer's last words:\n\n" + last
@@ -466,10 +474,10 @@ def unsupported():
         chip = subprocess.check_output(["uname", "-v"]).decode()
         if "ARM64" not in chip:
             raise Trouble(
-                "The course does not run on Macs with an Intel processor: PyPI has no PyTorch for them."
+                "The course does not run on Macs with an Intel processor: PyPI lacks PyTorch."
             )
     if WINDOWS and "ARM" in os.environ.get("PROCESSOR_IDENTIFIER", ""):
-        raise Trouble("The course does not run on Windows on ARM: PyPI has no PyTorch for it.")
+        raise Trouble("The course does not run on Windows on ARM: PyPI lacks PyTorch.")
 
 
 # ------------------------------------------------------------------ the beginning
@@ -488,7 +496,7 @@ def main(given):
         return 0
     if WHOLE and command in COMMANDS:
         return run(command, given)
-    known = ["lab", "setup", "here", "clean", "help"] + (list(COMMANDS) if WHOLE else [])
+    known = list(OWN) + (list(COMMANDS) if WHOLE else [])
     near = difflib.get_close_matches(command, known, 1)
     raise Trouble(
         "There is no command {}.{} `python course.py help` lists them.".format(

@@ -203,6 +203,9 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
         raise ValueError(f"{CONFIG} in {str(folder)!r} is broken or cut off: {error}") from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise ValueError(f"{CONFIG} in {str(folder)!r} names no peft_type: not an adapter's config")
+    saved = config.get("modules_to_save") or []
+    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise ValueError(f"{CONFIG}: modules_to_save={saved!r} must be a list of module names")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             header = file.metadata() or {}
@@ -303,8 +306,6 @@ def load_adapter(
     config, tensors, header = read_adapter(folder)
     refuse_injected(model)
     saved = config.get("modules_to_save") or []
-    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-        raise ValueError(f"{CONFIG}: modules_to_save={saved!r} must be a list of module names")
     if check_base:
         refuse_other_base(model, config, header)
     method, tensors = _method_of(config, tensors)
@@ -349,7 +350,8 @@ def refuse_other_base(model: nn.Module, config: dict, header: dict) -> None:
     """ValueError if an adapter, as `read_adapter` gives it, was made for another base."""
     theirs, saved = header.get(_BASE), config.get("modules_to_save") or []
     # A head that the file holds may be another one in the model: the file's takes its place.
-    ours = fingerprint(model), fingerprint(model, [h for h in head_of(model) if h in saved])
+    held = [head for head in head_of(model) if head in saved]
+    ours = {fingerprint(model)} | ({fingerprint(model, held)} if held else set())
     remedy = "load its own base, or pass check_base=False if you mean it"
     if theirs is not None:
         if "meta" not in (theirs, *ours) and theirs not in ours:

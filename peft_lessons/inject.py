@@ -7,7 +7,6 @@ not fit is refused before anything is changed: settings by rules.py, all that ne
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from .rules import SETTINGS, validate
+from .rules import SETTINGS, near_name, validate
 
 # ------------------------------------------------------------------ what a method says of itself
 
@@ -343,15 +342,6 @@ def refuse_packed(modules: Mapping[str, nn.Module], argument: str) -> None:
             )
 
 
-def near_name(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: a part of a path in `known`, of as many segments as `name`, that
-    resembles it."""
-    n, segments = name.count(".") + 1, [path.split(".") for path in known]
-    parts = {".".join(s[i : i + n]) for s in segments for i in range(len(s) - n + 1)}
-    near = difflib.get_close_matches(name, sorted(parts), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def find_targets(
     model: nn.Module, targets: tuple[str, ...] | str, takes: tuple[type[nn.Module], ...]
 ) -> dict[str, nn.Module]:
@@ -451,8 +441,8 @@ def is_classifier(model: nn.Module) -> bool:
 def _frozen_head(model: nn.Module, touched: Iterable[str]) -> tuple[str, ...]:
     """Return the modules of the head that hold none of the `touched` paths, which are the targets
     and all that trains of the base."""
-    paths = [f"{path}." for path in touched]
-    return tuple(h for h in head_of(model) if not any(p.startswith(f"{h}.") for p in paths))
+    touched = list(touched)
+    return tuple(h for h in head_of(model) if not any(within(path, (h,)) for path in touched))
 
 
 def _find_whole(model: nn.Module, also_train: Any, wrapped: Iterable[str]) -> dict[str, nn.Module]:
@@ -612,13 +602,12 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
 
     The same base gives the same digest in float32 and bfloat16. A model on the meta device has no
     values: its digest says "meta" and is not compared."""
-    digest, fresh = hashlib.sha256(), fresh_modules(model)
-    outside = tuple(f"{name}." for name in without)
+    digest, outside = hashlib.sha256(), (*fresh_modules(model), *without)
     codes = ((name, b) for name, b in model.named_buffers() if b.dtype == torch.uint8)
     for name, p in (*model.named_parameters(), *codes):
         if p.is_meta:
             return "meta"
-        if within(name, fresh) or name.startswith(outside):
+        if within(name, outside):
             continue
         flat = p.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32).bfloat16()
@@ -708,7 +697,8 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
             raise ValueError(f"{type(method).__name__}: {name!r} is{_IN_4_BITS[1:]}")
     frozen_head = _frozen_head(model, (*targets, *whole, *chosen))
     kept_apart = [path for path in head_of(model) if path in whole or path in frozen_head]
-    digest, body = fingerprint(model), fingerprint(model, kept_apart)
+    digest = fingerprint(model)
+    body = fingerprint(model, kept_apart) if kept_apart else digest
     size = _size(parameters.values())
     weights = {path: getattr(layer, "weight", None) for path, layer in targets.items()}
     shapes = {path: tuple(getattr(weight, "shape", ())) for path, weight in weights.items()}
@@ -726,8 +716,7 @@ def inject(model: nn.Module, method: Method, also_train: Iterable[str] | str = (
     # From here on nothing can fail: the model is changed.
     names = {f"{path}.{n}" for path, m in whole.items() for n, _ in m.named_parameters()}
     old = {n: p.detach().clone() for n, p in parameters.items() if n in names or n in chosen}
-    inside = tuple(f"{path}." for path in frozen_head)
-    frozen = {n: p.detach().clone() for n, p in parameters.items() if n.startswith(inside)}
+    frozen = {n: p.detach().clone() for n, p in parameters.items() if within(n, frozen_head)}
     model.requires_grad_(False)
     for name in old:
         parameters[name].requires_grad_(True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,10 +26,7 @@ def validate(owner: str, **values: Any) -> None:
     rules = SETTINGS | THINGS
     for name, value in values.items():
         if name not in rules:
-            near = "".join(
-                f"; did you mean {n!r}?" for n in difflib.get_close_matches(name, rules, 1)
-            )
-            raise KeyError(f"{owner}: no rule is called {name!r}{near}")
+            raise KeyError(f"{owner}: no rule is called {name!r}{near_name(name, rules)}")
         if complaint := rules[name](value):
             # A module is shown by its type, a tensor not at all: printed, it would fill the screen.
             text = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
@@ -37,6 +34,15 @@ def validate(owner: str, **values: Any) -> None:
             held = any(isinstance(part, torch.Tensor) for part in parts)
             shown = name if held else f"{name}={text}"
             raise ValueError(f"{owner}: {shown} {complaint}")
+
+
+def near_name(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message, "; did you mean X?", or "": X is a part of a path in
+    `known`, of as many segments as `name`, that resembles `name`."""
+    n, segments = name.count(".") + 1, [path.split(".") for path in known]
+    parts = {".".join(s[i : i + n]) for s in segments for i in range(len(s) - n + 1)}
+    near = difflib.get_close_matches(name, sorted(parts), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # ------------------------------------------------------------------ settings

@@ -50,6 +50,9 @@ def course(tmp_path, monkeypatch):
         if "venv" in command:
             Path(module.PYTHON).parent.mkdir(parents=True)
             Path(module.PYTHON).touch()
+            module.interpreters[module.PYTHON] = good
+        if command[-1] == "uv":
+            module.programs["uv"] = str(Path(command[0]).parent / "uv")
         return True
 
     good = [[3, 13, 5], "linux-x86_64", True, True, "/usr/bin/python3.13"]
@@ -60,7 +63,7 @@ def course(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "nvidia", lambda: False)
     monkeypatch.setattr(module, "unsupported", lambda: None)
     monkeypatch.setattr(module, "LINUX", True)
-    monkeypatch.setattr(module.shutil, "which", module.programs.get)
+    monkeypatch.setattr(module.shutil, "which", lambda name, path=None: module.programs.get(name))
     monkeypatch.setattr(module.subprocess, "check_output", lambda command: b"1\n")
     return module
 
@@ -104,7 +107,7 @@ def test_an_outdated_python_is_told_which_it_is():
 def test_help_explains_every_command(course, capsys):
     assert course.main([]) == 0
     shown = capsys.readouterr().out
-    for command in ("lab", "setup", "here", "clean", "help", *course.COMMANDS):
+    for command in (*course.OWN, *course.COMMANDS):
         assert re.search(rf"(?m)^  {command}\b.* \S", shown), command
     assert not course.ran
 
@@ -116,6 +119,14 @@ def test_every_command_runs_what_is_there(course):
                 assert importlib.util.find_spec(line[1]), line
             else:
                 assert (ROOT / line[0]).is_file(), line
+
+
+def test_scripts_are_found_in_a_folder_of_any_name(tmp_path):
+    (tmp_path / "peft [1]" / "benchmarks").mkdir(parents=True)
+    shutil.copy(SCRIPT, tmp_path / "peft [1]")
+    (tmp_path / "peft [1]" / "benchmarks" / "a_study.py").touch()
+    found = loaded(tmp_path / "peft [1]" / "course.py").lines("results", [])
+    assert [os.path.join("benchmarks", "a_study.py")] in found
 
 
 def test_arguments_go_where_the_command_wants_them(course):
@@ -167,7 +178,12 @@ def test_a_trouble_is_shown_without_a_traceback():
 
 @pytest.mark.parametrize(
     ("given", "opened", "passed"),
-    [([], "00", []), (["02"], "02", []), (["--no-browser"], "00", ["--no-browser"])],
+    [
+        ([], "00", []),
+        (["02"], "02", []),
+        (["2"], "02", []),
+        (["--no-browser"], "00", ["--no-browser"]),
+    ],
 )
 def test_lab_opens_a_lesson(course, given, opened, passed):
     assert course.main(["lab", *given]) == 0
@@ -319,7 +335,7 @@ def test_a_set_up_that_is_not_whole_begins_anew(course, how):
             there = json.loads(stamp.read_text(encoding="utf-8"))
             stamp.write_text(json.dumps(there | {"root": "/elsewhere"}), encoding="utf-8")
         elif how == "python gone":
-            Path(course.PYTHON).unlink()
+            del course.interpreters[course.PYTHON]
         else:
             stamp.write_text("" if how == "stamp of make" else '{"root": ', encoding="utf-8")
     litter = Path(course.VENV) / "litter"
@@ -336,6 +352,12 @@ def test_automatic_runs_take_the_exact_versions(course, tmp_path, monkeypatch):
     monkeypatch.setenv("CI", "true")
     course.main(["setup"])
     assert installed(course)[-1][-2:] == ["-c", str(tmp_path / "constraints.txt")]
+
+
+def test_pip_installs_all_where_it_puts_uv_out_of_reach(course, monkeypatch):
+    monkeypatch.setattr(course.shutil, "which", lambda name, path=None: None)
+    course.main(["here"])
+    assert installed(course)[-1] == ["-e", "."] and course.ran[-1][1:3] == ["-m", "pip"]
 
 
 def test_here_installs_into_the_python_that_runs(course):
@@ -362,6 +384,7 @@ def test_a_full_disk_is_one_sentence(course, monkeypatch):
         ("print('ERROR: Failed to establish a new connection')", None, "is there a network?"),
         ("print('error: dns error')", None, "is there a network?"),
         ("print('No version of setuptools (from versions: none)')", None, "is there a network?"),
+        ("print('Resolved 9 packages; access denied')", None, "The installer's last words:"),
         (
             "print('No matching distribution for x')",
             None,

@@ -12,7 +12,7 @@ from tools import guide
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = {"lab", "setup", "here", "clean", "help", *course.COMMANDS}
+COMMANDS = {*course.OWN, *course.COMMANDS}
 GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "docs/hub.md", "data/README.md"]
 PAGES = ["README.md", "CHANGELOG.md", "docs/site/start.md", "docs/student/README.md", *GUIDES]
 

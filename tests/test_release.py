@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import yaml
 
+import course
 from tools import notebooks, release
 from tools.environment import offline_environment
 
@@ -122,7 +123,7 @@ def test_no_sentence_names_a_file_or_a_command_that_the_copy_does_not_have(copie
     assert not missing
 
 
-HAS = {"", "lab", "setup", "here", "clean", "help"}
+HAS = {"", *course.OWN}
 
 
 def test_its_commands_are_those_of_a_learner(copied):

@@ -226,7 +226,7 @@ def noticed(mutant: Mutant, place: Path) -> str | None:
 
 
 def main(words: Sequence[str]) -> int:
-    chosen = [m for m in MUTANTS if not words or any(word in str(m) for word in words)]
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.old}" for word in words)]
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

@@ -20,7 +20,7 @@ from tools.environment import ROOT
 
 COPIED = (".gitattributes", "LICENSE", "NOTICE", "Makefile", "course.py", "pyproject.toml")
 COPIED += ("peft_lessons", "data", "benchmarks", "configs")
-STUDENT = ROOT / "docs" / "student"  # a README and an environment of their own
+STUDENT = ROOT / "docs" / "student"  # what is only in the copy, a README
 LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part")
 STAMP = ".students-copy"
 
@@ -43,7 +43,7 @@ def without_answers(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 COLAB_HOME = "https://colab.research.google.com"
 COLAB_CELL = """import os
-if "COLAB_RELEASE_TAG" in os.environ:  # in Colab only: two minutes, once a session
+if "COLAB_RELEASE_TAG" in os.environ:  # in Colab only, once a session
     !git clone --quiet --depth 1 https://github.com/{repository} /content/course
     !python /content/course/course.py here
     %cd /content/course/notebooks
@@ -78,6 +78,8 @@ def release(folder: Path, colab: str | None = None) -> Path:
             shutil.copy(source, folder / name)
     for file in STUDENT.iterdir():
         shutil.copy(file, folder / file.name)
+    conda = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    (folder / "environment.yml").write_text(conda.replace(".[dev]", "."), encoding="utf-8")
     for path in notebooks.lessons():
         nb = without_answers(notebooks.read(path))
         if colab is not None:

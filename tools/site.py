@@ -38,16 +38,16 @@ def numbered(path: Path) -> nbformat.NotebookNode:
     return nb
 
 
-def contents() -> str:
+def contents(lessons: dict[Path, nbformat.NotebookNode]) -> str:
     """Return the sidebar: lessons by number and short title, guides by their own titles."""
-    lessons = []
-    for path in notebooks.lessons():
-        title = numbered(path).cells[0].source.splitlines()[0].removeprefix("# ")
-        lessons.append(f"{title.partition(':')[0]} <notebooks/{path.stem}>")
+    titles = []
+    for path, nb in lessons.items():
+        title = nb.cells[0].source.splitlines()[0].removeprefix("# ")
+        titles.append(f"{title.partition(':')[0]} <notebooks/{path.stem}>")
     readme, *others = (guide.removesuffix(".md") for guide in GUIDES)
     guides = [f"Overview and installation <{readme}>", *others]
     parts = []
-    for caption, pages in (("Lessons", lessons), ("Guides", guides)):
+    for caption, pages in (("Lessons", titles), ("Guides", guides)):
         lines = "\n".join(pages)
         parts.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```")
     return "\n\n".join(parts)
@@ -55,14 +55,15 @@ def contents() -> str:
 
 def lay_out(source: Path) -> None:
     """Copy the pages to a folder as Sphinx wants them: docs/site/start.md becomes the first."""
+    lessons = {path: numbered(path) for path in notebooks.lessons()}
     start = START.read_text(encoding="utf-8").replace("](../../", "](")
-    (source / "index.md").write_text(f"{start}\n{contents()}\n", encoding="utf-8")
+    (source / "index.md").write_text(f"{start}\n{contents(lessons)}\n", encoding="utf-8")
     for page in (*GUIDES, *LINKED):
         (source / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / page, source / page)
     (source / "notebooks").mkdir()
-    for path in notebooks.lessons():
-        nbformat.write(numbered(path), source / "notebooks" / path.name)
+    for path, nb in lessons.items():
+        nbformat.write(nb, source / "notebooks" / path.name)
 
 
 def build(folder: Path) -> int:

@@ -438,7 +438,7 @@ class _Watch(TorchDispatchMode):
 def _unshared(value: Any) -> Any:
     """The value with lists and dicts of its own: an answer that changes a literal one of a case
     must not change it for the next call."""
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return type(value)(map(_unshared, value))
     if type(value) is dict:
         return {key: _unshared(part) for key, part in value.items()}

@@ -113,8 +113,9 @@ def edited(source: str, edits: list[str]) -> str:
 
 def compiled(source: str, title: str, names: Mapping[str, Any]) -> Callable:
     """Return the last function that a source defines; tracebacks show its lines."""
-    file = f"<{title}>"
+    name = ast.parse(source).body[-1].name
+    file = f"<{name}: {title}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     space = KNOWN | dict(names)
     exec(compile(source, file, "exec"), space)
-    return space[ast.parse(source).body[-1].name]
+    return space[name]

@@ -1,16 +1,10 @@
 """The ways in which LoRA's scaling alpha / r goes wrong, the same in every lesson that has it."""
 
-import math
 from collections.abc import Callable
 
-_WRONG = {
-    "the scaling alpha / r is left out": lambda alpha, r: 1,
-    "alpha is not divided by r": lambda alpha, r: alpha,
-    "the scaling is upside down: it is alpha / r": lambda alpha, r: r / alpha,
-    "the scaling alpha / r is applied twice": lambda alpha, r: (alpha / r) ** 2,
-    "// drops the fraction of alpha / r": lambda alpha, r: alpha // r,
-    "alpha is divided by √r, as in rsLoRA": lambda alpha, r: alpha / math.sqrt(r),
-}
+from .mistakes import mistakes, scaling_mistakes
+
+_WRONG = mistakes("def scale(alpha, r):\n    return alpha / r", scaling_mistakes("alpha / r"))
 
 
 def wrong_scalings(answer: Callable[[Callable], Callable]) -> dict[str, Callable]:
