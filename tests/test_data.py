@@ -163,33 +163,35 @@ def test_weights_are_the_published_ones_rounded(weights, name, index, value):
     assert norm == pytest.approx(FP32_NORMS[name], rel=2**-13)
 
 
-def test_sentences_rebuild_byte_for_byte_from_the_archive():
-    archive = os.environ.get("VADER_ARCHIVE")
+def rebuilt(variable, code):
+    """Run code of data/ on the published archive that an environment variable names."""
+    archive = os.environ.get(variable)
     if not archive:
-        pytest.skip("VADER_ARCHIVE names no published archive")
-    code = (
+        pytest.skip(f"{variable} names no published archive")
+    return subprocess.run([sys.executable, "-c", code, archive], cwd=DATA, capture_output=True)
+
+
+def test_sentences_rebuild_byte_for_byte_from_the_archive():
+    run = rebuilt(
+        "VADER_ARCHIVE",
         "import json, sys, tarfile; from build_common import sha256\n"
         "from build_sentiment import build, INSIDE\n"
         "package = tarfile.open(sys.argv[1])\n"
         "inner = INSIDE + 'additional_resources/hutto_ICWSM_2014.tar.gz'\n"
         "files = build(tarfile.open(fileobj=package.extractfile(inner)))\n"
-        "print(json.dumps({name: sha256(content) for name, content in files.items()}))"
+        "print(json.dumps({name: sha256(content) for name, content in files.items()}))",
     )
-    run = subprocess.run([sys.executable, "-c", code, archive], cwd=DATA, capture_output=True)
     built = json.loads(run.stdout.decode().splitlines()[-1])
     assert built == {name: CHECKSUMS[f"tasks/sentiment/{name}.csv"]["sha256"] for name in DOMAINS}
 
 
 def test_weights_rebuild_byte_for_byte_from_the_archive():
-    archive = os.environ.get("MINILM_ARCHIVE")
-    if not archive:
-        pytest.skip("MINILM_ARCHIVE names no published archive")
-    code = (
+    run = rebuilt(
+        "MINILM_ARCHIVE",
         "import sys, zipfile; from build_minilm import convert, INSIDE\n"
         "fp32 = zipfile.ZipFile(sys.argv[1]).read(INSIDE + 'model.safetensors')\n"
-        "sys.stderr.buffer.write(convert(fp32))"
+        "sys.stderr.buffer.write(convert(fp32))",
     )
-    run = subprocess.run([sys.executable, "-c", code, archive], cwd=DATA, capture_output=True)
     assert run.stderr == (DATA / "models/minilm/model.safetensors").read_bytes()
     assert "largest rounding error 9.8e-04" in run.stdout.decode()
 

@@ -367,6 +367,16 @@ def test_the_share_is_one_of_the_base():
     assert "100 % of the base's 36" in repr(told)
 
 
+def test_a_long_line_of_the_report_goes_on_below():
+    widths = range(1001, 1009)
+    layers = {f"projection_{n}": nn.Linear(8, n) for n in widths}
+    lines = repr(inject(nn.ModuleDict(layers), LoRA(2, 3, tuple(layers)))).splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) > 6
+    sites = [f"1 × projection_{n} 8→{n}" for n in widths]
+    assert " ".join(" ".join(lines).split()).count(", ".join(sites)) == 1
+    assert all(any(site in line for line in lines) for site in sites)
+
+
 def test_pytorchs_own_attention_is_left_alone_or_refused():
     class Attends(nn.Module):
         def __init__(self):
