@@ -6,8 +6,10 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import matplotlib as mpl
+import numpy as np
 from cycler import cycler
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -152,23 +154,31 @@ def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], title: str, xlabel
 
 
 def name_points(ax, points: Mapping[str, tuple[float, float]], size: float = 7) -> None:
-    """The names of points {name: (x, y)} beside them, moved up or down where they would lie on one
-    another or on another point, and tied to their points where that is far. To be called last: it
-    goes by the scales of the axes, which it gives some room."""
+    """Write the names of points {name: (x, y)} beside them.
+
+    A name moves up or down where it would cover another name, a point or a line, and is tied to its
+    point where that is far. Call this last: it goes by the scales of the axes, which it gives some
+    room."""
     ax.margins(x=0.1, y=0.1)
     ax.figure.draw_without_rendering()
     pixel = ax.figure.dpi / 72  # of a point of type
     places = {name: ax.transData.transform(point) for name, point in points.items()}
-    taken = [(x - 3 * pixel, x + 3 * pixel, y) for x, y in places.values()]  # the points
+    # What no name may cover, (left, right, height in the middle, distance from it): the points, and
+    # the lines as a dot every two pixels.
+    near, clear = 1.15 * size * pixel, 0.65 * size * pixel
+    taken = [(x - 3 * pixel, x + 3 * pixel, y, near) for x, y in places.values()]
+    for line in ax.lines:
+        corners = line.get_transform().transform(line.get_path().vertices)
+        for start, end in pairwise(corners):
+            dots = np.linspace(start, end, 2 + int(np.abs(end - start).max() / 2))
+            taken += [(x, x, y, clear) for x, y in dots]
     for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
         left, right = x + 4 * pixel, x + (4 + 0.58 * size * len(name)) * pixel
         for step in sorted(range(-40, 41), key=abs):
             at = y + step * size * pixel / 4
-            if all(
-                right < a or left > b or abs(at - c) >= 1.15 * size * pixel for a, b, c in taken
-            ):
+            if all(right < a or left > b or abs(at - c) >= far for a, b, c, far in taken):
                 break
-        taken.append((left, right, at))
+        taken.append((left, right, at, near))
         tie = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
         ax.annotate(
             name,

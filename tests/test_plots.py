@@ -200,3 +200,15 @@ def test_names_beside_points_do_not_lie_on_one_another():
     height = min(box.height for box in boxes)
     assert all(b - a > 0.8 * height for a, b in itertools.pairwise(gaps))
     assert ax.texts[0].xy == points["method 0"]
+
+
+def test_no_line_runs_through_a_name():
+    _, ax = plots.figure(size=(4, 3))
+    points = {"first": (1, 5), "second": (3, 7), "third": (6, 8)}
+    ax.set(xlim=(0, 10), ylim=(0, 10))
+    (line,) = ax.step(*zip(*points.values(), strict=True), where="post")
+    plots.name_points(ax, points)
+    ax.figure.draw_without_rendering()
+    path = line.get_transform().transform_path(line.get_path())
+    for text in ax.texts:
+        assert not path.intersects_bbox(Text.get_window_extent(text), filled=False)
