@@ -339,7 +339,9 @@ def install(python, uv, extra):
         choice = ["--torch-backend", "auto" if nvidia() else "cpu"]
         if uv and attempt([uv, "pip", "install", "--python", python] + choice + target, must=False):
             return
-        print("PyTorch's own index cannot be reached: pip takes the ordinary build.", flush=True)
+        print(
+            "uv cannot install from PyTorch's own index: pip takes the ordinary build.", flush=True
+        )
     elif uv:
         attempt([uv, "pip", "install", "--python", python] + target)
         return
@@ -447,7 +449,9 @@ def find_python(uv):
     raise Trouble(
         "The course needs Python 3.11, 3.12, 3.13 or 3.14, and {}. Install one from your system's "
         "packages or from python.org, or name it: PYTHON=/path/to/python.".format(
-            "this machine has " + ", ".join(sorted(set(refused))) if refused else "found none"
+            ("PYTHON names " if named else "this machine has ") + ", ".join(sorted(set(refused)))
+            if refused
+            else "found none"
         )
     )
 

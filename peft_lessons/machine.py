@@ -75,6 +75,7 @@ def _packages() -> list[Row]:
 
 
 def _files() -> Row:
+    """Report the number, the size and the checksums of the bundled models and tasks."""
     files = bundled_files()
     broken = [f.path for f in files if not f.intact]
     size = sum(f.size for f in files) / 2**20

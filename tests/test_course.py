@@ -281,7 +281,10 @@ def test_pip_takes_over_where_that_index_or_uv_cannot_be_reached(course, failing
     course.main(["setup"])
     assert course.ran[-1][1:3] == ["-m", "pip"]
     assert installed(course)[-1] == ["-e", ".[dev]"]
-    assert "cannot be reached: pip takes the ordinary build" in capsys.readouterr().out
+    assert (
+        "cannot install from PyTorch's own index: pip takes the ordinary build"
+        in capsys.readouterr().out
+    )
 
 
 def test_other_systems_take_the_ordinary_build(course, monkeypatch):
@@ -424,7 +427,7 @@ def test_the_first_interpreter_that_fits_is_taken(course, interpreters, chosen):
     assert shown == f"Python {chosen}" and executable.startswith("/bin/py")
 
 
-def test_without_a_fitting_interpreter_it_says_what_is_there(course):
+def test_without_a_fitting_interpreter_it_says_what_is_there(course, monkeypatch):
     course.interpreters = {
         "python3": [[3, 10, 1], "linux-x86_64", True, True, "/bin/python3"],
         "python3.13": [[3, 13, 5], "linux-x86_64", True, False, "/bin/python3.13"],
@@ -433,6 +436,10 @@ def test_without_a_fitting_interpreter_it_says_what_is_there(course):
     told = "3.14, and this machine has 3.10.1, 3.12.1 for win32, 3.13.5 without venv (on Debian"
     with pytest.raises(course.Trouble, match=re.escape(told)):
         course.main(["setup"])
+    monkeypatch.setenv("PYTHON", "python3")
+    with pytest.raises(course.Trouble, match=r"3\.14, and PYTHON names 3\.10\.1\. Install"):
+        course.main(["setup"])
+    monkeypatch.delenv("PYTHON")
     course.interpreters = {}
     with pytest.raises(course.Trouble, match="and found none"):
         course.main(["setup"])

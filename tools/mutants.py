@@ -39,6 +39,7 @@ METHODS, TESTS = "peft_lessons/methods", "tests/test_{}.py"
 
 
 def of(file: str, tests: str, *edits: tuple[str, str]) -> list[Mutant]:
+    """Return one mutant of a file for each edit, all with the same tests, named without "test_"."""
     files = " ".join(TESTS.format(name) for name in tests.split())
     return [Mutant(file, old, new, files) for old, new in edits]
 
@@ -226,6 +227,7 @@ def noticed(mutant: Mutant, place: Path) -> str | None:
 
 
 def main(words: Sequence[str]) -> int:
+    """Try the faults that the words choose, all without words; return how many nothing noticed."""
     chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.old}" for word in words)]
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
