@@ -561,12 +561,10 @@ class Report:
         if added := self.total - self.base:
             leaves = (m.rsplit(".", 1)[-1] for m in self.modules)
             sites = Counter(zip(leaves, self.shapes, strict=True))
-            items = (
+            where = ", ".join(
                 f"{n} × {leaf} {s[1]}→{s[0]}" if len(s) == 2 else f"{n} × {leaf}"
                 for (leaf, s), n in sites.items()
             )
-            # A long line goes on below, and breaks between two items only.
-            where = ", ".join(item.replace(" ", "\N{NO-BREAK SPACE}") for item in items)
             rows.append(("added, trains", added, where))
         if self.whole_parameters:
             # Single parameters go by the end of their path: "6 × query.bias".
@@ -582,8 +580,7 @@ class Report:
         share = 100 * self.trainable / self.base
         rows.append(("trainable", self.trainable, f"{share:.3g} % of the base's {self.base:,}"))
         head = repr(self.method) if self.method else "all frozen but what is named below"
-        lines = [f"  {what:<20}{n:>13,}  {note}".rstrip() for what, n, note in rows]
-        body = [_on_lines(line, 37).replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+        body = [_on_lines(f"  {what:<20}{n:>13,}  {note}".rstrip(), 37) for what, n, note in rows]
         if self.frozen_head:
             body += [
                 f"  Frozen in the classification head: {', '.join(self.frozen_head)}.",
@@ -593,8 +590,10 @@ class Report:
 
 
 def _on_lines(text: str, indent: int) -> str:
-    """Wrap a text at 100 characters; its further lines begin after `indent` spaces."""
-    return textwrap.fill(text, 100, subsequent_indent=" " * indent, break_long_words=False)
+    """Wrap a text at 100 characters, after a comma alone; further lines are indented."""
+    tied = re.sub(r"(?<!,) ", "\N{NO-BREAK SPACE}", text)
+    shown = textwrap.fill(tied, 100, subsequent_indent=" " * indent, break_long_words=False)
+    return shown.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
