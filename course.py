@@ -121,7 +121,7 @@ COMMANDS = {
     ),
     "mutants": (
         "[WORD ...]",
-        "apply one-line faults to a copy, and see which test notices each: 20 minutes",
+        "apply one-line faults to a copy, and see which test notices each: 10 minutes",
         ["-m tools.mutants"],
     ),
     "lint": ("", "check the style of all Python code", ["-m ruff check ."]),
