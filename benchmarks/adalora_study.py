@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 from common import Results, train_on, tune
 
-from peft_lessons import AdaLoRA, LoRA, inject, injection_of, load_model, load_task
+from peft_lessons import AdaLoRA, LoRA, inject, load_model, load_task
+from peft_lessons.engine import injection_of
 from peft_lessons.methods import adalora
 
 ALPHA = 16

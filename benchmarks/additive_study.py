@@ -16,16 +16,8 @@ from functools import partial
 import torch
 from common import BASES, NAMES, Results, base_of, measured, study
 
-from peft_lessons import (
-    IA3,
-    BottleneckAdapter,
-    Prefix,
-    Prompt,
-    fit,
-    inject,
-    load_tokenizer,
-    start_prefix,
-)
+from peft_lessons import IA3, BottleneckAdapter, Prefix, Prompt, fit, inject, load_tokenizer
+from peft_lessons.methods.prefix import init_prefix
 
 P, PROJECTION = 16, 96
 TEXTS = {
@@ -83,7 +75,7 @@ def build(setting: tuple, seed: int, task) -> torch.nn.Module:
         pairs = [(layer.keys[0], layer.values[0]) for layer in layers]
     inject(model, method_of(*setting))
     if variant == "context":
-        start_prefix(model, pairs)
+        init_prefix(model, pairs)
     return model
 
 

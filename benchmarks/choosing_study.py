@@ -31,7 +31,6 @@ from peft_lessons import (
     BitFit,
     BottleneckAdapter,
     DoRA,
-    History,
     LoRA,
     MixAndMatch,
     PartialFineTuning,
@@ -46,7 +45,8 @@ from peft_lessons import (
     load_tokenizer,
     measure,
 )
-from peft_lessons.tasks import LanguageTask, Split
+from peft_lessons.data.tasks import LanguageTask, Split
+from peft_lessons.train.loop import History
 
 ALL = 0  # examples; a row says how many they are
 FEW_STEPS = {"sentiment": 100, "austen": 50}  # on 100 examples

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from peft_lessons import evaluate, fit, injection_of, load_model, load_task, measure
+from peft_lessons import evaluate, fit, load_model, load_task, measure
+from peft_lessons.engine import injection_of
 from peft_lessons.results import stamp
 
 FOLDER = Path(__file__).parent.parent / "data" / "results"

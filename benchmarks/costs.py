@@ -43,16 +43,16 @@ from peft_lessons import (
     PartialFineTuning,
     Prefix,
     Prompt,
-    adapter_bytes,
     freeze,
     inject,
-    injection_of,
     load_model,
     load_task,
     measure,
     merge,
     unload,
 )
+from peft_lessons.engine import injection_of
+from peft_lessons.testing import adapter_bytes
 
 ROUNDS, TOKENS = 15, 32
 ANSWERS = {"minilm": {1: 20, 32: 5}, "tinylm": {1: 20, 32: 15}}  # texts: rounds

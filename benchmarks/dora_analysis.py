@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from common import SEEDS, Results, missing
 
-from peft_lessons import DoRA, LoRA, fit, inject, injection_of, load_model, load_task
+from peft_lessons import DoRA, LoRA, fit, inject, load_model, load_task
+from peft_lessons.engine import injection_of
 
 STEPS, EVERY, RANK, ALPHA, TARGETS = 200, 50, 8, 16, ("query", "value")
 RUNS = {"full": (1e-4,), "lora": (1e-3, 3e-3), "dora": (1e-3, 3e-3)}

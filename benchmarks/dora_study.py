@@ -16,7 +16,8 @@ from functools import partial
 import torch
 from common import Results, train_on, tune
 
-from peft_lessons import DoRA, LoRA, inject, injection_of, load_model, load_task
+from peft_lessons import DoRA, LoRA, inject, load_model, load_task
+from peft_lessons.engine import injection_of
 
 STEPS, ALPHA, TARGETS, RATES = 200, 16, ("query", "value"), (1e-3, 3e-3, 1e-2)
 METHODS = {"dora": DoRA, "dora, m frozen": DoRA, "lora": LoRA}

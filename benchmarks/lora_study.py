@@ -52,7 +52,7 @@ def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps
     if method == "lora":
         inject(model, LoRA(rank=rank, alpha=alpha, targets=TARGETS[targets]))
     elif method in ("head", "encoder"):
-        freeze(model, also_train=("encoder",) if method == "encoder" else ())
+        freeze(model, modules_to_save=("encoder",) if method == "encoder" else ())
     return train_on(task, model, steps, lr, seed)
 
 

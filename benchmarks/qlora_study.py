@@ -16,7 +16,8 @@ import torch
 from common import Results, measured, tune
 from peft import LoraConfig, get_peft_model
 
-from peft_lessons import History, LoRA, QLoRA, fit, inject, load_model, load_task
+from peft_lessons import LoRA, QLoRA, fit, inject, load_model, load_task
+from peft_lessons.train.loop import History
 
 RANK, ALPHA = 8, 16
 RATES = {

@@ -19,15 +19,9 @@ from typing import ClassVar
 
 from common import NAMES, Results, base_of, measured, study
 
-from peft_lessons import (
-    BitFit,
-    DiffPruning,
-    PartialFineTuning,
-    fit,
-    inject,
-    injection_of,
-    prune_diff,
-)
+from peft_lessons import BitFit, DiffPruning, PartialFineTuning, fit, inject
+from peft_lessons.engine import injection_of
+from peft_lessons.methods.selective import prune_diff
 
 NORMS = {"sentiment": r".*LayerNorm\..*", "austen": r".*norm\..*"}
 LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)

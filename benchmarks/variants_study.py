@@ -26,22 +26,21 @@ from common import STEPS, Results, base_of, tune
 
 from peft_lessons import (
     OFT,
-    History,
     LoftQ,
     LoRA,
     LoRAPlus,
     PiSSA,
     VeRA,
-    dequantize,
     evaluate,
     fit,
     inject,
-    injection_of,
     load_task,
     measure,
     merge,
 )
-from peft_lessons.inject import find_targets
+from peft_lessons.engine import find_targets, injection_of
+from peft_lessons.methods.qlora import dequantize
+from peft_lessons.train.loop import History
 
 TASK, ALPHA = "austen", 16
 K, EPSILON = 10, 0.5

@@ -15,7 +15,7 @@ from collections import Counter
 
 from build_common import DATA, from_pip, parse_arguments, published_archive, record, share_of
 
-from peft_lessons.tasks import sentiment_label
+from peft_lessons.data.tasks import sentiment_label
 
 REQUIREMENT = "vaderSentiment==3.3.2"
 ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"

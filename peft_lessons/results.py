@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .models import data_folder
-from .rules import validate
+from .data.bundled import data_folder
+from .engine import validate
 from .tables import Table, cost_table, table
 
 

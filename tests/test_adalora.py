@@ -31,7 +31,6 @@ from peft_lessons import (
     DoRA,
     fit,
     inject,
-    injection_of,
     load_adapter,
     merge,
     report,
@@ -39,7 +38,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
-from peft_lessons.adapters_io import CONFIG, WEIGHTS
+from peft_lessons.engine import CONFIG, WEIGHTS, injection_of
 from peft_lessons.methods.adalora import (
     PARTS,
     LinearWithAdaLoRA,

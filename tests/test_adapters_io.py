@@ -35,16 +35,13 @@ from peft_lessons import (
     LoRA,
     fit,
     inject,
-    injection_of,
     load_adapter,
     merge,
-    read_adapter,
     save_adapter,
     unload,
     unmerge,
 )
-from peft_lessons.adapters_io import CONFIG, WEIGHTS
-from peft_lessons.inject import Method
+from peft_lessons.engine import CONFIG, WEIGHTS, Method, injection_of, read_adapter
 
 # A module that trains in full, beside the fresh head of bert.
 WHOLE = {
@@ -63,8 +60,8 @@ def logits(model):
         return model(IDS).logits
 
 
-def adapted(model, method=QV, also_train=()):
-    inject(model, method, also_train)
+def adapted(model, method=QV, modules_to_save=()):
+    inject(model, method, modules_to_save)
     return moved(model)
 
 
@@ -585,7 +582,7 @@ def test_a_head_with_other_labels(tmp_path):
 
 
 def test_a_number_too_large_for_the_model(tmp_path):
-    model = adapted(tiny_llama(), also_train="model.norm")
+    model = adapted(tiny_llama(), modules_to_save="model.norm")
     with torch.no_grad():
         model.model.norm.weight[0] = 1e6
     save_adapter(model, tmp_path)

@@ -10,20 +10,21 @@ import pytest
 import tiny
 import torch
 
-from peft_lessons import advice as module
-from peft_lessons import adviser, load_task, recommend_peft_method, student_t
-from peft_lessons.advice import (
+from peft_lessons import load_task, recommend_peft_method, student_t
+from peft_lessons.costs import recommend as module
+from peft_lessons.costs.estimate import GIB, Shape, training_memory
+from peft_lessons.costs.recommend import (
     CANDIDATES,
     FULL,
     NAMES,
     NOTHING,
     TASKS,
+    adviser,
     nearest_size,
     needs_of,
     ranking,
     usable_bytes,
 )
-from peft_lessons.memory import GIB, Shape, training_memory
 from peft_lessons.results import Spread, difference, tuned, undominated
 
 SIZES = (0.1, 1, 7, 32, 70, 400)
@@ -348,8 +349,6 @@ GOOD = {"model_size_b": 7, "gpu_memory_gb": 24, "task_type": "generation", "num_
 @pytest.mark.parametrize(
     ("name", "values", "told"),
     [
-        ("gpu_memory_gb", (10**400,), "must be a finite number"),
-        *((name, (10**400,), "below 2**63") for name in ("num_examples", "context", "batch")),
         ("model_size_b", (0, -7, math.nan, math.inf, True, "7", None), "model_size_b="),
         ("model_size_b", (7e9, 10_000), "must be in billions"),
         ("gpu_memory_gb", (0, -1, math.nan, math.inf, False, "24", None), "gpu_memory_gb="),

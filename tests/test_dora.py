@@ -37,20 +37,17 @@ from torch.nn import functional as F
 from peft_lessons import (
     DoRA,
     DoRALayer,
-    LinearWithDoRA,
     LoRA,
-    cached_norms,
     fit,
     inject,
-    injection_of,
     load_adapter,
     merge,
     save_adapter,
     unload,
     unmerge,
 )
-from peft_lessons.adapters_io import WEIGHTS
-from peft_lessons.methods.dora import NORMS
+from peft_lessons.engine import WEIGHTS, injection_of
+from peft_lessons.methods.dora import NORMS, LinearWithDoRA, cached_norms
 
 FORWARD, GRADIENT, MERGED = 2e-6, 1e-6, 1e-5
 NAMES = {  # PEFT's, and ours

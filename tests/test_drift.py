@@ -38,7 +38,7 @@ from tiny import (
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_lessons import load_model, load_tokenizer
-from peft_lessons.adapters_io import CONFIG, WEIGHTS
+from peft_lessons.engine import CONFIG, WEIGHTS
 from tools.environment import ROOT
 
 # ------------------------------------------------------------------ the machinery
@@ -1012,8 +1012,8 @@ def advice(peft_version: str, right: Callable[[], bool]) -> str | None:
         f"peft {peft_version} is newer than the pin transformers<{BROKEN} was made for. Install "
         "transformers 5.24 or later beside it and run this file: if the rows on `generate` of "
         "lessons 08, 09 and 12 hold, lift the pin in pyproject.toml and environment.yml, and with "
-        "it the refusal in peft_lessons/rules.py and the traps of lessons 08 and 09; if not, raise "
-        "the version in `advice`."
+        "it the refusal in peft_lessons/engine/virtual_tokens.py and the traps of lessons 08 and "
+        "09; if not, raise the version in `advice`."
     )
 
 
@@ -1045,7 +1045,7 @@ def test_the_pin_is_the_one_that_code_and_lessons_name():
         "5.23.9"
     )
     assert not PINS["peft"].contains("0.22.0"), "newer peft: see `advice`"
-    rules = (ROOT / "peft_lessons" / "rules.py").read_text(encoding="utf-8")
+    rules = (ROOT / "peft_lessons" / "engine" / "virtual_tokens.py").read_text(encoding="utf-8")
     assert f"transformers>=5.20,<{BROKEN}" in rules
     for lesson in ("08", "09"):
         text = (ROOT / "notebooks" / notebook(lesson)).read_text(encoding="utf-8")

@@ -43,15 +43,13 @@ from peft_lessons import (
     VeRA,
     fit,
     inject,
-    injection_of,
     load_adapter,
     merge,
-    registered_methods,
     save_adapter,
     unload,
     unmerge,
 )
-from peft_lessons.adapters_io import CONFIG, WEIGHTS
+from peft_lessons.engine import CONFIG, WEIGHTS, injection_of, registered_methods
 
 STEPS = 8
 SCHEDULE = dict(tinit=2, tfinal=3, delta=1, total_steps=STEPS)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from exercises import Recipe
 
-from peft_lessons import check, registered_methods
+from peft_lessons import check
 from peft_lessons.checks.compare import tensors
 from peft_lessons.checks.kit import Check, Tried, WrongAnswer
+from peft_lessons.engine import registered_methods
 from tools import notebooks
 
 LESSONS = {

@@ -46,7 +46,6 @@ from peft_lessons import (
     fit,
     freeze,
     inject,
-    injection_of,
     load_adapter,
     load_and_merge_adapter,
     load_model,
@@ -55,8 +54,7 @@ from peft_lessons import (
     save_adapter,
     unload,
 )
-from peft_lessons.adapters_io import WEIGHTS
-from peft_lessons.inject import fingerprint
+from peft_lessons.engine import WEIGHTS, fingerprint, injection_of
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -145,11 +143,11 @@ def test_the_report_says_that_the_head_is_frozen_and_how_to_train_it(family):
     assert not any(p.requires_grad for path in head for p in model.get_submodule(path).parameters())
     lines = repr(told).splitlines()
     assert f"  Frozen in the classification head: {', '.join(head)}." in lines
-    assert f"  To train the head too, pass also_train={head!r}." in lines
+    assert f"  To train the head too, pass modules_to_save={head!r}." in lines
     unload(model)
     assert repr(freeze(model)).splitlines()[-2:] == lines[-2:]
 
-    told = inject(model, LoRA(4, 6, targets), also_train=head)
+    told = inject(model, LoRA(4, 6, targets), modules_to_save=head)
     assert told.whole == head and not told.frozen_head and "Frozen" not in repr(told)
 
 
@@ -219,7 +217,7 @@ def test_the_file_gives_the_same_logits_on_any_head(family, row, tmp_path):
 def test_a_head_in_also_train_is_in_the_file_and_trains(family, tmp_path):
     head, targets = CLASSIFIERS[family][1:]
     ours = base_of(family)
-    inject(ours, LoRA(4, 6, targets), also_train=head)
+    inject(ours, LoRA(4, 6, targets), modules_to_save=head)
     save_adapter(moved(ours), tmp_path)
     config = read_config(tmp_path)
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == list(head)
@@ -231,10 +229,10 @@ def test_a_head_in_also_train_is_in_the_file_and_trains(family, tmp_path):
         assert torch.equal(logits(base), logits(ours)) and training(base) == training(ours)
 
 
-@pytest.mark.parametrize("also_train", [("out_proj",), ("classifier.dense", "out_proj")])
-def test_a_part_of_a_head_is_no_head_for_peft(also_train, tmp_path):
+@pytest.mark.parametrize("modules_to_save", [("out_proj",), ("classifier.dense", "out_proj")])
+def test_a_part_of_a_head_is_no_head_for_peft(modules_to_save, tmp_path):
     ours = base_of("roberta")
-    inject(ours, LoRA(4, 6, ("query",)), also_train)
+    inject(ours, LoRA(4, 6, ("query",)), modules_to_save)
     save_adapter(moved(ours), tmp_path)
     assert read_config(tmp_path)["task_type"] is None
     assert apart(opened_by_peft(base_of("roberta"), tmp_path), ours) < 1e-6
@@ -245,7 +243,7 @@ def test_a_part_of_a_head_is_no_head_for_peft(also_train, tmp_path):
 def test_a_head_of_which_one_module_trains_is_whole_in_the_file(tmp_path):
     """PEFT takes every module for a head whose name ends in "classifier"."""
     ours = base_of("distilbert")
-    told = inject(ours, LoRA(4, 6, ("q_lin",)), also_train=("classifier",))
+    told = inject(ours, LoRA(4, 6, ("q_lin",)), modules_to_save=("classifier",))
     assert told.whole == ("classifier",) and told.frozen_head == ("pre_classifier",)
     save_adapter(moved(ours), tmp_path)
     assert apart(opened_by_peft(another_head(base_of("distilbert")), tmp_path), ours) < 1e-6
@@ -275,7 +273,7 @@ def test_a_file_whose_fingerprint_covers_the_head_still_opens(tmp_path):
     """Earlier files of the course had one."""
     ours = base_of("bert")
     header = {"format": "pt", "peft_lessons_base": fingerprint(ours)}
-    inject(ours, LoRA(4, 6, ("query",)), also_train=("classifier",))
+    inject(ours, LoRA(4, 6, ("query",)), modules_to_save=("classifier",))
     save_adapter(moved(ours), tmp_path)
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, header)
     load_adapter(again := base_of("bert"), tmp_path)

@@ -33,9 +33,7 @@ from transformers import (
 import peft_lessons
 from peft_lessons import (
     LoRA,
-    TrainingDiverged,
     evaluate,
-    hf_training,
     inject,
     load_adapter,
     load_and_merge_adapter,
@@ -45,10 +43,12 @@ from peft_lessons import (
     setup_peft_training,
     train_with_peft,
 )
-from peft_lessons.adapters_io import CONFIG, WEIGHTS
-from peft_lessons.hf import HF_METHODS
-from peft_lessons.hf_training import STATE, PeftTrainer, prepare
-from peft_lessons.models import padded
+from peft_lessons.data.base_models import padded
+from peft_lessons.engine import CONFIG, WEIGHTS
+from peft_lessons.hf import trainer
+from peft_lessons.hf.setup import HF_METHODS
+from peft_lessons.hf.trainer import STATE, PeftTrainer, prepare
+from peft_lessons.train.loop import TrainingDiverged
 
 TEXTS = [
     "It is a truth universally acknowledged, that a single man must be in want of a wife.",
@@ -273,7 +273,7 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(folders):
     long = {"text": "word " * 100, "label": 0}
     for method, room in (("lora", 64), ("prefix", 48), ("prompt", 48)):
         model, tokenizer = setup_peft_training(folders["bert"], method, labels=2)
-        length = hf_training._length(model, None)
+        length = trainer._length(model, None)
         assert length == room
         [row] = prepare(model, tokenizer, [long], length)
         assert len(row["input_ids"]) == room
@@ -284,10 +284,10 @@ def test_the_processes_share_a_batch_evenly(run, monkeypatch, tmp_path):
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     model, _ = setup_peft_training("tinylm")
     given = dict(epochs=1, steps=2, rate=1e-3, checkpoint_every=None, seed=0)
-    made = hf_training._arguments(model, tmp_path, TEXTS, batch_size=6, **given)
+    made = trainer._arguments(model, tmp_path, TEXTS, batch_size=6, **given)
     assert made.per_device_train_batch_size == 3
     with pytest.raises(ValueError, match="batch_size=3 cannot be shared by 2 devices"):
-        hf_training._arguments(model, tmp_path, TEXTS, batch_size=3, **given)
+        trainer._arguments(model, tmp_path, TEXTS, batch_size=3, **given)
 
 
 def test_a_base_in_half_precision_trains_in_it(folders, tmp_path):
@@ -334,7 +334,7 @@ def test_our_loader_opens_what_it_saved(run, folders, method, name, tmp_path):
 def test_the_labels_are_the_tokens_and_padding_takes_no_loss():
     model, tokenizer = setup_peft_training("tinylm")
     rows = prepare(model, tokenizer, TEXTS[:2], 100)
-    batch = hf_training._collator(model, tokenizer)(rows)
+    batch = trainer._collator(model, tokenizer)(rows)
     ids, labels = batch["input_ids"], batch["labels"]
     real = batch["attention_mask"].bool()
     assert not real.all()
@@ -347,7 +347,7 @@ def test_an_end_token_in_the_text_is_learned_though_padding_is_the_same():
     tokenizer.pad_token = tokenizer.eos_token
     end = tokenizer.eos_token_id
     rows = prepare(model, tokenizer, [{"input_ids": [5, 6, end]}, {"input_ids": [5, 6, 7, 8]}], 9)
-    labels = hf_training._collator(model, tokenizer)(rows)["labels"]
+    labels = trainer._collator(model, tokenizer)(rows)["labels"]
     assert labels.tolist() == [[-100, 6, end, -100], [-100, 6, 7, 8]]
 
 
@@ -356,7 +356,7 @@ def test_every_method_is_trained_on_the_same_predictions(run, folders, method):
     """The first loss is the mean over the tokens that have one before them, of the whole batch."""
     model, tokenizer = setup_peft_training(folders["llama"], method)
     rows = prepare(model, tokenizer, TEXTS[:4], 20)
-    batch = hf_training._collator(model, tokenizer)(rows)
+    batch = trainer._collator(model, tokenizer)(rows)
     with torch.no_grad():
         expected = model(**batch).loss.item()
     _, metrics = run(model=model, data=TEXTS[:4], steps=1, batch_size=4)
@@ -367,7 +367,7 @@ def test_a_classifier_s_loss_is_not_counted_once_for_each_label(run, folders):
     model, tokenizer = setup_peft_training(folders["bert"], labels=2)
     rows = prepare(model, tokenizer, ROWS[:4], 20)
     with torch.no_grad():
-        expected = model(**hf_training._collator(model, tokenizer)(rows)).loss.item()
+        expected = model(**trainer._collator(model, tokenizer)(rows)).loss.item()
     _, metrics = run("bert", model=model, data=ROWS[:4], steps=1, batch_size=4)
     assert metrics["loss"][0] == pytest.approx(expected, abs=1e-5)
 
@@ -391,7 +391,7 @@ def test_only_a_language_model_is_told_over_how_many_labels_to_average(
 def test_adalora_s_regulariser_is_no_part_of_what_is_measured(run, folders):
     model, metrics = run(method="adalora", eval_dataset=TEXTS[:2])
     rows = prepare(model, peft_lessons.load_tokenizer("tinylm"), TEXTS[:2], 20)
-    batch = hf_training._collator(model, peft_lessons.load_tokenizer("tinylm"))(rows)
+    batch = trainer._collator(model, peft_lessons.load_tokenizer("tinylm"))(rows)
     with torch.no_grad():
         plain, with_it = model.get_base_model()(**batch).loss, model(**batch).loss
     assert metrics["eval_loss"] == pytest.approx(plain.item(), abs=1e-5)
@@ -524,9 +524,9 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number(tmp_path):
     for step in (8, 10, 9):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        for name in hf_training.NEEDED:
+        for name in trainer.NEEDED:
             (folder / name).touch()
-    assert hf_training._checkpoint(tmp_path, resume=True).name == "checkpoint-10"
+    assert trainer._checkpoint(tmp_path, resume=True).name == "checkpoint-10"
 
 
 def test_a_broken_checkpoint_is_named(run, tmp_path):

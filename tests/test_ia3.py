@@ -35,11 +35,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 from peft_lessons import (
     IA3,
     IA3Layer,
-    LinearWithIA3,
     evaluate,
     fit,
     inject,
-    injection_of,
     load_adapter,
     merge,
     report,
@@ -47,7 +45,8 @@ from peft_lessons import (
     unload,
     unmerge,
 )
-from peft_lessons.adapters_io import WEIGHTS
+from peft_lessons.engine import WEIGHTS, injection_of
+from peft_lessons.methods.ia3 import LinearWithIA3
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Unmerge result can be inaccurate",

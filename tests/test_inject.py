@@ -20,16 +20,13 @@ from peft_lessons import (
     apply_lora_to_model,
     freeze,
     inject,
-    injection_of,
     merge,
-    registered_methods,
     report,
     save_adapter,
     unload,
     unmerge,
 )
-from peft_lessons.inject import Adapted, Method
-from peft_lessons.rules import validate
+from peft_lessons.engine import AdapterLayer, Method, injection_of, registered_methods, validate
 
 QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
 IDS = torch.arange(1, 25).view(2, 12)
@@ -80,7 +77,7 @@ def test_unload_gives_the_base_back_bit_by_bit():
     model.bert.encoder.layer[0].requires_grad_(False)
     model.bert.pooler.train()
     untouched = state(model)
-    inject(model, LoRA(rank=4, alpha=6, targets=("query",)), also_train=("pooler",))
+    inject(model, LoRA(rank=4, alpha=6, targets=("query",)), modules_to_save=("pooler",))
     trained(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -96,7 +93,7 @@ def test_unload_while_merged_keeps_what_was_learned():
     expected = model(IDS).logits
     merge(model)
     assert torch.allclose(unload(model)(IDS).logits, expected, atol=1e-5)
-    assert not any(isinstance(m, Adapted) for m in model.modules())
+    assert not any(isinstance(m, AdapterLayer) for m in model.modules())
 
 
 def test_a_deep_copy_is_independent():
@@ -204,7 +201,7 @@ def test_tied_and_shared_layers_are_refused():
     with pytest.raises(ValueError, match="tied"):
         inject(tied, LoRA(rank=2, alpha=3, targets=("lm_head",)))
     with pytest.raises(ValueError, match="tied"):
-        inject(tied, QV, also_train=("lm_head",))
+        inject(tied, QV, modules_to_save=("lm_head",))
     shared = nn.Linear(4, 4)
     twice = nn.ModuleDict({"a": shared, "b": shared})
     for name in twice:
@@ -220,7 +217,7 @@ def test_also_train_is_checked():
     ):
         model = tiny_llama()
         with refused(model, message):
-            inject(model, QV, also_train=names)
+            inject(model, QV, modules_to_save=names)
 
 
 def test_a_method_must_be_a_method_and_a_model_a_model():
@@ -294,7 +291,7 @@ def test_a_model_on_the_meta_device_can_be_counted():
 
 def test_freeze_leaves_the_head_and_what_is_named():
     model = tiny_bert()
-    told = freeze(model, also_train="pooler")
+    told = freeze(model, modules_to_save="pooler")
     training = {
         n.split(".")[-3] + "." + n.split(".")[-2] if "dense" in n else n.split(".")[0]
         for n, p in model.named_parameters()
@@ -303,7 +300,7 @@ def test_freeze_leaves_the_head_and_what_is_named():
     assert training == {"classifier", "pooler.dense"}
     assert told.trainable == told.whole_parameters == 64 * 64 + 64 + 2 * 64 + 2
     with pytest.raises(ValueError, match="matches no module"):
-        freeze(model, also_train=("nope",))
+        freeze(model, modules_to_save=("nope",))
 
 
 def test_rslora_must_be_true_or_false():
@@ -544,7 +541,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
 # One that wraps, attaches, selects or fails, so that the engine is tested without a lesson.
 
 
-class ScaledLinear(Adapted):
+class ScaledLinear(AdapterLayer):
     def __init__(self, base):
         super().__init__(base)
         self.scale = nn.Parameter(torch.ones(base.out_features))

@@ -19,13 +19,11 @@ from peft_lessons import (
     Prompt,
     QLoRA,
     VeRA,
-    interoperability,
     load_adapter,
     load_model,
-    proof,
-    registered_methods,
 )
-from peft_lessons.adapters_io import WEIGHTS
+from peft_lessons.engine import WEIGHTS, registered_methods
+from peft_lessons.testing import compare, interoperability
 
 # Names of all four families, as one regular expression each.
 QV = r".*\.(q_proj|v_proj|query|value)"
@@ -138,7 +136,7 @@ def test_a_pruned_adalora_is_pruned(monkeypatch):
         loaded.append(load_file(f"{folder}/{WEIGHTS}"))
         return load_adapter(model, folder)
 
-    monkeypatch.setattr(proof, "load_adapter", remember)
+    monkeypatch.setattr(compare, "load_adapter", remember)
     for row in ("AdaLoRA", "AdaLoRA, pruned"):
         only(row, {"llama": tiny_llama()})
     whole, pruned = ([len(t) for k, t in file.items() if k.endswith("lora_E")] for file in loaded)
@@ -158,10 +156,10 @@ def test_one_number_changed_on_the_way_shows(way, monkeypatch):
         return load_adapter(model, folder)
 
     if way == BACK:
-        monkeypatch.setattr(proof, "load_adapter", spoilt)
+        monkeypatch.setattr(compare, "load_adapter", spoilt)
     else:
-        save = proof.save_adapter
-        monkeypatch.setattr(proof, "save_adapter", lambda m, f: (save(m, f), change(f)))
+        save = compare.save_adapter
+        monkeypatch.setattr(compare, "save_adapter", lambda m, f: (save(m, f), change(f)))
     (found,) = only("LoRA", {"llama": tiny_llama()})
     other = THERE_ if way == BACK else BACK
     assert found[way] > 1e-3 and found[other] < 1e-6
@@ -169,7 +167,7 @@ def test_one_number_changed_on_the_way_shows(way, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_batch_is_padded_as_the_tests_are(name):
-    batch, expected = proof.padded_batch(MODELS[name]()), batch_of(name)
+    batch, expected = compare.padded_batch(MODELS[name]()), batch_of(name)
     assert torch.equal(batch["attention_mask"], expected["attention_mask"])
     if name in TASKS:
         assert torch.equal(batch["labels"], torch.tensor([0, 1, 0]))

@@ -16,9 +16,9 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors.torch import load_file
 
 from peft_lessons import setup_peft_training
-from peft_lessons.adapters_io import WEIGHTS
-from peft_lessons.hf_training import _checkpoint
-from peft_lessons.train import CONFIGS, examples, launch, main
+from peft_lessons.engine import WEIGHTS
+from peft_lessons.hf.cli import CONFIGS, examples, launch, main
+from peft_lessons.hf.trainer import _checkpoint
 
 OPTIONS = ["--steps", "4", "--batch-size", "4", "--max-length", "32", "--checkpoint-every", "2"]
 # The script as it is, but that it notes which process saw which texts, and wrote which files.
@@ -39,12 +39,12 @@ def written(tensors, path, *args, **more):
     return save(tensors, path, *args, **more)
 
 hf_training.PeftTrainer.training_step, peft.peft_model.safe_save_file = seen, written
-runpy.run_module("peft_lessons.train", run_name="__main__")
+runpy.run_module("peft_lessons.hf.cli", run_name="__main__")
 # A classifier, too, as here a process has been started already.
 sys.argv[sys.argv.index("--output") + 1] += " of a classifier"
 sys.argv += ["--model", "minilm", "--data", "sentiment", "--labels", "2", "--steps", "2"]
 log = open(os.devnull, "w")
-runpy.run_module("peft_lessons.train", run_name="__main__")
+runpy.run_module("peft_lessons.hf.cli", run_name="__main__")
 """
 
 
@@ -151,7 +151,7 @@ def launched(name):
     """(arguments, environment) that `accelerate launch` makes of a config file. It refuses a key
     that it does not know."""
     file = str(CONFIGS / f"{name}.yaml")
-    given = launch_command_parser().parse_args(["--config_file", file, "-m", "peft_lessons.train"])
+    given = launch_command_parser().parse_args(["--config_file", file, "-m", "peft_lessons.hf.cli"])
     arguments, defaults, _ = _validate_launch_command(given)
     if arguments.use_deepspeed:
         fields = ",".join(defaults.deepspeed_config)
@@ -163,7 +163,7 @@ def launched(name):
 def test_every_config_names_its_command():
     for file in CONFIGS.iterdir():
         text = file.read_text(encoding="utf-8")
-        assert f"accelerate launch --config_file configs/{file.name} -m peft_lessons.train" in text
+        assert f"accelerate launch --config_file configs/{file.name} -m peft_lessons.hf.cli" in text
 
 
 def test_fsdp_s_config_is_what_it_says(monkeypatch):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from peft_lessons import limits, machine
+from peft_lessons.data import environment, limits
 
 GIB = 2**30
 # The host of all trees: 64 cores and 256 GiB.
@@ -116,11 +116,11 @@ def test_as_a_script_it_prints_the_cores_without_loading_torch():
 
 def rows_of(monkeypatch, cores, threads, memory):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(machine.limits, "cores", lambda: cores)
-    monkeypatch.setattr(machine.limits, "memory", lambda: memory)
-    torch = SimpleNamespace(get_num_threads=lambda: threads, cuda=machine.torch.cuda)
-    monkeypatch.setattr(machine, "torch", torch)
-    return {row.what: row for row in machine.machine_check().rows}
+    monkeypatch.setattr(environment.limits, "cores", lambda: cores)
+    monkeypatch.setattr(environment.limits, "memory", lambda: memory)
+    torch = SimpleNamespace(get_num_threads=lambda: threads, cuda=environment.torch.cuda)
+    monkeypatch.setattr(environment, "torch", torch)
+    return {row.what: row for row in environment.check_environment().rows}
 
 
 def test_the_check_of_the_machine_shows_what_is_allowed(monkeypatch):

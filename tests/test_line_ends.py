@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_lessons.models import BUNDLED, load_model, load_tokenizer
-from peft_lessons.tasks import LOADERS, load_task
+from peft_lessons.data.base_models import BUNDLED, load_model, load_tokenizer
+from peft_lessons.data.tasks import LOADERS, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 CONVERT = ("-c", "core.autocrlf=true")  # what git for Windows proposes when it is installed

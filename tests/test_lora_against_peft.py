@@ -27,17 +27,8 @@ from tiny import (
 )
 from torch import nn
 
-from peft_lessons import (
-    LinearWithLoRA,
-    LoRA,
-    LoRALayer,
-    inject,
-    injection_of,
-    load_model,
-    merge,
-    unload,
-    unmerge,
-)
+from peft_lessons import LinearWithLoRA, LoRA, LoRALayer, inject, load_model, merge, unload, unmerge
+from peft_lessons.engine import injection_of
 
 NAMES = {".default.weight": "", ".lora_": ".lora.lora_"}  # PEFT's, and ours
 

@@ -9,8 +9,8 @@ from tiny import same, state, tiny_llama
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_lessons import LoRA, inject, injection_of
-from peft_lessons.measure import (
+from peft_lessons import LoRA, inject
+from peft_lessons.costs.measure import (
     TrainingBytes,
     activation_bytes,
     estimate_bytes,
@@ -22,6 +22,7 @@ from peft_lessons.measure import (
     step_time,
     training_step,
 )
+from peft_lessons.engine import injection_of
 
 QV = LoRA(rank=8, alpha=16, targets=("q_proj", "v_proj"))
 

@@ -27,10 +27,10 @@ from peft_lessons import (
     load_model,
     load_task,
     measure,
-    memory,
-    with_method,
 )
-from peft_lessons.memory import GB, MODELS, NF4_BITS, Shape, activations, training_memory
+from peft_lessons.costs import estimate
+from peft_lessons.costs.estimate import GB, MODELS, NF4_BITS, Shape, activations, training_memory
+from peft_lessons.engine import injected_copy
 
 PUBLISHED = {
     "SmolLM3-3B": 3_075_098_624,
@@ -78,14 +78,14 @@ def total(*args, **more) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_published(name):
     assert Shape.of(name).parameters == PUBLISHED[name]
-    model = memory._on_meta(MODELS[name], torch.bfloat16, labels=False, fused=True)
+    model = estimate._on_meta(MODELS[name], torch.bfloat16, labels=False, fused=True)
     assert measure.parameters(model).total == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("method", [*LLAMA.values(), DoRA(rank=4), ADALORA])
 def test_a_method_adds_what_inject_adds(method):
     for config in map(shallow, ("Llama-3-8B", "SmolLM3-3B")):
-        model = memory._on_meta(config, torch.bfloat16, labels=False, fused=True)
+        model = estimate._on_meta(config, torch.bfloat16, labels=False, fused=True)
         if method is not None:
             inject(model, method)
         assert measure.parameters(model).trainable == Shape.of(config).added(method)
@@ -127,11 +127,11 @@ UNUSUAL = [
 @pytest.mark.parametrize("config", UNUSUAL, ids=lambda c: c.model_type)
 def test_an_unusual_configuration_is_counted(config):
     labels = config.model_type == "bert"
-    model = memory._on_meta(config, torch.bfloat16, labels=labels, fused=True)
+    model = estimate._on_meta(config, torch.bfloat16, labels=labels, fused=True)
     head = measure.parameters(model.classifier).total if labels else 0
     assert Shape.of(config).parameters == measure.parameters(model).total - head
     sizes = {"batch": 2, "context": 64, "labels": labels}
-    kept = memory.traced_activations(config, LoRA(), **sizes)
+    kept = estimate.traced_activations(config, LoRA(), **sizes)
     assert total(config, LoRA(), **sizes) == pytest.approx(kept, rel=0.011)
 
 
@@ -155,7 +155,7 @@ def test_what_the_formula_does_not_count_is_refused(kind, said):
 def test_a_classifier_has_no_head_for_tokens():
     for tied in (False, True):
         config = LlamaConfig(**GROUPED, tie_word_embeddings=tied)
-        model = memory._on_meta(config, torch.bfloat16, labels=True, fused=True)
+        model = estimate._on_meta(config, torch.bfloat16, labels=True, fused=True)
         base = measure.parameters(model).total - measure.parameters(model.score).total
         for method in (None, LoRA()):
             assert training_memory(config, method, labels=True).weights == 2 * base
@@ -169,13 +169,13 @@ def test_a_classifier_has_no_head_for_tokens():
 @pytest.mark.parametrize("name", ["Llama-3-8B", "Qwen3-8B", "SmolLM3-3B"])
 def test_formula_is_what_a_big_model_keeps(name, method):
     config, sizes = shallow(name), {"batch": 2, "context": 1024}
-    kept = memory.traced_activations(config, method, **sizes)
+    kept = estimate.traced_activations(config, method, **sizes)
     assert total(config, method, **sizes) == pytest.approx(kept, rel=0.01)
 
 
 def test_formula_is_what_a_whole_big_model_keeps():
     method = LLAMA["LoRA on query and value"]
-    kept = memory.traced_activations("Llama-3.3-70B", method, context=4096)
+    kept = estimate.traced_activations("Llama-3.3-70B", method, context=4096)
     assert total("Llama-3.3-70B", method, context=4096) == pytest.approx(kept, rel=1e-3)
 
 
@@ -194,7 +194,7 @@ def test_formula_is_what_a_big_model_keeps_otherwise(more):
     sizes = more | ({"adapter": BYTES[more["adapter"]]} if "adapter" in more else {})
     config = shallow("LLaMA-7B")
     for method in (None, LLAMA["LoRA on query and value"], LoRA()):
-        kept = memory.traced_activations(config, method, **more)
+        kept = estimate.traced_activations(config, method, **more)
         assert total(config, method, **sizes) == pytest.approx(kept, rel=0.01)
 
 
@@ -215,7 +215,7 @@ def test_a_dora_of_peft_keeps_more():
     config = shallow("LLaMA-7B")
     settings = {"task_type": "CAUSAL_LM", "r": 8, "target_modules": "all-linear"}
     theirs = {
-        dora: memory.traced_activations(config, LoraConfig(use_dora=dora, **settings))
+        dora: estimate.traced_activations(config, LoraConfig(use_dora=dora, **settings))
         for dora in (False, True)
     }
     assert total(config, LoRA()) == pytest.approx(theirs[False], rel=0.001)
@@ -247,7 +247,7 @@ def test_formula_is_what_a_bundled_model_keeps(base, fused):
     untouched.config._attn_implementation = "sdpa" if fused else "eager"
     more = {"fused": fused, "labels": minilm, "padded": minilm, "weight": 4}
     for name, method in (BERT if minilm else LLAMA).items():
-        model = untouched if method is None else with_method(untouched, method)
+        model = untouched if method is None else injected_copy(untouched, method)
         for rows, tokens in ((2, 24), (3, 8)) if minilm else ((2, 40), (5, 16)):
             ids = torch.ones(rows, tokens, dtype=torch.long)
             batch = {"input_ids": ids, "labels": ids[:, 0] if minilm else ids}
@@ -263,23 +263,23 @@ def test_the_trace_is_what_a_bundled_model_keeps():
     ids = torch.zeros(4, 96, dtype=torch.long)
     kept = measure.activation_bytes(model, lambda: model(input_ids=ids, labels=ids).loss)
     sizes = {"batch": 4, "context": 96, "dtype": torch.float32}
-    assert memory.traced_activations(model.config, **sizes) == pytest.approx(kept, rel=1e-3)
+    assert estimate.traced_activations(model.config, **sizes) == pytest.approx(kept, rel=1e-3)
 
 
 def test_the_trace_takes_any_configuration_and_method():
     sizes = {"context": 64, "dtype": torch.float32}
     gpt2 = GPT2Config(n_layer=2, n_embd=64, n_head=4)
-    assert memory.traced_activations(gpt2, **sizes) > 0
+    assert estimate.traced_activations(gpt2, **sizes) > 0
     with pytest.raises(ValueError, match="no formula for a gpt2"):
         activations(gpt2)
-    assert memory.traced_activations(shallow("Qwen3-8B"), BottleneckAdapter(16), **sizes) > 0
+    assert estimate.traced_activations(shallow("Qwen3-8B"), BottleneckAdapter(16), **sizes) > 0
     with pytest.raises(ValueError, match="no formula for BottleneckAdapter"):
         activations("Qwen3-8B", BottleneckAdapter(16))
 
 
 def test_formula_is_what_vectors_elsewhere_keep():
     method, sizes = IA3(("q_proj", "o_proj", "up_proj", "down_proj"), ("q_proj",)), {"context": 64}
-    kept = memory.traced_activations(shallow("LLaMA-7B"), method, **sizes)
+    kept = estimate.traced_activations(shallow("LLaMA-7B"), method, **sizes)
     assert total(shallow("LLaMA-7B"), method, **sizes) == pytest.approx(kept, rel=0.02)
 
 
@@ -328,7 +328,7 @@ def test_llama_3_8b_with_lora_by_hand():
 def test_bytes_of_a_number_that_trains():
     trained = {"mixed precision": 16, "all float32": 16, "pure bfloat16": 8}
     trained |= {"bfloat16, 8-bit Adam": 6, "float32 adapter": 16}
-    assert {name: recipe.trained for name, recipe in memory.RECIPES.items()} == trained
+    assert {name: recipe.trained for name, recipe in estimate.RECIPES.items()} == trained
 
 
 def test_what_is_at_work():

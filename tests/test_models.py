@@ -23,15 +23,13 @@ from transformers import (
 )
 
 from peft_lessons import LoRA, inject, load_adapter, measure, save_adapter
-from peft_lessons.models import (
+from peft_lessons.data.base_models import (
     BUNDLED,
     MeanPooledBertForSequenceClassification,
-    bundled_files,
-    bundled_path,
-    data_folder,
     load_model,
     load_tokenizer,
 )
+from peft_lessons.data.bundled import bundled_files, bundled_path, data_folder
 
 TEXTS = ["The film is wonderful.", "A great movie!", "Interest rates were raised by the bank."]
 
@@ -608,7 +606,7 @@ def test_base_override(tiny, monkeypatch):
 
 def test_quiet_from_another_folder(tmp_path):
     code = (
-        "from peft_lessons.models import load_model, load_tokenizer\n"
+        "from peft_lessons.data.base_models import load_model, load_tokenizer\n"
         "model = load_model('minilm', labels=2, verify=True)\n"
         "import peft\n"
         "model = peft.get_peft_model(model, peft.LoraConfig(task_type='SEQ_CLS'))\n"

@@ -47,21 +47,19 @@ from transformers import (
 from peft_lessons import (
     Prefix,
     PrefixTuning,
-    drop_mlp,
     evaluate,
     fit,
     inject,
-    injection_of,
     load_adapter,
     load_model,
     merge,
     report,
     save_adapter,
-    start_prefix,
     unload,
     unmerge,
 )
-from peft_lessons.adapters_io import WEIGHTS
+from peft_lessons.engine import WEIGHTS, injection_of
+from peft_lessons.methods.prefix import bake_reparameterization, init_prefix
 
 P = 5
 SCORED = dict(output_logits=True, return_dict_in_generate=True)
@@ -260,7 +258,7 @@ def test_a_prefix_can_start_as_a_text_that_was_read(name):
     pairs = [(layer.keys[0], layer.values[0]) for layer in read.layers]
     ours = deepcopy(base)
     inject(ours, Prefix(P))
-    start_prefix(ours, pairs)
+    init_prefix(ours, pairs)
     whole = base(torch.cat([context, text], 1)).logits[:, P:]
     close(ours(text).logits, whole)
     got = ours.generate(text, **GREEDY)[:, text.shape[1] :]
@@ -298,7 +296,7 @@ def test_counts(name):
     assert report(ours).trainable - head == P * t + t * 24 + 24 + 24 * 4 * t + 4 * t
     theirs = pair(name, 24)[0]
     assert report(ours).trainable == theirs.get_nb_trainable_parameters()[0]
-    drop_mlp(ours)
+    bake_reparameterization(ours)
     assert report(ours).trainable - head == plain
 
 
@@ -307,12 +305,12 @@ def test_dropping_the_mlp_changes_nothing(name):
     _, ours = pair(name, 24)
     batch = batch_of(name)
     before = ours(**batch).logits
-    drop_mlp(ours)
+    bake_reparameterization(ours)
     close(ours(**batch).logits, before)
     assert injection_of(ours).attached.mlp is None
     embedding = injection_of(ours).attached.embedding
     assert embedding.requires_grad
-    drop_mlp(ours)
+    bake_reparameterization(ours)
     assert injection_of(ours).attached.embedding is embedding
     fit(ours, task_of(name), 2, show=False)
 
@@ -550,7 +548,7 @@ def test_calls_that_would_read_no_prefix_or_a_wrong_one():
         base(ids, attention_mask=torch.zeros(3, 1, 12, 12))
     base.gradient_checkpointing_enable()
     base.train()
-    with pytest.raises(ValueError, match="checkpointing=True switches the cache off"):
+    with pytest.raises(ValueError, match="gradient checkpointing switches the cache off"):
         base(ids)
     base.gradient_checkpointing_disable()
     base(ids)
@@ -559,20 +557,20 @@ def test_calls_that_would_read_no_prefix_or_a_wrong_one():
 def test_drop_mlp_and_start_prefix_refuse():
     base = tiny_llama()
     pairs = [(torch.zeros(2, P, 16), torch.zeros(2, P, 16))] * 2
-    with pytest.raises(ValueError, match="drop_mlp: the model holds no PrefixTuning"):
-        drop_mlp(base)
-    with pytest.raises(ValueError, match="start_prefix: the model holds no PrefixTuning"):
-        start_prefix(base, pairs)
+    with pytest.raises(ValueError, match="bake_reparameterization: .* no PrefixTuning"):
+        bake_reparameterization(base)
+    with pytest.raises(ValueError, match="init_prefix: the model holds no PrefixTuning"):
+        init_prefix(base, pairs)
     inject(base, Prefix(P, 8))
     before = state(base)
-    with pytest.raises(ValueError, match=r"start_prefix: mlp=Sequential cannot .* drop_mlp"):
-        start_prefix(base, pairs)
-    drop_mlp(base)
+    with pytest.raises(ValueError, match=r"init_prefix: an MLP .* bake_reparameterization"):
+        init_prefix(base, pairs)
+    bake_reparameterization(base)
     for wrong in (pairs[:1], [(k[:, :2], v[:, :2]) for k, v in pairs]):
-        with pytest.raises(ValueError, match="pairs=.* are of another size than the prefix"):
-            start_prefix(base, wrong)
+        with pytest.raises(ValueError, match="pairs of shape .* another size than the prefix"):
+            init_prefix(base, wrong)
     assert injection_of(base).attached.embedding.any()
-    start_prefix(base, pairs)
+    init_prefix(base, pairs)
     assert not injection_of(base).attached.embedding.any()
     unload(base)
     assert same(state(base), state(tiny_llama())) and len(before) > 3

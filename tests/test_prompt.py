@@ -57,20 +57,17 @@ from peft_lessons import (
     evaluate,
     fit,
     inject,
-    injection_of,
     load_adapter,
     load_model,
     load_tokenizer,
     merge,
-    prompt_of,
-    prompts_for_rows,
     report,
     save_adapter,
     unload,
     unmerge,
 )
-from peft_lessons.adapters_io import CONFIG, WEIGHTS
-from peft_lessons.methods.prompt import PromptHook, lengthen, prepend
+from peft_lessons.engine import CONFIG, WEIGHTS, injection_of
+from peft_lessons.methods.prompt import PromptHook, lengthen, prepend, prompt_of, prompts_for_rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Position ids are not supported",
@@ -678,7 +675,7 @@ def test_a_meta_model(name, init, tmp_path):
 
 def test_also_train_and_its_file(tmp_path):
     model = tiny_llama()
-    inject(model, Prompt(P), also_train=("norm",))
+    inject(model, Prompt(P), modules_to_save=("norm",))
     model.model.norm.weight.data.mul_(1.5)
     save_adapter(model, tmp_path)
     again = tiny_llama()
@@ -772,7 +769,7 @@ def test_a_classifier_that_reads_the_last_place():
     close(a.logits, b.logits)
     close(a.loss, b.loss)
     right = {k: v.flip(1) if v.dim() == 2 else v for k, v in batch.items()}
-    with pytest.raises(ValueError, match="last_of_mask is 0 .*pad on the left"):
+    with pytest.raises(ValueError, match="the mask ends with 0 .*pad on the left"):
         ours(**right)
     assert theirs(**right).logits.isfinite().all(), "PEFT says nothing"
 
@@ -878,7 +875,7 @@ def test_a_classifier_that_reads_the_last_place_without_a_mask():
     ids = torch.randint(3, 128, (2, 9))
     ours(ids)
     ids[1, 5:] = 1
-    with pytest.raises(ValueError, match="last_of_mask is 0 .*pad on the left"):
+    with pytest.raises(ValueError, match="the mask ends with 0 .*pad on the left"):
         ours(ids)
 
 

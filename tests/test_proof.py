@@ -7,19 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import batch_of, same, state, tiny_llama
 
-from peft_lessons import (
-    LoRA,
+from peft_lessons import LoRA, generate_text, load_tokenizer, measure, unload
+from peft_lessons.engine import injected_copy, injection_of
+from peft_lessons.testing import (
     adapter_bytes,
-    agreement,
-    attempt,
-    copy_values,
-    injection_of,
-    load_tokenizer,
-    measure,
-    there_and_back,
-    unload,
-    with_method,
-    write,
+    compare_outputs,
+    copy_parameters,
+    roundtrip_error,
+    show_refusal,
 )
 
 METHOD, BATCH = LoRA(rank=4, alpha=6, targets=("q_proj",)), batch_of("llama")
@@ -28,7 +23,7 @@ METHOD, BATCH = LoRA(rank=4, alpha=6, targets=("q_proj",)), batch_of("llama")
 def moved():
     """A Llama with LoRA in it that does something, and its base."""
     base = tiny_llama()
-    model = with_method(base, METHOD)
+    model = injected_copy(base, METHOD)
     for wrapper in injection_of(model).wrappers.values():
         torch.nn.init.normal_(wrapper.lora.lora_B, std=0.2)
     return model, base
@@ -37,19 +32,19 @@ def moved():
 def test_a_copy_with_a_method_leaves_the_base():
     base = tiny_llama()
     untouched = state(base)
-    model = with_method(base, METHOD)
+    model = injected_copy(base, METHOD)
     assert same(state(base), untouched) and injection_of(base) is None
     assert injection_of(model).method == METHOD
     assert torch.equal(unload(model)(**BATCH).logits, base(**BATCH).logits)
 
 
 def test_an_attempt_prints_the_refusal_and_misses_what_is_not_refused(capsys):
-    attempt(lambda: with_method(tiny_llama(), LoRA(rank=4, alpha=6, targets=("no_such",))))
+    show_refusal(lambda: injected_copy(tiny_llama(), LoRA(rank=4, alpha=6, targets=("no_such",))))
     assert capsys.readouterr().out.startswith("ValueError: targets: 'no_such' matches no module")
     with pytest.raises(AssertionError, match="meant to be refused"):
-        attempt(lambda: None)
+        show_refusal(lambda: None)
     with pytest.raises(KeyError):  # a mistake in the lesson is no refusal
-        attempt(lambda: {}["missing"])
+        show_refusal(lambda: {}["missing"])
 
 
 def test_agreement_with_peft_and_a_difference_that_shows():
@@ -62,20 +57,20 @@ def test_agreement_with_peft_and_a_difference_that_shows():
     for wrapper, layer in zip(injection_of(ours).wrappers.values(), layers, strict=True):
         pairs.append((wrapper.lora.lora_A, layer.lora_A["default"].weight))
         pairs.append((wrapper.lora.lora_B, layer.lora_B["default"].weight))
-    copy_values(pairs)
-    found = agreement(ours, theirs, pairs, BATCH)
+    copy_parameters(pairs)
+    found = compare_outputs(ours, theirs, pairs, BATCH)
     assert found["of"] == 4 and found["largest gradient"] > 1e-3
     assert max(found[k] for k in ("logits", "loss", "gradients")) < 1e-6
-    assert agreement(ours, theirs, pairs, BATCH) == found, "gradients do not add up"
+    assert compare_outputs(ours, theirs, pairs, BATCH) == found, "gradients do not add up"
     with torch.no_grad():
         pairs[1][1].add_(0.01)
-    found = agreement(ours, theirs, pairs, BATCH)
+    found = compare_outputs(ours, theirs, pairs, BATCH)
     assert min(found[k] for k in ("logits", "loss", "gradients")) > 1e-6
 
 
 def test_files_there_and_back_and_their_size():
     model, base = moved()
-    assert max(there_and_back(model, base, BATCH)) < 1e-6
+    assert max(roundtrip_error(model, base, BATCH)) < 1e-6
     assert adapter_bytes(model) > 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -84,10 +79,10 @@ def test_the_same_seed_writes_the_same_text():
 
     model, tokenizer = load_model("tinylm"), load_tokenizer("tinylm")
     before = torch.get_rng_state()
-    text = write(model, tokenizer, "She was", seed=3, tokens=6)
+    text = generate_text(model, tokenizer, "She was", seed=3, tokens=6)
     assert text.startswith("She was") and torch.equal(torch.get_rng_state(), before)
-    assert text == write(model, tokenizer, "She was", seed=3, tokens=6)
-    assert text != write(model, tokenizer, "She was", seed=4, tokens=6)
+    assert text == generate_text(model, tokenizer, "She was", seed=3, tokens=6)
+    assert text != generate_text(model, tokenizer, "She was", seed=4, tokens=6)
 
 
 def test_costs_of_models_are_rows_of_a_table():

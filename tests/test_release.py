@@ -81,14 +81,14 @@ def test_every_import_of_every_lesson_resolves_in_the_copy(copied):
     lessons = [notebooks.read(folder / "notebooks" / path.name) for path in notebooks.lessons()]
     source = "\n".join(map(imports, lessons))
     assert source.count("from peft_lessons import") >= len(lessons)
-    where = "import peft_lessons, peft_lessons.train as t; print(t.__file__, t.CONFIGS.is_dir())"
+    where = "import peft_lessons, peft_lessons.hf.cli as t; print(t.__file__, t.CONFIGS.is_dir())"
     done = subprocess.run(
         [sys.executable, "-c", f"{source}\n{where}"],
         cwd=folder / "notebooks", env=elsewhere(folder),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(folder / "peft_lessons" / "train.py"), "True"]
+    assert done.stdout.split() == [str(folder / "peft_lessons" / "hf" / "cli.py"), "True"]
 
 
 FOLDERS = "benchmarks|build|configs|data|docs|notebooks|peft_lessons|results|tasks|tests|tools"

@@ -42,19 +42,22 @@ from peft_lessons import (
     check,
     fit,
     inject,
-    injection_of,
     load_adapter,
     measure,
     merge,
-    prune_diff,
     report,
     save_adapter,
     unload,
     unmerge,
 )
-from peft_lessons.adapters_io import WEIGHTS
-from peft_lessons.inject import fingerprint
-from peft_lessons.methods.selective import LinearWithDiff, blocks_of, expected_open, gate
+from peft_lessons.engine import WEIGHTS, fingerprint, injection_of
+from peft_lessons.methods.selective import (
+    LinearWithDiff,
+    blocks_of,
+    expected_open,
+    gate,
+    prune_diff,
+)
 
 NORMS = r"(?i:.*norm.*)"
 SELECTING = {
@@ -187,7 +190,7 @@ def test_the_optimiser_holds_what_trains_and_no_more(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", SELECTING)
 def test_also_train_names_a_module_that_has_some_of_the_chosen(kind):
-    model = injected("bert", KINDS[kind], also_train=("pooler",))
+    model = injected("bert", KINDS[kind], modules_to_save=("pooler",))
     pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     chosen = {n for n, _ in model.named_parameters() if CHOSEN[kind](n)}
     assert training(model) == chosen | pooler | HEAD
@@ -830,7 +833,7 @@ def shaped(value):
 
 # {what: (what is done to the tensors, entries of the config or how the shapes give them, words)}
 BROKEN = {
-    "a repeated index": (at(1, lambda t: t[0]), {}, "twice"),
+    "a repeated index": (at(1, lambda t: t[0]), {}, "an index of its own"),
     "an index beyond the end": (at(0, lambda t: 64 * 64), {}, "lie outside 0 to 4095"),
     "a negative index": (at(0, lambda t: -1), {}, "lie outside 0 to 4095"),
     "an index between two": (new("indices", lambda t: t + 0.7), {}, "whole numbers"),
@@ -841,7 +844,7 @@ BROKEN = {
     ),
     "no indices": (without("indices"), {}, "indices"),
     "no values": (without("values"), {}, "values"),
-    "one value less": (new("values", lambda t: t[1:].clone()), {}, "but there are"),
+    "one value less": (new("values", lambda t: t[1:].clone()), {}, "an index of its own"),
     "no shapes at all": (None, {"shapes": ...}, "shapes"),
     "one shape missing": (
         None,

@@ -9,10 +9,10 @@ from peft_lessons import (
     against_peft,
     beside,
     by_rate,
+    check_environment,
     compare,
     cost_table,
     load_results,
-    machine_check,
     measure,
     measured_on,
     references,
@@ -22,7 +22,7 @@ from peft_lessons import (
     table,
     tuned,
 )
-from peft_lessons import machine as machine_module
+from peft_lessons.data import environment as machine_module
 
 ROWS = [{"way": "LoRA", "n": 74498, "time": 0.12345}, {"way": "a <b>", "n": 3, "time": None}]
 
@@ -88,7 +88,7 @@ def test_results_that_are_not_there_are_refused(results):
 
 
 def test_this_machine_is_ready_and_says_so():
-    found = machine_check()
+    found = check_environment()
     assert found.ready, repr(found)
     # The wheel's own version: torch adds +cpu or +cu130 to it only where the index has it, too.
     assert machine_module.metadata.version("torch") in repr(found)
@@ -104,14 +104,14 @@ def test_a_wrong_version_and_a_damaged_file_are_named(monkeypatch):
     broken = machine_module.bundled_files()[0]
     object.__setattr__(broken, "intact", False)
     monkeypatch.setattr(machine_module, "bundled_files", lambda: [broken])
-    found = machine_check()
+    found = check_environment()
     assert not found.ready and found.verdict.startswith("Not ready")
     assert "✗ torch" in repr(found) and "1.0, needs" in repr(found)
     assert f"missing or damaged: {broken.path}" in repr(found)
 
 
 def test_every_dependency_is_looked_at():
-    text = repr(machine_check())
+    text = repr(check_environment())
     for name in ("torch", "transformers", "peft", "jupyterlab", "ipywidgets", "Python", "memory"):
         assert name in text
     assert measure.parameters(torch.nn.Linear(3, 2)).total == 8

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from peft_lessons.models import data_folder, load_model, load_tokenizer
-from peft_lessons.tasks import (
+from peft_lessons.data.base_models import load_model, load_tokenizer
+from peft_lessons.data.bundled import data_folder
+from peft_lessons.data.tasks import (
     LOADERS,
     LanguageTask,
     Split,
@@ -23,7 +24,7 @@ from peft_lessons.tasks import (
     load_task,
     sentiment_label,
 )
-from peft_lessons.training import evaluate, fit
+from peft_lessons.train.loop import evaluate, fit
 
 SENTIMENT = [name for name in LOADERS if name.startswith("sentiment")]
 
@@ -503,7 +504,7 @@ def test_missing_file(tmp_path, monkeypatch, tokenizer):
 
 def test_works_from_another_folder_and_with_the_default_tokenizer(tmp_path, task):
     code = (
-        "from peft_lessons.tasks import load_task\n"
+        "from peft_lessons.data.tasks import load_task\n"
         "batch = next(load_task('sentiment').batches('test', 2))\n"
         "print(batch['input_ids'].tolist())"
     )

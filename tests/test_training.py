@@ -16,18 +16,9 @@ from tiny import (
 )
 from torch import nn
 
-from peft_lessons import (
-    History,
-    LoRA,
-    TrainingDiverged,
-    evaluate,
-    fit,
-    freeze,
-    inject,
-    injection_of,
-    merge,
-)
-from peft_lessons.inject import Adapted, Method
+from peft_lessons import LoRA, evaluate, fit, freeze, inject, merge
+from peft_lessons.engine import AdapterLayer, Method, injection_of
+from peft_lessons.train.loop import History, TrainingDiverged
 
 QV = LoRA(rank=4, alpha=6, targets=("query", "value"), dropout=0.1)
 TASK = TinyTask()
@@ -273,7 +264,7 @@ def test_evaluate_restores_the_mode_and_counts_right():
 # The smallest method that uses all of it: with this the loop is tested without a lesson.
 
 
-class Counting(Adapted):
+class Counting(AdapterLayer):
     def __init__(self, base):
         super().__init__(base)
         self.scale = nn.Parameter(torch.ones(base.out_features))

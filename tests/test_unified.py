@@ -43,15 +43,19 @@ from peft_lessons import (
     check,
     fit,
     inject,
-    injection_of,
     load_adapter,
     merge,
-    read_adapter,
-    registered_methods,
     report,
     save_adapter,
 )
-from peft_lessons.inject import Adapted, Method
+from peft_lessons.engine import (
+    DESIGNS,
+    AdapterLayer,
+    Method,
+    injection_of,
+    read_adapter,
+    registered_methods,
+)
 from peft_lessons.methods.prefix import fill, make_room
 from peft_lessons.methods.unified import (
     Design,
@@ -145,7 +149,7 @@ def test_looking_changes_nothing():
 
 def test_an_observer_leaves_no_hook_even_if_the_model_fails():
     model = bert()
-    inject(model, LoRA.design.example)
+    inject(model, DESIGNS[LoRA].example)
     assert len(linears(model, BATCH)) == 13 and not hooks(model)
     with refused(model, "input_ids"):
         linears(model, {})
@@ -166,9 +170,12 @@ def test_two_looks_see_the_same():
         (LoRA(3, 5.0, ("key", "output.dense"), 0.2, rslora=True), ["x Aᵀ Bᵀ"]),
         (DiffPruning(targets=("query",)), ["x (z ⊙ w)ᵀ"]),
         (DiffPruning(targets=("query",), gates=False), ["x (z ⊙ w)ᵀ"]),
-        (Prefix(5, projection=12), [Prefix.design.form]),
-        (PartialFineTuning(patterns=("key.weight", "LayerNorm")), [PartialFineTuning.design.form]),
-        (MixAndMatch(3, 7, 0.5), [d.form for d in MixAndMatch.design]),
+        (Prefix(5, projection=12), [DESIGNS[Prefix].form]),
+        (
+            PartialFineTuning(patterns=("key.weight", "LayerNorm")),
+            [DESIGNS[PartialFineTuning].form],
+        ),
+        (MixAndMatch(3, 7, 0.5), [d.form for d in DESIGNS[MixAndMatch]]),
     ],
     ids=repr,
 )
@@ -431,7 +438,7 @@ def test_a_wrong_formula_is_noticed(name, wrong):
 
 
 def test_a_wrong_declaration_is_seen_in_the_table(monkeypatch):
-    monkeypatch.setattr(LoRA, "design", replace(LoRA.design, delta=lora(scale=1.0)))
+    monkeypatch.setitem(DESIGNS, LoRA, replace(DESIGNS[LoRA], delta=lora(scale=1.0)))
     (row,) = check_design(LoRA, BASE, BATCH)
     assert row["gap"] == pytest.approx(0.5)  # s = 16 / 8 is left out
 
@@ -439,7 +446,7 @@ def test_a_wrong_declaration_is_seen_in_the_table(monkeypatch):
 def test_a_formula_that_is_right_at_the_start_alone_is_noticed():
     """At a start with B = 0 no change at all would be right too."""
     model = bert()
-    inject(model, LoRA.design.example)
+    inject(model, DESIGNS[LoRA].example)
     with torch.no_grad():
         assert all(torch.equal(s.new, s.h) for s in linears(model, BATCH))
         assert gap(linears(model, BATCH), lambda site: 0 * site.h) == float("inf")
@@ -451,7 +458,7 @@ def test_a_formula_that_is_right_at_the_start_alone_is_noticed():
 STILL = Design("0", "reads nothing", "queries", "h + Δh", lambda site: 0 * site.h)
 
 
-class Still(Adapted):
+class Still(AdapterLayer):
     def __init__(self, base):
         super().__init__(base)
         self.idle = nn.Parameter(torch.zeros(3))
@@ -482,7 +489,7 @@ def test_a_method_without_a_design_has_a_row_that_says_so():
 
 def test_a_child_has_not_its_parent_s_design():
     mine = a_method(bases=(LoRA,), peft_type="TEST_CHILD")
-    assert designs_of(mine) == (None,) and mine.design is LoRA.design
+    assert designs_of(mine) == (None,)
     assert check_design(mine, BASE, BATCH)[0]["form"] == "says no design"
 
 
@@ -523,7 +530,13 @@ def test_the_lesson_s_own_example_passes_the_check_of_the_exercise():
     path = notebooks.NOTEBOOKS / "11_unified_view.ipynb"
     cells = [c.source for c in notebooks.code_cells(notebooks.read(path))]
     (source,) = [c for c in cells if "class BentLoRA(Method)" in c]
-    names = {"Adapted": Adapted, "Design": Design, "F": F, "Method": Method, "__name__": "__main__"}
+    names = {
+        "AdapterLayer": AdapterLayer,
+        "Design": Design,
+        "F": F,
+        "Method": Method,
+        "__name__": "__main__",
+    }
     exec(source, names | {"dataclass": dataclass, "nn": nn, "torch": torch}, names)
     verdict = check.unified.MyMethod(names["BentLoRA"])
     assert verdict.status == "right" and "step 0 is the base" in repr(verdict)

@@ -37,25 +37,21 @@ from peft_lessons import (
     LoftQ,
     LoRA,
     LoRAPlus,
-    NF4Linear,
     PiSSA,
     QLoRA,
     VeRA,
     check,
-    dequantize,
     fit,
     inject,
-    injection_of,
     load_adapter,
     merge,
-    read_adapter,
     report,
     save_adapter,
     unload,
     unmerge,
-    with_method,
 )
-from peft_lessons.adapters_io import WEIGHTS
+from peft_lessons.engine import WEIGHTS, injected_copy, injection_of, read_adapter
+from peft_lessons.methods.qlora import NF4Linear, dequantize
 from peft_lessons.methods.variants import (
     LinearWithPiSSA,
     alternate,
@@ -85,7 +81,7 @@ def added(model):
 @pytest.mark.parametrize("method", [LoRAPlus(4, 6.0), PiSSA(4, 6.0), VeRA(12), OFT(16)])
 def test_at_the_start_it_is_the_base(name, method):
     base, batch = MODELS[name](), batch_of(name)
-    inside = with_method(base, replace(method, targets=TARGETS[name]))
+    inside = injected_copy(base, replace(method, targets=TARGETS[name]))
     assert torch.equal(inside(**batch).logits, base(**batch).logits)
 
 
@@ -161,7 +157,7 @@ def test_fit_lowers_the_loss(method):
         (lambda: LoRAPlus(rank=0), "LoRAPlus: rank=0"),
         (lambda: PiSSA(alpha=-1.0), "PiSSA: alpha=-1.0"),
         (lambda: LoftQ(iterations=-1), "iterations=-1 must be"),
-        (lambda: LoftQ(iterations=0), r"start=\(0, False\) is .*QLoRA is what starts without"),
+        (lambda: LoftQ(iterations=0), r"LoftQ: .*QLoRA is what starts without"),
         (lambda: LoftQ(principal=1), "principal=1 must be True or False"),
         (lambda: VeRA(rank=0), "VeRA: rank=0"),
         (lambda: VeRA(d_initial=0.0), "d_initial=0.0 must be"),
@@ -179,8 +175,8 @@ def test_settings_that_make_no_sense(make, told):
 @pytest.mark.parametrize(
     ("method", "told"),
     [
-        (OFT(48), r"'model.layers.0.self_attn.q_proj': blocks=\(48, 64\) is .*blocks of 48"),
-        (PiSSA(20), r"k_proj': doubled=\(20, 32\) is .*twice the rank.* a rank up to 16"),
+        (OFT(48), r"'model.layers.0.self_attn.q_proj': 64 inputs cannot be cut into blocks of 48"),
+        (PiSSA(20), r"k_proj': its file is .*twice the rank.* a rank up to 16"),
         (LoftQ(65), "rank=65 is above min"),
         (VeRA(8, ("nope",)), "'nope' matches no module"),
     ],
@@ -225,7 +221,7 @@ def pissa_pair(name, rslora=False):
     """(PEFT's model, ours) on copies of one base, as they start, and the base."""
     base, method = MODELS[name](), PiSSA(4, 6.0, TARGETS[name], rslora=rslora)
     config = lora_config(method, task_type(name), init_lora_weights="pissa")
-    ours = with_method(base, method)
+    ours = injected_copy(base, method)
     theirs = peft.get_peft_model(deepcopy(base), config)
     return theirs.eval(), ours.eval(), base
 
@@ -280,7 +276,7 @@ def test_pissa_after_training_is_peft_s(name):
 @torch.no_grad()
 def test_pissa_with_dropout_drops_what_peft_drops():
     base, method = tiny_llama(), PiSSA(4, 6.0, ("q_proj",), dropout=0.5)
-    ours = with_method(base, method).train()
+    ours = injected_copy(base, method).train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = lora_config(method, init_lora_weights="pissa")
@@ -297,7 +293,7 @@ def test_pissa_with_dropout_drops_what_peft_drops():
 @pytest.mark.parametrize("rslora", [False, True])
 def test_its_file_is_a_lora_of_twice_the_rank(rslora, tmp_path):
     base = tiny_llama()
-    model = moved(with_method(base, PiSSA(3, 6.0, ("q_proj", "down_proj"), rslora=rslora)))
+    model = moved(injected_copy(base, PiSSA(3, 6.0, ("q_proj", "down_proj"), rslora=rslora)))
     save_adapter(model, tmp_path)
     config, tensors, _ = read_adapter(tmp_path)
     assert (config["r"], config["use_rslora"]) == (6, rslora)
@@ -316,7 +312,7 @@ def test_what_peft_converts_is_what_we_save(tmp_path):
     config = lora_config(PiSSA(4, 6.0, TARGETS["llama"]), init_lora_weights="pissa")
     theirs = peft.get_peft_model(deepcopy(base), config).eval()
     theirs.save_pretrained(tmp_path / "start")
-    ours = with_method(base, PiSSA(4, 6.0, TARGETS["llama"]))
+    ours = injected_copy(base, PiSSA(4, 6.0, TARGETS["llama"]))
     torch.manual_seed(7)
     with torch.no_grad():
         for layer, wrapper in layers_of(theirs, ours):
@@ -349,7 +345,7 @@ def test_a_file_that_needs_another_base_is_refused(tmp_path):
 def test_a_weight_without_singular_values_is_named():
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4:6] = torch.nan
-    with refused(model, r"'model.layers.1.mlp.up_proj': matrix is nan at \[3, 4\] \(and 1 more\)"):
+    with refused(model, r"layers.1.mlp.up_proj': the weight is nan at \[3, 4\] \(and 1 more\)"):
         inject(model, PiSSA(4))
 
 
@@ -432,7 +428,7 @@ def test_errors_fall_and_their_order_is_the_spectrum_s():
 @pytest.mark.parametrize("method", [LoftQ(4, 6.0), LoftQ(4, 6.0, iterations=0, principal=True)])
 def test_in_the_model_it_is_nearer_than_qlora(method):
     base = wide()
-    ours, plain = with_method(base, method), with_method(base, QLoRA(4, 6.0))
+    ours, plain = injected_copy(base, method), injected_copy(base, QLoRA(4, 6.0))
     for path, wrapper in injection_of(ours).wrappers.items():
         W = base.get_submodule(path).weight
         near = W - wrapper.base.weight - wrapper.lora.delta_weight()
@@ -444,7 +440,7 @@ def test_in_the_model_it_is_nearer_than_qlora(method):
 @pytest.mark.parametrize("block", [64, 128])
 def test_q_and_the_factors_are_those_of_alternate(block):
     base, method = wide(), LoftQ(4, 6.0, block=block, double_quant=False, iterations=2)
-    ours = with_method(base, method)
+    ours = injected_copy(base, method)
     for path, wrapper in injection_of(ours).wrappers.items():
         W = base.get_submodule(path).weight.detach()
         A, B, Q = alternate(W, 4, lambda weight: by_us(weight, block), 2)
@@ -464,7 +460,7 @@ def test_only_its_targets_get_a_branch():
 def test_the_base_that_unload_leaves_is_q(tmp_path):
     """What PEFT needs to open the file is this base: LoftQ's adapter belongs on Q, not on W."""
     base, batch = wide(), batch_of("llama")
-    model = moved(with_method(base, LoftQ(4, 6.0, iterations=2)))
+    model = moved(injected_copy(base, LoftQ(4, 6.0, iterations=2)))
     expected = model(**batch).logits
     save_adapter(model, tmp_path)
     config, _, _ = read_adapter(tmp_path)
@@ -514,7 +510,7 @@ def vera_pair(name, **more):
         r=12, target_modules=targets, projection_prng_key=method.seed, task_type=task_type(name)
     )
     base = MODELS[name]()
-    ours = with_method(base, method).eval()
+    ours = injected_copy(base, method).eval()
     theirs = peft.get_peft_model(deepcopy(base), config).eval()
     return theirs, ours
 
@@ -553,7 +549,7 @@ def test_vera_is_peft_s(name):
 @torch.no_grad()
 def test_vera_with_dropout_drops_what_peft_drops():
     base, method = tiny_llama(), VeRA(12, ("q_proj",), dropout=0.5, d_initial=0.3)
-    ours = with_method(base, method).train()
+    ours = injected_copy(base, method).train()
     config = peft.VeraConfig(r=12, target_modules=["q_proj"], vera_dropout=0.5, d_initial=0.3)
     theirs = peft.get_peft_model(deepcopy(base), config).train()
     layer, wrapper = next(layers_of(theirs, ours))
@@ -621,7 +617,7 @@ def test_a_rank_above_the_widths_is_no_mistake():
 
 
 def test_the_projections_stand_once_in_the_file(tmp_path):
-    model = moved(with_method(tiny_llama(), VeRA(12)))
+    model = moved(injected_copy(tiny_llama(), VeRA(12)))
     save_adapter(model, tmp_path)
     _, tensors, _ = read_adapter(tmp_path)
     assert [key for key in tensors if key.endswith(("vera_A", "vera_B"))] == [
@@ -633,7 +629,7 @@ def test_the_projections_stand_once_in_the_file(tmp_path):
 
 def test_the_file_s_projections_count_and_not_the_seed_s(tmp_path):
     """Another version of torch may draw others."""
-    save_adapter(moved(with_method(tiny_llama(), VeRA(12))), tmp_path)
+    save_adapter(moved(injected_copy(tiny_llama(), VeRA(12))), tmp_path)
     rewrite(tmp_path, lambda tensors: tensors["base_model.vera_A"].mul_(2))
     doubled = load_file(tmp_path / WEIGHTS)["base_model.vera_A"]
     again = tiny_llama()
@@ -649,7 +645,7 @@ def test_a_file_without_projections_is_refused(tmp_path):
     peft.get_peft_model(deepcopy(base), config).save_pretrained(tmp_path)
     with refused(base, "VeRA asks for save_projection=True"):
         load_adapter(base, tmp_path)
-    save_adapter(with_method(base, VeRA(12)), tmp_path / "ours")
+    save_adapter(injected_copy(base, VeRA(12)), tmp_path / "ours")
     rewrite(tmp_path / "ours", lambda tensors: tensors.pop("base_model.vera_B"))
     with refused(base, "describes no VeRA: .*base_model.vera_B"):
         load_adapter(base, tmp_path / "ours")
@@ -660,7 +656,7 @@ def test_a_file_without_projections_is_refused(tmp_path):
 
 def oft_pair(name, neumann):
     base = MODELS[name]()
-    ours = with_method(base, OFT(16, TARGETS[name], neumann)).eval()
+    ours = injected_copy(base, OFT(16, TARGETS[name], neumann)).eval()
     config = peft.OFTConfig(
         oft_block_size=16,
         target_modules=list(TARGETS[name]),
@@ -735,7 +731,7 @@ def test_what_unmerge_could_not_bring_back_is_not_merged():
     torch.manual_seed(0)
     for p in added(model).values():
         p.normal_(std=0.4)
-    with refused(model, r"up_proj': OFT: R of block \d .*condition number .*model.float\(\)"):
+    with refused(model, r"up_proj': OFT: block \d .*condition number .*model.float\(\)"):
         merge(model)
     before = [w.base.weight.float() for w in injection_of(model.float()).wrappers.values()]
     expected = model(**batch).logits
@@ -748,7 +744,7 @@ def test_what_unmerge_could_not_bring_back_is_not_merged():
 
 def test_the_setting_is_in_the_file_and_changes_the_model(tmp_path):
     base, batch = tiny_llama(), batch_of("llama")
-    model = moved(with_method(base, OFT(16, neumann=False)))
+    model = moved(injected_copy(base, OFT(16, neumann=False)))
     save_adapter(model, tmp_path)
     assert read_adapter(tmp_path)[0]["use_cayley_neumann"] is False
     rewrite(tmp_path, use_cayley_neumann=True)
@@ -760,7 +756,7 @@ def test_the_setting_is_in_the_file_and_changes_the_model(tmp_path):
 @pytest.mark.parametrize("version", ["0.17.1", None, ..., "0.9", "abc"])
 def test_a_series_of_older_versions_is_refused(version, tmp_path):
     base = tiny_llama()
-    save_adapter(moved(with_method(base, OFT(16))), tmp_path)
+    save_adapter(moved(injected_copy(base, OFT(16))), tmp_path)
     rewrite(tmp_path, peft_version=version)
     with refused(base, "describes no OFT: PEFT before 0.18"):
         load_adapter(base, tmp_path)
@@ -769,7 +765,7 @@ def test_a_series_of_older_versions_is_refused(version, tmp_path):
 
 
 def test_peft_opens_ours_without_a_warning(tmp_path):
-    save_adapter(moved(with_method(tiny_llama(), OFT(16))), tmp_path)
+    save_adapter(moved(injected_copy(tiny_llama(), OFT(16))), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)

@@ -21,8 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from peft_lessons import DoRA, LoRA, inject, injection_of
-from peft_lessons.adapters_io import CONFIG, WEIGHTS
+from peft_lessons import DoRA, LoRA, inject
+from peft_lessons.engine import CONFIG, WEIGHTS, injection_of
 
 # ------------------------------------------------------------------ models
 

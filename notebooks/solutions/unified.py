@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from peft_lessons.inject import Adapted, Method
+from peft_lessons.engine import AdapterLayer, Method
 from peft_lessons.methods.unified import Design
 
 
@@ -49,7 +49,7 @@ class MyMethod(Method):
         composition="h + s · Δh",
         delta=lambda site: site.module.strength * site.h @ (site.module.B @ site.module.A).T)
 
-    class Layer(Adapted):
+    class Layer(AdapterLayer):
         def __init__(self, linear, rank, strength):
             super().__init__(linear)
             d = linear.out_features

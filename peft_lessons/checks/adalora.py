@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..inject import inject, injection_of
+from ..engine import inject, injection_of
 from ..methods.adalora import AdaLoRA, allocator_of
 from .kit import Case, check_for
 

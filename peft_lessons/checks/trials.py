@@ -11,21 +11,22 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from ..adapters_io import load_adapter, save_adapter
-from ..inject import (
-    Adapted,
+from ..engine import (
+    AdapterLayer,
     Injection,
     Method,
     inject,
     injection_of,
+    load_adapter,
     merge,
     registered_methods,
     report,
+    save_adapter,
     unload,
     unmerge,
 )
 from ..methods.unified import Design, Site, check_design, designs_of, gap, moved
-from ..training import TrainingDiverged, fit
+from ..train.loop import TrainingDiverged, fit
 from .compare import kind, number
 from .kit import Refused, Tried, WrongAnswer, is_stub, outcome, summary
 
@@ -190,10 +191,11 @@ def _as_injected(method: Method) -> str:
             "Write wrap(self, path, layer); or attach, or select, and no field named targets.",
         ) from None
     for wrapper in injection.wrappers.values():
-        if not isinstance(wrapper, Adapted):
+        if not isinstance(wrapper, AdapterLayer):
             raise Refused(
-                f"wrap returns {kind(wrapper)}, and what takes the place of a layer is an Adapted",
-                "Derive your layer from Adapted, and return self.Layer(layer, ...).",
+                f"wrap returns {kind(wrapper)}, and what takes the place of a layer is an "
+                "AdapterLayer",
+                "Derive your layer from AdapterLayer, and return self.Layer(layer, ...).",
             )
     _refuse_plain_tensors(injection)
     _refuse_shared(injection, base, model)
@@ -537,8 +539,8 @@ def _as_merged(method: Method) -> str:
     if not (wrappers or injection.attached):
         return "what it trains of the base lies there already"
     # Which functions make up a merge rule, the base class says; one of one's own is a rule.
-    rule = [n for n in ("merged_tensors", "delta_weight") if hasattr(Adapted, n)]
-    if all(getattr(type(w), n) is getattr(Adapted, n) for w in wrappers for n in rule):
+    rule = [n for n in ("merged_tensors", "delta_weight") if hasattr(AdapterLayer, n)]
+    if all(getattr(type(w), n) is getattr(AdapterLayer, n) for w in wrappers for n in rule):
         return "it has no rule to merge"
     expected, weights = _logits(model), [w.base.weight.clone() for w in wrappers]
     tolerance = 1e-4 * expected.abs().max().item()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
-from ..inject import Adapted, Method, injection_of, require_injection, validate
+from ..engine import AdapterLayer, Method, injection_of, require_injection, validate
 
 # %% ../../notebooks/05_adalora.ipynb #8029ce90
 class AdaLoRALayer(nn.Module):
@@ -61,7 +61,7 @@ def remembered(ada):
         yield p, getattr(ada, f"sensitivity_{name}"), getattr(ada, f"uncertainty_{name}")
 
 # %% ../../notebooks/05_adalora.ipynb #6f02c00b
-class LinearWithAdaLoRA(Adapted):
+class LinearWithAdaLoRA(AdapterLayer):
     """y = x Wᵀ + b + α / r · x (ΛQ)ᵀ Pᵀ: a frozen Linear and a branch that starts at zero."""
 
     def __init__(self, linear, rank=12, alpha=16.0, dropout=0.0, kept=None):

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..inject import Adapted, Method, validate
+from ..engine import AdapterLayer, Method, validate
 
 # %% ../../notebooks/06_adapters.ipynb #ecdd6e37
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -57,7 +57,7 @@ class Adapter(nn.Module):
         return (x + self.adapter_scalar * self.adapter(x)).to(x.dtype)     # (..., d)
 
 # %% ../../notebooks/06_adapters.ipynb #ea7a5a2f
-class Place(Adapted):
+class Place(AdapterLayer):
     """One place: the end of a sublayer, and the adapter that adds to its output h (..., d)."""
 
     def __init__(self, base, linear, method):
@@ -102,7 +102,7 @@ class PostNormPlace(Place):
 STREAM = local()  # .x: the residual of the sublayer that is being computed, in this thread
 
 
-class Tap(Adapted):
+class Tap(AdapterLayer):
     """The norm before a sublayer; leaves its input, the residual x (..., d), in STREAM."""
 
     def forward(self, x):
@@ -184,8 +184,12 @@ class BottleneckAdapter(Method):
 
     def check(self, path, layer):
         if linear := last_linear(path, layer):
-            validate(f"BottleneckAdapter on {path!r}", sublayer_end=linear)
-            validate(f"BottleneckAdapter on {path!r}", bottleneck=(self.width, linear.out_features))
+            owner, d = f"BottleneckAdapter on {path!r}", getattr(linear, "out_features", None)
+            if type(linear) is not nn.Linear:  # its width or dtype may be unknown
+                raise ValueError(f"{owner}: {type(linear).__name__} must be a plain nn.Linear: "
+                                 "load the model unquantised, or dequantize(model) first")
+            if self.width >= d:
+                raise ValueError(f"{owner}: {self.width} numbers are no bottleneck for {d}")
 
     def wrap(self, path, layer):
         if not (linear := last_linear(path, layer)):

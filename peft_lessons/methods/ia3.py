@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from ..inject import Adapted, Method, matches, require_among, validate
+from ..engine import AdapterLayer, Method, matches, refuse_entries, require_among
+from ..engine import validate
 
 # %% ../../notebooks/07_ia3.ipynb #addb7c85
 def rescaled(x, vector):
@@ -49,7 +50,7 @@ class IA3Layer(nn.Module):
         return rescaled(h, self.l_ff)                                # (..., ff_dim)
 
 # %% ../../notebooks/07_ia3.ipynb #0f6e81a4
-class LinearWithIA3(Adapted):
+class LinearWithIA3(AdapterLayer):
     """y = (x Wᵀ + b) ⊙ l of a frozen Linear, or with `feedforward` y = (x ⊙ l) Wᵀ + b.
     The vector lies as W ⊙ l needs it: (out, 1) scales rows, (1, in) scales columns."""
 
@@ -130,7 +131,11 @@ def merged_tensors(self):
 def unmerged_tensors(self):
     """W and b again, by division. ValueError where an entry of l is zero, or nearly."""
     weight, bias = self.base.weight, self.base.bias
-    validate("IA3", vector=self.l.to(weight.dtype))
+    stored = self.l.to(weight.dtype)
+    least = max(1e-6, 16 * torch.finfo(weight.dtype).tiny)               # float16 has no small ones
+    refuse_entries("IA3", stored.abs() >= least, stored, "l holds {value:.3g} at {at}{more}: what "
+                   "was multiplied by it is lost, and no division brings it back; load the base "
+                   "again")
     keeps = self.feedforward or bias is None
     return weight / self.l, None if keeps else bias / self.l.flatten()   # (out, in), (out,)
 

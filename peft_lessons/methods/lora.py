@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..inject import Adapted, Method, inject, validate
+from ..engine import AdapterLayer, Method, inject, validate
 
 # %% ../../notebooks/02_lora.ipynb #6cd8838b
 class LoRALayer(nn.Module):
@@ -41,7 +41,7 @@ class LoRALayer(nn.Module):
         return self.lora_B @ self.lora_A * self.scaling   # (out, in)
 
 # %% ../../notebooks/02_lora.ipynb #2751d61d
-class LinearWithLoRA(Adapted):
+class LinearWithLoRA(AdapterLayer):
     """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ: a frozen Linear and a branch that starts at zero."""
 
     def __init__(self, linear, rank=8, alpha=16.0, dropout=0.0, rslora=False):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MLP', 'PrefixTuning', 'flat_prefix', 'fill', 'make_room', 'PrefixInCache', 'reader_of', 'cache_shape', 'layer_kinds',
-           'refuse_call', 'attach_prefix', 'Prefix', 'drop_mlp', 'start_prefix']
+           'refuse_call', 'attach_prefix', 'Prefix', 'bake_reparameterization', 'init_prefix']
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #ef24bb25
 import inspect
@@ -15,8 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from ..calls import by_name, refuse_cache, refuse_long, seen_in, text_of
-from ..inject import Method, attached_to, validate
+from ..engine import Method, attached_to, validate
+from ..engine.virtual_tokens import by_name, refuse_cache, refuse_long, refuse_mask
+from ..engine.virtual_tokens import refuse_reader, seen_in, text_of
 from .prompt import lengthen
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #b925808a
@@ -121,17 +122,21 @@ def refuse_call(prefix, reader, inputs):
     """ValueError for a call that would read the prefix wrongly, or not at all."""
     p, seen = len(prefix.embedding), seen_in(inputs)
     refuse_cache("Prefix", inputs, p)
-    validate("Prefix", attention_mask=inputs.get("attention_mask"),
-             checkpointing=reader.training and any(
-                 getattr(module, "gradient_checkpointing", False) for module in reader.modules()))
+    refuse_mask("Prefix", inputs.get("attention_mask"))
+    if reader.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in reader.modules()):
+        raise ValueError("Prefix: gradient checkpointing switches the cache off, and the prefix "
+                         "with it: model.gradient_checkpointing_disable()")
     refuse_long("Prefix", reader, p, max(seen - p, 0) + text_of(inputs).shape[1])
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #ece1edd4
 def attach_prefix(model, method):
     """(the prefix, the handles of its hooks) for `inject`. ValueError if the model has no place."""
     reader = reader_of(model)
-    validate("Prefix", reader=reader)
-    validate("Prefix", layers=layer_kinds(reader.config))
+    refuse_reader("Prefix", reader)
+    if not {*layer_kinds(reader.config)} <= {"DynamicLayer"}:
+        raise ValueError(f"Prefix: layers={layer_kinds(reader.config)} must be DynamicLayer only: "
+                         "a layer with a window or a state would forget the prefix")
     refuse_long("Prefix", reader, method.tokens, text=1)
     layers, heads, head_dim = cache_shape(reader.config)
     sizes = dict(prefix_length=method.tokens, hidden_size=method.projection, width=heads * head_dim)
@@ -167,11 +172,11 @@ class Prefix(Method):
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #1ed65692
 @torch.no_grad()
-def drop_mlp(model):
+def bake_reparameterization(model):
     """Keep what the prefix's MLP makes and forget the MLP, in place; nothing it computes changes.
 
     ValueError if the model holds no prefix. Without an MLP there is nothing to do."""
-    prefix = attached_to(model, PrefixTuning, "drop_mlp")
+    prefix = attached_to(model, PrefixTuning, "bake_reparameterization")
     if prefix.mlp is None:
         return
     prefix.embedding = nn.Parameter(flat_prefix(prefix).clone(), prefix.embedding.requires_grad)
@@ -179,13 +184,17 @@ def drop_mlp(model):
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #09f1ebb9
 @torch.no_grad()
-def start_prefix(model, pairs):
+def init_prefix(model, pairs):
     """Give the prefix in `model` the values of `pairs`: (key, value) a layer, each (n_kv, p, d_h).
 
     ValueError if the model holds no prefix, one with an MLP, or one of another shape."""
-    prefix = attached_to(model, PrefixTuning, "start_prefix")
-    validate("start_prefix", mlp=prefix.mlp)
+    prefix = attached_to(model, PrefixTuning, "init_prefix")
+    if prefix.mlp is not None:
+        raise ValueError("init_prefix: an MLP makes the values of this prefix; "
+                         "bake_reparameterization(model) first")
     stacked = torch.stack([torch.stack(tuple(pair)) for pair in pairs])  # (L, 2, n_kv, p, d_h)
     flat = stacked.permute(3, 0, 1, 2, 4).flatten(1)                     # (p, 2·L·n_kv·d_h)
-    validate("start_prefix", pairs=(tuple(flat.shape), tuple(prefix.embedding.shape)))
+    if flat.shape != prefix.embedding.shape:
+        raise ValueError(f"init_prefix: pairs of shape {tuple(flat.shape)} are of another size "
+                         f"than the prefix, {tuple(prefix.embedding.shape)}")
     prefix.embedding.copy_(flat)

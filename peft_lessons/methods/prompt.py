@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..calls import by_name, refuse_cache, refuse_long
-from ..calls import rows_of, seen_in, text_of
-from ..inject import Method, attached_to, validate
+from ..engine import Method, attached_to, validate
+from ..engine.virtual_tokens import by_name, refuse_cache, refuse_long, refuse_mask
+from ..engine.virtual_tokens import refuse_model, rows_of, seen_in, text_of
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #044921f5
 def prepend(prompt, embeddings):
@@ -106,7 +106,7 @@ class PromptHook(PromptPerRow):
     def before_forward(self, model, args, kwargs):
         inputs, p = by_name(model, args, kwargs), len(self.prompt_embeddings)
         mask, seen = inputs.get("attention_mask"), seen_in(inputs)
-        validate("Prompt", attention_mask=mask)
+        refuse_mask("Prompt", mask)
         refuse_long("Prompt", model, p, max(seen - p, 0) + text_of(inputs).shape[1])
         refuse_cache("Prompt", inputs, p)
         for name in ("position_ids", "cache_position"):  # the model counts on from its cache
@@ -149,8 +149,10 @@ def refuse_last_place(model, inputs, text):
     mask, padding = inputs.get("attention_mask"), getattr(model.config, "pad_token_id", None)
     if mask is None and text.dim() == 2 and padding is not None:
         mask = text != padding                                       # (batch, T)
-    if mask is not None:
-        validate("Prompt", last_of_mask=mask[:, -1])
+    if mask is not None and not (mask.is_meta or mask[:, -1].all()):
+        raise ValueError(
+            "Prompt: the mask ends with 0 in some row: this classifier reads the last place, and "
+            "cannot see that it is padding: pad on the left (padding_side='left')")
 
 
 def refuse_rows(prompts, embeddings):
@@ -177,7 +179,7 @@ class Prompt(Method):
                 "needs a tokenizer: Prompt(tokens, init, tokenizer=load_tokenizer(name))")
 
     def attach(self, model):
-        validate("Prompt", model=model)
+        refuse_model("Prompt", model)
         refuse_long("Prompt", model, self.tokens, text=1)
         table = model.get_input_embeddings().weight                  # (V, d)
         prompt = PromptHook(self.tokens, table.shape[1])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OUTERMOST', 'NF4', 'MIDPOINTS', 'PAIRS', 'DYNAMIC', 'CELLS', 'BUFFERS', 'normal_quantiles', 'in_blocks',
-           'scale_by_absmax', 'pack_nibbles', 'quantize_nf4', 'dequantize_nf4', 'dynamic_levels', 'quantize_absmax',
-           'dequantize_absmax', 'DequantizedProduct', 'NF4Linear', 'restored_weight', 'QLoRALinear', 'QLoRA',
-           'dequantize']
+           'scale_by_absmax', 'pack_nibbles', 'refuse_weight', 'quantize_nf4', 'dequantize_nf4', 'dynamic_levels',
+           'quantize_absmax', 'dequantize_absmax', 'DequantizedProduct', 'NF4Linear', 'restored_weight', 'QLoRALinear',
+           'QLoRA', 'dequantize']
 
 # %% ../../notebooks/03_qlora.ipynb #17605cfc
 import math
@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..inject import Adapted, find_targets, matches, validate
+from ..engine import AdapterLayer, find_targets, matches, validate
 from .lora import LoRA
 
 # %% ../../notebooks/03_qlora.ipynb #4f17fc1b
@@ -51,7 +51,8 @@ def scale_by_absmax(x, block):
 
 def pack_nibbles(codes):
     """Codes 0 to 15, uint8 (n,) with n even, two to a byte (n/2,): the first in the high half."""
-    validate("pack_nibbles", codes=codes)
+    if codes.dtype != torch.uint8 or codes.numel() % 2 or not (codes.is_meta or (codes < 16).all()):
+        raise ValueError("pack_nibbles: codes must be an even number of uint8 between 0 and 15")
     return (codes[0::2] << 4) | codes[1::2]                               # (n/2,)
 
 # %% ../../notebooks/03_qlora.ipynb #ba5fa86f
@@ -59,12 +60,26 @@ MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2                                      # (15,
 PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1)   # (256, 2)
 
 
+def refuse_weight(owner, weight):
+    """ValueError for a weight that has no 4-bit form."""
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        raise ValueError(f"{owner}: weight must be a tensor of floating-point numbers: is it "
+                         "quantised already?")
+    if not weight.numel() or weight.numel() % 2:
+        raise ValueError(f"{owner}: weight of shape {tuple(weight.shape)} must hold an even number "
+                         "of entries: two go to a byte")
+    if not weight.is_meta and not weight.detach().abs().max() <= 1e30:
+        raise ValueError(f"{owner}: weight holds NaN, infinity or a number above 1e30, which no "
+                         "level stands for")
+
+
 def quantize_nf4(weight, block=64):
     """(packed codes, uint8 (n/2,); absmax, float32 (blocks,)) of a weight with n entries.
 
     Source: Dettmers et al. 2023, section 3. Raises ValueError for NaN, infinity, integers, an empty
     weight, an odd number of entries, or a block size that is no power of two from 32 to 4096."""
-    validate("quantize_nf4", weight=weight, block=block)
+    validate("quantize_nf4", block=block)
+    refuse_weight("quantize_nf4", weight)
     scaled, absmax = scale_by_absmax(weight.detach().float(), block)      # (n,), (blocks,)
     codes = torch.bucketize(scaled, MIDPOINTS.to(scaled.device), out_int32=True)
     return pack_nibbles(codes.to(torch.uint8)), absmax
@@ -168,7 +183,7 @@ def restored_weight(layer):
     return dequantize_nf4(packed, absmax, layer.shape, layer.block).to(layer.like.dtype)
 
 # %% ../../notebooks/03_qlora.ipynb #6918c861
-class QLoRALinear(Adapted):
+class QLoRALinear(AdapterLayer):
     """y = x W'ᵀ + b + s · (x Aᵀ) Bᵀ, W' in 4 bits; `lora` may be None: the base alone."""
 
     def __init__(self, linear, lora=None, block=64, double_quant=True):
@@ -202,7 +217,10 @@ class QLoRA(LoRA):
         return {path: layer for path, layer in model.named_modules() if path in wanted}
 
     def check(self, path, layer):
-        validate(f"QLoRA on {path!r}", weight=layer.weight, in_features=layer.in_features)
+        refuse_weight(f"QLoRA on {path!r}", layer.weight)
+        if layer.in_features % 64:
+            raise ValueError(f"QLoRA on {path!r}: in_features={layer.in_features} must be a "
+                             "multiple of 64, which the library's 4-bit kernels need")
         if self.adapts(path):
             super().check(path, layer)
 

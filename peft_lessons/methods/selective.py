@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..inject import Adapted, Method, fresh_modules, matches, near_name, one_by_one
-from ..inject import refuse_packed, require_injection, validate, within
+from ..engine import AdapterLayer, Method, fresh_modules, matches, near_name, one_by_one
+from ..engine import refuse_packed, require_injection, validate, within
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-010
 def own_parameters(model):
@@ -125,7 +125,7 @@ def gate(log_alpha, stretch, u=None):
     return ((2 * s - 1) * stretch).clamp(0, 1)                      # (-stretch, stretch), cut off
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-027
-class LinearWithDiff(Adapted):
+class LinearWithDiff(AdapterLayer):
     """y = x (W + z ⊙ w)ᵀ + b: a difference w for every entry of W, and a gate z that is drawn anew
     in every step of training; or, without gates, a fixed `mask` in its place."""
 
@@ -255,7 +255,10 @@ def from_sparse(cls, config, tensors):
     for stem, shape in config["shapes"].items():
         indices, found = dense.pop(f"{stem}.indices"), dense.pop(f"{stem}.values")     # (kept)
         size = torch.Size(shape).numel()
-        validate(stem, indices=(indices, len(found), size))
+        if len(indices) != len(found) or len(indices.unique()) != len(indices):
+            raise ValueError(f"{stem}: each value needs an index of its own")
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+            raise ValueError(f"{stem}: indices lie outside 0 to {size - 1}")
         w, mask = torch.zeros(size, dtype=found.dtype), torch.zeros(size, dtype=torch.bool)
         w[indices.long()], mask[indices.long()] = found, True
         dense |= {f"{stem}.w": w.view(shape), f"{stem}.mask": mask.view(shape)}

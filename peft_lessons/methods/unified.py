@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 
-from ..inject import Method, inject, injection_of, registered_methods
+from ..engine import DESIGNS, Method, inject, injection_of, registered_methods
 from .adalora import AdaLoRA
 from .adapters import BottleneckAdapter
 from .dora import DoRA
@@ -199,8 +199,8 @@ class Design:
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-027
 def designs_of(kind):
-    """What a method's class says of its own design, as a tuple: a parent's is not its own."""
-    declared = vars(kind).get("design")
+    """A method's own designs, as a tuple: from DESIGNS, or from its class attribute `design`."""
+    declared = vars(kind).get("design", DESIGNS.get(kind))
     return declared if isinstance(declared, tuple) else (declared,)
 
 
@@ -285,10 +285,10 @@ def weight_decomposed(site):
     return site.x @ (c[:, None] * V - W).T                                 # (..., out)
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-035
-LoRA.design = Design(form="x Aᵀ Bᵀ", **SCALED, delta=low_rank, example=LoRA(rank=8, alpha=16))
-QLoRA.design = replace(
-    LoRA.design, form="x Aᵀ Bᵀ, where h has W in 4 bits", example=QLoRA(rank=8, alpha=16))
-DoRA.design = Design(
+DESIGNS[LoRA] = Design(form="x Aᵀ Bᵀ", **SCALED, delta=low_rank, example=LoRA(rank=8, alpha=16))
+DESIGNS[QLoRA] = replace(
+    DESIGNS[LoRA], form="x Aᵀ Bᵀ, where h has W in 4 bits", example=QLoRA(rank=8, alpha=16))
+DESIGNS[DoRA] = Design(
     form="x (c ⊙ (W + s · BA) − W)ᵀ", insertion="parallel", modified=LINEAR, composition=SUM,
     delta=weight_decomposed, example=DoRA(rank=8, alpha=16))
 
@@ -311,10 +311,10 @@ def sparse(site):
 
 
 SCHEDULE = dict(tinit=1, tfinal=1, delta=1, total_steps=10)
-AdaLoRA.design = Design(
+DESIGNS[AdaLoRA] = Design(
     form="((x Qᵀ) ⊙ λ) Pᵀ", **SCALED, delta=triplets,
     example=AdaLoRA(initial_rank=12, target_rank=8, alpha=16, targets="all-linear", **SCHEDULE))
-DiffPruning.design = Design(
+DESIGNS[DiffPruning] = Design(
     form="x (z ⊙ w)ᵀ", insertion="parallel", modified=LINEAR, composition=SUM,
     delta=sparse, example=DiffPruning(structured=True, targets=("query", "value")))
 
@@ -331,7 +331,7 @@ def rescaled_input(site):
 
 INNER = r".*\d\.output\.dense"  # in a BERT what ends the feed-forward, and reads its inner part
 ON_BERT = dict(composition=SUM, example=IA3(rf".*self\.(key|value)|{INNER}", feedforward=INNER))
-IA3.design = (
+DESIGNS[IA3] = (
     Design(form="h ⊙ (l − 1)", insertion="sequential", modified="keys and values", **ON_BERT,
            delta=rescaled_output, sites=only(linears, lambda m: not m.feedforward)),
     Design(form="(x ⊙ (l − 1)) Wᵀ", insertion="parallel", modified="feed-forward output", **ON_BERT,
@@ -362,17 +362,17 @@ def adapter_design(kind, reads, t, insertion, modified="feed-forward output"):
         example=BottleneckAdapter(16, kind, scale=2.0))
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-040
-BottleneckAdapter.design = (
+DESIGNS[BottleneckAdapter] = (
     adapter_design("houlsby", lambda site: site.h, "h", "sequential",
                    "attention and feed-forward output"),
     adapter_design("pfeiffer", normed_sum, "LN(h + x)", "sequential"),
     adapter_design("parallel", lambda site: site.x, "x", "parallel"),
 )
-Prefix.design = Design(
+DESIGNS[Prefix] = Design(
     form="softmax(x W_qᵀ P_kᵀ / √d_h) P_v", insertion="parallel", modified="attention heads",
     composition="(1 − λ) h + λ Δh", delta=gated, sites=attention, example=Prefix(8))
-Prompt.design = replace(
-    Prefix.design, form="softmax(x W_qᵀ (P W_kᵀ)ᵀ / √d_h) P W_vᵀ", example=Prompt(8))
+DESIGNS[Prompt] = replace(
+    DESIGNS[Prefix], form="softmax(x W_qᵀ (P W_kᵀ)ᵀ / √d_h) P W_vᵀ", example=Prompt(8))
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-041
 def own_change(site):
@@ -384,10 +384,10 @@ def own_change(site):
 
 
 OWN = dict(composition=SUM, sites=own_layers)
-BitFit.design = Design(
+DESIGNS[BitFit] = Design(
     form="Δb", insertion="reads nothing", modified="output of every layer that has a bias",
     delta=lambda site: site.more["Δbias"], example=BitFit(), **OWN)
-PartialFineTuning.design = Design(
+DESIGNS[PartialFineTuning] = Design(
     form="x ΔWᵀ + Δb; in a norm x̂ ⊙ Δg + Δb", insertion="parallel",
     modified="output of every layer chosen", delta=own_change, example=PartialFineTuning(last=1),
     **OWN)
@@ -424,6 +424,6 @@ MixAndMatch.rate_factors = {"embedding": 10.0}  # keys and values learn at ten t
 MixAndMatch.tensors = {"embedding": Prefix.tensors["embedding"], **BottleneckAdapter.tensors}
 MixAndMatch.peft_fields = {
     "tokens": ("tokens", None), "width": ("width", None), "scale": ("scale", 4.0)}
-MixAndMatch.design = tuple(
+DESIGNS[MixAndMatch] = tuple(
     replace(design, example=MixAndMatch(8, 16))
-    for design in (Prefix.design, BottleneckAdapter.design[2]))
+    for design in (DESIGNS[Prefix], DESIGNS[BottleneckAdapter][2]))

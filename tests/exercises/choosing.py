@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from peft_lessons import student_t
-from peft_lessons.memory import GB, GIB, NF4_BITS
+from peft_lessons.costs.estimate import GB, GIB, NF4_BITS
 
 from . import Answers
 

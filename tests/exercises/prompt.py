@@ -216,8 +216,8 @@ def stretched(ids, embeddings, p):
 
 @wrong("init_from_text", "the second repetition runs backwards")
 def mirrored(ids, embeddings, p):
-    there_and_back = [*ids.tolist(), *ids.tolist()[::-1]]
-    return embeddings[list(itertools.islice(itertools.cycle(there_and_back), p))]
+    roundtrip_error = [*ids.tolist(), *ids.tolist()[::-1]]
+    return embeddings[list(itertools.islice(itertools.cycle(roundtrip_error), p))]
 
 
 @wrong("init_from_text", "the text begins with its second token")

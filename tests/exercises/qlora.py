@@ -5,13 +5,7 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 
-from peft_lessons.methods.qlora import (
-    NF4,
-    dequantize_nf4,
-    in_blocks,
-    quantize_nf4,
-    scale_by_absmax,
-)
+from peft_lessons.methods.qlora import NF4, dequantize_nf4, in_blocks, quantize_nf4, scale_by_absmax
 
 from . import Answers
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_lessons.inject import Adapted, Method, injection_of
+from peft_lessons.engine import AdapterLayer, Method, injection_of
 from peft_lessons.methods.lora import LoRA
 from peft_lessons.methods.unified import Design, Site, calls_of, own_change, own_layers
 
@@ -305,7 +305,7 @@ class MyMethod(Method):
     def __post_init__(self):
         super().__post_init__()
 
-    class Layer(Adapted):
+    class Layer(AdapterLayer):
         def __init__(self, linear, rank, scale):
             super().__init__(linear)
             self.A = nn.Parameter(torch.randn(rank, linear.in_features) / 8)
@@ -329,7 +329,7 @@ class MyMethod(Method):
 '''
 NAMES = {
     "__name__": __name__,
-    "Adapted": Adapted,
+    "AdapterLayer": AdapterLayer,
     "Any": Any,
     "Design": Design,
     "F": F,
@@ -410,7 +410,7 @@ EDITS = {
     ),
     "no_adapted": (
         "wrap returns a module (Layer), and",
-        ("(Adapted):", "(nn.Module):"),
+        ("(AdapterLayer):", "(nn.Module):"),
         ("super().__init__(linear)", "super().__init__(); self.base = linear"),
         ("if self.merged:", "if False:"),
     ),
@@ -720,7 +720,7 @@ def norms_alone():
     return MyMethod
 
 
-class Scaled(Adapted):
+class Scaled(AdapterLayer):
     """VeRA's idea in small: two fixed random matrices, and two vectors that train."""
 
     def __init__(self, base, rank):
@@ -763,7 +763,7 @@ def from_lora():
 def scaled_norm():
     """Wraps no Linear, and does not start as the base."""
 
-    class Tempered(Adapted):
+    class Tempered(AdapterLayer):
         def __init__(self, base):
             super().__init__(base)
             self.t = nn.Parameter(torch.full(base.weight.shape, 0.05))

@@ -23,18 +23,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .inject import Method
-from .memory import GB, GIB, Memory, Shape, training_memory
-from .methods.adalora import AdaLoRA
-from .methods.dora import DoRA
-from .methods.ia3 import IA3
-from .methods.lora import LoRA
-from .methods.prefix import Prefix
-from .methods.prompt import Prompt
-from .methods.qlora import QLoRA
-from .results import Difference, difference, load_results, measured_on, spread, tuned
-from .rules import validate
-from .tables import Table, table
+from ..engine import Method, validate
+from ..methods.adalora import AdaLoRA
+from ..methods.dora import DoRA
+from ..methods.ia3 import IA3
+from ..methods.lora import LoRA
+from ..methods.prefix import Prefix
+from ..methods.prompt import Prompt
+from ..methods.qlora import QLoRA
+from ..results import Difference, difference, load_results, measured_on, spread, tuned
+from ..tables import Table, table
+from .estimate import GB, GIB, Memory, Shape, training_memory
 
 FULL, NOTHING = "full fine-tuning", "does not fit"
 TOKENS = 16  # of a prompt or a prefix, as in the study

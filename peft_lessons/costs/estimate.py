@@ -47,17 +47,16 @@ from transformers import (
     SmolLM3Config,
 )
 
+from ..data.base_models import MeanPooledBertForSequenceClassification
+from ..engine import Method, inject, matches, one_by_one, validate
+from ..methods.adalora import AdaLoRA
+from ..methods.dora import DoRA
+from ..methods.ia3 import IA3
+from ..methods.lora import LoRA
+from ..methods.prefix import Prefix
+from ..methods.prompt import Prompt
+from ..methods.qlora import QLoRA
 from . import measure
-from .inject import Method, inject, matches, one_by_one
-from .methods.adalora import AdaLoRA
-from .methods.dora import DoRA
-from .methods.ia3 import IA3
-from .methods.lora import LoRA
-from .methods.prefix import Prefix
-from .methods.prompt import Prompt
-from .methods.qlora import QLoRA
-from .models import MeanPooledBertForSequenceClassification
-from .rules import validate
 
 GB, GIB = 10**9, 2**30  # what a byte count is given in, and what a card is sold in
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight: its code, and its share of the statistics

@@ -14,38 +14,41 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .adapters_io import CONFIG, WEIGHTS, load_adapter, save_adapter, task_type
-from .inject import Injection, Method, inject, injection_of, unload
-from .methods.qlora import QLoRA, dequantize
-from .methods.selective import PartialFineTuning
-from .models import keep_differentiable, nf4
+from ..data.base_models import keep_differentiable, nf4
+from ..engine import (
+    CONFIG,
+    WEIGHTS,
+    Injection,
+    Method,
+    injected_copy,
+    injection_of,
+    load_adapter,
+    save_adapter,
+    task_type,
+    unload,
+)
+from ..methods.qlora import QLoRA, dequantize
+from ..methods.selective import PartialFineTuning
 
 
-def with_method(model: nn.Module, method: Method) -> nn.Module:
-    """A copy of `model` with the method in it; the model stays as it is. Errors as `inject`."""
-    changed = copy.deepcopy(model)
-    inject(changed, method)
-    return changed
-
-
-def attempt(action: Callable[[], object]) -> None:
+def show_refusal(action: Callable[[], object]) -> None:
     """Do what must be refused, and print the refusal. AssertionError if nothing refuses it."""
     try:
         action()
     except (ValueError, TypeError, RuntimeError) as error:
         print(textwrap.fill(f"{type(error).__name__}: {error}", 96), end="\n\n")
     else:
-        raise AssertionError("attempt: this was meant to be refused, and it ran")
+        raise AssertionError("show_refusal: this was meant to be refused, and it ran")
 
 
 @torch.no_grad()
-def copy_values(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+def copy_parameters(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
     """Give the second parameter of each pair (ours, theirs) the values of the first."""
     for ours, theirs in pairs:
         theirs.copy_(ours)
 
 
-def agreement(
+def compare_outputs(
     ours: nn.Module,
     theirs: nn.Module,
     pairs: Sequence[tuple[nn.Parameter, nn.Parameter]],
@@ -75,7 +78,7 @@ def adapter_bytes(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def there_and_back(
+def roundtrip_error(
     model: nn.Module, base: nn.Module, batch: dict[str, torch.Tensor]
 ) -> tuple[float, float]:
     """How far the logits are off when PEFT opens what we save of `model`, and when we open what
@@ -144,7 +147,7 @@ def interoperability(
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 torch.random.default_generator.manual_seed(0)
                 try:
-                    model = with_method(base, ours)
+                    model = injected_copy(base, ours)
                 except ValueError as error:
                     row["refused"] = str(error)
                     continue

@@ -5,11 +5,9 @@ Bundled models need neither network nor cache. `PEFT_LESSONS_DATA` names another
 """
 
 # isort: off
-from ._quiet import errors_only  # before anything below imports bitsandbytes
+from .._quiet import errors_only  # before anything below imports bitsandbytes
 # isort: on
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -32,6 +30,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
+
+from .bundled import bundled_path, data_folder, records
 
 
 class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
@@ -122,103 +122,13 @@ BUNDLED = {
 }
 
 
-@dataclass(frozen=True)
-class BundledFile:
-    """The state of one file in data/; `intact` says whether it has the recorded sha256."""
-
-    path: str
-    present: bool
-    size: int
-    intact: bool
-
-
-def data_folder() -> Path:
-    """The folder of bundled files: data/ of this checkout, or $PEFT_LESSONS_DATA."""
-    chosen = os.environ.get("PEFT_LESSONS_DATA")
-    return Path(chosen) if chosen else Path(__file__).resolve().parent.parent / "data"
-
-
-def _records() -> dict[str, dict]:
-    """Bytes, sha256 and rebuild command of every bundled file, by its path in data/."""
-    file = data_folder() / "checksums.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing. Take it from a fresh copy of the course; in a clone: "
-            "git checkout -- data/checksums.json. Lessons need the whole course; "
-            "PEFT_LESSONS_DATA can name a data folder elsewhere."
-        )
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sha256_with_lf(file: Path) -> str:
-    """Return the sha256 that a text file has once its line ends are LF again."""
-    return hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
-
-
-# `git checkout` alone skips the files, as nothing has changed for git, or converts them again.
-_CONVERTED = """its line ends were converted from LF to CRLF, as git for Windows does unless told \
-otherwise. Restore the models and tasks with these commands, from the top of the checkout:
-    git config core.autocrlf false
-    git rm -r -q --cached data/models data/tasks
-    git checkout HEAD -- data/models data/tasks
-Without git, copy the data folder again with a program that leaves line ends as they are."""
-
-
-def bundled_files() -> list[BundledFile]:
-    """Path (relative to data/), presence, size and integrity of every bundled file.
-
-    Raises FileNotFoundError when the list of checksums itself is missing."""
-    states = []
-    for path, entry in _records().items():
-        file = data_folder() / path
-        present = file.is_file()
-        intact = present and _sha256(file) == entry["sha256"]
-        states.append(BundledFile(path, present, file.stat().st_size if present else 0, intact))
-    return states
-
-
-def bundled_path(path: str, verify: bool = False) -> Path:
-    """Where the bundled file `path` (relative to data/) lies.
-
-    Raises FileNotFoundError when it is missing, ValueError when it has another size than recorded
-    or, with `verify`, another sha256; both name the command that rebuilds it. Where line ends were
-    converted to CRLF, ValueError says so and names the commands that restore the bundled files."""
-    file, entry = data_folder() / path, _records().get(path)
-    if entry is None:
-        raise FileNotFoundError(
-            f"{data_folder() / 'checksums.json'} knows no {path}. Take it from a fresh copy "
-            "of the course; in a clone: git checkout -- data/checksums.json"
-        )
-    remedy = (
-        "Take it from a fresh copy of the course, or rebuild it from the top of the course's "
-        f"folder: {entry['rebuild']}"
-    )
-    if not file.is_file():
-        raise FileNotFoundError(f"the bundled file {file} is missing. {remedy}")
-    size = file.stat().st_size
-    if size != entry["bytes"]:
-        if _sha256_with_lf(file) == entry["sha256"]:
-            raise ValueError(f"the bundled file {file} is damaged: {_CONVERTED}")
-        raise ValueError(
-            f"the bundled file {file} is damaged: {size} bytes, not {entry['bytes']}. {remedy}"
-        )
-    if verify and _sha256(file) != entry["sha256"]:
-        raise ValueError(f"the bundled file {file} is damaged: its sha256 is wrong. {remedy}")
-    return file
-
-
 def _bundled_model_folder(bundled: Bundled, verify: bool) -> Path:
     """Return the folder of a bundled model, whose files are there and have their sizes.
 
     Its licence and notice may be missing or edited: no model is loaded from them."""
     listed = [
         path
-        for path in _records()
+        for path in records()
         if path.startswith(bundled.folder + "/") and not path.endswith(("/LICENSE", "/NOTICE"))
     ]
     for path in listed or [f"{bundled.folder}/config.json"]:
@@ -453,17 +363,3 @@ def _untrained(model, info: dict, name: str, labels: int | None) -> tuple[str, .
         return ()
     tops = {path if path.startswith(prefix) else path.partition(".")[0] for path in missing}
     return tuple(path for path, _ in model.named_modules() if path in tops)
-
-
-def write(model, tokenizer, opening: str, seed: int = 0, tokens: int = 40) -> str:
-    """Continue `opening` by up to `tokens` tokens: temperature 0.7, from the likeliest 90 %.
-
-    The same seed writes the same text; the global random state is left as it was."""
-    ids = tokenizer(opening, return_tensors="pt").to(model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        written = model.generate(
-            **ids, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=tokens
-        )
-    return tokenizer.decode(written[0], skip_special_tokens=True)

@@ -6,19 +6,17 @@ step of `generate`. Here such a call is read, and refused where it would go wron
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
-from .rules import validate
-
 
 def by_name(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a call as one dict, whether they came by place or by name."""
-    return signature(model.forward).bind_partial(*args).arguments | kwargs
+    return inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
 
 
 def text_of(inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -67,8 +65,11 @@ def refuse_cache(owner: str, inputs: Mapping[str, Any], p: int) -> None:
     `generate` takes all places of a cache for text: of a whole text that is given once more, it
     leaves out p tokens too many. It drops a mask of ones; then the first position tells."""
     cache = inputs.get("past_key_values")
-    if cache is not None:
-        validate(owner, past_key_values=type(cache).__name__)
+    if cache is not None and type(cache).__name__ != "DynamicCache":
+        raise ValueError(
+            f"{owner}: past_key_values={type(cache).__name__!r} must be a DynamicCache, which "
+            "grows: leave cache_implementation out of generate()"
+        )
     seen, text = seen_in(inputs), text_of(inputs).shape[1]
     if not seen:
         return
@@ -97,3 +98,71 @@ def rows_of(ids: Sequence[int], table: torch.Tensor, p: int) -> torch.Tensor:
     """The rows (p, d) of a text's tokens in a table (V, d): repeated, or cut off."""
     repeated = [ids[i % len(ids)] for i in range(p)]
     return table.detach()[torch.tensor(repeated, device=table.device)]
+
+
+# ------------------------------------------------------------------ models and masks that fit
+
+
+_NOT_THIS_VERSION = (
+    "does not call its cache past_key_values, as transformers from 5.24 on does not, and generate "
+    "would go past what stands before the text: install transformers>=5.20,<5.24"
+)
+
+
+def _no_prompt(model: nn.Module) -> str | None:
+    """Return why embeddings cannot be put before a model's text, or None."""
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
+        return "has no token embeddings: take a language model"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "has an encoder and a decoder: a prompt goes before one text; PEFT has both"
+    takes = inspect.signature(model.forward).parameters
+    if "inputs_embeds" not in takes:
+        return "has a forward that takes no inputs_embeds"
+    if model.can_generate() and "past_key_values" not in takes:
+        return _NOT_THIS_VERSION
+    return None
+
+
+def _no_prefix(model: nn.Module) -> str | None:
+    """Return why a model has no place for the keys and values of a prefix, or None."""
+    takes = inspect.signature(model.forward).parameters
+    if "cache" in takes:
+        return _NOT_THIS_VERSION
+    if "past_key_values" not in takes or not hasattr(model, "config"):
+        return (
+            "takes no past_key_values, so it has no place for the keys and values of a prefix: "
+            "take Prompt, or a method that changes layers, such as LoRA"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "has an encoder and a decoder, and a prefix of the course is for one of the two"
+    if getattr(model.config, "kv_lora_rank", None):
+        return (
+            "has keys and values of different widths (multi-head latent attention), and a prefix "
+            "of the course has one width: take Prompt"
+        )
+    return None
+
+
+def refuse_model(owner: str, model: nn.Module) -> None:
+    """Raise ValueError if embeddings cannot be put before a model's text."""
+    if complaint := _no_prompt(model):
+        raise ValueError(f"{owner}: model={type(model).__name__} {complaint}")
+
+
+def refuse_reader(owner: str, reader: nn.Module) -> None:
+    """Raise ValueError if a model has no place for the keys and values of a prefix."""
+    if complaint := _no_prefix(reader):
+        raise ValueError(f"{owner}: model={type(reader).__name__} {complaint}")
+
+
+def refuse_mask(owner: str, mask: torch.Tensor | None) -> None:
+    """Raise ValueError for a mask that cannot be lengthened; None passes."""
+    tensor = isinstance(mask, torch.Tensor)
+    if mask is None or (tensor and mask.dim() == 2):
+        return
+    # With a static cache, generate makes a mask of four dimensions and room for the text alone.
+    shown = f"of shape {tuple(mask.shape)}" if tensor else "is no tensor and"
+    raise ValueError(
+        f"{owner}: attention_mask {shown} cannot be lengthened by what stands before the text: "
+        "give one of shape (batch, tokens), and generate without cache_implementation='static'"
+    )

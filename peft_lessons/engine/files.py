@@ -21,21 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .inject import (
+from .injection import (
     ATTACHED,
     Injection,
-    Method,
     Report,
     fingerprint,
-    head_of,
     inject,
     injection_of,
-    is_classifier,
-    matches,
     refuse_injected,
-    registered_methods,
     require_injection,
 )
+from .method import Method, registered_methods
+from .targets import head_of, is_classifier, matches
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -316,7 +313,7 @@ def load_adapter(
     whole = [name for name in trains if any(matches(path, (name,)) for path in paths)]
 
     skeleton = _on_meta(model)
-    inject(skeleton, method, also_train=whole)
+    inject(skeleton, method, modules_to_save=whole)
     expected = dict(_slots(skeleton, injection_of(skeleton), bool(frozen)))
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(misfit("misses", missing, len(expected)))
@@ -331,7 +328,7 @@ def load_adapter(
         # The head of a half-precision model may be too narrow for what the file holds.
         _refuse_non_finite({key: tensors[key].to(slot.dtype)}, f"load_adapter as {slot.dtype}")
 
-    result = inject(model, method, also_train=whole)
+    result = inject(model, method, modules_to_save=whole)
     with torch.no_grad():
         for key, slot in _slots(model, injection_of(model), bool(frozen)):
             slot.copy_(tensors[key])

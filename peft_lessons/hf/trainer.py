@@ -34,13 +34,12 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
-from ._quiet import errors_only
-from .adapters_io import WEIGHTS
-from .calls import positions_of
-from .hf import classifies, rate_of, reads_last_place
-from .models import launched_with, padded
-from .rules import validate
-from .training import TrainingDiverged, progress
+from .._quiet import errors_only
+from ..data.base_models import launched_with, padded
+from ..engine import WEIGHTS, validate
+from ..engine.virtual_tokens import positions_of
+from ..train.loop import TrainingDiverged, progress
+from .setup import classifies, rate_of, reads_last_place
 
 MAX_LENGTH = 256
 STATE = "adapter_state.safetensors"  # the last file of a checkpoint: with it, that is complete

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .rules import validate
+from ..engine import validate
 
 # The profiler's native part writes two lines to stderr at each start unless told otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

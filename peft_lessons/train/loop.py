@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from tqdm.std import tqdm
 
-from .inject import Injection, injection_of
-from .rules import validate
+from ..engine import Injection, injection_of, validate
 
 FULL_LEARNING_RATE = 1e-4  # without a method, all that is not frozen trains at this rate
 

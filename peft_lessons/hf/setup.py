@@ -18,10 +18,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ._quiet import errors_only
-from .adapters_io import misfit, read_adapter, refuse_other_base
-from .models import launched_with, load_model, load_tokenizer
-from .rules import validate
+from .._quiet import errors_only
+from ..data.base_models import launched_with, load_model, load_tokenizer
+from ..engine import misfit, read_adapter, refuse_other_base, validate
 
 VIRTUAL_TOKENS = 16
 

@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from . import limits
-from .models import bundled_files
+from .bundled import bundled_files
 
 _MARKS = {True: "✓", False: "✗", None: "·"}
 # A machine sold with 4 GB. The largest kernel of a lesson took 3.3 GiB, JupyterLab takes 0.2.
@@ -109,7 +109,7 @@ def _memory() -> list[Row]:
     return [Row("memory", f"{gib:.0f} GiB{needs}", enough)]
 
 
-def machine_check() -> Readiness:
+def check_environment() -> Readiness:
     """Look at everything the lessons need, and say whether it is there."""
     python = sys.version_info >= (3, 11)
     needs = "" if python else ", needs 3.11 or newer"

@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from .models import bundled_path, load_tokenizer
+from .base_models import load_tokenizer
+from .bundled import bundled_path
 
 SPLITS = ("train", "validation", "test")
 LABEL_NAMES = ("negative", "positive")

@@ -1,7 +1,7 @@
 """Train one of PEFT's methods from the command line, on one device or on several:
 
-    python -m peft_lessons.train --model tinylm --data austen --steps 40 --output my-adapter
-    accelerate launch --config_file configs/two_cpus.yaml -m peft_lessons.train ...
+    python -m peft_lessons.hf.cli --model tinylm --data austen --steps 40 --output my-adapter
+    accelerate launch --config_file configs/two_cpus.yaml -m peft_lessons.hf.cli ...
 
 Every process runs this from start to end. Trainer gives each its share of every batch, averages
 the gradients, and lets the first one write.
@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from .hf import HF_METHODS, setup_peft_training
-from .hf_training import train_with_peft
-from .tasks import LOADERS, load_task
+from ..data.tasks import LOADERS, load_task
+from .setup import HF_METHODS, setup_peft_training
+from .trainer import train_with_peft
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="peft_lessons.train", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(prog="peft_lessons.hf.cli", description=__doc__.split(":")[0])
     parser.add_argument("--model", default="tinylm", help="a bundled name, a folder or a Hub id")
     parser.add_argument("--method", default="lora", choices=HF_METHODS)
     parser.add_argument(
@@ -95,14 +95,14 @@ def main(given: list[str] | None = None) -> dict:
 
 
 _COMPLAINT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Diverged|: error): \S")
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def launch(*given: str, config: str = "two_cpus", timeout: float = 600) -> dict:
-    """What `accelerate launch --config_file configs/<config>.yaml -m peft_lessons.train` with the
+    """What `accelerate launch --config_file configs/<config>.yaml -m peft_lessons.hf.cli` with the
     arguments in `given` returns. RuntimeError with what the processes complained of if it fails."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "-m", "peft_lessons.train"]
+    command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "-m", "peft_lessons.hf.cli"]
     # More threads than cores, shared by several processes, would be many times slower.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,0 +1,102 @@
+"""The files in data/: where they lie, and whether they are what was recorded.
+
+`PEFT_LESSONS_DATA` names another data folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class BundledFile:
+    """The state of one file in data/; `intact` says whether it has the recorded sha256."""
+
+    path: str
+    present: bool
+    size: int
+    intact: bool
+
+
+def data_folder() -> Path:
+    """The folder of bundled files: data/ of this checkout, or $PEFT_LESSONS_DATA."""
+    chosen = os.environ.get("PEFT_LESSONS_DATA")
+    return Path(chosen) if chosen else Path(__file__).resolve().parents[2] / "data"
+
+
+def records() -> dict[str, dict]:
+    """Bytes, sha256 and rebuild command of every bundled file, by its path in data/."""
+    file = data_folder() / "checksums.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing. Take it from a fresh copy of the course; in a clone: "
+            "git checkout -- data/checksums.json. Lessons need the whole course; "
+            "PEFT_LESSONS_DATA can name a data folder elsewhere."
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sha256_with_lf(file: Path) -> str:
+    """Return the sha256 that a text file has once its line ends are LF again."""
+    return hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+
+
+# `git checkout` alone skips the files, as nothing has changed for git, or converts them again.
+_CONVERTED = """its line ends were converted from LF to CRLF, as git for Windows does unless told \
+otherwise. Restore the models and tasks with these commands, from the top of the checkout:
+    git config core.autocrlf false
+    git rm -r -q --cached data/models data/tasks
+    git checkout HEAD -- data/models data/tasks
+Without git, copy the data folder again with a program that leaves line ends as they are."""
+
+
+def bundled_files() -> list[BundledFile]:
+    """Path (relative to data/), presence, size and integrity of every bundled file.
+
+    Raises FileNotFoundError when the list of checksums itself is missing."""
+    states = []
+    for path, entry in records().items():
+        file = data_folder() / path
+        present = file.is_file()
+        intact = present and _sha256(file) == entry["sha256"]
+        states.append(BundledFile(path, present, file.stat().st_size if present else 0, intact))
+    return states
+
+
+def bundled_path(path: str, verify: bool = False) -> Path:
+    """Where the bundled file `path` (relative to data/) lies.
+
+    Raises FileNotFoundError when it is missing, ValueError when it has another size than recorded
+    or, with `verify`, another sha256; both name the command that rebuilds it. Where line ends were
+    converted to CRLF, ValueError says so and names the commands that restore the bundled files."""
+    file, entry = data_folder() / path, records().get(path)
+    if entry is None:
+        raise FileNotFoundError(
+            f"{data_folder() / 'checksums.json'} knows no {path}. Take it from a fresh copy "
+            "of the course; in a clone: git checkout -- data/checksums.json"
+        )
+    remedy = (
+        "Take it from a fresh copy of the course, or rebuild it from the top of the course's "
+        f"folder: {entry['rebuild']}"
+    )
+    if not file.is_file():
+        raise FileNotFoundError(f"the bundled file {file} is missing. {remedy}")
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        if _sha256_with_lf(file) == entry["sha256"]:
+            raise ValueError(f"the bundled file {file} is damaged: {_CONVERTED}")
+        raise ValueError(
+            f"the bundled file {file} is damaged: {size} bytes, not {entry['bytes']}. {remedy}"
+        )
+    if verify and _sha256(file) != entry["sha256"]:
+        raise ValueError(f"the bundled file {file} is damaged: its sha256 is wrong. {remedy}")
+    return file

@@ -1,0 +1,89 @@
+"""Put any method into any model, take it out again, and read and write its files.
+
+A method says of itself what it needs (`Method`); the engine freezes, wraps, refuses, merges and
+saves. It knows no single method, holds no mathematics of one, and loads no model.
+"""
+
+from .files import (
+    CONFIG,
+    WEIGHTS,
+    load_adapter,
+    misfit,
+    read_adapter,
+    refuse_other_base,
+    save_adapter,
+    task_type,
+)
+from .injection import (
+    ATTACHED,
+    Injection,
+    Report,
+    attached_to,
+    fingerprint,
+    freeze,
+    inject,
+    injected_copy,
+    injection_of,
+    merge,
+    refuse_injected,
+    report,
+    require_injection,
+    unload,
+    unmerge,
+)
+from .layer import AdapterLayer
+from .method import DESIGNS, Method, registered_methods
+from .settings import near_name, refuse_entries, validate
+from .targets import (
+    find_targets,
+    fresh_modules,
+    head_of,
+    is_classifier,
+    matches,
+    one_by_one,
+    refuse_packed,
+    require_among,
+    within,
+)
+
+__all__ = [
+    "ATTACHED",
+    "CONFIG",
+    "DESIGNS",
+    "WEIGHTS",
+    "AdapterLayer",
+    "Injection",
+    "Method",
+    "Report",
+    "attached_to",
+    "find_targets",
+    "fingerprint",
+    "freeze",
+    "fresh_modules",
+    "head_of",
+    "inject",
+    "injected_copy",
+    "injection_of",
+    "is_classifier",
+    "load_adapter",
+    "matches",
+    "merge",
+    "misfit",
+    "near_name",
+    "one_by_one",
+    "read_adapter",
+    "refuse_entries",
+    "refuse_injected",
+    "refuse_other_base",
+    "refuse_packed",
+    "registered_methods",
+    "report",
+    "require_among",
+    "require_injection",
+    "save_adapter",
+    "task_type",
+    "unload",
+    "unmerge",
+    "validate",
+    "within",
+]

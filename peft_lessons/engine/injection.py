@@ -1,0 +1,405 @@
+"""Put a method's modules in the place of a model's layers, and take them out again.
+
+Every method goes through the verbs of this file. Whatever does not fit is refused before anything
+is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .layer import AdapterLayer, refuse_twice
+from .method import Method, registered_methods
+from .targets import (
+    IN_4_BITS,
+    find_whole,
+    fresh_modules,
+    frozen_head_of,
+    head_of,
+    within,
+)
+
+# ------------------------------------------------------------------ what was done, and to undo it
+
+
+ATTACHED = "peft_attached"  # the name under which a model holds an attached module
+
+
+@dataclass
+class Injection:
+    """What `inject` did to a model; kept on the model, used by the other verbs."""
+
+    method: Method
+    wrappers: dict[str, AdapterLayer]
+    attached: nn.Module | None
+    handles: list
+    whole: dict[str, torch.Tensor]  # parameters of the base that train, with their old values
+    whole_modules: tuple[str, ...]
+    frozen_head: tuple[str, ...]  # modules of a classification head in which nothing trains
+    frozen: dict[str, torch.Tensor]  # their parameters, with their old values
+    were_trainable: dict[str, bool]
+    fingerprint: str
+    body: str  # the fingerprint without a classification head that the file holds
+    size: int  # parameters of the base; a method that quantises it leaves fewer to count
+    shapes: dict[str, tuple[int, ...]]  # of the wrapped layers' weights, for the same reason
+    kept: bool = False  # whether merge made what trained of the base part of it
+
+    @property
+    def merged(self) -> bool:
+        return self.kept or any(w.merged for w in self.wrappers.values())
+
+    @property
+    def in_full(self) -> tuple[str, ...]:
+        """The modules of the base that a file holds in full: those that train, and a frozen head,
+        since without its values another head would give other logits."""
+        return (*self.whole_modules, *self.frozen_head)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """{path in the model: module}: all that the method added."""
+        attached = {} if self.attached is None else {ATTACHED: self.attached}
+        return {**self.wrappers, **attached}
+
+    def added(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of all that the method added."""
+        for path, module in self.modules().items():
+            for name, p in module.named_parameters():
+                if not (path in self.wrappers and name.startswith("base.")):
+                    yield f"{path}.{name}", p
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """What `inject` did to this model, or None if it is an untouched base."""
+    return model.__dict__.get("_peft_injection")
+
+
+def require_injection(model: nn.Module, verb: str, method: type[Method] | None = None) -> Injection:
+    """What `inject` did to the model. ValueError if it holds no method, or not this kind."""
+    injection = injection_of(model)
+    # By the name of its type: a lesson defines a method anew, and a file may be read by either.
+    if injection is None or (method and injection.method.peft_type != method.peft_type):
+        what = method.__name__ if method else "method"
+        raise ValueError(f"{verb}: the model holds no {what}; inject(model, ...) one first")
+    return injection
+
+
+def attached_to(model: nn.Module, kind: type[nn.Module], verb: str) -> nn.Module:
+    """The module of this kind that a method attached. ValueError if the model holds none."""
+    attached = getattr(injection_of(model), "attached", None)
+    if not isinstance(attached, kind):
+        raise ValueError(f"{verb}: the model holds no {kind.__name__}; inject one first")
+    return attached
+
+
+@dataclass(frozen=True)
+class Report:
+    """What trains after `inject` or `freeze`. Printing it shows a table."""
+
+    method: Method | None
+    trainable: int
+    total: int
+    base: int
+    modules: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+    whole: tuple[str, ...] = ()
+    whole_parameters: int = 0
+    fresh: tuple[str, ...] = ()
+    frozen_head: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        rows = [("base, frozen", self.base - self.whole_parameters, "")]
+        if added := self.total - self.base:
+            leaves = (m.rsplit(".", 1)[-1] for m in self.modules)
+            sites = Counter(zip(leaves, self.shapes, strict=True))
+            where = ", ".join(
+                f"{n} × {leaf} {s[1]}→{s[0]}" if len(s) == 2 else f"{n} × {leaf}"
+                for (leaf, s), n in sites.items()
+            )
+            rows.append(("added, trains", added, where))
+        if self.whole_parameters:
+            # Single parameters go by the end of their path: "6 × query.bias".
+            ends = Counter(
+                f"{n} (fresh head)" if n in self.fresh else ".".join(n.split(".")[-2:])
+                for n in self.whole
+            )
+            names = [end if n == 1 else f"{n} × {end}" for end, n in ends.items()]
+            shown = ", ".join(names[:3])
+            if len(names) > 3:
+                shown += f" and {sum([*ends.values()][3:])} more"
+            rows.append(("of the base, trains", self.whole_parameters, shown))
+        share = 100 * self.trainable / self.base
+        rows.append(("trainable", self.trainable, f"{share:.3g} % of the base's {self.base:,}"))
+        head = repr(self.method) if self.method else "all frozen but what is named below"
+        body = [_on_lines(f"  {what:<20}{n:>13,}  {note}".rstrip(), 37) for what, n, note in rows]
+        if self.frozen_head:
+            body += [
+                f"  Frozen in the classification head: {', '.join(self.frozen_head)}.",
+                f"  To train the head too, pass modules_to_save={self.frozen_head}.",
+            ]
+        return "\n".join((_on_lines(head, 4), *body))
+
+
+def _on_lines(text: str, indent: int) -> str:
+    """Wrap a text at 100 characters, after a comma alone; further lines are indented."""
+    tied = re.sub(r"(?<!,) ", "\N{NO-BREAK SPACE}", text)
+    shown = textwrap.fill(tied, 100, subsequent_indent=" " * indent, break_long_words=False)
+    return shown.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _trainable(model: nn.Module) -> int:
+    return _size(p for p in model.parameters() if p.requires_grad)
+
+
+def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
+    """A short digest of the base's names, shapes and a sample of its values (of its codes where it
+    is in 4 bits), without what is fresh and the modules at the top that `without` names.
+
+    The same base gives the same digest in float32 and bfloat16. A model on the meta device has no
+    values: its digest says "meta" and is not compared."""
+    digest, outside = hashlib.sha256(), (*fresh_modules(model), *without)
+    codes = ((name, b) for name, b in model.named_buffers() if b.dtype == torch.uint8)
+    for name, p in (*model.named_parameters(), *codes):
+        if p.is_meta:
+            return "meta"
+        if within(name, outside):
+            continue
+        flat = p.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32).bfloat16()
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+# ------------------------------------------------------------------ the verbs
+
+
+def refuse_injected(model: nn.Module) -> None:
+    """RuntimeError if a method is in the model or in a part of it."""
+    for path, module in model.named_modules():
+        injection = injection_of(module)
+        if injection is not None:
+            where = f"model.{path}" if path else "model"
+            raise RuntimeError(
+                f"the {where} holds {injection.method!r} already: a second method would wrap the "
+                f"first; unload({where}) first"
+            )
+
+
+def freeze(model: nn.Module, modules_to_save: Iterable[str] | str = ()) -> Report:
+    """Freeze the whole model but a fresh head and the modules named in `modules_to_save`, in place.
+
+    Raises ValueError if a name matches nothing, RuntimeError if a method is in the model."""
+    refuse_injected(model)
+    whole = find_whole(model, modules_to_save, ())
+    model.requires_grad_(False)
+    for module in whole.values():
+        module.requires_grad_(True)
+    n, trainable = _size(model.parameters()), _trainable(model)
+    left, fresh = frozen_head_of(model, whole), fresh_modules(model)
+    return Report(None, trainable, n, n, (), (), tuple(whole), trainable, fresh, left)
+
+
+def _in_mode_of(layer: nn.Module, wrapper: AdapterLayer) -> AdapterLayer:
+    """The wrapper, what it adds in the mode (train or eval) of the layer that it takes the place
+    of. What is in the layer keeps its own: a user may have switched off one dropout."""
+    inside = set(layer.modules())
+    for module in wrapper.modules():
+        if module not in inside:
+            module.training = layer.training
+    return wrapper
+
+
+def _restore(model: nn.Module, were_trainable: dict[str, bool]) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(were_trainable[name])
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+# Parameters made under a caller's inference_mode() could never train.
+@torch.inference_mode(False)
+def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | str = ()) -> Report:
+    """Freeze `model` and put `method` into it, in place.
+
+    What the method adds trains, and with it a new head and the modules that `modules_to_save`
+    names. Any other classification head stays frozen, and the report says so.
+    Added parameters lie on the device of their layer; in a half-precision base they are float32, as
+    in PEFT, since small steps would be lost in 16 bits.
+
+    Returns a `Report`. Raises TypeError or ValueError, with the model unchanged, if the method does
+    not fit the model, and RuntimeError if a method is in it already."""
+    if not isinstance(method, Method):
+        known = ", ".join(sorted(m.__name__ for m in registered_methods()))
+        raise TypeError(f"method={method!r} must describe a method, such as one of: {known}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    refuse_injected(model)
+    targets = method.find(model)
+    whole = find_whole(model, modules_to_save, targets)
+    for path, layer in targets.items():
+        method.check(path, layer)
+    # A method that merely chooses parameters must choose some; the names are checked here, once.
+    parameters = dict(model.named_parameters())
+    chosen = list(method.select(model))
+    for name in chosen:
+        if name not in parameters:
+            raise ValueError(f"{type(method).__name__}: {name!r} is no parameter of the model")
+        if not parameters[name].is_floating_point():
+            raise ValueError(f"{type(method).__name__}: {name!r} is{IN_4_BITS[1:]}")
+    frozen_head = frozen_head_of(model, (*targets, *whole, *chosen))
+    kept_apart = [path for path in head_of(model) if path in whole or path in frozen_head]
+    digest = fingerprint(model)
+    body = fingerprint(model, kept_apart) if kept_apart else digest
+    size = _size(parameters.values())
+    weights = {path: getattr(layer, "weight", None) for path, layer in targets.items()}
+    shapes = {path: tuple(getattr(weight, "shape", ())) for path, weight in weights.items()}
+    were_trainable = {n: p.requires_grad for n, p in parameters.items()}
+    try:
+        made = method.wrap_all(targets)
+        wrappers = {path: _in_mode_of(layer, made[path]) for path, layer in targets.items()}
+        attached, handles = method.attach(model) or (None, [])
+        if not (wrappers or attached or chosen):
+            raise ValueError(f"{type(method).__name__} finds nothing to train in this model")
+    except Exception:
+        _restore(model, were_trainable)
+        raise
+
+    # From here on nothing can fail: the model is changed.
+    names = {f"{path}.{n}" for path, m in whole.items() for n, _ in m.named_parameters()}
+    old = {n: p.detach().clone() for n, p in parameters.items() if n in names or n in chosen}
+    frozen = {n: p.detach().clone() for n, p in parameters.items() if within(n, frozen_head)}
+    model.requires_grad_(False)
+    for name in old:
+        parameters[name].requires_grad_(True)
+    for path, wrapper in wrappers.items():
+        _put(model, path, wrapper)
+    if attached is not None:
+        model.add_module(ATTACHED, attached.train(model.training))
+    model._peft_injection = injection = Injection(
+        method,
+        wrappers,
+        attached,
+        handles,
+        old,
+        tuple(whole),
+        frozen_head,
+        frozen,
+        were_trainable,
+        digest,
+        body,
+        size,
+        shapes,
+    )
+    for _, p in injection.added():
+        p.data = p.data.float() if p.dtype in (torch.float16, torch.bfloat16) else p.data
+        p.requires_grad_(True)
+    return report(model)
+
+
+def injected_copy(model: nn.Module, method: Method) -> nn.Module:
+    """Return a copy of the model with the method in it; the model stays as it is. Errors as
+    `inject`."""
+    changed = copy.deepcopy(model)
+    inject(changed, method)
+    return changed
+
+
+def report(model: nn.Module) -> Report:
+    """The report of an injected model once more."""
+    injection = require_injection(model, "report")
+    added = {name: p.numel() for name, p in injection.added()}
+    # A wrapper may add nothing: QLoRA also quantises layers that get no adapter.
+    adding = {
+        path: injection.shapes[path]
+        for path in injection.wrappers
+        if any(name.startswith(path + ".") for name in added)
+    }
+    # Of the base train whole modules and, beside them, the parameters that the method selects.
+    inside = tuple(module + "." for module in injection.whole_modules)
+    selected = (name for name in injection.whole if not name.startswith(inside))
+    return Report(
+        injection.method,
+        _trainable(model),
+        injection.size + sum(added.values()),
+        injection.size,
+        tuple(adding),
+        tuple(adding.values()),
+        (*injection.whole_modules, *selected),
+        sum(t.numel() for t in injection.whole.values()),
+        fresh_modules(model),
+        injection.frozen_head,
+    )
+
+
+def _merge_all(model: nn.Module, verb: str, merged: bool) -> None:
+    injection = require_injection(model, verb)
+    if injection.attached is not None:
+        name = type(injection.method).__name__
+        raise TypeError(
+            f"{verb}: what {name} adds lies outside the layers, and their weights cannot hold it"
+        )
+    if not injection.wrappers:  # what trained is the base's own, and lies in its weights already
+        refuse_twice(injection.kept, merged)
+        injection.kept = merged
+    # First everything is computed and thrown away: an error in the last layer leaves the first one
+    # as it was, and never more than one layer's new weight is held.
+    for path, wrapper in injection.wrappers.items():
+        try:
+            wrapper._new_tensors(merged)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise type(error)(f"{verb}: {path!r}: {error}") from None
+    for wrapper in injection.wrappers.values():
+        wrapper._move(merged)
+
+
+def merge(model: nn.Module) -> None:
+    """Fold the method into the base's weights; the model computes the same, without the branch.
+    What a method trains of the base itself lies there already: then `unload` lets it stay.
+
+    Raises RuntimeError if merged already, TypeError if the method cannot be merged, ValueError if a
+    weight would hold NaN or infinity. In each case the model stays as it was."""
+    _merge_all(model, "merge", True)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take the method out of the base's weights again. Exact to rounding: in float32 about 1e-8, in
+    bfloat16 enough to matter after many rounds (keep the base instead). Errors as `merge`."""
+    _merge_all(model, "unmerge", False)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Give the plain base back, in place, and return it.
+
+    Not merged: bit by bit what it was before `inject`, trained heads included; only a base that the
+    method quantised stays so, until `dequantize`. Merged: the same layers with what was learned in
+    their weights. What trained before may train again."""
+    injection = require_injection(model, "unload")
+    for handle in injection.handles:
+        handle.remove()
+    if injection.attached is not None:
+        delattr(model, ATTACHED)
+    for path, wrapper in injection.wrappers.items():
+        _put(model, path, wrapper.base)
+    old = injection.whole | injection.frozen
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in old and not injection.merged:
+                p.copy_(old[name])
+    _restore(model, injection.were_trainable)
+    del model._peft_injection
+    return model

@@ -1,0 +1,88 @@
+"""The layer that takes the place of a layer of the base."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class AdapterLayer(nn.Module):
+    """A layer of the base and what a method adds to it; takes the layer's place in the model.
+
+    A subclass computes `forward` from `self.base` and, while `self.merged`, from the base alone.
+    If the method merges by adding to the weight, it gives that change, `delta_weight`. One that
+    rescales gives the merge rule itself as two functions, `merged_tensors` and `unmerged_tensors`:
+    the base layer's new (weight, bias) from what the base layer holds now; None for a bias means
+    that it stays. `merged_tensors` is called twice for each merge, and may remember in a buffer
+    what `unmerged_tensors` needs."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.merged = False
+
+    # Some models look at their layers' tensors themselves, T5 at a weight's dtype for one.
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias
+
+    def delta_weight(self) -> torch.Tensor:
+        """What is added to the weight, (out, in). TypeError if nothing that is added would do."""
+        raise TypeError(f"{type(self).__name__} cannot be merged into its base layer")
+
+    def merged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        change = self.delta_weight()  # first: it may refuse, and not every base has a weight
+        return self.base.weight + change, None
+
+    def unmerged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        change = self.delta_weight()
+        return self.base.weight - change, None
+
+    def merge_weights(self) -> None:
+        """Fold what was learned into the base layer, and switch the branch off.
+
+        Raises RuntimeError if it is merged already (the change would count twice), ValueError if
+        the result holds NaN or infinity (nothing is changed then)."""
+        self._move(merged=True)
+
+    def unmerge_weights(self) -> None:
+        """Take it out again (to rounding), and switch the branch on. Errors as above."""
+        self._move(merged=False)
+
+    def _new_tensors(self, merged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        refuse_twice(self.merged, merged)
+        with torch.no_grad():
+            new = self.merged_tensors() if merged else self.unmerged_tensors()
+        for what, tensor in zip(("weight", "bias"), new, strict=True):
+            if tensor is None or tensor.is_meta:
+                continue
+            dtype = getattr(self.base, what).dtype
+            # A float32 sum may be finite and yet too large for a float16 layer.
+            stored = tensor.to(dtype) if dtype.is_floating_point else tensor
+            if not stored.isfinite().all():
+                raise ValueError(
+                    f"the new {what} would hold NaN or infinity; nothing was changed: look at the "
+                    "adapter's values, training may have diverged"
+                )
+        return new
+
+    def _move(self, merged: bool) -> None:
+        weight, bias = self._new_tensors(merged)
+        with torch.no_grad():
+            self.base.weight.copy_(weight)
+            if bias is not None:
+                self.base.bias.copy_(bias)
+        self.merged = merged
+
+
+def refuse_twice(merged: bool, wanted: bool) -> None:
+    if merged == wanted:
+        raise RuntimeError(
+            "already merged: merging again would add the change twice; unmerge first"
+            if merged
+            else "not merged: there is nothing to take out"
+        )

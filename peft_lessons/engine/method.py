@@ -1,0 +1,160 @@
+"""What a method says of itself: a frozen dataclass derived from `Method`, and the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from .layer import AdapterLayer
+from .settings import SETTINGS, validate
+from .targets import find_targets, names_of
+
+if TYPE_CHECKING:
+    from .injection import Injection
+
+# {(module, name): the class that was defined last by this name}
+_DEFINED: WeakValueDictionary[tuple[str, str], type[Method]] = WeakValueDictionary()
+
+
+# {method: its design as a change of a hidden state, or several}: lesson 11 fills it
+DESIGNS: dict[type[Method], Any] = {}
+
+
+class Method:
+    """Base class of the frozen dataclasses that describe a method (`LoRA(rank=8, ...)`).
+
+    A method changes the base in up to three ways, and overrides what it needs of
+    `wrap` (a module in the place of each target; `wrap_all` where these share something), `attach`
+    (one module for the whole model) and `select` (parameters of the base that train themselves).
+
+    `find`, `check`, `wrap` and `attach` must work on a meta model, which has shapes and no values:
+    `load_adapter` tries them there first. An attached module must not hold a module of the base
+    (a hook gets the model as its argument). Only parameters are lifted to float32 in a 16-bit base;
+    a buffer that needs it is made so by `wrap`.
+
+    Class attributes:
+        peft_type:      the name of the method in `adapter_config.json`
+        peft_fields:    {field: (name in that file, value PEFT takes if the name is absent)}
+        peft_constants: entries of that file that are always so for this method
+        own_entries:    names of those entries that PEFT does not know and would warn of: they are
+                        kept in the header of the weights instead, which it reads past
+        peft_others:    names of further entries that `from_peft` reads, or that say nothing of an
+                        adapter that is trained already (how it started), or nothing while an
+                        option is off that the method has not
+        peft_off:       {entry that PEFT has and the method has not: the values at which it changes
+                        nothing}, where they are others than None, False, "none" and empty
+        tensors:        {parameter of the wrapping or attached module: its name in the file}
+        index_tensors:  how the keys of whole numbers end in the file; all others are floats
+        takes:          the module types that `wrap` accepts; exactly these, no subclasses, since a
+                        subclass may store its weight differently (4-bit) or never call `forward`
+        names_modules:  the fields that hold names of modules, or a pattern
+        ranks:          the fields that are a rank: at most min(in, out) of a layer
+        learning_rate:  what `fit` uses if it is not told otherwise
+        rate_factors:   {parameter of the wrapping or attached module: what that rate is multiplied
+                        by for it}, where one rate does not suit all of them
+        design:         the method as a change of a hidden state: one or several `Design`"""
+
+    peft_type: ClassVar[str]
+    peft_fields: ClassVar[Mapping[str, tuple[str, Any]]] = {}
+    peft_constants: ClassVar[Mapping[str, Any]] = {}
+    own_entries: ClassVar[tuple[str, ...]] = ()
+    peft_others: ClassVar[tuple[str, ...]] = ()
+    peft_off: ClassVar[Mapping[str, tuple]] = {}
+    tensors: ClassVar[Mapping[str, str]] = {}
+    index_tensors: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    names_modules: ClassVar[tuple[str, ...]] = ("targets",)
+    ranks: ClassVar[tuple[str, ...]] = ()
+    learning_rate: ClassVar[float] = 1e-3
+    rate_factors: ClassVar[Mapping[str, float]] = {}
+    design: ClassVar[Any] = None
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        _DEFINED[cls.__module__, cls.__qualname__] = cls
+
+    def __post_init__(self):
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        # A field that is called like a thing of a lesson, `layers`, may mean what it likes.
+        validate(type(self).__name__, **{n: v for n, v in values.items() if n in SETTINGS})
+        for name in self.names_modules:
+            if name in values:
+                object.__setattr__(self, name, names_of(values[name], name))
+
+    # --- what it changes
+
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules to wrap, {path: module}. By default those that `targets` names."""
+        if not hasattr(self, "targets"):
+            return {}
+        return find_targets(model, self.targets, self.takes)
+
+    def check(self, path: str, layer: nn.Module) -> None:
+        """Raises ValueError if this layer cannot be wrapped. Called for every target first."""
+        for name in self.ranks:
+            if (rank := getattr(self, name)) > min(layer.weight.shape):
+                raise ValueError(
+                    f"{name}={rank} is above min(in, out)={min(layer.weight.shape)} of {path!r}: "
+                    "that adds parameters but no freedom; choose a rank up to that size"
+                )
+
+    def wrap(self, path: str, layer: nn.Module) -> AdapterLayer:
+        """The module that takes the place of `layer`."""
+        raise NotImplementedError
+
+    def wrap_all(self, layers: Mapping[str, nn.Module]) -> dict[str, AdapterLayer]:
+        """The modules that take the places of all targets, {path: module}; by default each is made
+        by itself. One whose layers share something makes it here."""
+        return {path: self.wrap(path, layer) for path, layer in layers.items()}
+
+    def attach(self, model: nn.Module) -> tuple[nn.Module, list] | None:
+        """One module for the whole model and the hook handles that make it work, or None."""
+        return None
+
+    def select(self, model: nn.Module) -> Iterable[str]:
+        """Names of the base's own parameters that train (BitFit, partial fine-tuning). ValueError
+        if there are none."""
+        return ()
+
+    # --- what it does during training
+
+    def before_fit(self, injection: Injection, steps: int) -> None:
+        """Called once before a run of `steps` steps; may refuse it. A run that goes on from a
+        checkpoint is announced by its whole number of steps too, and before its state is read."""
+
+    def penalty(self, injection: Injection) -> torch.Tensor | float:
+        """What is added to the task's loss."""
+        return 0.0
+
+    def after_step(self, injection: Injection, step: int) -> None:
+        """Called after the optimiser's step (counted from 1), while gradients are still there."""
+
+    # --- its files
+
+    def to_peft(self, tensors: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
+        """(entries of adapter_config.json, tensors of the file) for the tensors in memory."""
+        entries = {name: getattr(self, f) for f, (name, _) in self.peft_fields.items()}
+        return {**entries, **self.peft_constants}, tensors
+
+    @classmethod
+    def settings_of(cls, config: dict) -> dict[str, Any]:
+        """The fields' values in a config, {field: value}, with PEFT's defaults."""
+        return {f: config.get(name, default) for f, (name, default) in cls.peft_fields.items()}
+
+    @classmethod
+    def from_peft(cls, config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
+        """(the method, the tensors in memory) for what a file holds."""
+        return cls(**cls.settings_of(config)), tensors
+
+
+def registered_methods() -> list[type[Method]]:
+    """Every method that has been defined so far: the registry.
+
+    Of a class that was defined again, as when a notebook's cell is run twice, the last one, even
+    if it has another base class by then, or no peft_type any more."""
+    return [m for m in list(_DEFINED.values()) if "peft_type" in vars(m)]
