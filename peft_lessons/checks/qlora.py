@@ -39,10 +39,6 @@ from .mistakes import mistakes, scaling_mistakes
             absmax_bits / block → absmax_bits
             double_bits / block → double_bits
             (block * double_block) → double_block
-        the division is upside down: it is absmax_bits / block
-            absmax_bits / block → block / absmax_bits
-            double_bits / block → block / double_bits
-            absmax_bits / (block * double_block) → block * double_block / absmax_bits
         the result is in bytes, and bits are asked for
             total + absmax_bits / block → (total + absmax_bits / block) / 8
             total + first + second → (total + first + second) / 8
@@ -65,13 +61,6 @@ from .mistakes import mistakes, scaling_mistakes
             first + second → absmax_bits / block + first + second
         both absmax are counted in absmax_bits: the first has double_bits
             double_bits / block → absmax_bits / block
-        both absmax are counted in double_bits: the second has absmax_bits
-            absmax_bits / ( → double_bits / (
-        absmax_bits and double_bits have changed places
-            double_bits / block → absmax_bits / block
-            absmax_bits / ( → double_bits / (
-        double_block takes the place of block: both count
-            double_bits / block → double_bits / double_block
         the defaults are counted: use the arguments absmax_bits and double_bits
             absmax_bits / block → 32 / block
             double_bits / block → 8 / block
@@ -185,34 +174,22 @@ def unpack_nibbles(packed):
         the two halves have changed places: the positive one has one level more
             half + 1, → half,
             0.5, half, → 0.5, half + 1,
-        the offset is that of 4 bits: it depends on k
+        the outermost probability is that of 4 bits: it depends on k
             1 - (1 / n + 1 / (n - 1)) / 4 → 0.9677083
-        the offset is the mean of two: 1 − 1/(2·2^k) is only one of them
+        the outermost probability is the mean of two: 1 − 1/(2·2^k) is only one of them
             1 - (1 / n + 1 / (n - 1)) / 4 → 1 - 1 / (2 * n)
-        the offset is the mean of two: 1 − 1/(2·(2^k − 1)) is only one of them
+        the outermost probability is the mean of two: 1 − 1/(2·(2^k − 1)) is only one of them
             1 - (1 / n + 1 / (n - 1)) / 4 → 1 - 1 / (2 * (n - 1))
-        a factor 2 is lost in the offset: 1/2^k instead of 1/(2·2^k)
-            / 4 → / 2
-        one sweep from 1 − offset to the offset has no exact zero: build two halves
+        one sweep between the two outermost probabilities has no exact zero: build two halves
             torch.cat([below, torch.tensor([0.5]), above]) → torch.linspace(1 - top, top, n)
         the centres of 2^k equally likely bins have no exact zero: build two halves
             torch.cat([below, torch.tensor([0.5]), above]) → (torch.arange(n) + 0.5) / n
-        the quantiles i/(2^k + 1) have no exact zero: build two halves
-            torch.cat([below, torch.tensor([0.5]), above]) → torch.arange(1, n + 1) / (n + 1)
-        the quantiles of 0 and 1 are infinite: that is what the offset is for
+        the quantiles of 0 and 1 are infinite: begin at the outermost probability
             torch.cat([below, torch.tensor([0.5]), above]) → torch.linspace(0, 1, n)
         the levels are not divided by the largest: they must end at −1 and 1
             (levels / levels.max()) → levels
         the levels are not sorted: the positive half runs down
             above]) → above.flip(0)])
-        the levels are not sorted: the positive half comes first
-            [below, torch.tensor([0.5]), above] → [above.flip(0), torch.tensor([0.5]), below]
-        the levels are sorted from 1 down to −1
-            .float() → .float().flip(0)
-        the levels are evenly spaced, and not quantiles of the normal distribution
-            (levels / levels.max()).float() → torch.linspace(-1, 1, n)
-        this is the table of 4 bits, whatever bits is
-            2**bits → 16
         """,
     ),
 )
@@ -243,7 +220,7 @@ _SIGN = torch.tensor([-1.0, 1.0])
 _CUBIC = (torch.arange(-127, 129) / 128) ** 3
 
 
-def _weights(shape, levels, block, zeros=()):
+def _weights(shape, levels, block):
     """Numbers far from where two levels are equally near: their codes survive any rounding."""
     n = math.prod(shape)
     edges = torch.cat([-torch.ones(1), (levels[1:] + levels[:-1]) / 2, torch.ones(1)])
@@ -252,12 +229,12 @@ def _weights(shape, levels, block, zeros=()):
     for number, part in enumerate(x.split(block)):
         # The largest number of every second block is negative, and sizes differ by block.
         part[torch.randint(len(part), ())] = 1 if number % 2 else -1
-        part *= 0 if number in zeros else 10 ** (3 * torch.rand(()) - 2)
+        part *= 10 ** (3 * torch.rand(()) - 2)
     return x.reshape(shape)
 
 
-def _case(shape, levels, block, zeros=(), note=""):
-    return Case(lambda: [_weights(shape, levels, block, zeros), levels.clone(), block], note=note)
+def _case(shape, levels, block, note=""):
+    return Case(lambda: [_weights(shape, levels, block), levels.clone(), block], note=note)
 
 
 def _quantized(x, levels, block):
@@ -265,8 +242,7 @@ def _quantized(x, levels, block):
     codes, absmax = [], []
     for part in x.flatten().double().split(block):
         absmax.append(part.abs().max())
-        scaled = part / absmax[-1] if absmax[-1] > 0 else part
-        codes.append((scaled[:, None] - levels.double()).abs().argmin(dim=1))
+        codes.append((part[:, None] / absmax[-1] - levels.double()).abs().argmin(dim=1))
     return torch.cat(codes).to(torch.uint8), torch.stack(absmax).float()
 
 
@@ -279,11 +255,10 @@ def _dequantized(codes, absmax, levels, block, shape):
     cases=[
         _case((6, 40), _NF4, 48),
         _case((7, 11), _UNEVEN, 16, note="uneven levels, and a last block of 13"),
-        _case((4, 24), _NF4, 16, zeros=(2,), note="the third block is all zeros"),
+        _case((4, 24), _NF4, 16),
         _case((300,), _INT8, 128, note="evenly spaced levels, and a last block of 44"),
         _case((3, 5), _TERNARY, 64, note="less than one block"),
-        _case((2, 3, 17), _CUBIC, 10, zeros=(4, 10), note="two blocks are all zeros"),
-        _case((9, 3), _UNEVEN, 9, zeros=(1,), note="zeros where no level is 0"),
+        _case((2, 3, 17), _CUBIC, 10, note="256 levels, and a last block of 2"),
         _case((5, 8), _SIGN, 8, note="two levels"),
     ],
     returns=("codes", "absmax"),
@@ -294,22 +269,17 @@ def _dequantized(codes, absmax, levels, block, shape):
             padded = torch.cat([x.flatten(), torch.zeros(-n % block)])
             blocks = padded.reshape(-1, block)
             absmax = blocks.abs().amax(dim=1)
-            scales = torch.where(absmax > 0, absmax, 1)[:, None]
-            scaled = blocks / scales
+            scaled = blocks / absmax[:, None]
             distances = (scaled[..., None] - levels).abs()
             codes = distances.argmin(dim=-1)
             return codes.flatten()[:n].byte(), absmax
         """,
         """
-        one absmax serves the whole tensor: each block has its own
-            .amax(dim=1) → .max().repeat(len(blocks))
         there is one absmax for the whole tensor: each block has its own
             .amax(dim=1) → .max()
             [:, None] → ∅
         the absmax is the largest number, not the largest absolute value
             blocks.abs() → blocks
-        the blocks are scaled by their mean absolute value, not the largest
-            amax → mean
         each row is a block: blocks are `block` numbers of the flattened tensor
             torch.cat([x.flatten(), torch.zeros(-n % block)]) → x
             reshape(-1, block) → reshape(-1, x.shape[-1])
@@ -319,37 +289,22 @@ def _dequantized(codes, absmax, levels, block, shape):
         the maximum is taken across the blocks, not within each
             amax(dim=1) → amax(dim=0)
             [:, None] → ∅
-        the numbers are multiplied by their absmax: divide
-            blocks / scales → blocks * scales
         the numbers are not divided by the absmax of their block
-            blocks / scales → blocks
+            / absmax[:, None] → ∅
         the levels themselves are the boundaries, which rounds up: use the midpoints
             distances.argmin(dim=-1) → torch.bucketize(scaled, levels)
         the numbers are rounded down to a level, and not to the nearest
             distances.argmin(dim=-1) →
                 (torch.bucketize(scaled, levels, right=True) - 1).clamp(min=0)
-        the boundaries are the levels without the first: use the midpoints
-            distances.argmin(dim=-1) → torch.bucketize(scaled, levels[1:])
-        the boundaries are half the distances of neighbours: take half their sums
-            distances.argmin(dim=-1) → torch.bucketize(scaled, levels.diff().sort()[0] / 2)
         this rounding is right only for evenly spaced levels: search the nearest
             distances.argmin(dim=-1) →
                 ((scaled + 1) / 2 * (len(levels) - 1)).round().clamp(0, 255)
         the distance to a level is taken without its absolute value
             (scaled[..., None] - levels).abs() → scaled[..., None] - levels
-        the farthest level is taken, not the nearest
-            argmin → argmax
         the last block is dropped, for it is short
             torch.cat([x.flatten(), torch.zeros(-n % block)]) → x.flatten()[: n // block * block]
         the codes of the padding are returned too
             [:n] → ∅
-        a block of zeros is divided by zero, and its NaN gets the last level
-            torch.where(absmax > 0, absmax, 1) → absmax
-            distances.argmin(dim=-1) → torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
-        a block of zeros is divided by zero, and its NaN gets the first level
-            torch.where(absmax > 0, absmax, 1) → absmax
-        the absmax of a block of zeros is 0: replace it for the division only
-            .byte(), absmax → .byte(), scales.flatten()
         the codes are packed two a byte: here each has its own
             codes = distances.argmin(dim=-1) → codes = distances.argmin(dim=-1).flatten()[:n]
             codes.flatten()[:n] → (codes[0::2] * 16 + codes[1::2])
@@ -359,7 +314,7 @@ def _dequantized(codes, absmax, levels, block, shape):
     ),
 )
 def quantize_blockwise(x, levels, block):
-    """The nearest level for any levels and shape, with a short last block and blocks of zeros."""
+    """The nearest level for any levels and shape, with a short last block too."""
     return _quantized(x, levels, block)
 
 
@@ -485,13 +440,7 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
             packed >> 4, packed & 15 → packed & 15, packed >> 4
         the codes are unpacked in two halves, and they alternate
             dim=1 → dim=0
-        the absmax of the blocks are mixed up: a block's 64 neighbours share one
-            reshape(-1, 64) * absmax[:, None] → reshape(64, -1) * absmax
         {scaling_mistakes("alpha / r")}
-        the update is subtracted, not added
-            base + → base -
-        the update is left out: this is the base
-            return weight → return base
         the weight is re-quantised before its error is measured, so that nothing seems lost
             weight, lost → again, 0.0
         the re-quantised weight is returned: return the merged one, and only measure the
@@ -506,24 +455,14 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
             / weight.norm() → / base.norm()
         the error is relative to the norm of the re-quantised weight: W is the merged one
             / weight.norm() → / again.norm()
+        the error is relative to the norm of the update: W is the merged weight
+            / weight.norm() → / (weight - base).norm()
         the error is measured from the base: it is that of the merged weight
             (again - weight) → (again - base)
         the error is measured from the base, and is relative to it: W is the merged weight
             (again - weight).norm() / weight.norm() → (again - base).norm() / base.norm()
         this is the size of the update, not the error of re-quantising
             (again - weight) → (weight - base)
-        the error is absolute: divide by the norm of the merged weight
-            / weight.norm() → ∅
-        the error is squared: a norm has a root
-            error.item() → error.item() ** 2
-        the error is the largest one, not the norm
-            (again - weight).norm() / weight.norm() → (again - weight).abs().max()
-        the error is a mean, not the norm
-            (again - weight).norm() / weight.norm() → (again - weight).abs().mean()
-        the error is in per cent
-            error.item() → 100 * error.item()
-        the order is turned: return the weight first
-            weight, lost → lost, weight
         """,
         NF4=NF4,
         quantize_nf4=quantize_nf4,

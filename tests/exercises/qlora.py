@@ -153,8 +153,7 @@ def block_by_block(x, levels, block):
     codes, absmax = [], []
     for part in x.reshape(-1).split(block):
         largest = part.abs().max()
-        scaled = part / largest if largest else torch.zeros_like(part)
-        codes.append((scaled[:, None] - levels).abs().argmin(1))
+        codes.append((part[:, None] / largest - levels).abs().argmin(1))
         absmax.append(largest)
     return torch.cat(codes).byte(), torch.stack(absmax)
 
@@ -166,22 +165,12 @@ def by_the_lesson_for_any_levels(x, levels, block):
 
 
 @right("quantize_blockwise")
-def clamped(x, levels, block):
-    # A tiny absmax instead of 0 comes to the same.
-    blocks = F.pad(x.flatten(), (0, -x.numel() % block)).view(-1, block)
-    absmax = blocks.abs().amax(dim=1).clamp(min=1e-12)
-    codes = torch.searchsorted(middles(levels), blocks / absmax[:, None])
-    return codes.view(-1)[: x.numel()].to(torch.uint8), absmax
-
-
-@right("quantize_blockwise")
 def scaled_boundaries(x, levels, block):
     # The boundaries go to the numbers' scale instead: nothing is divided.
     flat = x.flatten()
     absmax = torch.stack([part.abs().max() for part in flat.split(block)])
     each = absmax.repeat_interleave(block)[: len(flat), None]
-    codes = (flat[:, None] > middles(levels) * each).sum(dim=1)
-    return codes.where(each[:, 0] > 0, levels.abs().argmin()).to(torch.uint8), absmax
+    return (flat[:, None] > middles(levels) * each).sum(dim=1).to(torch.uint8), absmax
 
 
 # ------------------------------------------------------------------ dequantize_blockwise
