@@ -36,6 +36,12 @@ def by_einsum(weight):
 
 
 @right("decompose")
+def with_a_floor(weight):
+    norm = weight.norm(dim=1)
+    return norm + 1e-8, F.normalize(weight, dim=1, eps=1e-6)
+
+
+@right("decompose")
 def by_diagonal(weight):
     magnitude = (weight @ weight.T).diagonal() ** 0.5
     return magnitude, torch.diag(1 / magnitude) @ weight
@@ -74,10 +80,16 @@ def base_twice(x, weight, bias, A, B, alpha, magnitude):
     return F.linear(x, weight, bias) + c * plain + c * branch
 
 
-@wrong("dora_output", "That is as large as the weight itself")
+@wrong("dora_output", "V, weight ** 2 and a copy of the weight are as large as the weight")
 def directly(x, weight, bias, A, B, alpha, magnitude):
     V = weight + alpha / len(A) * (B @ A)
     return F.linear(x, magnitude[:, None] * V / V.norm(dim=1, keepdim=True).detach(), bias)
+
+
+@wrong("dora_output", "weight.T and weight.norm(dim=1) make no copy")
+def transposed_copy(x, weight, bias, A, B, alpha, magnitude):
+    _, branch, c = steps(x, weight, A, B, alpha, magnitude)
+    return plus(c * (x @ weight.transpose(0, 1).contiguous() + branch), bias)
 
 
 @wrong("dora_output", "gives all pairs of outputs")
