@@ -30,11 +30,11 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 def normal_float_levels(bits: int) -> torch.Tensor:
     """The levels of NF-k for k = `bits`, ascending: (2**bits,)."""
     half = 2 ** (bits - 1)
-    offset = 0.5 * (1 - 1 / (2 * 2**bits) + 1 - 1 / (2 * (2**bits - 1)))
+    outermost = 0.5 * (1 - 1 / (2 * 2**bits) + 1 - 1 / (2 * (2**bits - 1)))
 
     def quantiles(count):
         # linspace counts both its ends; the last one, 0.5, is the zero that both halves share.
-        probabilities = torch.linspace(offset, 0.5, count + 1)[:-1]
+        probabilities = torch.linspace(outermost, 0.5, count + 1)[:-1]
         return [NormalDist().inv_cdf(p) for p in probabilities.tolist()]
 
     levels = sorted([-z for z in quantiles(half - 1)] + [0.0] + quantiles(half))
@@ -48,7 +48,7 @@ def quantize_blockwise(
     flat = x.flatten()                                        # (n,)
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
     absmax = blocks.abs().amax(dim=1)                         # (blocks,)
-    scaled = blocks / absmax.where(absmax > 0, 1)[:, None]    # (blocks, block), in [-1, 1]
+    scaled = blocks / absmax[:, None]                         # (blocks, block), in [-1, 1]
     midpoints = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(scaled, midpoints).to(torch.uint8)
     return codes.flatten()[: len(flat)], absmax
