@@ -110,6 +110,12 @@ def as_in_the_library(scores, budget):
     return [s > cut for s in scores]
 
 
+@wrong("mask_to_budget", "scores that are equal at the edge all stay: that is above the budget")
+def at_least_the_last(scores, budget):
+    cut = torch.cat(scores).sort(descending=True).values[budget - 1]
+    return [s >= cut for s in scores]
+
+
 @wrong("mask_to_budget", "RuntimeError: stack expects each tensor to be equal size")
 def stacked(scores, budget):
     pooled = torch.stack(scores)
@@ -147,10 +153,20 @@ def counting_better_ones(scores, budget):
     return list(stays.split(list(map(len, scores))))
 
 
+@right("mask_to_budget")
+def ties_apart(scores, budget):
+    """For a budget above 0: the last score that stays tells which ones go."""
+    pooled = torch.cat(scores)
+    cut = pooled.topk(budget).values[-1]
+    better, equal = pooled > cut, pooled == cut
+    stays = better | (equal & (equal.cumsum(0) <= budget - better.sum()))
+    return list(stays.split([len(s) for s in scores]))
+
+
 # ------------------------------------------------------------------ adalora_step
 
 
-@wrong("adalora_step", "the regulariser is left out; and the gradients are cleared before")
+@wrong("adalora_step", "the regulariser is left out: the loss is the task's")
 def as_shipped(model, batch, optimizer, allocator, step):
     loss = model(**batch).loss
     loss.backward()
@@ -178,6 +194,16 @@ def added_as_a_number(model, batch, optimizer, allocator, step):
     allocator.update(step)
     optimizer.zero_grad()
     return loss.detach()
+
+
+@wrong("adalora_step", "the regulariser is added after optimizer.step()")
+def added_at_the_end(model, batch, optimizer, allocator, step):
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    allocator.update(step)
+    optimizer.zero_grad()
+    return (loss + allocator.penalty()).detach()
 
 
 @wrong("adalora_step", "nothing is learned")
