@@ -22,24 +22,7 @@ wrong, right = answers.wrong, answers.right
 PLACES = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}
 
 
-@wrong("adapter_parameters", "nothing was raised, where ValueError was due")
-def anything_else_is_one(d, m, layers, kind):
-    return layers * (2 if kind == "houlsby" else 1) * (2 * d * m + m + d)
-
-
-@wrong("adapter_parameters", "raised KeyError: 'between', where ValueError was due")
-def a_key_error(d, m, layers, kind):
-    return layers * PLACES[kind] * (2 * d * m + m + d)
-
-
-@wrong("adapter_parameters", "the message does not name 'between'")
-def no_name(d, m, layers, kind):
-    if kind not in PLACES:
-        raise ValueError("unknown kind")
-    return layers * PLACES[kind] * (2 * d * m + m + d)
-
-
-@wrong("adapter_parameters", "both biases are counted with d numbers")
+@wrong("adapter_parameters", "both biases are counted with d parameters")
 def biases_of_d(d, m, layers, kind):
     return 2 * layers * PLACES[kind] * d * (m + 1)
 
@@ -47,19 +30,12 @@ def biases_of_d(d, m, layers, kind):
 @right("adapter_parameters")
 def built(d, m, layers, kind):
     """Build one and count."""
-    if kind == "houlsby":
-        places = 2 * layers
-    elif kind in ("pfeiffer", "parallel"):
-        places = layers
-    else:
-        raise ValueError(f"unknown kind {kind}")
+    places = 2 * layers if kind == "houlsby" else layers
     return places * sum(p.numel() for p in Bottleneck(d, m).parameters())
 
 
 @right("adapter_parameters")
 def factored(d, m, layers, kind):
-    if kind not in PLACES:
-        raise ValueError(f"{kind}?")
     return ((2 * m + 1) * d + m) * layers * (1 + (kind == "houlsby"))
 
 
@@ -103,15 +79,13 @@ def ratio_of_variances(adapter, h):
     return by_means(adapter, h) ** 2
 
 
-@wrong("identity_gap", "the argument adapter was changed")
-def only_the_outermost_put_back(adapter, h):
-    mode = adapter.training
-    gap = ((adapter.eval()(h) - h).norm() / h.norm()).item()
-    adapter.training = mode
-    return gap
+@wrong("identity_gap", "dropout is on: measure in eval mode")
+def in_the_mode_it_came_in(adapter, h):
+    with torch.inference_mode():
+        return torch.dist(adapter(h), h).item() / h.square().sum().sqrt().item()
 
 
-@wrong("identity_gap", "the argument adapter was changed")
+@right("identity_gap")
 def left_in_eval_mode(adapter, h):
     adapter.eval()
     with torch.no_grad():
@@ -137,34 +111,28 @@ def by_means(adapter, h):
 # ------------------------------------------------------------------ fold_linear_adapter
 
 
-def zero(weight, bias):
-    return torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias
-
-
 @wrong("fold_linear_adapter", "the adapter reads the layer's input x, not its output")
 def as_lora(w_down, b_down, w_up, b_up, weight, bias):
     """W + BA, as for LoRA: that branch reads the layer's input."""
-    b = zero(weight, bias)
-    return torch.addmm(weight, w_up, w_down), w_up @ (w_down @ b + b_down) + b_up + b
+    return torch.addmm(weight, w_up, w_down), w_up @ (w_down @ bias + b_down) + b_up + bias
 
 
-@wrong("fold_linear_adapter", "your function raised TypeError")
-def none_forgotten(w_down, b_down, w_up, b_up, weight, bias):
-    return weight + w_up @ w_down @ weight, bias + w_up @ (w_down @ bias + b_down) + b_up
+@wrong("fold_linear_adapter", "your function raised RuntimeError")
+def down_after_up(w_down, b_down, w_up, b_up, weight, bias):
+    return weight + w_down @ w_up @ weight, bias + w_down @ (w_up @ bias + b_up) + b_down
 
 
 @right("fold_linear_adapter")
 def factor_first(w_down, b_down, w_up, b_up, weight, bias):
     """(I + W_up W_down) is what the adapter does to a vector."""
     whole = torch.eye(len(weight), dtype=weight.dtype) + w_up @ w_down
-    b = w_up @ b_down + b_up
-    return whole @ weight, b if bias is None else whole @ bias + b
+    return whole @ weight, whole @ bias + (w_up @ b_down + b_up)
 
 
 @right("fold_linear_adapter")
 def homogeneous(w_down, b_down, w_up, b_up, weight, bias):
     """Weight and bias as one matrix (d, in + 1)."""
-    both = torch.cat([weight, zero(weight, bias)[:, None]], dim=1)
+    both = torch.cat([weight, bias[:, None]], dim=1)
     low = torch.einsum("md,dn->mn", w_down, both)
     low[:, -1] += b_down
     new = both + w_up @ low
