@@ -189,8 +189,8 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
             int( → (
         the way ends at total: it ends tfinal steps earlier
             (end - step) / (end - tinit) → (total - step) / (total - tinit)
-        the way is total − tfinal long: it begins after tinit steps
-            (end - step) / (end - tinit) → 1 - (step - tinit) / end
+        tfinal is taken for a step: it is how many steps come after the way
+            end = total - tfinal → end = tfinal
         the way is counted from step 0: it begins after tinit steps
             end - tinit → end
         tfinal is subtracted from the step too, as the paper's formula is often printed
@@ -202,6 +202,8 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
         neither end is held: until tinit the budget is `initial`, from total − tfinal `final`
             step <= tinit → False
             step >= end → False
+        `final` is not added: the cube is of the part that goes
+            final + (initial → (initial
         """,
     ),
 )
@@ -230,8 +232,8 @@ def _ties():
         Case(lambda: [_scores(4, 9, 2), 7], note="layers of 4, 9 and 2 triplets"),
         Case(lambda: [_scores(5, 5), 10], note="all may stay"),
         Case(lambda: [_scores(8), 1], note="one layer, one triplet"),
-        Case(lambda: [_ties(), 5], note="of four scores 2.0 two may stay"),
-        Case(lambda: [[torch.zeros(30), torch.zeros(40)], 50], note="all scores are 0"),
+        Case(lambda: [_ties(), 5], note="of four scores 2.0 the first two may stay"),
+        Case(lambda: [[torch.zeros(30), torch.zeros(40)], 50], note="the first 50 zeros stay"),
     ],
     returns="masks",
     causes=mistakes(

@@ -78,6 +78,12 @@ def end_not_held(step, initial, final, tinit, tfinal, total):
     return int(final + (initial - final) * share**3)
 
 
+@wrong("cubic_budget", "tfinal is taken for a step")
+def until_tfinal(step, initial, final, tinit, tfinal, total):
+    left = min(1.0, max(0.0, (tfinal - step) / (tfinal - tinit)))
+    return final + int((initial - final) * left**3)
+
+
 @right("cubic_budget")
 def clamped(step, initial, final, tinit, tfinal, total):
     done = (step - tinit) / (total - tfinal - tinit)
