@@ -314,8 +314,9 @@ def _block(d, d_ff, frozen=False):
     return block.requires_grad_(not frozen)
 
 
-_TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS = (
-    "the list of shapes that train",
+_HOLDS, _TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS = (
+    "the list of shapes of the block's parameters",
+    "the list of shapes of the trainable parameters",
     "the block's output right after the insertion (that of the base)",
     "the block's output once the adapters are trained",
     "the base's own weights, sorted",
@@ -323,12 +324,17 @@ _TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS = (
 )
 
 
+def _counted(shapes):
+    return sorted(f"{n} × {shape}" for shape, n in shapes.items())
+
+
 def _inserted(layer):
     """What trains in a block, and what it computes before and after its adapters have values."""
-    seen = dict.fromkeys((_TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS))
+    seen = dict.fromkeys((_HOLDS, _TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS))
     trained = [p for p in layer.parameters() if p.requires_grad]
     shapes = Counter(tuple(p.shape) for p in trained)
-    seen[_TRAINS] = sorted(f"{n} × {shape}" for shape, n in shapes.items())
+    seen[_HOLDS] = _counted(Counter(tuple(p.shape) for p in layer.parameters()))
+    seen[_TRAINS] = _counted(shapes)
     d = layer.attention.self.query.in_features
     torch.random.default_generator.manual_seed(0)
     x = torch.randn(2, 6, d)
@@ -373,7 +379,7 @@ def _outputs(layer):
 
 
 _TWICE = "the residual is added twice: an Adapter returns h + a(h), add no h to it"
-_AFTER = "the adapter stands after the layer norm: it belongs right behind the dense layer"
+_AFTER = "the adapter comes after the layer norm: place it right after the dense layer"
 
 
 @check_for(
@@ -398,9 +404,11 @@ _AFTER = "the adapter stands after the layer norm: it belongs right behind the d
         f"""
         the adapters are frozen with the base: freeze first, or freeze only what was there
             return layer → return layer.requires_grad_(False)
+        the block does not hold the adapters: make each an attribute of one of its modules
+            output.adapter = a = → a =
         the base is not frozen: only the adapters may train
             layer.requires_grad_(False) → ∅
-        there is one adapter: each of the two places of a block has its own
+        there is one adapter: each of the two sublayers has its own
             (layer.attention.output, layer.output) → [layer.attention.output]
         width is taken for a reduction factor: it is m itself
             out_features, width → out_features, output.dense.out_features // width

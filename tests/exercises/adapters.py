@@ -163,13 +163,22 @@ def as_shipped(layer, width):
     return layer
 
 
+@wrong("insert_adapters", "the block does not hold the adapters")
+def held_by_its_hook_alone(layer, width):
+    layer.requires_grad_(False)
+    for output in outputs(layer):
+        adapter = Adapter(output.dense.out_features, width)
+        output.dense.register_forward_hook(partial(called, adapter))
+    return layer
+
+
 @wrong("insert_adapters", "there is one adapter")
 def one_for_both(layer, width):
     adapter = Adapter(layer.output.dense.out_features, width)
     return sequential(layer, width, make=lambda d, m: adapter)
 
 
-@wrong("insert_adapters", "the adapter stands after the layer norm")
+@wrong("insert_adapters", "the adapter comes after the layer norm")
 def behind_the_norm(layer, width):
     return sequential(layer, width, at="LayerNorm")
 
