@@ -10,8 +10,6 @@ from peft_lessons import Adapter
 def adapter_parameters(d: int, m: int, layers: int, kind: str) -> int:
     """How many parameters the adapters of a model have, biases included."""
     places = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}     # of every layer
-    if kind not in places:
-        raise ValueError(f"kind={kind!r} is none of {', '.join(places)}")
     return layers * places[kind] * (2 * d * m + m + d)
 
 
@@ -31,11 +29,9 @@ def parallel_adapter(
 
 def identity_gap(adapter: nn.Module, h: torch.Tensor) -> float:
     """‖adapter(h) − h‖ / ‖h‖ in eval mode; 0 for the identity."""
-    training = adapter.training
-    adapter.eval()
+    adapter.eval()                                            # dropout off
     with torch.no_grad():
         change = adapter(h) - h                               # (..., d)
-    adapter.train(training)
     return (change.norm() / h.norm()).item()
 
 
@@ -45,12 +41,11 @@ def fold_linear_adapter(
     w_up: torch.Tensor,
     b_up: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight (d, in) and bias (d,) of one layer that is the layer and the adapter after it."""
-    b = torch.zeros_like(b_up) if bias is None else bias      # (d,)
     new_weight = weight + w_up @ (w_down @ weight)            # (d, in)
-    new_bias = b + w_up @ (w_down @ b + b_down) + b_up        # (d,)
+    new_bias = bias + w_up @ (w_down @ bias + b_down) + b_up  # (d,)
     return new_weight, new_bias
 
 

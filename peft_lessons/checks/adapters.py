@@ -8,20 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
-from .kit import Case, check_for, gradients_of, refused
+from ..methods.adapters import Adapter
+from .kit import Case, check_for, gradients_of
+from .mistakes import mistakes
 
 # ------------------------------------------------------------------ adapter_parameters
-
-
-def _count(
-    places=lambda kind: 2 if kind == "houlsby" else 1,
-    one=lambda d, m: 2 * d * m + m + d,
-    times=lambda layers: layers,
-):
-    def adapter_parameters(d, m, layers, kind):
-        return places(kind) * one(d, m) * times(layers)
-
-    return adapter_parameters
 
 
 @check_for(
@@ -32,41 +23,42 @@ def _count(
         (192, 5, 7, "houlsby"),
         (100, 3, 1, "parallel"),
         (64, 1, 4, "pfeiffer"),
-        refused(lambda: [64, 4, 2, "between"], "between", "no such kind"),
     ],
-    causes={
-        "the biases are missing: m and d numbers a place": _count(one=lambda d, m: 2 * d * m),
-        "the bias of the way up is missing, d numbers": _count(one=lambda d, m: 2 * d * m + m),
-        "the bias of the way down is missing, m numbers": _count(one=lambda d, m: 2 * d * m + d),
-        "both biases are counted with d numbers: the way down ends in m": _count(
-            one=lambda d, m: 2 * d * m + 2 * d
-        ),
-        "both biases are counted with m numbers: the way up ends in d": _count(
-            one=lambda d, m: 2 * d * m + 2 * m
-        ),
-        "one of the two matrices is missing": _count(one=lambda d, m: d * m + m + d),
-        "the norms are counted too: the adapter itself has none": _count(
-            one=lambda d, m: 2 * d * m + m + d + 2 * d
-        ),
-        "houlsby stands at two places of a layer": _count(places=lambda kind: 1),
-        "pfeiffer and parallel stand at one place of a layer": _count(places=lambda kind: 2),
-        "pfeiffer stands at one place of a layer, after the feed-forward": _count(
-            places=lambda kind: 1 if kind == "parallel" else 2
-        ),
-        "parallel stands at one place of a layer, beside the feed-forward": _count(
-            places=lambda kind: 1 if kind == "pfeiffer" else 2
-        ),
-        "the kinds are mixed up: houlsby has two places a layer, the others one": _count(
-            places=lambda kind: 1 if kind == "houlsby" else 2
-        ),
-        "the layers are left out: this is one layer's count": _count(times=lambda layers: 1),
-        "each place is counted as a whole matrix (d, d)": _count(one=lambda d, m: d * d + d),
-    },
+    causes=mistakes(
+        """
+        def adapter_parameters(d, m, layers, kind):
+            places = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}
+            down, up = d * m + m, m * d + d
+            return places[kind] * (down + up) * layers
+        """,
+        """
+        the biases are missing: m and d parameters an adapter
+            d * m + m, m * d + d → d * m, m * d
+        the bias of the way up is missing, d parameters
+            m * d + d → m * d
+        the bias of the way down is missing, m parameters
+            d * m + m → d * m
+        both biases are counted with d parameters: that of the way down has m
+            d * m + m → d * m + d
+        both biases are counted with m parameters: that of the way up has d
+            m * d + d → m * d + m
+        one of the two matrices is missing
+            m * d + d → d
+        houlsby has two adapters a layer
+            "houlsby": 2 → "houlsby": 1
+        pfeiffer and parallel have one adapter a layer
+            "pfeiffer": 1, "parallel": 1 → "pfeiffer": 2, "parallel": 2
+        pfeiffer has one adapter a layer, after the feed-forward
+            "pfeiffer": 1 → "pfeiffer": 2
+        parallel has one adapter a layer, beside the feed-forward
+            "parallel": 1 → "parallel": 2
+        the layers are left out: this is one layer's count
+            * layers → ∅
+        """,
+    ),
 )
 def adapter_parameters(d, m, layers, kind):
     """Two matrices and two biases a place, at one or two places of every layer."""
-    if kind not in ("houlsby", "pfeiffer", "parallel"):
-        raise ValueError(f"kind={kind!r} is none of houlsby, pfeiffer, parallel")
     with torch.device("meta"):
         one = nn.Sequential(nn.Linear(d, m), nn.Linear(m, d))
     sites = [one] * (2 * layers if kind == "houlsby" else layers)
@@ -84,20 +76,6 @@ def _beside(shape, m, scale, dtype=torch.float32):
     return [*(t.to(dtype) for t in args), scale]
 
 
-def _parallel(
-    reads=lambda x, y: x,
-    f=torch.relu,
-    inner=lambda down: down,
-    end=lambda x, y, a, s, bias: y + s * (a + bias),
-    b_down=lambda b: b,
-):
-    def parallel_adapter(x, sublayer_output, w_down, b_down_, w_up, b_up, scale):
-        low = f(inner(F.linear(reads(x, sublayer_output), w_down, b_down(b_down_))))
-        return end(x, sublayer_output, F.linear(low, w_up), scale, b_up)
-
-    return parallel_adapter
-
-
 @check_for(
     cases=[
         Case(lambda: _beside((2, 5, 24), 7, 4.0)),
@@ -108,48 +86,43 @@ def _parallel(
     ],
     returns="h",
     gradients=("x", "sublayer_output", "w_down", "b_down", "w_up", "b_up"),
-    causes={
-        "x is added too: that is the block's own residual, which comes later": _parallel(
-            end=lambda x, y, a, s, b: y + x + s * (a + b)
-        ),
-        "x is added in the place of the sublayer's output": _parallel(
-            end=lambda x, y, a, s, b: x + s * (a + b)
-        ),
-        (
-            "the adapter reads the sublayer's output: that is a sequential one; a parallel one "
-            "reads x"
-        ): _parallel(reads=lambda x, y: y),
-        "the adapter reads the sum x + sublayer_output": _parallel(reads=lambda x, y: x + y),
-        "the scale is left out": _parallel(end=lambda x, y, a, s, b: y + a + b),
-        "the scale multiplies the sublayer's output as well": _parallel(
-            end=lambda x, y, a, s, b: s * (y + a + b)
-        ),
-        "the scale does not reach b_up": _parallel(end=lambda x, y, a, s, b: y + s * a + b),
-        "the scale divides": _parallel(end=lambda x, y, a, s, b: y + (a + b) / s),
-        "the sublayer's output is missing: the adapter stands beside it, not for it": _parallel(
-            end=lambda x, y, a, s, b: s * (a + b)
-        ),
-        "the adapter's output is taken away: add it": _parallel(
-            end=lambda x, y, a, s, b: y - s * (a + b)
-        ),
-        "b_up is missing": _parallel(end=lambda x, y, a, s, b: y + s * a),
-        "b_down is missing": _parallel(b_down=lambda b: None),
-        "both biases are missing": _parallel(
-            b_down=lambda b: None, end=lambda x, y, a, s, b: y + s * a
-        ),
-        "the ReLU between the matrices is missing": _parallel(f=lambda t: t),
-        "a GELU stands in the place of the ReLU": _parallel(f=F.gelu),
-        "a SiLU stands in the place of the ReLU": _parallel(f=F.silu),
-        "the ReLU comes after the second matrix: it stands between the two": _parallel(
-            f=lambda t: t, end=lambda x, y, a, s, b: y + s * torch.relu(a + b)
-        ),
-        "a second ReLU comes after the second matrix": _parallel(
-            end=lambda x, y, a, s, b: y + s * torch.relu(a + b)
-        ),
-        "the ReLU comes before the first matrix": _parallel(
-            f=lambda t: t, reads=lambda x, y: x.relu()
-        ),
-    },
+    causes=mistakes(
+        """
+        def parallel_adapter(x, sublayer_output, w_down, b_down, w_up, b_up, scale):
+            low = torch.relu(x @ w_down.T + b_down)
+            up = low @ w_up.T + b_up
+            return sublayer_output + scale * up
+        """,
+        """
+        x is added too: that is the block's own residual, which comes later
+            return → return x +
+        x is added in the place of the sublayer's output
+            return sublayer_output → return x
+        the adapter reads the sublayer's output: that is a sequential one; a parallel one
+        reads x
+            x @ → sublayer_output @
+        the scale is left out
+            scale * → ∅
+        the scale multiplies the sublayer's output as well
+            sublayer_output + scale * up → scale * (sublayer_output + up)
+        the scale does not reach b_up
+            low @ → scale * low @
+            scale * up → up
+        the sublayer's output is missing: the adapter adds to it and does not replace it
+            sublayer_output + → ∅
+        b_up is missing
+            + b_up → ∅
+        b_down is missing
+            + b_down → ∅
+        the ReLU between the matrices is missing
+            torch.relu( → (
+        a GELU takes the place of the ReLU
+            torch.relu( → F.gelu(
+        the ReLU comes after the second matrix: apply it between the two
+            torch.relu( → (
+            scale * up → scale * up.relu()
+        """,
+    ),
 )
 def parallel_adapter(x, sublayer_output, w_down, b_down, w_up, b_up, scale):
     """The sublayer's output and, scaled, what the adapter makes of x."""
@@ -186,22 +159,6 @@ def _near(shape, m, std, dropout=0.0, training=False, dtype=torch.float32, ident
     return [adapter, (torch.randn(shape) * rows.view(*shape[:-1], 1)).to(dtype)]
 
 
-def _gap(of, training=None):
-    def identity_gap(adapter, h):
-        mode = adapter.training
-        adapter.train(mode if training else False)
-        with torch.no_grad():
-            value = of(adapter(h).double(), h.double())
-        adapter.train(mode)
-        return float(value)
-
-    return identity_gap
-
-
-def _spectral(x):
-    return torch.linalg.matrix_norm(x.flatten(0, -2), 2)
-
-
 @check_for(
     cases=[
         Case(lambda: _near((2, 5, 24), 6, 0.3)),
@@ -213,55 +170,42 @@ def _spectral(x):
         Case(lambda: _near((4, 3, 18), 6, 0.5, dtype=torch.float64)),
     ],
     returns="the gap",
+    changes=("adapter",),  # its mode
     tolerance=1e-4,
-    causes={
-        "the change is not divided by the size of h": _gap(lambda a, h: (a - h).norm()),
-        "the change is divided by the size of the adapter's output: divide by that of h": _gap(
-            lambda a, h: (a - h).norm() / a.norm()
-        ),
-        "h is not taken away: this is the size of the output, not of the change": _gap(
-            lambda a, h: a.norm() / h.norm()
-        ),
-        "the sizes are compared, not the vectors: take the size of the difference": _gap(
-            lambda a, h: (a.norm() - h.norm()).abs() / h.norm()
-        ),
-        "the sizes are compared, not the vectors, and with a sign": _gap(
-            lambda a, h: (a.norm() - h.norm()) / h.norm()
-        ),
-        "both sizes are squared: the root is missing": _gap(
-            lambda a, h: (a - h).pow(2).sum() / h.pow(2).sum()
-        ),
-        "the ratio is taken of each vector and then averaged: take one ratio of all of h": _gap(
-            lambda a, h: ((a - h).norm(dim=-1) / h.norm(dim=-1)).mean()
-        ),
-        "the ratio is taken of each entry and then averaged: a small entry outweighs all": _gap(
-            lambda a, h: ((a - h) / h).abs().mean()
-        ),
-        "the sizes of the vectors are averaged: take one size of all entries together": _gap(
-            lambda a, h: (a - h).norm(dim=-1).mean() / h.norm(dim=-1).mean()
-        ),
-        "linalg.norm(…, 2) of a matrix is its largest singular value: take all entries": _gap(
-            lambda a, h: _spectral(a - h) / _spectral(h)
-        ),
-        "the largest entries are compared: take the Euclidean sizes": _gap(
-            lambda a, h: (a - h).abs().max() / h.abs().max()
-        ),
-        "absolute values are summed: take the Euclidean sizes": _gap(
-            lambda a, h: (a - h).abs().sum() / h.abs().sum()
-        ),
-        "this is the mean squared change": _gap(lambda a, h: (a - h).pow(2).mean()),
-        "this is the largest change of an entry": _gap(lambda a, h: (a - h).abs().max()),
-        "this is a percentage: 1 % is 0.01": _gap(lambda a, h: 100 * (a - h).norm() / h.norm()),
-        "the angle is measured, not the change": _gap(
-            lambda a, h: 1 - F.cosine_similarity(a.flatten(), h.flatten(), dim=0)
-        ),
-        "dropout is on: measure in eval mode, and put the mode back afterwards": _gap(
-            lambda a, h: (a - h).norm() / h.norm(), training=True
-        ),
-        "h is taken away from a(h) once more: `adapter` has the residual in it": _gap(
-            lambda a, h: (a - 2 * h).norm() / h.norm()
-        ),
-    },
+    causes=mistakes(
+        """
+        def identity_gap(adapter, h):
+            adapter.eval()
+            with torch.no_grad():
+                out = adapter(h)
+            return float((out - h).norm() / h.norm())
+        """,
+        """
+        the change is not divided by the size of h
+            / h.norm() → ∅
+        the change is divided by the size of the adapter's output: divide by that of h
+            / h.norm() → / out.norm()
+        h is not taken away: this is the size of the output, not of the change
+            out - h → out
+        the sizes are compared, not the vectors: take the size of the difference
+            (out - h).norm() → (out.norm() - h.norm()).abs()
+        both sizes are squared: the root is missing
+            (out - h).norm() / h.norm() → (out - h).norm() ** 2 / h.norm() ** 2
+        the ratio is taken of each vector and then averaged: take one ratio of all of h
+            (out - h).norm() / h.norm() → ((out - h).norm(dim=-1) / h.norm(dim=-1)).mean()
+        the sizes of the vectors are averaged: take one size of all entries together
+            (out - h).norm() / h.norm() → (out - h).norm(dim=-1).mean() / h.norm(dim=-1).mean()
+        linalg.norm(…, 2) of a matrix is its largest singular value: take all entries
+            (out - h).norm() → torch.linalg.norm((out - h).flatten(0, -2), 2)
+            h.norm() → torch.linalg.norm(h.flatten(0, -2), 2)
+        this is the mean squared change
+            (out - h).norm() / h.norm() → F.mse_loss(out, h)
+        dropout is on: measure in eval mode
+            adapter.eval() → ∅
+        h is taken away from a(h) once more: `adapter` has the residual in it
+            out - h → out - 2 * h
+        """,
+    ),
 )
 def identity_gap(adapter, h):
     """How large the change is beside what is changed."""
@@ -274,36 +218,16 @@ def identity_gap(adapter, h):
 # ------------------------------------------------------------------ fold_linear_adapter
 
 
-def _foldable(d, in_, m, bias=True, dtype=torch.float32):
+def _foldable(d, in_, m, dtype=torch.float32):
     args = [
         torch.randn(m, d) / math.sqrt(d),
         torch.randn(m),
         torch.randn(d, m) / math.sqrt(m),
         torch.randn(d),
         torch.randn(d, in_) / math.sqrt(in_),
-        torch.randn(d) if bias else None,
+        torch.randn(d),
     ]
-    return [None if t is None else t.to(dtype) for t in args]
-
-
-def _zeros(weight, bias):
-    return weight.new_zeros(len(weight)) if bias is None else bias
-
-
-def _folded(
-    weight=lambda W, U, D: W + U @ (D @ W),
-    bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b + b_down) + b_up,
-):
-    def fold_linear_adapter(w_down, b_down, w_up, b_up, weight_, bias_):
-        b = _zeros(weight_, bias_)
-        return weight(weight_, w_up, w_down), bias(b, w_up, w_down, b_down, b_up)
-
-    return fold_linear_adapter
-
-
-def _none(w_down, b_down, w_up, b_up, weight, bias):
-    W, b = _folded()(w_down, b_down, w_up, b_up, weight, bias)
-    return W, None if bias is None else b
+    return [t.to(dtype) for t in args]
 
 
 @check_for(
@@ -312,55 +236,52 @@ def _none(w_down, b_down, w_up, b_up, weight, bias):
         Case(lambda: _foldable(16, 16, 4), note="a square weight"),
         Case(lambda: _foldable(12, 20, 5)),
         Case(lambda: _foldable(20, 12, 3)),
-        Case(lambda: _foldable(14, 18, 6, bias=False), note="a layer without a bias"),
         Case(lambda: _foldable(10, 33, 4, dtype=torch.float64)),
         Case(lambda: _foldable(8, 11, 8), note="m = d"),
     ],
     returns=("weight", "bias"),
-    causes={
-        "the residual is missing: the layer's own output goes on beside the adapter's": _folded(
-            lambda W, U, D: U @ D @ W,
-            lambda b, U, D, b_down, b_up: U @ (D @ b + b_down) + b_up,
-        ),
-        "the residual is missing in the weight": _folded(lambda W, U, D: U @ D @ W),
-        "the residual is missing in the bias: b goes on beside the adapter too": _folded(
-            bias=lambda b, U, D, b_down, b_up: U @ (D @ b + b_down) + b_up
-        ),
-        "the weight is not changed": _folded(lambda W, U, D: W.clone()),
-        "the weight counts twice": _folded(lambda W, U, D: 2 * W + U @ D @ W),
-        "the adapter reads the layer's input x, not its output: multiply by the weight": _folded(
-            lambda W, U, D: W + U @ D
-        ),
-        (
-            "the products are in the wrong order: the layer comes first, so its weight stands on "
-            "the right"
-        ): _folded(lambda W, U, D: W + W @ U @ D),
-        "the adapter's matrices are transposed: W_up is (d, m) and W_down (m, d) already": _folded(
-            lambda W, U, D: W + (U @ D).T @ W
-        ),
-        "the bias is not changed": _folded(bias=lambda b, U, D, b_down, b_up: b.clone()),
-        "b is missing in what the adapter reads: it reads xWᵀ + b": _folded(
-            bias=lambda b, U, D, b_down, b_up: b + U @ b_down + b_up
-        ),
-        "b_down is missing: W_up carries it into the new bias": _folded(
-            bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b) + b_up
-        ),
-        "b_up is missing": _folded(bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b + b_down)),
-        "only b_up is added to the bias: W_up (W_down b + b_down) belongs there too": _folded(
-            bias=lambda b, U, D, b_down, b_up: b + b_up
-        ),
-        "both biases of the adapter are missing": _folded(
-            bias=lambda b, U, D, b_down, b_up: b + U @ (D @ b)
-        ),
-        "a layer without a bias gets one: the adapter has biases of its own": _none,
-        "the order is turned: return the weight first": lambda *args: _folded()(*args)[::-1],
-    },
+    causes=mistakes(
+        """
+        def fold_linear_adapter(w_down, b_down, w_up, b_up, weight, bias):
+            W = weight + w_up @ w_down @ weight
+            b = bias + w_up @ (w_down @ bias + b_down) + b_up
+            return W, b
+        """,
+        """
+        the residual is missing: the layer's own output goes on beside the adapter's
+            weight + → ∅
+            bias + w_up → w_up
+        the residual is missing in the weight
+            weight + → ∅
+        the residual is missing in the bias: b goes on beside the adapter too
+            bias + w_up → w_up
+        the adapter reads the layer's input x, not its output: multiply by the weight
+            w_up @ w_down @ weight → w_up @ w_down
+        the products are in the wrong order: the layer comes first, so its weight stands on
+        the right
+            w_up @ w_down @ weight → weight @ w_up @ w_down
+        the adapter's matrices are transposed: W_up is (d, m) and W_down (m, d) already
+            w_up @ w_down @ weight → w_down.T @ w_up.T @ weight
+        the bias is not changed
+            + w_up @ (w_down @ bias + b_down) + b_up → ∅
+        b is missing in what the adapter reads: it reads xWᵀ + b
+            (w_down @ bias + b_down) → b_down
+        b_down is missing: W_up carries it into the new bias
+            + b_down → ∅
+        b_up is missing
+            + b_up → ∅
+        only b_up is added to the bias: W_up (W_down b + b_down) belongs there too
+            + w_up @ (w_down @ bias + b_down) → ∅
+        the order is turned: return the weight first
+            return W, b → return b, W
+        """,
+    ),
 )
 def fold_linear_adapter(w_down, b_down, w_up, b_up, weight, bias):
     """One layer that does what the layer and the adapter after it do."""
 
     def both(x):
-        y = F.linear(x, weight.double(), None if bias is None else bias.double())
+        y = F.linear(x, weight.double(), bias.double())
         low = F.linear(y, w_down.double(), b_down.double())
         return y + F.linear(low, w_up.double(), b_up.double())
 
@@ -393,8 +314,9 @@ def _block(d, d_ff, frozen=False):
     return block.requires_grad_(not frozen)
 
 
-_TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS = (
-    "the list of shapes that train",
+_HOLDS, _TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS = (
+    "the list of shapes of the block's parameters",
+    "the list of shapes of the trainable parameters",
     "the block's output right after the insertion (that of the base)",
     "the block's output once the adapters are trained",
     "the base's own weights, sorted",
@@ -402,12 +324,17 @@ _TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS = (
 )
 
 
+def _counted(shapes):
+    return sorted(f"{n} × {shape}" for shape, n in shapes.items())
+
+
 def _inserted(layer):
     """What trains in a block, and what it computes before and after its adapters have values."""
-    seen = dict.fromkeys((_TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS))
+    seen = dict.fromkeys((_HOLDS, _TRAINS, _FIRST, _OUTPUT, _BASE, _GRADIENTS))
     trained = [p for p in layer.parameters() if p.requires_grad]
     shapes = Counter(tuple(p.shape) for p in trained)
-    seen[_TRAINS] = sorted(f"{n} × {shape}" for shape, n in shapes.items())
+    seen[_HOLDS] = _counted(Counter(tuple(p.shape) for p in layer.parameters()))
+    seen[_TRAINS] = _counted(shapes)
     d = layer.attention.self.query.in_features
     torch.random.default_generator.manual_seed(0)
     x = torch.randn(2, 6, d)
@@ -451,90 +378,8 @@ def _outputs(layer):
     return [layer.attention.output, layer.output]
 
 
-def _insert(
-    add,
-    freeze="before",
-    where=_outputs,
-    width=lambda m, d: m,
-    also=lambda layer: None,
-):
-    """A wrong insert_adapters; `add(output, adapter)` hooks one adapter in."""
-
-    def insert_adapters(layer, width_):
-        if freeze == "before":
-            layer.requires_grad_(False)
-        kept = []
-        for output in where(layer):
-            d = output.dense.out_features
-            output.adapter = _Bare(d, width(width_, d))
-            kept.append(output.adapter)
-        for output in where(layer):
-            add(output, kept)
-        if freeze == "after":
-            layer.requires_grad_(False)
-        also(layer)
-        return layer
-
-    return insert_adapters
-
-
-def _after_dense(change):
-    def add(output, kept):
-        output.dense.register_forward_hook(lambda module, args, h: change(h, output.adapter(h)))
-
-    return add
-
-
-_right_place = _after_dense(lambda h, a: h + a)
-
-
-def _after_norm(factor):
-    def add(output, kept):
-        output.register_forward_hook(lambda module, args, y: factor * y + output.adapter(y))
-
-    return add
-
-
-def _before_norm(output, kept):
-    output.LayerNorm.register_forward_pre_hook(
-        lambda module, args: (args[0] + output.adapter(args[0]),)
-    )
-
-
-def _reads(what):
-    def add(output, kept):
-        def replaced(z, x):
-            h = output.dense(z)
-            t = x if what == "x" else output.LayerNorm(h + x)
-            return output.LayerNorm(h + output.adapter(t) + x)
-
-        output.forward = replaced
-
-    return add
-
-
-def _last(output, kept):
-    output.dense.register_forward_hook(lambda module, args, h: h + kept[-1](h))
-
-
-def _second_only(output, kept):
-    if output.adapter is kept[1]:
-        _right_place(output, kept)
-
-
-def _weights_only(layer):
-    for output in _outputs(layer):
-        output.adapter.down.bias.requires_grad_(False)
-        output.adapter.up.bias.requires_grad_(False)
-
-
-def _norms_too(layer):
-    for output in _outputs(layer):
-        output.LayerNorm.requires_grad_(True)
-
-
 _TWICE = "the residual is added twice: an Adapter returns h + a(h), add no h to it"
-_AFTER = "the adapter stands after the layer norm: it belongs right behind the dense layer"
+_AFTER = "the adapter comes after the layer norm: place it right after the dense layer"
 
 
 @check_for(
@@ -547,37 +392,51 @@ _AFTER = "the adapter stands after the layer norm: it belongs right behind the d
     view=_inserted,
     staged=True,
     changes=("layer",),
-    causes={
-        (
-            "the adapters are frozen with the base: freeze first, or freeze only what was there"
-        ): _insert(_right_place, freeze="after"),
-        "the base is not frozen: only the adapters may train": _insert(_right_place, freeze=""),
-        "there is one adapter: each of the two places of a block has its own": _insert(
-            _right_place, where=lambda layer: [layer.attention.output]
-        ),
-        "width is taken for a reduction factor: it is m itself": _insert(
-            _right_place, width=lambda m, d: d // m
-        ),
-        "the biases of the adapters do not train": _insert(_right_place, also=_weights_only),
-        "the layer norms train too: here only the adapters may": _insert(
-            _right_place, also=_norms_too
-        ),
-        _TWICE: _insert(_after_dense(lambda h, a: 2 * h + a)),
-        f"{_TWICE}; and {_AFTER}": _insert(_after_norm(2)),
-        "h is lost: the adapter's output comes in its place, and not on top of it": _insert(
-            _after_dense(lambda h, a: a)
-        ),
-        _AFTER: _insert(_after_norm(1)),
-        "the adapter reads the sum x + h: Houlsby's reads h alone": _insert(_before_norm),
-        "the adapter reads x, as a parallel one: Houlsby's reads h": _insert(_reads("x")),
-        "the adapter reads LN(x + h), as Pfeiffer's: Houlsby's reads h": _insert(_reads("norm")),
-        (
-            "both places use the adapter that was made last: a function made in a loop looks up "
-            "its names when it is called"
-        ): _insert(_last),
-        "the adapters are made but nothing calls them": _insert(lambda output, kept: None),
-        "the attention's adapter is made but nothing calls it": _insert(_second_only),
-    },
+    causes=mistakes(
+        """
+        def insert_adapters(layer, width):
+            layer.requires_grad_(False)
+            for output in (layer.attention.output, layer.output):
+                output.adapter = a = Adapter(output.dense.out_features, width)
+                output.dense.register_forward_hook(lambda module, args, h, a=a: a(h))
+            return layer
+        """,
+        f"""
+        the adapters are frozen with the base: freeze first, or freeze only what was there
+            return layer → return layer.requires_grad_(False)
+        the block does not hold the adapters: make each an attribute of one of its modules
+            output.adapter = a = → a =
+        the base is not frozen: only the adapters may train
+            layer.requires_grad_(False) → ∅
+        there is one adapter: each of the two sublayers has its own
+            (layer.attention.output, layer.output) → [layer.attention.output]
+        width is taken for a reduction factor: it is m itself
+            out_features, width → out_features, output.dense.out_features // width
+        the layer norms train too: here only the adapters may
+            a=a: a(h)) → a=a: a(h)); output.LayerNorm.requires_grad_()
+        {_TWICE}
+            a=a: a(h) → a=a: h + a(h)
+        {_TWICE}; and {_AFTER}
+            output.dense.register → output.register
+            a=a: a(h) → a=a: h + a(h)
+        h is lost: the adapter's output comes in its place, and not on top of it
+            a=a: a(h) → a=a: a.adapter(h)
+        {_AFTER}
+            output.dense.register → output.register
+        the adapter reads the sum x + h: Houlsby's reads h alone
+            output.dense.register_forward_hook → output.LayerNorm.register_forward_pre_hook
+            args, h, a=a: a(h) → args, a=a: a(*args)
+        the adapter reads LN(x + h), as Pfeiffer's: Houlsby's reads h
+            output.dense.register_forward_hook → output.LayerNorm.register_forward_pre_hook
+            module, args, h, a=a: a(h) → norm, s, a=a: s[0] + a.adapter(norm.forward(s[0]))
+        both places use the adapter that was made last: a function made in a loop looks up
+        its names when it is called
+            args, h, a=a: → args, h:
+        the adapters are made but nothing calls them
+            a=a: a(h) → a=a: h
+        """,
+        Adapter=Adapter,
+    ),
 )
 def insert_adapters(layer, width):
     """Houlsby's adapters at both places, the base at step 0, and only they train."""
