@@ -64,8 +64,8 @@ def as_layers(x, w_q, prefix_k, prefix_v):
 def mixed(h, delta, scale, gate):
     """Right, for the answers that go wrong elsewhere."""
     if gate is None:
-        return (h + scale * delta).to(h.dtype)
-    return ((1 - gate) * h + gate * scale * delta).to(h.dtype)
+        return h + scale * delta
+    return (1 - gate) * h + gate * scale * delta
 
 
 @wrong("compose", "Boolean value of Tensor")
@@ -79,7 +79,7 @@ def truth_of_a_tensor(h, delta, scale, gate=None):
 def by_lerp(h, delta, scale, gate=None):
     if gate is None:
         return mixed(h, delta, scale, gate)
-    return (h + gate * scale * (delta - h)).to(h.dtype)
+    return h + gate * scale * (delta - h)
 
 
 @wrong("compose", "no gradient reaches gate")
@@ -90,8 +90,7 @@ def a_number_of_the_gate(h, delta, scale, gate=None):
 @right("compose")
 def towards_the_change(h, delta, scale, gate=None):
     change = scale * delta
-    new = h + change if gate is None else h + gate * (change - h)
-    return new.to(h.dtype)
+    return h + change if gate is None else h + gate * (change - h)
 
 
 @right("compose")
