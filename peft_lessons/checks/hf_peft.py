@@ -27,6 +27,7 @@ from transformers import (
 
 from .compare import difference, kind, number, state
 from .kit import Case, Check, Refused, Tried, Verdict, refused, summary
+from .mistakes import mistakes
 
 
 class _Quiet(Check):
@@ -579,82 +580,6 @@ def _besides(model: nn.Module) -> dict[str, Any]:
     return {"the active adapter": model.active_adapters, **rates, **settings}
 
 
-def _alone(model: nn.Module, inputs: dict[str, torch.Tensor], name: str | None) -> torch.Tensor:
-    """The whole batch by one adapter alone."""
-    with torch.no_grad():
-        if name is None:
-            with model.disable_adapter():
-                return model(**inputs).logits
-        model.set_adapter(name)
-        return model(**inputs).logits
-
-
-def _served(
-    named: Callable = lambda names: names,
-    base: Callable = lambda model, inputs: _alone(model, inputs, None),
-    inputs: Callable = lambda inputs: inputs,
-    order: Callable = lambda rows, names: rows,
-    mode: Callable = lambda model: model.eval(),
-):
-    """A wrong mixed_batch by what it does with names, rows without one, inputs and mode."""
-
-    def mixed_batch(model, inputs_, adapters):
-        model = copy.deepcopy(model)  # what is left behind is another fault
-        mode(model)
-        given, was = inputs(inputs_), model.active_adapter
-        rows = []
-        for i, name in enumerate(named(list(adapters))):
-            if name is None:
-                model.set_adapter(was)
-                rows.append(base(model, given)[i])
-            else:
-                rows.append(_alone(model, given, name)[i])
-        return torch.stack(order(rows, adapters))
-
-    return mixed_batch
-
-
-@torch.no_grad()
-def _all_by_the_active(model, inputs, adapters):
-    return model.eval()(**inputs).logits
-
-
-@torch.no_grad()
-def _passed_on(model, inputs, adapters):
-    names = ["__base__" if name is None else name for name in adapters]
-    return model.eval()(**inputs, adapter_names=names).logits
-
-
-@torch.no_grad()
-def _plainly(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(**inputs).logits
-
-
-def _filled(names):
-    """A row without a name gets that of the row before."""
-    for i, name in enumerate(names):
-        names[i] = name or (names[i - 1] if i else None)
-    return names
-
-
-def _grouped(rows, names):
-    return [
-        row
-        for wanted in dict.fromkeys(names)
-        for row, n in zip(rows, names, strict=True)
-        if n == wanted
-    ]
-
-
-def _sorted(rows, names):
-    order = sorted(range(len(rows)), key=lambda i: names[i] or "")
-    return [rows[i] for i in order]
-
-
-def _only(*keys: str) -> Callable:
-    return lambda inputs: {k: v for k, v in inputs.items() if k in keys}
-
-
 class _Served(_Quiet):
     """As `Check`, and the model must be as it was in what `state` does not tell, too."""
 
@@ -710,43 +635,72 @@ class _Served(_Quiet):
         ),
     ],
     returns="logits",
-    causes={
-        "every row is answered by the active adapter": _all_by_the_active,
-        "the rows are in the order of the groups: put each back to its place": _served(
-            order=_grouped
-        ),
-        "the rows are in the alphabetical order of their adapters": _served(order=_sorted),
-        "a row without an adapter is answered by the active one: disable_adapter() gives the "
-        "base": _served(base=_plainly),
-        "a row without an adapter is answered by the one before it: disable_adapter() gives the "
-        "base": _served(named=_filled, base=_plainly),
-        "a row without an adapter is left at 0: the base answers it": _served(
-            base=lambda model, inputs: torch.zeros_like(_plainly(model, inputs))
-        ),
-        "all adapters are the first row's": _served(named=lambda names: names[:1] * len(names)),
-        "the names are turned round": _served(named=lambda names: names[::-1]),
-        "attention_mask is not passed on": _served(
-            inputs=_only("input_ids", "token_type_ids", "position_ids")
-        ),
-        "input_ids alone is passed on: pass all of inputs": _served(inputs=_only("input_ids")),
-        "token_type_ids and position_ids are not passed on: pass all of inputs": _served(
-            inputs=_only("input_ids", "attention_mask")
-        ),
-        "position_ids is not passed on: pass all of inputs": _served(
-            inputs=_only("input_ids", "attention_mask", "token_type_ids")
-        ),
-        "it runs in train mode, with dropout": _served(mode=lambda model: None),
-        "these are probabilities: leave the softmax out": _served(
-            order=lambda rows, names: [row.softmax(-1) for row in rows]
-        ),
-        "adapter_names is known to LoRA alone: (IA)³ takes it without a word, and every row is "
-        "answered by the active adapter": _passed_on,
-    },
+    causes=mistakes(
+        """
+        def mixed_batch(model, inputs, adapters):
+            def answered(name):
+                if name is None:
+                    with model.disable_adapter():
+                        return model(**inputs).logits
+                model.set_adapter(name)
+                return model(**inputs).logits
+
+            if len(adapters) != len(inputs["input_ids"]):
+                raise ValueError("there must be a name, or None, for each row")
+            for name in {*adapters} - {None, *model.peft_config}:
+                raise ValueError(f"the model has no adapter {name!r}")
+            active, model = model.active_adapter, copy.deepcopy(model).eval()
+            with torch.no_grad():
+                rows = [answered(name)[i] for i, name in enumerate(adapters)]
+            return torch.stack(rows)
+        """,
+        """
+        every row is answered by the active adapter
+            answered(name)[i] → answered(active)[i]
+        the rows are in the order of the groups: put each back to its place
+            enumerate(adapters) →
+                sorted(enumerate(adapters), key=lambda row: adapters.index(row[1]))
+        the rows are in the alphabetical order of their adapters
+            enumerate(adapters) → sorted(enumerate(adapters), key=lambda row: row[1] or "")
+        a row without an adapter is answered by the active one: disable_adapter() gives the base
+            answered(name)[i] → answered(name or active)[i]
+        a row without an adapter is answered by the one before it: disable_adapter() gives the base
+            with model.disable_adapter(): → if True:
+        a row without an adapter is left at 0: the base answers it
+            answered(name)[i] → answered(name)[i] * (name is not None)
+        all adapters are the first row's
+            answered(name)[i] → answered(adapters[0])[i]
+        the names are turned round
+            enumerate(adapters) → enumerate(adapters[::-1])
+        attention_mask is not passed on
+            active, → inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}; active,
+        input_ids alone is passed on: pass all of inputs
+            active, → inputs = {"input_ids": inputs["input_ids"]}; active,
+        token_type_ids and position_ids are not passed on: pass all of inputs
+            active, → inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}; active,
+        position_ids is not passed on: pass all of inputs
+            active, → inputs = {k: v for k, v in inputs.items() if k != "position_ids"}; active,
+        it runs in train mode, with dropout
+            .eval() → ∅
+        these are probabilities: leave the softmax out
+            torch.stack(rows) → torch.stack(rows).softmax(-1)
+        adapter_names is known to LoRA alone: (IA)³ takes it without a word, and every row is
+        answered by the active adapter
+            [answered(name)[i] for i, name in enumerate(adapters)] →
+                model(**inputs, adapter_names=[name or "__base__" for name in adapters])[0].split(1)
+            torch.stack(rows) → torch.cat(rows)
+        """,
+        copy=copy,
+    ),
 )
 def mixed_batch(model, inputs, adapters):
     """Each row is what its adapter alone gives, and the model is left as it was."""
     model.eval()
-    whole = {name: _alone(model, inputs, name) for name in set(adapters)}
+    with torch.no_grad(), model.disable_adapter():
+        whole = {None: model(**inputs).logits}
+    for name in set(adapters) - {None}:
+        model.set_adapter(name)
+        whole[name] = model(**inputs).logits.detach()
     return torch.stack([whole[name][i] for i, name in enumerate(adapters)])
 
 
