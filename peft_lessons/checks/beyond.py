@@ -44,7 +44,7 @@ def rslora_scaling(alpha, rank):
 
 
 def _named(*rows):
-    """[(name, parameter)] of "name" or "name, frozen"; each is known by its tag."""
+    """Make [(name, parameter)] of "name" or "name, frozen"; each is known by its tag."""
     found = []
     for row in rows:
         name, _, frozen = row.partition(", ")
@@ -89,7 +89,7 @@ def _resting():
 
 
 def _by_group(groups):
-    """What the groups say: their rates, and the names of the very parameters that they hold."""
+    """Tell the learning rates of the groups, and the names of the very parameters they hold."""
     seen = {"the learning rates": [float(group["lr"]) for group in groups]}
     for which, group in zip(("first", "second"), groups, strict=False):
         tags = [getattr(p, "tag", "a copy of one") for p in group["params"]]

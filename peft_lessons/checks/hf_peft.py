@@ -552,7 +552,7 @@ def _resumed(function: Callable, base: nn.Module, folder: Path, data: Any, told:
 
 
 def _goes_on_from_the_file(function: Callable) -> str:
-    """A trial: without a batch, the model is what the file holds."""
+    """Try it without a batch: the model is what the file holds."""
     told = "Tried without a batch: data is an empty list."
     with tempfile.TemporaryDirectory() as folder:
         model = _resumed(function, _base(), Path(folder) / "adapter", [], told)
@@ -574,7 +574,7 @@ def _goes_on_from_the_file(function: Callable) -> str:
 
 
 def _trains_both(function: Callable) -> str:
-    """A trial: three batches change the adapter and the head, and nothing else."""
+    """Try it with three batches: they change the adapter and the head, and nothing else."""
     batches = [_batch("bert", seed=seed) for seed in (1, 2, 3)]
     base, dropouts = _base(), []
     base.dropout.register_forward_pre_hook(lambda layer, _: dropouts.append(layer.training))
@@ -619,17 +619,21 @@ def _moved_what_it_holds(model: nn.Module, batches: list) -> None:
     if not _apart(held, _trained(batches)):
         return
     causes = {
-        "only the first batch is used: return stands in the loop": lambda: _trained(batches[:1]),
-        "the gradients of earlier batches are still there: zero_grad() is missing": (
-            lambda: _trained(batches, clear=False)
+        "only the first batch is used: return stands in the loop": dict(batches=batches[:1]),
+        "the gradients of earlier batches are still there: zero_grad() is missing": dict(
+            clear=False
         ),
-        "lr is not used: the learning rate is another": lambda: _trained(batches, rate=1e-2),
-        "the learning rate is AdamW's default: pass lr on": lambda: _trained(batches, rate=1e-3),
-        "the optimiser is made anew for each batch: one remembers, made before the loop": (
-            lambda: _trained(batches, anew=True)
+        "lr is not used: the learning rate is another": dict(rate=1e-2),
+        "the learning rate is AdamW's default: pass lr on": dict(rate=1e-3),
+        "the optimiser is made anew for each batch: one remembers, made before the loop": dict(
+            anew=True
         ),
     }
-    told = (f"Likely cause: {c}." for c, values in causes.items() if not _apart(held, values()))
+    told = (
+        f"Likely cause: {sentence}."
+        for sentence, how in causes.items()
+        if not _apart(held, _trained(**{"batches": batches, **how}))
+    )
     raise Refused(
         f"three batches at lr={_RATE} give other values than AdamW's three steps",
         "Compared with torch.optim.AdamW over what trains, one step a batch, in the order given.",
