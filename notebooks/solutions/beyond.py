@@ -18,7 +18,7 @@ def loraplus_groups(
     others, ups = [], []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            (ups if "lora_B" in name.split(".") else others).append(parameter)
+            (ups if "lora_B" in name else others).append(parameter)
     return [{"params": others, "lr": lr}, {"params": ups, "lr": lr * ratio}]
 
 

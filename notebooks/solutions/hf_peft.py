@@ -28,8 +28,6 @@ def config_for(method: str, model: nn.Module) -> PeftConfig:
         "prefix": (PrefixTuningConfig, {"num_virtual_tokens": 8}),
         "prompt": (PromptTuningConfig, {"num_virtual_tokens": 8}),
     }
-    if method not in known:
-        raise ValueError(f"method={method!r} is unknown; there are {', '.join(known)}")
     config, settings = known[method]
     return config(task_type="CAUSAL_LM" if model.can_generate() else "SEQ_CLS", **settings)
 
@@ -38,32 +36,22 @@ def mixed_batch(
     model: PeftModel, inputs: dict[str, torch.Tensor], adapters: list[str | None]
 ) -> torch.Tensor:
     """The logits of a batch in which each row has its own adapter, or none."""
-    if {len(value) for value in inputs.values()} != {len(adapters)}:
-        raise ValueError(f"{len(adapters)} adapters: give as many as there are rows")
-    if unknown := set(adapters) - {None, *model.peft_config}:
-        raise ValueError(f"the model has no adapter called {unknown}")
-    active, modes = model.active_adapter, {m: m.training for m in model.modules()}
-    trains = {p: p.requires_grad for p in model.parameters()}
-    logits = {}
+    active, training = model.active_adapter, model.training
     model.eval()
-    try:
-        for name in set(adapters):
-            rows = [i for i, adapter in enumerate(adapters) if adapter == name]
-            part = {key: value[rows] for key, value in inputs.items()}
-            with torch.no_grad():
-                if name is None:
-                    with model.disable_adapter():
-                        answers = model(**part).logits
-                else:
-                    model.set_adapter(name)
+    logits = {}
+    for name in set(adapters):
+        rows = [i for i, adapter in enumerate(adapters) if adapter == name]
+        part = {key: value[rows] for key, value in inputs.items()}
+        with torch.no_grad():
+            if name is None:
+                with model.disable_adapter():
                     answers = model(**part).logits
-            logits |= dict(zip(rows, answers, strict=True))
-    finally:
-        model.set_adapter(active)
-        for p, trained in trains.items():                   # switching has woken adapters
-            p.requires_grad_(trained)
-        for module, training in modes.items():
-            module.training = training
+            else:
+                model.set_adapter(name)
+                answers = model(**part).logits
+        logits |= dict(zip(rows, answers, strict=True))
+    model.set_adapter(active)
+    model.train(training)
     return torch.stack([logits[i] for i in range(len(adapters))])
 
 

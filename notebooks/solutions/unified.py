@@ -20,10 +20,10 @@ def prefix_as_adapter(
 def compose(
     h: torch.Tensor, delta: torch.Tensor, scale: float, gate: float | torch.Tensor | None = None
 ) -> torch.Tensor:
-    """h + s · Δh, or with a gate (1 − λ) h + λ · s · Δh, in the dtype of h."""
+    """h + s · Δh, or with a gate (1 − λ) h + λ · s · Δh."""
     if gate is None:
-        return (h + scale * delta).to(h.dtype)                 # (..., T, d)
-    return ((1 - gate) * h + gate * scale * delta).to(h.dtype) # (..., T, d)
+        return h + scale * delta                               # (..., T, d)
+    return (1 - gate) * h + gate * scale * delta               # (..., T, d)
 
 
 @dataclass(frozen=True)

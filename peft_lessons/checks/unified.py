@@ -3,6 +3,7 @@
 import torch
 
 from .kit import Case, check_for
+from .mistakes import mistakes
 from .trials import Trials
 
 # ------------------------------------------------------------------ prefix_as_adapter
@@ -13,36 +14,6 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
     shapes = [(*batch, T, d), (d_h, d), (p, d_h), (p, d_h)]
     x, w_q, prefix_k, prefix_v = (torch.randn(shape) for shape in shapes)
     return [t.to(dtype) for t in (x, w_q, prefix_k + common, prefix_v)]
-
-
-def _adapter(
-    q=lambda x, w_q: x @ w_q.T,
-    root=lambda x, pk: pk.shape[-1] ** 0.5,
-    f=lambda s: s.softmax(-1),
-    up=lambda weights, pk, pv: weights @ pv,
-    after=lambda y, x, w_q, s: y,
-):
-    """prefix_as_adapter with its steps open to be done wrongly."""
-
-    def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
-        s = q(x, w_q) @ prefix_k.T / root(x, prefix_k)
-        return after(up(f(s), prefix_k, prefix_v), x, w_q, s)
-
-    return prefix_as_adapter
-
-
-def _swapped(x, w_q, prefix_k, prefix_v):
-    return _adapter()(x, w_q, prefix_v, prefix_k)
-
-
-def _causal(s):
-    T, p = s.shape[-2:]
-    return s.masked_fill(~torch.ones(T, p, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
-
-
-def _half_open(y, x, w_q, s):
-    """The gate that the prefix would have beside one key of score 0."""
-    return s.logsumexp(-1, keepdim=True).sigmoid() * y
 
 
 @check_for(
@@ -59,57 +30,42 @@ def _half_open(y, x, w_q, s):
     ],
     returns="Δh",
     gradients=("x", "w_q", "prefix_k", "prefix_v"),
-    causes={
-        "the scores are not divided by √d_h": _adapter(root=lambda x, pk: 1.0),
-        "the scores are divided by d_h: by its root": _adapter(root=lambda x, pk: pk.shape[-1]),
-        "the scores are divided by √d, the model's width: by that of the head, √d_h": _adapter(
-            root=lambda x, pk: x.shape[-1] ** 0.5
-        ),
-        "the scores are divided by √p: by that of the head's width, √d_h": _adapter(
-            root=lambda x, pk: len(pk) ** 0.5
-        ),
-        "the scores are multiplied by √d_h: divide": _adapter(
-            root=lambda x, pk: pk.shape[-1] ** -0.5
-        ),
-        "the softmax is taken over the tokens: over the p virtual ones": _adapter(
-            f=lambda s: s.softmax(-2)
-        ),
-        "the softmax is missing: this adapter's f is identity": _adapter(f=lambda s: s),
-        "f is ReLU here, as in an adapter: a prefix has softmax": _adapter(f=torch.relu),
-        "f is the sigmoid: the weights of softmax add up to 1": _adapter(f=torch.sigmoid),
-        (
-            "the exponentials are not divided by their sum: the weights of softmax add up to 1"
-        ): _adapter(f=torch.exp),
-        "the prefix's keys and values are swapped": _swapped,
-        "the prefix's keys are used as its values too": _adapter(
-            up=lambda weights, pk, pv: weights @ pk
-        ),
-        "w_q is (d_h, d) and must be transposed: x W_qᵀ": _adapter(
-            q=lambda x, w_q: x @ w_q if w_q.shape[0] == w_q.shape[1] else x @ w_q.T
-        ),
-        "w_q is left out: the queries are x W_qᵀ": _adapter(
-            q=lambda x, w_q: x if w_q.shape[0] == w_q.shape[1] else x @ w_q.T
-        ),
-        "a causal mask lies over the prefix: every token sees all of it": _adapter(f=_causal),
-        "these are the weights of the virtual tokens: times their values": _adapter(
-            up=lambda weights, pk, pv: weights
-        ),
-        "the values are averaged: weighted by how well query and key agree": _adapter(
-            f=lambda s: torch.full_like(s, 1 / s.shape[-1])
-        ),
-        (
-            "a gate is in it already: Δh alone is asked for, and λ belongs to how it is composed"
-        ): _adapter(after=_half_open),
-        "x is added: Δh is the change alone": _adapter(
-            after=lambda y, x, w_q, s: y + x if y.shape == x.shape else y
-        ),
-        "the queries are added: Δh is the change alone": _adapter(
-            after=lambda y, x, w_q, s: y + x @ w_q.T
-        ),
-        "it is divided by p: the weights of softmax add up to 1 already": _adapter(
-            after=lambda y, x, w_q, s: y / s.shape[-1]
-        ),
-    },
+    causes=mistakes(
+        """
+        def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
+            root = w_q.shape[0] ** 0.5
+            scores = x @ w_q.T @ prefix_k.T / root
+            weights = scores.softmax(-1)
+            return weights @ prefix_v
+        """,
+        """
+        the scores are not divided by √d_h
+            / root → ∅
+        the scores are divided by d_h: by its root
+            ** 0.5 → ∅
+        the scores are divided by √d, the model's width: by that of the head, √d_h
+            w_q.shape[0] → w_q.shape[1]
+        the softmax is taken over the tokens: over the p virtual ones
+            softmax(-1) → softmax(-2)
+        the softmax is missing: this adapter's f is identity
+            scores.softmax(-1) → scores
+        f is ReLU here, as in an adapter: a prefix has softmax
+            scores.softmax(-1) → scores.relu()
+        the prefix's keys and values are swapped
+            prefix_k.T → prefix_v.T
+            weights @ prefix_v → weights @ prefix_k
+        the prefix's keys are used as its values too
+            weights @ prefix_v → weights @ prefix_k
+        w_q is (d_h, d) and must be transposed: x W_qᵀ
+            w_q.T → (w_q if len(w_q) == w_q.shape[1] else w_q.T)
+        a causal mask lies over the prefix: every token sees all of it
+            scores.softmax → (scores + torch.full_like(scores, -torch.inf).triu(1)).softmax
+        these are the weights of the virtual tokens: times their values
+            weights @ prefix_v → weights
+        x is added: Δh is the change alone
+            @ prefix_v → @ prefix_v + (x if x.shape[-1] == len(w_q) else 0)
+        """,
+    ),
 )
 def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
     """A head's prefix is an adapter of width p with softmax for its f."""
@@ -124,34 +80,12 @@ def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
 # ------------------------------------------------------------------ compose
 
 
-def _states(*shape, scale, gate=None, dtype=torch.float32, delta_dtype=None):
+def _states(*shape, scale, gate=None, dtype=torch.float32):
     """h and Δ, and a gate: None, a number, or (a shape to draw one from)."""
-    h, delta = torch.randn(shape).to(dtype), torch.randn(shape).to(delta_dtype or dtype)
+    h, delta = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     if isinstance(gate, tuple):
-        gate = torch.rand(gate).to(delta_dtype or dtype)
+        gate = torch.rand(gate).to(dtype)
     return [h, delta, scale, gate]
-
-
-def _composed(plain=lambda h, D, s: h + s * D, mixed=lambda h, D, s, g: (1 - g) * h + g * s * D):
-    """A wrong compose by what it does without a gate and with one."""
-
-    def compose(h, delta, scale, gate=None):
-        new = plain(h, delta, scale) if gate is None else mixed(h, delta, scale, gate)
-        return new.to(h.dtype)
-
-    return compose
-
-
-def _zero_is_none(h, delta, scale, gate=None):
-    zero = not isinstance(gate, torch.Tensor) and not gate
-    return _composed()(h, delta, scale, None if zero else gate)
-
-
-def _squeezed(h, delta, scale, gate=None):
-    """A gate a token, laid along the channels where these are as many as the tokens."""
-    if isinstance(gate, torch.Tensor) and gate.dim() and h.shape[-1] == h.shape[-2]:
-        gate = gate.mT
-    return _composed()(h, delta, scale, gate)
 
 
 @check_for(
@@ -166,75 +100,45 @@ def _squeezed(h, delta, scale, gate=None):
         Case(lambda: _states(2, 3, 4, 6, scale=1.5, gate=(2, 3, 4, 1)), note="heads"),
         Case(lambda: _states(4, 6, scale=-1.0, gate=()), note="the gate is a tensor of one number"),
         Case(lambda: _states(3, 4, 6, scale=2.0, gate=(3, 4, 1), dtype=torch.float64)),
-        Case(
-            lambda: _states(3, 6, 8, scale=2.0, dtype=torch.bfloat16, delta_dtype=torch.float32),
-            note="h in 16 bits, the change in float32",
-        ),
-        Case(
-            lambda: _states(
-                3,
-                6,
-                8,
-                scale=2.0,
-                gate=(3, 6, 1),
-                dtype=torch.bfloat16,
-                delta_dtype=torch.float32,
-            ),
-            note="h in 16 bits, change and gate in float32",
-        ),
     ],
     returns="the new h",
     gradients=("h", "delta", "gate"),
-    causes={
-        "the scale is left out": _composed(
-            lambda h, D, s: h + D, lambda h, D, s, g: (1 - g) * h + g * D
-        ),
-        "the scale is left out where there is no gate": _composed(plain=lambda h, D, s: h + D),
-        "the scale is left out where there is a gate": _composed(
-            mixed=lambda h, D, s, g: (1 - g) * h + g * D
-        ),
-        "h is scaled too: only the change is": _composed(
-            lambda h, D, s: s * (h + D), lambda h, D, s, g: s * ((1 - g) * h + g * D)
-        ),
-        "with a gate h is scaled too: only the change is": _composed(
-            mixed=lambda h, D, s, g: s * ((1 - g) * h + g * D)
-        ),
-        "the scale is divided by: multiply": _composed(
-            lambda h, D, s: h + D / s, lambda h, D, s, g: (1 - g) * h + g * D / s
-        ),
-        "h is lost where there is no gate": _composed(plain=lambda h, D, s: s * D),
-        "the change is subtracted": _composed(
-            lambda h, D, s: h - s * D, lambda h, D, s, g: (1 - g) * h - g * s * D
-        ),
-        "the gate is not used": _composed(mixed=lambda h, D, s, g: h + s * D),
-        "with a gate h goes on whole: it fades as the change comes in, (1 − λ) h": _composed(
-            mixed=lambda h, D, s, g: h + g * s * D
-        ),
-        "the gate fades the sum of both: h alone fades, and the change comes in by λ": _composed(
-            mixed=lambda h, D, s, g: (1 - g) * (h + s * D)
-        ),
-        "the gate is turned round: λ is the share of the change": _composed(
-            mixed=lambda h, D, s, g: g * h + (1 - g) * s * D
-        ),
-        "the gate fades h alone: the change is multiplied by λ": _composed(
-            mixed=lambda h, D, s, g: (1 - g) * h + s * D
-        ),
-        "the gate is scaled with the change, so h fades by 1 − λ s: by 1 − λ": _composed(
-            mixed=lambda h, D, s, g: (1 - g * s) * h + g * s * D
-        ),
-        "a sigmoid is taken of the gate: it is the share λ itself": _composed(
-            mixed=lambda h, D, s, g: _composed()(h, D, s, torch.as_tensor(g).sigmoid())
-        ),
-        "a gate of 0 is taken for none: ask `gate is None`": _zero_is_none,
-        (
-            "the gate is laid along the channels: its last dimension is 1, one number a token"
-        ): _squeezed,
-        "the gates are averaged: each token has its own": _composed(
-            mixed=lambda h, D, s, g: _composed()(
-                h, D, s, g.mean() if isinstance(g, torch.Tensor) else g
-            )
-        ),
-    },
+    causes=mistakes(
+        """
+        def compose(h, delta, scale, gate=None):
+            change = scale * delta
+            if gate is None:
+                new = h + change
+            else:
+                new = (1 - gate) * h + gate * change
+            return new
+        """,
+        """
+        the scale is left out
+            scale * → ∅
+        the scale is left out where there is a gate
+            gate * change → gate * delta
+        h is scaled too: only the change is
+            scale * → ∅
+            return new → return (scale * new)
+        the gate is not used
+            (1 - gate) * h + gate * change → h + change
+        with a gate h goes on whole: it fades as the change comes in, (1 − λ) h
+            (1 - gate) * h → h
+        the gate fades the sum of both: h alone fades, and the change comes in by λ
+            * h + gate * change → * (h + change)
+        the gate is turned round: λ is the share of the change
+            (1 - gate) * h + gate * change → gate * h + (1 - gate) * change
+        the gate fades h alone: the change is multiplied by λ
+            gate * change → change
+        the gate is scaled with the change, so h fades by 1 − λ s: by 1 − λ
+            1 - gate → 1 - gate * scale
+        a gate of 0 is taken for none: ask `gate is None`
+            gate is None → gate is None or (isinstance(gate, float) and not gate)
+        the gate is laid along the channels: its last dimension is 1, one number a token
+            new = (1 → gate = gate.mT if h.shape[-1] == h.shape[-2] else gate; new = (1
+        """,
+    ),
 )
 def compose(h, delta, scale, gate=None):
     """What a change does to a hidden state, added or mixed in."""

@@ -21,73 +21,15 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ prefix_as_adapter
 
 
-def attended(x, w_q, prefix_k, prefix_v, root=None):
-    scores = F.linear(F.linear(x, w_q), prefix_k) / (root or len(w_q) ** 0.5)
-    return scores.softmax(-1) @ prefix_v
-
-
-@wrong("prefix_as_adapter", "the scores are not divided by √d_h")
-def unscaled(x, w_q, prefix_k, prefix_v):
-    return attended(x, w_q, prefix_k, prefix_v, 1.0)
-
-
-@wrong("prefix_as_adapter", "the scores are divided by d_h: by its root")
-def by_the_width(x, w_q, prefix_k, prefix_v):
-    return attended(x, w_q, prefix_k, prefix_v, len(w_q))
-
-
-@wrong("prefix_as_adapter", "√d, the model's width")
-def by_the_models_width(x, w_q, prefix_k, prefix_v):
-    return attended(x, w_q, prefix_k, prefix_v, math.sqrt(w_q.shape[1]))
-
-
-@wrong("prefix_as_adapter", "over the p virtual ones")
-def over_the_tokens(x, w_q, prefix_k, prefix_v):
-    scores = x @ w_q.T @ prefix_k.T / len(w_q) ** 0.5
-    return torch.softmax(scores, dim=-2) @ prefix_v
-
-
-@wrong("prefix_as_adapter", "the softmax is missing")
-def linear_attention(x, w_q, prefix_k, prefix_v):
-    return x @ (prefix_k @ w_q).T @ prefix_v / len(w_q) ** 0.5
-
-
 @wrong("prefix_as_adapter", "f is ReLU here")
 def an_adapter(x, w_q, prefix_k, prefix_v):
     w_down = prefix_k @ w_q / len(w_q) ** 0.5
     return F.relu(x @ w_down.T) @ prefix_v
 
 
-@wrong("prefix_as_adapter", "keys and values are swapped")
-def swapped(x, w_q, prefix_k, prefix_v):
-    return attended(x, w_q, prefix_v, prefix_k)
-
-
-@wrong("prefix_as_adapter", "the prefix's keys are used as its values too")
-def keys_twice(x, w_q, prefix_k, prefix_v):
-    return attended(x, w_q, prefix_k, prefix_k)
-
-
 @wrong("prefix_as_adapter", "your function raised RuntimeError")
 def not_transposed(x, w_q, prefix_k, prefix_v):
     return (x @ w_q @ prefix_k.T / len(w_q) ** 0.5).softmax(-1) @ prefix_v
-
-
-@wrong("prefix_as_adapter", "must be transposed: x W_qᵀ")
-def transposed_by_shape(x, w_q, prefix_k, prefix_v):
-    """Whatever order fits: for a square one that is the wrong one."""
-    q = x @ w_q if x.shape[-1] == w_q.shape[0] else x @ w_q.T
-    return (q @ prefix_k.T / prefix_k.shape[1] ** 0.5).softmax(-1) @ prefix_v
-
-
-@wrong("prefix_as_adapter", "these are the weights of the virtual tokens")
-def weights_alone(x, w_q, prefix_k, prefix_v):
-    return (x @ w_q.T @ prefix_k.T / len(w_q) ** 0.5).softmax(-1)
-
-
-@wrong("prefix_as_adapter", "the queries are added")
-def with_a_residual(x, w_q, prefix_k, prefix_v):
-    return x @ w_q.T + attended(x, w_q, prefix_k, prefix_v)
 
 
 @wrong("prefix_as_adapter", "Δh holds nan")
@@ -96,43 +38,16 @@ def overflowing(x, w_q, prefix_k, prefix_v):
     return weights / weights.sum(-1, keepdim=True) @ prefix_v
 
 
-@wrong("prefix_as_adapter", "a causal mask lies over the prefix")
-def causal(x, w_q, prefix_k, prefix_v):
-    return F.scaled_dot_product_attention(x @ w_q.T, prefix_k, prefix_v, is_causal=True)
-
-
-@wrong("prefix_as_adapter", "no gradient reaches prefix_k")
-def detached(x, w_q, prefix_k, prefix_v):
-    return attended(x, w_q, prefix_k.detach(), prefix_v)
-
-
 @wrong("prefix_as_adapter", "expected (3, 5, 6)")
 def without_a_batch(x, w_q, prefix_k, prefix_v):
-    return attended(x.reshape(-1, x.shape[-1]), w_q, prefix_k, prefix_v)
-
-
-@wrong("prefix_as_adapter", "the argument w_q was changed")
-def in_place(x, w_q, prefix_k, prefix_v):
-    w_q /= len(w_q) ** 0.5
-    return (x @ w_q.T @ prefix_k.T).softmax(-1) @ prefix_v
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ w_q.T @ prefix_k.T / len(w_q) ** 0.5).softmax(-1) @ prefix_v
 
 
 @right("prefix_as_adapter")
 def as_attention(x, w_q, prefix_k, prefix_v):
     keys, values = (t.expand(*x.shape[:-2], *t.shape) for t in (prefix_k, prefix_v))
     return F.scaled_dot_product_attention(x @ w_q.T, keys, values)
-
-
-@right("prefix_as_adapter")
-def by_einsum(x, w_q, prefix_k, prefix_v):
-    scores = torch.einsum("...td,hd,ph->...tp", x, w_q, prefix_k) * w_q.shape[0] ** -0.5
-    return torch.einsum("...tp,ph->...th", F.softmax(scores, dim=-1), prefix_v)
-
-
-@right("prefix_as_adapter")
-def with_two_roots(x, w_q, prefix_k, prefix_v):
-    root = len(w_q) ** 0.25
-    return ((x @ (w_q / root).T) @ (prefix_k / root).T).log_softmax(-1).exp() @ prefix_v
 
 
 @right("prefix_as_adapter")
@@ -149,60 +64,8 @@ def as_layers(x, w_q, prefix_k, prefix_v):
 def mixed(h, delta, scale, gate):
     """Right, for the answers that go wrong elsewhere."""
     if gate is None:
-        return (h + scale * delta).to(h.dtype)
-    return ((1 - gate) * h + gate * scale * delta).to(h.dtype)
-
-
-@wrong("compose", "the scale is left out")
-def no_scale(h, delta, scale, gate=None):
-    return mixed(h, delta, 1.0, gate)
-
-
-@wrong("compose", "the scale is left out where there is a gate")
-def scale_or_gate(h, delta, scale, gate=None):
-    return mixed(h, delta, scale if gate is None else 1.0, gate)
-
-
-@wrong("compose", "the gate is not used")
-def no_gate(h, delta, scale, gate=None):
-    return mixed(h, delta, scale, None)
-
-
-@wrong("compose", "with a gate h goes on whole")
-def whole(h, delta, scale, gate=None):
-    gate = 1 if gate is None else gate
-    return (h + gate * scale * delta).to(h.dtype)
-
-
-@wrong("compose", "the gate fades the sum of both")
-def sum_fades(h, delta, scale, gate=None):
-    return ((1 - (gate if gate is not None else 0)) * (h + scale * delta)).to(h.dtype)
-
-
-@wrong("compose", "the gate is turned round")
-def turned(h, delta, scale, gate=None):
-    if gate is None:
-        return mixed(h, delta, scale, gate)
-    return torch.lerp(scale * delta, h, torch.as_tensor(gate, dtype=h.dtype))
-
-
-@wrong("compose", "with a gate h is scaled too")
-def scaled_at_the_end(h, delta, scale, gate=None):
-    if gate is None:
-        return (h + scale * delta).to(h.dtype)
-    return (scale * (h + gate * (delta - h))).to(h.dtype)
-
-
-@wrong("compose", "h is scaled too: only the change is")
-def all_scaled(h, delta, scale, gate=None):
-    return (scale * mixed(h, delta, 1.0, gate)).to(h.dtype)
-
-
-@wrong("compose", "a gate of 0 is taken for none")
-def truthy(h, delta, scale, gate=None):
-    if isinstance(gate, torch.Tensor) or gate:
-        return mixed(h, delta, scale, gate)
-    return mixed(h, delta, scale, None)
+        return h + scale * delta
+    return (1 - gate) * h + gate * scale * delta
 
 
 @wrong("compose", "Boolean value of Tensor")
@@ -212,46 +75,11 @@ def truth_of_a_tensor(h, delta, scale, gate=None):
     return mixed(h, delta, scale, None)
 
 
-@wrong("compose", "one number a token")
-def along_the_channels(h, delta, scale, gate=None):
-    if isinstance(gate, torch.Tensor) and gate.dim() > 1 and gate.shape[-2] == h.shape[-1]:
-        gate = gate.squeeze(-1)[..., None, :]
-    return mixed(h, delta, scale, gate)
-
-
-@wrong("compose", "a sigmoid is taken of the gate")
-def a_logit(h, delta, scale, gate=None):
-    return mixed(h, delta, scale, None if gate is None else torch.as_tensor(gate).sigmoid())
-
-
 @wrong("compose", "the gate is scaled with the change")
 def by_lerp(h, delta, scale, gate=None):
     if gate is None:
         return mixed(h, delta, scale, gate)
-    return (h + gate * scale * (delta - h)).to(h.dtype)
-
-
-@wrong("compose", "the change is subtracted")
-def subtracted(h, delta, scale, gate=None):
-    return mixed(h, delta, -scale, gate)
-
-
-@wrong("compose", "the new h has dtype float32, expected bfloat16")
-def promoted(h, delta, scale, gate=None):
-    return h + scale * delta if gate is None else (1 - gate) * h + gate * scale * delta
-
-
-@wrong("compose", "the argument h was changed")
-def in_place_of_h(h, delta, scale, gate=None):
-    if gate is None:
-        h += scale * delta
-        return h
-    return mixed(h, delta, scale, gate)
-
-
-@wrong("compose", "the argument delta was changed")
-def in_place_of_delta(h, delta, scale, gate=None):
-    return mixed(h, delta.mul_(scale), 1.0, gate)
+    return h + gate * scale * (delta - h)
 
 
 @wrong("compose", "no gradient reaches gate")
@@ -262,14 +90,7 @@ def a_number_of_the_gate(h, delta, scale, gate=None):
 @right("compose")
 def towards_the_change(h, delta, scale, gate=None):
     change = scale * delta
-    new = h + change if gate is None else h + gate * (change - h)
-    return new.to(h.dtype)
-
-
-@right("compose")
-def with_parts(h, delta, scale, gate=None):
-    keep, take = (1.0, scale) if gate is None else (1 - gate, gate * scale)
-    return torch.add(keep * h, take * delta).type_as(h)
+    return h + change if gate is None else h + gate * (change - h)
 
 
 @right("compose")
