@@ -144,12 +144,17 @@ def roots_of_negatives(weight, vector):
     root = (vector - 1).sqrt()
     if len(weight) <= weight.shape[1]:
         return root[:, None] * weight, torch.diag(root)
-    return torch.eye(weight.shape[1], dtype=weight.dtype), (root * root)[:, None] * weight
+    return torch.eye(weight.shape[1]), (root * root)[:, None] * weight
 
 
 @wrong("ia3_as_lora", "A has shape (20, 12), expected (12, 12)")
 def always_rank_out(weight, vector):
     return weight.clone(), torch.diag(vector - 1)
+
+
+@wrong("ia3_as_lora", "the order is turned: return A first")
+def b_first(weight, vector):
+    return torch.diag(vector - 1), weight.clone()
 
 
 @wrong("ia3_as_lora", "A has shape (1, 20), expected (12, 20)")
@@ -168,7 +173,7 @@ def with_signs(weight, vector):
     change = vector - torch.ones_like(vector)
     root = change.abs() ** 0.5
     if len(weight) > weight.shape[1]:
-        return torch.eye(weight.shape[1]).to(weight), change.unsqueeze(1) * weight
+        return torch.eye(weight.shape[1]), change.unsqueeze(1) * weight
     return (root * change.sign())[:, None] * weight, torch.diag(root)
 
 
@@ -206,7 +211,7 @@ class Stub(ByHand):
             setattr(self, name, nn.Parameter(torch.zeros(q_proj.out_features)))
 
 
-@wrong("IA3Attention", "l_k right after construction has wrong values")
+@wrong("IA3Attention", "(that of the base) has wrong values")
 class Random(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__(q_proj, k_proj, v_proj, n_heads)
