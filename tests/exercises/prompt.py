@@ -57,11 +57,6 @@ def by_distance_of_directions(prompt, embeddings, k):
 # ------------------------------------------------------------------ init_from_text
 
 
-def refuse(ids):
-    if len(ids) == 0:
-        raise ValueError("ids is empty")
-
-
 @wrong("init_from_text", "the text is repeated too rarely")
 def rounded_down(ids, embeddings, p):
     ids = ids.repeat(p // len(ids)) if len(ids) < p else ids
@@ -75,21 +70,22 @@ def empty_is_zero(ids, embeddings, p):
     return embeddings[ids[torch.arange(p) % len(ids)]]
 
 
-@wrong("init_from_text", "where ValueError was due")
+@wrong("init_from_text", "raised ZeroDivisionError: division by zero, where ValueError was due")
 def empty_divides(ids, embeddings, p):
     return embeddings[ids.repeat(math.ceil(p / len(ids)))[:p]]
 
 
 @right("init_from_text")
 def by_cycle(ids, embeddings, p):
-    refuse(ids)
+    if not ids.tolist():
+        raise ValueError
     return torch.stack([embeddings[i] for i in itertools.islice(itertools.cycle(ids.tolist()), p)])
 
 
 @right("init_from_text")
 def by_embedding(ids, embeddings, p):
     if ids.numel() < 1:
-        raise ValueError("ids: no token")
+        raise ValueError("an empty text")
     while len(ids) < p:
         ids = torch.cat([ids, ids])
     return F.embedding(ids[:p], embeddings)
@@ -98,43 +94,29 @@ def by_embedding(ids, embeddings, p):
 # ------------------------------------------------------------------ prompt_ensemble
 
 
-def agreed(prompts, weights):
-    if len(prompts) != len(weights):
-        raise ValueError(f"{len(weights)} weights for {len(prompts)} prompts")
-    if any(w < 0 for w in weights) or sum(weights) <= 0:
-        raise ValueError("weights must be 0 or more, and not all 0")
-    if any(prompt.shape != prompts[0].shape for prompt in prompts):
-        raise ValueError("prompts have different shapes")
-
-
 @wrong("prompt_ensemble", "nothing was raised, where ValueError was due")
 def zip_stops(prompts, weights):
     return sum(w * p for w, p in zip(weights, prompts, strict=False)) / sum(weights)
 
 
-@wrong("prompt_ensemble", "the message does not name 'weights'")
-def divided_by_zero_weights(prompts, weights):
-    return sum(w * p for w, p in zip(weights, prompts, strict=True)) / sum(weights)
-
-
-@wrong("prompt_ensemble", "nothing was raised, where ValueError was due")
-def broadcast(prompts, weights):
-    agreed([p.expand(3, -1) if len(p) == 1 else p for p in prompts], weights)
-    return sum(w * p for w, p in zip(weights, prompts, strict=True)) / sum(weights)
+@wrong("prompt_ensemble", "wrong values")
+def one_after_the_other(prompts, weights):
+    mean, *others = prompts
+    for prompt, weight in zip(others, weights[1:], strict=True):
+        mean = (1 - weight) * mean + weight * prompt
+    return mean
 
 
 @right("prompt_ensemble")
-def by_einsum(prompts, weights):
-    agreed(prompts, weights)
-    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    return torch.einsum("k,kpd->pd", shares.to(prompts[0].dtype), torch.stack(list(prompts)))
+def by_zip(prompts, weights):
+    return sum(w * p for w, p in zip(weights, prompts, strict=True)) / sum(weights)
 
 
 @right("prompt_ensemble")
 def by_matmul(prompts, weights):
-    agreed(prompts, weights)
-    flat = torch.stack([p.flatten() for p in prompts])
-    row = torch.as_tensor(weights, dtype=flat.dtype)[None]
+    if len(prompts) != len(weights):
+        raise ValueError("as many weights as prompts, please")
+    row, flat = torch.tensor([weights]).float(), torch.stack(prompts).flatten(1)
     return (row @ flat / row.sum()).view_as(prompts[0])
 
 
@@ -180,6 +162,15 @@ def nothing_learns(embeddings, mask, labels, prompt):
 def mask_required(embeddings, mask, labels, prompt):
     mask = torch.cat([mask.new_ones(len(mask), len(prompt)), mask], 1)
     joined, _, labels = mended(embeddings, None, labels, prompt)
+    return joined, mask, labels
+
+
+@right("prepend_prompt")
+def with_ones_of_floats(embeddings, mask, labels, prompt):
+    """As in PEFT, whose part of the mask need not have the dtype of the text's."""
+    joined, _, labels = mended(embeddings, None, labels, prompt)
+    if mask is not None:
+        mask = torch.cat([torch.ones(len(mask), len(prompt)), mask], dim=1)
     return joined, mask, labels
 
 
