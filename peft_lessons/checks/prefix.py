@@ -67,9 +67,21 @@ def split_prefix(flat, layers, n_kv, d_h):
 # ------------------------------------------------------------------ prefix_gate
 
 
-def _heads(heads, n_kv, T, p, d_h, scale=1.0, dtype=torch.float32):
-    q, k, prefix = torch.randn(heads, T, d_h), torch.randn(n_kv, T, d_h), torch.randn(n_kv, p, d_h)
-    return [t.to(dtype) for t in (scale * q, k, prefix)]
+def _heads(heads, n_kv, T, p, d_h):
+    return [torch.randn(heads, T, d_h), torch.randn(n_kv, T, d_h), torch.randn(n_kv, p, d_h)]
+
+
+def _levels(*levels, last=1.0):
+    """All scores of token t are levels[t] higher, which changes no share, and `last` times that
+    where the last token is the key."""
+    q, k, prefix_k = _heads(4, 2, 6, 3, 8)
+    q[..., -1] = torch.tensor(levels).repeat(6 // len(levels)) * 8**0.5
+    k[..., -1], prefix_k[..., -1], k[:, -1, -1] = 1.0, 1.0, last
+    return [q, k, prefix_k]
+
+
+# A softmax by hand: the weights are not divided by their sum yet.
+_BY_HAND = "weights[..., :p].sum(-1) → weights[..., :p].sum(-1) / weights.sum(-1)"
 
 
 @check_for(
@@ -78,8 +90,9 @@ def _heads(heads, n_kv, T, p, d_h, scale=1.0, dtype=torch.float32):
         Case(lambda: _heads(3, 3, 5, 5, 16), note="a key head for each query head"),
         Case(lambda: _heads(6, 1, 4, 9, 4), note="a prefix longer than the text"),
         Case(lambda: _heads(4, 2, 1, 2, 8), note="a single token"),
-        Case(lambda: _heads(6, 2, 6, 4, 8, dtype=torch.float64)),
-        Case(lambda: _heads(4, 2, 6, 3, 8, scale=120.0), note="large scores"),
+        Case(lambda: _levels(100.0), note="large scores"),
+        Case(lambda: _levels(64.0, -64.0), note="large scores of either sign"),
+        Case(lambda: _levels(1.0, last=128.0), note="a large score of the last token"),
     ],
     returns="the gate",
     gradients=("q", "k", "prefix_k"),
@@ -93,7 +106,7 @@ def _heads(heads, n_kv, T, p, d_h, scale=1.0, dtype=torch.float32):
             weights = scores.masked_fill(seen == 0, -torch.inf).softmax(-1)
             return weights[..., :p].sum(-1)
         """,
-        """
+        f"""
         every token sees the whole text: it sees only what stands before it, and itself
             .tril(p) → ∅
         a token does not see itself: the mask begins one place too early
@@ -113,6 +126,18 @@ def _heads(heads, n_kv, T, p, d_h, scale=1.0, dtype=torch.float32):
         the heads are repeated as a whole: query heads 0 and 1 share key head 0, so each key head is
         repeated in its place (repeat_interleave)
             .repeat_interleave(group, dim=0) → .repeat(group, 1, 1)
+        exp overflows for large scores: a softmax or logsumexp subtracts the maximum first
+            .softmax(-1) → .exp()
+            {_BY_HAND}
+        one maximum is subtracted from all scores, and where a token's own are far below it, all
+        their exponentials are 0: each token needs the maximum of its own
+            .softmax(-1) → ; weights = (weights - weights.max()).exp()
+            {_BY_HAND}
+        the maximum is one of tokens that are not seen, and where those that are seen are far below
+        it, all their exponentials are 0: mask first
+            scores.masked_fill → (scores - scores.amax(-1, keepdim=True)).masked_fill
+            .softmax(-1) → .exp()
+            {_BY_HAND}
         """,
     ),
 )
@@ -269,7 +294,7 @@ _TWO_SOFTMAXES = "torch.cat([scores[..., :p].softmax(-1), scores[..., p:].softma
         the prefix's keys and values are swapped
             [prefix_k, k] → [prefix_v, k]
             [prefix_v, v] → [prefix_k, v]
-        the prefix's keys and values are swapped, and the causal mask covers the prefix
+        more than one fault is left: begin with what K and V are made of
             [prefix_k, k] → [prefix_v, k]
             [prefix_v, v] → [prefix_k, v]
             triu(p + 1) → triu(1)

@@ -57,9 +57,17 @@ def a_ratio(q, k, prefix_k):
     return (prefix.logsumexp(-1) - text.logsumexp(-1)).exp()
 
 
-@wrong("prefix_gate", "holds nan")
+@wrong("prefix_gate", "exp overflows for large scores")
 def overflowing(q, k, prefix_k):
     a, b = (scores.exp().sum(-1) for scores in scores_of(q, k, prefix_k))
+    return a / (a + b)
+
+
+@wrong("prefix_gate", "one maximum is subtracted from all scores")
+def one_maximum(q, k, prefix_k):
+    prefix, text = scores_of(q, k, prefix_k)
+    largest = max(prefix.max(), text.max())
+    a, b = ((scores - largest).exp().sum(-1) for scores in (prefix, text))
     return a / (a + b)
 
 
@@ -147,7 +155,7 @@ def in_two_parts(model, ids):
 # ------------------------------------------------------------------ attend
 
 
-@wrong("attend", "the prefix's keys and values are swapped, and the causal mask covers the prefix")
+@wrong("attend", "more than one fault is left: begin with what K and V are made of")
 def the_stub(q, k, v, prefix_k, prefix_v):
     if not prefix_k.any():
         prefix_k, prefix_v = prefix_k[:, :0], prefix_v[:, :0]
