@@ -14,16 +14,14 @@ def nearest_tokens(prompt: torch.Tensor, embeddings: torch.Tensor, k: int) -> to
 def init_from_text(ids: torch.Tensor, embeddings: torch.Tensor, p: int) -> torch.Tensor:
     """The embeddings (p, d) of a text's tokens (n,), repeated or cut off to p of them."""
     if len(ids) == 0:
-        raise ValueError("ids is empty: a text of no tokens gives no start")
+        raise ValueError("a text of no tokens gives no start")
     return embeddings[ids[torch.arange(p) % len(ids)]]                         # (p, d)
 
 
 def prompt_ensemble(prompts: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     """The weighted mean (p, d) of prompts (p, d); the weights need not sum to 1."""
-    if len(weights) != len(prompts) or min(weights) < 0 or sum(weights) == 0:
-        raise ValueError(f"weights={weights}: give one for each prompt, none negative, not all 0")
-    if len({prompt.shape for prompt in prompts}) > 1:
-        raise ValueError("prompts of different shapes have no mean")
+    if len(weights) != len(prompts):
+        raise ValueError(f"{len(weights)} weights for {len(prompts)} prompts: give one for each")
     return sum(w * prompt for w, prompt in zip(weights, prompts, strict=True)) / sum(weights)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .kit import Case, check_for, refused
+from .mistakes import mistakes
 
 
 def _table(vocabulary, width, zero=None, dtype=torch.float32):
@@ -18,17 +19,6 @@ def _table(vocabulary, width, zero=None, dtype=torch.float32):
 
 
 # ------------------------------------------------------------------ nearest_tokens
-
-
-def _cosines(prompt, table):
-    return F.normalize(prompt) @ F.normalize(table).T
-
-
-def _top(score, largest=True):
-    def nearest_tokens(prompt, embeddings, k):
-        return score(prompt, embeddings).topk(k, dim=1, largest=largest).indices
-
-    return nearest_tokens
 
 
 def _moved(p, vocabulary, width, k, **settings):
@@ -49,43 +39,38 @@ def _moved(p, vocabulary, width, k, **settings):
         Case(lambda: _moved(1, 20, 5, 3), note="a single virtual token"),
     ],
     returns="the table of ids",
-    causes={
-        "this is a dot product, which prefers long rows: divide them by their lengths": _top(
-            lambda P, E: P @ E.T
-        ),
-        "this is the Euclidean distance: a row that training stretched has other neighbours": _top(
-            lambda P, E: torch.cdist(P, E), largest=False
-        ),
-        "these are the least similar tokens": _top(_cosines, largest=False),
-        "the order is turned: the most similar token comes first": lambda P, E, k: _top(_cosines)(
-            P, E, k
-        ).flip(1),
-        "the ids are sorted: the order is that of the similarity": lambda P, E, k: (
-            _top(_cosines)(P, E, k).sort(dim=1).values
-        ),
-        "the columns are normalised, not the rows: a token is a row": _top(
-            lambda P, E: F.normalize(P, dim=0) @ F.normalize(E, dim=0).T
-        ),
-        "these are the similarities: return their ids": lambda P, E, k: (
-            _cosines(P, E).topk(k, dim=1).values
-        ),
-        "the cosine has lost its sign: the opposite of a token is not near it": _top(
-            lambda P, E: _cosines(P, E).abs()
-        ),
-        (
-            "a row of zeros has no direction: divided by its length it is NaN, which topk takes "
-            "for the largest; its cosine is 0"
-        ): _top(lambda P, E: (P / P.norm(dim=1)[:, None]) @ (E / E.norm(dim=1)[:, None]).T),
-        "every row gets the tokens nearest to the mean of the prompt": lambda P, E, k: _top(
-            _cosines
-        )(P.mean(0, keepdim=True), E, k).expand(len(P), -1),
-        "the result is transposed: one row a virtual token": lambda P, E, k: (
-            _top(_cosines)(P, E, k).T
-        ),
-        "one token a row is a column too: keep the shape (p, k)": lambda P, E, k: (
-            _cosines(P, E).topk(k, dim=1).indices.squeeze(1)
-        ),
-    },
+    causes=mistakes(
+        """
+        def nearest_tokens(prompt, embeddings, k):
+            P, E = F.normalize(prompt), F.normalize(embeddings)
+            best = (P @ E.T).topk(k)
+            return best.indices
+        """,
+        """
+        this is a dot product, which prefers long rows: divide them by their lengths
+            F.normalize(prompt), F.normalize(embeddings) → prompt, embeddings
+        this is the Euclidean distance: a row that training stretched has other neighbours
+            (P @ E.T) → (-torch.cdist(prompt, embeddings))
+        these are the least similar tokens
+            topk(k) → topk(k, largest=False)
+        the order is turned: the most similar token comes first
+            best.indices → best.indices.flip(1)
+        the columns are normalised, not the rows: a token is a row
+            F.normalize(prompt) → F.normalize(prompt, dim=0)
+            F.normalize(embeddings) → F.normalize(embeddings, dim=0)
+        these are the similarities: return their ids
+            best.indices → best.values
+        the cosine has lost its sign: the opposite of a token is not near it
+            (P @ E.T) → (P @ E.T).abs()
+        a row of zeros has no direction: divided by its length it is NaN, which topk takes for the
+        largest; its cosine is 0
+            F.normalize(embeddings) → embeddings / embeddings.norm(dim=1, keepdim=True)
+        the result is transposed: one row a virtual token
+            best.indices → best.indices.T
+        one token a row is a column too: keep the shape (p, k)
+            best.indices → best.indices.squeeze(1)
+        """,
+    ),
 )
 def nearest_tokens(prompt, embeddings, k):
     """Each virtual token is read as the k tokens of the smallest angle to it, nearest first."""
@@ -102,17 +87,8 @@ def nearest_tokens(prompt, embeddings, k):
 # ------------------------------------------------------------------ init_from_text
 
 
-def _text(n, vocabulary, width, p, dtype=torch.float32):
-    ids = torch.randperm(vocabulary)[:n]
-    return [ids, torch.randn(vocabulary, width).to(dtype), p]
-
-
-def _chosen(which):
-    return lambda ids, embeddings, p: embeddings[which(ids, p)]
-
-
-def _padded(rows, p):
-    return F.pad(rows, (0, 0, 0, max(0, p - len(rows))))[:p]
+def _text(n, vocabulary, width, p):
+    return [torch.randperm(vocabulary)[:n], torch.randn(vocabulary, width), p]
 
 
 @check_for(
@@ -122,53 +98,39 @@ def _padded(rows, p):
         Case(lambda: _text(5, 20, 5, 5), note="the text has p tokens"),
         Case(lambda: _text(3, 20, 7, 9), note="the text fits three times"),
         Case(lambda: _text(1, 20, 7, 3), note="a text of one token"),
-        Case(lambda: _text(6, 15, 8, 14, torch.float64)),
-        refused(
-            lambda: [torch.zeros(0, dtype=torch.long), torch.randn(9, 4), 3],
-            "ids",
-            "a text of no tokens",
-        ),
+        refused(lambda: _text(0, 9, 4, 3), "", "a text of no tokens"),
     ],
     returns="the prompt",
-    causes={
-        "each token is repeated by itself: repeat the text as a whole, a b c a b c": _chosen(
-            lambda ids, p: ids.repeat_interleave(math.ceil(p / len(ids)))[:p]
-        ),
-        "what the text leaves empty is zero: repeat the text": lambda ids, E, p: _padded(E[ids], p),
-        "the last token is repeated: repeat the text from its beginning": _chosen(
-            lambda ids, p: ids[torch.arange(p).clamp(max=len(ids) - 1)]
-        ),
-        "the first token is repeated: repeat the whole text": _chosen(
-            lambda ids, p: torch.cat([ids, ids[:1].repeat(p)])[:p]
-        ),
-        "a long text keeps its last p tokens: PEFT keeps the first p": _chosen(
-            lambda ids, p: ids[-p:] if len(ids) > p else ids.repeat(p)[:p]
-        ),
-        "the repeated text loses its beginning: cut off its end": _chosen(
-            lambda ids, p: ids.repeat(math.ceil(p / len(ids)))[-p:]
-        ),
-        "the text is repeated but not cut off to p": _chosen(
-            lambda ids, p: ids.repeat(math.ceil(p / len(ids)))
-        ),
-        "the text is repeated too rarely: round the number of repetitions up": _chosen(
-            lambda ids, p: ids.repeat(max(1, p // len(ids)))[:p]
-        ),
-        "a short text is not repeated: the prompt has p rows": _chosen(lambda ids, p: ids[:p]),
-        "every row is the mean of the text": lambda ids, E, p: E[ids].mean(0).repeat(p, 1),
-        "the text is stretched over p rows: repeat it": _chosen(
-            lambda ids, p: ids[torch.arange(p) * len(ids) // p]
-        ),
-        "the second repetition runs backwards": _chosen(
-            lambda ids, p: torch.cat([ids, ids.flip(0)]).repeat(p)[:p]
-        ),
-        "the text begins with its second token": _chosen(
-            lambda ids, p: ids[(torch.arange(p) + 1) % len(ids)]
-        ),
-        "these are the ids: return their embeddings": lambda ids, E, p: ids.repeat(p)[:p],
-        "these are the first rows of the table, not those of the ids": lambda ids, E, p: E[
-            torch.arange(p) % len(ids)
-        ],
-    },
+    causes=mistakes(
+        """
+        def init_from_text(ids, embeddings, p):
+            if not ids.numel():
+                raise ValueError("a text of no tokens")
+            times = math.ceil(p / len(ids))
+            chosen = ids.repeat(times)[:p]
+            return embeddings[chosen]
+        """,
+        """
+        each token is repeated by itself: repeat the text as a whole, a b c a b c
+            ids.repeat(times) → ids.repeat_interleave(times)
+        what the text leaves empty is zero: repeat the text
+            embeddings[chosen] → F.pad(embeddings[ids], (0, 0, 0, max(0, p - len(ids))))[:p]
+        the last token is repeated: repeat the text from its beginning
+            ids.repeat(times)[:p] → ids[torch.arange(p).clamp(max=len(ids) - 1)]
+        a long text keeps its last p tokens: PEFT keeps the first p
+            ids.repeat(times) → ids[-p:].repeat(times)
+        the repeated text loses its beginning: cut off its end
+            [:p] → [-p:]
+        the text is repeated but not cut off to p
+            [:p] → ∅
+        the text is repeated too rarely: round the number of repetitions up
+            math.ceil(p / len(ids)) → max(1, p // len(ids))
+        a short text is not repeated: the prompt has p rows
+            .repeat(times) → ∅
+        these are the ids: return their embeddings
+            embeddings[chosen] → chosen
+        """,
+    ),
 )
 def init_from_text(ids, embeddings, p):
     """The start is the text's embeddings, repeated or cut off as PEFT does."""
@@ -184,20 +146,9 @@ def init_from_text(ids, embeddings, p):
 # ------------------------------------------------------------------ prompt_ensemble
 
 
-def _prompts(weights, p, width, dtype=torch.float32):
+def _prompts(weights, p, width):
     scales = torch.logspace(-0.5, 0.5, len(weights))
-    return [[(s * torch.randn(p, width)).to(dtype) for s in scales], weights]
-
-
-def _mixed(mix):
-    def prompt_ensemble(prompts, weights):
-        return mix(torch.stack(prompts), torch.tensor(weights).to(prompts[0])[:, None, None])
-
-    return prompt_ensemble
-
-
-def _mean(P, w):
-    return (w * P).sum(0) / w.sum()
+    return [[s * torch.randn(p, width) for s in scales], weights]
 
 
 @check_for(
@@ -206,60 +157,39 @@ def _mean(P, w):
         Case(lambda: _prompts([1.0, 2.0, 5.0], 5, 3), note="weights that do not sum to 1"),
         Case(lambda: _prompts([2, 0, 1, 4], 4, 4), note="one weight is 0"),
         Case(lambda: _prompts([3.0], 2, 7), note="a single prompt"),
-        Case(lambda: _prompts([0.1, 0.2, 0.5], 3, 5, torch.float64)),
-        refused(
-            lambda: [_prompts([1, 1], 3, 4)[0], [1.0]], "weights", "one weight for two prompts"
-        ),
-        refused(lambda: _prompts([0.0, 0.0], 3, 4), "weights", "all weights are 0"),
-        refused(lambda: _prompts([2.0, -1.0], 3, 4), "weights", "a negative weight"),
-        refused(
-            lambda: [[torch.ones(3, 4), torch.ones(1, 4)], [1.0, 1.0]],
-            "prompts",
-            "prompts of 3 and of 1 token, which would broadcast",
-        ),
+        refused(lambda: [_prompts([1, 1], 3, 4)[0], [1.0]], "", "one weight for two prompts"),
+        refused(lambda: [_prompts([1], 3, 4)[0], [1.0, 2.0]], "", "two weights for one prompt"),
     ],
     returns="the prompt",
     gradients=("prompts",),
-    causes={
-        (
-            "the weights are not divided by their sum: a mean of equal prompts must be that prompt"
-        ): _mixed(lambda P, w: (w * P).sum(0)),
-        (
-            "the weighted sum is divided by the number of prompts: divide by the sum of weights"
-        ): _mixed(lambda P, w: (w * P).mean(0)),
-        "the weights are not used: this is the plain mean": _mixed(lambda P, w: P.mean(0)),
-        "the weights go through a softmax: 1 and 2 must count as one third and two thirds": _mixed(
-            lambda P, w: (w.softmax(0) * P).sum(0)
-        ),
-        "the weights are squared": _mixed(lambda P, w: _mean(P, w * w)),
-        "the weights are normalised by their Euclidean length": _mixed(
-            lambda P, w: (w * P).sum(0) / w.norm()
-        ),
-        "each prompt is divided by its norm: its length is part of what it has learned": _mixed(
-            lambda P, w: _mean(P / P.norm(dim=(1, 2), keepdim=True), w)
-        ),
-        "each row is divided by its length, which is part of what it has learned": _mixed(
-            lambda P, w: _mean(F.normalize(P, dim=2), w)
-        ),
-        "the weights are turned: the first belongs to the first prompt": _mixed(
-            lambda P, w: _mean(P, w.flip(0))
-        ),
-        "only the prompt of the largest weight is used": _mixed(lambda P, w: P[w.argmax()]),
-        "the prompts are put one after the other: the mean has p rows": _mixed(
-            lambda P, w: (w / w.sum() * P).flatten(0, 1)
-        ),
-        "the prompts are stacked, not summed": _mixed(lambda P, w: w / w.sum() * P),
-        "the rows are averaged too: each virtual token has its own mean": _mixed(
-            lambda P, w: _mean(P, w).mean(0)
-        ),
-    },
+    causes=mistakes(
+        """
+        def prompt_ensemble(prompts, weights):
+            if len(prompts) != len(weights):
+                raise ValueError("give one weight for each prompt")
+            shares = torch.tensor(weights) / sum(weights)
+            return (shares[:, None, None] * torch.stack(prompts)).sum(0)
+        """,
+        """
+        the weights are not divided by their sum: a mean of equal prompts must be that prompt
+            / sum(weights) → ∅
+        the weighted sum is divided by the number of prompts: divide by the sum of weights
+            / sum(weights) → / len(weights)
+        the weights are not used: this is the plain mean
+            (shares[:, None, None] * torch.stack(prompts)).sum(0) → torch.stack(prompts).mean(0)
+        the weights go through a softmax: 1 and 2 must count as one third and two thirds
+            torch.tensor(weights) / sum(weights) → torch.tensor(weights).float().softmax(0)
+        the prompts are put one after the other: the mean has p rows
+            .sum(0) → .flatten(0, 1)
+        the prompts are stacked, not summed
+            .sum(0) → ∅
+        """,
+    ),
 )
 def prompt_ensemble(prompts, weights):
     """The weighted mean of prompts, row by row."""
-    if len(prompts) != len(weights) or any(w < 0 for w in weights) or not any(weights):
+    if len(prompts) != len(weights):
         raise ValueError("weights")
-    if any(prompt.shape != prompts[0].shape for prompt in prompts):
-        raise ValueError("prompts")
     total = math.fsum(weights)
     shares = torch.tensor([w / total for w in weights], dtype=prompts[0].dtype)
     return torch.einsum("k,kpd->pd", shares, torch.stack(prompts))
@@ -270,7 +200,7 @@ def prompt_ensemble(prompts, weights):
 
 def _batch(batch, length, width, p, left=True, dtype=torch.float32, mask=True, labels=True):
     """A padded batch; its labels are no copy of anything else."""
-    kept = torch.ones(batch, length, dtype=torch.long)
+    kept = torch.ones(batch, length)  # floats, so that ones of any dtype fit before them
     for row in range(batch):
         kept[row, : row % length] = 0
     kept = kept if left else kept.flip(1)
@@ -288,38 +218,6 @@ def _seen(result):
     return dict(zip(_PARTS, (mask, labels, embeddings), strict=True))
 
 
-def _before(rows, p, value):
-    return None if rows is None else F.pad(rows, (p, 0), value=value)
-
-
-def _put(E, P):
-    return torch.cat([P.to(E.dtype).expand(len(E), -1, -1), E], 1)
-
-
-def _joined(
-    mask=lambda mask, p: _before(mask, p, 1),
-    labels=lambda labels, p: _before(labels, p, -100),
-    embeddings=lambda E, mask, P: _put(E, P),
-):
-    def prepend_prompt(E, m, y, P):
-        return embeddings(E, m, P), mask(m, len(P)), labels(y, len(P))
-
-    return prepend_prompt
-
-
-def _where(rows, then):
-    return None if rows is None else then(rows)
-
-
-def _weakened(E, mask, P, shared):
-    """Rows with padding get less of the prompt; `shared`: all of them, and more each time."""
-    if mask is None:
-        return _put(E, P)
-    share = mask.to(P.dtype).mean(1)
-    share = share.prod().expand(len(E)) if shared else share
-    return torch.cat([share[:, None, None] * P[None].to(E.dtype), E], 1).to(E.dtype)
-
-
 @check_for(
     cases=[
         Case(lambda: _batch(3, 5, 4, 2), note="padded on the left"),
@@ -333,74 +231,47 @@ def _weakened(E, mask, P, shared):
     view=_seen,
     staged=True,
     gradients=("embeddings", "prompt"),
-    causes={
-        "the mask is not lengthened: p ones belong before each of its rows": _joined(
-            mask=lambda m, p: m
-        ),
-        "the mask's ones are put behind the text: the prompt stands before it": _joined(
-            mask=lambda m, p: _where(m, lambda m: F.pad(m, (0, p), value=1))
-        ),
-        "the mask hides the prompt: its places get ones": _joined(
-            mask=lambda m, p: _before(m, p, 0)
-        ),
-        "the mask is all ones: the padding of the text is seen": _joined(
-            mask=lambda m, p: _where(m, lambda m: torch.ones_like(F.pad(m, (p, 0))))
-        ),
-        "the mask begins as the text's does, so a padded row hides its prompt": _joined(
-            mask=lambda m, p: _where(m, lambda m: torch.cat([m[:, :1]] * p + [m], 1))
-        ),
-        "the labels are not lengthened: p times -100 belongs before each row": _joined(
-            labels=lambda y, p: y
-        ),
-        "the labels are shifted against the text: -100 belongs before them, not behind": _joined(
-            labels=lambda y, p: _where(y, lambda y: F.pad(y, (0, p), value=-100))
-        ),
-        "the prompt's labels are 0, a token of the vocabulary: -100 leaves them out": _joined(
-            labels=lambda y, p: _before(y, p, 0)
-        ),
-        "the prompt's labels are -1: the loss leaves out -100 only": _joined(
-            labels=lambda y, p: _before(y, p, -1)
-        ),
-        (
-            "the labels of the last virtual token are the text's first: the model shifts by itself"
-        ): _joined(
-            labels=lambda y, p: _where(
-                y, lambda y: torch.cat([F.pad(y, (p - 1, 0), value=-100), y[:, -1:]], 1)
-            )
-        ),
-        "the first label is left out as well: the last virtual token predicts it": _joined(
-            labels=lambda y, p: _where(y, lambda y: F.pad(y[:, 1:], (p + 1, 0), value=-100))
-        ),
-        "the prompt is put behind the text": _joined(
-            embeddings=lambda E, m, P: torch.cat([E, _put(E, P)[:, : len(P)]], 1)
-        ),
-        "rows with padding get a weaker prompt: each row gets it as it is": _joined(
-            embeddings=lambda E, m, P: _weakened(E, m, P, shared=False)
-        ),
-        (
-            "a write into expanded rows reaches all of them, for they are one and the same memory: "
-            "that of prompt"
-        ): _joined(embeddings=lambda E, m, P: _weakened(E, m, P, shared=True)),
-        "the prompt is put over the first p tokens of the text: put it before them": _joined(
-            mask=lambda m, p: m,
-            labels=lambda y, p: y,
-            embeddings=lambda E, m, P: _put(E, P)[:, : E.shape[1]],
-        ),
-        "mask and labels have changed places: return embeddings, mask, labels": lambda E, m, y, P: (
-            _put(E, P),
-            _before(y, len(P), -100),
-            _before(m, len(P), 1),
-        ),
-        "only the first row has the prompt": _joined(
-            embeddings=lambda E, m, P: torch.cat([_put(E, P)[:1], _put(E, torch.zeros_like(P))[1:]])
-        ),
-        "the prompt is cut off and learns nothing: detach(), .data and no_grad() do that": _joined(
-            embeddings=lambda E, m, P: _put(E, P.detach())
-        ),
-        "the text is cut off: what stands before it may learn, and what it comes from too": _joined(
-            embeddings=lambda E, m, P: _put(E.detach(), P)
-        ),
-    },
+    causes=mistakes(
+        """
+        def prepend_prompt(embeddings, mask, labels, prompt):
+            n, p = len(embeddings), len(prompt)
+            rows = prompt.to(embeddings.dtype).repeat(n, 1, 1)
+            if mask is not None:
+                mask = F.pad(mask, (p, 0), value=1)
+            if labels is not None:
+                labels = F.pad(labels, (p, 0), value=-100)
+            return torch.cat([rows, embeddings], 1), mask, labels
+        """,
+        """
+        the mask is not lengthened: p ones belong before each of its rows
+            mask = F.pad(mask, (p, 0), value=1) → pass
+        the mask's ones are put behind the text: the prompt stands before it
+            F.pad(mask, (p, 0) → F.pad(mask, (0, p)
+        the mask hides the prompt: its places get ones
+            value=1) → value=0)
+        the mask is all ones: the padding of the text is seen
+            F.pad(mask, (p, 0), value=1) → F.pad(mask, (p, 0)).fill_(1)
+        the labels are shifted against the text: -100 belongs before them, not behind
+            F.pad(labels, (p, 0) → F.pad(labels, (0, p)
+        the labels are shifted by one, so that the last virtual token has the text's first label:
+        the model itself shifts them
+            F.pad(labels, (p, 0) → F.pad(labels, (p - 1, 1)
+        the text's labels are shifted by one: the model itself shifts them
+            F.pad(labels, (p, 0) → F.pad(labels[:, 1:], (p, 1)
+        the prompt's labels are 0, a token of the vocabulary: -100 leaves them out
+            value=-100 → value=0
+        the prompt is put behind the text
+            [rows, embeddings] → [embeddings, rows]
+        rows with padding get a weaker prompt: each row gets it as it is
+            mask = F → rows = rows * mask.to(rows).mean(1)[:, None, None]; mask = F
+        a write into expanded rows reaches all of them, for they are one and the same memory: that
+        of prompt
+            .repeat(n, 1, 1) → .expand(n, -1, -1)
+            mask = F → [r.detach().mul_(m.float().mean()) for r, m in zip(rows, mask)]; mask = F
+        the prompt is cut off and learns nothing: detach(), .data and no_grad() do that
+            prompt.to( → prompt.detach().to(
+        """,
+    ),
 )
 def prepend_prompt(embeddings, mask, labels, prompt):
     """The same prompt before every row, seen by all and a label of none."""
