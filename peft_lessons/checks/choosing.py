@@ -8,25 +8,7 @@ from ..results import student_t
 from .kit import Case, check_for, refused
 from .mistakes import mistakes
 
-_NAN = math.nan
-
 # ------------------------------------------------------------------ pareto_front
-
-
-def _above_the_hull(costs, scores):
-    """The front, without points that lie on a line between two others or below it."""
-    front = pareto_front.reference(costs, scores)
-
-    def below(i):
-        return any(
-            costs[a] < costs[i] < costs[b]
-            and (scores[i] - scores[a]) * (costs[b] - costs[a])
-            <= (scores[b] - scores[a]) * (costs[i] - costs[a])
-            for a in front
-            for b in front
-        )
-
-    return [i for i in front if not below(i)]
 
 
 @check_for(
@@ -36,34 +18,25 @@ def _above_the_hull(costs, scores):
         Case(lambda: [[2.0, 2.0, 3.0, 1.0], [0.6, 0.8, 0.8, 0.5]], note="equal costs and scores"),
         Case(lambda: [[2.0, 2.0, 1.0], [0.8, 0.6, 0.5]], note="the same, the better one first"),
         Case(lambda: [[7, 3, 7, 5], [9, 4, 9, 1]], note="two equal points"),
-        Case(lambda: [[4.0, 1.0, 2.0], [0.9, 0.5, 0.55]], note="one lies below a line"),
         Case(lambda: [[1.0, 2.0, 3.0, 4.0], [-50.0, -40.0, -39.9, -45.0]], note="negated losses"),
-        Case(lambda: [[1.0, _NAN, 3.0], [0.5, 0.9, 0.7]], note="a cost that was not measured"),
-        Case(lambda: [[1.0, 2.0, 3.0], [0.5, _NAN, 0.7]], note="a score that was not measured"),
-        Case(lambda: [[_NAN, 2.0, _NAN], [_NAN, 0.4, 0.3]], note="most was not measured"),
         Case(lambda: [[6.0], [0.1]], note="a single point"),
-        Case(lambda: [[], []], note="no point at all"),
     ],
     causes=mistakes(
         """
         def pareto_front(costs, scores):
             points = list(zip(costs, scores))
-            known = [i for i, (c, s) in enumerate(points) if c == c and s == s]
             front = []
-            for i in known:
-                c, s = points[i]
-                others = [points[j] for j in known if j != i]
+            for i, (c, s) in enumerate(points):
+                others = points[:i] + points[i + 1 :]
                 if not any(d <= c and t >= s and (d, t) != (c, s) for d, t in others):
                     front.append(i)
-            return sorted(front, key=lambda i: points[i][0])
+            return sorted(front, key=lambda i: costs[i])
         """,
         """
         a lower score is taken for the better one
             t >= s → t <= s
         a higher cost is taken for the better one
             d <= c → d >= c
-        this is the other front, of what is dearest and worst
-            d <= c and t >= s → d >= c and t <= s
         a point must be better in both to put another out: better in one, equal in the other is
         enough
             d <= c and t >= s → d < c and t > s
@@ -74,49 +47,26 @@ def _above_the_hull(costs, scores):
         equal points put each other out: neither is better than the other
             and (d, t) != (c, s) → ∅
         of equal points only one is kept
-            if not any( → if (c, s) not in [points[j] for j in front] and not any(
+            if not any( → if (c, s) not in points[:i] and not any(
         the order is that of the lists: the cheapest comes first
-            sorted(front, key=lambda i: points[i][0]) → front
-        equal points are turned round: they stand in the order in which they are given
-            points[i][0] → (points[i][0], -i)
+            sorted(front, key=lambda i: costs[i]) → front
         these are costs: their indices are wanted
-            sorted(front, key=lambda i: points[i][0]) → sorted(costs[i] for i in front)
+            sorted(front, key=lambda i: costs[i]) → sorted(costs[i] for i in front)
         `index` finds the first of what is equal, whatever it was asked for
             sorted(front → sorted([costs.index(costs[i]) for i in front]
-        these are indices into what was measured: they are to be those of the lists given
-            list(zip(costs, scores)) → [(c, s) for c, s in zip(costs, scores) if c == c and s == s]
-            enumerate(points) if c == c and s == s → enumerate(points)
         the best score begins at 0: no negative one is above it
             if not any( → if s > 0 and not any(
-        the dearest comes first
-            points[i][0] → -points[i][0]
-        points below the line between two others are left out: no other point dominates them
-            = above_the_hull
-        what was not measured is kept: a comparison with NaN is never true
-            if c == c and s == s → ∅
-        only a missing cost is looked for: a score may be missing too
-            c == c and s == s → c == c
-        only a missing score is looked for: a cost may be missing too
-            c == c and s == s → s == s
         among equal costs the first in the list decides: the sweep by cost must meet the better
         score first, and keep its equals
-            for i in known → for i in sorted(known, key=lambda i: costs[i])
+            enumerate(points) → sorted(enumerate(points), key=lambda point: point[1][0])
             not any(d <= c and t >= s and (d, t) != (c, s) for d, t in others) →
-                all(s > points[j][1] for j in front)
-        only the best score is given
-            if not any( → if s == max(scores[j] for j in known) and not any(
-        only the cheapest is given
-            if not any( → if c == min(costs[j] for j in known) and not any(
+                all(s > scores[j] for j in front)
         """,
-        above_the_hull=_above_the_hull,
     ),
 )
 def pareto_front(costs, scores):
-    """Those that no other point dominates, cheapest first, equal ones all, unmeasured ones none."""
-    order = sorted(
-        (i for i in range(len(costs)) if costs[i] == costs[i] and scores[i] == scores[i]),
-        key=lambda i: (costs[i], -scores[i], i),
-    )
+    """Those that no other point dominates, the cheapest first and equal ones all."""
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i], i))
     front = []
     for i in order:
         last = front[-1] if front else None
@@ -132,7 +82,7 @@ def pareto_front(costs, scores):
 # ------------------------------------------------------------------ fits
 
 _BITS = {16: 16, 4: 4 + 8 / 64 + 32 / (64 * 256)}
-_CARD = 2**30
+_GB = 2**30
 
 
 _N, _T = 7_000_000_000, 40_000_000
@@ -160,15 +110,10 @@ _N, _T = 7_000_000_000, 40_000_000
         Case(lambda: [7 * 2**30 // 2, 0, 8, 16], note="it takes exactly seven eighths"),
         Case(lambda: [7 * 2**26, 7 * 2**26, 8, 16], note="the same, and all of it trains"),
         Case(lambda: [7 * 2**26 + 1, 7 * 2**26 + 1, 8, 16], note="16 bytes more than these"),
-        refused(lambda: [_N, _T, 24, 3], "bits", "no such number of bits"),
-        refused(lambda: [_N, _T, 24, 8], "bits", "a byte"),
-        refused(lambda: [_N, _T, 24, 32], "bits", "another one"),
     ],
     causes=mistakes(
         """
         def fits(n_params, n_trainable, gpu_gb, bits):
-            if bits not in (4, 16):
-                raise ValueError("bits must be 4 or 16")
             if bits == 4:
                 bits += 8 / 64 + 32 / 64 / 256
             frozen = n_params - n_trainable
@@ -189,10 +134,6 @@ _N, _T = 7_000_000_000, 40_000_000
             bits / 8 → (bits // 8)
         what trains is counted twice: n_params includes n_trainable
             n_params - n_trainable → n_params
-        gradients, master copy and moments are counted for all parameters
-            frozen * bits / 8 + (2 + 2 + 4 + 8) * n_trainable → 16 * n_params
-        the frozen base is left out: it takes memory too
-            frozen * bits / 8 + → ∅
         what trains is stored in 4 bits here: it never is
             n_params - n_trainable → n_params
             2 + 2 + 4 + 8 → 2 + 4 + 8
@@ -201,40 +142,24 @@ _N, _T = 7_000_000_000, 40_000_000
             2 + 2 + 4 + 8 → 2 + 2 + 8
         14 bytes are counted for what trains: its weight or its gradient is left out
             2 + 2 + 4 + 8 → 2 + 4 + 8
-        weights alone are counted: what trains has gradients and moments
-            n_params - n_trainable → n_params
-            + (2 + 2 + 4 + 8) * n_trainable → ∅
         the whole card is used: an eighth stays free
             * 7 / 8 → ∅
         an eighth of the need is added: an eighth of the card stays free
             return need → return need * 9 / 8
             * 7 / 8 → ∅
-        bits are taken for bytes: 8 bits are a byte
-            bits / 8 → bits
-        the base is counted in 16 bits, whatever bits says
-            bits += 8 / 64 + 32 / 64 / 256 → bits = 16
-        the base is counted in 4 bits, whatever bits says
-            if bits == 4 → if bits
-            bits += 8 → bits = 4 + 8
         what takes exactly seven eighths fits
             need <= → need <
-        the answer is turned round
-            need <= → need >
         """,
     ),
 )
 def fits(n_params, n_trainable, gpu_gb, bits):
     """Bytes of base and of what trains against seven eighths of the card, in 16 bits and in 4."""
-    if bits not in _BITS:
-        raise ValueError(f"bits={bits} must be 4 or 16")
-    free = 7 * gpu_gb * _CARD - 8 * 16 * n_trainable  # eight times what is left for the base
+    free = 7 * gpu_gb * _GB - 8 * 16 * n_trainable  # eight times what is left for the base
     return bool((n_params - n_trainable) * _BITS[bits] <= free)
 
 
 # ------------------------------------------------------------------ paired_difference
 
-# One-sided, 95 %, by degrees of freedom.
-_ONE_SIDED = {1: 6.3138, 2: 2.9200, 3: 2.3534, 4: 2.1318, 5: 2.0150, 7: 1.8946}
 _SEEDS = "a and b rise and fall together from seed to seed"
 
 
@@ -251,8 +176,8 @@ _SEEDS = "a and b rise and fall together from seed to seed"
                 [60.5, 61.0, 65.0, 65.0, 62.0, 60.0, 62.5, 63.0],
             ]
         ),
-        refused(lambda: [[0.8], [0.7]], "seeds", "one seed"),
-        refused(lambda: [[0.8, 0.7, 0.6], [0.7, 0.8]], "seeds", "one has a seed more"),
+        refused(lambda: [[0.8], [0.7]], "", "one seed"),
+        refused(lambda: [[0.8, 0.7, 0.6], [0.7, 0.8]], "", "one has a seed more"),
     ],
     returns=("the mean", "the lower end", "the upper end"),
     tolerance=1e-3,
@@ -285,47 +210,19 @@ _SEEDS = "a and b rise and fall together from seed to seed"
             / math.sqrt(n) → ∅
         the deviation is divided by √(n − 1): divide it by √n
             math.sqrt(n) → math.sqrt(n - 1)
-        this is where one seed falls, give or take a deviation: t and √n are missing
-            student_t(n - 1) * → ∅
-            / math.sqrt(n) → ∅
-        the deviation is divided by n: divide it by √n
-            math.sqrt(n) → n
         the sign is turned: it is a − b
             a - b → b - a
         n differences have n − 1 degrees of freedom, not n
             student_t(n - 1) → student_t(n)
-        n differences have n − 1 degrees of freedom, not 2n − 2
-            student_t(n - 1) → student_t(2 * n - 2)
-        t is the one-sided one, and 5 % lie beyond either end
-            student_t(n - 1) → one_sided[n - 1]
         this is the standard error: t is missing
             student_t(n - 1) * → ∅
-        these are the smallest and largest difference, not an interval of the mean
-            mean - half, mean + half → min(gaps), max(gaps)
         the variance is taken for the deviation: its square root is missing
             stdev → variance
-        half the width is given twice: give the two ends
-            mean - half, mean + half → half, half
-        the ends are given as distances from the mean
-            mean - half, mean + half → -half, half
-        the ends are exchanged: the lower comes first
-            mean - half, mean + half → mean + half, mean - half
         the mean comes first, and then the ends
             mean, mean - half, mean + half → mean - half, mean, mean + half
-        t times the standard error is the whole width here: it is half of it
-            / math.sqrt(n) → / math.sqrt(n) / 2
-        the differences lose their sign
-            a - b → abs(a - b)
-        the differences are relative to b
-            a - b → (a - b) / b
-        the median is taken for the mean
-            sum(gaps) / n → statistics.median(gaps)
-        the lists are sorted first: a seed's scores must stay together
-            zip(scores_a, scores_b) → zip(sorted(scores_a), sorted(scores_b))
         """,
         statistics=statistics,
         student_t=student_t,
-        one_sided=_ONE_SIDED,
     ),
 )
 def paired_difference(scores_a, scores_b):
@@ -340,8 +237,6 @@ def paired_difference(scores_a, scores_b):
 
 
 # ------------------------------------------------------------------ defend_choice
-
-_GB = 1e9
 
 
 def _situation(gpu_gb, seeds=3, noise=0.4, **given):
@@ -361,13 +256,13 @@ def _situation(gpu_gb, seeds=3, noise=0.4, **given):
     return [needs, gpu_gb, scores]
 
 
-_EIGHT_BILLION = {"full": (131.0, 85.6), "lora": (19.2, 85.4), "ia3": (18.6, 80.0)}
-_EIGHT_BILLION |= {"qlora": (8.6, 83.0)}
-_THREE_BILLION = {"full": (52.0, 90.0), "dora": (9.9, 89.9), "lora": (9.5, 89.6)}
-_THREE_BILLION |= {"qlora": (5.2, 88.9), "prompt": (9.1, 89.0)}
-_NO_BETTER = {"full": (52.0, 88.8), "lora": (9.5, 89.0), "qlora": (5.2, 86.0)}
-_PERPLEXITIES = {"lora": (38.0, -40.0), "qlora": (14.0, -40.3), "prefix": (37.0, -52.0)}
-_SEVENTY_BILLION = {"lora": (143.0, 77.0), "qlora": (43.0, 76.0), "prompt": (141.0, 60.0)}
+_EIGHT_BILLION = {"full": (122.0, 85.6), "lora": (17.9, 85.4), "ia3": (17.3, 80.0)}
+_EIGHT_BILLION |= {"qlora": (8.0, 83.0)}
+_THREE_BILLION = {"full": (48.4, 90.0), "dora": (9.2, 89.9), "lora": (8.8, 89.6)}
+_THREE_BILLION |= {"qlora": (4.8, 88.9), "prompt": (8.5, 89.0)}
+_NO_BETTER = {"full": (48.4, 88.8), "lora": (8.8, 89.0), "qlora": (4.8, 86.0)}
+_PERPLEXITIES = {"lora": (35.4, -40.0), "qlora": (13.0, -40.3), "prefix": (34.5, -52.0)}
+_SEVENTY_BILLION = {"lora": (133.2, 77.0), "qlora": (40.0, 76.0), "prompt": (131.3, 60.0)}
 
 
 def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
@@ -384,9 +279,8 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
         _called(_NO_BETTER, 80),
         _called(_PERPLEXITIES, 48, 5, 1.2, "; scores are perplexities, negated; five seeds"),
         _called(_SEVENTY_BILLION, 24),
-        _called({"qlora": (43.0, 76.0)}, 80),
-        _called({"lora": (19.2, 85.4), "prompt": (16.6, 50.0)}, 24),
-        _called({"lora": (7 * 2**30 / _GB, 89.0), "qlora": (5.2, 86.0)}, 8, note="; 7 GiB"),
+        _called({"qlora": (40.0, 76.0)}, 80),
+        _called({"lora": (17.9, 85.4), "prompt": (15.5, 50.0)}, 24),
     ],
     returns="the answer",
     view=dict,
@@ -401,8 +295,8 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
                 half = student_t(len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d))
                 return mean, mean - half, mean + half
 
-            GB = 1e9
-            room = gpu_gb * 2**30 * 7 / 8
+            GB = 2**30
+            room = gpu_gb * GB * 7 / 8
             fitting = [name for name in needs if needs[name] <= room]
             method, took, behind = "does not fit", min(needs.values()), {}
             if fitting:
@@ -417,8 +311,11 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
         """
         it does not fit: the best score is taken, whatever it takes
             if needs[name] <= room → ∅
-        the card's GB are taken for 10⁹ bytes
-            2**30 → 10**9
+        the card's GB are taken for 10⁹ bytes: a card of 24 GB has 24 · 2³⁰
+            GB = 2**30 → GB = 10**9
+        `takes` and `left` are in units of 10⁹ bytes: the card's unit is 2³⁰
+            (room - took) / GB → (room - took) / 10**9
+            took / GB, → took / 10**9,
         the whole card is used: an eighth stays free
             * 7 / 8 → ∅
         it is dominated: the cheapest that fits is taken, though another is clearly better
@@ -428,31 +325,11 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
                 gap(scores[best], [0] * 99)[1] <= gap(scores[name], [0] * 99)[2]
         the difference is within noise: the best mean is taken, though a cheaper one is as good
             min(good, key=needs.get) → best
-        of those as good as the best the dearest is taken
-            min(good → max(good
-        the scores are taken for independent samples: seeds come in pairs
-            len(d) - 1 → 2 * len(d) - 2
-            statistics.stdev(d) → math.hypot(statistics.stdev(a), statistics.stdev(b))
-        1.96 is taken for Student's t
-            student_t(len(d) - 1) → 1.96
-        the standard error is taken for the interval: t is missing
-            student_t(len(d) - 1) * → ∅
-        a lower score is taken for the better one
-            max(fitting → min(fitting
-            x - y → y - x
-        the best single seed decides: take the mean
-            statistics.mean(scores[name]) → max(scores[name])
         the best of all is the measure, though it does not fit
             max(fitting → max(needs
         `behind` has the sign turned: it is the best less the other
             x - y → y - x
             behind[name][1] <= 0 → behind[name][2] >= 0
-        what takes exactly seven eighths fits
-            <= room → < room
-        the deviation of the differences is divided by n, not by n − 1
-            stdev → pstdev
-        the deviation of the differences is not divided by √n
-            / math.sqrt(len(d)) → ∅
         `takes` is that of the best: it is that of the method chosen
             needs[method] → needs[best]
         `behind` is counted from the method chosen: it is the best less the other
@@ -460,18 +337,10 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
                 behind = {n: gap(scores[method], scores[n]) for n in fitting if n != method}; left =
         `behind` has what does not fit, too
             n in fitting if → n in needs if
-        `behind` has the best itself
-            if n != best → ∅
-        the unit is GiB: GB, 10⁹ bytes, are wanted
-            1e9 → 2.0**30
-        the unit is the byte: GB, 10⁹ bytes, are wanted
-            1e9 → 1
         `left` is counted from the whole card: an eighth of it stays free
-            (room - took) → (room * 8 / 7 - took)
+            (room - took) → (gpu_gb * GB - took)
         nothing fits, and the smallest is named all the same
             "does not fit" → min(needs, key=needs.get)
-        nothing fits, and `takes` is not that of what takes least
-            min(needs.values()) → max(needs.values())
         """,
         statistics=statistics,
         student_t=student_t,
@@ -479,7 +348,7 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
 )
 def defend_choice(needs, gpu_gb, scores):
     """What fits, is as good as the best that fits and takes least, with the numbers that decide."""
-    usable = 7 * gpu_gb * _CARD / 8
+    usable = 7 * gpu_gb * _GB / 8
     cheap = sorted((name for name in needs if needs[name] <= usable), key=needs.get)
     if not cheap:
         least = min(needs.values())

@@ -22,7 +22,7 @@ wrong, right = answers.wrong, answers.right
 def sweep(costs, scores):
     front, best = [], -math.inf
     for i in sorted(range(len(costs)), key=lambda i: costs[i]):
-        if scores[i] > best and not math.isnan(costs[i]):
+        if scores[i] > best:
             front.append(i)
             best = scores[i]
     return front
@@ -41,9 +41,8 @@ def a_mask(costs, scores):
 
 @right("pareto_front")
 def pareto_by_a_sweep(costs, scores):
-    known = [i for i in range(len(costs)) if costs[i] == costs[i] and scores[i] == scores[i]]
     best, front = (math.inf, -math.inf), []
-    for i in sorted(known, key=lambda i: (costs[i], -scores[i])):
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
         if scores[i] > best[1] or (costs[i], scores[i]) == best:
             best = costs[i], scores[i]
             front.append(i)
@@ -55,8 +54,7 @@ def with_numpy(costs, scores):
     c, s = np.array(costs, dtype=float), np.array(scores, dtype=float)
     no_worse = (c[:, None] <= c) & (s[:, None] >= s)  # row dominates column
     better = (c[:, None] < c) | (s[:, None] > s)
-    out = (no_worse & better).any(axis=0) | np.isnan(c) | np.isnan(s)
-    found = np.flatnonzero(~out)
+    found = np.flatnonzero(~(no_worse & better).any(axis=0))
     return list(found[np.argsort(c[found], kind="stable")])
 
 
@@ -91,29 +89,8 @@ for wrongly in (guessed(trained=8), guessed(trained=20), guessed(frozen=4), gues
     wrong("fits", "the result is")(wrongly)
 
 
-@wrong("fits", "nothing was raised, where ValueError was due")
-def any_bits(n_params, n_trainable, gpu_gb, bits):
-    size = NF4_BITS / 8 if bits == 4 else bits / 8
-    return (n_params - n_trainable) * size + 16 * n_trainable <= 0.875 * gpu_gb * GIB
-
-
-@wrong("fits", "raised KeyError: 3, where ValueError was due")
-def a_table(n_params, n_trainable, gpu_gb, bits):
-    size = {4: NF4_BITS / 8, 16: 2}[bits]
-    return (n_params - n_trainable) * size + 16 * n_trainable <= 0.875 * gpu_gb * GIB
-
-
-@wrong("fits", "the message does not name 'bits'")
-def says_nothing(n_params, n_trainable, gpu_gb, bits):
-    if bits not in (4, 16):
-        raise ValueError("wrong precision")
-    return a_table(n_params, n_trainable, gpu_gb, bits)
-
-
 @right("fits")
 def in_parts_and_in_numpy(n_params, n_trainable, gpu_gb, bits):
-    if bits not in (4, 16):
-        raise ValueError(f"bits is {bits}")
     base = np.float64(n_params - n_trainable) * (NF4_BITS if bits == 4 else 16) / 8
     parts = [base, *(size * n_trainable for size in (2, 2, 4, 4, 4))]
     return sum(parts) / GIB <= gpu_gb - gpu_gb / 8
@@ -124,10 +101,8 @@ def with_a_branch(n_params, n_trainable, gpu_gb, bits):
     if bits == 4:
         blocks = (n_params - n_trainable) / 64
         base = 32 * blocks + blocks + 4 * blocks / 256
-    elif bits == 16:
-        base = 2 * (n_params - n_trainable)
     else:
-        raise ValueError("bits: 4 or 16")
+        base = 2 * (n_params - n_trainable)
     return bool(base + 16 * n_trainable <= 7 * gpu_gb * 2**27)
 
 
@@ -164,7 +139,7 @@ def with_torch_and_a_table(scores_a, scores_b):
 def in_a_loop(scores_a, scores_b):
     n = len(scores_a)
     if n != len(scores_b) or n == 1:
-        raise ValueError("give both scores for at least two seeds")
+        raise ValueError
     total = squares = 0.0
     for i in range(n):
         gap = scores_a[i] - scores_b[i]
@@ -189,9 +164,15 @@ def overlapping(needs, gpu_gb, scores):
     if names:
         lowest, _ = interval(scores[max(names, key=lambda name: sum(scores[name]))])
         method = min((n for n in names if interval(scores[n])[1] >= lowest), key=needs.get)
-        answer["method"], answer["takes"] = method, needs[method] / 1e9
-        answer["left"] = (0.875 * gpu_gb * GIB - needs[method]) / 1e9
+        answer["method"], answer["takes"] = method, needs[method] / GIB
+        answer["left"] = (0.875 * gpu_gb * GIB - needs[method]) / GIB
     return answer
+
+
+@wrong("defend_choice", "`takes` and `left` are in units of 10⁹ bytes")
+def in_decimal_units(needs, gpu_gb, scores):
+    answer = with_a_sweep(needs, gpu_gb, scores)
+    return answer | {part: answer[part] * GIB / 1e9 for part in ("takes", "left")}
 
 
 @wrong("defend_choice", "the keys of the answer differ: missing 'behind'")
@@ -207,7 +188,7 @@ def with_a_sweep(needs, gpu_gb, scores):
     names = [n for n in sorted(needs, key=needs.get) if needs[n] <= room]
     if not names:
         least = sorted(needs.values())[0]
-        return {"method": "does not fit", "takes": least / 1e9, "left": (room - least) / 1e9} | {
+        return {"method": "does not fit", "takes": least / GIB, "left": (room - least) / GIB} | {
             "behind": {}
         }
     best = names[0]
@@ -223,16 +204,16 @@ def with_a_sweep(needs, gpu_gb, scores):
             break
     return {
         "behind": behind,
-        "left": room / 1e9 - needs[name] / 1e9,
-        "takes": needs[name] / 1e9,
+        "left": room / GIB - needs[name] / GIB,
+        "takes": needs[name] / GIB,
         "method": name,
     }
 
 
 @right("defend_choice")
 def with_torch(needs, gpu_gb, scores):
-    need = torch.tensor(list(needs.values()), dtype=torch.float64) / 1e9
-    usable = gpu_gb * 2**30 * 7 / 8 / 1e9
+    need = torch.tensor(list(needs.values()), dtype=torch.float64) / GIB
+    usable = gpu_gb * 7 / 8
     fit = need <= usable
     if not fit.any():
         least = need.min().item()
