@@ -142,6 +142,9 @@ _N, _T = 7_000_000_000, 40_000_000
             2 + 2 + 4 + 8 → 2 + 2 + 8
         14 bytes are counted for what trains: its weight or its gradient is left out
             2 + 2 + 4 + 8 → 2 + 4 + 8
+        weights alone are counted: what trains has gradients and moments
+            n_params - n_trainable → n_params
+            + (2 + 2 + 4 + 8) * n_trainable → ∅
         the whole card is used: an eighth stays free
             * 7 / 8 → ∅
         an eighth of the need is added: an eighth of the card stays free
