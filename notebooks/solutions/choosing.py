@@ -9,20 +9,18 @@ from peft_lessons import student_t
 def pareto_front(costs: list[float], scores: list[float]) -> list[int]:
     """Indices of the points that no other dominates, the cheapest first."""
     points = list(zip(costs, scores, strict=True))
-    measured = [i for i, point in enumerate(points) if not any(math.isnan(v) for v in point)]
 
     def dominates(j: int, i: int) -> bool:
         (cost, score), (other_cost, other_score) = points[j], points[i]
         return cost <= other_cost and score >= other_score and points[j] != points[i]
 
-    front = [i for i in measured if not any(dominates(j, i) for j in measured)]
+    every = range(len(points))
+    front = [i for i in every if not any(dominates(j, i) for j in every)]
     return sorted(front, key=lambda i: costs[i])  # equal points stay in their order
 
 
 def fits(n_params: int, n_trainable: int, gpu_gb: float, bits: int) -> bool:
     """Whether weights and what trains take at most seven eighths of the card."""
-    if bits not in (4, 16):
-        raise ValueError(f"bits={bits!r} must be 4 or 16")
     stored = 16 if bits == 16 else 4 + 8 / 64 + 32 / (64 * 256)   # bits a frozen number
     frozen = (n_params - n_trainable) * stored / 8                # bytes
     return frozen + 16 * n_trainable <= 7 / 8 * gpu_gb * 2**30
@@ -55,11 +53,11 @@ def defend_choice(
     fitting = [name for name in needs if needs[name] <= usable]
     if not fitting:
         least = min(needs.values())
-        return {"method": "does not fit", "takes": least / 1e9, "left": (usable - least) / 1e9,
-                "behind": {}}
+        return {"method": "does not fit", "takes": least / 2**30,
+                "left": (usable - least) / 2**30, "behind": {}}
     best = max(fitting, key=lambda name: statistics.fmean(scores[name]))
     behind = {name: paired(scores[best], scores[name]) for name in fitting if name != best}
     as_good = [best, *(name for name, (_, low, _) in behind.items() if low <= 0)]
     chosen = min(as_good, key=needs.get)
-    return {"method": chosen, "takes": needs[chosen] / 1e9,
-            "left": (usable - needs[chosen]) / 1e9, "behind": behind}
+    return {"method": chosen, "takes": needs[chosen] / 2**30,
+            "left": (usable - needs[chosen]) / 2**30, "behind": behind}
