@@ -7,6 +7,7 @@ saves. It knows no single method, holds no mathematics of one, and loads no mode
 from .files import (
     CONFIG,
     WEIGHTS,
+    PeftFiles,
     load_adapter,
     misfit,
     read_adapter,
@@ -54,6 +55,7 @@ __all__ = [
     "AdapterLayer",
     "Injection",
     "Method",
+    "PeftFiles",
     "Report",
     "attached_to",
     "find_targets",

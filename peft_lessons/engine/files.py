@@ -13,8 +13,10 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,6 +54,48 @@ _SAYS_NOTHING = {
     "revision",
     "task_type",
 }
+@dataclass(frozen=True)
+class PeftFiles:
+    """What the two files of an adapter call a method, its settings and its tensors.
+
+    Fields:
+        kind:      the method's name there, `peft_type`
+        fields:    {field of the method: (its entry in adapter_config.json, PEFT's default)}
+        tensors:   {parameter of the wrapping or attached module: its name in the file}
+        constants: entries that are always so for this method
+        own:       names of entries that PEFT does not know and would warn of: the header of the
+                   weights keeps them, which PEFT does not read
+        others:    names of further entries that `read` uses, or that say nothing of a trained
+                   adapter (how it started), or nothing while an option is off
+        off:       {entry that PEFT has and the method has not: values at which it changes nothing},
+                   where these are not None, False, "none" or empty
+        indices:   how the keys of whole numbers end; all other tensors are floats
+        write:     (method, entries, tensors) -> (entries, tensors), applied before saving
+        read:      (class, config, tensors) -> (method, tensors), where `fields` are not enough
+        readable:  False for a method that saves in the form of another one"""
+
+    kind: str
+    fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    off: Mapping[str, tuple] = field(default_factory=dict)
+    indices: tuple[str, ...] = ()
+    write: Callable | None = None
+    read: Callable | None = None
+    readable: bool = True
+
+    def entries(self, method: Method) -> dict[str, Any]:
+        """Return the entries of adapter_config.json for a method's settings."""
+        values = {name: getattr(method, f) for f, (name, _) in self.fields.items()}
+        return {**values, **self.constants}
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return {field: value} of a config, with PEFT's defaults."""
+        return {f: config.get(name, default) for f, (name, default) in self.fields.items()}
+
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WHOLE = (torch.int32, torch.int64)
 _OFF = (None, False, {}, [], "none")
@@ -62,14 +106,14 @@ def _slots(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(key in PEFT's file, tensor in the model) of all that the file holds; other programs' files
     hold no frozen head."""
-    method = injection.method
+    names = injection.method.files.tensors
     # PEFT's prompt methods hold the base itself; its others hold a tuner that holds the base.
     base = _PREFIX if injection.attached is None else "base_model."
     for path, module in injection.modules().items():
         prefix = "" if path == ATTACHED else f"{_PREFIX}{path}."
         for name, tensor in module.state_dict(keep_vars=True).items():
-            if name in method.tensors:
-                yield prefix + method.tensors[name], tensor
+            if name in names:
+                yield prefix + names[name], tensor
     for name, tensor in model.named_parameters():
         if name in injection.whole or (frozen_head and name in injection.frozen):
             yield base + name, tensor
@@ -109,12 +153,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         raise ValueError("save_adapter: the model is on the meta device and has no values to save")
     tensors = {k: t.detach().cpu() for k, t in slots.items()}
     _refuse_non_finite(tensors, "save_adapter")
-    entries, tensors = injection.method.to_peft(tensors)
+    method, files = injection.method, injection.method.files
+    entries = files.entries(method)
+    if files.write:
+        entries, tensors = files.write(method, entries, tensors)
     if entries.get("target_modules") == "all-linear":
         entries["target_modules"] = list(injection.wrappers)
-    own = {name: entries.pop(name) for name in injection.method.own_entries}
+    own = {name: entries.pop(name) for name in files.own}
     entries = {
-        "peft_type": injection.method.peft_type,
+        "peft_type": files.kind,
         "task_type": _task_of_file(model, injection),
         "base_model_name_or_path": getattr(model, "name_or_path", None),
         "inference_mode": True,
@@ -216,8 +263,8 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
             f"{CONFIG} in {str(folder)!r} is not the one that {WEIGHTS} was saved with: one of the "
             "two was changed or exchanged since; save the adapter again"
         )
-    known = [method for method in registered_methods() if method.peft_type == config["peft_type"]]
-    indices = {name for method in known for name in method.index_tensors}
+    known = [m.files for m in registered_methods() if m.files.kind == config["peft_type"]]
+    indices = {name for files in known for name in files.indices}
     for key, tensor in tensors.items():
         fits, made_of = _FLOATS, "16-, 32- or 64-bit floats: it was quantised or is no adapter"
         if key.rpartition(".")[2] in indices:
@@ -236,7 +283,7 @@ def _own_entries(text: str, folder: Path) -> dict:
         entries = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header of {WEIGHTS} in {str(folder)!r} is broken: {error}") from None
-    known = {name for method in registered_methods() for name in method.own_entries}
+    known = {name for method in registered_methods() for name in method.files.own}
     if not isinstance(entries, dict) or not entries.keys() <= known:
         raise ValueError(
             f"the header of {WEIGHTS} in {str(folder)!r} holds {_OWN}={text[:80]!r}, which must be "
@@ -248,22 +295,24 @@ def _own_entries(text: str, folder: Path) -> dict:
 def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
     """The method that the config describes, and its tensors. ValueError if the course has none."""
     kind = config["peft_type"]
-    known = [m for m in registered_methods() if m.peft_type == kind]
+    known = [m for m in registered_methods() if m.files.kind == kind]
     if not known:
-        names = ", ".join(sorted({m.peft_type for m in registered_methods()}))
+        names = ", ".join(sorted({m.files.kind for m in registered_methods()}))
         raise ValueError(f"peft_type {kind!r} is no method of the course; known are {names}")
     complaints = {}
     for method in known:
-        read = {name for name, _ in method.peft_fields.values()} | set(method.peft_constants)
-        read |= set(method.peft_others)
-        constants = method.peft_constants.items()
+        files = method.files
+        read = {name for name, _ in files.fields.values()} | {*files.constants, *files.others}
+        constants = files.constants.items()
         wrong = [f"asks for {k}={v!r}" for k, v in constants if config.get(k) != v]
         unread = {k: v for k, v in config.items() if k not in read | _SAYS_NOTHING}
-        on = {k: v for k, v in unread.items() if v not in method.peft_off.get(k, _OFF)}
+        on = {k: v for k, v in unread.items() if v not in files.off.get(k, _OFF)}
         wrong += [f"does not read {k}={v!r}" for k, v in on.items()]
         if not wrong:
             try:
-                return method.from_peft(config, tensors)
+                if files.read:
+                    return files.read(method, config, tensors)
+                return method(**files.settings(config)), tensors
             except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
                 raise ValueError(f"{CONFIG} describes no {method.__name__}: {error}") from None
         complaints[method.__name__] = wrong

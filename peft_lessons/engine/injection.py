@@ -85,7 +85,7 @@ def require_injection(model: nn.Module, verb: str, method: type[Method] | None =
     """What `inject` did to the model. ValueError if it holds no method, or not this kind."""
     injection = injection_of(model)
     # By the name of its type: a lesson defines a method anew, and a file may be read by either.
-    if injection is None or (method and injection.method.peft_type != method.peft_type):
+    if injection is None or (method and injection.method.files.kind != method.files.kind):
         what = method.__name__ if method else "method"
         raise ValueError(f"{verb}: the model holds no {what}; inject(model, ...) one first")
     return injection

@@ -15,6 +15,7 @@ from .settings import SETTINGS, validate
 from .targets import find_targets, names_of
 
 if TYPE_CHECKING:
+    from .files import PeftFiles
     from .injection import Injection
 
 # {(module, name): the class that was defined last by this name}
@@ -38,18 +39,7 @@ class Method:
     a buffer that needs it is made so by `wrap`.
 
     Class attributes:
-        peft_type:      the name of the method in `adapter_config.json`
-        peft_fields:    {field: (name in that file, value PEFT takes if the name is absent)}
-        peft_constants: entries of that file that are always so for this method
-        own_entries:    names of those entries that PEFT does not know and would warn of: they are
-                        kept in the header of the weights instead, which it reads past
-        peft_others:    names of further entries that `from_peft` reads, or that say nothing of an
-                        adapter that is trained already (how it started), or nothing while an
-                        option is off that the method has not
-        peft_off:       {entry that PEFT has and the method has not: the values at which it changes
-                        nothing}, where they are others than None, False, "none" and empty
-        tensors:        {parameter of the wrapping or attached module: its name in the file}
-        index_tensors:  how the keys of whole numbers end in the file; all others are floats
+        files:          what the two files of an adapter call all this, a `PeftFiles`
         takes:          the module types that `wrap` accepts; exactly these, no subclasses, since a
                         subclass may store its weight differently (4-bit) or never call `forward`
         names_modules:  the fields that hold names of modules, or a pattern
@@ -59,14 +49,7 @@ class Method:
                         by for it}, where one rate does not suit all of them
         design:         the method as a change of a hidden state: one or several `Design`"""
 
-    peft_type: ClassVar[str]
-    peft_fields: ClassVar[Mapping[str, tuple[str, Any]]] = {}
-    peft_constants: ClassVar[Mapping[str, Any]] = {}
-    own_entries: ClassVar[tuple[str, ...]] = ()
-    peft_others: ClassVar[tuple[str, ...]] = ()
-    peft_off: ClassVar[Mapping[str, tuple]] = {}
-    tensors: ClassVar[Mapping[str, str]] = {}
-    index_tensors: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[PeftFiles]
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     names_modules: ClassVar[tuple[str, ...]] = ("targets",)
     ranks: ClassVar[tuple[str, ...]] = ()
@@ -80,7 +63,7 @@ class Method:
 
     def __post_init__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        # A field that is called like a thing of a lesson, `layers`, may mean what it likes.
+        # A field without a rule, of somebody's own method, may hold anything.
         validate(type(self).__name__, **{n: v for n, v in values.items() if n in SETTINGS})
         for name in self.names_modules:
             if name in values:
@@ -134,27 +117,11 @@ class Method:
     def after_step(self, injection: Injection, step: int) -> None:
         """Called after the optimiser's step (counted from 1), while gradients are still there."""
 
-    # --- its files
-
-    def to_peft(self, tensors: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
-        """(entries of adapter_config.json, tensors of the file) for the tensors in memory."""
-        entries = {name: getattr(self, f) for f, (name, _) in self.peft_fields.items()}
-        return {**entries, **self.peft_constants}, tensors
-
-    @classmethod
-    def settings_of(cls, config: dict) -> dict[str, Any]:
-        """The fields' values in a config, {field: value}, with PEFT's defaults."""
-        return {f: config.get(name, default) for f, (name, default) in cls.peft_fields.items()}
-
-    @classmethod
-    def from_peft(cls, config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
-        """(the method, the tensors in memory) for what a file holds."""
-        return cls(**cls.settings_of(config)), tensors
-
 
 def registered_methods() -> list[type[Method]]:
-    """Every method that has been defined so far: the registry.
+    """Return every method that has been defined so far and whose files can be read: the registry.
 
     Of a class that was defined again, as when a notebook's cell is run twice, the last one, even
-    if it has another base class by then, or no peft_type any more."""
-    return [m for m in list(_DEFINED.values()) if "peft_type" in vars(m)]
+    if it has another base class by then, or no files any more."""
+    own = ((method, vars(method).get("files")) for method in list(_DEFINED.values()))
+    return [method for method, files in own if files and files.readable]

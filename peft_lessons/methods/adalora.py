@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
-from ..engine import AdapterLayer, Method, injection_of, require_injection, validate
+from ..engine import AdapterLayer, Method, PeftFiles, injection_of, require_injection
+from ..engine import validate
 
 # %% ../../notebooks/05_adalora.ipynb #8029ce90
 class AdaLoRALayer(nn.Module):
@@ -201,6 +202,7 @@ class AdaLoRASettings(Method):
     dropout: float = 0.0
     kept: tuple | None = field(default=None, repr=False)  # load_adapter's: ((path, flags), ...)
     ranks = ("initial_rank",)
+    learning_rate = 1e-2  # what fit takes if it is not told otherwise; section 5 measures it
 
     @property
     def end(self):  # the step after which ranks are settled
@@ -276,13 +278,12 @@ class AdaLoRA(AdaLoRASettings):
 PARTS = ("lora_A", "lora_E", "lora_B")
 
 
-def to_file(self, tensors):
+def to_file(method, entries, tensors):
     """What PEFT stores: no masks, no rows that are pruned for good, and which those were."""
-    entries, tensors = Method.to_peft(self, tensors)
-    pattern = {f"{path}.lora_E": list(flags) for path, flags in self.kept or ()}
+    pattern = {f"{path}.lora_E": list(flags) for path, flags in method.kept or ()}
     for stem in [key.removesuffix("lora_E") for key in tensors if key.endswith(".lora_E")]:
         mask = tensors.pop(stem + "mask")                                          # (kept,)
-        if self.kept is None:
+        if method.kept is None:
             pattern[stem.removeprefix("base_model.model.") + "lora_E"] = mask.tolist()
         a, e, b = (stem + part for part in PARTS)
         if tensors[e][~mask].any():
@@ -307,7 +308,7 @@ def settled_ranks(pattern, rank, tensors):
 
 def from_file(cls, config, tensors):
     """The method with its ranks settled, and the tensors with a mask for each layer."""
-    values = cls.settings_of(config)
+    values = cls.files.settings(config)
     kept = settled_ranks(config.get("rank_pattern") or {}, values["initial_rank"], tensors)
     rows = {key: t.shape[:1] for key, t in tensors.items() if key.endswith(".lora_E")}
     masks = {k.removesuffix("lora_E") + "mask": torch.ones(n, dtype=bool) for k, n in rows.items()}
@@ -317,20 +318,18 @@ def from_file(cls, config, tensors):
         return cls(**values, kept=kept), tensors | masks
 
 # %% ../../notebooks/05_adalora.ipynb #3cc40c19
-AdaLoRA.peft_type = "ADALORA"
-AdaLoRA.peft_fields = {
-    "initial_rank": ("init_r", 12), "target_rank": ("target_r", 8), "alpha": ("lora_alpha", 8),
-    "targets": ("target_modules", None), "tinit": ("tinit", 0), "tfinal": ("tfinal", 0),
-    "delta": ("deltaT", 1), "total_steps": ("total_step", None), "beta1": ("beta1", 0.85),
-    "beta2": ("beta2", 0.85), "orthogonal": ("orth_reg_weight", 0.5),
-    "dropout": ("lora_dropout", 0.0),
-}
-AdaLoRA.peft_others = (  # PEFT's r is LoRA's, and means nothing here; the rest is of other options
-    "rank_pattern", "r", "ensure_weight_tying", "megatron_core", "qalora_group_size")
-AdaLoRA.peft_off = {"init_lora_weights": (True, False, "gaussian")}  # as LoRA's
-AdaLoRA.to_peft, AdaLoRA.from_peft = to_file, classmethod(from_file)
-AdaLoRA.tensors = {f"ada.{name}": name for name in (*PARTS, "mask")}
-AdaLoRA.learning_rate = 1e-2  # what fit takes if it is not told otherwise; section 5 measures it
+AdaLoRA.files = PeftFiles(
+    "ADALORA", write=to_file, read=from_file,
+    fields={
+        "initial_rank": ("init_r", 12), "target_rank": ("target_r", 8), "alpha": ("lora_alpha", 8),
+        "targets": ("target_modules", None), "tinit": ("tinit", 0), "tfinal": ("tfinal", 0),
+        "delta": ("deltaT", 1), "total_steps": ("total_step", None), "beta1": ("beta1", 0.85),
+        "beta2": ("beta2", 0.85), "orthogonal": ("orth_reg_weight", 0.5),
+        "dropout": ("lora_dropout", 0.0)},
+    tensors={f"ada.{name}": name for name in (*PARTS, "mask")},
+    # PEFT's r is LoRA's, and means nothing here; the rest is of other options
+    others=("rank_pattern", "r", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
+    off={"init_lora_weights": (True, False, "gaussian")})  # as LoRA's
 
 # %% ../../notebooks/05_adalora.ipynb #79960258
 def ranks(model):

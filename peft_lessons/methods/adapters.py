@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Method, validate
+from ..engine import AdapterLayer, Method, PeftFiles, validate
 
 # %% ../../notebooks/06_adapters.ipynb #ecdd6e37
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -176,6 +176,7 @@ class BottleneckAdapter(Method):
     kind: str = "pfeiffer"
     activation: str = "gelu"
     scale: float = 1.0
+    learning_rate = 3e-3  # section 5 measures it
 
     def find(self, model):
         if not (found := places(model, self.kind)):
@@ -197,13 +198,9 @@ class BottleneckAdapter(Method):
         return PreNormPlace(layer, self) if linear is layer else PostNormPlace(layer, self)
 
 # %% ../../notebooks/06_adapters.ipynb #fa4abe48
-BottleneckAdapter.peft_type = "BOTTLENECK_ADAPTER"
-BottleneckAdapter.peft_fields = {
-    "width": ("bottleneck_size", None), "kind": ("kind", "pfeiffer"),
-    "activation": ("non_linearity", "gelu"), "scale": ("scaling", 1.0),
-}
-BottleneckAdapter.tensors = {
-    f"adapter.{name}": f"adapter.{name}"
-    for name in ("down.weight", "down.bias", "up.weight", "up.bias")
-}
-BottleneckAdapter.learning_rate = 3e-3  # section 5 measures it
+BottleneckAdapter.files = PeftFiles(
+    "BOTTLENECK_ADAPTER",
+    fields={"width": ("bottleneck_size", None), "kind": ("kind", "pfeiffer"),
+            "activation": ("non_linearity", "gelu"), "scale": ("scaling", 1.0)},
+    tensors={f"adapter.{name}": f"adapter.{name}"
+             for name in ("down.weight", "down.bias", "up.weight", "up.bias")})

@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'refuse_rows', 'start', 'DoRALayer', 'row_ratios', 'rescaled
 
 # %% ../../notebooks/04_dora.ipynb #6a75969d
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -127,13 +127,12 @@ class DoRA(LoRA):
         if any(wrapper in NORMS for wrapper in injection.wrappers.values()):
             raise RuntimeError("fit: within cached_norms V must not change; leave the block first")
 
-    # In PEFT's files DoRA is a LoRA with a flag and a third tensor, whose key has no ".weight".
-    peft_type = "LORA"
-    peft_constants = {"use_dora": True}
-    tensors = {
-        "dora.lora_A": "lora_A.weight", "dora.lora_B": "lora_B.weight",
-        "dora.magnitude": "lora_magnitude_vector",
-    }
+
+# In PEFT's files DoRA is a LoRA with a flag and a third tensor, whose key has no ".weight".
+DoRA.files = replace(
+    LoRA.files, constants={"use_dora": True},
+    tensors={"dora.lora_A": "lora_A.weight", "dora.lora_B": "lora_B.weight",
+             "dora.magnitude": "lora_magnitude_vector"})
 
 # %% ../../notebooks/04_dora.ipynb #44472ea8
 @contextmanager

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from ..engine import AdapterLayer, Method, matches, refuse_entries, require_among
-from ..engine import validate
+from ..engine import AdapterLayer, Method, PeftFiles, matches, refuse_entries
+from ..engine import require_among, validate
 
 # %% ../../notebooks/07_ia3.ipynb #addb7c85
 def rescaled(x, vector):
@@ -94,31 +94,27 @@ class IA3(Method):
         return LinearWithIA3(layer, feedforward=matches(path, self.feedforward))
 
 # %% ../../notebooks/07_ia3.ipynb #2d4e3f6f
-def to_file(self, tensors):
+def to_file(method, entries, tensors):
     """PEFT's entries. It wants each name of feedforward_modules to stand in target_modules too."""
-    entries, tensors = Method.to_peft(self, tensors)
     keys = [key for key in tensors if key.endswith(".ia3_l")]
     paths = [key[len("base_model.model."):-len(".ia3_l")] for key in keys]
     # PEFT takes each name of feedforward_modules for the end of any path: "o" would be "wo" too.
-    ends = () if isinstance(self.feedforward, str) else tuple(self.feedforward)
-    too_many = any(p.endswith(ends) and not matches(p, self.feedforward) for p in paths)
+    inner = method.feedforward
+    ends = () if isinstance(inner, str) else tuple(inner)
+    too_many = any(p.endswith(ends) and not matches(p, inner) for p in paths)
     # And its "all-linear" is not ours. In both cases every layer goes by its path.
-    if self.targets == "all-linear" or too_many:
+    if method.targets == "all-linear" or too_many:
         entries["target_modules"] = paths
     names = entries["target_modules"]
-    if not isinstance(names, str) and not isinstance(self.feedforward, str):
-        entries["feedforward_modules"] = [n for n in names if matches(n, self.feedforward)]
+    if not isinstance(names, str) and not isinstance(inner, str):
+        entries["feedforward_modules"] = [n for n in names if matches(n, inner)]
     return entries, tensors
 
 # %% ../../notebooks/07_ia3.ipynb #37805628
-IA3.peft_type = "IA3"
-IA3.peft_fields = {
-    "targets": ("target_modules", None), "feedforward": ("feedforward_modules", None),
-}
-IA3.peft_others = ("init_ia3_weights",)  # how it started says nothing of where it is
-IA3.tensors = {"l": "ia3_l"}
-IA3.to_peft = to_file
-IA3.learning_rate = 3e-2  # section 5 measures it
+IA3.files = PeftFiles(
+    "IA3", write=to_file, tensors={"l": "ia3_l"},
+    fields={"targets": ("target_modules", None), "feedforward": ("feedforward_modules", None)},
+    others=("init_ia3_weights",))  # how it started says nothing of where it is
 
 # %% ../../notebooks/07_ia3.ipynb #d3f63b15
 def merged_tensors(self):

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Method, inject, validate
+from ..engine import AdapterLayer, Method, PeftFiles, inject, validate
 
 # %% ../../notebooks/02_lora.ipynb #6cd8838b
 class LoRALayer(nn.Module):
@@ -74,20 +74,20 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
     ranks = ("rank",)
+    learning_rate = 3e-3  # what fit takes if it is not told otherwise; section 5 measures it
 
     def wrap(self, path, layer):
         return LinearWithLoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
 
-    # How Hugging Face PEFT's files call all this: (their name, their default).
-    peft_type = "LORA"
-    peft_fields = {
-        "rank": ("r", 8), "alpha": ("lora_alpha", 8), "dropout": ("lora_dropout", 0.0),
-        "targets": ("target_modules", None), "rslora": ("use_rslora", False),
-    }
-    peft_others = ("ensure_weight_tying", "megatron_core", "qalora_group_size")  # of other options
-    peft_off = {"init_lora_weights": (True, False, "gaussian")}  # others change the base
-    tensors = {"lora.lora_A": "lora_A.weight", "lora.lora_B": "lora_B.weight"}
-    learning_rate = 3e-3  # what fit takes if it is not told otherwise; section 5 measures it
+
+# How Hugging Face PEFT's files call all this: (their name, their default).
+LoRA.files = PeftFiles(
+    "LORA",
+    fields={"rank": ("r", 8), "alpha": ("lora_alpha", 8), "dropout": ("lora_dropout", 0.0),
+            "targets": ("target_modules", None), "rslora": ("use_rslora", False)},
+    tensors={"lora.lora_A": "lora_A.weight", "lora.lora_B": "lora_B.weight"},
+    others=("ensure_weight_tying", "megatron_core", "qalora_group_size"),  # of other options
+    off={"init_lora_weights": (True, False, "gaussian")})  # others change the base
 
 # %% ../../notebooks/02_lora.ipynb #aa100dfe
 def apply_lora_to_model(model, rank=8, alpha=16.0, target_modules=("q_proj", "v_proj")):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MLP', 'PrefixTuning', 'flat_prefix', 'fill', 'make_room', 'PrefixInCache', 'reader_of', 'cache_shape', 'layer_kinds',
-           'refuse_call', 'attach_prefix', 'Prefix', 'bake_reparameterization', 'init_prefix']
+           'refuse_call', 'attach_prefix', 'Prefix', 'without_mlp', 'bake_reparameterization', 'init_prefix']
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #ef24bb25
 import inspect
@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from ..engine import Method, attached_to, validate
+from ..engine import Method, PeftFiles, attached_to, validate
 from ..engine.virtual_tokens import by_name, refuse_cache, refuse_long, refuse_mask
 from ..engine.virtual_tokens import refuse_reader, seen_in, text_of
 from .prompt import lengthen
@@ -154,21 +154,25 @@ class Prefix(Method):
 
     tokens: int
     projection: int | None = None
+    learning_rate = 1e-2  # no rate suits all: section 5
 
     def attach(self, model):
         return attach_prefix(model, self)
 
-    def to_peft(self, tensors):
-        P, *mlp = (tensors[n] for n in ("prompt_embeddings", *MLP) if n in tensors)  # (p, width)
-        P = F.linear(F.linear(P, *mlp[:2]).tanh(), *mlp[2:]) if mlp else P  # (p, 2·L·n_kv·d_h)
-        whole = {name: tensor for name, tensor in tensors.items() if name not in MLP}
-        return super().to_peft(whole | {"prompt_embeddings": P})
 
-    learning_rate, peft_type = 1e-2, "PREFIX_TUNING"  # no rate suits all: section 5
-    tensors = {"embedding": "prompt_embeddings", **MLP}
-    peft_fields = {"tokens": ("num_virtual_tokens", None)}
-    peft_others = ("num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules",
-                   "encoder_hidden_size", "prefix_projection", "init_weights")
+def without_mlp(method, entries, tensors):
+    """The file holds what the MLP makes, (p, 2·L·n_kv·d_h), and not the MLP."""
+    P, *mlp = (tensors[n] for n in ("prompt_embeddings", *MLP) if n in tensors)  # (p, width)
+    P = F.linear(F.linear(P, *mlp[:2]).tanh(), *mlp[2:]) if mlp else P  # (p, 2·L·n_kv·d_h)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in MLP}
+    return entries, rest | {"prompt_embeddings": P}
+
+
+Prefix.files = PeftFiles(
+    "PREFIX_TUNING", write=without_mlp, fields={"tokens": ("num_virtual_tokens", None)},
+    tensors={"embedding": "prompt_embeddings", **MLP},
+    others=("num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules",
+            "encoder_hidden_size", "prefix_projection", "init_weights"))
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #1ed65692
 @torch.no_grad()

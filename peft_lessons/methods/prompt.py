@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..engine import Method, attached_to, validate
+from ..engine import Method, PeftFiles, attached_to, validate
 from ..engine.virtual_tokens import by_name, refuse_cache, refuse_long, refuse_mask
 from ..engine.virtual_tokens import refuse_model, rows_of, seen_in, text_of
 
@@ -170,6 +170,7 @@ class Prompt(Method):
     tokens: int
     init: str = "vocab"
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    learning_rate = 3e-2  # no rate suits all: section 5
 
     def __post_init__(self):
         super().__post_init__()
@@ -191,10 +192,9 @@ class Prompt(Method):
 STARTS = {"normal": "RANDOM", "vocab": "SAMPLE_VOCAB"}
 
 
-def to_file(self, tensors):
+def to_file(method, entries, tensors):
     """How a trained prompt started is a note only, and a text is rows of the vocabulary too."""
-    entries, tensors = Method.to_peft(self, tensors)
-    return entries | {"prompt_tuning_init": STARTS.get(self.init, "SAMPLE_VOCAB")}, tensors
+    return entries | {"prompt_tuning_init": STARTS.get(method.init, "SAMPLE_VOCAB")}, tensors
 
 
 def from_file(cls, config, tensors):
@@ -202,15 +202,13 @@ def from_file(cls, config, tensors):
     return cls(config.get("num_virtual_tokens"), "normal" if random else "vocab"), tensors
 
 
-Prompt.peft_type = "PROMPT_TUNING"
-Prompt.peft_fields = {"tokens": ("num_virtual_tokens", None)}
-Prompt.peft_others = (
-    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
-    "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
-)
-Prompt.to_peft, Prompt.from_peft = to_file, classmethod(from_file)
-Prompt.tensors = {"prompt_embeddings": "prompt_embeddings"}
-Prompt.learning_rate = 3e-2  # no rate suits all: section 5
+Prompt.files = PeftFiles(
+    "PROMPT_TUNING", write=to_file, read=from_file,
+    fields={"tokens": ("num_virtual_tokens", None)},
+    tensors={"prompt_embeddings": "prompt_embeddings"},
+    others=("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
+            "tokenizer_kwargs", "token_dim", "num_layers", "num_attention_heads",
+            "num_transformer_submodules"))
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #81b432e1
 def prompt_of(model):

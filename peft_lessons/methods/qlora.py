@@ -10,7 +10,7 @@ __all__ = ['OUTERMOST', 'NF4', 'MIDPOINTS', 'PAIRS', 'DYNAMIC', 'CELLS', 'BUFFER
 
 # %% ../../notebooks/03_qlora.ipynb #17605cfc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import torch
@@ -229,10 +229,11 @@ class QLoRA(LoRA):
         return QLoRALinear(layer, lora, self.block, self.double_quant)
 
 # %% ../../notebooks/03_qlora.ipynb #9741376c
-QLoRA.peft_type, QLoRA.peft_constants = "LORA", {"quantised_base": "nf4"}
-QLoRA.peft_fields = LoRA.peft_fields | {
-    "block": ("quantised_block", 64), "double_quant": ("quantised_double", True)}
-QLoRA.own_entries = ("quantised_base", "quantised_block", "quantised_double")
+QLoRA.files = replace(
+    LoRA.files, constants={"quantised_base": "nf4"},
+    fields=LoRA.files.fields | {
+        "block": ("quantised_block", 64), "double_quant": ("quantised_double", True)},
+    own=("quantised_base", "quantised_block", "quantised_double"))
 
 # %% ../../notebooks/03_qlora.ipynb #eead8162
 @torch.inference_mode(False)  # under a caller's inference mode the weights could never train

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 
-from ..engine import DESIGNS, Method, inject, injection_of, registered_methods
+from ..engine import DESIGNS, Method, PeftFiles, inject, injection_of, registered_methods
 from .adalora import AdaLoRA
 from .adapters import BottleneckAdapter
 from .dora import DoRA
@@ -401,6 +401,8 @@ class MixAndMatch(Method):
     tokens: int
     width: int
     scale: float = 4.0
+    learning_rate = 1e-3
+    rate_factors = {"embedding": 10.0}  # keys and values learn at ten times the rate
 
     @property
     def adapter(self):
@@ -419,11 +421,10 @@ class MixAndMatch(Method):
         return Prefix(self.tokens).attach(model)
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-049
-MixAndMatch.peft_type, MixAndMatch.learning_rate = "MIX_AND_MATCH", 1e-3
-MixAndMatch.rate_factors = {"embedding": 10.0}  # keys and values learn at ten times the rate
-MixAndMatch.tensors = {"embedding": Prefix.tensors["embedding"], **BottleneckAdapter.tensors}
-MixAndMatch.peft_fields = {
-    "tokens": ("tokens", None), "width": ("width", None), "scale": ("scale", 4.0)}
+MixAndMatch.files = PeftFiles(
+    "MIX_AND_MATCH",
+    fields={"tokens": ("tokens", None), "width": ("width", None), "scale": ("scale", 4.0)},
+    tensors={"embedding": "prompt_embeddings", **BottleneckAdapter.files.tensors})
 DESIGNS[MixAndMatch] = tuple(
     replace(design, example=MixAndMatch(8, 16))
     for design in (DESIGNS[Prefix], DESIGNS[BottleneckAdapter][2]))

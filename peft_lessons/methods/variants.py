@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import DESIGNS, AdapterLayer, Method, refuse_entries
+from ..engine import DESIGNS, AdapterLayer, Method, PeftFiles, refuse_entries
 from .lora import LinearWithLoRA, LoRA
 from .qlora import NF4Linear, QLoRA
 from .unified import Design, LINEAR, SUM
@@ -75,6 +75,8 @@ class PiSSA(LoRA):
     """PiSSA (Meng et al. 2024): a LoRA that starts from the r largest singular values of W, beside
     what is left of W. Its file is that of a plain LoRA of twice the rank on W itself."""
 
+    learning_rate = 1e-3
+
     def plain(self):
         """The LoRA with the same s and twice the rank."""
         return LoRA(2 * self.rank, self.alpha * (math.sqrt(2) if self.rslora else 2), self.targets,
@@ -93,7 +95,7 @@ class PiSSA(LoRA):
         return LinearWithPiSSA(layer, self.rank, self.alpha, self.dropout, self.rslora)
 
 # %% ../../notebooks/14_beyond_lora.ipynb #a1d4ce05
-def as_plain_lora(self, tensors):
+def as_plain_lora(method, entries, tensors):
     """(config, tensors) of the LoRA [B, −B₀] [A; A₀]; what is a head's stays."""
     doubled = {}
     for key, tensor in tensors.items():
@@ -104,11 +106,12 @@ def as_plain_lora(self, tensors):
             doubled[path + "lora_B.weight"] = torch.cat([B, -B0], dim=1)       # (out, 2r)
         elif not key.endswith(("lora_B.weight", "start_A", "start_B")):
             doubled[key] = tensor
-    return self.plain().to_peft(doubled)
+    return LoRA.files.entries(method.plain()), doubled
 
 
-PiSSA.tensors = LoRA.tensors | {"start_A": "start_A", "start_B": "start_B"}
-PiSSA.to_peft, PiSSA.learning_rate = as_plain_lora, 1e-3
+PiSSA.files = replace(
+    LoRA.files, write=as_plain_lora, readable=False,  # what is read is a LoRA
+    tensors=LoRA.files.tensors | {"start_A": "start_A", "start_B": "start_B"})
 
 # %% ../../notebooks/14_beyond_lora.ipynb #8977783f
 def alternate(weight, rank, quantize, iterations, principal=False):
@@ -129,6 +132,7 @@ class LoftQ(QLoRA):
 
     iterations: int = 5
     principal: bool = False
+    learning_rate = 1e-3
 
     def __post_init__(self):
         super().__post_init__()
@@ -162,11 +166,11 @@ def start_from_loss(wrapper, linear, method):
     wrapper.lora.lora_B.data.copy_(B / root)
 
 # %% ../../notebooks/14_beyond_lora.ipynb #546e0c65
-LoftQ.peft_type, LoftQ.peft_constants = "LORA", {"quantised_base": "loftq"}
-LoftQ.learning_rate = 1e-3
-LoftQ.peft_fields = QLoRA.peft_fields | {
-    "iterations": ("quantised_iterations", 5), "principal": ("quantised_principal", False)}
-LoftQ.own_entries = (*QLoRA.own_entries, "quantised_iterations", "quantised_principal")
+LoftQ.files = replace(
+    QLoRA.files, constants={"quantised_base": "loftq"},
+    fields=QLoRA.files.fields | {
+        "iterations": ("quantised_iterations", 5), "principal": ("quantised_principal", False)},
+    own=(*QLoRA.files.own, "quantised_iterations", "quantised_principal"))
 
 # %% ../../notebooks/14_beyond_lora.ipynb #e27345ed
 class Projections(nn.Module):
@@ -218,6 +222,7 @@ class VeRA(Method):
     dropout: float = 0.0
     d_initial: float = 0.1
     seed: int = 0
+    learning_rate = 3e-2
 
     def wrap_all(self, layers):
         outs, ins = zip(*(layer.weight.shape for layer in layers.values()), strict=True)
@@ -231,11 +236,11 @@ class VeRA(Method):
 SHARED = ("vera_A", "vera_B")
 
 
-def shared_once(self, tensors):
-    """(config, tensors): in a file A and B stand once, and not in each layer."""
+def shared_once(method, entries, tensors):
+    """(entries, tensors): in a file A and B stand once, and not in each layer."""
     once = {f"base_model.{key.rpartition('.')[2]}" if key.endswith(SHARED) else key: tensor
             for key, tensor in tensors.items()}
-    return Method.to_peft(self, once)
+    return entries, once
 
 
 def shared_by_all(cls, config, tensors):
@@ -244,20 +249,17 @@ def shared_by_all(cls, config, tensors):
     own = {key: tensor for key, tensor in tensors.items() if not key.endswith(SHARED)}
     paths = [key.removesuffix("vera_lambda_b") for key in own if key.endswith("vera_lambda_b")]
     copies = {path + name: pair[name] for path in paths for name in SHARED}
-    return cls(**cls.settings_of(config)), own | copies
-
-
-VeRA.to_peft, VeRA.from_peft = shared_once, classmethod(shared_by_all)
+    return cls(**cls.files.settings(config)), own | copies
 
 # %% ../../notebooks/14_beyond_lora.ipynb #a110c338
-VeRA.peft_type, VeRA.peft_constants = "VERA", {"save_projection": True}
-VeRA.peft_fields = {
-    "rank": ("r", 256), "targets": ("target_modules", None), "dropout": ("vera_dropout", 0.0),
-    "d_initial": ("d_initial", 0.1), "seed": ("projection_prng_key", 0)}
-VeRA.peft_others = ("init_weights",)
-VeRA.tensors = {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d",
-                "shared.vera_A": "vera_A", "shared.vera_B": "vera_B"}
-VeRA.learning_rate = 3e-2
+VeRA.files = PeftFiles(
+    "VERA", write=shared_once, read=shared_by_all, constants={"save_projection": True},
+    fields={"rank": ("r", 256), "targets": ("target_modules", None),
+            "dropout": ("vera_dropout", 0.0), "d_initial": ("d_initial", 0.1),
+            "seed": ("projection_prng_key", 0)},
+    tensors={"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d",
+             "shared.vera_A": "vera_A", "shared.vera_B": "vera_B"},
+    others=("init_weights",))
 
 # %% ../../notebooks/14_beyond_lora.ipynb #529bde1a
 def skew(entries, size):
@@ -329,6 +331,7 @@ class OFT(Method):
     block_size: int = 32
     targets: tuple[str, ...] | str = "all-linear"
     neumann: bool = True
+    learning_rate = 1e-3
 
     def check(self, path, layer):
         if layer.in_features % self.block_size:
@@ -339,9 +342,8 @@ class OFT(Method):
         return LinearWithOFT(layer, self.block_size, self.neumann)
 
 # %% ../../notebooks/14_beyond_lora.ipynb #af057421
-def with_version(self, tensors):
-    """(config, tensors); the version of PEFT whose series this is stands in the config."""
-    entries, tensors = Method.to_peft(self, tensors)
+def with_version(method, entries, tensors):
+    """(entries, tensors); the version of PEFT whose series this is stands in the entries."""
     return entries | {"peft_version": "0.18.0"}, tensors
 
 
@@ -351,16 +353,14 @@ def of_this_version(cls, config, tensors):
     old = found is None or tuple(map(int, found.groups())) < (0, 18)
     if config.get("use_cayley_neumann", True) and old:
         raise ValueError("PEFT before 0.18 had another series for R: train it anew")
-    return cls(**cls.settings_of(config)), tensors
+    return cls(**cls.files.settings(config)), tensors
 
 
-OFT.to_peft, OFT.from_peft = with_version, classmethod(of_this_version)
-OFT.peft_type, OFT.tensors, OFT.learning_rate = "OFT", {"entries": "oft_R.weight"}, 1e-3
-OFT.peft_fields = {
-    "block_size": ("oft_block_size", 32), "targets": ("target_modules", None),
-    "neumann": ("use_cayley_neumann", True)}
-OFT.peft_others = ("eps", "init_weights")
-OFT.peft_off = {"num_cayley_neumann_terms": (5,), "r": (0,)}
+OFT.files = PeftFiles(
+    "OFT", write=with_version, read=of_this_version, tensors={"entries": "oft_R.weight"},
+    fields={"block_size": ("oft_block_size", 32), "targets": ("target_modules", None),
+            "neumann": ("use_cayley_neumann", True)},
+    others=("eps", "init_weights"), off={"num_cayley_neumann_terms": (5,), "r": (0,)})
 
 # %% ../../notebooks/14_beyond_lora.ipynb #39c095b9
 def through_projections(site):

@@ -255,6 +255,6 @@ def _rename_norms(folder: Path, method: PartialFineTuning, config, injection: In
     tensors = load_file(folder / "theirs" / WEIGHTS)
     tensors = {key.replace(".ln_tuning_layers", ""): tensor for key, tensor in tensors.items()}
     save_file(tensors, folder / "theirs" / WEIGHTS)
-    entries = method.to_peft({})[0] | {"peft_type": method.peft_type}
+    entries = method.files.entries(method) | {"peft_type": method.files.kind}
     entries["modules_to_save"] = list(injection.in_full)
     (folder / "theirs" / CONFIG).write_text(json.dumps(entries), encoding="utf-8")
