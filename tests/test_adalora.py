@@ -557,7 +557,7 @@ def test_what_a_file_does_not_say_is_pefts_default(tmp_path):
     method, default = injection_of(ours).method, peft.AdaLoraConfig(total_step=1)
     assert method.initial_rank == 4 and method.targets == ("q_proj",)
     names = "beta1 beta2 orth_reg_weight tinit tfinal deltaT lora_alpha target_r lora_dropout"
-    fields = {name: field for field, (name, _) in AdaLoRA.peft_fields.items()}
+    fields = {name: field for field, (name, _) in AdaLoRA.files.fields.items()}
     for name in names.split():
         assert getattr(method, fields[name]) == getattr(default, name), name
 

@@ -41,7 +41,7 @@ from peft_lessons import (
     unload,
     unmerge,
 )
-from peft_lessons.engine import CONFIG, WEIGHTS, Method, injection_of, read_adapter
+from peft_lessons.engine import CONFIG, WEIGHTS, Method, PeftFiles, injection_of, read_adapter
 
 # A module that trains in full, beside the fresh head of bert.
 WHOLE = {
@@ -603,10 +603,12 @@ class Shifted(Method):
     """Attached to the whole model, as prompt methods are."""
 
     start: str = "zeros"
-    peft_type = "TEST_SHIFTED"
-    peft_fields = {"start": ("how_it_started", "zeros")}
-    peft_others = ("num_layers",)
-    tensors = {"weight": "prompt_embeddings"}
+    files = PeftFiles(
+        "TEST_SHIFTED",
+        fields={"start": ("how_it_started", "zeros")},
+        others=("num_layers",),
+        tensors={"weight": "prompt_embeddings"},
+    )
 
     def attach(self, model):
         return nn.Linear(3, 2, bias=False), []

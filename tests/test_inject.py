@@ -26,7 +26,14 @@ from peft_lessons import (
     unload,
     unmerge,
 )
-from peft_lessons.engine import AdapterLayer, Method, injection_of, registered_methods, validate
+from peft_lessons.engine import (
+    AdapterLayer,
+    Method,
+    PeftFiles,
+    injection_of,
+    registered_methods,
+    validate,
+)
 
 QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
 IDS = torch.arange(1, 25).view(2, 12)
@@ -555,8 +562,7 @@ class Scale(Method):
     """Wraps, but has no merge rule."""
 
     targets: tuple[str, ...] = ("q_proj",)
-    peft_type = "TEST_SCALE"
-    tensors = {"scale": "scale"}
+    files = PeftFiles("TEST_SCALE", tensors={"scale": "scale"})
 
     def wrap(self, path, layer):
         return ScaledLinear(layer)
@@ -575,8 +581,7 @@ class Shift(nn.Module):
 class ShiftEmbeddings(Method):
     """Attaches one module for the whole model, with a hook."""
 
-    peft_type = "TEST_SHIFT"
-    tensors = {"shift": "shift_embeddings"}
+    files = PeftFiles("TEST_SHIFT", tensors={"shift": "shift_embeddings"})
 
     def attach(self, model):
         table = model.get_input_embeddings()
@@ -589,7 +594,7 @@ class Norms(Method):
     """Selects parameters of the base."""
 
     missing: bool = False
-    peft_type = "TEST_NORMS"
+    files = PeftFiles("TEST_NORMS")
 
     def select(self, model):
         if self.missing:
@@ -606,7 +611,7 @@ def test_a_field_may_be_called_like_a_thing_of_a_lesson_or_have_no_rule():
         length: int = 3
         rank: int = 2
         temperature: float = -1.0  # no rule has this name
-        peft_type = "TEST_NAMED"
+        files = PeftFiles("TEST_NAMED")
 
     assert inject(tiny_llama(), Named()).method == Named(layers=(0, 1), length=3)
     with pytest.raises(ValueError, match="Named: rank=0 must be at least 1"):
@@ -617,7 +622,7 @@ def test_a_field_may_be_called_like_a_thing_of_a_lesson_or_have_no_rule():
 class Broken(Scale):
     """Fails in the middle of wrapping."""
 
-    peft_type = "TEST_BROKEN"
+    files = PeftFiles("TEST_BROKEN")
 
     def wrap(self, path, layer):
         raise ValueError("this layer cannot be wrapped")
@@ -719,7 +724,7 @@ def test_merged_what_a_method_trains_of_the_base_stays():
 def test_selected_parameters_in_4_bits_are_refused():
     @dataclass(frozen=True)
     class Packed(Method):
-        peft_type = "TEST_PACKED"
+        files = PeftFiles("TEST_PACKED")
 
         def select(self, model):
             return ["codes"]
@@ -734,13 +739,13 @@ def test_of_a_method_defined_twice_the_last_one_counts():
     def define(value):
         @dataclass(frozen=True)
         class Again(Method):
-            peft_type = "TEST_AGAIN"
+            files = PeftFiles("TEST_AGAIN")
             version = value
 
         return Again
 
     first, second = define(1), define(2)
-    assert [m.version for m in registered_methods() if m.peft_type == "TEST_AGAIN"] == [2]
+    assert [m.version for m in registered_methods() if m.files.kind == "TEST_AGAIN"] == [2]
     assert first is not second
 
 
@@ -762,7 +767,7 @@ def test_the_report_names_selected_parameters_beside_the_head():
 
     @dataclass(frozen=True)
     class KeyBiases(Method):
-        peft_type = "TEST_KEY_BIASES"
+        files = PeftFiles("TEST_KEY_BIASES")
 
         def select(self, model):
             return [n for n, _ in model.named_parameters() if n.endswith("key.bias")]

@@ -78,11 +78,11 @@ def only(row, bases):
 def test_every_method_that_peft_has_is_in_the_table():
     known = {kind.value for kind in peft.PeftType}
     course = {
-        m.peft_type
+        m.files.kind
         for m in registered_methods()
         if m.__module__.startswith("peft_lessons.methods.")
     }
-    described = {ours.peft_type for ours, _ in DESCRIBED.values()}
+    described = {ours.files.kind for ours, _ in DESCRIBED.values()}
     assert course & known <= described
     assert described - known == {"PARTIAL_FINE_TUNING"}  # LN_TUNING there
 

@@ -17,7 +17,7 @@ from tiny import (
 from torch import nn
 
 from peft_lessons import LoRA, evaluate, fit, freeze, inject, merge
-from peft_lessons.engine import AdapterLayer, Method, injection_of
+from peft_lessons.engine import AdapterLayer, Method, PeftFiles, injection_of
 from peft_lessons.train.loop import History, TrainingDiverged
 
 QV = LoRA(rank=4, alpha=6, targets=("query", "value"), dropout=0.1)
@@ -280,7 +280,7 @@ class Hooked(Method):
 
     total: int = 10
     targets: tuple[str, ...] = ("query",)
-    peft_type = "TEST_HOOKED"
+    files = PeftFiles("TEST_HOOKED")
     learning_rate = 0.25
 
     def wrap(self, path, layer):
@@ -316,7 +316,7 @@ def test_a_method_takes_part_in_training_and_its_buffers_resume(tmp_path):
 def test_a_parameter_may_have_a_learning_rate_of_its_own():
     @dataclass(frozen=True)
     class Faster(Hooked):
-        peft_type = "TEST_FASTER"
+        files = PeftFiles("TEST_FASTER")
         rate_factors = {"scale": 8.0}
 
     moved = {}

@@ -52,6 +52,7 @@ from peft_lessons.engine import (
     DESIGNS,
     AdapterLayer,
     Method,
+    PeftFiles,
     injection_of,
     read_adapter,
     registered_methods,
@@ -479,7 +480,7 @@ def rows_of(name):
 
 
 def test_a_method_without_a_design_has_a_row_that_says_so():
-    mine = a_method(peft_type="TEST_NO_DESIGN")
+    mine = a_method(files=PeftFiles("TEST_NO_DESIGN"))
     (row,) = check_design(mine, BASE, BATCH)
     assert row["form"] == "says no design"
     assert [row[c] for c in ("insertion", "modified", "composition")] == [""] * 3
@@ -488,32 +489,36 @@ def test_a_method_without_a_design_has_a_row_that_says_so():
 
 
 def test_a_child_has_not_its_parent_s_design():
-    mine = a_method(bases=(LoRA,), peft_type="TEST_CHILD")
+    mine = a_method(bases=(LoRA,), files=PeftFiles("TEST_CHILD"))
     assert designs_of(mine) == (None,)
     assert check_design(mine, BASE, BATCH)[0]["form"] == "says no design"
 
 
 def test_what_changes_nothing_has_no_finite_gap():
-    mine = a_method(peft_type="TEST_STILL", design=STILL)
+    mine = a_method(files=PeftFiles("TEST_STILL"), design=STILL)
     (row,) = check_design(mine, BASE, BATCH)
     assert row["places"] == 2 and row["numbers"] == 6 and row["gap"] == float("inf")
 
 
 def test_a_design_that_sees_no_place_says_0():
-    mine = a_method(peft_type="TEST_UNSEEN", design=replace(STILL, sites=lambda model, batch: []))
+    mine = a_method(
+        files=PeftFiles("TEST_UNSEEN"), design=replace(STILL, sites=lambda model, batch: [])
+    )
     (row,) = check_design(mine, BASE, BATCH)
     assert row["places"] == 0 and row["gap"] is None
 
 
 def test_in_a_notebook_the_last_definition_of_a_name_counts():
-    older = a_method(peft_type="TEST_OLD", design=STILL)
-    newer = a_method(peft_type="TEST_NEW", design=replace(STILL, form="new"))
+    older = a_method(files=PeftFiles("TEST_OLD"), design=STILL)
+    newer = a_method(files=PeftFiles("TEST_NEW"), design=replace(STILL, form="new"))
     assert newer in registered_methods() and older not in registered_methods()
-    assert older.peft_type not in {m.peft_type for m in registered_methods()}
+    assert older.files.kind not in {m.files.kind for m in registered_methods()}
     # With another parent, and then back again to one that comes earlier among the classes.
-    child = a_method(bases=(LoRA,), peft_type="TEST_CHILD", design=replace(STILL, form="child"))
+    child = a_method(
+        bases=(LoRA,), files=PeftFiles("TEST_CHILD"), design=replace(STILL, form="child")
+    )
     assert [m for m in registered_methods() if m.__name__ == "AMethod"] == [child]
-    again = a_method(peft_type="TEST_AGAIN")
+    again = a_method(files=PeftFiles("TEST_AGAIN"))
     assert [m for m in registered_methods() if m.__name__ == "AMethod"] == [again]
     # A stub is no method, and takes the place of what was one.
     stub = a_method()
@@ -521,7 +526,9 @@ def test_in_a_notebook_the_last_definition_of_a_name_counts():
 
 
 def test_of_a_lesson_s_class_and_the_package_s_the_last_one_is_in_the_table():
-    mine = a_method("Prompt", peft_type="TEST_PROMPT", design=replace(STILL, form="the lesson's"))
+    mine = a_method(
+        "Prompt", files=PeftFiles("TEST_PROMPT"), design=replace(STILL, form="the lesson's")
+    )
     assert Prompt in registered_methods() and mine in registered_methods()
     assert [row["form"] for row in rows_of("Prompt")] == ["the lesson's"]
 

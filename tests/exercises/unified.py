@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_lessons.engine import AdapterLayer, Method, injection_of
+from peft_lessons.engine import AdapterLayer, Method, PeftFiles, injection_of
 from peft_lessons.methods.lora import LoRA
 from peft_lessons.methods.unified import Design, Site, calls_of, own_change, own_layers
 
@@ -113,7 +113,7 @@ class MyMethod(Method):
     rank: int = 4
     scale: float = 1.5
     targets: tuple[str, ...] | str = ("query", "value")
-    peft_type = "MY_METHOD"
+    files = PeftFiles("MY_METHOD")
     learning_rate = 3e-3
     peft_fields = {"rank": ("r", 4), "scale": ("s", 1.5), "targets": ("target_modules", None)}
     tensors = {"A": "A", "B": "B"}
@@ -451,7 +451,7 @@ def steering(keep_handles=True, **left):
 
     @dataclass(frozen=True)
     class MyMethod(Method):
-        peft_type = "STEERING"
+        files = PeftFiles("STEERING")
         learning_rate = 1e-2
         tensors = {"v": "v"}
         design = Design(
@@ -524,7 +524,7 @@ def norms_alone():
 
     @dataclass(frozen=True)
     class MyMethod(Method):
-        peft_type = "NORMS_ALONE"
+        files = PeftFiles("NORMS_ALONE")
         learning_rate = 1e-2
         design = Design(
             form="x̂ ⊙ Δg + Δb",
@@ -563,9 +563,11 @@ def from_lora():
     @dataclass(frozen=True)
     class MyMethod(LoRA):
         rank: int = 6
-        peft_type = "RANDOM_BASIS"
-        peft_fields = {"rank": ("r", 6), "targets": ("target_modules", None)}
-        tensors = {name: f"my_{name}" for name in "ABdb"}
+        files = PeftFiles(
+            "RANDOM_BASIS",
+            fields={"rank": ("r", 6), "targets": ("target_modules", None)},
+            tensors={name: f"my_{name}" for name in "ABdb"},
+        )
 
         def wrap(self, path, layer):
             return Scaled(layer, self.rank)
@@ -597,9 +599,9 @@ def scaled_norm():
     class MyMethod(Method):
         targets: tuple[str, ...] | str = ("attention.output.LayerNorm",)
         takes = (nn.LayerNorm,)
-        peft_type = "TEMPERED"
-        peft_fields = {"targets": ("target_modules", None)}
-        tensors = {"t": "t"}
+        files = PeftFiles(
+            "TEMPERED", fields={"targets": ("target_modules", None)}, tensors={"t": "t"}
+        )
         learning_rate = 1e-2
         design = Design(
             form="tanh(h) ⊙ t",
