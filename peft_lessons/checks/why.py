@@ -50,8 +50,6 @@ from .mistakes import mistakes
             grad + master + moments → 14
         `moments` is already both of Adam's moments: do not double it
             + moments → + 2 * moments
-        the result is a float: bytes are whole
-            int(every_weight + trained) → float(every_weight + trained)
         half a byte for each weight is rounded before it is multiplied
             n_params * weight → n_params * int(weight)
         """,
@@ -93,9 +91,6 @@ def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8)
             2 * n_trainable → n_trainable
         this is for one token
             * tokens → ∅
-        the result is a float
-            (forward + through + gradients) * tokens →
-                float((forward + through + gradients) * tokens)
         """,
     ),
 )
@@ -160,8 +155,8 @@ _SHAPES = [(48, 96), (96, 48), (320, 96)]
         the budget is split evenly: layers of one rank differ in what they cost
             sum(out + in_ for → max(out + in_ for
             int(budget_bytes → int(budget_bytes / len(shapes)
-        the result is a float
-            min(fits, useful) → float(min(fits, useful))
+        a rank is a whole number: round down
+            int(budget_bytes // a_rank) → budget_bytes / a_rank
         """,
     ),
 )
@@ -211,12 +206,9 @@ def _buffers():
 
 
 def _packed(out=10, in_=6, **parts):
-    """A frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, beside a quant_state.
-
-    Of an odd number of codes the last has a byte to itself.
-    """
+    """A frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, beside a quant_state."""
     net = _Net(base=nn.Linear(in_, out), branch=nn.Linear(in_, 4, bias=False), **parts)
-    codes = torch.randint(0, 256, ((out * in_ + 1) // 2, 1), dtype=torch.uint8)
+    codes = torch.randint(0, 256, (out * in_ // 2, 1), dtype=torch.uint8)
     net.base.weight = nn.Parameter(codes, requires_grad=False)
     net.base.weight.quant_state = SimpleNamespace(shape=torch.Size([out, in_]))
     return net
@@ -248,8 +240,8 @@ def _everything():
         Case(lambda: [_buffers()], note="a batch norm, whose running statistics are buffers"),
         Case(lambda: [_packed()], note="a packed 4-bit weight"),
         Case(lambda: [_bytes()], note="a uint8 parameter without quant_state: not packed"),
-        Case(lambda: [_packed(3, 3)], note="a packed weight (3, 3), in 5 bytes"),
         Case(lambda: [_everything()], note="tied, packed and with buffers"),
+        Case(lambda: [_tied().to("meta")], note="tied, on the meta device, as in section 1"),
     ],
     returns=("total", "trainable"),
     causes=mistakes(
@@ -274,10 +266,11 @@ def _everything():
         uint8 alone does not make a packed weight: look for its quant_state
             hasattr(p, "quant_state") → p.dtype == torch.uint8
             math.prod(p.quant_state.shape) → 2 * p.numel()
-        an odd number of weights leaves half of the last byte empty: ask quant_state.shape
-            math.prod(p.quant_state.shape) → 2 * p.numel()
         parameters of equal values are counted once: tied ones are one and the same object
             list(model.parameters()) → {str(p.tolist()): p for p in model.parameters()}.values()
+        data_ptr() is 0 for every parameter on the meta device: tied ones are one and the same
+        object
+            list(model.parameters()) → {p.data_ptr(): p for p in model.parameters()}.values()
         only what trains is in the total
             return total, → return trainable,
         what is frozen is counted as trainable

@@ -78,6 +78,12 @@ def first_that_does_not_fit(shapes, budget_bytes, bytes_per_parameter):
 
 
 @right("largest_rank")
+def whole_floats(shapes, budget_bytes, bytes_per_parameter):
+    fits = budget_bytes // (float(bytes_per_parameter) * sum(map(sum, shapes)))
+    return min(fits, min(map(min, shapes)))
+
+
+@right("largest_rank")
 def bisected(shapes, budget_bytes, bytes_per_parameter):
     low, high = 0, min(min(shape) for shape in shapes)
     while low < high:
@@ -125,11 +131,20 @@ def placeholder(model):
     return 0, 0
 
 
-@right("count_parameters")
+@wrong("count_parameters", "data_ptr() is 0 for every parameter on the meta device")
 def by_storage(model):
     names = model.named_parameters(remove_duplicate=False)
     unique = {p.data_ptr(): (_true_size(p), p.requires_grad) for _, p in names}.values()
     return sum(n for n, _ in unique), sum(n for n, trains in unique if trains)
+
+
+@right("count_parameters")
+def packed_doubled(model):
+    def size(p):
+        return p.numel() * (2 if hasattr(p, "quant_state") else 1)
+
+    counts = [(size(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
 
 
 @right("count_parameters")
