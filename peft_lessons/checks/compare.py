@@ -13,7 +13,6 @@ from torch import nn
 # A class that inherits from one of these may say of itself that it equals everything.
 _PLAIN = {bool, int, float, str, *np.sctypeDict.values()}
 
-
 # What a verb becomes after a plural.
 _PLURAL = {"is": "are", "has": "have", "differs": "differ", "holds": "hold"}
 
@@ -129,8 +128,10 @@ def _tensor_difference(got, expected, what, tolerance, values, form) -> str | No
         return f"{_clause(what, 'has')} shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     if not _serves(got.dtype, expected.dtype, form):
         return f"{_clause(what, 'has')} dtype {_dtype(got)}, expected {_dtype(expected)}"
-    if not values or got.numel() == 0 or got.is_meta:
+    if not values or got.numel() == 0 or expected.is_meta:
         return None
+    if got.is_meta:
+        return f"{_clause(what, 'is')} on the meta device, where no tensor has values"
     got, expected = got.detach(), expected.detach()
     if expected.is_floating_point():
         tolerance = tolerance and max(tolerance, 4 * torch.finfo(expected.dtype).eps)
