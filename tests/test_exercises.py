@@ -180,8 +180,22 @@ def of_tensors(change):
     return lambda solution: lambda *args: changed(solution(*args))
 
 
-def another_float(t):
-    return t.float() if t.dtype == torch.float64 else t.double()
+def narrower(t):
+    return t.float() if t.dtype == torch.float64 else t.half()
+
+
+def same_numbers(value):
+    """The numbers of a result in other types: they make it no less right."""
+    if isinstance(value, torch.Tensor):
+        kept = isinstance(value, torch.nn.Parameter) or not value.is_floating_point()
+        return value if kept else value.double()
+    if isinstance(value, tuple | list):
+        return [same_numbers(v) for v in value]
+    if type(value) is dict:
+        return {name: same_numbers(v) for name, v in value.items()}
+    if type(value) is float:
+        return torch.tensor(value, dtype=torch.float64)
+    return float(value) if type(value) is int else value
 
 
 def shuffled(value):
@@ -228,8 +242,8 @@ def faults(one, solution):
     if one.gradients:
         yield of_tensors(lambda t: t.detach())(solution), "no gradient reaches"
     if floats and not isinstance(result, torch.nn.Module):
-        yield of_tensors(another_float)(solution), " has dtype float"
-        yield of_tensors(lambda t: t[None])(solution), " has shape ("
+        yield of_tensors(narrower)(solution), " dtype float"
+        yield of_tensors(lambda t: t[None])(solution), " shape ("
         yield of_tensors(lambda t: t.tolist())(solution), ", expected a tensor"
         yield lambda *args: shuffled(solution(*args)), f"✗ {one.__name__}: "
 
@@ -246,6 +260,14 @@ def test_a_fault_that_any_answer_may_have_is_told(lesson, name):
         return first[0]
 
     refusal(one, constant)
+
+
+@pytest.mark.parametrize(("lesson", "name"), EXERCISES)
+def test_equal_numbers_of_another_type_are_right(lesson, name):
+    one, solution = CHECKS[lesson][name], SOLUTIONS[lesson][name]
+    if isinstance(one, Tried) or one.changes or one.form == "same":
+        pytest.skip("its result is no number, or the dtype of its numbers is the point")
+    assert one(lambda *args: same_numbers(solution(*args))).status == "right"
 
 
 @pytest.mark.parametrize("lesson", LESSONS)

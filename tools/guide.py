@@ -14,9 +14,9 @@ INTRODUCTION = """\
 
 What to expect in class, written by `make guide` from the checks themselves: the causes that each
 check names, in its own words. A check names one only where the answer does what that mistake does.
-What any exercise can get wrong is left out here and refused all the same: another shape or dtype, a
-list in the place of a tensor, an argument that is changed, a gradient that does not arrive, an
-error."""
+What any exercise can get wrong is left out here and refused all the same: another shape, a
+narrower dtype, a list in the place of a tensor, an argument that is changed, a gradient that does
+not arrive, an error."""
 
 
 def causes(lesson: str) -> dict[str, list[str]]:

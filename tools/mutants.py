@@ -179,7 +179,8 @@ MUTANTS = [
             "if gap.max() <= tolerance * (size or 1.0):",
             "if gap.mean() <= tolerance * (size or 1.0):",
         ),
-        ("if got.dtype != expected.dtype:", "if False:"),
+        ("if not _serves(got.dtype, expected.dtype, form):", "if False:"),
+        ('return form == "wider" and floats and', "return floats and"),
     ),
     *of(
         "peft_lessons/checks/kit.py",
@@ -193,6 +194,7 @@ MUTANTS = [
             "raised = True",
         ),
         ("if theirs is None and ours is not None:", "if False:"),
+        ("if missing and self._numbers_agree(function):", "if missing:"),
         (
             "before = [i for i in results if i <= number",
             "before = [i for i in results if i == number",

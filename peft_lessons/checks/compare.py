@@ -1,6 +1,8 @@
 """In what way a result differs from the expected one, in words a learner can act on."""
 
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,6 +13,9 @@ from torch import nn
 # A class that inherits from one of these may say of itself that it equals everything.
 _PLAIN = {bool, int, float, str, *np.sctypeDict.values()}
 
+# What a verb becomes after a plural.
+_PLURAL = {"is": "are", "has": "have", "differs": "differ", "holds": "hold"}
+
 
 def difference(
     got: Any,
@@ -18,19 +23,28 @@ def difference(
     what: str | tuple[str, ...] = "the result",
     tolerance: float = 1e-5,
     values: bool = True,
+    form: str = "same",
 ) -> str | None:
-    """The first difference by type, shape, dtype, finiteness and, if asked, values; None if equal.
+    """Return the first difference in type, shape, dtype, finiteness and, if asked, values; or None.
 
+    Equal numbers are equal: 5480.0 or a 0-dimensional tensor for 5480, a list for a tuple. Only a
+    bool must be a bool. `form` says which dtypes serve: the "same"; a "wider" float too; or "any",
+    where a list may also hold a tensor's numbers.
     `tolerance` is relative to the largest expected entry, and is widened for half precision. `what`
     names the result, or each part of a tuple; where it is empty, a dict's keys are the names."""
+    if got is None and expected is not None:
+        return "the result is None: is a return statement missing?"
+    return _difference(got, expected, what, tolerance, values, form)
+
+
+def _difference(got, expected, what, tolerance, values, form) -> str | None:
     names = what if isinstance(what, tuple) else ()
     what = "the result" if names else what
-    if got is None and expected is not None:
-        return f"{what or 'the result'} is None: is a return statement missing?"
+    got = _equivalent(got, expected, form)
     if not _same_type(got, expected):
-        return f"{what or 'the result'} is {kind(got)}, expected {kind(expected)}"
+        return f"{_clause(what, 'is')} {kind(got)}, expected {kind(expected)}"
     if isinstance(expected, torch.Tensor):
-        return _tensor_difference(bare(got), bare(expected), what, tolerance, values)
+        return _tensor_difference(bare(got), bare(expected), what, tolerance, values, form)
     if isinstance(expected, nn.Module):
         return None
     if isinstance(expected, dict):
@@ -42,16 +56,44 @@ def difference(
             if list(got) == list(expected):
                 return None
             order = "the same ones in another order" if sorted(got) == sorted(expected) else ""
-            return f"{what} differs: {order or _sets(got, expected)}"
-        if len(got) != len(expected):
-            return f"{what or 'the result'} has {len(got)} items, expected {len(expected)}"
+            return f"{_clause(what, 'differs')}: {order or _sets(got, expected)}"
+        if (count := len(got)) != len(expected):
+            items = f"{count} item{'' if count == 1 else 's'}"
+            return f"{_clause(what, 'has')} {items}, expected {len(expected)}"
         parts = [(names[i] if names else f"{what}[{i}]", i) for i in range(len(expected))]
     elif not values:
         return None
     else:
         return _scalar_difference(got, expected, what, tolerance)
-    found = (difference(got[key], expected[key], name, tolerance, values) for name, key in parts)
+    found = (_difference(got[k], expected[k], n, tolerance, values, form) for n, k in parts)
     return next((text for text in found if text is not None), None)
+
+
+def _equivalent(got: Any, expected: Any, form: str) -> Any:
+    """Return a value in the expected type where that changes no number, else as it is."""
+    if isinstance(expected, Real) and isinstance(got, torch.Tensor) and not _own_rules(got):
+        return bare(got).item() if bare(got).ndim == 0 and not bare(got).is_meta else got
+    if form == "any":
+        if isinstance(expected, torch.Tensor) and not isinstance(got, torch.Tensor):
+            with suppress(Exception):  # not of numbers, or ragged
+                return torch.tensor(_listed(got))
+        if isinstance(expected, list | tuple) and isinstance(got, torch.Tensor | np.ndarray):
+            return list(got) if got.ndim else got
+    return got
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_listed(v) for v in value]
+    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
+
+
+def _clause(what: str, verb: str) -> str:
+    """Return a name with a verb that agrees with it: "the result has", "the labels have"."""
+    what = what or "the result"
+    noun = re.split(r" (?:of|in|for|with|at|to|right|once|after|before) ", what)[0]
+    plural = re.search(r"(?<![sui])(?<!bia)s$", noun) and not noun.startswith(("what ", "whether "))
+    return f"{what} {_PLURAL[verb] if plural else verb}"
 
 
 def _same_type(got: Any, expected: Any) -> bool:
@@ -61,9 +103,9 @@ def _same_type(got: Any, expected: Any) -> bool:
         return type(got) is type(expected)
     if isinstance(expected, torch.Tensor):
         return isinstance(got, torch.Tensor) and not _own_rules(got)
-    for family in (nn.Module, dict, list | tuple, Integral, Real, str):
+    for family in (nn.Module, dict, list | tuple, Real, str):
         if isinstance(expected, family):
-            # bool is an Integral and an int is a Real: only the second makes a right answer.
+            # A bool is a Real, but no number that a learner has computed.
             return isinstance(got, family) and isinstance(got, bool) == isinstance(expected, bool)
     return type(got) is type(expected)
 
@@ -81,22 +123,25 @@ def bare(t: torch.Tensor) -> torch.Tensor:
         return torch.Tensor.as_subclass(t, torch.Tensor)
 
 
-def _tensor_difference(got, expected, what, tolerance, values) -> str | None:
+def _tensor_difference(got, expected, what, tolerance, values, form) -> str | None:
     if got.shape != expected.shape:
-        return f"{what} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    if got.dtype != expected.dtype:
-        return f"{what} has dtype {_dtype(got)}, expected {_dtype(expected)}"
-    if not values or got.numel() == 0:
+        return f"{_clause(what, 'has')} shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if not _serves(got.dtype, expected.dtype, form):
+        return f"{_clause(what, 'has')} dtype {_dtype(got)}, expected {_dtype(expected)}"
+    if not values or got.numel() == 0 or expected.is_meta:
         return None
+    if got.is_meta:
+        return f"{_clause(what, 'is')} on the meta device, where no tensor has values"
     got, expected = got.detach(), expected.detach()
-    if got.is_floating_point():
-        tolerance = tolerance and max(tolerance, 4 * torch.finfo(got.dtype).eps)
+    if expected.is_floating_point():
+        tolerance = tolerance and max(tolerance, 4 * torch.finfo(expected.dtype).eps)
     else:
         tolerance = 0.0
     got, expected = got.double(), expected.double()
     stray = ~got.isfinite() & expected.isfinite()
     if stray.any():
-        return f"{what} holds {number(got[stray][0])} in {stray.sum()} of {got.numel()} entries"
+        count = f"{stray.sum()} of {got.numel()} entries"
+        return f"{_clause(what, 'holds')} {number(got[stray][0])} in {count}"
     gap = torch.where((got == expected) | (got.isnan() & expected.isnan()), 0.0, got - expected)
     gap = gap.abs().nan_to_num(nan=torch.inf)
     size = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
@@ -110,7 +155,14 @@ def _tensor_difference(got, expected, what, tolerance, values) -> str | None:
             f"expected {number(expected[at])} at {list(at)}, got {number(got[at])}; "
             f"{(gap > tolerance * (size or 1.0)).sum()} of {gap.numel()} entries are off"
         )
-    return f"{what} has wrong values: {told}{_pattern(got, expected, tolerance)}"
+    return f"{_clause(what, 'has')} wrong values: {told}{_pattern(got, expected, tolerance)}"
+
+
+def _serves(got: torch.dtype, expected: torch.dtype, form: str) -> bool:
+    if got == expected or form == "any":
+        return True
+    floats = got.is_floating_point and expected.is_floating_point
+    return form == "wider" and floats and torch.finfo(got).bits > torch.finfo(expected).bits
 
 
 def _pattern(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
@@ -120,8 +172,10 @@ def _pattern(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str
     size = expected.abs().max()
     if got.numel() > 1 and size > 0 and size.isfinite():
         factor = (got * expected).sum() / (expected * expected).sum()
-        if (got - factor * expected).abs().max() <= max(tolerance, 1e-6) * factor.abs() * size:
-            return f"; yours is {number(factor)} times the expected everywhere"
+        near = max(tolerance, 1e-6) * factor.abs() * size
+        told = number(factor)
+        if told not in ("0", "1") and (got - factor * expected).abs().max() <= near:
+            return f"; yours is {told} times the expected everywhere"
     return ""
 
 
@@ -130,13 +184,17 @@ def _scalar_difference(got: Any, expected: Any, what: str, tolerance: float) -> 
         return None
     if isinstance(expected, bool) or not isinstance(expected, Real):
         got = bool(got) if isinstance(got, np.bool_) else got
-        return f"{what} is {got!r}, expected {expected!r}"
+        told = f"{what}:" if what.startswith("whether ") else _clause(what, "is")
+        return f"{told} {got!r}, expected {expected!r}"
     if not isinstance(expected, Integral):
         if abs(got - expected) <= tolerance * (abs(expected) or 1.0):
             return None
         if got != got and expected != expected:
             return None
-    return f"{what} is {number(got)}, expected {number(expected)}"
+    # Beside a count all digits of a float are shown: 5,479.9999 is not 5,480.
+    exactly = isinstance(expected, Integral) and not isinstance(got, Integral)
+    told = f"{float(got):,}" if exactly else number(got)
+    return f"{_clause(what, 'is')} {told}, expected {number(expected)}"
 
 
 def _sets(got: Any, expected: Any) -> str:
@@ -185,6 +243,8 @@ def kind(value: Any) -> str:
         return f"a module ({type(value).__name__})"
     if type(value) in (str, np.str_):
         return "a string"
+    if isinstance(value, np.ndarray):
+        return "a NumPy array"
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
@@ -203,13 +263,15 @@ def shown(name: str, value: Any) -> str:
     return f"{name}: {kind(value)}"
 
 
-def state(value: Any) -> Any:
-    """A value as something that `difference` can compare: a module becomes all that can change."""
+def state(value: Any, name: str = "module") -> Any:
+    """Return a value as something that `difference` can compare: a module becomes all that can
+    change. `name` is what the module itself is called among its parts."""
     if isinstance(value, nn.Module):
+        parts = {n or f"the {name} itself": m for n, m in value.named_modules()}
         return {
-            "the modules": [f"{n}: {type(m).__name__}" for n, m in value.named_modules()],
+            "the modules": [f"{n}: {type(m).__name__}" for n, m in parts.items()],
             "what trains": [n for n, p in value.named_parameters() if p.requires_grad],
-            "what is in train mode": [n for n, m in value.named_modules() if m.training],
+            "what is in train mode": [n for n, m in parts.items() if m.training],
             **value.state_dict(),
         }
     if isinstance(value, list | tuple):

@@ -102,7 +102,8 @@ class Check:
     gradients: the arguments whose gradients must agree too.
     forbid: what must not be formed on the way; of one shape twice, the last sentence counts.
     changes: the arguments that may be changed in place; what the reference returns of them, the
-        learner's function must return too, and no copy."""
+        learner's function must return too, and no copy.
+    exact_dtype: whether the dtype is the point, so that a wider float is refused."""
 
     def __init__(
         self,
@@ -116,10 +117,12 @@ class Check:
         forbid: Sequence[Forbid] = (),
         changes: tuple[str, ...] = (),
         tolerance: float = 1e-5,
+        exact_dtype: bool = False,
     ) -> None:
         self.reference, self.returns, self.view = reference, returns, view
         self.gradients, self.forbid, self.changes = gradients, forbid, changes
         self.tolerance, self.staged = tolerance, staged
+        self.form = "same" if exact_dtype else "wider"
         self.cases = [c if isinstance(c, Case) else Case(lambda c=c: c) for c in cases]
         self.signature = inspect.signature(reference)
         self.names = list(self.signature.parameters)
@@ -189,42 +192,52 @@ class Check:
         if number == 0 and is_stub(error, module):
             return False
 
-        def refuse(problem: str, *facts: str) -> None:
+        def refuse(problem: str, *facts: str, missing: str = "") -> None:
+            """With `missing`, the fault is one of form: say first if all numbers are right."""
             __tracebackhide__ = True
             told = f"Called with: {self._described(number)}"
-            mark = "" if problem.endswith(("?", "!")) else "."
-            raise WrongAnswer(f"{self.__name__}: {problem}{mark}", told, *facts) from error
+            problem += "" if problem.endswith(("?", "!")) else "."
+            if missing and self._numbers_agree(function):
+                facts = (told, *facts)
+                problem, told = f"The idea is right. Still missing: {missing}.", f"Here, {problem}"
+            raise WrongAnswer(f"{self.__name__}: {problem}", told, *facts) from error
 
         wanted = " or ".join(e.__name__ for e in case.raises)
         due = f", where {wanted} was due" if wanted else ""
         if error is not None and not isinstance(error, case.raises):
             lines = own_lines(traceback.walk_tb(error.__traceback__), module)
-            refuse(f"your function raised {summary(error)}{due}", *lines[-4:])
+            missing = "the refusal of a bad call" if case.raises else ""
+            problem = f"your function raised {summary(error)}{due}"
+            refuse(problem, *lines[-4:], missing=missing)
         if case.raises:
             if error is None:
-                refuse(f"nothing was raised{due}")
+                refuse(f"nothing was raised{due}", missing="the refusal of a bad call")
             if case.mentions not in str(error):
-                refuse(f"the message does not name {case.mentions!r}: {summary(error)}")
+                problem = f"the message does not name {case.mentions!r}: {summary(error)}"
+                refuse(problem, missing="a name in the error's message")
             self._check_arguments(args, function, number, (), refuse)
             return True
         own = self._arguments(number)
         with _seeded(_CALLS):
             expected = self.reference(*own)
-        problem = difference(got, expected, self.returns, self.tolerance, values=not self.view)
+        problem = self._difference(got, expected)
         if self.view and problem is None:
             seen, unusable = outcome(self.view, [got])
             if unusable:
                 refuse(f"what it returned cannot be used: {summary(unusable)}")
             with _seeded(_CALLS):
-                problem = difference(seen, self.view(expected), "", self.tolerance)
+                problem = self._view_difference(seen, self.view(expected))
         if problem:
-            refuse(problem, *self._likely(function, number))
+            missing = "the dtype" if " dtype " in problem else "the type"
+            refuse(problem, *self._likely(function, number), missing=missing)
         if watch and watch.formed:
             problem = f"a tensor of shape {watch.formed} is formed on the way"
-            refuse(problem, watch.sentence, *watch.lines)
+            missing = "a way without so large a tensor"
+            refuse(problem, watch.sentence, *watch.lines, missing=missing)
         for name, arg, ours in zip(self.names, args, own, strict=False):
             if name in self.changes and expected is ours and got is not arg:
-                refuse(f"what is returned is not the argument {name} itself: change it in place")
+                problem = f"what is returned is not the argument {name} itself: change it in place"
+                refuse(problem, missing="the change in place")
         # Before the gradients: autograd meets a change in place with a less telling error.
         self._check_arguments(args, function, number, self.changes, refuse)
         try:
@@ -237,6 +250,28 @@ class Check:
             refuse(problem, *self._likely(function, number, gradients=True))
         return True
 
+    def _difference(self, got: Any, expected: Any, form: str = "") -> str | None:
+        values, form = not self.view, form or self.form
+        return difference(got, expected, self.returns, self.tolerance, values, form)
+
+    def _view_difference(self, seen: Any, expected: Any, form: str = "") -> str | None:
+        return difference(seen, expected, "", self.tolerance, form=form or self.form)
+
+    def _numbers_agree(self, function: Callable) -> bool:
+        """Whether the numbers are right in all cases that have a result, whatever their form."""
+        right, yours = _Runs(self, self.reference), _Runs(self, function)
+
+        def agree(number: int) -> bool:
+            (got, error), (expected, _) = yours.result(number), right.result(number)
+            if error or self._difference(got, expected, "any"):
+                return False
+            if self.view:
+                (seen, error), (expected, _) = yours.view(number), right.view(number)
+                return not (error or self._view_difference(seen, expected, "any"))
+            return True
+
+        return all(agree(i) for i, case in enumerate(self.cases) if not case.raises)
+
     def _check_arguments(self, args, function, number, changes, refuse) -> None:
         __tracebackhide__ = True
         before = self._arguments(number, function)
@@ -244,8 +279,10 @@ class Check:
         for name, arg, fresh in zip(self.names, args, before, strict=False):
             if name in changes:
                 continue
-            if problem := difference({name: state(arg)}, {name: state(fresh)}, "", 0.0):
-                refuse(f"the argument {name} was changed{although}: leave it as it was", problem)
+            now, then = {name: state(arg, name)}, {name: state(fresh, name)}
+            if problem := difference(now, then, "", 0.0):
+                told = f"the argument {name} was changed{although}: leave it as it was"
+                refuse(told, problem, missing="unchanged arguments")
 
     def _arguments(self, number: int, function: Callable | None = None) -> list[Any]:
         case = self.cases[number]
@@ -293,20 +330,20 @@ class Check:
         (got, error), (wrong, wrong_error) = yours.result(number), theirs.result(number)
         if error or wrong_error:
             return False
-        if self.view and not difference(got, wrong, values=False):
+        if self.view and not difference(got, wrong, values=False, form=self.form):
             # A result so wrong that it has no view is known by its parts' types and shapes.
             (got, error), (wrong, wrong_error) = yours.view(number), theirs.view(number)
             if error and wrong_error:
                 return type(error) is type(wrong_error)
             if self.staged and not (error or wrong_error):
                 return self._same_stages(got, wrong, right.view(number)[0])
-        return not difference(got, wrong, tolerance=self.tolerance)
+        return not difference(got, wrong, tolerance=self.tolerance, form=self.form)
 
     def _same_stages(self, got: dict, wrong: dict, right: dict) -> bool:
         for part, value in right.items():
-            if difference(got[part], wrong[part], tolerance=self.tolerance):
+            if difference(got[part], wrong[part], tolerance=self.tolerance, form=self.form):
                 return False
-            if difference(got[part], value, tolerance=self.tolerance):
+            if difference(got[part], value, tolerance=self.tolerance, form=self.form):
                 return True
         return True
 

@@ -3,6 +3,7 @@
 import torch
 
 from .kit import Case, check_for
+from .mistakes import mistakes
 
 
 @check_for(
@@ -11,19 +12,36 @@ from .kit import Case, check_for
         Case(lambda: [torch.randn(4, 4)], note="a square weight"),
         Case(lambda: [torch.randn(1, 7)]),
         Case(lambda: [torch.randn(6, 40).double()]),
-        Case(lambda: [torch.randn(6, 10).bfloat16()]),
+        Case(lambda: [torch.randn(7, 1)]),
     ],
     gradients=("weight",),
-    causes={
-        "the norms are those of the columns: sum over dim=1": lambda w: w.norm(dim=0),
-        "the square root is missing": lambda w: (w**2).sum(dim=1),
-        "absolute values are summed where squares are due": lambda w: w.abs().sum(dim=1),
-        "the squares are averaged, not summed": lambda w: (w**2).mean(dim=1).sqrt(),
-        "this is the largest entry of each row": lambda w: w.abs().amax(dim=1),
-        "one norm is taken over the whole matrix: give dim=1": lambda w: w.norm(),
-        "keepdim=True keeps a dimension of size 1": lambda w: w.norm(dim=1, keepdim=True),
-        "the rows' sums are not their lengths": lambda w: w.sum(dim=1),
-    },
+    causes=mistakes(
+        """
+        def row_norms(weight):
+            squares = weight * weight
+            return squares.sum(dim=1).sqrt()
+        """,
+        """
+        the norms are those of the columns: sum over dim=1
+            dim=1 → dim=0
+        the square root is missing
+            .sqrt() → ∅
+        absolute values are summed where squares are due
+            weight * weight → weight.abs()
+            .sqrt() → ∅
+        the squares are averaged, not summed
+            .sum( → .mean(
+        this is the largest entry of each row
+            .sum( → .amax(
+        one norm is taken over the whole matrix: give dim=1
+            dim=1 → ∅
+        keepdim=True keeps a dimension of size 1
+            dim=1 → dim=1, keepdim=True
+        the rows' sums are not their lengths
+            weight * weight → weight
+            .sqrt() → ∅
+        """,
+    ),
 )
 def row_norms(weight):
     """One Euclidean length for each row of the weight."""

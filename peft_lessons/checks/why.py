@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .kit import Case, check_for
+from .mistakes import mistakes
 
 # ------------------------------------------------------------------ training_bytes
 
@@ -18,40 +19,41 @@ from .kit import Case, check_for
         (9_000, 70, 0.5, 2, 4, 8),
         (12_345, 0),
     ],
-    causes={
-        (
-            "gradients, master copy and moments are counted for the frozen weights too"
-        ): lambda n, t, w=2, g=2, c=4, m=8: int(n * (w + g + c + m)),
-        "the gradients are counted for the frozen weights too": lambda n, t, w=2, g=2, c=4, m=8: (
-            int(n * (w + g) + t * (c + m))
-        ),
-        (
-            "the frozen weights are missing: they take memory although they do not train"
-        ): lambda n, t, w=2, g=2, c=4, m=8: int(t * (w + g + c + m)),
-        (
-            "what trains has its weights counted twice: n_params includes n_trainable"
-        ): lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (w + g + c + m)),
-        (
-            "the weights of what trains are missing: n_params includes n_trainable"
-        ): lambda n, t, w=2, g=2, c=4, m=8: int((n - t) * w + t * (g + c + m)),
-        "the master copy is left out": lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (g + m)),
-        "the gradients are left out": lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (c + m)),
-        "the master copy is counted for the frozen weights too": lambda n, t, w=2, g=2, c=4, m=8: (
-            int(n * (w + c) + t * (g + m))
-        ),
-        (
-            "the defaults are counted: use the arguments weight, grad, master and moments"
-        ): lambda n, t, w=2, g=2, c=4, m=8: 2 * n + 14 * t,
-        (
-            "`moments` is already both of Adam's moments: do not double it"
-        ): lambda n, t, w=2, g=2, c=4, m=8: int(n * w + t * (g + c + 2 * m)),
-        "the result is a float: bytes are whole": lambda n, t, w=2, g=2, c=4, m=8: float(
-            n * w + t * (g + c + m)
-        ),
-        (
-            "half a byte for each weight is rounded before it is multiplied"
-        ): lambda n, t, w=2, g=2, c=4, m=8: n * int(w) + t * (g + c + m),
-    },
+    causes=mistakes(
+        """
+        def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
+            every_weight = n_params * weight
+            trained = n_trainable * (grad + master + moments)
+            return int(every_weight + trained)
+        """,
+        """
+        gradients, master copy and moments are counted for the frozen weights too
+            n_trainable * → n_params *
+        the gradients are counted for the frozen weights too
+            n_params * weight → n_params * (weight + grad)
+            (grad + master → (master
+        the frozen weights are missing: they take memory although they do not train
+            n_params * weight → n_trainable * weight
+        what trains has its weights counted twice: n_params includes n_trainable
+            (grad + master → (weight + grad + master
+        the weights of what trains are missing: n_params includes n_trainable
+            n_params * weight → (n_params - n_trainable) * weight
+        the master copy is left out
+            grad + master + moments → grad + moments
+        the gradients are left out
+            grad + master + moments → master + moments
+        the master copy is counted for the frozen weights too
+            n_params * weight → n_params * (weight + master)
+            grad + master + moments → grad + moments
+        the defaults are counted: use the arguments weight, grad, master and moments
+            n_params * weight → n_params * 2
+            grad + master + moments → 14
+        `moments` is already both of Adam's moments: do not double it
+            + moments → + 2 * moments
+        half a byte for each weight is rounded before it is multiplied
+            n_params * weight → n_params * int(weight)
+        """,
+    ),
 )
 def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
     """The bytes of weights, gradients, master copy and moments, also with half-byte weights."""
@@ -64,25 +66,33 @@ def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8)
 
 @check_for(
     cases=[(7_000, 130, 11), (1_000, 1_000, 3), (6_738_415_616, 4_194_304, 2_048), (5_000, 1, 7)],
-    causes={
-        (
-            "frozen weights need no weight gradients: only n_trainable counts there"
-        ): lambda n, t, tokens: 6 * n * tokens,
-        (
-            "the backward pass still goes through the frozen weights: 2·N·T more"
-        ): lambda n, t, tokens: 2 * n * tokens + 4 * t * tokens,
-        (
-            "of the 6 for each weight that trains, 4 are in 4·N already: 2 more are due"
-        ): lambda n, t, tokens: (4 * n + 6 * t) * tokens,
-        "only what trains is counted": lambda n, t, tokens: 6 * t * tokens,
-        "the forward pass is left out": lambda n, t, tokens: 2 * (n + t) * tokens,
-        "the weight gradients are left out": lambda n, t, tokens: 4 * n * tokens,
-        "a multiply-add is two operations, and is counted as one": lambda n, t, tokens: (
-            (2 * n + t) * tokens
-        ),
-        "this is for one token": lambda n, t, tokens: 4 * n + 2 * t,
-        "the result is a float": lambda n, t, tokens: float((4 * n + 2 * t) * tokens),
-    },
+    causes=mistakes(
+        """
+        def step_flops(n_params, n_trainable, tokens):
+            forward = through = 2 * n_params
+            gradients = 2 * n_trainable
+            return (forward + through + gradients) * tokens
+        """,
+        """
+        frozen weights need no weight gradients: only n_trainable counts there
+            2 * n_trainable → 2 * n_params
+        the backward pass still goes through the frozen weights: 2·N·T more
+            + through + gradients → + 2 * gradients
+        of the 6 for each weight that trains, 4 are in 4·N already: 2 more are due
+            2 * n_trainable → 6 * n_trainable
+        only what trains is counted
+            2 * n_params → 2 * n_trainable
+        the forward pass is left out
+            forward + through → through
+        the weight gradients are left out
+            + gradients → ∅
+        a multiply-add is two operations, and is counted as one
+            2 * n_params → n_params
+            2 * n_trainable → n_trainable
+        this is for one token
+            * tokens → ∅
+        """,
+    ),
 )
 def step_flops(n_params, n_trainable, tokens):
     """The forward pass, the backward pass through all weights, the gradients of what trains."""
@@ -91,16 +101,6 @@ def step_flops(n_params, n_trainable, tokens):
 
 
 # ------------------------------------------------------------------ largest_rank
-
-
-def _ranks(cost, limit=min):
-    """A wrong largest_rank from what one rank costs a layer."""
-
-    def rank(shapes, budget, size):
-        fits = int(budget // (size * sum(cost(o, i) for o, i in shapes)))
-        return limit(fits, min(min(shape) for shape in shapes))
-
-    return rank
 
 
 _SHAPES = [(48, 96), (96, 48), (320, 96)]
@@ -120,45 +120,45 @@ _SHAPES = [(48, 96), (96, 48), (320, 96)]
             note="the tightest layer is not the first",
         ),
     ],
-    causes={
-        "a rank costs out + in parameters a layer, not out · in": _ranks(lambda o, i: o * i),
-        "only A is counted: B has `out` parameters a rank": _ranks(lambda o, i: i),
-        "only B is counted: A has `in` parameters a rank": _ranks(lambda o, i: o),
-        "only the first layer is counted": lambda shapes, budget, size: _ranks(lambda o, i: o + i)(
-            shapes[:1], budget, size
-        ),
-        "the bytes of a parameter are left out": lambda shapes, budget, size: _ranks(
-            lambda o, i: o + i
-        )(shapes, budget, 1),
-        "this rank is one too large for the budget: round down": lambda *a: (
-            _ranks(lambda o, i: o + i)(*a) + 1
-        ),
-        (
-            "a rank that takes exactly the budget still fits: compare with <="
-        ): lambda shapes, budget, size: _ranks(lambda o, i: o + i)(shapes, budget - 1, size),
-        "where not even rank 1 fits the answer is 0": lambda *a: max(
-            1, _ranks(lambda o, i: o + i)(*a)
-        ),
-        "no rank above the smallest min(out, in) is of use: stop there": _ranks(
-            lambda o, i: o + i, limit=lambda fits, most: fits
-        ),
-        "the limit is the smallest side of all layers, not the largest": (
-            lambda shapes, budget, size: min(
-                int(budget // (size * sum(map(sum, shapes)))), max(map(min, shapes))
-            )
-        ),
-        "only the first layer limits the rank, and the smallest must": (
-            lambda shapes, budget, size: min(
-                int(budget // (size * sum(map(sum, shapes)))), min(shapes[0])
-            )
-        ),
-        "the budget is split evenly: layers of one rank differ in what they cost": (
-            lambda shapes, budget, size: min(
-                _ranks(lambda o, i: o + i)([shape], budget / len(shapes), size) for shape in shapes
-            )
-        ),
-        "the result is a float": lambda *a: float(_ranks(lambda o, i: o + i)(*a)),
-    },
+    causes=mistakes(
+        """
+        def largest_rank(shapes, budget_bytes, bytes_per_parameter):
+            a_rank = bytes_per_parameter * sum(out + in_ for out, in_ in shapes)
+            fits = int(budget_bytes // a_rank)
+            useful = min(min(shape) for shape in shapes)
+            return min(fits, useful)
+        """,
+        """
+        a rank costs out + in parameters a layer, not out · in
+            out + in_ for → out * in_ for
+        only A is counted: B has `out` parameters a rank
+            out + in_ for → in_ for
+        only B is counted: A has `in` parameters a rank
+            out + in_ for → out for
+        only the first layer is counted
+            out, in_ in shapes → out, in_ in shapes[:1]
+            shape in shapes) → shape in shapes[:1])
+        the bytes of a parameter are left out
+            bytes_per_parameter * sum → sum
+        this rank is one too large for the budget: round down
+            min(fits, useful) → min(fits, useful) + 1
+        a rank that takes exactly the budget still fits: compare with <=
+            budget_bytes // → (budget_bytes - 1) //
+        where not even rank 1 fits the answer is 0
+            min(fits, useful) → max(1, min(fits, useful))
+        no rank above the smallest min(out, in) is of use: stop there
+            min(fits, useful) → fits
+        the limit is the smallest side of all layers, not the largest
+            min(min(shape) → max(min(shape)
+        only the first layer limits the rank, and the smallest must
+            shape in shapes) → shape in shapes[:1])
+        the budget is split evenly: layers of one rank differ in what they cost
+            sum(out + in_ for → max(out + in_ for
+            int(budget_bytes → int(budget_bytes / len(shapes)
+        a rank is a whole number: round down
+            int(budget_bytes // a_rank) → budget_bytes / a_rank
+        """,
+    ),
 )
 def largest_rank(shapes, budget_bytes, bytes_per_parameter):
     """The largest rank whose A and B fit, also where one byte decides and where none fits."""
@@ -206,12 +206,9 @@ def _buffers():
 
 
 def _packed(out=10, in_=6, **parts):
-    """A frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, beside a quant_state.
-
-    Of an odd number of codes the last has a byte to itself.
-    """
+    """A frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, beside a quant_state."""
     net = _Net(base=nn.Linear(in_, out), branch=nn.Linear(in_, 4, bias=False), **parts)
-    codes = torch.randint(0, 256, ((out * in_ + 1) // 2, 1), dtype=torch.uint8)
+    codes = torch.randint(0, 256, (out * in_ // 2, 1), dtype=torch.uint8)
     net.base.weight = nn.Parameter(codes, requires_grad=False)
     net.base.weight.quant_state = SimpleNamespace(shape=torch.Size([out, in_]))
     return net
@@ -234,23 +231,6 @@ def _everything():
     return net
 
 
-def _size(p):
-    return p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()
-
-
-def _packed_twice(p):
-    return p.numel() * (2 if hasattr(p, "quant_state") else 1)
-
-
-def _bytes_twice(p):
-    return p.numel() * (2 if p.dtype == torch.uint8 else 1)
-
-
-def _counted(tensors, size=_size):
-    tensors = list(tensors)
-    return sum(map(size, tensors)), sum(size(t) for t in tensors if t.requires_grad)
-
-
 @check_for(
     cases=[
         Case(lambda: [_frozen_first()], note="one of two layers frozen"),
@@ -260,46 +240,49 @@ def _counted(tensors, size=_size):
         Case(lambda: [_buffers()], note="a batch norm, whose running statistics are buffers"),
         Case(lambda: [_packed()], note="a packed 4-bit weight"),
         Case(lambda: [_bytes()], note="a uint8 parameter without quant_state: not packed"),
-        Case(lambda: [_packed(3, 3)], note="a packed weight (3, 3), in 5 bytes"),
         Case(lambda: [_everything()], note="tied, packed and with buffers"),
+        Case(lambda: [_tied().to("meta")], note="tied, on the meta device, as in section 1"),
     ],
     returns=("total", "trainable"),
-    causes={
-        "the tied weight is counted twice": lambda m: _counted(
-            p for _, p in m.named_parameters(remove_duplicate=False)
-        ),
-        "buffers are counted, and they are no parameters": lambda m: _counted(
-            [*m.parameters(), *m.buffers()]
-        ),
-        "the packed weight is counted by its bytes, and each holds two weights": lambda m: _counted(
-            m.parameters(), size=torch.numel
-        ),
-        "uint8 alone does not make a packed weight: look for its quant_state": lambda m: _counted(
-            m.parameters(), size=_bytes_twice
-        ),
-        (
-            "an odd number of weights leaves half of the last byte empty: ask quant_state.shape"
-        ): lambda m: _counted(m.parameters(), size=_packed_twice),
-        (
-            "parameters of equal values are counted once: tied ones are one and the same object"
-        ): lambda m: _counted({str(p.tolist()): p for p in m.parameters()}.values()),
-        "only what trains is in the total": lambda m: (
-            _counted(m.parameters())[1],
-            _counted(m.parameters())[1],
-        ),
-        "what is frozen is counted as trainable": lambda m: (_counted(m.parameters())[0],) * 2,
-        "trainable and total have changed places": lambda m: _counted(m.parameters())[::-1],
-        (
-            "what trains is judged by .grad, which is None before a backward pass; ask "
-            "requires_grad"
-        ): lambda m: (_counted(m.parameters())[0], 0),
-        "the frozen parameters are returned, not the trainable ones": (
-            lambda m: (
-                _counted(m.parameters())[0],
-                _counted(m.parameters())[0] - _counted(m.parameters())[1],
-            )
-        ),
-    },
+    causes=mistakes(
+        """
+        def count_parameters(model):
+            counted = list(model.parameters())
+            quantised = [p for p in counted if hasattr(p, "quant_state")]
+            size = {id(p): p.numel() for p in counted}
+            size |= {id(p): math.prod(p.quant_state.shape) for p in quantised}
+            total = sum(size[id(p)] for p in counted)
+            trainable = sum(size[id(p)] for p in counted if p.requires_grad)
+            return total, trainable
+        """,
+        """
+        the tied weight is counted twice
+            list(model.parameters()) →
+                [p for _, p in model.named_parameters(remove_duplicate=False)]
+        buffers are counted, and they are no parameters
+            list(model.parameters()) → [*model.parameters(), *model.buffers()]
+        the packed weight is counted by its bytes, and each holds two weights
+            math.prod(p.quant_state.shape) → p.numel()
+        uint8 alone does not make a packed weight: look for its quant_state
+            hasattr(p, "quant_state") → p.dtype == torch.uint8
+            math.prod(p.quant_state.shape) → 2 * p.numel()
+        parameters of equal values are counted once: tied ones are one and the same object
+            list(model.parameters()) → {str(p.tolist()): p for p in model.parameters()}.values()
+        data_ptr() is 0 for every parameter on the meta device: tied ones are one and the same
+        object
+            list(model.parameters()) → {p.data_ptr(): p for p in model.parameters()}.values()
+        only what trains is in the total
+            return total, → return trainable,
+        what is frozen is counted as trainable
+            return total, trainable → return total, total
+        trainable and total have changed places
+            return total, trainable → return trainable, total
+        what trains is judged by .grad, which is None before a backward pass; ask requires_grad
+            if p.requires_grad → if p.grad is not None
+        the frozen parameters are returned, not the trainable ones
+            return total, trainable → return total, total - trainable
+        """,
+    ),
 )
 def count_parameters(model):
     """Tied weights once, no buffers, and packed 4-bit weights at their true number."""

@@ -29,18 +29,6 @@ def nothing_done(merged_weight, A, B, alpha):
     return merged_weight
 
 
-@wrong("unmerge_lora", "the result has dtype float32, expected bfloat16")
-def no_cast(merged_weight, A, B, alpha):
-    exact = merged_weight.dtype == torch.float64
-    wide = [t if exact else t.float() for t in (merged_weight, A, B)]
-    return wide[0] - alpha / A.shape[0] * wide[2] @ wide[1]
-
-
-@wrong("unmerge_lora", "no gradient reaches A")
-def detached_factors(merged_weight, A, B, alpha):
-    return merged_weight - alpha / A.shape[0] * (B @ A).detach()
-
-
 @wrong("unmerge_lora", "your function raised RuntimeError: mat1 and mat2")
 def factors_turned(merged_weight, A, B, alpha):
     return merged_weight - alpha / A.shape[0] * A @ B
@@ -57,9 +45,9 @@ def scaled_first(merged_weight, A, B, alpha):
 
 
 @right("unmerge_lora")
-def in_double(merged_weight, A, B, alpha):
-    exact = merged_weight.double() - alpha * (B.double() @ A.double()) / len(A)
-    return exact.to(merged_weight.dtype)
+@torch.no_grad()
+def in_double_without_gradients(merged_weight, A, B, alpha):
+    return merged_weight.double() - alpha * (B.double() @ A.double()) / len(A)
 
 
 @right("unmerge_lora")
@@ -137,8 +125,7 @@ def two_svds(A, B, rank):
 
 @right("compress_lora")
 def in_double_precision(A, B, rank):
-    a, b = compressed(A.double(), B.double(), rank, lambda S: (S, torch.ones_like(S)))
-    return a.to(A.dtype), b.to(B.dtype)
+    return compressed(A.double(), B.double(), rank, lambda S: (S, torch.ones_like(S)))
 
 
 # ------------------------------------------------------------------ embedding_lora
@@ -184,6 +171,7 @@ def low_rank_copies(ids, weight, A, B, alpha):
 
 
 @right("embedding_lora")
+@torch.no_grad()
 def flattened(ids, weight, A, B, alpha):
     flat = ids.reshape(-1)
     scaled = A.index_select(1, flat) * (alpha / B.shape[1])
@@ -322,16 +310,6 @@ def on_a_copy(model, rank, alpha, targets):
     return inject(copy.deepcopy(model), rank, alpha, lambda n: at_end(n, targets))
 
 
-@wrong("apply_lora", "modules in train mode differs: missing 'the model', 'embed'")
-def in_eval_mode(model, rank, alpha, targets):
-    return inject(model.eval(), rank, alpha, lambda n: at_end(n, targets))
-
-
-@wrong("apply_lora", "modules in train mode differs: too many 'the model', 'embed'")
-def in_train_mode(model, rank, alpha, targets):
-    return inject(model, rank, alpha, lambda n: at_end(n, targets)).train()
-
-
 @right("apply_lora")
 def by_the_course(model, rank, alpha, targets):
     return apply_lora_to_model(model, rank, alpha, tuple(targets))
@@ -341,7 +319,7 @@ def by_the_course(model, rank, alpha, targets):
 def runtime_error(model, rank, alpha, targets):
     refuse_adapted(model, RuntimeError)
     refuse_unmatched(model, targets)
-    return inject(model, rank, alpha, lambda n: at_end(n, targets))
+    return inject(model, rank, alpha, lambda n: at_end(n, targets)).eval()
 
 
 @right("apply_lora")
