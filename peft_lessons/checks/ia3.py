@@ -117,6 +117,7 @@ def _layer(out, in_, feedforward, bias=True, dtype=torch.float32):
 
 
 @check_for(
+    exact_dtype=True,
     cases=[
         # Square ones first: there a mistake of rows and columns gives numbers, and can be named.
         Case(lambda: _layer(16, 16, False), note="a square weight"),

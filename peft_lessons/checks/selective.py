@@ -310,6 +310,7 @@ def _trained(kind):
 
 
 @check_for(
+    exact_dtype=True,
     cases=[
         Case(lambda: _trained("some")),
         Case(lambda: _trained("nothing"), note="nothing has changed"),

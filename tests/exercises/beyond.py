@@ -112,7 +112,7 @@ def turned_round(weight, rank):
     return A.T, B.T, weight - B @ A
 
 
-@wrong("pissa_init", "A is a ndarray, expected a tensor")
+@wrong("pissa_init", "A is a NumPy array, expected a tensor")
 def arrays(weight, rank):
     U, S, V = np.linalg.svd(weight.numpy(), full_matrices=False)
     A, B = np.sqrt(S[:rank, None]) * V[:rank], U[:, :rank] * np.sqrt(S[:rank])

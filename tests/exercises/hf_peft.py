@@ -282,7 +282,7 @@ def merges(model, inputs, adapters):
     return torch.stack([whole[name][i] for i, name in enumerate(adapters)])
 
 
-@wrong("mixed_batch", "logits is a CausalLMOutputWithPast, expected a tensor")
+@wrong("mixed_batch", "logits are a CausalLMOutputWithPast, expected a tensor")
 def whole_output(model, inputs, adapters):
     return model(**inputs)
 

@@ -58,7 +58,7 @@ def not_shifted(packed):
     return codes
 
 
-@wrong("unpack_nibbles", "codes has dtype int64, expected uint8")
+@wrong("unpack_nibbles", "codes have dtype int64, expected uint8")
 def long_codes(packed):
     packed = packed.long()
     return torch.stack([packed >> 4, packed & 15], dim=1).flatten()
@@ -142,7 +142,7 @@ def no_short_block(x, levels, block):
     return codes.flatten().to(torch.uint8), absmax
 
 
-@wrong("quantize_blockwise", "codes has dtype int64, expected uint8")
+@wrong("quantize_blockwise", "codes have dtype int64, expected uint8")
 def long_code(x, levels, block):
     scaled, absmax = scale_by_absmax(x, block)
     return torch.bucketize(scaled, middles(levels)), absmax
