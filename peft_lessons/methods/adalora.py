@@ -9,24 +9,25 @@ __all__ = ['PARTS', 'AdaLoRALayer', 'delta_weight', 'remember', 'remembered', 'L
            'settled_ranks', 'from_file', 'ranks']
 
 # %% ../../notebooks/05_adalora.ipynb #7b1c83f9
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 
-from ..engine import AdapterLayer, Method, PeftFiles, injection_of, require_injection
-from ..engine import validate
+from ..engine import AdapterLayer, Injection, Method, PeftFiles, injection_of
+from ..engine import require_injection, validate
 
 # %% ../../notebooks/05_adalora.ipynb #8029ce90
 class AdaLoRALayer(nn.Module):
-    """The branch alone: x -> α / r · P Λ Q x. In PEFT's names Q is lora_A, the diagonal of Λ is
-    lora_E and P is lora_B.
+    """Compute the update alone: x -> α / r · P Λ Q x, with PEFT's names: Q is lora_A, the diagonal
+    of Λ is lora_E, P is lora_B. Source: Zhang et al. 2023, eq. 3.
 
     Shapes: x (..., in), lora_A (kept, in), lora_E (kept, 1), lora_B (out, kept), result (..., out).
-    Of the initial `rank` triplets `kept` are there, by default all; the r of the scaling stays.
-    Source: Zhang et al. 2023, eq. 3. Raises ValueError for a wrong setting."""
+    `kept` of `rank` triplets remain, by default all; r stays `rank`. ValueError: bad settings."""
 
-    def __init__(self, in_features, out_features, rank, alpha, dropout=0.0, kept=None):
+    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float,
+                 dropout: float = 0.0, kept: int | None = None):
         validate("AdaLoRALayer", rank=rank, alpha=alpha, dropout=dropout)
         super().__init__()
         kept = rank if kept is None else kept
@@ -36,36 +37,37 @@ class AdaLoRALayer(nn.Module):
         self.alpha, self.divisor = alpha, rank + 1e-5                # PEFT adds the 1e-5
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.dropout(x.to(self.lora_A.dtype))                    # (..., in)
         low = x @ (self.lora_A * self.lora_E).T                      # (..., kept)
         return low @ self.lora_B.T * self.alpha / self.divisor       # (..., out)
 
 # %% ../../notebooks/05_adalora.ipynb #c2383e94
-def delta_weight(ada):
-    """α / r · P Λ Q of a branch, (out, in)."""
+def delta_weight(ada: AdaLoRALayer) -> torch.Tensor:
+    """Return α / r · P Λ Q, (out, in)."""
     return ada.lora_B @ (ada.lora_A * ada.lora_E) * ada.alpha / ada.divisor
 
 
-def remember(ada):
-    """Give a branch the buffers in which the allocator keeps what it knows: for each of A, E and B
-    a sensitivity and an uncertainty of its shape, and the mask (kept,) of what stays for good."""
+def remember(ada: AdaLoRALayer) -> None:
+    """Add the allocator's buffers to a layer: a sensitivity and an uncertainty for each of A, E and
+    B, of the same shape, and the mask (kept,) of the triplets that remain for good."""
     for name, p in list(ada.named_parameters()):
         ada.register_buffer(f"sensitivity_{name}", torch.zeros_like(p.detach()))
         ada.register_buffer(f"uncertainty_{name}", torch.zeros_like(p.detach()))
     ada.register_buffer("mask", torch.ones(len(ada.lora_E), dtype=torch.bool))
 
 
-def remembered(ada):
-    """(parameter, its sensitivity, its uncertainty), of A, E and B."""
+def remembered(ada: AdaLoRALayer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield (parameter, its sensitivity, its uncertainty) for A, E and B."""
     for name, p in ada.named_parameters():
         yield p, getattr(ada, f"sensitivity_{name}"), getattr(ada, f"uncertainty_{name}")
 
 # %% ../../notebooks/05_adalora.ipynb #6f02c00b
 class LinearWithAdaLoRA(AdapterLayer):
-    """y = x Wᵀ + b + α / r · x (ΛQ)ᵀ Pᵀ: a frozen Linear and a branch that starts at zero."""
+    """Add AdaLoRA to a frozen Linear: y = x Wᵀ + b + α / r · x (ΛQ)ᵀ Pᵀ, Λ = 0 at the start."""
 
-    def __init__(self, linear, rank=12, alpha=16.0, dropout=0.0, kept=None):
+    def __init__(self, linear: nn.Linear, rank: int = 12, alpha: float = 16.0,
+                 dropout: float = 0.0, kept: int | None = None):
         validate("LinearWithAdaLoRA", rank=rank, alpha=alpha, dropout=dropout)
         super().__init__(linear)
         out_features, in_features = linear.weight.shape
@@ -75,17 +77,17 @@ class LinearWithAdaLoRA(AdapterLayer):
         # A score is a product of four small numbers: 16 bits would round it to zero.
         self.ada = ada.to(torch.promote_types(linear.weight.dtype, torch.float32))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)                                             # (..., out)
         return y if self.merged else (y + self.ada(x)).to(y.dtype)   # (..., out)
 
-    def delta_weight(self):
+    def delta_weight(self) -> torch.Tensor:
         return delta_weight(self.ada)                                # (out, in)
 
 # %% ../../notebooks/05_adalora.ipynb #ae8b59fd
-def orthogonality(branches):
-    """The mean of ‖QQᵀ − I‖ and ‖PᵀP − I‖ over all branches. Frobenius norms as in PEFT; the paper
-    (Zhang et al. 2023, eq. 4) has their squares."""
+def orthogonality(branches: Sequence[AdaLoRALayer]) -> torch.Tensor:
+    """Return the mean of ‖QQᵀ − I‖ and ‖PᵀP − I‖ over all layers, a scalar. The Frobenius norms are
+    PEFT's; the paper (Zhang et al. 2023, eq. 4) squares them."""
     total = 0
     for ada in branches:
         for gram in (ada.lora_A @ ada.lora_A.T, ada.lora_B.T @ ada.lora_B):      # (kept, kept)
@@ -95,8 +97,9 @@ def orthogonality(branches):
 
 # %% ../../notebooks/05_adalora.ipynb #9c9691bc
 @torch.no_grad()
-def observe(ada, beta1, beta2):
-    """Take note of a step's gradients, in place. Source: Zhang et al. 2023, eq. 8 to 10."""
+def observe(ada: AdaLoRALayer, beta1: float, beta2: float) -> None:
+    """Update sensitivity and uncertainty from the gradients of a step, in place (Zhang et al. 2023,
+    eq. 8 to 10)."""
     if ada.lora_E.grad is None:  # a layer that the step did not use; A and B have the penalty's
         return
     for p, sensitivity, uncertainty in remembered(ada):
@@ -106,15 +109,15 @@ def observe(ada, beta1, beta2):
         uncertainty.mul_(beta2).add_((1 - beta2) * doubt)
 
 
-def triplet_scores(ada):
-    """The score of each triplet, (kept,): that of its λ and the means over its row of Q and its
-    column of P."""
+def triplet_scores(ada: AdaLoRALayer) -> torch.Tensor:
+    """Return the importance (kept,) of each triplet: the score of its λ plus the mean scores of its
+    row of Q and its column of P (Zhang et al. 2023, eq. 7)."""
     a, e, b = (sensitivity * uncertainty for _, sensitivity, uncertainty in remembered(ada))
     return e.flatten() + (a.mean(dim=1) + b.mean(dim=0))                         # (kept,)
 
 # %% ../../notebooks/05_adalora.ipynb #2d69b4fb
-def budget_after(step, method, layers):
-    """How many triplets of all `layers` may stay after a step; steps count from 1.
+def budget_after(step: int, method: Method, layers: int) -> int:
+    """Return the number of triplets, over all `layers`, that remain after a step (counted from 1).
     Source: Zhang et al. 2023, appendix A."""
     first, last = layers * method.initial_rank, layers * method.target_rank
     if step <= method.tinit:
@@ -123,9 +126,9 @@ def budget_after(step, method, layers):
     return int((first - last) * left**3 + last)
 
 
-def masks_of_best(branches, budget):
-    """Which triplets stay, a bool tensor (kept,) a branch: the `budget` best of all branches
-    together. As in PEFT, of equal scores at the edge none stays."""
+def masks_of_best(branches: Sequence[AdaLoRALayer], budget: int) -> list[torch.Tensor]:
+    """Return a bool mask (kept,) for each layer: the `budget` triplets with the highest scores over
+    all layers. As in PEFT, a tie at the threshold removes all tied triplets."""
     scores = [triplet_scores(ada) for ada in branches]
     pooled = torch.cat(scores)                               # (all triplets,)
     cut = pooled.kthvalue(len(pooled) - budget).values       # the best one of those that go
@@ -133,39 +136,41 @@ def masks_of_best(branches, budget):
 
 
 @torch.no_grad()
-def prune(branches, masks):
+def prune(branches: Sequence[AdaLoRALayer], masks: Sequence[torch.Tensor]) -> None:
+    """Set λ to zero in each layer where its mask (kept,) is False, in place."""
     for ada, mask in zip(branches, masks, strict=True):
         ada.lora_E.masked_fill_(~mask[:, None], 0.0)
 
 # %% ../../notebooks/05_adalora.ipynb #506e92da
 class RankAllocator:
-    """Decides after each step which triplets stay. What it knows is in the branches' buffers."""
+    """Choose after each step the triplets that remain; its state is in the layers' buffers."""
 
-    def __init__(self, branches, method):
+    def __init__(self, branches: Sequence[AdaLoRALayer], method: Method):
         self.branches, self.method = list(branches), method
 
-    def penalty(self):
-        """What joins the task's loss, a scalar."""
+    def penalty(self) -> torch.Tensor | float:
+        """Return the orthogonality term of the loss, a scalar."""
         weight = self.method.orthogonal
         return weight * orthogonality(self.branches) if weight else 0.0
 
     @property
-    def settled(self):
-        """Whether the schedule is over: the triplets that stay are chosen for good."""
+    def settled(self) -> bool:
+        """Return whether the schedule is over and the ranks are final."""
         chosen = torch.cat([ada.mask for ada in self.branches])
         return self.method.kept is not None or not chosen.all().item()
 
-    def update(self, step):
-        """To be called after the optimiser's step, counted from 1, while gradients are there."""
+    def update(self, step: int) -> None:
+        """Prune after the optimiser's step (counted from 1) and before zero_grad."""
         if not self.settled and step <= self.method.end:
             return run_schedule(self.branches, self.method, step)
-        # Whatever the optimiser's momentum did to them, what is gone stays gone.
+        # The optimiser's momentum may have moved pruned triplets away from zero.
         prune(self.branches, [ada.mask for ada in self.branches])
 
 # %% ../../notebooks/05_adalora.ipynb #6b20b969
 @torch.no_grad()
-def run_schedule(branches, method, step):
-    """Note this step's gradients, prune if it is time, and choose for good at the end."""
+def run_schedule(branches: Sequence[AdaLoRALayer], method: Method, step: int) -> None:
+    """Update the importance, prune if it is due, and fix the masks at the end. RuntimeError without
+    gradients, or if all scores are equal."""
     if all(ada.lora_E.grad is None for ada in branches):
         raise RuntimeError("the allocator finds no gradients: call it before zero_grad()")
     if step == 1:  # nothing of an earlier training counts
@@ -188,6 +193,8 @@ def run_schedule(branches, method, step):
 # %% ../../notebooks/05_adalora.ipynb #95601d26
 @dataclass(frozen=True)
 class AdaLoRASettings(Method):
+    """Hold the settings of AdaLoRA. Raises ValueError for a schedule that cannot work."""
+
     initial_rank: int
     target_rank: int
     alpha: float
@@ -202,11 +209,7 @@ class AdaLoRASettings(Method):
     dropout: float = 0.0
     kept: tuple | None = field(default=None, repr=False)  # load_adapter's: ((path, flags), ...)
     ranks = ("initial_rank",)
-    learning_rate = 1e-2  # what fit takes if it is not told otherwise; section 5 measures it
-
-    @property
-    def end(self):  # the step after which ranks are settled
-        return self.total_steps - self.tfinal
+    learning_rate = 1e-2  # the default of fit, measured in section 5
 
     def __post_init__(self):
         super().__post_init__()
@@ -214,8 +217,8 @@ class AdaLoRASettings(Method):
             refuse_idle(self)
 
 # %% ../../notebooks/05_adalora.ipynb #baec097f
-def refuse_idle(m):
-    """ValueError for a schedule that never prunes, or does so before it can judge."""
+def refuse_idle(m: AdaLoRASettings) -> None:
+    """Raise ValueError for a schedule that never prunes, or prunes before any score is known."""
     if m.target_rank >= m.initial_rank:
         raise ValueError(
             f"AdaLoRA: target_rank={m.target_rank} must be below initial_rank={m.initial_rank}, or "
@@ -230,20 +233,23 @@ def refuse_idle(m):
             "total_steps larger or tfinal smaller")
 
 # %% ../../notebooks/05_adalora.ipynb #ac8b4abe
-def allocator_of(injection):
+def allocator_of(injection: Injection) -> RankAllocator:
+    """Return an allocator for all layers of a model with AdaLoRA."""
     return RankAllocator([w.ada for w in injection.wrappers.values()], injection.method)
 
 
-def kept_of(m, path):
-    """How many triplets a loaded adapter has in a layer, or None for all."""
+def kept_of(m: AdaLoRASettings, path: str) -> int | None:
+    """Return the number of triplets that a loaded adapter has at `path`, None for all. ValueError
+    if the adapter does not name this layer."""
     counts = {place: sum(flags) for place, flags in m.kept or ()}
     if counts and path not in counts:
         raise ValueError(f"AdaLoRA: the ranks of a loaded adapter say nothing of {path!r}")
     return counts.get(path)
 
 # %% ../../notebooks/05_adalora.ipynb #2d2fbdbb
-def refuse_fit(m, allocator, steps):
-    """ValueError for a training that the schedule does not fit, unless it is over already."""
+def refuse_fit(m: AdaLoRASettings, allocator: RankAllocator, steps: int) -> None:
+    """Raise ValueError if the schedule is not over and does not fit a training of `steps` steps, or
+    the layers are in 16 bits."""
     if allocator.settled:
         return
     if steps != m.total_steps:
@@ -258,28 +264,34 @@ def refuse_fit(m, allocator, steps):
 
 # %% ../../notebooks/05_adalora.ipynb #fc8168ad
 class AdaLoRA(AdaLoRASettings):
-    """AdaLoRA (Zhang et al. 2023): from `initial_rank` triplets a layer to `target_rank` on
-    average, pruned every `delta` steps from `tinit` on and settled for the last `tfinal`."""
+    """Apply AdaLoRA (Zhang et al. 2023): prune, every `delta` steps from `tinit` on, from
+    `initial_rank` triplets per layer to `target_rank` on average; train on for `tfinal` steps."""
 
-    def wrap(self, path, layer):
+    @property
+    def end(self) -> int:
+        """Return the step after which the ranks are final."""
+        return self.total_steps - self.tfinal
+
+    def wrap(self, path: str, layer: nn.Linear) -> LinearWithAdaLoRA:
         kept = kept_of(self, path)
         return LinearWithAdaLoRA(layer, self.initial_rank, self.alpha, self.dropout, kept)
 
-    def before_fit(self, injection, steps):
+    def before_fit(self, injection: Injection, steps: int) -> None:
         refuse_fit(self, allocator_of(injection), steps)
 
-    def penalty(self, injection):
+    def penalty(self, injection: Injection) -> torch.Tensor | float:
         return allocator_of(injection).penalty()
 
-    def after_step(self, injection, step):
+    def after_step(self, injection: Injection, step: int) -> None:
         allocator_of(injection).update(step)
 
 # %% ../../notebooks/05_adalora.ipynb #0e0d4a39
 PARTS = ("lora_A", "lora_E", "lora_B")
 
 
-def to_file(method, entries, tensors):
-    """What PEFT stores: no masks, no rows that are pruned for good, and which those were."""
+def to_file(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
+    """Convert to PEFT's format: drop masks and pruned rows, and list them in rank_pattern.
+    ValueError if a pruned triplet is no longer zero."""
     pattern = {f"{path}.lora_E": list(flags) for path, flags in method.kept or ()}
     for stem in [key.removesuffix("lora_E") for key in tensors if key.endswith(".lora_E")]:
         mask = tensors.pop(stem + "mask")                                          # (kept,)
@@ -293,8 +305,8 @@ def to_file(method, entries, tensors):
     return entries | {"rank_pattern": pattern if settled else None}, tensors
 
 # %% ../../notebooks/05_adalora.ipynb #c7b3e33b
-def settled_ranks(pattern, rank, tensors):
-    """What a file's rank_pattern says, ((path, flags), ...). ValueError if it fits no file."""
+def settled_ranks(pattern: dict, rank: int, tensors: dict) -> tuple:
+    """Return ((path, flags), ...) from a file's rank_pattern. ValueError if it does not fit."""
     if not isinstance(pattern, dict):
         raise ValueError(f"rank_pattern must be a table of layers, not {pattern!r}")
     for name, flags in pattern.items():
@@ -306,8 +318,8 @@ def settled_ranks(pattern, rank, tensors):
     return tuple((n.removesuffix(".lora_E"), tuple(flags)) for n, flags in pattern.items())
 
 
-def from_file(cls, config, tensors):
-    """The method with its ranks settled, and the tensors with a mask for each layer."""
+def from_file(cls: type[Method], config: dict, tensors: dict) -> tuple[Method, dict]:
+    """Return the method with its final ranks, and the tensors with a mask for each layer."""
     values = cls.files.settings(config)
     kept = settled_ranks(config.get("rank_pattern") or {}, values["initial_rank"], tensors)
     rows = {key: t.shape[:1] for key, t in tensors.items() if key.endswith(".lora_E")}
@@ -332,7 +344,7 @@ AdaLoRA.files = PeftFiles(
     off={"init_lora_weights": (True, False, "gaussian")})  # as LoRA's
 
 # %% ../../notebooks/05_adalora.ipynb #79960258
-def ranks(model):
-    """{path: the number of its triplets whose λ is not zero}, of a model with AdaLoRA in it."""
+def ranks(model: nn.Module) -> dict[str, int]:
+    """Return {path: number of triplets with λ ≠ 0}. ValueError if the model has no AdaLoRA."""
     wrappers = require_injection(model, "ranks", AdaLoRA).wrappers.items()
     return {path: int(w.ada.lora_E.count_nonzero()) for path, w in wrappers}

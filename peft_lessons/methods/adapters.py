@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'NO_MERGE', 'STREAM', 'BERT', 'LLAMA', 'LAYOUTS', 'NORMS', 'Bottleneck', 'Adapter', 'Place',
-           'PostNormPlace', 'Tap', 'taken', 'PreNormPlace', 'last_linear', 'places', 'BottleneckAdapter']
+           'PostNormPlace', 'Tap', 'taken', 'PreNormPlace', 'last_linear', 'places', 'refuse_width',
+           'BottleneckAdapter']
 
 # %% ../../notebooks/06_adapters.ipynb #c78df824
 import math
@@ -22,12 +23,12 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tan
 
 
 class Bottleneck(nn.Module):
-    """t (..., d) -> a(t) = f(t W_downᵀ + b_down) W_upᵀ + b_up (..., d), through m numbers.
+    """Compute a(t) = f(t W_downᵀ + b_down) W_upᵀ + b_up: t and result (..., d), inner width m.
     W_down (m, d) starts Kaiming-uniform, W_up (d, m) and both biases at zero: a(t) = 0 at step 0.
-    Source: Houlsby et al. 2019, section 2.1; this start: He et al. 2022. ValueError for a wrong
-    setting."""
+    Source: Houlsby et al. 2019, section 2.1; initialisation as He et al. 2022. Raises ValueError
+    for an invalid setting."""
 
-    def __init__(self, d, m, activation="gelu"):
+    def __init__(self, d: int, m: int, activation: str = "gelu"):
         validate("Bottleneck", hidden_size=d, width=m, activation=activation)
         super().__init__()
         self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
@@ -36,39 +37,39 @@ class Bottleneck(nn.Module):
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
-    def forward(self, t):
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
         low = self.activation(self.down(t.to(self.down.weight.dtype)))     # (..., m)
         return self.up(low)                                                # (..., d)
 
 # %% ../../notebooks/06_adapters.ipynb #ca65e4c4
 class Adapter(nn.Module):
-    """x (..., d) -> x + s · a(x) (..., d), the identity at step 0; s = `adapter_scalar`.
-    It has its own residual: put it where nothing else adds x. Source: Houlsby et al. 2019, fig. 2.
-    Raises ValueError for a size below 1, or a scalar that is not above 0."""
+    """Compute x + s · a(x) (..., d) from x (..., d), the identity at step 0; s = `adapter_scalar`.
+    The module adds x itself: insert it where no other residual does. Raises ValueError for a size
+    below 1, or a scalar that is not above 0. Source: Houlsby et al. 2019, fig. 2."""
 
-    def __init__(self, hidden_size, bottleneck_size, adapter_scalar=1.0):
+    def __init__(self, hidden_size: int, bottleneck_size: int, adapter_scalar: float = 1.0):
         validate("Adapter", hidden_size=hidden_size, bottleneck_size=bottleneck_size,
                  adapter_scalar=adapter_scalar)
         super().__init__()
         self.adapter = Bottleneck(hidden_size, bottleneck_size)
         self.adapter_scalar = adapter_scalar
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x + self.adapter_scalar * self.adapter(x)).to(x.dtype)     # (..., d)
 
 # %% ../../notebooks/06_adapters.ipynb #ea7a5a2f
 class Place(AdapterLayer):
-    """One place: the end of a sublayer, and the adapter that adds to its output h (..., d)."""
+    """Wrap the end of a sublayer with an adapter that adds to the output h (..., d) of `linear`."""
 
-    def __init__(self, base, linear, method):
+    def __init__(self, base: nn.Module, linear: nn.Linear, method: "BottleneckAdapter"):
         super().__init__(base)
         with linear.weight.device:  # new tensors are made there
             self.adapter = Bottleneck(linear.out_features, method.width, method.activation)
         self.adapter.to(torch.promote_types(linear.weight.dtype, torch.float32))
         self.kind, self.scale = method.kind, method.scale
 
-    def added_to(self, h, x, norm):
-        """h + s · a(t); x (..., d) is what the block adds to h, norm what it does with the sum."""
+    def added_to(self, h: torch.Tensor, x: torch.Tensor | None, norm: nn.Module) -> torch.Tensor:
+        """Return h + s · a(t) (..., d); x (..., d) is the residual, `norm` is applied to h + x."""
         if self.kind == "houlsby":
             t = h                                                          # (..., d)
         elif self.kind == "parallel":
@@ -77,7 +78,7 @@ class Place(AdapterLayer):
             t = norm(h + x)                                                # (..., d)
         return (h + self.scale * self.adapter(t)).to(h.dtype)              # (..., d)
 
-    def delta_weight(self):
+    def delta_weight(self) -> torch.Tensor:
         raise TypeError(NO_MERGE)
 
 # %% ../../notebooks/06_adapters.ipynb #673fd8c2
@@ -86,14 +87,14 @@ NO_MERGE = "an adapter cannot be merged: it is not linear, so no weight computes
 
 # %% ../../notebooks/06_adapters.ipynb #627f7786
 class PostNormPlace(Place):
-    """LN(x + h + s · a(t)): the end of a BERT sublayer, h = its dense layer's output.
-    u (..., in) is what the dense layer reads, x (..., d) the residual. Source: He et al. 2022,
-    table 1; where Pfeiffer's reads: AdapterHub, `SeqBnConfig`."""
+    """Compute LN(x + h + s · a(t)) at the end of a BERT sublayer, from the dense layer's input
+    u (..., in), its output h (..., d) and the residual x (..., d). Source: He et al. 2022, table 1;
+    t of "pfeiffer" as in AdapterHub's `SeqBnConfig`."""
 
-    def __init__(self, output, method):
+    def __init__(self, output: nn.Module, method: "BottleneckAdapter"):
         super().__init__(output, output.dense, method)
 
-    def forward(self, u, x):
+    def forward(self, u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         output = self.base
         h = output.dropout(output.dense(u))                                # (..., d)
         return output.LayerNorm(self.added_to(h, x, output.LayerNorm) + x) # (..., d)
@@ -103,18 +104,18 @@ STREAM = local()  # .x: the residual of the sublayer that is being computed, in 
 
 
 class Tap(AdapterLayer):
-    """The norm before a sublayer; leaves its input, the residual x (..., d), in STREAM."""
+    """Wrap the norm before a sublayer and store its input, the residual x (..., d), in STREAM."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         STREAM.x = x
         return self.base(x)                                                # (..., d)
 
-    def delta_weight(self):
+    def delta_weight(self) -> torch.Tensor:
         raise TypeError(NO_MERGE)
 
 # %% ../../notebooks/06_adapters.ipynb #de034c76
-def taken():
-    """The residual that the `Tap` left; RuntimeError if there is none."""
+def taken() -> torch.Tensor:
+    """Take the residual (..., d) that the `Tap` stored. RuntimeError if there is none."""
     if "x" not in vars(STREAM):
         raise RuntimeError("an adapter of this kind also reads the residual, which the norm before "
                            "the feed-forward hands on: call the whole block, not this part alone")
@@ -122,12 +123,13 @@ def taken():
 
 
 class PreNormPlace(Place):
-    """h + s · a(t), to which a pre-norm block adds x: the last Linear of its sublayer, u -> h."""
+    """Compute h + s · a(t), to which a pre-norm block adds x; h (..., d) is the output of the last
+    Linear of its sublayer, u (..., in) the input."""
 
-    def __init__(self, linear, method):
+    def __init__(self, linear: nn.Linear, method: "BottleneckAdapter"):
         super().__init__(linear, linear, method)
 
-    def forward(self, u):
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
         x = None if self.kind == "houlsby" else taken()                    # (..., d)
         return self.added_to(self.base(u), x, nn.Identity())               # (..., d)
 
@@ -146,14 +148,15 @@ LAYOUTS = {
 NORMS = {norm for _, _, norm in LAYOUTS.values()}
 
 
-def last_linear(path, layer):
-    """The Linear that ends the sublayer at this place; None for the norm, which gets no adapter.
-    Told by the path: a 4-bit layer may lack what a Linear has, and would pass for a norm."""
+def last_linear(path: str, layer: nn.Module) -> nn.Module | None:
+    """Return the Linear that ends the sublayer at `path`, or None if `path` names the norm.
+    A 4-bit layer may lack the attributes of a Linear, hence the test by name."""
     return None if path.rpartition(".")[2] in NORMS else getattr(layer, "dense", layer)
 
 # %% ../../notebooks/06_adapters.ipynb #a8be15d2
-def places(model, kind):
-    """{path: module} that an adapter of this kind takes the place of, block by block."""
+def places(model: nn.Module, kind: str) -> dict[str, nn.Module]:
+    """Return {path: module} of all modules to wrap for adapters of a kind, block by block.
+    ValueError for an OPT block with post-norm."""
     found = {}
     for path, block in model.named_modules():
         if type(block).__name__ in LAYOUTS:
@@ -166,11 +169,20 @@ def places(model, kind):
             found |= {inside + n: block.get_submodule(n) for n in wanted if n}
     return found
 
+
+def refuse_width(owner: str, linear: nn.Module, width: int) -> None:
+    """Raise ValueError for a layer that is not a plain nn.Linear, or not wider than `width`."""
+    if type(linear) is not nn.Linear:  # its width or dtype may be unknown
+        raise ValueError(f"{owner}: {type(linear).__name__} must be a plain nn.Linear: load the "
+                         "model unquantised, or dequantize(model) first")
+    if width >= linear.out_features:
+        raise ValueError(f"{owner}: {width} numbers are no bottleneck for {linear.out_features}")
+
 # %% ../../notebooks/06_adapters.ipynb #014ceebc
 @dataclass(frozen=True)
 class BottleneckAdapter(Method):
-    """Adapters of `width` m in every block, starting as the identity; `kind` says where they stand
-    and what they read: "houlsby" (2019), "pfeiffer" (2021) or "parallel" (He et al. 2022)."""
+    """Insert adapters of inner `width` m into every block; `kind` gives their position and input:
+    "houlsby" (2019), "pfeiffer" (2021) or "parallel" (He et al. 2022)."""
 
     width: int
     kind: str = "pfeiffer"
@@ -178,21 +190,16 @@ class BottleneckAdapter(Method):
     scale: float = 1.0
     learning_rate = 3e-3  # section 5 measures it
 
-    def find(self, model):
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
         if not (found := places(model, self.kind)):
             raise ValueError(f"the model has no block whose places are known: {', '.join(LAYOUTS)}")
         return found
 
-    def check(self, path, layer):
+    def check(self, path: str, layer: nn.Module) -> None:
         if linear := last_linear(path, layer):
-            owner, d = f"BottleneckAdapter on {path!r}", getattr(linear, "out_features", None)
-            if type(linear) is not nn.Linear:  # its width or dtype may be unknown
-                raise ValueError(f"{owner}: {type(linear).__name__} must be a plain nn.Linear: "
-                                 "load the model unquantised, or dequantize(model) first")
-            if self.width >= d:
-                raise ValueError(f"{owner}: {self.width} numbers are no bottleneck for {d}")
+            refuse_width(f"BottleneckAdapter on {path!r}", linear, self.width)
 
-    def wrap(self, path, layer):
+    def wrap(self, path: str, layer: nn.Module) -> AdapterLayer:
         if not (linear := last_linear(path, layer)):
             return Tap(layer)
         return PreNormPlace(layer, self) if linear is layer else PostNormPlace(layer, self)

@@ -6,6 +6,7 @@
 __all__ = ['NORMS', 'refuse_rows', 'start', 'DoRALayer', 'row_ratios', 'rescaled', 'LinearWithDoRA', 'DoRA', 'cached_norms']
 
 # %% ../../notebooks/04_dora.ipynb #6a75969d
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -13,20 +14,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, refuse_entries, validate
+from ..engine import AdapterLayer, Injection, refuse_entries, validate
 from .lora import LoRA, LoRALayer
 
 # %% ../../notebooks/04_dora.ipynb #e31e4c10
-def refuse_rows(owner, norms):
-    """ValueError for a row without length, (out,): it has no direction."""
+def refuse_rows(owner: str, norms: torch.Tensor) -> None:
+    """Raise ValueError if one of the row norms (out,) is 0 or not finite: no direction."""
     refuse_entries(owner, norms.isfinite() & (norms > 0), norms, "length of row {at}{more} is "
                    "{value:g}: such a row has no direction, and DoRA divides by its length; leave "
                    "this layer out of targets")
 
 
 @torch.no_grad()
-def start(layer, weight):
-    """Set the layer's m to ‖V‖, which is ‖W‖ while B = 0. ValueError for a row without length."""
+def start(layer: "DoRALayer", weight: torch.Tensor) -> None:
+    """Set the layer's m to ‖V‖, which is ‖W‖ while B = 0. ValueError for a row of norm 0."""
     norms = layer.row_norms(weight)                                          # (out,)
     refuse_rows("DoRALayer", norms)
     layer.magnitude.copy_(norms)
@@ -34,24 +35,25 @@ def start(layer, weight):
 
 # %% ../../notebooks/04_dora.ipynb #bc914f70
 class DoRALayer(LoRALayer):
-    """x (..., in), W (out, in) -> x (c ⊙ V)ᵀ (..., out); V = W + s · BA, c = m / ‖V‖ (out,).
-    m starts as ‖W‖, by `start` or in the first forward. The bias is not here. Raises ValueError for
-    a wrong setting or a row without length. Source: Liu et al. 2024, eq. 5."""
-
-    def __init__(self, in_features, out_features, rank=8, alpha=16.0, *, rslora=False):
+    """Compute x (c ⊙ V)ᵀ without the bias; V = W + s · BA, c = m / ‖V‖ (Liu et al. 2024, eq. 5).
+    m starts as ‖W‖, by `start` or in the first forward. Errors as `LoRALayer` and `start`."""
+    def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0,
+                 *, rslora: bool = False):
         super().__init__(in_features, out_features, rank, alpha, rslora=rslora)
         self.magnitude = nn.Parameter(torch.zeros(out_features))
         self.register_buffer("started", torch.tensor(False))  # saved too: a loaded m is kept
 
-    def adapted(self, weight):
+    def adapted(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return V (out, in)."""
         V = weight.detach().to(self.lora_B.dtype, copy=True)                 # (out, in)
         return V.addmm_(self.lora_B, self.lora_A, alpha=self.scaling)        # V + s · BA
 
     @torch.no_grad()  # a constant in the backward pass: section 4.3 of the paper
-    def row_norms(self, weight):
+    def row_norms(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return ‖V‖ (out,)."""
         return torch.linalg.norm(self.adapted(weight), dim=1)                # ‖V‖ (out,)
 
-    def forward(self, x, original_weight):
+    def forward(self, x: torch.Tensor, original_weight: torch.Tensor) -> torch.Tensor:
         if not self.started:
             start(self, original_weight)
         c = self.magnitude / self.row_norms(original_weight)                 # (out,)
@@ -62,16 +64,17 @@ class DoRALayer(LoRALayer):
 NORMS = {}  # {layer: its ‖V‖ (out,)}: full only inside `with cached_norms(model)`, section 6
 
 
-def row_ratios(layer):
-    """c = m / ‖V‖ (out,) of a `LinearWithDoRA`."""
+def row_ratios(layer: "LinearWithDoRA") -> torch.Tensor:
+    """Return c = m / ‖V‖ (out,) of a `LinearWithDoRA`, from NORMS in eval mode if it is there."""
     norms = None if layer.training else NORMS.get(layer)
     if norms is None:
         norms = layer.dora.row_norms(layer.base.weight)
     return layer.dora.magnitude / norms
 
 # %% ../../notebooks/04_dora.ipynb #fa67fd26
-def rescaled(layer, x, y):
-    """x (c ⊙ V)ᵀ + b from y = x Wᵀ + b, without c ⊙ V: x (..., in), y and result (..., out)."""
+def rescaled(layer: "LinearWithDoRA", x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return x (c ⊙ V)ᵀ + b (..., out) from x (..., in) and y = x Wᵀ + b (..., out), without
+    building the matrix c ⊙ V."""
     dora, weight, bias = layer.dora, layer.base.weight, layer.base.bias
     x = layer.dropout(x.to(dora.lora_A.dtype))                               # (..., in)
     if layer.training and layer.dropout.p > 0:  # the base's part sees the dropped x as well
@@ -84,46 +87,45 @@ def rescaled(layer, x, y):
 
 # %% ../../notebooks/04_dora.ipynb #0db0ad3c
 class LinearWithDoRA(AdapterLayer):
-    """y = x (c ⊙ V)ᵀ + b: a frozen Linear whose rows learn a length and a direction."""
+    """Wrap a frozen Linear and learn magnitude and direction of its rows: y = x (c ⊙ V)ᵀ + b."""
 
-    def __init__(self, linear, rank=8, alpha=16.0, dropout=0.0, rslora=False):
+    def __init__(self, linear: nn.Linear, rank: int = 8, alpha: float = 16.0,
+                 dropout: float = 0.0, rslora: bool = False):
         validate("DoRA", dropout=dropout)
         with linear.weight.device:  # new tensors are made there
             dora = DoRALayer(linear.in_features, linear.out_features, rank, alpha, rslora=rslora)
         start(dora.to(torch.promote_types(linear.weight.dtype, torch.float32)), linear.weight)
         super().__init__(linear)  # a layer that was refused above is not frozen
-        self.dora = dora
-        self.dropout = nn.Dropout(dropout)
+        self.dora, self.dropout = dora, nn.Dropout(dropout)
         self.register_buffer("merged_c", None, persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) if self.merged else rescaled(self, x, self.base(x))
 
-    def merged_tensors(self):
+    def merged_tensors(self) -> tuple[torch.Tensor, None]:
         c = self.dora.magnitude / self.dora.row_norms(self.base.weight)      # (out,), not cached
-        # NaN is no small ratio: merge itself finds it.
         refuse_entries("DoRA", ~(c.abs() < 1e-6), c, "m / ‖V‖ of row {at}{more} is {value:g}: "
-                       "merged, the row would be lost; look at its magnitude")
+                       "merged, the row would be lost; look at its magnitude")  # NaN: see merge
         self.merged_c = c
         return c[:, None] * self.dora.adapted(self.base.weight), None
 
-    def unmerged_tensors(self):
+    def unmerged_tensors(self) -> tuple[torch.Tensor, None]:
         return self.base.weight / self.merged_c[:, None] - self.dora.delta_weight(), None
 
 # %% ../../notebooks/04_dora.ipynb #fd4a9963
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """DoRA (Liu et al. 2024) on every Linear that `targets` names; fields as in `LoRA`."""
+    """Apply DoRA (Liu et al. 2024) to every Linear in `targets`; settings as in `LoRA`."""
 
-    def check(self, path, layer):
+    def check(self, path: str, layer: nn.Linear) -> None:
         super().check(path, layer)
         weight = layer.weight.detach().float()  # the square of a long row exceeds 16 bits
         refuse_rows(f"DoRA on {path!r}", torch.linalg.norm(weight, dim=1))
 
-    def wrap(self, path, layer):
+    def wrap(self, path: str, layer: nn.Linear) -> LinearWithDoRA:
         return LinearWithDoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
 
-    def before_fit(self, injection, steps):
+    def before_fit(self, injection: Injection, steps: int) -> None:
         if any(wrapper in NORMS for wrapper in injection.wrappers.values()):
             raise RuntimeError("fit: within cached_norms V must not change; leave the block first")
 
@@ -136,11 +138,11 @@ DoRA.files = replace(
 
 # %% ../../notebooks/04_dora.ipynb #44472ea8
 @contextmanager
-def cached_norms(model):
-    """`with cached_norms(model):` computes every ‖V‖ once, for inference: V must not change inside.
+def cached_norms(model: nn.Module) -> Iterator[nn.Module]:
+    """Compute every ‖V‖ once for the inference inside `with cached_norms(model):`.
 
-    Layers in train mode go on computing theirs. ValueError if the model holds no DoRA, RuntimeError
-    if it is merged, which costs nothing anyway."""
+    V must not change inside; layers in train mode still compute ‖V‖ in each forward. Raises
+    ValueError if the model has no DoRA, RuntimeError if it is merged and computes no norms."""
     layers = [module for module in model.modules() if isinstance(module, LinearWithDoRA)]
     if not layers:
         raise ValueError("cached_norms: the model holds no DoRA; inject(model, DoRA(...)) first")

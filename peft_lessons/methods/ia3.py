@@ -15,9 +15,9 @@ from ..engine import AdapterLayer, Method, PeftFiles, matches, refuse_entries
 from ..engine import require_among, validate
 
 # %% ../../notebooks/07_ia3.ipynb #addb7c85
-def rescaled(x, vector):
-    """x ⊙ l in the dtype of x: x and result (..., n), vector l (n,). ValueError unless the widths
-    agree: a wrong one would be stretched over all entries if it were 1."""
+def rescaled(x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Return x ⊙ l in the dtype of x: x and result (..., n), vector l (n,). ValueError unless the
+    widths agree: l of width 1 would otherwise be broadcast."""
     if x.shape[-1] != len(vector):
         raise ValueError(
             f"the vector has {len(vector)} entries, and what it scales is {x.shape[-1]} wide: "
@@ -26,13 +26,12 @@ def rescaled(x, vector):
 
 # %% ../../notebooks/07_ia3.ipynb #dbd1ee4e
 class IA3Layer(nn.Module):
-    """The vectors of one transformer block: ones at the start, with which nothing changes.
-
+    """Hold the three vectors of one transformer block, all ones at the start.
     Keys and values are (..., kv_dim), n_kv · d_h wide under grouped-query attention; the inner
     activations (..., ff_dim) are the *input* of the feed-forward's last matrix. Both widths are
     `dim` by default. ValueError for a wrong width. Source: Liu et al. 2022, section 3.3."""
 
-    def __init__(self, dim, kv_dim=None, ff_dim=None):
+    def __init__(self, dim: int, kv_dim: int | None = None, ff_dim: int | None = None):
         kv_dim, ff_dim = (dim if n is None else n for n in (kv_dim, ff_dim))
         validate("IA3Layer", dim=dim, kv_dim=kv_dim, ff_dim=ff_dim)
         super().__init__()
@@ -40,21 +39,24 @@ class IA3Layer(nn.Module):
         self.l_v = nn.Parameter(torch.ones(kv_dim))                  # (n_kv · d_h,)
         self.l_ff = nn.Parameter(torch.ones(ff_dim))                 # (d_ff,)
 
-    def scale_key(self, k):
+    def scale_key(self, k: torch.Tensor) -> torch.Tensor:
+        """Return k ⊙ l_k."""
         return rescaled(k, self.l_k)                                 # (..., kv_dim)
 
-    def scale_value(self, v):
+    def scale_value(self, v: torch.Tensor) -> torch.Tensor:
+        """Return v ⊙ l_v."""
         return rescaled(v, self.l_v)                                 # (..., kv_dim)
 
-    def scale_ffn(self, h):
+    def scale_ffn(self, h: torch.Tensor) -> torch.Tensor:
+        """Return h ⊙ l_ff."""
         return rescaled(h, self.l_ff)                                # (..., ff_dim)
 
 # %% ../../notebooks/07_ia3.ipynb #0f6e81a4
 class LinearWithIA3(AdapterLayer):
-    """y = (x Wᵀ + b) ⊙ l of a frozen Linear, or with `feedforward` y = (x ⊙ l) Wᵀ + b.
-    The vector lies as W ⊙ l needs it: (out, 1) scales rows, (1, in) scales columns."""
+    """Rescale a frozen Linear: y = (x Wᵀ + b) ⊙ l, or with `feedforward` y = (x ⊙ l) Wᵀ + b.
+    l has the shape that W ⊙ l needs: (out, 1) scales rows, (1, in) scales columns."""
 
-    def __init__(self, linear, feedforward):
+    def __init__(self, linear: nn.Linear, feedforward: bool):
         super().__init__(linear)
         out_features, in_features = linear.weight.shape
         shape = (1, in_features) if feedforward else (out_features, 1)
@@ -62,7 +64,7 @@ class LinearWithIA3(AdapterLayer):
         ones = torch.ones(shape, dtype=dtype, device=linear.weight.device)
         self.l, self.feedforward = nn.Parameter(ones), feedforward   # (out, 1) or (1, in)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
             return self.base(x)                                      # (..., out)
         if self.feedforward:
@@ -72,9 +74,9 @@ class LinearWithIA3(AdapterLayer):
 # %% ../../notebooks/07_ia3.ipynb #7339695a
 @dataclass(frozen=True)
 class IA3(Method):
-    """(IA)³ (Liu et al. 2022) on every Linear that `targets` names: the outputs are scaled, in
-    those that `feedforward` names among them the inputs. Neither has a default: what is left out of
-    `feedforward` becomes another method, and nothing would say so."""
+    """Apply (IA)³ (Liu et al. 2022) to every Linear in `targets`: rescale the inputs of those that
+    `feedforward` also names, the outputs of the others. ValueError for a name in `feedforward` that
+    is not a target. Neither has a default: a layer missing in `feedforward` is another method."""
 
     targets: tuple[str, ...] | str
     feedforward: tuple[str, ...] | str
@@ -85,17 +87,17 @@ class IA3(Method):
         if not isinstance(self.targets, str) and not isinstance(self.feedforward, str):
             require_among(self.targets, self.feedforward, "feedforward")
 
-    def find(self, model):
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
         found = super().find(model)
         require_among(found, self.feedforward, "feedforward")
         return found
 
-    def wrap(self, path, layer):
+    def wrap(self, path: str, layer: nn.Linear) -> LinearWithIA3:
         return LinearWithIA3(layer, feedforward=matches(path, self.feedforward))
 
 # %% ../../notebooks/07_ia3.ipynb #2d4e3f6f
-def to_file(method, entries, tensors):
-    """PEFT's entries. It wants each name of feedforward_modules to stand in target_modules too."""
+def to_file(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
+    """Convert to PEFT's entries: each name of feedforward_modules is in target_modules too."""
     keys = [key for key in tensors if key.endswith(".ia3_l")]
     paths = [key[len("base_model.model."):-len(".ia3_l")] for key in keys]
     # PEFT takes each name of feedforward_modules for the end of any path: "o" would be "wo" too.
@@ -117,15 +119,15 @@ IA3.files = PeftFiles(
     others=("init_ia3_weights",))  # how it started says nothing of where it is
 
 # %% ../../notebooks/07_ia3.ipynb #d3f63b15
-def merged_tensors(self):
-    """W ⊙ l (out, in), and b ⊙ l (out,) where the output is scaled; None for a bias that stays."""
+def merged_tensors(self: LinearWithIA3) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return W ⊙ l (out, in), and b ⊙ l (out,) if l scales the output, else None."""
     weight, bias = self.base.weight, self.base.bias
     keeps = self.feedforward or bias is None
     return weight * self.l, None if keeps else bias * self.l.flatten()   # (out, in), (out,)
 
 
-def unmerged_tensors(self):
-    """W and b again, by division. ValueError where an entry of l is zero, or nearly."""
+def unmerged_tensors(self: LinearWithIA3) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return W and b again, by division. ValueError if an entry of l is zero or nearly zero."""
     weight, bias = self.base.weight, self.base.bias
     stored = self.l.to(weight.dtype)
     least = max(1e-6, 16 * torch.finfo(weight.dtype).tiny)               # float16 has no small ones

@@ -17,13 +17,13 @@ from ..engine import AdapterLayer, Method, PeftFiles, inject, validate
 
 # %% ../../notebooks/02_lora.ipynb #6cd8838b
 class LoRALayer(nn.Module):
-    """The branch alone: x -> s · B A x, with s = alpha / rank (rsLoRA: alpha / √rank).
+    """Compute the low-rank update x -> s · B A x, with s = alpha / rank (rsLoRA: alpha / √rank).
 
     Shapes: x (..., in), lora_A (rank, in), lora_B (out, rank), result (..., out).
-    Source: Hu et al. 2021, eq. 3 and section 4.1. Raises ValueError for a wrong setting.
-    """
+    Raises ValueError for an invalid setting. Source: Hu et al. 2021, eq. 3 and section 4.1."""
 
-    def __init__(self, in_features, out_features, rank=8, alpha=16.0, dropout=0.0, rslora=False):
+    def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0,
+                 dropout: float = 0.0, rslora: bool = False):
         validate("LoRALayer", rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(rank, in_features))
@@ -32,19 +32,21 @@ class LoRALayer(nn.Module):
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.dropout(x.to(self.lora_A.dtype))         # (..., in)
         low = F.linear(x, self.lora_A)                    # (..., rank)
         return F.linear(low, self.lora_B) * self.scaling  # (..., out)
 
-    def delta_weight(self):
+    def delta_weight(self) -> torch.Tensor:
+        """Return s · BA, (out, in)."""
         return self.lora_B @ self.lora_A * self.scaling   # (out, in)
 
 # %% ../../notebooks/02_lora.ipynb #2751d61d
 class LinearWithLoRA(AdapterLayer):
-    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ: a frozen Linear and a branch that starts at zero."""
+    """Add LoRA to a frozen Linear: y = x Wᵀ + b + s · (x Aᵀ) Bᵀ, with B = 0 at the start."""
 
-    def __init__(self, linear, rank=8, alpha=16.0, dropout=0.0, rslora=False):
+    def __init__(self, linear: nn.Linear, rank: int = 8, alpha: float = 16.0,
+                 dropout: float = 0.0, rslora: bool = False):
         validate("LinearWithLoRA", rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
         super().__init__(linear)
         out_features, in_features = linear.weight.shape
@@ -53,20 +55,21 @@ class LinearWithLoRA(AdapterLayer):
         self.lora = lora.to(linear.weight.dtype)
 
     @property
-    def linear(self):
+    def linear(self) -> nn.Linear:
+        """Return the wrapped Linear."""
         return self.base
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)                                             # (..., out)
         return y if self.merged else (y + self.lora(x)).to(y.dtype)  # (..., out)
 
-    def delta_weight(self):
+    def delta_weight(self) -> torch.Tensor:
         return self.lora.delta_weight()                              # s · BA (out, in)
 
 # %% ../../notebooks/02_lora.ipynb #0ceb8829
 @dataclass(frozen=True)
 class LoRA(Method):
-    """LoRA (Hu et al. 2021) on every Linear that `targets` names; settings as in `LoRALayer`."""
+    """Apply LoRA (Hu et al. 2021) to every Linear in `targets`; settings as in `LoRALayer`."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -74,9 +77,9 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
     ranks = ("rank",)
-    learning_rate = 3e-3  # what fit takes if it is not told otherwise; section 5 measures it
+    learning_rate = 3e-3  # the default of fit, measured in section 5
 
-    def wrap(self, path, layer):
+    def wrap(self, path: str, layer: nn.Linear) -> LinearWithLoRA:
         return LinearWithLoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
 
 
@@ -90,7 +93,8 @@ LoRA.files = PeftFiles(
     off={"init_lora_weights": (True, False, "gaussian")})  # others change the base
 
 # %% ../../notebooks/02_lora.ipynb #aa100dfe
-def apply_lora_to_model(model, rank=8, alpha=16.0, target_modules=("q_proj", "v_proj")):
-    """Freeze `model`, put LoRA on the named layers, and return the same model. Errors: `inject`."""
+def apply_lora_to_model(model: nn.Module, rank: int = 8, alpha: float = 16.0,
+                        target_modules: tuple[str, ...] = ("q_proj", "v_proj")) -> nn.Module:
+    """Freeze `model`, apply LoRA to the named layers, and return the model. Errors as `inject`."""
     inject(model, LoRA(rank=rank, alpha=alpha, targets=target_modules))
     return model

@@ -9,6 +9,7 @@ __all__ = ['MLP', 'PrefixTuning', 'flat_prefix', 'fill', 'make_room', 'PrefixInC
 # %% ../../notebooks/09_prefix_tuning.ipynb #ef24bb25
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,13 +23,12 @@ from .prompt import lengthen
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #b925808a
 class PrefixTuning(nn.Module):
-    """batch_size -> (keys, values), each (L, batch, n_kv, p, d_h), for p places before the text.
-    `num_heads` is n_kv. An MLP of `hidden_size` makes them from p vectors of `width`; with None
-    they are the parameters themselves. ValueError for a size that is no whole number above 0.
-    Source: Li & Liang 2021, section 4 and its part on parametrisation."""
+    """Return keys and values, each (L, batch, n_kv, p, d_h), of p virtual tokens before the text.
+    `num_heads` is n_kv. An MLP of `hidden_size` computes them from p vectors of `width`; with None
+    they are the parameters. ValueError for a size below 1. Source: Li & Liang 2021, section 4."""
 
-    def __init__(self, num_layers, num_heads, head_dim, prefix_length=10, hidden_size=512, *,
-                 width=None):
+    def __init__(self, num_layers: int, num_heads: int, head_dim: int, prefix_length: int = 10,
+                 hidden_size: int | None = 512, *, width: int | None = None):
         validate("PrefixTuning", num_layers=num_layers, num_heads=num_heads, head_dim=head_dim,
                  prefix_length=prefix_length)
         if hidden_size is not None:
@@ -41,7 +41,7 @@ class PrefixTuning(nn.Module):
         self.mlp = None if hidden_size is None else nn.Sequential(
             nn.Linear(width, hidden_size), nn.Tanh(), nn.Linear(hidden_size, size))
 
-    def forward(self, batch_size):
+    def forward(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         P = flat_prefix(self).unflatten(1, self.layout)                  # (p, L, 2, n_kv, d_h)
         P = P.permute(2, 1, 3, 0, 4).unsqueeze(2)                        # (2, L, 1, n_kv, p, d_h)
         return tuple(P.expand(-1, -1, batch_size, -1, -1, -1))           # keys, values
@@ -50,20 +50,20 @@ class PrefixTuning(nn.Module):
 MLP = {name: name for name in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")}
 
 
-def flat_prefix(prefix):
-    """All keys and values of a `PrefixTuning` as PEFT stores them, (p, 2·L·n_kv·d_h)."""
+def flat_prefix(prefix: PrefixTuning) -> torch.Tensor:
+    """Return all keys and values of a `PrefixTuning` as PEFT stores them, (p, 2·L·n_kv·d_h)."""
     return prefix.embedding if prefix.mlp is None else prefix.mlp(prefix.embedding)
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #c5b86ad4
-def fill(cache, keys, values, dtype):
-    """Put keys and values (L, batch, n_kv, p, d_h) into an empty cache, not rotated."""
+def fill(cache: DynamicCache, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
+    """Write keys and values (L, batch, n_kv, p, d_h) into an empty cache, without RoPE."""
     for layer, (k, v) in enumerate(zip(keys.to(dtype), values.to(dtype), strict=True)):
         cache.update(k, v, layer)                                        # (batch, n_kv, p, d_h)
     cache.begun_by = "Prefix"
 
 
-def make_room(inputs, p):
-    """The mask and the positions of a call, with p places more on the left."""
+def make_room(inputs: dict, p: int) -> dict:
+    """Return the mask and position ids of a call, extended for p virtual tokens on the left."""
     changed = {}
     if (mask := inputs.get("attention_mask")) is not None:               # None: all is seen anyway
         changed["attention_mask"] = lengthen(mask, p, 1)                 # (batch, p + past + T)
@@ -73,10 +73,10 @@ def make_room(inputs, p):
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #94c426f1
 class PrefixInCache(PrefixTuning):
-    """A prefix and its two hooks. They are methods, so that a copy of the model reads its own."""
+    """Insert the prefix by two hooks; as methods, so that a copied model uses its own prefix."""
 
-    def before(self, reader, args, kwargs):
-        """A forward pre-hook: fills an empty cache, in every call makes room in the mask."""
+    def before(self, reader: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Fill an empty cache and extend the mask of every call (a forward pre-hook)."""
         inputs = by_name(reader, args, kwargs)
         cache, text = inputs.get("past_key_values"), text_of(inputs)     # (batch, T), or (…, T, d)
         cache = DynamicCache() if cache is None else cache
@@ -86,9 +86,9 @@ class PrefixInCache(PrefixTuning):
         room = make_room(inputs, len(self.embedding))
         return (), inputs | room | {"past_key_values": cache}
 
-    def after(self, reader, args, kwargs, output):
-        """A forward hook: with use_cache=False no cache is handed on. `generate` gives the whole
-        text in every call then, and would put it behind the text that such a cache holds."""
+    def after(self, reader: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Remove the cache from the output if use_cache=False (a forward hook). `generate` then
+        passes the whole text in every call, and a cache would hold that text already."""
         if kwargs.get("use_cache") is not False:
             return output
         if isinstance(output, tuple):                                    # return_dict=False
@@ -96,15 +96,15 @@ class PrefixInCache(PrefixTuning):
         return type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #6f42a499
-def reader_of(model):
-    """The module that reads the cache. OPT's language model calls its decoder past its backbone,
-    and BERT's classifier takes no cache, while its backbone does."""
+def reader_of(model: nn.Module) -> nn.Module:
+    """Return the module whose forward takes a cache: the model, or its backbone. OPT's language
+    model bypasses its backbone; of BERT's classifier only the backbone takes a cache."""
     takes = {"past_key_values", "cache"} & set(inspect.signature(model.forward).parameters)
     return model if takes else getattr(model, "base_model", model)
 
 
-def cache_shape(config):
-    """(L, n_kv, d_h) of the keys and values that a model with this configuration caches."""
+def cache_shape(config: Any) -> tuple[int, int, int]:
+    """Return (L, n_kv, d_h) of the keys and values that a model with this config caches."""
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     if getattr(config, "multi_query", False):                 # Falcon, whose newer layout repeats
@@ -113,13 +113,13 @@ def cache_shape(config):
     return config.num_hidden_layers, kv, head_dim
 
 
-def layer_kinds(config):
-    """The kinds of cache that the layers ask for, as a tuple of names."""
+def layer_kinds(config: Any) -> tuple[str, ...]:
+    """Return the class names of the cache layers that a config asks for, sorted."""
     return tuple(sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers}))
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #b63e5324
-def refuse_call(prefix, reader, inputs):
-    """ValueError for a call that would read the prefix wrongly, or not at all."""
+def refuse_call(prefix: PrefixTuning, reader: nn.Module, inputs: dict) -> None:
+    """Raise ValueError for a call that would use the prefix wrongly, or not at all."""
     p, seen = len(prefix.embedding), seen_in(inputs)
     refuse_cache("Prefix", inputs, p)
     refuse_mask("Prefix", inputs.get("attention_mask"))
@@ -130,8 +130,9 @@ def refuse_call(prefix, reader, inputs):
     refuse_long("Prefix", reader, p, max(seen - p, 0) + text_of(inputs).shape[1])
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #ece1edd4
-def attach_prefix(model, method):
-    """(the prefix, the handles of its hooks) for `inject`. ValueError if the model has no place."""
+def attach_prefix(model: nn.Module, method: "Prefix") -> tuple[nn.Module, list]:
+    """Return (prefix, handles of its hooks) for `inject`. ValueError if the model's cache cannot
+    hold a prefix."""
     reader = reader_of(model)
     refuse_reader("Prefix", reader)
     if not {*layer_kinds(reader.config)} <= {"DynamicLayer"}:
@@ -149,23 +150,22 @@ def attach_prefix(model, method):
 # %% ../../notebooks/09_prefix_tuning.ipynb #ff87468b
 @dataclass(frozen=True)
 class Prefix(Method):
-    """`tokens` learned keys and values before the text in every layer (Li & Liang 2021). With
-    `projection` an MLP of that width makes them in training; the file holds what it makes."""
+    """Apply prefix tuning (Li & Liang 2021): `tokens` learned keys and values in every layer. With
+    `projection` an MLP of that width computes them in training; a file holds its result."""
 
     tokens: int
     projection: int | None = None
     learning_rate = 1e-2  # no rate suits all: section 5
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> tuple[nn.Module, list]:
         return attach_prefix(model, self)
 
 
-def without_mlp(method, entries, tensors):
-    """The file holds what the MLP makes, (p, 2·L·n_kv·d_h), and not the MLP."""
+def without_mlp(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
+    """Replace the MLP by its result, (p, 2·L·n_kv·d_h)."""
     P, *mlp = (tensors[n] for n in ("prompt_embeddings", *MLP) if n in tensors)  # (p, width)
     P = F.linear(F.linear(P, *mlp[:2]).tanh(), *mlp[2:]) if mlp else P  # (p, 2·L·n_kv·d_h)
-    rest = {name: tensor for name, tensor in tensors.items() if name not in MLP}
-    return entries, rest | {"prompt_embeddings": P}
+    return entries, {n: t for n, t in tensors.items() if n not in MLP} | {"prompt_embeddings": P}
 
 
 Prefix.files = PeftFiles(
@@ -176,10 +176,10 @@ Prefix.files = PeftFiles(
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #1ed65692
 @torch.no_grad()
-def bake_reparameterization(model):
-    """Keep what the prefix's MLP makes and forget the MLP, in place; nothing it computes changes.
+def bake_reparameterization(model: nn.Module) -> None:
+    """Replace the prefix's MLP by its result, in place; the model computes the same as before.
 
-    ValueError if the model holds no prefix. Without an MLP there is nothing to do."""
+    Does nothing without an MLP. ValueError if the model has no prefix."""
     prefix = attached_to(model, PrefixTuning, "bake_reparameterization")
     if prefix.mlp is None:
         return
@@ -188,10 +188,10 @@ def bake_reparameterization(model):
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #09f1ebb9
 @torch.no_grad()
-def init_prefix(model, pairs):
-    """Give the prefix in `model` the values of `pairs`: (key, value) a layer, each (n_kv, p, d_h).
+def init_prefix(model: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Set the prefix of `model` to `pairs`: (key, value) for each layer, each (n_kv, p, d_h).
 
-    ValueError if the model holds no prefix, one with an MLP, or one of another shape."""
+    ValueError if the model has no prefix, one with an MLP, or one of another shape."""
     prefix = attached_to(model, PrefixTuning, "init_prefix")
     if prefix.mlp is not None:
         raise ValueError("init_prefix: an MLP makes the values of this prefix; "

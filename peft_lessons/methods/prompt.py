@@ -8,6 +8,7 @@ __all__ = ['STARTS', 'prepend', 'lengthen', 'PromptTuning', 'sampled_rows', 'fir
            'prompts_for_rows']
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #96a7ebcd
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,29 +21,27 @@ from ..engine.virtual_tokens import by_name, refuse_cache, refuse_long, refuse_m
 from ..engine.virtual_tokens import refuse_model, rows_of, seen_in, text_of
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #044921f5
-def prepend(prompt, embeddings):
-    """[P; E(x)] (batch, p + T, d) of a prompt (p, d), or one a row (batch, p, d), and embeddings
-    (batch, T, d), in the dtype of the embeddings. Source: Lester et al. 2021, section 2."""
+def prepend(prompt: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """Return [P; E(x)] (batch, p + T, d) from embeddings (batch, T, d) and a prompt (p, d), or one
+    per sequence (batch, p, d), in the embeddings' dtype. Source: Lester et al. 2021, section 2."""
     batch = len(embeddings)
     if prompt.dim() == 2:
         prompt = prompt.expand(batch, -1, -1)                        # (batch, p, d), no copy
     return torch.cat([prompt.to(embeddings.dtype), embeddings], 1)   # (batch, p + T, d)
 
 
-def lengthen(rows, tokens, value):
-    """`tokens` times `value` before each row: (batch, T) -> (batch, tokens + T)."""
+def lengthen(rows: torch.Tensor, tokens: int, value: float) -> torch.Tensor:
+    """Pad each sequence (batch, T) on the left with `value`: (batch, tokens + T)."""
     return torch.cat([rows.new_full((len(rows), tokens), value), rows], 1)
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #7df68908
 class PromptTuning(nn.Module):
-    """p learned rows before a text: embeddings (batch, T, d) -> (batch, p + T, d).
+    """Prepend p learned virtual tokens to a text: (batch, T, d) -> (batch, p + T, d). They start
+    from N(0, 1), or as `num_tokens` different rows of `vocab_embeddings` (V, d). Raises ValueError
+    for an invalid setting. Source: Lester et al. 2021, sections 2 and 3.2."""
 
-    `extend_mask` and `extend_labels` do to a mask and to labels (batch, T) what `forward` does to
-    the embeddings; without them the base reads other tokens than those it is told of. The rows
-    start from N(0, 1), or as `num_tokens` different rows of `vocab_embeddings` (V, d).
-    Raises ValueError for a wrong setting. Source: Lester et al. 2021, sections 2 and 3.2."""
-
-    def __init__(self, num_tokens, embed_dim, init_from_vocab=False, vocab_embeddings=None):
+    def __init__(self, num_tokens: int, embed_dim: int, init_from_vocab: bool = False,
+                 vocab_embeddings: torch.Tensor | None = None):
         validate("PromptTuning", num_tokens=num_tokens, embed_dim=embed_dim)
         super().__init__()
         start = torch.randn(num_tokens, embed_dim)                   # (p, d)
@@ -50,18 +49,21 @@ class PromptTuning(nn.Module):
             start = sampled_rows(vocab_embeddings, num_tokens, embed_dim)
         self.prompt_embeddings = nn.Parameter(start)
 
-    def forward(self, input_embeddings):
+    def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
         return prepend(self.prompt_embeddings, input_embeddings)     # (batch, p + T, d)
 
-    def extend_mask(self, mask):
-        return lengthen(mask, len(self.prompt_embeddings), 1)        # every token sees the prompt
+    def extend_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """Extend a mask (batch, T) to (batch, p + T): every token attends to the prompt."""
+        return lengthen(mask, len(self.prompt_embeddings), 1)
 
-    def extend_labels(self, labels):
-        return lengthen(labels, len(self.prompt_embeddings), -100)   # no token is a prompt's label
+    def extend_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Extend labels (batch, T) to (batch, p + T) by -100: the loss ignores the prompt."""
+        return lengthen(labels, len(self.prompt_embeddings), -100)
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #f0eb2213
-def sampled_rows(table, tokens, width):
-    """A copy (tokens, d) of random rows of a table (V, d), none of them twice."""
+def sampled_rows(table: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
+    """Sample rows of a table (V, d) without replacement and return a copy (tokens, d). ValueError
+    unless d is `width` and V at least `tokens`."""
     shape = tuple(getattr(table, "shape", ()))
     if len(shape) != 2 or shape[1] != width or shape[0] < tokens:
         raise ValueError(
@@ -72,8 +74,9 @@ def sampled_rows(table, tokens, width):
     return table.detach()[rows].clone()                              # (tokens, d)
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #8f1603b9
-def first_rows(method, table):
-    """The prompt (p, d) that training starts from, for the base's embeddings `table` (V, d)."""
+def first_rows(method: "Prompt", table: torch.Tensor) -> torch.Tensor:
+    """Return the initial prompt (p, d) for the base's embeddings `table` (V, d). ValueError if the
+    tokenizer of a text gives no ids, or ids that the table does not have."""
     vocabulary, width = table.shape
     with table.device:  # new tensors are made there
         if method.init == "normal":
@@ -89,11 +92,11 @@ def first_rows(method, table):
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #37f8c3ad
 class PromptPerRow(PromptTuning):
-    """A `PromptTuning` that may be given another prompt for each row of a batch."""
+    """Prepend one prompt to all sequences of a batch, or a prompt of its own to each."""
 
     each = None  # (batch, p, d)
 
-    def forward(self, input_embeddings):
+    def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
         if self.each is None:
             return super().forward(input_embeddings)
         refuse_rows(self.each, input_embeddings)
@@ -101,9 +104,10 @@ class PromptPerRow(PromptTuning):
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #838bd134
 class PromptHook(PromptPerRow):
-    """A prompt that puts itself into a model, by two hooks."""
+    """Insert the prompt into every call of a model, by two hooks."""
 
-    def before_forward(self, model, args, kwargs):
+    def before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Return the changed arguments of a call (a forward pre-hook), or raise ValueError."""
         inputs, p = by_name(model, args, kwargs), len(self.prompt_embeddings)
         mask, seen = inputs.get("attention_mask"), seen_in(inputs)
         refuse_mask("Prompt", mask)
@@ -117,15 +121,15 @@ class PromptHook(PromptPerRow):
             put_first(self, model, inputs)
         return (), inputs
 
-    def after_forward(self, model, args, output):
-        """A forward hook: marks the cache that the model hands on; no other holds the prompt."""
+    def after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """Mark the cache in the output (a forward hook): any other cache lacks the prompt."""
         for value in output if isinstance(output, tuple) else output.values():
             if hasattr(value, "get_seq_length"):
                 value.begun_by = "Prompt"
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #c73dfd6b
-def put_first(prompt, model, inputs):
-    """Put the prompt before the text, in all inputs that have a place for each token."""
+def put_first(prompt: PromptTuning, model: nn.Module, inputs: dict) -> None:
+    """Prepend the prompt to all inputs with one entry per token, in place (in `inputs`)."""
     text, p = text_of(inputs), len(prompt.prompt_embeddings)         # (batch, T, d), or ids
     refuse_last_place(model, inputs, text)
     embeddings = text if text.dim() == 3 else model.get_input_embeddings()(text)
@@ -141,9 +145,9 @@ def put_first(prompt, model, inputs):
             inputs[name] = places.where(places < 0, places + p)
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #3720419f
-def refuse_last_place(model, inputs, text):
-    """ValueError where a classifier that finds each row's last token by its id would read padding:
-    embeddings have no ids, so it takes the last place."""
+def refuse_last_place(model: nn.Module, inputs: dict, text: torch.Tensor) -> None:
+    """Raise ValueError for right padding in a classifier that finds a text's last token by its id:
+    embeddings have no ids, so it would read the last position, which is padding."""
     if not (type(model).__name__.endswith("ForSequenceClassification") and hasattr(model, "score")):
         return
     mask, padding = inputs.get("attention_mask"), getattr(model.config, "pad_token_id", None)
@@ -155,7 +159,8 @@ def refuse_last_place(model, inputs, text):
             "cannot see that it is padding: pad on the left (padding_side='left')")
 
 
-def refuse_rows(prompts, embeddings):
+def refuse_rows(prompts: torch.Tensor, embeddings: torch.Tensor) -> None:
+    """Raise ValueError unless there is one prompt for each sequence of the batch."""
     if len(prompts) != len(embeddings):
         raise ValueError(
             f"prompts_for_rows: {len(prompts)} prompts for a batch of {len(embeddings)} rows: give "
@@ -164,8 +169,8 @@ def refuse_rows(prompts, embeddings):
 # %% ../../notebooks/08_prompt_tuning.ipynb #cf381bf2
 @dataclass(frozen=True)
 class Prompt(Method):
-    """Prompt tuning (Lester et al. 2021): `tokens` learned embeddings before every text, started as
-    rows of the vocabulary ("vocab"), from N(0, 1) ("normal") or as a text, with its tokenizer."""
+    """Apply prompt tuning (Lester et al. 2021): prepend `tokens` learned embeddings to every text,
+    initialised from the vocabulary ("vocab"), N(0, 1) ("normal") or a text and its tokenizer."""
 
     tokens: int
     init: str = "vocab"
@@ -179,7 +184,7 @@ class Prompt(Method):
                 f"Prompt: init={self.init!r} is neither 'normal' nor 'vocab', so it is a text, and "
                 "needs a tokenizer: Prompt(tokens, init, tokenizer=load_tokenizer(name))")
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> tuple[nn.Module, list]:
         refuse_model("Prompt", model)
         refuse_long("Prompt", model, self.tokens, text=1)
         table = model.get_input_embeddings().weight                  # (V, d)
@@ -192,12 +197,13 @@ class Prompt(Method):
 STARTS = {"normal": "RANDOM", "vocab": "SAMPLE_VOCAB"}
 
 
-def to_file(method, entries, tensors):
-    """How a trained prompt started is a note only, and a text is rows of the vocabulary too."""
+def to_file(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
+    """Add PEFT's name of the initialisation; a text counts as rows of the vocabulary."""
     return entries | {"prompt_tuning_init": STARTS.get(method.init, "SAMPLE_VOCAB")}, tensors
 
 
-def from_file(cls, config, tensors):
+def from_file(cls: type[Method], config: dict, tensors: dict) -> tuple[Method, dict]:
+    """Return the method and the tensors. The file has no text: "vocab" stands for one."""
     random = config.get("prompt_tuning_init", "RANDOM") == "RANDOM"
     return cls(config.get("num_virtual_tokens"), "normal" if random else "vocab"), tensors
 
@@ -211,15 +217,15 @@ Prompt.files = PeftFiles(
             "num_transformer_submodules"))
 
 # %% ../../notebooks/08_prompt_tuning.ipynb #81b432e1
-def prompt_of(model):
-    """The module that `inject(model, Prompt(...))` attached. ValueError if there is none."""
+def prompt_of(model: nn.Module) -> PromptTuning:
+    """Return the module that `inject(model, Prompt(...))` attached. ValueError if there is none."""
     return attached_to(model, PromptTuning, "prompt_of")
 
 
 @contextmanager
-def prompts_for_rows(model, prompts):
-    """`with prompts_for_rows(model, prompts):` gives each row of a batch a prompt of its own,
-    (batch, p, d): many tasks in one batch, with one base. ValueError for another shape."""
+def prompts_for_rows(model: nn.Module, prompts: torch.Tensor) -> Iterator[nn.Module]:
+    """Use one prompt per sequence, (batch, p, d), inside `with prompts_for_rows(model, prompts):`,
+    so that one batch holds many tasks. ValueError for another shape."""
     prompt, shape = prompt_of(model), tuple(prompts.shape)
     expected = tuple(prompt.prompt_embeddings.shape)
     if len(shape) != 3 or shape[1:] != expected:

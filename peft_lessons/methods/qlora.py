@@ -18,15 +18,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..engine import AdapterLayer, find_targets, matches, validate
-from .lora import LoRA
+from .lora import LoRA, LoRALayer
 
 # %% ../../notebooks/03_qlora.ipynb #4f17fc1b
 OUTERMOST = 0.9677083                                               # the mean of 1-1/32 and 1-1/30
 
 
-def normal_quantiles(count):
-    """`count` quantiles of N(0, 1) at evenly spaced probabilities from OUTERMOST down to 1/2, which
-    itself is left out."""
+def normal_quantiles(count: int) -> list[float]:
+    """Return `count` quantiles of N(0, 1) at evenly spaced probabilities from OUTERMOST down to 1/2
+    (exclusive). Source: Dettmers et al. 2023, section 3 and appendix E."""
     probabilities = torch.linspace(OUTERMOST, 0.5, count + 1)[:-1]  # (count,)
     return [NormalDist().inv_cdf(p) for p in probabilities.tolist()]
 
@@ -35,22 +35,23 @@ NF4 = torch.tensor(sorted([-z for z in normal_quantiles(7)] + [0.0] + normal_qua
 NF4 = NF4 / NF4.max()                                               # (16,), from -1 to 1
 
 # %% ../../notebooks/03_qlora.ipynb #a7b87f22
-def in_blocks(x, block):
-    """`x` flattened and cut into rows of `block` numbers, the last row filled up with zeros."""
+def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Flatten `x` and cut it into rows (blocks, block); zeros pad the last row."""
     flat, short = x.flatten(), -x.numel() % block
     return (F.pad(flat, (0, short)) if short else flat).view(-1, block)   # (blocks, block)
 
 
-def scale_by_absmax(x, block):
-    """(`x` divided by the absmax of its block, flat (n,); the absmax of each block (blocks,))."""
+def scale_by_absmax(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (`x` divided by the absmax of its block, flat (n,); the absmax values (blocks,))."""
     blocks = in_blocks(x, block)                                          # (blocks, block)
     absmax = blocks.abs().amax(dim=1)                                     # (blocks,)
     reciprocal = (1 / absmax).nan_to_num(posinf=0.0)                      # zeros stay zeros
     return (blocks * reciprocal[:, None]).flatten()[: x.numel()], absmax
 
 
-def pack_nibbles(codes):
-    """Codes 0 to 15, uint8 (n,) with n even, two to a byte (n/2,): the first in the high half."""
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Pack codes 0 to 15, uint8 (n,) with n even, two to a byte (n/2,), the first in the high half.
+    Raises ValueError for other codes."""
     if codes.dtype != torch.uint8 or codes.numel() % 2 or not (codes.is_meta or (codes < 16).all()):
         raise ValueError("pack_nibbles: codes must be an even number of uint8 between 0 and 15")
     return (codes[0::2] << 4) | codes[1::2]                               # (n/2,)
@@ -60,8 +61,8 @@ MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2                                      # (15,
 PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1)   # (256, 2)
 
 
-def refuse_weight(owner, weight):
-    """ValueError for a weight that has no 4-bit form."""
+def refuse_weight(owner: str, weight: torch.Tensor) -> None:
+    """Raise ValueError for a weight that has no 4-bit form."""
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         raise ValueError(f"{owner}: weight must be a tensor of floating-point numbers: is it "
                          "quantised already?")
@@ -73,11 +74,9 @@ def refuse_weight(owner, weight):
                          "level stands for")
 
 
-def quantize_nf4(weight, block=64):
-    """(packed codes, uint8 (n/2,); absmax, float32 (blocks,)) of a weight with n entries.
-
-    Source: Dettmers et al. 2023, section 3. Raises ValueError for NaN, infinity, integers, an empty
-    weight, an odd number of entries, or a block size that is no power of two from 32 to 4096."""
+def quantize_nf4(weight: torch.Tensor, block: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (codes, uint8 (n/2,); absmax, float32 (blocks,)) of n weights (Dettmers et al. 2023,
+    section 3). ValueError as `refuse_weight`, or for a block size other than 32, 64, ..., 4096."""
     validate("quantize_nf4", block=block)
     refuse_weight("quantize_nf4", weight)
     scaled, absmax = scale_by_absmax(weight.detach().float(), block)      # (n,), (blocks,)
@@ -85,9 +84,10 @@ def quantize_nf4(weight, block=64):
     return pack_nibbles(codes.to(torch.uint8)), absmax
 
 # %% ../../notebooks/03_qlora.ipynb #ae78bc8b
-def dequantize_nf4(packed, absmax, shape, block=64):
-    """The weight that codes and absmax stand for, float32 of the given shape. ValueError if they do
-    not fit one another."""
+def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...],
+                   block: int = 64) -> torch.Tensor:
+    """Return the float32 weight of the given shape that packed codes (n/2,) and absmax (blocks,)
+    represent. Raises ValueError if their sizes do not match."""
     validate("dequantize_nf4", block=block)
     packed, absmax, n = packed.flatten(), absmax.flatten(), math.prod(shape)
     if packed.dtype != torch.uint8 or 2 * len(packed) != n or len(absmax) != -(-n // block):
@@ -100,8 +100,8 @@ def dequantize_nf4(packed, absmax, shape, block=64):
     return in_blocks(values, block).mul_(absmax[:, None]).flatten()[:n].view(shape)
 
 # %% ../../notebooks/03_qlora.ipynb #abcdaed3
-def dynamic_levels():
-    """The 256 levels of the signed dynamic 8-bit map (Dettmers et al. 2021), ascending."""
+def dynamic_levels() -> torch.Tensor:
+    """Return the levels (256,) of the signed dynamic 8-bit map, sorted (Dettmers et al. 2021)."""
     positive = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)                          # (2^i + 1,)
@@ -117,16 +117,18 @@ CELLS = torch.bucketize(
 ).to(torch.uint8)
 
 # %% ../../notebooks/03_qlora.ipynb #8cf62f55
-def quantize_absmax(absmax):
-    """Double quantisation: (codes uint8 (blocks,), second absmax (blocks/256,), offset ())."""
+def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the absmax values (blocks,) in 8 bits (double quantisation, Dettmers et al. 2023,
+    section 3): codes, uint8 (blocks,); second-level absmax (blocks/256,); offset ()."""
     offset = absmax.mean()
     scaled, second = scale_by_absmax(absmax - offset, 256)                # (blocks,), (blocks/256,)
     cell = ((scaled + 1) / 2 * 65535 + 0.5).long()                        # 0 to 65,535
     return CELLS.to(absmax.device)[cell], second, offset
 
 
-def dequantize_absmax(codes, second, offset):
-    """The absmax values (blocks,) that `quantize_absmax` stored, nearly."""
+def dequantize_absmax(codes: torch.Tensor, second: torch.Tensor,
+                      offset: torch.Tensor) -> torch.Tensor:
+    """Return the absmax values (blocks,), approximately, from the result of `quantize_absmax`."""
     values = DYNAMIC.to(codes.device)[codes.long()]                       # (blocks,)
     return in_blocks(values, 256).mul(second[:, None]).flatten()[: len(codes)] + offset
 
@@ -135,25 +137,26 @@ BUFFERS = ("packed", "absmax", "second", "offset")  # the last two with double q
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """x W'ᵀ + b for an `NF4Linear`; W' is made in forward, dropped, and made again in backward."""
+    """Compute x W'ᵀ + b for an `NF4Linear`; dequantise W' in forward and again in backward, so that
+    it is not kept between the two."""
 
     @staticmethod
-    def forward(ctx, x, bias, layer):
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, layer: nn.Module) -> torch.Tensor:
         ctx.layer = layer
         return F.linear(x, layer.weight.to(x.dtype), bias)                # (..., out)
 
     @staticmethod
-    def backward(ctx, grad):                                              # grad: (..., out)
+    def backward(ctx, grad: torch.Tensor) -> tuple:                       # grad: (..., out)
         to_x = grad @ ctx.layer.weight.to(grad.dtype)                     # (..., in)
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return to_x, to_bias, None
 
 # %% ../../notebooks/03_qlora.ipynb #115ab7a3
 class NF4Linear(nn.Module):
-    """A Linear with its weight in 4 bits, out of the state dict: y = x W'ᵀ + b, x (..., in).
-    TypeError for anything but an nn.Linear (a 4-bit one, say), ValueError as `quantize_nf4`."""
+    """Store a Linear's weight in 4 bits, outside the state dict: y = x W'ᵀ + b, x (..., in).
+    Raises TypeError for anything but a plain nn.Linear, ValueError as `quantize_nf4`."""
 
-    def __init__(self, linear, block=64, double_quant=True):
+    def __init__(self, linear: nn.Linear, block: int = 64, double_quant: bool = True):
         if type(linear) is not nn.Linear:
             raise TypeError(f"NF4Linear takes a plain nn.Linear, not {type(linear).__name__}")
         super().__init__()
@@ -168,15 +171,16 @@ class NF4Linear(nn.Module):
         self.register_buffer("like", linear.weight.detach().new_empty(0), persistent=False)
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
+        """Return W' (out, in)."""
         return restored_weight(self)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return DequantizedProduct.apply(x, self.bias, self)
 
 # %% ../../notebooks/03_qlora.ipynb #42af9a78
-def restored_weight(layer):
-    """The weight W' (out, in) of an `NF4Linear`, in the model's dtype."""
+def restored_weight(layer: NF4Linear) -> torch.Tensor:
+    """Dequantise the weight W' (out, in) of an `NF4Linear`, in the model's dtype."""
     buffers = [getattr(layer, name) for name in BUFFERS if hasattr(layer, name)]
     packed, *parts = (b.view(torch.float32) if b.dtype == torch.int32 else b for b in buffers)
     absmax = dequantize_absmax(*parts) if len(parts) == 3 else parts[0]   # (blocks,)
@@ -184,18 +188,20 @@ def restored_weight(layer):
 
 # %% ../../notebooks/03_qlora.ipynb #6918c861
 class QLoRALinear(AdapterLayer):
-    """y = x W'ᵀ + b + s · (x Aᵀ) Bᵀ, W' in 4 bits; `lora` may be None: the base alone."""
+    """Quantise a Linear to 4 bits and add LoRA: y = x W'ᵀ + b + s · (x Aᵀ) Bᵀ.
+    With lora=None the layer is quantised only."""
 
-    def __init__(self, linear, lora=None, block=64, double_quant=True):
+    def __init__(self, linear: nn.Linear, lora: LoRALayer | None = None, block: int = 64,
+                 double_quant: bool = True):
         super().__init__(NF4Linear(linear, block, double_quant))
         self.lora = lora
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)                                                  # (..., out)
         branch = not self.merged and self.lora is not None
         return (y + self.lora(x)).to(y.dtype) if branch else y            # (..., out)
 
-    def delta_weight(self):
+    def delta_weight(self) -> torch.Tensor | int:
         if isinstance(self.base, NF4Linear):
             raise TypeError("the base is in 4 bits, and merged into it what was learned would be "
                             "rounded away in part: dequantize(model) first, or keep the adapter")
@@ -204,19 +210,19 @@ class QLoRALinear(AdapterLayer):
 # %% ../../notebooks/03_qlora.ipynb #c9b124ad
 @dataclass(frozen=True)
 class QLoRA(LoRA):
-    """LoRA on a base in 4 bits: every Linear but the head; `targets` names those with a branch."""
-
+    """Apply QLoRA (Dettmers et al. 2023): all Linears but the head in 4 bits, LoRA on `targets`."""
     block: int = 64
     double_quant: bool = True
 
-    def adapts(self, path):
+    def adapts(self, path: str) -> bool:
+        """Return whether the layer at `path` gets LoRA."""
         return self.targets == "all-linear" or matches(path, self.targets)
 
-    def find(self, model):
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
         wanted = super().find(model) | find_targets(model, "all-linear", self.takes)
         return {path: layer for path, layer in model.named_modules() if path in wanted}
 
-    def check(self, path, layer):
+    def check(self, path: str, layer: nn.Module) -> None:
         refuse_weight(f"QLoRA on {path!r}", layer.weight)
         if layer.in_features % 64:
             raise ValueError(f"QLoRA on {path!r}: in_features={layer.in_features} must be a "
@@ -224,7 +230,7 @@ class QLoRA(LoRA):
         if self.adapts(path):
             super().check(path, layer)
 
-    def wrap(self, path, layer):
+    def wrap(self, path: str, layer: nn.Linear) -> QLoRALinear:
         lora = super().wrap(path, layer).lora if self.adapts(path) else None
         return QLoRALinear(layer, lora, self.block, self.double_quant)
 
@@ -237,9 +243,9 @@ QLoRA.files = replace(
 
 # %% ../../notebooks/03_qlora.ipynb #eead8162
 @torch.inference_mode(False)  # under a caller's inference mode the weights could never train
-def dequantize(model):
-    """Put a plain Linear with the weight W', frozen, in the place of every 4-bit layer, in place;
-    adapters stay, and can be merged then. Returns the model. ValueError if nothing is in 4 bits."""
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace every 4-bit layer by a plain frozen Linear with the weight W', in place, and return
+    the model; its adapters stay, and can then be merged. ValueError if no layer is in 4 bits."""
     places = [(module, name, layer) for module in model.modules()
               for name, layer in module.named_children() if isinstance(layer, NF4Linear)]
     if not places:

@@ -14,13 +14,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Method, PeftFiles, fresh_modules, matches, near_name
-from ..engine import one_by_one, refuse_packed, require_injection, validate, within
+from ..engine import AdapterLayer, Injection, Method, PeftFiles, fresh_modules, matches
+from ..engine import near_name, one_by_one, refuse_packed, require_injection
+from ..engine import validate, within
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-010
-def own_parameters(model):
-    """{name: (the parameter, all its names)} of a model, without those of a fresh head, which train
-    in any case. A tied parameter has several names; the first one stands for it."""
+def own_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[str]]]:
+    """Return {name: (parameter, all its names)}, without a new classification head, which trains
+    anyway. A tied parameter has several names; the first one is the key."""
     names, fresh = {}, fresh_modules(model)
     for name, p in model.named_parameters(remove_duplicate=False):
         if not within(name, fresh):
@@ -30,13 +31,14 @@ def own_parameters(model):
 # %% ../../notebooks/10_selective.ipynb #10-selective-012
 @dataclass(frozen=True)
 class BitFit(Method):
-    """Train every bias of the base and nothing else (Ben Zaken et al. 2022)."""
+    """Train every bias of the base and nothing else (Ben Zaken et al. 2022). ValueError if the
+    base has no biases."""
 
     names_modules = ()
     files = PeftFiles("BITFIT")
     learning_rate = 3e-3  # section 5 measures it
 
-    def select(self, model):
+    def select(self, model: nn.Module) -> list[str]:
         biases = [n for n in own_parameters(model) if f".{n}".endswith((".bias", "_bias"))]
         if not biases:
             raise ValueError(
@@ -45,9 +47,9 @@ class BitFit(Method):
         return biases
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-017
-def blocks_of(model):
-    """{path: block} of the model's stack of blocks, first to last: its longest list of modules of
-    one class that is in no other. ValueError if there is none, or an encoder and a decoder."""
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return {path: block} of the model's blocks in order: its longest ModuleList of one class that
+    is not inside another one. ValueError if there is none, or an encoder and a decoder."""
     stacks = {path: m for path, m in model.named_modules()
               if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1}
     stacks = {path: m for path, m in stacks.items()  # experts are a list too, inside a block
@@ -59,8 +61,8 @@ def blocks_of(model):
     return {f"{path}.{i}" if path else f"{i}": block for i, block in enumerate(stacks[path])}
 
 
-def last_blocks(model, k):
-    """Names of the parameters in the last k blocks. ValueError if there are fewer."""
+def last_blocks(model: nn.Module, k: int) -> list[str]:
+    """Return the names of the parameters in the last k blocks. ValueError for fewer blocks."""
     blocks = blocks_of(model)
     if k > len(blocks):
         raise ValueError(f"last={k}, but {type(model).__name__} has {len(blocks)} blocks")
@@ -69,8 +71,9 @@ def last_blocks(model, k):
     return [n for n in own_parameters(model) if any(n.startswith(f"{path}.") for path in trained)]
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-019
-def chosen_by(model, patterns):
-    """Names of the parameters that `patterns` choose. ValueError for one that chooses nothing."""
+def chosen_by(model: nn.Module, patterns: tuple[str, ...] | str) -> list[str]:
+    """Return the names of the parameters that `patterns` match. ValueError for a pattern without a
+    match, for 4-bit weights, and for one of two tied weights."""
     own = own_parameters(model)
     everything = [name for _, names in own.values() for name in names]
     modules = {path: m for path, m in model.named_modules() if path and matches(path, patterns)}
@@ -93,43 +96,43 @@ def chosen_by(model, patterns):
 # %% ../../notebooks/10_selective.ipynb #10-selective-020
 @dataclass(frozen=True)
 class PartialFineTuning(Method):
-    """Train the `last` k blocks, or all that `patterns` name: parameters, or modules and what is in
-    them, by the end of their path, or one regular expression for whole paths. One of the two."""
+    """Train either the `last` k blocks, or the parameters and modules in `patterns`, which are ends
+    of paths, or one regular expression for whole paths. ValueError for both or neither."""
 
     last: int | None = None
     patterns: tuple[str, ...] | str = ()
     names_modules = ("patterns",)
     files = PeftFiles("PARTIAL_FINE_TUNING",
                       fields={"last": ("last_blocks", None), "patterns": ("patterns", ())})
-    learning_rate = 3e-4  # of the last blocks; norms bear ten times as much (section 5)
+    learning_rate = 3e-4  # for the last blocks; norms take ten times as much (section 5)
 
     def __post_init__(self):
         super().__post_init__()
         if (self.last is None) == (not self.patterns):
             raise ValueError("PartialFineTuning: give last=k or patterns=(...), one of the two")
 
-    def select(self, model):
+    def select(self, model: nn.Module) -> list[str]:
         if self.last is None:
             return chosen_by(model, self.patterns)
         return last_blocks(model, self.last)
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-023
-START = 5.0  # log α of every gate at the start: open in 99 draws of 100
+START = 5.0  # the initial log α of every gate: open with probability 0.99
 
 
-def gate(log_alpha, stretch, u=None):
-    """The gates z in [0, 1], as many as there are log α: drawn with uniform numbers u in (0, 1), or
-    without u what a trained gate is. Source: Louizos et al. 2018, equations 10 and 11."""
+def gate(log_alpha: torch.Tensor, stretch: float, u: torch.Tensor | None = None) -> torch.Tensor:
+    """Return hard concrete gates z in [0, 1], of the shape of log α: sampled with u uniform in
+    (0, 1), or deterministic without u. Source: Louizos et al. 2018, equations 10 and 11."""
     noise = 0.0 if u is None else torch.logit(u, eps=1e-6)          # log u - log(1 - u)
     s = torch.sigmoid(log_alpha + noise)                            # in (0, 1)
     return ((2 * s - 1) * stretch).clamp(0, 1)                      # (-stretch, stretch), cut off
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-027
 class LinearWithDiff(AdapterLayer):
-    """y = x (W + z ⊙ w)ᵀ + b: a difference w for every entry of W, and a gate z that is drawn anew
-    in every step of training; or, without gates, a fixed `mask` in its place."""
+    """Add a sparse difference to a frozen Linear: y = x (W + z ⊙ w)ᵀ + b. The gates z are sampled
+    in every training step; with gates=False a fixed `mask` replaces them."""
 
-    def __init__(self, linear, stretch, structured, gates):
+    def __init__(self, linear: nn.Linear, stretch: float, structured: bool, gates: bool):
         super().__init__(linear)
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         zeros = torch.zeros_like(linear.weight, dtype=dtype)
@@ -139,18 +142,18 @@ class LinearWithDiff(AdapterLayer):
         self.log_alpha_all = nn.Parameter(zeros[:1, :1] + START) if whole else None   # (1, 1)
         self.register_buffer("mask", None if gates else torch.ones_like(zeros, dtype=torch.bool))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
             return self.base(x)                                               # (..., out)
         weight = (self.base.weight + diff(self, drawn=self.training)).to(x.dtype)  # (out, in)
         return F.linear(x, weight, self.base.bias)                            # (..., out)
 
-    def delta_weight(self):
+    def delta_weight(self) -> torch.Tensor:
         return diff(self, drawn=False)                                        # (out, in)
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-028
-def diff(layer, drawn):
-    """z ⊙ w (out, in) of a layer: with gates `drawn` at random, or as they are after training."""
+def diff(layer: LinearWithDiff, drawn: bool) -> torch.Tensor:
+    """Return z ⊙ w (out, in), with sampled gates if `drawn`, else with deterministic ones."""
     if layer.mask is not None:
         return layer.mask * layer.w
     z = 1.0
@@ -161,8 +164,9 @@ def diff(layer, drawn):
     return z * layer.w
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-031
-def expected_open(layer):
-    """How many of its gates a draw leaves open on average: the smooth stand-in for ‖w‖₀."""
+def expected_open(layer: LinearWithDiff) -> torch.Tensor:
+    """Return the expected number of open gates, a scalar: a differentiable stand-in for ‖w‖₀.
+    Source: Louizos et al. 2018, eq. 12, for a symmetric interval."""
     if layer.log_alpha is None:
         return torch.zeros(())
     whole = 1.0 if layer.log_alpha_all is None else torch.sigmoid(layer.log_alpha_all).squeeze()
@@ -171,10 +175,10 @@ def expected_open(layer):
 # %% ../../notebooks/10_selective.ipynb #10-selective-032
 @dataclass(frozen=True)
 class DiffPruning(Method):
-    """A sparse difference to every Linear that `targets` name (Guo et al. 2021): `sparsity` is what
-    an open gate costs in the loss, `stretch` how far a gate is stretched beyond [0, 1] before it is
-    cut off there, `structured` adds a gate for each whole matrix. `gates=False`: no gates at all
-    but a fixed mask, as after `prune_diff` and in a file."""
+    """Learn a sparse difference to every Linear in `targets` (Guo et al. 2021). `sparsity` weights
+    the penalty on open gates, `stretch` is the half-width of the interval to which gates are
+    stretched before they are clamped to [0, 1], and `structured` adds one gate for each matrix.
+    With gates=False a fixed mask replaces the gates, as after `prune_diff` and in a file."""
 
     sparsity: float = 1e-5
     stretch: float = 1.5
@@ -184,15 +188,16 @@ class DiffPruning(Method):
     learning_rate = 1e-2
     rate_factors = {"log_alpha": 100.0, "log_alpha_all": 100.0}
 
-    def wrap(self, path, layer):
+    def wrap(self, path: str, layer: nn.Linear) -> LinearWithDiff:
         return LinearWithDiff(layer, self.stretch, self.structured, self.gates)
 
-    def penalty(self, injection):
+    def penalty(self, injection: Injection) -> torch.Tensor:
         return self.sparsity * sum(expected_open(layer) for layer in injection.wrappers.values())
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-034
-def largest(tensors, keep):
-    """Masks of the `keep` entries that are largest in size, over all tensors together."""
+def largest(tensors: list[torch.Tensor], keep: int) -> list[torch.Tensor]:
+    """Return bool masks, of the tensors' shapes, of the `keep` entries with the largest magnitude
+    over all tensors."""
     size = torch.cat([t.abs().flatten() for t in tensors])                    # (all entries)
     kept = torch.zeros_like(size, dtype=torch.bool)
     kept[size.topk(keep).indices] = True
@@ -201,12 +206,12 @@ def largest(tensors, keep):
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-035
 @torch.no_grad()
-def prune_diff(model, keep):
-    """Keep the `keep` entries of the difference that are largest, over all layers together, and set
-    the rest to zero for good; the gates go. Returns how many entries each layer keeps, {path: n}.
+def prune_diff(model: nn.Module, keep: int) -> dict[str, int]:
+    """Keep the `keep` entries of the difference with the largest magnitude over all layers, set the
+    others to zero for good, and remove the gates, in place. Return {path: entries kept}.
 
-    In place. ValueError without a DiffPruning in the model, for a number that is not between 1 and
-    that of all entries; RuntimeError while it is merged. Source: Guo et al. 2021, section 3."""
+    ValueError without DiffPruning in the model, or unless 1 ≤ keep ≤ number of entries;
+    RuntimeError while it is merged. Source: Guo et al. 2021, section 3."""
     injection = require_injection(model, "prune_diff", DiffPruning)
     layers = injection.wrappers.values()
     entries = sum(layer.w.numel() for layer in layers)
@@ -226,8 +231,8 @@ def prune_diff(model, keep):
 TENSORS = ("w", "log_alpha", "log_alpha_all", "mask")
 
 
-def to_sparse(method, entries, tensors):
-    """What the file holds of each layer: where its difference is, and the values there."""
+def to_sparse(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
+    """Convert each layer's difference to flat indices and values (kept)."""
     shapes, sparse, rest = {}, {}, {}
     for key, tensor in tensors.items():
         stem, _, name = key.rpartition(".")
@@ -246,8 +251,9 @@ def to_sparse(method, entries, tensors):
     return entries | {"shapes": shapes}, sparse | rest
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-038
-def from_sparse(cls, config, tensors):
-    """The method without gates, and a dense w and mask for each layer of the file."""
+def from_sparse(cls: type[Method], config: dict, tensors: dict) -> tuple[Method, dict]:
+    """Return the method without gates, and a dense w and mask (out, in) for each layer. ValueError
+    for indices that are repeated or out of range."""
     dense = dict(tensors)
     for stem, shape in config["shapes"].items():
         indices, found = dense.pop(f"{stem}.indices"), dense.pop(f"{stem}.values")     # (kept)

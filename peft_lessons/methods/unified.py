@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 
-from ..engine import DESIGNS, Method, PeftFiles, inject, injection_of, registered_methods
+from ..engine import DESIGNS, Injection, Method, PeftFiles, inject, injection_of
+from ..engine import registered_methods
 from .adalora import AdaLoRA
 from .adapters import BottleneckAdapter
 from .dora import DoRA
@@ -31,9 +32,9 @@ from .selective import BitFit, DiffPruning, PartialFineTuning
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-010
 @dataclass(frozen=True)
 class Site:
-    """One place in a model that ran: what the module read, x; what is there for the same x without
-    the method, h; and what was there with it, `new`, of the shape of h. `more`: other tensors that
-    a formula needs, by name."""
+    """Record one module of a model after a forward pass: its input x, the hidden state h that the
+    same x gives without the method, and the one with the method, `new`, of the shape of h.
+    `more` holds further tensors of a formula by name."""
 
     path: str
     module: nn.Module
@@ -44,9 +45,9 @@ class Site:
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-012
 @torch.no_grad()
-def calls_of(model, batch, modules):
-    """(path, module, its arguments, its output) of each call of `modules`, {path: module}, in the
-    order in which the calls end when the model reads the batch."""
+def calls_of(model: nn.Module, batch: Mapping, modules: Mapping[str, nn.Module]) -> list[tuple]:
+    """Return (path, module, arguments, output) for each call of `modules`, {path: module}, in a
+    forward pass of the batch, in the order in which the calls return."""
     calls, hooks = [], []
     for path, module in modules.items():
         hooks.append(module.register_forward_hook(
@@ -60,9 +61,9 @@ def calls_of(model, batch, modules):
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-013
 @torch.no_grad()
-def linears(model, batch):
-    """A Site for each wrapped layer that something was added to: h (..., out) is what the layer
-    inside gives."""
+def linears(model: nn.Module, batch: Mapping) -> list[Site]:
+    """Return a Site for each wrapped layer with added parameters; h (..., out) is the output of the
+    layer inside."""
     added = {path: layer for path, layer in injection_of(model).wrappers.items()
              if any(not name.startswith("base.") for name, _ in layer.named_parameters())}
     return [Site(path, layer, args[0], layer.base(*args), new)
@@ -70,9 +71,9 @@ def linears(model, batch):
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-016
 @torch.no_grad()
-def ends(model, batch):
-    """A Site for each adapter at the end of a BERT's sublayer: h (..., d) is what the dense layer
-    gives, `new` what is added to the residual x (..., d) instead."""
+def ends(model: nn.Module, batch: Mapping) -> list[Site]:
+    """Return a Site for each adapter at the end of a BERT's sublayer; h (..., d) is the output of
+    the dense layer, `new` replaces h in the sum with the residual x (..., d)."""
     places = injection_of(model).wrappers
     norms = {f"{path}.LayerNorm": place.base.LayerNorm for path, place in places.items()}
     sites, inside = [], None
@@ -85,25 +86,26 @@ def ends(model, batch):
     return sites
 
 
-def only(sites, rule):
-    """The observer `sites`, of whose sites those stay whose module passes `rule`."""
+def only(sites: Callable, rule: Callable[[nn.Module], bool]) -> Callable:
+    """Return the function `sites`, restricted to the sites whose module passes `rule`."""
     return lambda model, batch: [s for s in sites(model, batch) if rule(s.module)]
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-018
-def heads(t, d_h):
-    """(batch, T, n · d_h) -> (batch, n, T, d_h)"""
+def heads(t: torch.Tensor, d_h: int) -> torch.Tensor:
+    """Split (batch, T, n · d_h) into heads (batch, n, T, d_h)."""
     return t.unflatten(-1, (-1, d_h)).transpose(1, 2)
 
 
-def attention_scores(q, k, mask=None):
-    """q kᵀ / √d_h (batch, n_h, T, S), of those keys that the mask (batch, S) lets be seen."""
+def attention_scores(q: torch.Tensor, k: torch.Tensor,
+                     mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Return q kᵀ / √d_h (batch, n_h, T, S), −∞ for keys that the mask (batch, S) excludes."""
     s = q @ k.mT / q.shape[-1] ** 0.5                                      # (batch, n_h, T, S)
     return s if mask is None else s.masked_fill(~mask[:, None, None].bool(), -torch.inf)
 
 
-def virtual(prefix, layer, rows):
-    """The keys and values (batch, n_h, p, d_h) before the text's in one attention layer: those that
-    the layer makes of a prompt's rows (batch, p, d), or, without rows, the prefix's own."""
+def virtual(prefix: nn.Module, layer: nn.Module, rows: torch.Tensor) -> list | torch.Tensor:
+    """Return keys and values (batch, n_h, p, d_h) of the virtual tokens in one attention layer: the
+    projections of a prompt's hidden states (batch, p, d), or with p = 0 those of the prefix."""
     if rows.shape[1]:
         return [heads(f(rows), layer.attention_head_size) for f in (layer.key, layer.value)]
     P = flat_prefix(prefix).unflatten(1, prefix.layout)[:, layer.layer_idx]    # (p, 2, n_h, d_h)
@@ -111,9 +113,9 @@ def virtual(prefix, layer, rows):
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-019
 @torch.no_grad()
-def attention(model, batch):
-    """A Site for each self-attention of a BERT: h (batch, T, d) is attention to the text alone. A
-    prompt's rows stand before x and `new`, and belong to neither."""
+def attention(model: nn.Module, batch: Mapping) -> list[Site]:
+    """Return a Site for each self-attention of a BERT; h (batch, T, d) is attention to the text
+    alone. x and `new` leave out the positions of a prompt."""
     mask, prefix, sites = batch["attention_mask"], injection_of(model).attached, []
     layers = {path: m for path, m in model.named_modules()
               if type(m).__name__.endswith("SelfAttention")}
@@ -128,8 +130,8 @@ def attention(model, batch):
     return sites
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-020
-def gated(site):
-    """λ (softmax(q P_kᵀ / √d_h) P_v − h), of all heads side by side: (batch, T, d)."""
+def gated(site: Site) -> torch.Tensor:
+    """Return λ (softmax(q P_kᵀ / √d_h) P_v − h), (batch, T, d) (He et al. 2022, section 3.1)."""
     layer, d_h = site.module, site.module.attention_head_size
     q, k = heads(layer.query(site.x), d_h), heads(layer.key(site.x), d_h)  # (batch, n_h, T, d_h)
     to_prefix = attention_scores(q, site.more["keys"])                     # (batch, n_h, T, p)
@@ -139,13 +141,13 @@ def gated(site):
     return (gate[..., None] * (f - heads(site.h, d_h))).transpose(1, 2).flatten(2)
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-022
-def of_head(name, injection):
-    """Whether a parameter belongs to a module that trains in full beside the method."""
+def of_head(name: str, injection: Injection) -> bool:
+    """Return whether a parameter belongs to a module that is trained in full beside the method."""
     return name.startswith(tuple(f"{path}." for path in injection.whole_modules))
 
 
-def values_before(injection):
-    """{path of a layer: {"weight" or "bias": its old values}} of what trains of the base itself."""
+def values_before(injection: Injection) -> dict[str, dict[str, torch.Tensor]]:
+    """Return {path: {"weight" or "bias": initial values}} of the base's trainable parameters."""
     before = {}
     for name, old in injection.whole.items():
         if not of_head(name, injection):
@@ -154,16 +156,16 @@ def values_before(injection):
     return before
 
 
-def standardised(x, eps):
-    """x̂ (..., d): x with mean 0 and variance 1."""
+def standardised(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return x̂ (..., d): x with mean 0 and variance 1 over the last dimension."""
     x = x - x.mean(-1, keepdim=True)                                       # (..., d)
     return x / (x.pow(2).mean(-1, keepdim=True) + eps) ** 0.5              # (..., d)
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-023
 @torch.no_grad()
-def own_layers(model, batch):
-    """A Site for each Linear or LayerNorm of the base that trains itself, beside a head: h (..., d)
-    is what it gives with its old values. `more` is how these changed; of a norm, x is x̂."""
+def own_layers(model: nn.Module, batch: Mapping) -> list[Site]:
+    """Return a Site for each Linear or LayerNorm of the base that is trained; h (..., d) is its
+    output with the initial values, `more` their change. For a norm, x is x̂."""
     before, sites = values_before(injection_of(model)), []
     layers = {path: model.get_submodule(path) for path in before}
     for path, layer, (x, *_), new in calls_of(model, batch, layers):
@@ -181,13 +183,13 @@ def own_layers(model, batch):
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-025
 @dataclass(frozen=True)
 class Design:
-    """A method as h -> h + Δh, in the four choices of He et al. 2022, section 4: the functional
-    form of Δh; where it is inserted (sequential: it reads h, parallel: it reads x); which hidden
-    states it modifies; how it is composed with them.
+    """Describe a method as h -> h + Δh by the four choices of He et al. 2022, section 4: functional
+    form, insertion form (sequential: reads h, parallel: reads x), modified representation and
+    composition function.
 
-    `delta` is the formula: a Site -> Δh, scale and gate included. `sites` runs a model and gives
-    its sites. `example` fits a BERT; None means the method with all its defaults. What is said in
-    words is compared with nothing; `check_design` compares the formula with the running model."""
+    `delta` computes Δh from a Site, scale and gate included. `sites` runs a model and returns its
+    sites. `example` fits a BERT; None means the method with all its defaults. `check_design`
+    compares `delta` with the running model; nothing checks the words."""
 
     form: str
     insertion: str
@@ -198,16 +200,16 @@ class Design:
     example: Method | None = None
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-027
-def designs_of(kind):
-    """A method's own designs, as a tuple: from DESIGNS, or from its class attribute `design`."""
+def designs_of(kind: type[Method]) -> tuple:
+    """Return a method's own designs, from its class attribute `design` or from DESIGNS."""
     declared = vars(kind).get("design", DESIGNS.get(kind))
     return declared if isinstance(declared, tuple) else (declared,)
 
 
 @torch.no_grad()
-def moved(model, method):
-    """A copy of the model with the method in it, in float64, so that a gap is more than rounding;
-    all that trains is moved: at a start with Δh = 0, or open gates, many a formula is right."""
+def moved(model: nn.Module, method: Method) -> nn.Module:
+    """Return a float64 copy of the model with the method, its trainable parameters perturbed: with
+    the initial values Δh is 0, and a wrong formula could pass."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         changed = copy.deepcopy(model).eval().double()
@@ -219,8 +221,8 @@ def moved(model, method):
     return changed
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-028
-def gap(sites, delta):
-    """max|new − h − Δh| / max|new − h| over all sites; infinite where nothing changes."""
+def gap(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> float:
+    """Return max|new − h − Δh| / max|new − h| over all sites, infinite if new = h everywhere."""
     ran = [site.new - site.h for site in sites]                            # (..., d) each
     size = max(change.abs().max().item() for change in ran)
     off = max((change - delta(site)).abs().max().item()
@@ -231,9 +233,9 @@ def gap(sites, delta):
 CHOICES = ("form", "insertion", "modified", "composition")
 
 
-def row_of(design, method, model, batch):
-    """One row of the table: what a design says, and what was seen when a model with the method in
-    it read the batch: how many places, how many numbers train beside a head, the `gap`."""
+def row_of(design: Design, method: Method, model: nn.Module, batch: Mapping) -> dict:
+    """Return a row of the table: the design's four choices and, after a forward pass, the number of
+    sites, the trainable parameters outside a head, and the `gap`."""
     changed = moved(model, method)
     injection, sites = injection_of(changed), design.sites(changed, batch)
     own = [p for name, p in changed.named_parameters()
@@ -244,9 +246,9 @@ def row_of(design, method, model, batch):
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-029
 @torch.no_grad()
-def check_design(method, model, batch):
-    """Rows of the table, one for each `Design` of a method: of a class by the design's example, of
-    an instance by itself. The model stays as it is. Without a design, one row that says so."""
+def check_design(method: Method | type[Method], model: nn.Module, batch: Mapping) -> list[dict]:
+    """Check each `Design` of a method against a copy of the model and return one row for each. A
+    class is checked by the design's example. Without a design, the one row says so."""
     kind, rows = method if isinstance(method, type) else type(method), []
     for design in designs_of(kind):
         if design is None:
@@ -260,9 +262,9 @@ def check_design(method, model, batch):
     return [row for row in rows if row["places"] != 0] or rows[:1]
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-030
-def unified_table(model, batch):
-    """The rows of `check_design` for every method that has been defined so far. Of one name the
-    class that was defined last counts: a lesson defines anew what the package has."""
+def unified_table(model: nn.Module, batch: Mapping) -> list[dict]:
+    """Return the rows of `check_design` for every method defined so far. Of two classes of one name
+    the last counts, since a lesson defines a method of the package again."""
     kinds = {kind.__name__: kind for kind in registered_methods()}.values()
     return [row for kind in kinds for row in check_design(kind, model, batch)]
 
@@ -271,14 +273,14 @@ LINEAR, SUM = "output of any linear layer", "h + Δh"
 SCALED = dict(insertion="parallel", modified=LINEAR, composition="h + s · Δh")
 
 
-def low_rank(site):
-    """s · x Aᵀ Bᵀ"""
+def low_rank(site: Site) -> torch.Tensor:
+    """Return s · x Aᵀ Bᵀ (LoRA)."""
     lora = site.module.lora
     return lora.scaling * (site.x @ lora.lora_A.T @ lora.lora_B.T)         # (..., out)
 
 
-def weight_decomposed(site):
-    """x (c ⊙ V)ᵀ − x Wᵀ, with V = W + s · BA and c = m / ‖V‖"""
+def weight_decomposed(site: Site) -> torch.Tensor:
+    """Return x (c ⊙ V)ᵀ − x Wᵀ, with V = W + s · BA and c = m / ‖V‖ (DoRA)."""
     W, dora = site.module.base.weight, site.module.dora
     V = W + dora.scaling * dora.lora_B @ dora.lora_A                       # (out, in)
     c = dora.magnitude / V.pow(2).sum(1).sqrt()                            # (out,)
@@ -293,15 +295,15 @@ DESIGNS[DoRA] = Design(
     delta=weight_decomposed, example=DoRA(rank=8, alpha=16))
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-036
-def triplets(site):
-    """α / r · ((x Qᵀ) ⊙ λ) Pᵀ"""
+def triplets(site: Site) -> torch.Tensor:
+    """Return α / r · ((x Qᵀ) ⊙ λ) Pᵀ (AdaLoRA)."""
     ada = site.module.ada
     low = (site.x @ ada.lora_A.T) * ada.lora_E.T                           # (..., r)
     return ada.alpha / ada.divisor * (low @ ada.lora_B.T)                  # (..., out)
 
 
-def sparse(site):
-    """x (z ⊙ w)ᵀ, with z the gates, of which a matrix may have one of its own, or the mask"""
+def sparse(site: Site) -> torch.Tensor:
+    """Return x (z ⊙ w)ᵀ, with z the mask or the gates, the matrix's own included (diff pruning)."""
     layer = site.module
     z = torch.ones_like(layer.w) if layer.mask is None else layer.mask     # (out, in)
     for log_alpha in (layer.log_alpha, layer.log_alpha_all):
@@ -319,13 +321,13 @@ DESIGNS[DiffPruning] = Design(
     delta=sparse, example=DiffPruning(structured=True, targets=("query", "value")))
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-037
-def rescaled_output(site):
-    """h ⊙ (l − 1)"""
+def rescaled_output(site: Site) -> torch.Tensor:
+    """Return h ⊙ (l − 1), for keys and values of (IA)³."""
     return site.h * (site.module.l.flatten() - 1)                          # (..., out)
 
 
-def rescaled_input(site):
-    """(x ⊙ (l − 1)) Wᵀ"""
+def rescaled_input(site: Site) -> torch.Tensor:
+    """Return (x ⊙ (l − 1)) Wᵀ, for the feed-forward of (IA)³."""
     return (site.x * (site.module.l.flatten() - 1)) @ site.module.base.weight.T    # (..., out)
 
 
@@ -339,8 +341,8 @@ DESIGNS[IA3] = (
 )
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-039
-def bottleneck(reads):
-    """The formula s · (f(t W_downᵀ + b_down) W_upᵀ + b_up) of an adapter with t = reads(site)."""
+def bottleneck(reads: Callable[[Site], torch.Tensor]) -> Callable[[Site], torch.Tensor]:
+    """Return the adapter's formula s · (f(t W_downᵀ + b_down) W_upᵀ + b_up), t = reads(site)."""
     def delta(site):
         place, a = site.module, site.module.adapter
         low = a.activation(reads(site) @ a.down.weight.T + a.down.bias)    # (..., m)
@@ -348,13 +350,15 @@ def bottleneck(reads):
     return delta
 
 
-def normed_sum(site):
-    """LN(h + x) (..., d), written out."""
+def normed_sum(site: Site) -> torch.Tensor:
+    """Return LN(h + x) (..., d), written out."""
     norm = site.module.base.LayerNorm
     return standardised(site.h + site.x, norm.eps) * norm.weight + norm.bias       # (..., d)
 
 
-def adapter_design(kind, reads, t, insertion, modified="feed-forward output"):
+def adapter_design(kind: str, reads: Callable[[Site], torch.Tensor], t: str, insertion: str,
+                   modified: str = "feed-forward output") -> Design:
+    """Return the `Design` of a kind of adapter that reads `t`."""
     return Design(
         form=f"f({t} W_downᵀ + b) W_upᵀ + b′", insertion=insertion, modified=modified,
         composition="h + s · Δh", delta=bottleneck(reads),
@@ -375,8 +379,8 @@ DESIGNS[Prompt] = replace(
     DESIGNS[Prefix], form="softmax(x W_qᵀ (P W_kᵀ)ᵀ / √d_h) P W_vᵀ", example=Prompt(8))
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-041
-def own_change(site):
-    """x ΔWᵀ + Δb, of a norm x̂ ⊙ Δg + Δb"""
+def own_change(site: Site) -> torch.Tensor:
+    """Return x ΔWᵀ + Δb, for a norm x̂ ⊙ Δg + Δb."""
     W, b = (site.more.get(name, 0) for name in ("Δweight", "Δbias"))
     if isinstance(W, int):
         return b                                                           # (out,)
@@ -395,29 +399,28 @@ DESIGNS[PartialFineTuning] = Design(
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-048
 @dataclass(frozen=True)
 class MixAndMatch(Method):
-    """A prefix of `tokens` for the attention, and beside the feed-forward a parallel adapter of
-    `width`, times `scale`: the MAM adapter of He et al. 2022, section 4.6."""
+    """Combine a prefix with scaled parallel adapters (MAM adapter, He et al. 2022, section 4.6)."""
 
     tokens: int
     width: int
     scale: float = 4.0
-    learning_rate = 1e-3
-    rate_factors = {"embedding": 10.0}  # keys and values learn at ten times the rate
+    learning_rate, rate_factors = 1e-3, {"embedding": 10.0}  # ten times as much for the prefix
 
     @property
-    def adapter(self):
+    def adapter(self) -> BottleneckAdapter:
+        """Return the half that wraps the feed-forward."""
         return BottleneckAdapter(self.width, kind="parallel", activation="relu", scale=self.scale)
 
-    def find(self, model):
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
         return self.adapter.find(model)
 
-    def check(self, path, layer):
+    def check(self, path: str, layer: nn.Module) -> None:
         self.adapter.check(path, layer)
 
-    def wrap(self, path, layer):
+    def wrap(self, path: str, layer: nn.Module) -> nn.Module:
         return self.adapter.wrap(path, layer)
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> tuple[nn.Module, list]:
         return Prefix(self.tokens).attach(model)
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-049
