@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from peft_lessons import evaluate, fit, injection_of, load_model, load_task, measure
-from peft_lessons.results import stamp
+from peft_lessons.studies import stamp
 
 FOLDER = Path(__file__).parent.parent / "data" / "results"
 SEEDS = (0, 1, 2)

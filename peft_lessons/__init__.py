@@ -11,7 +11,7 @@ The verbs of the course, the same for every method:
 """
 
 from . import checks as check
-from . import measure, memory, plots
+from . import measure, memory
 from .adapters_io import load_adapter, read_adapter, save_adapter
 from .advice import adviser, recommend_peft_method
 from .hf import load_and_merge_adapter, setup_peft_training, setup_qlora
@@ -38,23 +38,7 @@ from .proof import (
     there_and_back,
     with_method,
 )
-from .results import (
-    against_peft,
-    beside,
-    by_rate,
-    compare,
-    difference,
-    load_results,
-    measured_on,
-    references,
-    scores,
-    spread,
-    stored_costs,
-    student_t,
-    tuned,
-    undominated,
-)
-from .tables import cost_table, table
+from .studies import Study, against_peft, cost_table, plots, stored_costs, student_t, table
 from .tasks import load_task
 from .training import History, Scores, TrainingDiverged, evaluate, fit, standard_error
 
@@ -87,6 +71,7 @@ __all__ = [
     "PromptTuning",
     "QLoRA",
     "Scores",
+    "Study",
     "TrainingDiverged",
     "VeRA",
     "adapter_bytes",
@@ -95,15 +80,11 @@ __all__ = [
     "agreement",
     "apply_lora_to_model",
     "attempt",
-    "beside",
-    "by_rate",
     "cached_norms",
     "check",
-    "compare",
     "copy_values",
     "cost_table",
     "dequantize",
-    "difference",
     "drop_mlp",
     "evaluate",
     "fit",
@@ -114,12 +95,10 @@ __all__ = [
     "load_adapter",
     "load_and_merge_adapter",
     "load_model",
-    "load_results",
     "load_task",
     "load_tokenizer",
     "machine_check",
     "measure",
-    "measured_on",
     "memory",
     "merge",
     "plots",
@@ -128,14 +107,11 @@ __all__ = [
     "prune_diff",
     "read_adapter",
     "recommend_peft_method",
-    "references",
     "registered_methods",
     "report",
     "save_adapter",
-    "scores",
     "setup_peft_training",
     "setup_qlora",
-    "spread",
     "standard_error",
     "start_prefix",
     "stored_costs",
@@ -143,8 +119,6 @@ __all__ = [
     "table",
     "there_and_back",
     "train_with_peft",
-    "tuned",
-    "undominated",
     "unload",
     "unmerge",
     "with_method",
