@@ -77,7 +77,9 @@ def test_a_table_that_makes_no_sense_is_refused(rows, formats, message):
 def results(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
-    return lambda name, text: (tmp_path / "results" / f"{name}.csv").write_text(text, "utf-8")
+    return lambda name, text: (tmp_path / "results" / f"{name}.csv").write_text(
+        text, encoding="utf-8"
+    )
 
 
 def test_runs_are_read_filtered_and_named(results):
