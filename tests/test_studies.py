@@ -8,10 +8,20 @@ import sys
 import pandas as pd
 import pytest
 
-from peft_lessons import Study, against_peft, cost_table, stored_costs, student_t, table
+from peft_lessons import (
+    Study,
+    against_peft,
+    cost_table,
+    inject,
+    load_model,
+    stored_costs,
+    student_t,
+    table,
+)
 from peft_lessons.studies import (
     Spread,
     best_lr,
+    catalogue,
     load_results,
     mean_and_range,
     paired_difference,
@@ -250,3 +260,23 @@ def test_a_cost_table_knows_its_units():
     assert "1.00 MiB" in text and "2 ms" in text and "0.5" in text
     with pytest.raises(ValueError, match="no rows"):
         cost_table([])
+
+
+# ------------------------------------------------------------------ the catalogue
+
+
+@pytest.mark.parametrize("task", catalogue.BASES)
+def test_every_setting_describes_a_method_for_the_base_of_a_task(task):
+    for name in catalogue.SETTINGS:
+        more = catalogue.schedule(200) if name == "adalora" else {}
+        assert catalogue.setting(name, task, **more)
+    for name in ("lora", "dora", "norms", "ia3"):  # the names of the layers are the base's
+        assert inject(load_model(catalogue.BASES[task]), catalogue.setting(name, task)).modules
+
+
+def test_a_setting_is_changed_and_an_unknown_one_refused():
+    assert catalogue.setting("pfeiffer", "austen").width == 64
+    assert catalogue.setting("pfeiffer", "austen", width=4).width == 4
+    for name, task in (("lora, all", "austen"), ("lora", "french")):
+        with pytest.raises(ValueError, match=r"must be one of .*'(lora|austen)'"):
+            catalogue.setting(name, task)
