@@ -271,7 +271,7 @@ def test_every_setting_describes_a_method_for_the_base_of_a_task(task):
         more = catalogue.schedule(200) if name == "adalora" else {}
         assert catalogue.setting(name, task, **more)
     for name in ("lora", "dora", "norms", "ia3"):  # the names of the layers are the base's
-        assert inject(load_model(catalogue.BASES[task]), catalogue.setting(name, task)).modules
+        assert inject(load_model(catalogue.BASES[task]), catalogue.setting(name, task)).trainable
 
 
 def test_a_setting_is_changed_and_an_unknown_one_refused():
