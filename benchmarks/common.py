@@ -59,7 +59,7 @@ def fill(
     while points := to_do():
         point = points[-1 if backwards else 0]
         found = run(*point)
-        row = {column: found[column] for column in results.columns if column in found}
+        row = {c: found[c] for c in results.columns if c in found and c not in key}
         if point in to_do():  # the other process may have been there too
             results.add(**dict(zip(key, point, strict=True)), **row)
             print(*point, row, flush=True)
@@ -84,21 +84,6 @@ def to_do(
     return missing(results, key, points)
 
 
-def tune(
-    results: Results,
-    names: Sequence[str],
-    rates: dict[tuple, Sequence[float]],
-    run: Callable[..., dict],
-    best: Callable = max,
-    backwards: bool = False,
-) -> None:
-    """Run every setting at each of its rates with one seed, and at the best one with two more.
-
-    `run(*setting, lr, seed)` returns the other columns; all else as in `fill`."""
-    left = partial(to_do, results, names, rates, best)
-    fill(results, (*names, "lr", "seed"), left, run, backwards)
-
-
 STEPS = {"sentiment": 200, "austen": 100}
 CHOICES = {"sentiment": max, "austen": min}  # of accuracies, of perplexities
 NAMES = ("task", "method", "variant", "size")  # of a setting of a study on both tasks
@@ -119,7 +104,8 @@ def study(
     run: Callable[..., dict],
     tasks: dict,
 ) -> None:
-    """Tune all settings, {values of `names`: rates}, into data/results/<name>.csv.
+    """Run every setting, {values of `names`: rates}, at each of its rates with one seed, and at the
+    best one with two more, into data/results/<name>.csv.
 
     tasks: {name: task}; where there are several the first of `names` is the task.
     `run(task, *setting, lr, seed)` trains one point and returns at least the `columns`."""
@@ -128,7 +114,8 @@ def study(
     results = Results(name, (*names, "lr", "seed", *columns))
     for task in list(tasks)[:: -1 if backwards else 1]:
         rates = {s: tried for s, tried in settings.items() if len(tasks) == 1 or s[0] == task}
-        tune(results, names, rates, partial(run, tasks[task]), CHOICES[task], backwards)
+        left = partial(to_do, results, names, rates, CHOICES[task])
+        fill(results, (*names, "lr", "seed"), left, partial(run, tasks[task]), backwards)
 
 
 def base_of(task: str, seed: int) -> torch.nn.Module:
