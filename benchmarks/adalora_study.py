@@ -12,13 +12,13 @@ from functools import partial
 from unittest import mock
 
 import torch
-from common import Results, train_on, tune
+from common import MEASURED, Results, base_of, load, measured, study
 
-from peft_lessons import AdaLoRA, LoRA, inject, load_model, load_task
+from peft_lessons import inject
 from peft_lessons.engine import injection_of
 from peft_lessons.methods import adalora
+from peft_lessons.studies.catalogue import schedule, setting
 
-ALPHA = 16
 LORA_RATES, ADALORA_RATES = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2, 3e-2)
 SETTINGS = {  # (method, rank a layer at the start, and at the end on average, steps): rates
     ("adalora", 6, 4, 200): ADALORA_RATES,
@@ -29,11 +29,6 @@ SETTINGS = {  # (method, rank a layer at the start, and at the end on average, s
     ("adalora", 6, 4, 600): (3e-3, 1e-2),  # against LoRA of 600 steps in lora_study.csv
 }
 NAMES = ("method", "initial", "rank", "steps")
-COLUMNS = (
-    *(*NAMES, "lr", "seed", "trainable", "kept"),
-    *("validation", "test", "test_loss", "seconds_per_step"),
-)
-RANKS = (*NAMES, "lr", "seed", "layer", "module", "kept", "norm")
 
 
 def by_sums(branch):
@@ -42,24 +37,19 @@ def by_sums(branch):
     return e.flatten() + (a.sum(dim=1) + b.sum(dim=0))
 
 
-def schedule(steps: int) -> dict[str, int]:
-    return {"tinit": steps // 10, "tfinal": 3 * steps // 10, "delta": steps // 40}
-
-
-def run(task, ranks: Results, method: str, initial: int, rank: int, steps: int, lr, seed) -> dict:
-    model = load_model("minilm", labels=2, seed=seed)
-    torch.manual_seed(seed)
+def run(ranks: Results, task, method: str, initial: int, rank: int, steps: int, lr, seed) -> dict:
+    model = base_of(task.name, seed)
     if method == "lora":
-        inject(model, LoRA(rank=rank, alpha=ALPHA, targets="all-linear"))
+        inject(model, setting("lora, all linear", task.name, rank=rank))
     else:
-        plan = schedule(steps) | {"total_steps": steps}
-        inject(model, AdaLoRA(initial, rank, ALPHA, "all-linear", **plan))
+        size = {"initial_rank": initial, "target_rank": rank}
+        inject(model, setting("adalora", task.name, **size, **schedule(steps)))
     scores = by_sums if method == "adalora, sums" else adalora.triplet_scores
     with mock.patch.object(adalora, "triplet_scores", scores):
-        row = train_on(task, model, steps, lr, seed)
+        row = measured(model, task, lr, seed, steps=steps)
     kept = row["trainable"]
     if method != "lora":
-        setting = dict(zip(NAMES, (method, initial, rank, steps), strict=True))
+        values = dict(zip(NAMES, (method, initial, rank, steps), strict=True))
         for path, wrapper in injection_of(model).wrappers.items():
             ada, (out, width) = wrapper.ada, wrapper.base.weight.shape
             left = int(ada.lora_E.count_nonzero())
@@ -67,15 +57,11 @@ def run(task, ranks: Results, method: str, initial: int, rank: int, steps: int, 
             layer, module = path.partition(".layer.")[2].split(".", 1)
             place = {"lr": lr, "seed": seed, "layer": layer, "module": module}
             norm = torch.linalg.norm(adalora.delta_weight(ada)).item()
-            ranks.add(**setting, **place, kept=left, norm=f"{norm:.4f}")
-    return {"kept": kept} | row
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    results, ranks = Results("adalora_study", COLUMNS), Results("adalora_ranks", RANKS)
-    tune(results, NAMES, SETTINGS, partial(run, load_task("sentiment"), ranks))
+            ranks.add(**values, **place, kept=left, norm=f"{norm:.4f}")
+    return row | {"kept": kept}
 
 
 if __name__ == "__main__":
-    main()
+    ranks = Results("adalora_ranks", (*NAMES, "lr", "seed", "layer", "module", "kept", "norm"))
+    columns, tasks = ("trainable", "kept", *MEASURED), {"sentiment": load("sentiment")}
+    study("adalora_study", NAMES, columns, SETTINGS, partial(run, ranks), tasks)

@@ -10,26 +10,17 @@ by the validation split is run with two more. The losses of the runs on Austen, 
 steps, go to additive_curves.csv.
 """
 
-import sys
 from functools import partial
 
 import torch
-from common import BASES, NAMES, Results, base_of, measured, study
+from common import BASES, BEFORE_TOO, NAMES, Results, base_of, load, measured, plain, study
 
-from peft_lessons import IA3, BottleneckAdapter, Prefix, Prompt, fit, inject, load_tokenizer
+from peft_lessons import inject
+from peft_lessons.engine import Method
 from peft_lessons.methods.prefix import init_prefix
+from peft_lessons.studies.catalogue import SETTINGS as NAMED
+from peft_lessons.studies.catalogue import TOKENS, setting
 
-P, PROJECTION = 16, 96
-TEXTS = {
-    "sentiment": "Is this sentence from the review of a film positive or negative?",
-    "austen": "It is a truth universally acknowledged, "
-    "that a single man in possession of a fortune",
-}
-INNER = r".*layer\.\d+\.output\.dense"  # of BERT: a name would take attention.output.dense too
-IA3S = {
-    "sentiment": IA3(rf".*self\.(key|value)|{INNER}", feedforward=INNER),
-    "austen": IA3(("k_proj", "v_proj", "down_proj"), feedforward=("down_proj",)),
-}
 LOW, MIDDLE, HIGH = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 HIGHEST = (1e-1, 3e-1, 1.0)
 SETTINGS = {  # (task, method, variant, width or virtual tokens): rates
@@ -37,66 +28,52 @@ SETTINGS = {  # (task, method, variant, width or virtual tokens): rates
     ("sentiment", "adapter", "houlsby", 8): LOW,
     ("sentiment", "adapter", "parallel", 16): LOW,
     ("sentiment", "ia3", "", 0): (3e-3, 1e-2, 3e-2, 1e-1),
-    ("sentiment", "prompt", "vocab", P): HIGH,
-    **{("sentiment", "prompt", start, P): (3e-2, 1e-1) for start in ("normal", "text")},
-    ("sentiment", "prefix", "random", P): HIGH,
-    ("sentiment", "prefix", "mlp", P): LOW,
+    ("sentiment", "prompt", "vocab", TOKENS): HIGH,
+    **{("sentiment", "prompt", start, TOKENS): (3e-2, 1e-1) for start in ("normal", "text")},
+    ("sentiment", "prefix", "random", TOKENS): HIGH,
+    ("sentiment", "prefix", "mlp", TOKENS): LOW,
     ("austen", "adapter", "pfeiffer", 64): MIDDLE,
     ("austen", "ia3", "", 0): (3e-2, 1e-1, 3e-1, 1.0),
-    **{("austen", "prompt", start, P): HIGHEST for start in ("vocab", "normal", "text")},
-    ("austen", "prefix", "random", P): (*HIGHEST, 3.0),
-    ("austen", "prefix", "mlp", P): (3e-3, *HIGH),
-    ("austen", "prefix", "context", P): (3e-3, 1e-2, 3e-2, *HIGHEST, 3.0),
+    **{("austen", "prompt", start, TOKENS): HIGHEST for start in ("vocab", "normal", "text")},
+    ("austen", "prefix", "random", TOKENS): (*HIGHEST, 3.0),
+    ("austen", "prefix", "mlp", TOKENS): (3e-3, *HIGH),
+    ("austen", "prefix", "context", TOKENS): (3e-3, 1e-2, 3e-2, *HIGHEST, 3.0),
 }
-CURVES = (*NAMES, "lr", "seed", "step", "loss")
+POINT = (*NAMES, "lr", "seed")
 
 
-def method_of(task: str, method: str, variant: str, size: int):
+def described(task: str, method: str, variant: str, size: int) -> Method:
     """The description of a setting."""
     if method == "adapter":
-        return BottleneckAdapter(size, kind=variant)
-    if method == "ia3":
-        return IA3S[task]
-    if method == "prefix":
-        return Prefix(size, projection=PROJECTION if variant == "mlp" else None)
-    if variant == "text":
-        return Prompt(size, init=TEXTS[task], tokenizer=load_tokenizer(BASES[task]))
-    return Prompt(size, init=variant)
+        return setting(variant, task, width=size)
+    name = f"{method}, {variant}"
+    return setting(name if name in NAMED else method, task)
 
 
-def build(setting: tuple, seed: int, task) -> torch.nn.Module:
-    """The base with the method of a setting in it, ready to train."""
-    name, _, variant, size = setting
+def run(curves: Results, task, *point) -> dict:
+    """Train one point and return its measured columns; its loss on Austen goes to the curves."""
+    name, _, variant, size, lr, seed = point
     model = base_of(name, seed)
     if variant == "context":  # the keys and values of the training text's first tokens
         ids = next(task.batches("train", 1))["input_ids"][:, :size]
         with torch.no_grad():
             layers = model(ids, use_cache=True).past_key_values.layers
         pairs = [(layer.keys[0], layer.values[0]) for layer in layers]
-    inject(model, method_of(*setting))
+    inject(model, described(*point[:4]))
     if variant == "context":
         init_prefix(model, pairs)
-    return model
 
+    def train(*settings):
+        history = plain(*settings)
+        if name == "austen":
+            for first in range(0, len(history.loss), 10):
+                loss = f"{sum(history.loss[first : first + 10]) / 10:.4f}"
+                curves.add(**dict(zip(POINT, point, strict=True)), step=first + 10, loss=loss)
+        return history
 
-def train(model, task, steps: int, point: tuple, curves: Results):
-    """Train at a point, (*setting, lr, seed); the loss on Austen goes to the curves."""
-    *setting, lr, seed = point
-    history = fit(model, task, steps, lr=lr, seed=seed, show=False)
-    if setting[0] == "austen":
-        place = dict(zip((*NAMES, "lr", "seed"), point, strict=True))
-        for first in range(0, steps, 10):
-            loss = sum(history.loss[first : first + 10]) / 10
-            curves.add(**place, step=first + 10, loss=f"{loss:.4f}")
-    return history
-
-
-def run(curves: Results, task, setting: tuple, lr: float, seed: int) -> dict:
-    """Train one point and return its measured columns."""
-    model = build(setting, seed, task)
-    return measured(task, setting, model, partial(train, point=(*setting, lr, seed), curves=curves))
+    return measured(model, task, lr, seed, train, before=True)
 
 
 if __name__ == "__main__":
-    run = partial(run, Results("additive_curves", CURVES))
-    study("additive_study", SETTINGS, run, backwards="--backwards" in sys.argv)
+    run = partial(run, Results("additive_curves", (*POINT, "step", "loss")))
+    study("additive_study", NAMES, BEFORE_TOO, SETTINGS, run, {task: load(task) for task in BASES})

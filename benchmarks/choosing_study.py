@@ -21,39 +21,28 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from adalora_study import schedule
-from additive_study import IA3S, TEXTS, P
-from common import BASES, CHOICES, STEPS, Results, base_of, fill, to_do
-from selective_study import NORMS, Watched, train_in_halves
-
-from peft_lessons import (
-    AdaLoRA,
-    BitFit,
-    BottleneckAdapter,
-    DoRA,
-    LoRA,
-    MixAndMatch,
-    PartialFineTuning,
-    Prefix,
-    Prompt,
-    QLoRA,
-    evaluate,
-    fit,
-    freeze,
-    inject,
-    load_task,
-    load_tokenizer,
-    measure,
+from common import (
+    BASES,
+    CHOICES,
+    MEASURED,
+    STEPS,
+    Results,
+    base_of,
+    fill,
+    load,
+    measured,
+    plain,
+    to_do,
 )
+from selective_study import Watched, train_in_halves
+
+from peft_lessons import evaluate, freeze, inject, load_task, load_tokenizer
 from peft_lessons.data.tasks import LanguageTask, Split
-from peft_lessons.train.loop import History
+from peft_lessons.studies.catalogue import SETTINGS, schedule, setting
 
 ALL = 0  # examples; a row says how many they are
 FEW_STEPS = {"sentiment": 100, "austen": 50}  # on 100 examples
-FACTORS = {"rank": 8, "alpha": 16}
-WIDTHS = {"sentiment": (16, 8), "austen": (64, 56)}  # of an adapter, and of one beside a prefix
-TOKENS = {"sentiment": 8, "austen": 16}  # of the prefix beside an adapter
-QV = {"sentiment": ("query", "value"), "austen": ("q_proj", "v_proj")}
+NAMED = {"parallel": "parallel, scaled", "prompt": "prompt, text"}  # else by the same name
 ONE_IN = 200  # numbers that diff pruning keeps
 RATES = {  # on all examples; on 100 the middle one and its neighbours, and more if need be
     "sentiment": {
@@ -109,10 +98,7 @@ STAGES = (  # (examples, methods, tasks)
 )
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 NAMES = ("task", "method", "examples")
-COLUMNS = (
-    *(*NAMES, "lr", "seed", "steps", "trainable"),
-    *("validation", "test", "test_loss", "memory", "seconds_per_step"),
-)
+COLUMNS = (*NAMES, "lr", "seed", "steps", "trainable", *MEASURED[:-1], "memory", MEASURED[-1])
 
 
 def rates_of(results: Results, task: str, method: str, examples: int) -> tuple[float, ...]:
@@ -165,45 +151,16 @@ def best_rate(results: Results, task: str, method: str, examples: int) -> float 
     return CHOICES[task](rates, key=tried.get) if set(rates) <= set(tried) else None
 
 
-def method_of(task: str, method: str, steps: int):
-    """The description of a method; None for those that train the base as it is."""
-    width, beside = WIDTHS[task]
-    return {
-        "norms": lambda: PartialFineTuning(patterns=NORMS[task]),
-        "bitfit": BitFit,
-        "last two": lambda: PartialFineTuning(last=2),
-        "lora": lambda: LoRA(**FACTORS, targets=QV[task]),
-        "lora, all linear": lambda: LoRA(**FACTORS),
-        "qlora": lambda: QLoRA(**FACTORS),
-        "dora, all linear": lambda: DoRA(**FACTORS),
-        "adalora": lambda: AdaLoRA(12, 8, 16, "all-linear", **schedule(steps), total_steps=steps),
-        "pfeiffer": lambda: BottleneckAdapter(width),
-        "parallel": lambda: BottleneckAdapter(width, "parallel", activation="relu", scale=4),
-        "mixed": lambda: MixAndMatch(TOKENS[task], beside, scale=4),
-        "ia3": lambda: IA3S[task],
-        "prompt": lambda: Prompt(P, init=TEXTS[task], tokenizer=load_tokenizer(BASES[task])),
-        "prefix": lambda: Prefix(P),
-        "diff": Watched,
-    }.get(method, lambda: None)()
-
-
 def build(task: str, method: str, steps: int, seed: int) -> torch.nn.Module:
     """The base with a method in it, ready to train."""
-    model = base_of(task, seed)
-    if description := method_of(task, method, steps):
-        inject(model, description)
+    model, plan = base_of(task, seed), schedule(steps) if method == "adalora" else {}
+    if method == "diff":
+        inject(model, Watched())
+    elif (name := NAMED.get(method, method)) in SETTINGS:
+        inject(model, setting(name, task, **plan))
     elif method != "full":  # the head, or nothing
         freeze(model)
     return model
-
-
-def train(model, task, method: str, steps: int, lr: float, seed: int) -> History:
-    """At a rate of 0 nothing trains: what the base itself gives."""
-    if not lr:
-        return History()
-    if method == "diff":
-        return train_in_halves(model, task, steps, ONE_IN, lr, seed, [])
-    return fit(model, task, steps, lr=lr, seed=seed, show=False)
 
 
 def definitions() -> LanguageTask:
@@ -243,39 +200,17 @@ def run(tasks: dict, known: dict, name: str, method: str, examples: int, lr: flo
     if examples < task.size("train"):
         task = task.limit(train=examples)
     steps = FEW_STEPS[name] if examples == 100 else STEPS[name]
-    model = build(name, method, steps, seed)
-    trainable = measure.parameters(model).trainable if lr else 0
-    history = train(model, task, method, steps, lr, seed)
-
-    def score(split: str) -> tuple[str, str]:
-        scores = evaluate(model, task, split)
-        quality = scores.perplexity if scores.accuracy is None else scores.accuracy
-        return f"{quality:.5f}", f"{scores.loss:.5f}"
-
-    test, test_loss = score("test")
-    return {
-        "steps": steps if lr else 0,
-        "trainable": trainable,
-        "validation": score("validation")[0],
-        "test": test,
-        "test_loss": test_loss,
-        "memory": f"{memory(model, known[name]):.5f}",
-        "seconds_per_step": f"{history.seconds / max(1, len(history.loss)):.4f}",
-    }
+    model, train = build(name, method, steps, seed), plain
+    if method == "diff":
+        train = partial(train_in_halves, path=[], one_in=ONE_IN)
+    row = measured(model, task, lr, seed, train, steps)
+    return row | {"memory": f"{memory(model, known[name]):.5f}"}
 
 
 def main(backwards: bool) -> None:
     torch.set_num_threads(1)
-    results = Results("choosing_study", COLUMNS)
-    tasks = {
-        "sentiment": load_task("sentiment"),
-        "austen": load_task("austen").limit(validation=250),
-    }
-    known = {
-        "sentiment": load_task("wordnet").limit(train=780),
-        "austen": definitions(),
-    }
-    run_one = partial(run, tasks, known)
+    results, tasks = Results("choosing_study", COLUMNS), {task: load(task) for task in BASES}
+    known = {"sentiment": load_task("wordnet").limit(train=780), "austen": definitions()}
     for size, methods, names in STAGES:
         for name in names[:: -1 if backwards else 1]:
 
@@ -288,7 +223,7 @@ def main(backwards: bool) -> None:
                 }
                 return to_do(results, NAMES, rates, CHOICES[name])
 
-            fill(results, (*NAMES, "lr", "seed"), left, run_one, backwards)
+            fill(results, (*NAMES, "lr", "seed"), left, partial(run, tasks, known), backwards)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ learning rates, and the training step that is timed."""
 
 import csv
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 
 from peft_lessons import evaluate, fit, load_model, load_task, measure
 from peft_lessons.engine import injection_of
-from peft_lessons.results import stamp
+from peft_lessons.studies import stamp
+from peft_lessons.studies.catalogue import BASES
+from peft_lessons.train.loop import History
 
 FOLDER = Path(__file__).parent.parent / "data" / "results"
 SEEDS = (0, 1, 2)
@@ -53,11 +56,12 @@ def fill(
 ) -> None:
     """Run the points that `to_do()` lists and add their rows, until it lists none.
 
-    `run(*point)` returns the other columns than `key`. Rows that are there are not run again, so a
-    study can be stopped and started at will, and a second process can help from the other end."""
+    `run(*point)` returns at least the other columns than `key`. Rows that are there are not run
+    again, so a study can be stopped and started, and a second process can help from the end."""
     while points := to_do():
         point = points[-1 if backwards else 0]
-        row = run(*point)
+        found = run(*point)
+        row = {c: found[c] for c in results.columns if c in found and c not in key}
         if point in to_do():  # the other process may have been there too
             results.add(**dict(zip(key, point, strict=True)), **row)
             print(*point, row, flush=True)
@@ -82,65 +86,38 @@ def to_do(
     return missing(results, key, points)
 
 
-def tune(
-    results: Results,
-    names: Sequence[str],
-    rates: dict[tuple, Sequence[float]],
-    run: Callable[..., dict],
-    best: Callable = max,
-    backwards: bool = False,
-) -> None:
-    """Run every setting at each of its rates with one seed, and at the best one with two more.
-
-    `run(*setting, lr, seed)` returns the other columns; all else as in `fill`."""
-    left = partial(to_do, results, names, rates, best)
-    fill(results, (*names, "lr", "seed"), left, run, backwards)
-
-
-def train_on(task, model: torch.nn.Module, steps: int, lr: float, seed: int) -> dict:
-    """Train a classifier, and return what its row says of the run."""
-    trainable = measure.parameters(model).trainable
-    history = fit(model, task, steps, lr=lr, seed=seed, show=False)
-    test = evaluate(model, task, "test")
-    return {
-        "trainable": trainable,
-        "validation": round(evaluate(model, task, "validation").accuracy, 5),
-        "test": round(test.accuracy, 5),
-        "test_loss": round(test.loss, 5),
-        "seconds_per_step": round(history.seconds / steps, 4),
-    }
-
-
-BASES = {"sentiment": "minilm", "austen": "tinylm"}
 STEPS = {"sentiment": 200, "austen": 100}
 CHOICES = {"sentiment": max, "austen": min}  # of accuracies, of perplexities
 NAMES = ("task", "method", "variant", "size")  # of a setting of a study on both tasks
-MEASURED = (
-    *("steps", "trainable", "untrained"),
-    *("validation", "test", "test_loss", "seconds_per_step"),
-)
+MEASURED = ("validation", "test", "test_loss", "seconds_per_step")
+BEFORE_TOO = ("steps", "trainable", "untrained", *MEASURED)
+
+
+def load(task: str, validation: int = 250):
+    """Load a task; of Austen so many blocks are enough to choose a learning rate by."""
+    return load_task(task).limit(validation=validation) if task == "austen" else load_task(task)
 
 
 def study(
-    name: str, settings: dict[tuple, Sequence[float]], run: Callable, backwards: bool
+    name: str,
+    names: Sequence[str],
+    columns: Sequence[str],
+    settings: dict[tuple, Sequence[float]],
+    run: Callable[..., dict],
+    tasks: dict,
 ) -> None:
-    """Tune all settings, {(task, method, variant, size): rates}, into data/results/<name>.csv.
+    """Run every setting, {values of `names`: rates}, at each of its rates with one seed, and at the
+    best one with two more, into data/results/<name>.csv.
 
-    `run(task, setting, lr, seed)` trains one point, and returns the columns of MEASURED."""
+    tasks: {name: task}; where there are several the first of `names` is the task.
+    `run(task, *setting, lr, seed)` trains one point and returns at least the `columns`."""
     torch.set_num_threads(1)
-    results = Results(name, (*NAMES, "lr", "seed", *MEASURED))
-    tasks = {
-        "sentiment": load_task("sentiment"),
-        "austen": load_task("austen").limit(validation=250),
-    }
-
-    def run_point(*point) -> dict:
-        *setting, lr, seed = point
-        return run(tasks[setting[0]], tuple(setting), lr, seed)
-
-    for task in list(BASES)[:: -1 if backwards else 1]:
-        rates = {setting: tried for setting, tried in settings.items() if setting[0] == task}
-        tune(results, NAMES, rates, run_point, CHOICES[task], backwards)
+    backwards = "--backwards" in sys.argv
+    results = Results(name, (*names, "lr", "seed", *columns))
+    for task in list(tasks)[:: -1 if backwards else 1]:
+        rates = {s: tried for s, tried in settings.items() if len(tasks) == 1 or s[0] == task}
+        left = partial(to_do, results, names, rates, CHOICES[task])
+        fill(results, (*names, "lr", "seed"), left, partial(run, tasks[task]), backwards)
 
 
 def base_of(task: str, seed: int) -> torch.nn.Module:
@@ -150,23 +127,31 @@ def base_of(task: str, seed: int) -> torch.nn.Module:
     return model
 
 
-def measured(task, setting: tuple, model: torch.nn.Module, train: Callable) -> dict:
-    """The columns of MEASURED of a model that `train(model, task, steps)` trains, which returns the
-    history, empty if nothing was to be trained: accuracies on sentiment, perplexities on Austen."""
-    name = setting[0]
+def plain(model, task, steps: int, lr: float, seed: int) -> History:
+    """Train; at a rate of 0 nothing trains, which gives what the base itself can."""
+    return fit(model, task, steps, lr=lr, seed=seed, show=False) if lr else History()
+
+
+def measured(
+    model, task, lr: float, seed: int, train=plain, steps: int = 0, before: bool = False
+) -> dict:
+    """Train a model with `train(model, task, steps, lr, seed)`, which returns the history, for the
+    steps of the studies unless others are given, and return what its row says of the run:
+    accuracies on sentiment, perplexities on Austen, and the one before training if asked for."""
+    steps = steps or STEPS[task.name]
 
     def score(split: str) -> tuple[str, str]:
         scores = evaluate(model, task, split)
         quality = scores.perplexity if scores.accuracy is None else scores.accuracy
         return f"{quality:.5f}", f"{scores.loss:.5f}"
 
-    untrained, trainable = score("validation")[0], measure.parameters(model).trainable
-    history = train(model, task, STEPS[name])
+    first = {"untrained": score("validation")[0]} if before else {}
+    trainable = measure.parameters(model).trainable
+    history = train(model, task, steps, lr, seed)
     test, test_loss = score("test")
-    return {
-        "steps": STEPS[name] if history.loss else 0,
-        "trainable": trainable,
-        "untrained": untrained,
+    return first | {
+        "steps": steps if lr else 0,
+        "trainable": trainable if lr else 0,
         "validation": score("validation")[0],
         "test": test,
         "test_loss": test_loss,

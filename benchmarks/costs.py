@@ -19,8 +19,7 @@ from copy import deepcopy
 from unittest import mock
 
 import torch
-from additive_study import IA3S, PROJECTION, P
-from common import BASES, Results, stepper
+from common import BASES, Results, base_of, stepper
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -29,36 +28,15 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from selective_study import NORMS
 
-from peft_lessons import (
-    AdaLoRA,
-    BitFit,
-    BottleneckAdapter,
-    DiffPruning,
-    DoRA,
-    DoRALayer,
-    LoRA,
-    MixAndMatch,
-    PartialFineTuning,
-    Prefix,
-    Prompt,
-    freeze,
-    inject,
-    load_model,
-    load_task,
-    measure,
-    merge,
-    unload,
-)
-from peft_lessons.engine import injection_of
+from peft_lessons import DoRALayer, freeze, inject, load_task, measure, merge, unload
+from peft_lessons.engine import Method, injection_of
+from peft_lessons.studies.catalogue import setting
 from peft_lessons.testing import adapter_bytes
 
-ROUNDS, TOKENS = 15, 32
+ROUNDS, TOKENS = 15, 32  # of an answer
 ANSWERS = {"minilm": {1: 20, 32: 5}, "tinylm": {1: 20, 32: 15}}  # texts: rounds
 BATCH = {"minilm": 16, "tinylm": 4}
-FACTORS = {"rank": 8, "alpha": 16}
-QV = {"minilm": ("query", "value"), "tinylm": ("q_proj", "v_proj")}
 ALL = {  # our "all-linear", which PEFT takes by name
     "minilm": (
         *("query", "key", "value"),
@@ -70,7 +48,15 @@ ALL = {  # our "all-linear", which PEFT takes by name
     ),
 }
 # Long, so that all of the steps measured here fall into the pruning, and none is the last.
-SCHEDULE = {"tinit": 1, "tfinal": 10}
+SCHEDULE = {"tinit": 1, "tfinal": 10, "delta": 5, "total_steps": 1000}
+ADALORA = {"initial_rank": 8, "target_rank": 4} | SCHEDULE
+AS_THEY_ARE = ("ia3", "prompt", "prefix", "prefix, mlp", "norms", "last two", "diff", "diff, fixed")
+CHANGED = {
+    "houlsby": {"width": 16},
+    "pfeiffer": {"width": 32},
+    "parallel": {"width": 32},
+    "mixed": {"tokens": 16, "width": 32},
+}
 MERGED = ("lora", "lora, all linear", "ia3")
 COLUMNS = (
     *("base", "method", "whose", "trainable", "file_bytes"),
@@ -78,69 +64,49 @@ COLUMNS = (
 )
 
 
-def untrained(base: str) -> torch.nn.Module:
-    return load_model(base, labels=2 if base == "minilm" else None)
-
-
-def methods(base: str) -> dict[str, object]:
-    """The methods of the course on a base, by the name of their row."""
-    task = next(task for task, name in BASES.items() if name == base)
+def methods(task: str) -> dict[str, Method]:
+    """The methods of the course on the base of a task, by the name of their row."""
     found = {}
-    for suffix, layers in (("", QV[base]), (", all linear", ALL[base])):
-        found |= {
-            f"lora{suffix}": LoRA(**FACTORS, targets=layers),
-            f"dora{suffix}": DoRA(**FACTORS, targets=layers),
-            f"dora, with gradient{suffix}": DoRA(**FACTORS, targets=layers),
-            f"adalora{suffix}": AdaLoRA(8, 4, 16, layers, delta=5, total_steps=1000, **SCHEDULE),
-        }
-    found |= {
-        "houlsby": BottleneckAdapter(16, kind="houlsby"),
-        "pfeiffer": BottleneckAdapter(32),
-        "parallel": BottleneckAdapter(32, kind="parallel"),
-        "ia3": IA3S[task],
-        "prompt": Prompt(P),
-        "prefix": Prefix(P),
-        "prefix, mlp": Prefix(P, projection=PROJECTION),
-        "mixed": MixAndMatch(P, 32),
-        "norms": PartialFineTuning(patterns=NORMS[task]),
-        "last two": PartialFineTuning(last=2),
-        "diff": DiffPruning(),
-        "diff, fixed": DiffPruning(gates=False),
-    }
-    return found | ({"bitfit": BitFit()} if base == "minilm" else {})
+    for suffix in ("", ", all linear"):
+        found[f"lora{suffix}"] = lora = setting(f"lora{suffix}", task)
+        found[f"dora{suffix}"] = setting(f"dora{suffix}", task)
+        found[f"dora, with gradient{suffix}"] = setting(f"dora{suffix}", task)
+        found[f"adalora{suffix}"] = setting("adalora", task, targets=lora.targets, **ADALORA)
+    found |= {name: setting(name, task, **changes) for name, changes in CHANGED.items()}
+    found |= {name: setting(name, task) for name in AS_THEY_ARE}
+    return found | ({"bitfit": setting("bitfit", task)} if task == "sentiment" else {})
 
 
-def ours(base: str) -> dict[str, torch.nn.Module]:
+def ours(task: str) -> dict[str, torch.nn.Module]:
     """The base, all or only its head to train, and copies of it with each method in it."""
-    models = {"full": untrained(base)}
-    if base == "minilm":
-        models["head"] = untrained(base)
+    models = {"full": base_of(task, 0)}
+    if task == "sentiment":
+        models["head"] = base_of(task, 0)
         freeze(models["head"])
-    for name, method in methods(base).items():
-        models[name] = untrained(base)
+    for name, method in methods(task).items():
+        models[name] = base_of(task, 0)
         inject(models[name], method)
     return models
 
 
-def theirs(base: str) -> dict[str, torch.nn.Module]:
+def theirs(task: str) -> dict[str, torch.nn.Module]:
     """PEFT's, where it has the method."""
-    kind = "SEQ_CLS" if base == "minilm" else "CAUSAL_LM"
-    ia3, configs = methods(base)["ia3"], {}
-    for suffix, layers in (("", QV[base]), (", all linear", ALL[base])):
+    kind = "SEQ_CLS" if task == "sentiment" else "CAUSAL_LM"
+    found, configs = methods(task), {}
+    for suffix, layers in (("", found["lora"].targets), (", all linear", ALL[BASES[task]])):
         factors = {"task_type": kind, "lora_alpha": 16, "target_modules": list(layers)}
+        plan = {"tinit": 1, "tfinal": 10, "deltaT": 5, "total_step": 1000}
         configs |= {
             f"lora{suffix}": LoraConfig(r=8, **factors),
             f"dora{suffix}": LoraConfig(r=8, use_dora=True, **factors),
-            f"adalora{suffix}": AdaLoraConfig(
-                init_r=8, target_r=4, total_step=1000, deltaT=5, **SCHEDULE, **factors
-            ),
+            f"adalora{suffix}": AdaLoraConfig(init_r=8, target_r=4, **plan, **factors),
         }
+    ia3, tokens = found["ia3"], {"task_type": kind, "num_virtual_tokens": found["prompt"].tokens}
     configs["ia3"] = IA3Config(
         task_type=kind, target_modules=ia3.targets, feedforward_modules=ia3.feedforward
     )
-    configs["prompt"] = PromptTuningConfig(task_type=kind, num_virtual_tokens=P)
-    configs["prefix"] = PrefixTuningConfig(task_type=kind, num_virtual_tokens=P)
-    return {name: get_peft_model(untrained(base), config) for name, config in configs.items()}
+    configs |= {"prompt": PromptTuningConfig(**tokens), "prefix": PrefixTuningConfig(**tokens)}
+    return {name: get_peft_model(base_of(task, 0), config) for name, config in configs.items()}
 
 
 def with_gradient(layer: DoRALayer, weight: torch.Tensor) -> torch.Tensor:
@@ -205,9 +171,9 @@ def add_costs(
 def main() -> None:
     torch.set_num_threads(1)
     results = Results("costs", COLUMNS, anew=True)
-    for base in BASES.values():
-        models = {(method, "ours"): model for method, model in ours(base).items()}
-        models |= {(method, "PEFT"): model for method, model in theirs(base).items()}
+    for task, base in BASES.items():
+        models = {(method, "ours"): model for method, model in ours(task).items()}
+        models |= {(method, "PEFT"): model for method, model in theirs(task).items()}
         add_costs(results, base, models, MERGED)
 
 

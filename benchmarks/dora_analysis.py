@@ -12,14 +12,14 @@ changes of the same weights give, from small to large, goes to dora_random.csv.
 from dataclasses import dataclass
 
 import torch
-from common import SEEDS, Results, missing
+from common import SEEDS, Results, base_of, missing
 
-from peft_lessons import DoRA, LoRA, fit, inject, load_model, load_task
+from peft_lessons import fit, inject, load_task
 from peft_lessons.engine import injection_of
+from peft_lessons.studies.catalogue import setting
 
-STEPS, EVERY, RANK, ALPHA, TARGETS = 200, 50, 8, 16, ("query", "value")
+STEPS, EVERY, TARGETS = 200, 50, ("query", "value")
 RUNS = {"full": (1e-4,), "lora": (1e-3, 3e-3), "dora": (1e-3, 3e-3)}
-METHODS = {"lora": LoRA, "dora": DoRA}
 SIZES = torch.logspace(-2.4, -0.4, 12).tolist()  # of a random change, as a share of the weight
 COLUMNS = ("method", "lr", "seed", "step", "layer", "module", "delta_m", "delta_d")
 RANDOM_COLUMNS = ("size", "layer", "module", "length", "delta_m", "delta_d")
@@ -64,8 +64,7 @@ def place_of(path: str) -> dict:
 
 
 def random_changes() -> None:
-    torch.manual_seed(0)
-    base = weights(load_model("minilm", labels=2))
+    base = weights(base_of("sentiment", 0))
     if len(Results("dora_random", RANDOM_COLUMNS).rows()) == len(SIZES) * len(base):
         return
     results = Results("dora_random", RANDOM_COLUMNS, anew=True)  # seconds: no need to go on
@@ -82,11 +81,10 @@ def main() -> None:
     task, results = load_task("sentiment"), Results("dora_analysis", COLUMNS)
     runs = [(method, lr, seed) for seed in SEEDS for method, rates in RUNS.items() for lr in rates]
     for method, lr, seed in missing(results, ("method", "lr", "seed"), runs):
-        model, rows = load_model("minilm", labels=2, seed=seed), []
-        torch.manual_seed(seed)
+        model, rows = base_of("sentiment", seed), []
         base = weights(model)
-        if method in METHODS:
-            inject(model, METHODS[method](rank=RANK, alpha=ALPHA, targets=TARGETS))
+        if method != "full":
+            inject(model, setting(method, "sentiment"))
 
         def look(step, model=model, base=base, rows=rows):
             if step == 0 or step % EVERY:

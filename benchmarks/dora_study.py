@@ -10,44 +10,29 @@ each learning rate with one seed; the rate with the best validation accuracy is 
 and for DoRA the highest rate as well, also with lengths that do not train.
 """
 
-import sys
-from functools import partial
+from common import MEASURED, base_of, load, measured, study
 
-import torch
-from common import Results, train_on, tune
-
-from peft_lessons import DoRA, LoRA, inject, load_model, load_task
+from peft_lessons import inject
 from peft_lessons.engine import injection_of
+from peft_lessons.studies.catalogue import setting
 
-STEPS, ALPHA, TARGETS, RATES = 200, 16, ("query", "value"), (1e-3, 3e-3, 1e-2)
-METHODS = {"dora": DoRA, "dora, m frozen": DoRA, "lora": LoRA}
-SETTINGS = (("dora", 8), ("lora", 9), ("dora", 1), ("lora", 2))
-COLUMNS = (
-    *("method", "rank", "lr", "seed", "steps", "trainable"),
-    *("validation", "test", "test_loss", "seconds_per_step"),
-)
+RATES = (1e-3, 3e-3, 1e-2)
+SETTINGS = dict.fromkeys((("dora", 8), ("lora", 9), ("dora", 1), ("lora", 2)), RATES)
+# Too large a rate breaks LoRA; with all seeds, to see what it does to DoRA.
+SURVIVE = (("dora", 8), ("dora", 1), ("dora, m frozen", 8), ("dora, m frozen", 1))
 
 
 def run(task, method: str, rank: int, lr: float, seed: int) -> dict:
-    model = load_model("minilm", labels=2, seed=seed)
-    torch.manual_seed(seed)
-    inject(model, METHODS[method](rank=rank, alpha=ALPHA, targets=TARGETS))
+    """Train one point and return its measured columns."""
+    model = base_of(task.name, seed)
+    inject(model, setting(method.partition(",")[0], task.name, rank=rank))
     if method == "dora, m frozen":
         for wrapper in injection_of(model).wrappers.values():
             wrapper.dora.magnitude.requires_grad_(False)
-    return {"steps": STEPS} | train_on(task, model, STEPS, lr, seed)
-
-
-def main(backwards: bool) -> None:
-    torch.set_num_threads(1)
-    results, rates = Results("dora_study", COLUMNS), dict.fromkeys(SETTINGS, RATES)
-    run_one = partial(run, load_task("sentiment"))
-    tune(results, ("method", "rank"), rates, run_one, backwards=backwards)
-    # Too large a rate breaks LoRA; with all seeds, to see what it does to DoRA.
-    survive = (("dora", 8), ("dora", 1), ("dora, m frozen", 8), ("dora, m frozen", 1))
-    too_large = dict.fromkeys(survive, (max(RATES),))
-    tune(results, ("method", "rank"), too_large, run_one, backwards=backwards)
+    return measured(model, task, lr, seed)
 
 
 if __name__ == "__main__":
-    main(backwards="--backwards" in sys.argv)
+    columns, tasks = ("steps", "trainable", *MEASURED), {"sentiment": load("sentiment")}
+    for settings in (SETTINGS, dict.fromkeys(SURVIVE, RATES[-1:])):
+        study("dora_study", ("method", "rank"), columns, settings, run, tasks)

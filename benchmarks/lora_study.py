@@ -12,13 +12,13 @@ import sys
 from functools import partial
 
 import torch
-from common import SEEDS, Results, fill, missing, train_on
+from common import MEASURED, SEEDS, Results, base_of, fill, load, measured, missing
 
-from peft_lessons import LoRA, freeze, inject, load_model, load_task
+from peft_lessons import freeze, inject
+from peft_lessons.studies.catalogue import setting
 
 KEY = ("method", "targets", "rank", "alpha", "lr", "steps", "seed")
-COLUMNS = (*KEY, "trainable", "validation", "test", "test_loss", "seconds_per_step")
-TARGETS = {"qv": ("query", "value"), "all-linear": "all-linear"}
+NAMED = {"qv": "lora", "all-linear": "lora, all linear"}
 
 
 def points() -> list[tuple]:
@@ -47,21 +47,16 @@ def points() -> list[tuple]:
 
 def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps: int, seed: int):
     """Train one point and return its measured columns."""
-    model = load_model("minilm", labels=2, seed=seed)
-    torch.manual_seed(seed)
+    model = base_of(task.name, seed)
     if method == "lora":
-        inject(model, LoRA(rank=rank, alpha=alpha, targets=TARGETS[targets]))
+        inject(model, setting(NAMED[targets], task.name, rank=rank, alpha=alpha))
     elif method in ("head", "encoder"):
         freeze(model, modules_to_save=("encoder",) if method == "encoder" else ())
-    return train_on(task, model, steps, lr, seed)
-
-
-def main(backwards: bool) -> None:
-    torch.set_num_threads(1)
-    task, results = load_task("sentiment"), Results("lora_study", COLUMNS)
-    every = [(*point, seed) for point in points() for seed in SEEDS]
-    fill(results, KEY, partial(missing, results, KEY, every), partial(run, task), backwards)
+    return measured(model, task, lr, seed, steps=steps)
 
 
 if __name__ == "__main__":
-    main(backwards="--backwards" in sys.argv)
+    torch.set_num_threads(1)
+    results = Results("lora_study", (*KEY, "trainable", *MEASURED))
+    left = partial(missing, results, KEY, [(*p, seed) for p in points() for seed in SEEDS])
+    fill(results, KEY, left, partial(run, load("sentiment")), "--backwards" in sys.argv)

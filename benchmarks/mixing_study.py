@@ -9,34 +9,27 @@ rates with one seed; the best one by the validation split is run with two more. 
 about as many numbers as the adapters of additive_study.csv have.
 """
 
-import sys
-from functools import partial
+from common import BASES, BEFORE_TOO, NAMES, base_of, load, measured, study
 
-from common import base_of, measured, study
+from peft_lessons import inject
+from peft_lessons.studies.catalogue import setting
 
-from peft_lessons import BottleneckAdapter, MixAndMatch, fit, inject
-
-RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
+LOW, MIDDLE = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
 SETTINGS = {  # (task, method, scale, width of the adapter): rates
-    ("sentiment", "parallel", 4, 16): RATES[0],
-    ("sentiment", "mixed", 4, 8): RATES[0],
-    ("austen", "parallel", 4, 64): RATES[1],
-    ("austen", "parallel", 1, 64): RATES[1],
-    ("austen", "mixed", 4, 56): RATES[1],
+    ("sentiment", "parallel", 4, 16): LOW,
+    ("sentiment", "mixed", 4, 8): LOW,
+    ("austen", "parallel", 4, 64): MIDDLE,
+    ("austen", "parallel", 1, 64): MIDDLE,
+    ("austen", "mixed", 4, 56): MIDDLE,
 }
-TOKENS = {"sentiment": 8, "austen": 16}  # of the mixed ones
 
 
-def run(task, setting: tuple, lr: float, seed: int) -> dict:
+def run(task, name: str, method: str, scale: int, width: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
-    name, method, scale, width = setting
-    model = base_of(name, seed)
-    if method == "mixed":
-        inject(model, MixAndMatch(TOKENS[name], width, scale=scale))
-    else:
-        inject(model, BottleneckAdapter(width, "parallel", activation="relu", scale=scale))
-    return measured(task, setting, model, partial(fit, lr=lr, seed=seed, show=False))
+    model, named = base_of(name, seed), {"parallel": "parallel, scaled"}.get(method, method)
+    inject(model, setting(named, name, width=width, scale=scale))
+    return measured(model, task, lr, seed, before=True)
 
 
 if __name__ == "__main__":
-    study("mixing_study", SETTINGS, run, backwards="--backwards" in sys.argv)
+    study("mixing_study", NAMES, BEFORE_TOO, SETTINGS, run, {task: load(task) for task in BASES})

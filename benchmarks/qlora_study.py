@@ -9,17 +9,12 @@ rates with one seed; the rate with the best validation perplexity is run with tw
 that are there are not run again, so it can be stopped and started at will.
 """
 
-import sys
-from functools import partial
-
-import torch
-from common import Results, measured, tune
+from common import base_of, load, measured, study
 from peft import LoraConfig, get_peft_model
 
-from peft_lessons import LoRA, QLoRA, fit, inject, load_model, load_task
-from peft_lessons.train.loop import History
+from peft_lessons import inject, load_model
+from peft_lessons.studies.catalogue import setting
 
-RANK, ALPHA = 8, 16
 RATES = {
     "none": (0.0,),
     "none-4bit": (0.0,),
@@ -28,46 +23,22 @@ RATES = {
     "qlora-peft": (3e-2,),  # the same computation as ours, which the lesson proves
     "full": (3e-4, 1e-3, 3e-3, 1e-2),
 }
-COLUMNS = ("method", "lr", "seed", "steps", "trainable", "validation", "test", "seconds_per_step")
-
-
-def build(method: str):
-    """The model of a method, ready to train."""
-    if method == "qlora-peft":
-        config = LoraConfig(
-            task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear"
-        )
-        return get_peft_model(load_model("tinylm", four_bit=True), config)
-    model = load_model("tinylm")
-    if method in ("qlora", "none-4bit"):
-        inject(model, QLoRA(rank=RANK, alpha=ALPHA))
-    elif method == "lora":
-        inject(model, LoRA(rank=RANK, alpha=ALPHA))
-    return model
-
-
-def train(model, task, steps: int, lr: float, seed: int) -> History:
-    """At a rate of 0 nothing trains: what the base itself gives."""
-    return fit(model, task, steps, lr=lr, seed=seed, show=False) if lr else History()
+OURS = {"none-4bit": "qlora", "lora": "lora, all linear", "qlora": "qlora"}
+THEIRS = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
 def run(task, method: str, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
-    torch.manual_seed(seed)
-    model = build(method)
-    if not lr:
-        model.requires_grad_(False)
-    row = measured(task, ("austen", method), model, partial(train, lr=lr, seed=seed))
-    return {column: row[column] for column in COLUMNS if column in row}
-
-
-def main(backwards: bool) -> None:
-    torch.set_num_threads(1)
-    # Half of the validation chapters' blocks are enough to choose a rate by.
-    task, results = load_task("austen").limit(validation=500), Results("qlora_study", COLUMNS)
-    rates = {(method,): rates for method, rates in RATES.items()}
-    tune(results, ("method",), rates, partial(run, task), best=min, backwards=backwards)
+    model = base_of("austen", seed)
+    if method == "qlora-peft":
+        model = get_peft_model(load_model("tinylm", four_bit=True), LoraConfig(**THEIRS))
+    elif method in OURS:
+        inject(model, setting(OURS[method], "austen"))
+    return measured(model, task, lr, seed)
 
 
 if __name__ == "__main__":
-    main(backwards="--backwards" in sys.argv)
+    columns = ("steps", "trainable", "validation", "test", "seconds_per_step")
+    settings = {(method,): rates for method, rates in RATES.items()}
+    # Half of the validation chapters' blocks are enough to choose a rate by.
+    study("qlora_study", ("method",), columns, settings, run, {"austen": load("austen", 500)})

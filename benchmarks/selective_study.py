@@ -13,17 +13,16 @@ gates or by the magnitude of a difference that trains without them, the second t
 `trainable` counts what trains in the first half. The path of the gates goes to diff_path.csv.
 """
 
-import sys
 from functools import partial
 from typing import ClassVar
 
-from common import NAMES, Results, base_of, measured, study
+from common import BASES, BEFORE_TOO, NAMES, Results, base_of, load, measured, plain, study
 
-from peft_lessons import BitFit, DiffPruning, PartialFineTuning, fit, inject
+from peft_lessons import DiffPruning, fit, inject
 from peft_lessons.engine import injection_of
 from peft_lessons.methods.selective import prune_diff
+from peft_lessons.studies.catalogue import setting
 
-NORMS = {"sentiment": r".*LayerNorm\..*", "austen": r".*norm\..*"}
 LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 DIFFS = ("gates", "magnitude")
 SETTINGS = {  # (task, method, variant, blocks or one in how many numbers): rates
@@ -36,17 +35,6 @@ SETTINGS = {  # (task, method, variant, blocks or one in how many numbers): rate
     **{("austen", "diff", kind, 200): (*HIGH, 1e-1) for kind in DIFFS},
 }
 PATH = (*NAMES, "lr", "seed", "step", "expected", "nonzero", "task_loss")
-
-
-def method_of(task: str, method: str, variant: str, size: int):
-    """The description of a setting."""
-    if method == "bitfit":
-        return BitFit()
-    if method == "norms":
-        return PartialFineTuning(patterns=NORMS[task])
-    if method == "last":
-        return PartialFineTuning(last=size)
-    return Watched(gates=variant != "magnitude")
 
 
 class Watched(DiffPruning):
@@ -62,7 +50,7 @@ class Watched(DiffPruning):
         return added
 
 
-def train_in_halves(model, task, steps: int, one_in: int, lr: float, seed: int, path: list[dict]):
+def train_in_halves(model, task, steps: int, lr: float, seed: int, path: list[dict], one_in: int):
     """Find where to keep one number in so many, then train these; the history of the second half.
 
     path: gets a row for each step of the first half, if there are gates."""
@@ -80,21 +68,24 @@ def train_in_halves(model, task, steps: int, one_in: int, lr: float, seed: int, 
     return fit(model, task, steps // 2, lr=lr, seed=seed + 100, show=False)
 
 
-def run(paths: Results, task, setting: tuple, lr: float, seed: int) -> dict:
+def run(paths: Results, task, name: str, method: str, variant: str, size: int, lr, seed) -> dict:
     """Train one point and return its measured columns."""
-    model, path = base_of(setting[0], seed), []
-    inject(model, method_of(*setting))
-    if setting[1] == "diff":
-        train = partial(train_in_halves, one_in=setting[3], lr=lr, seed=seed, path=path)
+    model, path, train = base_of(name, seed), [], plain
+    if method == "diff":
+        inject(model, Watched(gates=variant != "magnitude"))
+        train = partial(train_in_halves, path=path, one_in=size)
+    elif method == "last":
+        inject(model, setting("last two", name, last=size))
     else:
-        train = partial(fit, lr=lr, seed=seed, show=False)
-    row = measured(task, setting, model, train)
+        inject(model, setting(method, name))
+    row = measured(model, task, lr, seed, train, before=True)
+    point = dict(zip((*NAMES, "lr", "seed"), (name, method, variant, size, lr, seed), strict=True))
     # Now, not step by step: a run that is stopped begins anew, and must leave no rows behind.
     for step in path:
-        paths.add(**dict(zip(NAMES, setting, strict=True)), lr=lr, seed=seed, **step)
+        paths.add(**point, **step)
     return row
 
 
 if __name__ == "__main__":
     run = partial(run, Results("diff_path", PATH))
-    study("selective_study", SETTINGS, run, backwards="--backwards" in sys.argv)
+    study("selective_study", NAMES, BEFORE_TOO, SETTINGS, run, {task: load(task) for task in BASES})

@@ -17,32 +17,18 @@ trained weight whose cosine with every left singular vector of the base's weight
 of the largest cosine: 1 if all are where they were.
 """
 
-import sys
 from functools import partial
 
 import torch
 from choosing_study import definitions, memory
-from common import STEPS, Results, base_of, tune
+from common import MEASURED, base_of, load, measured, study
 
-from peft_lessons import (
-    OFT,
-    LoftQ,
-    LoRA,
-    LoRAPlus,
-    PiSSA,
-    VeRA,
-    evaluate,
-    fit,
-    inject,
-    load_task,
-    measure,
-    merge,
-)
+from peft_lessons import LoftQ, inject, merge
 from peft_lessons.engine import find_targets, injection_of
 from peft_lessons.methods.qlora import dequantize
-from peft_lessons.train.loop import History
+from peft_lessons.studies.catalogue import setting
 
-TASK, ALPHA = "austen", 16
+TASK = "austen"
 K, EPSILON = 10, 0.5
 NAMES = ("task", "method", "rank")
 MIDDLE = (1e-2, 3e-2, 1e-1)  # around the best rate of LoRA of rank 8
@@ -64,24 +50,9 @@ SETTINGS = {  # (method, rank): rates, what matters most first; at a rate of 0 n
     ("qpissa", 8): WIDER,
 }
 COLUMNS = (
-    *(*NAMES, "lr", "seed", "steps", "trainable"),
-    *("validation", "test", "test_loss", "memory"),
+    *("steps", "trainable", *MEASURED[:-1], "memory"),
     *("intruders", "nearest", "seconds_per_step"),
 )
-
-
-def method_of(method: str, rank: int):
-    """The description of a setting; None for full fine-tuning and for the base itself."""
-    return {
-        "lora": lambda: LoRA(rank, ALPHA),
-        "rslora": lambda: LoRA(rank, ALPHA, rslora=True),
-        "lora+": lambda: LoRAPlus(rank, ALPHA),
-        "pissa": lambda: PiSSA(rank, ALPHA),
-        "vera": lambda: VeRA(rank),
-        "oft": lambda: OFT(rank),
-        "loftq": lambda: LoftQ(rank, ALPHA),
-        "qpissa": lambda: LoftQ(rank, ALPHA, iterations=0, principal=True),
-    }.get(method, lambda: None)()
 
 
 @torch.no_grad()
@@ -103,35 +74,22 @@ def compared(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[
     return int((found < EPSILON).sum()), found.mean().item()
 
 
-def run(task, known, name: str, method: str, rank: int, lr: float, seed: int) -> dict:
+def run(known, task, name: str, method: str, rank: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
     model = base_of(name, seed)
     layers = find_targets(model, "all-linear", (torch.nn.Linear,))
     weights = {path: layer.weight.detach().clone() for path, layer in layers.items()}
-    if description := method_of(method, rank):
-        inject(model, description)
-    steps, trainable = (STEPS[name], measure.parameters(model).trainable) if lr else (0, 0)
-    history = fit(model, task, steps, lr=lr, seed=seed, show=False) if lr else History()
-    test = evaluate(model, task, "test")
-    row = {
-        "steps": steps,
-        "trainable": trainable,
-        "validation": f"{evaluate(model, task, 'validation').perplexity:.5f}",
-        "test": f"{test.perplexity:.5f}",
-        "test_loss": f"{test.loss:.5f}",
-        "memory": f"{memory(model, known):.5f}",
-        "seconds_per_step": f"{history.seconds / max(1, steps):.4f}",
-    }
+    if method == "oft":
+        inject(model, setting(method, name, block_size=rank))
+    elif rank:
+        named = {"lora": "lora, all linear"}.get(method, method)
+        inject(model, setting(named, name, rank=rank))
+    row = measured(model, task, lr, seed) | {"memory": f"{memory(model, known):.5f}"}
     intruders, nearest = compared(weights, model)
     return row | {"intruders": intruders, "nearest": f"{nearest:.5f}"}
 
 
-def main(backwards: bool) -> None:
-    torch.set_num_threads(1)
-    results, task = Results("variants_study", COLUMNS), load_task(TASK).limit(validation=250)
-    rates = {(TASK, *setting): tried for setting, tried in SETTINGS.items()}
-    tune(results, NAMES, rates, partial(run, task, definitions()), min, backwards)
-
-
 if __name__ == "__main__":
-    main("--backwards" in sys.argv)
+    rates = {(TASK, *setting): tried for setting, tried in SETTINGS.items()}
+    run = partial(run, definitions())
+    study("variants_study", NAMES, COLUMNS, rates, run, {TASK: load(TASK)})

@@ -22,7 +22,7 @@ from build_common import DATA, record, sha256
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_lessons.results import stamp
+from peft_lessons.studies import stamp
 
 FOLDER = "models/tinylm"
 CURVE = DATA / "results" / "tinylm_pretraining.csv"

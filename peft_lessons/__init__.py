@@ -11,7 +11,6 @@ The verbs of the course, the same for every method:
 """
 
 from . import checks as check
-from . import plots
 from .costs import measure
 from .costs.recommend import recommend_peft_method
 from .data.base_models import load_model, load_tokenizer
@@ -30,23 +29,7 @@ from .methods.qlora import QLoRA
 from .methods.selective import BitFit, DiffPruning, PartialFineTuning
 from .methods.unified import MixAndMatch
 from .methods.variants import OFT, LoftQ, LoRAPlus, PiSSA, VeRA
-from .results import (
-    against_peft,
-    beside,
-    by_rate,
-    compare,
-    difference,
-    load_results,
-    measured_on,
-    references,
-    scores,
-    spread,
-    stored_costs,
-    student_t,
-    tuned,
-    undominated,
-)
-from .tables import cost_table, table
+from .studies import Study, plots, table
 from .train.generate import generate_text
 from .train.loop import evaluate, fit
 
@@ -74,16 +57,11 @@ __all__ = [
     "Prompt",
     "PromptTuning",
     "QLoRA",
+    "Study",
     "VeRA",
-    "against_peft",
     "apply_lora_to_model",
-    "beside",
-    "by_rate",
     "check",
     "check_environment",
-    "compare",
-    "cost_table",
-    "difference",
     "evaluate",
     "fit",
     "freeze",
@@ -92,27 +70,18 @@ __all__ = [
     "load_adapter",
     "load_and_merge_adapter",
     "load_model",
-    "load_results",
     "load_task",
     "load_tokenizer",
     "measure",
-    "measured_on",
     "merge",
     "plots",
     "recommend_peft_method",
-    "references",
     "report",
     "save_adapter",
-    "scores",
     "setup_peft_training",
     "setup_qlora",
-    "spread",
-    "stored_costs",
-    "student_t",
     "table",
     "train_with_peft",
-    "tuned",
-    "undominated",
     "unload",
     "unmerge",
 ]

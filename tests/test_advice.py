@@ -6,11 +6,12 @@ import json
 import math
 import pickle
 
+import pandas as pd
 import pytest
 import tiny
 import torch
 
-from peft_lessons import load_task, recommend_peft_method, student_t
+from peft_lessons import load_task, recommend_peft_method
 from peft_lessons.costs import recommend as module
 from peft_lessons.costs.estimate import GIB, Shape, training_memory
 from peft_lessons.costs.recommend import (
@@ -25,7 +26,7 @@ from peft_lessons.costs.recommend import (
     ranking,
     usable_bytes,
 )
-from peft_lessons.results import Spread, difference, tuned, undominated
+from peft_lessons.studies import best_lr
 
 SIZES = (0.1, 1, 7, 32, 70, 400)
 CARDS = (2, 6, 8, 14, 16, 24, 48, 80, 141, 640, 2000)
@@ -47,6 +48,10 @@ def rows_of(task, scores, examples, *, cost=None, seeds=3):
     return rows
 
 
+def frame(rows):
+    return pd.DataFrame(rows, columns=list(rows_of("", {"": 0.0}, 0)[0]))
+
+
 NAMED = {name: c.study for name, c in CANDIDATES.items()}
 # An order in which every candidate could be recommended, and the better one is the later.
 RISING = {NAMED[name]: 0.5 + 0.05 * i for i, name in enumerate(CANDIDATES)}
@@ -57,8 +62,7 @@ def studied(monkeypatch):
     """Let a study of our own take the place of the stored one."""
 
     def put(rows):
-        of_task = lambda name, task: [r for r in rows if r["task"] == task]  # noqa: E731
-        monkeypatch.setattr(module, "load_results", of_task)
+        monkeypatch.setattr(module, "_stored", lambda task: module.study(task, frame(rows)))
 
     rows = [r for size in STUDIED["sentiment"] for r in rows_of("sentiment", RISING, size)]
     falling = {method: 100 * (1.5 - score) for method, score in RISING.items()}
@@ -161,28 +165,28 @@ def test_of_those_as_good_the_cheapest_comes_first():
     cost = {"full": 9_000_000, "lora, all linear": 300_000, "ia3": 5000}
     rows = rows_of("sentiment", near, 1000, cost=cost)
     # Without any spread over the seeds every difference is clear.
-    assert ranking("sentiment", 1000, rows)[:3] == [FULL, "LoRA", "(IA)³"]
+    assert ranking("sentiment", 1000, frame(rows))[:3] == [FULL, "LoRA", "(IA)³"]
     noisy = near | {"lora, all linear": [0.852, 0.865, 0.857]}
     rows = rows_of("sentiment", noisy, 1000, cost=cost)
-    assert ranking("sentiment", 1000, rows)[:3] == ["LoRA", FULL, "(IA)³"]
+    assert ranking("sentiment", 1000, frame(rows))[:3] == ["LoRA", FULL, "(IA)³"]
     # Two points behind, an interval that says little makes no method as good.
     wild = near | {"ia3": [0.700, 0.900, 0.920]}
     rows = rows_of("sentiment", wild, 1000, cost=cost)
-    assert ranking("sentiment", 1000, rows)[:3] == [FULL, "LoRA", "(IA)³"]
+    assert ranking("sentiment", 1000, frame(rows))[:3] == [FULL, "LoRA", "(IA)³"]
     # At the same count a base in 16 bits comes first.
     rows = rows_of(
         "austen", {"qlora": [40.0, 40.1, 39.9], "lora, all linear": [40.1, 39.9, 40.0]}, 9
     )
     for row in rows:
         row["trainable"] = 300
-    assert ranking("austen", 9, rows)[:2] == ["LoRA", "QLoRA"]
+    assert ranking("austen", 9, frame(rows))[:2] == ["LoRA", "QLoRA"]
 
 
 def test_perplexities_are_near_by_a_hundredth_of_them():
     for behind, order in ((0.3, ["(IA)³", FULL]), (0.8, [FULL, "(IA)³"])):
         noisy = [40.0 + behind + noise for noise in (-1.0, 1.0, 0.0)]
         rows = rows_of("austen", {"full": 40.0, "ia3": noisy}, 9, cost={"full": 9, "ia3": 1})
-        assert ranking("austen", 9, rows)[:2] == order
+        assert ranking("austen", 9, frame(rows))[:2] == order
 
 
 @pytest.mark.parametrize(("task", "good", "bad"), [("sentiment", 0.9, 0.6), ("austen", 30.0, 60.0)])
@@ -190,16 +194,16 @@ def test_a_method_stands_there_at_its_best_rate(task, good, bad):
     slow, fast = rows_of(task, {"ia3": bad}, 9), rows_of(task, {"ia3": good}, 9)
     for low, high in ((slow, fast), (fast, slow)):
         rows = low + [row | {"lr": 1.0} for row in high]
-        found = module.study(task, rows)[9]["ia3"]
-        assert [row["test"] for row in found] == [good] * 3
+        found = module.study(task, frame(rows))[9]["ia3"]
+        assert found["test"].tolist() == [good] * 3
 
 
 def test_the_order_is_that_of_the_nearest_size():
     rows = rows_of("austen", {"full": 30.0, "ia3": 50.0}, 7695)
     rows += rows_of("austen", {"full": 60.0, "ia3": 50.0}, 100)
-    assert ranking("austen", 700, rows)[0] == "(IA)³"  # √(100 · 7,695) is 877
-    assert ranking("austen", 1000, rows)[0] == FULL
-    assert ranking("austen", 1, rows)[0] == "(IA)³"
+    assert ranking("austen", 700, frame(rows))[0] == "(IA)³"  # √(100 · 7,695) is 877
+    assert ranking("austen", 1000, frame(rows))[0] == FULL
+    assert ranking("austen", 1, frame(rows))[0] == "(IA)³"
     assert nearest_size([800, 200], 400) == 200
 
 
@@ -211,7 +215,7 @@ def test_rows_that_are_missing_are_said_and_do_not_stop_it(studied):
     for row in half:
         row["seed"] += 1  # the run that chooses the rate is not there yet
     studied(half + rows_of("austen", {"ia3": [50.0]}, 1000))
-    assert ranking("austen", 1000, half)[0] == "LoRA"
+    assert ranking("austen", 1000, frame(half))[0] == "LoRA"
     assert recommend_peft_method(7, 24, "generation", 1000) == "(IA)³"
 
 
@@ -221,16 +225,16 @@ def test_what_diverged_comes_behind_and_is_not_chosen(score, seed, studied):
     rows = rows_of("austen", {"full": 30.0, "ia3": 50.0}, 1000)
     bad = {"validation": score, "test": score}
     runs = [r | bad if (r["method"], r["seed"]) == ("full", seed) else r for r in rows]
-    assert ranking("austen", 1000, runs)[:2] == ["(IA)³", "LoRA"]
+    assert ranking("austen", 1000, frame(runs))[:2] == ["(IA)³", "LoRA"]
     studied(runs)
     assert recommend_peft_method(7, 2000, "generation", 1000) == "(IA)³"
     # At a rate that was tried and not taken it does no harm, whichever is the first.
     for rate in (0.01, 1.0):
         other = [r | bad | {"lr": rate} for r in rows if r["seed"] == 0]
-        assert ranking("austen", 1000, rows + other)[:2] == [FULL, "(IA)³"]
-        assert tuned(rows[:3] + other[:1], min) == (0.1, rows[:3])
-    with pytest.raises(ValueError, match="all diverged"):
-        tuned(other, min)
+        assert ranking("austen", 1000, frame(rows + other))[:2] == [FULL, "(IA)³"]
+        assert best_lr(frame(rows[:3] + other[:1]))[0] == 0.1
+    with pytest.raises(ValueError, match="did not diverge"):
+        best_lr(frame(other))
 
 
 def test_near_is_the_standard_error_of_the_test_sentences():
@@ -407,46 +411,3 @@ def test_without_ipywidgets_the_table_stays(monkeypatch):
     bundle = adviser()._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html"} and "ipywidgets" in bundle["text/html"]
     assert "<table>" in bundle["text/html"]
-
-
-# ------------------------------------------------------------------ the statistics
-
-
-def test_student_t_is_that_of_the_tables():
-    known = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 30: 2.0423}
-    for degrees, t in known.items():
-        assert student_t(degrees) == pytest.approx(t, abs=5e-5)
-    assert student_t(10**4) == pytest.approx(1.9602, abs=5e-5)
-    for wrong in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="degrees"):
-            student_t(wrong)
-
-
-def test_a_difference_is_paired_by_seed():
-    a = [{"seed": s, "test": v} for s, v in ((0, 0.84), (1, 0.86), (2, 0.85))]
-    b = [{"seed": s, "test": v} for s, v in ((2, 0.80), (0, 0.80), (1, 0.80), (7, 0.1))]
-    found = difference(a, b, scale=100)
-    half = 4.302653 * 1 / math.sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((5, 5 - half, 5 + half))
-    assert found.n == 3 and found.is_clear and "3 seeds" in repr(found)
-    one = difference(a[:1], b)
-    assert not one.is_clear and one.high == math.inf and "1 seed" in repr(one)
-    for value in (math.nan, math.inf):
-        diverged = difference([*a[:2], {"seed": 2, "test": value}], b)
-        assert not diverged.is_clear and diverged.n == 3 and not math.isfinite(diverged.mean)
-    with pytest.raises(ValueError, match="no seed in common"):
-        difference(a, b[3:])
-    with pytest.raises(ValueError, match="there twice"):
-        difference([*a, *a], b)
-
-
-def test_the_front_is_what_nothing_dominates():
-    points = {"a": (1.0, 0.5), "b": (2.0, 0.5), "c": (2.0, 0.7), "d": (3.0, 0.7), "e": (0.5, 0.1)}
-    assert undominated(points) == ["e", "a", "c"]
-    assert undominated(points | {"twin": (1.0, 0.5)}) == ["e", "a", "twin", "c"]
-    assert undominated({}) == []
-    assert undominated(points | {"n": (0.1, math.nan), "m": (math.nan, 9.0)}) == ["e", "a", "c"]
-
-
-def test_a_single_seed_has_no_spread():
-    assert repr(Spread(38.04, 38.04, 38.04, 1)) == "38.0 (1 seed)"

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from peft_lessons import plots
-from peft_lessons.results import Spread
+from peft_lessons.studies import Spread
 
 ALT = 'Loss against steps: "full" falls faster than LoRA <r=8> & stays below it.'
 LINES = {"LoRA": ([1, 2, 3], [3.0, 2.0, 1.5]), "full": ([1, 2, 3], [3.0, 1.5, 1.0])}

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Callable
 
-from ..results import student_t
+from ..studies import student_t
 from .kit import Case, check_for, refused
 from .mistakes import mistakes
 

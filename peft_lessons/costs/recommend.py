@@ -21,7 +21,8 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from ..engine import Method, validate
 from ..methods.adalora import AdaLoRA
@@ -31,9 +32,19 @@ from ..methods.lora import LoRA
 from ..methods.prefix import Prefix
 from ..methods.prompt import Prompt
 from ..methods.qlora import QLoRA
-from ..results import Difference, difference, load_results, measured_on, spread, tuned
-from ..tables import Table, table
+from ..studies import (
+    Table,
+    best_lr,
+    load_results,
+    mean_and_range,
+    paired_difference,
+    provenance,
+    table,
+)
 from .estimate import GB, GIB, Memory, Shape, training_memory
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FULL, NOTHING = "full fine-tuning", "does not fit"
 TOKENS = 16  # of a prompt or a prefix, as in the study
@@ -100,30 +111,26 @@ LARGEST = 10_000  # billions of parameters; a size above is not in billions
 # ------------------------------------------------------------------ the study
 
 
-def study(task: str, rows: Sequence[dict] | None = None) -> dict[int, dict[str, list[dict]]]:
-    """{examples: {method: its rows at its tuned rate, over the seeds}} of "sentiment" or "austen".
+def study(task: str, runs: DataFrame | None = None) -> dict[int, dict[str, DataFrame]]:
+    """Return {examples: {method: its runs at its best learning rate}} of "sentiment" or "austen".
 
-    rows: those of data/results/choosing_study.csv unless given. A method without a run of seed 0 is
+    runs: those of data/results/choosing_study.csv unless given. A method without a run of seed 0 is
     left out, and one of which a run at its rate diverged. Raises ValueError for another task."""
     if task not in NEAR:
         raise ValueError(f"task={task!r} must be one of {', '.join(map(repr, NEAR))}")
-    rows = load_results("choosing_study", task=task) if rows is None else rows
-    found: dict[int, dict[str, list[dict]]] = {}
-    for row in rows:
-        if row["task"] == task:
-            found.setdefault(row["examples"], {}).setdefault(row["method"], []).append(row)
-    best = max if task == "sentiment" else min
+    runs = load_results("choosing_study") if runs is None else runs
+    sizes: dict[int, dict[str, DataFrame]] = {}
+    for (size, name), tried in runs[runs["task"] == task].groupby(["examples", "method"]):
+        methods = sizes.setdefault(size, {})
+        first = tried.loc[tried["seed"] == 0, "validation"]
+        if any(map(math.isfinite, first)):
+            at_best = best_lr(tried)[1]
+            if all(map(math.isfinite, at_best["test"])):
+                methods[name] = at_best
+    return sizes
 
-    def at_its_rate(runs: list[dict]) -> list[dict]:
-        if not any(r["seed"] == 0 and math.isfinite(r["validation"]) for r in runs):
-            return []
-        at_best = tuned(runs, best)[1]
-        return at_best if all(math.isfinite(r["test"]) for r in at_best) else []
 
-    return {
-        size: {name: kept for name, runs in methods.items() if (kept := at_its_rate(runs))}
-        for size, methods in sorted(found.items())
-    }
+_stored = cache(study)  # one recommendation after another reads the same table
 
 
 def nearest_size(sizes: Sequence[int], examples: int) -> int:
@@ -131,44 +138,41 @@ def nearest_size(sizes: Sequence[int], examples: int) -> int:
     return min(sorted(sizes), key=lambda size: max(size, examples) / min(size, examples))
 
 
-def _better(task: str, row: dict) -> float:
-    """A score of which more is better, so that a difference of 0.01 is one of a hundredth."""
-    return row["test"] if task == "sentiment" else -math.log(row["test"])
+def _scored(task: str, runs: DataFrame) -> DataFrame:
+    """Return the seeds and a `score` of which more is better: accuracy, or minus the logarithm of
+    perplexity, so that a difference of 0.01 is one of a hundredth."""
+    test = runs["test"].tolist()
+    score = test if task == "sentiment" else [-math.log(x) for x in test]
+    return runs[["seed"]].assign(score=score)
 
 
-def _gap(task: str, rows: list[dict], others: list[dict]) -> Difference:
-    """How much better some rows are than others: in accuracy, or in the logarithm of perplexity."""
-    scored = [[{"seed": r["seed"], "it": _better(task, r)} for r in rs] for rs in (rows, others)]
-    return difference(*scored, "it")
-
-
-def as_good(task: str, rows: list[dict], best: list[dict]) -> bool:
-    """Whether some rows are as good as the best: nearer than `NEAR` in the mean, and no interval of
-    95 % over the common seeds that leaves zero out."""
-    gap = _gap(task, rows, best)
+def as_good(task: str, runs: DataFrame, best: DataFrame) -> bool:
+    """Return whether some `_scored` runs are as good as the best: nearer than `NEAR` in the mean,
+    and no 95 % interval over the common seeds that leaves zero out."""
+    gap = paired_difference(runs, best, "score")
     return abs(gap.mean) <= NEAR[task] and not gap.is_clear
 
 
-def ranking(task: str, examples: int, rows: Sequence[dict] | None = None) -> list[str]:
-    """The names of the candidates, the first choice first, for "sentiment" or "austen".
+def ranking(task: str, examples: int, runs: DataFrame | None = None) -> list[str]:
+    """Return the names of the candidates, the first choice first, for "sentiment" or "austen".
 
     From the study at the nearest size: the best score first, but of those that are as good as the
     best of the rest, the cheapest comes first: that which trains fewest numbers, and of two such
     the one whose base is not in 4 bits, which must be unpacked in every step and cannot be merged
-    as it is. A method that has no rows at this size comes behind, in the order of CANDIDATES."""
-    sizes = study(task, rows)
+    as it is. A method that has no runs at this size comes behind, in the order of CANDIDATES."""
+    sizes = _stored(task) if runs is None else study(task, runs)
     found = sizes[nearest_size(list(sizes), examples)] if sizes else {}
     known = {name: found[c.study] for name, c in CANDIDATES.items() if c.study in found}
-
-    def mean(name: str) -> float:
-        return sum(_better(task, row) for row in known[name]) / len(known[name])
+    scored = {name: _scored(task, runs) for name, runs in known.items()}
 
     def cost(name: str) -> tuple[int, bool]:
-        return known[name][0]["trainable"], isinstance(CANDIDATES[name].method, QLoRA)
+        trainable = known[name]["trainable"].iloc[0]
+        return trainable, isinstance(CANDIDATES[name].method, QLoRA)
 
-    rest, order = sorted(known, key=mean, reverse=True), []
+    rest = sorted(known, key=lambda name: scored[name]["score"].mean(), reverse=True)
+    order = []
     while rest:
-        equals = [name for name in rest if as_good(task, known[name], known[rest[0]])]
+        equals = [name for name in rest if as_good(task, scored[name], scored[rest[0]])]
         order.append(min(equals, key=cost))
         rest.remove(order[-1])
     return order + [name for name in CANDIDATES if name not in known]
@@ -314,9 +318,8 @@ def recommend_peft_method(
     validate(own, num_examples=num_examples, context=context, batch=batch)
     kind = _task(task_type)
     task, peft_task, _ = TASKS[kind]
-    rows = load_results("choosing_study", task=task)
     needs = needs_of(model_size_b, kind == "classification", context, batch)
-    usable, order = usable_bytes(gpu_memory_gb), ranking(task, num_examples, rows)
+    usable, order = usable_bytes(gpu_memory_gb), ranking(task, num_examples)
     fitting = [name for name in order if needs[name].total <= usable]
     chosen = fitting[0] if fitting else NOTHING
     others = [name for name in order if name != chosen]
@@ -326,11 +329,11 @@ def recommend_peft_method(
     plain = needs_of(model_size_b, kind == "classification", context, batch, checkpointing=False)
     told = f"{kind}, {batch} × {context:,} tokens"
     advice.fits = _fits(order, needs, plain, usable, told)
-    advice.evidence = _evidence(task, num_examples, order, rows)
+    advice.evidence = _evidence(task, num_examples, order)
     advice.sentences = (
         _decision(chosen, needs, usable, model_size_b, gpu_memory_gb, kind, context, batch),
         _others(advice.alternatives, needs, usable),
-        _data(task, num_examples, rows),
+        _data(task, num_examples),
     )
     return advice
 
@@ -370,8 +373,8 @@ def _others(alternatives, needs, usable) -> str:
     return " ".join(f"{what}: {', '.join(names)}." for what, names in told.items() if names)
 
 
-def _data(task: str, examples: int, rows: Sequence[dict]) -> str:
-    if not (sizes := list(study(task, rows))):
+def _data(task: str, examples: int) -> str:
+    if not (sizes := list(_stored(task))):
         return "The study has no rows of this task yet: the order is that of CANDIDATES."
     size = nearest_size(sizes, examples)
     base, more = {
@@ -414,25 +417,24 @@ def _fits(order, needs, plain, usable, told) -> Table:
     )
 
 
-def _evidence(task: str, examples: int, order: Sequence[str], rows: Sequence[dict]) -> Table | None:
-    if not (sizes := study(task, rows)):
+def _evidence(task: str, examples: int, order: Sequence[str]) -> Table | None:
+    if not (sizes := _stored(task)):
         return None
     size = nearest_size(list(sizes), examples)
     found, lines, shown = sizes[size], [], []
     scale, heading = (100, "accuracy, %") if task == "sentiment" else (1, "perplexity")
     for name in order:
-        runs = found.get(CANDIDATES[name].study)
-        if runs is None:
+        if (best := found.get(CANDIDATES[name].study)) is None:
             continue
-        shown += runs
+        shown.append(best)
         lines.append(
             {
                 f"the study, {size:,} examples": name,
-                "trains there": runs[0]["trainable"],
-                f"test {heading}": spread(runs, "test", scale),
+                "trains there": best["trainable"].iloc[0],
+                f"test {heading}": mean_and_range(best, "test", scale),
             }
         )
-    return table(lines, note=measured_on(*shown)) if lines else None
+    return table(lines, note=provenance(*shown)) if lines else None
 
 
 # ------------------------------------------------------------------ sliders

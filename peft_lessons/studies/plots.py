@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from PIL import Image
 
-from .results import Spread
+from .study import Spread
 
 # Okabe and Ito's colours are told apart by people with any colour vision. Figures stand on white
 # in both themes of JupyterLab: transparent ones would lose their black text in the dark one.

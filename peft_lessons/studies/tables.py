@@ -53,7 +53,7 @@ def _cell(value: Any, template: str | None) -> str:
 def table(
     rows: Iterable[Mapping[str, Any]], formats: Mapping[str, str] | None = None, note: str = ""
 ) -> Table:
-    """A table of `rows`, dicts with the same keys; the keys are the headings.
+    """Return a table of `rows`, dicts with the same keys; the keys are the headings.
 
     `formats` gives a column a template such as "{:.1f} MiB"; without one whole numbers get
     thousands' commas and others three digits. Numbers stand on the right, None is left empty.
@@ -70,19 +70,3 @@ def table(
     cells = [[_cell(row[c], formats.get(c)) for c in columns] for row in rows]
     right = [all(isinstance(row[c], Real | None) for row in rows) for c in columns]
     return Table(columns, cells, right, note)
-
-
-_UNITS = dict.fromkeys(("weights", "gradients", "optimiser", "statistics", "file"), "{:.2f} MiB")
-_UNITS |= dict.fromkeys(("activations", "peak of a step"), "{:.1f} MiB")
-_UNITS |= dict.fromkeys(("time of a step", "32 texts"), "{:.0f} ms") | {
-    "answer, 1 text": "{:.1f} ms"
-}
-
-
-def cost_table(
-    rows: Iterable[Mapping[str, Any]], formats: Mapping[str, str] | None = None, note: str = ""
-) -> Table:
-    """`table`, with the units of the course where a column has one: bytes in MiB, times in ms."""
-    rows = list(rows)
-    known = {name: unit for name, unit in _UNITS.items() if rows and name in rows[0]}
-    return table(rows, known | dict(formats or {}), note)

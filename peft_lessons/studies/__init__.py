@@ -1,0 +1,27 @@
+"""Measured tables, and the figures of the course.
+
+A study is a table in data/results with a row for each run, made by a script in benchmarks/. Lessons
+show it beside their own live numbers: `Study` picks runs, chooses a learning rate by the validation
+split and compares methods over seeds; `table` and `plots` show what is found.
+
+Nothing here trains a model, injects a method or writes a file.
+"""
+
+# ruff: noqa: F401
+
+from ..tables import Table, table
+from . import plots
+from .costs import against_peft, cost_table, stored_costs
+from .study import (
+    Difference,
+    Spread,
+    Study,
+    best_lr,
+    load_results,
+    mean_and_range,
+    paired_difference,
+    pareto_front,
+    provenance,
+    stamp,
+    student_t,
+)

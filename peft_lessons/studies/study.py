@@ -1,0 +1,298 @@
+"""The runs of a study as one pandas table, and the statistics of the course."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..data.bundled import data_folder
+from ..tables import Table, table
+
+if TYPE_CHECKING:  # pandas is imported where a table is read: it takes a third of a second
+    from pandas import DataFrame
+
+# {task: (first heading, heading of the score, its scale, which score is best)}
+TASKS: dict[str, tuple[str, str, float, Callable]] = {
+    "sentiment": ("minilm, movie sentiment, 200 steps", "test accuracy, %", 100, max),
+    "austen": ("tinylm, Austen, 100 steps", "test perplexity", 1, min),
+}
+# What every method is compared with: {task: (study, filter, {way: its values})}. The first of them
+# is the least that can train.
+REFERENCES: dict[str, tuple[str, dict, dict[str, dict]]] = {
+    "sentiment": (
+        "lora_study",
+        {"steps": 200, "alpha": (0, 16)},
+        {
+            "head alone": {"method": "head"},
+            "LoRA, rank 8, query and value": {"method": "lora", "targets": "qv", "rank": 8},
+            "LoRA, rank 8, all linear layers": {"targets": "all-linear", "rank": 8},
+            "full fine-tuning": {"method": "full"},
+        },
+    ),
+    "austen": (
+        "qlora_study",
+        {},
+        {
+            "base, untouched": {"method": "none"},
+            "LoRA, rank 8, all linear layers": {"method": "lora"},
+            "full fine-tuning": {"method": "full"},
+        },
+    ),
+}
+# The t for which 95 % of Student's distribution lies between -t and t, for 1, 2, ... degrees.
+STUDENT_T = (
+    *(12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157),
+    *(2.228139, 2.200985, 2.178813, 2.160369, 2.144787, 2.131450, 2.119905, 2.109816, 2.100922),
+    *(2.093024, 2.085963, 2.079614, 2.073873, 2.068658, 2.063899, 2.059539, 2.055529, 2.051831),
+    *(2.048407, 2.045230, 2.042272),
+)
+
+
+def stamp() -> dict[str, str]:
+    """Return the provenance of a row measured now: torch, machine and date."""
+    return {
+        "torch": torch.__version__.split("+")[0],
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _where(rows: DataFrame, values: Mapping) -> DataFrame:
+    if unknown := values.keys() - set(rows.columns):
+        raise ValueError(f"there is no column {min(unknown)!r}; there are {list(rows.columns)}")
+    for column, value in values.items():
+        rows = rows[rows[column].isin(value if isinstance(value, tuple) else (value,))]
+    return rows
+
+
+def load_results(name: str, **where) -> DataFrame:
+    """Return the rows of data/results/<name>.csv whose columns equal `where`; a tuple gives several
+    values for a column. The rows of every study have a column `task`.
+
+    Raises FileNotFoundError (lists the tables there are), ValueError for an unknown column."""
+    import pandas as pd
+
+    folder = data_folder() / "results"
+    if not (path := folder / f"{name}.csv").is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.csv"))) or "none"
+        raise FileNotFoundError(f"no table {name!r} in data/results; there are: {known}")
+    rows = pd.read_csv(path, keep_default_na=False, na_values="nan")
+    if "validation" in rows and "task" not in rows:
+        rows.insert(0, "task", "austen" if name == "qlora_study" else "sentiment")
+    return _where(rows, where).reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, smallest and largest value over n seeds."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    sign: ClassVar[str] = ""
+
+    def __repr__(self) -> str:
+        mean, low, high = (f"{x:{self.sign}.1f}" for x in (self.mean, self.low, self.high))
+        return f"{mean} (1 seed)" if self.n == 1 else f"{mean} ({low} to {high}, {self.n} seeds)"
+
+
+class Difference(Spread):
+    """Mean paired difference over n seeds and its 95 % interval, which is infinite for one."""
+
+    sign = "+"
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+def _by_seed(runs: DataFrame, column: str, scale: float) -> dict[int, float]:
+    seeds = runs["seed"].tolist()
+    if not seeds:
+        raise ValueError(f"no runs to take {column!r} of: the filter matches nothing")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seed {max(seeds, key=seeds.count)} is there twice: filter further")
+    return {seed: scale * value for seed, value in zip(seeds, runs[column].tolist(), strict=True)}
+
+
+def mean_and_range(runs: DataFrame, column: str, scale: float = 1.0) -> Spread:
+    """Return mean, minimum and maximum of `scale` times a column over runs that differ in their
+    seed. Raises ValueError for no runs, or a seed that is there twice."""
+    values = _by_seed(runs, column, scale).values()
+    return Spread(statistics.fmean(values), min(values), max(values), len(values))
+
+
+def student_t(degrees: int) -> float:
+    """Return the t for which 95 % of Student's distribution with so many degrees of freedom lies
+    between -t and t, to four digits. Raises ValueError unless degrees is 1, 2, ..."""
+    if isinstance(degrees, bool) or not isinstance(degrees, int) or degrees < 1:
+        raise ValueError(f"degrees={degrees!r} must be a whole number, 1 or more")
+    if degrees <= len(STUDENT_T):
+        return STUDENT_T[degrees - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)  # Abramowitz & Stegun 26.7.5
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def paired_difference(
+    runs: DataFrame, others: DataFrame, column: str = "test", scale: float = 1.0
+) -> Difference:
+    """Return how much more `runs` have in a column than `others`, `scale` times: the mean over the
+    seeds that both have, and its 95 % confidence interval by Student's t. The interval of a run
+    that diverged is infinite.
+
+    Raises ValueError if they have no seed in common, or one has a seed twice."""
+    ours, theirs = (_by_seed(given, column, scale) for given in (runs, others))
+    gaps = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    if not gaps:
+        raise ValueError("no seed in common: there is nothing to pair")
+    mean, n = statistics.fmean(gaps), len(gaps)
+    known = n > 1 and math.isfinite(mean)
+    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n) if known else math.inf
+    return Difference(mean, mean - half, mean + half, n)
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the names on the Pareto front of {name: (cost, score)}, cheapest first: the points
+    that no other beats on both. A point with a NaN is not on it."""
+
+    measured = {n: point for n, point in points.items() if not any(map(math.isnan, point))}
+    front = [
+        (cost, name)
+        for name, (cost, score) in measured.items()
+        if not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points.values())
+    ]
+    return [name for _, name in sorted(front, key=lambda point: point[0])]
+
+
+def _task(runs: DataFrame) -> str:
+    tasks = set(runs["task"])
+    if len(tasks) != 1 or not tasks <= TASKS.keys():
+        raise ValueError(f"task={sorted(tasks)} must be one of {', '.join(map(repr, TASKS))}")
+    return tasks.pop()
+
+
+def best_lr(runs: DataFrame) -> tuple[float, DataFrame]:
+    """Return the learning rate that is best by `validation` among the runs with seed 0 that did not
+    diverge, and all runs at it. Of equals the lower rate is best.
+
+    Raises ValueError if there is no such run."""
+    tried = zip(runs["lr"].tolist(), runs["seed"], runs["validation"].tolist(), strict=True)
+    first = {lr: x for lr, seed, x in sorted(tried) if seed == 0 and math.isfinite(x)}
+    if not first:
+        raise ValueError("no run with seed 0 to choose a rate by that did not diverge")
+    rate = TASKS[_task(runs)][-1](first, key=first.get)
+    return rate, runs[runs["lr"] == rate]
+
+
+def provenance(*runs: DataFrame) -> str:
+    """Return machine, torch and date of measured rows, the note below a table; of several days the
+    first and the last. Raises ValueError for no rows."""
+    found = {c: sorted({str(x) for r in runs for x in r[c]}) for c in ("machine", "torch", "date")}
+    if not found["date"]:
+        raise ValueError("no rows to say of where they were measured")
+    machine, version = (", ".join(found[c]) for c in ("machine", "torch"))
+    days = " to ".join(dict.fromkeys((found["date"][0], found["date"][-1])))
+    return f"{machine} · torch {version} · {days}"
+
+
+class Study:
+    """Runs in a DataFrame, `runs`. The column `way` names those that differ in their learning rate
+    and seed only, and are compared with other ways.
+
+        Study.read("dora_study").named({"DoRA": {"method": "dora", "rank": 8}}).compare()
+
+    Every way stands in a comparison at its best learning rate by the validation split."""
+
+    def __init__(self, runs: DataFrame):
+        self.runs = runs
+
+    @classmethod
+    def read(cls, name: str, **where) -> Study:
+        """Read the runs of data/results/<name>.csv; errors and `where` as in `load_results`."""
+        return cls(load_results(name, **where))
+
+    @classmethod
+    def references(cls, task: str) -> Study:
+        """Read what every method is compared with on "sentiment" or "austen"."""
+        if task not in REFERENCES:
+            raise ValueError(f"task={task!r} must be one of {', '.join(map(repr, REFERENCES))}")
+        name, where, ways = REFERENCES[task]
+        return cls.read(name, **where).named(ways)
+
+    def where(self, **values) -> Study:
+        """Return the runs whose columns have these values, or one of a tuple of values."""
+        return Study(_where(self.runs, values))
+
+    def named(self, ways: Mapping[str, Mapping]) -> Study:
+        """Return the runs of {way: its values of columns}, in this order, with their names.
+
+        Raises ValueError for an unknown column, or a way without runs."""
+        import pandas as pd
+
+        found = {way: _where(self.runs, values) for way, values in ways.items()}
+        if empty := [way for way, runs in found.items() if runs.empty]:
+            raise ValueError(f"no run is {empty[0]!r}, {dict(ways[empty[0]])}")
+        return Study(pd.concat([runs.assign(way=way) for way, runs in found.items()]))
+
+    def __add__(self, other: Study) -> Study:
+        import pandas as pd
+
+        return Study(pd.concat([self.runs, other.runs]))
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names of the ways."""
+        return iter(self.runs["way"].unique())
+
+    def __getitem__(self, way: str) -> DataFrame:
+        """Return the runs of a way. Raises KeyError for another name."""
+        return self.runs.groupby("way").get_group(way)
+
+    def with_references(self) -> Study:
+        """Put these ways among the references of their task: behind the least that can train, and
+        before LoRA and full fine-tuning."""
+        found = Study.references(_task(self.runs))
+        least, *others = found
+        return found.where(way=least) + self + found.where(way=tuple(others))
+
+    def best(self) -> dict[str, DataFrame]:
+        """Return {way: its runs at its best learning rate}."""
+        return {way: best_lr(self[way])[1] for way in self}
+
+    def scores(self, column: str = "test") -> dict[str, Spread]:
+        """Return {way: its score at its best learning rate}: accuracy in percent, or perplexity."""
+        scale = TASKS[_task(self.runs)][2]
+        return {way: mean_and_range(runs, column, scale) for way, runs in self.best().items()}
+
+    def compare(self, more: Mapping[str, Callable] | None = None) -> Table:
+        """Return a table of the ways, each at its best learning rate, over its seeds.
+
+        more: further columns, {heading: function of a way's runs at that rate}."""
+        heading, column, *_ = TASKS[_task(self.runs)]
+        best, scores, lines = self.best(), self.scores(), []
+        for way, runs in best.items():
+            first, score = runs.iloc[0], scores[way]
+            line = {heading: way, "trainable": first["trainable"], "rate": first["lr"] or None}
+            line |= {what: function(runs) for what, function in (more or {}).items()}
+            lines.append(line | {column: score if score.n > 1 else f"{score.mean:.1f}"})
+        return table(lines, {"rate": "{:g}"}, note=provenance(*best.values()))
+
+    def by_lr(self) -> Table:
+        """Return a table of seed 0 of each way at every learning rate: its score on the validation
+        split, which chooses, and on the test split, which does not."""
+        heading, column, scale, _ = TASKS[_task(self.runs)]
+        rates, lines = sorted(self.where(seed=0).runs["lr"].unique()), []
+        for way in self:
+            runs = self.where(way=way, seed=0).runs.itertuples()
+            tried = {r.lr: f"{scale * r.validation:.1f} / {scale * r.test:.1f}" for r in runs}
+            cells = {f"rate {lr:g}": tried.get(lr) for lr in rates}
+            lines.append({f"{heading}, seed 0": way} | cells)
+        return table(lines, note=f"{column.removeprefix('test ')}: validation split / test split")

@@ -1,0 +1,277 @@
+"""Stored tables: runs are picked, compared and shown with where they were measured."""
+
+import math
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from peft_lessons import Study, inject, load_model, table
+from peft_lessons.studies import (
+    Spread,
+    against_peft,
+    best_lr,
+    catalogue,
+    cost_table,
+    load_results,
+    mean_and_range,
+    paired_difference,
+    pareto_front,
+    provenance,
+    stored_costs,
+    student_t,
+)
+
+ROWS = [{"way": "LoRA", "n": 74498, "time": 0.12345}, {"way": "a <b>", "n": 3, "time": None}]
+STAMP = {"machine": "one core", "torch": "2", "date": "2026-01-01"}
+
+
+def runs(*rows, **more):
+    """Runs of these (learning rate, seed, validation, test)."""
+    found = pd.DataFrame(rows, columns=["lr", "seed", "validation", "test"])
+    return found.assign(task="sentiment", trainable=1234, **STAMP | more)
+
+
+MINE = runs((0.1, 0, 0.8, 0.85), (0.1, 1, 0.7, 0.83), (0.01, 0, 0.6, 0.9))
+
+
+def study(**ways):
+    return Study(pd.concat([found.assign(way=way) for way, found in ways.items()]))
+
+
+def test_the_package_does_not_import_pandas():
+    code = "import sys, peft_lessons; assert 'pandas' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------ tables
+
+
+def test_a_table_is_aligned_text_and_escaped_html():
+    shown = table(ROWS, {"time": "{:.1f} s"}, note="one thread")
+    assert repr(shown).splitlines() == [
+        "way         n   time",
+        "LoRA   74,498  0.1 s",
+        "a <b>       3",
+        "one thread",
+    ]
+    page = shown._repr_html_()
+    assert "a &lt;b&gt;" in page and '<td style="text-align:right">74,498</td>' in page
+    assert "0.123" in repr(table(ROWS))
+
+
+@pytest.mark.parametrize(
+    "rows, formats, message",
+    [
+        ([], {}, "no rows"),
+        ([{"a": 1}, {"b": 1}], {}, "the first has"),
+        ([{"a": 1}], {"c": "{}"}, "names 'c'"),
+    ],
+)
+def test_a_table_that_makes_no_sense_is_refused(rows, formats, message):
+    with pytest.raises(ValueError, match=message):
+        table(rows, formats)
+
+
+# ------------------------------------------------------------------ reading
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
+    return lambda name, text: (tmp_path / "results" / f"{name}.csv").write_text(
+        text, encoding="utf-8"
+    )
+
+
+def test_runs_are_read_filtered_and_named(results):
+    lines = "lora,,0.001,0,0.5,0.50\nlora,,0.003,1,nan,0.52\nfull,x,0.001,0,0.6,0.6\n"
+    results("runs", f"method,targets,lr,seed,validation,test\n{lines}")
+    first = load_results("runs", method="lora", targets="").iloc[0].to_dict()
+    assert first == dict(
+        task="sentiment", method="lora", targets="", lr=0.001, seed=0, validation=0.5, test=0.5
+    )
+    found = Study.read("runs", lr=(0.003, 0.001))
+    assert len(found.runs) == 3 and math.isnan(found.runs["validation"][1])
+    ways = found.named({"all": {"method": "full"}, "low": {"method": "lora", "lr": 0.001}})
+    assert list(ways) == list(ways.runs["way"]) == ["all", "low"]
+    assert ways["low"]["test"].tolist() == [0.5] and list(ways.where(seed=0)) == list(ways)
+    for call, error, message in (
+        (lambda: load_results("nope"), FileNotFoundError, "there are: runs"),
+        (lambda: found.where(rank=8), ValueError, "no column 'rank'"),
+        (lambda: found.named({"none": {"lr": 7}}), ValueError, "no run is 'none'"),
+        (lambda: ways["other"], KeyError, "other"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+# ------------------------------------------------------------------ statistics
+
+
+def test_mean_and_range_over_seeds():
+    found = mean_and_range(MINE[:2], "test", 100)
+    assert (found.mean, found.low, found.high, found.n) == pytest.approx((84, 83, 85, 2))
+    assert repr(found) == "84.0 (83.0 to 85.0, 2 seeds)"
+    assert repr(Spread(38.04, 38.04, 38.04, 1)) == "38.0 (1 seed)"
+    for wrong, message in ((MINE[:0], "matches nothing"), (MINE, "seed 0 is there twice")):
+        with pytest.raises(ValueError, match=message):
+            mean_and_range(wrong, "test")
+
+
+def test_the_learning_rate_is_chosen_by_validation_of_the_first_seed():
+    tried = runs((0.1, 0, 0.8, 0), (0.1, 1, 0.1, 0), (0.3, 0, 0.7, 9), (0.3, 1, 0.9, 9))
+    rate, found = best_lr(tried)
+    assert rate == 0.1 and found["seed"].tolist() == [0, 1]
+    assert best_lr(tried.assign(task="austen"))[0] == 0.3, "of perplexities the lower one"
+    assert best_lr(pd.concat([tried, runs((0.01, 0, 0.8, 0))]))[0] == 0.01, "of equals the smaller"
+    assert best_lr(pd.concat([tried, runs((0.01, 0, math.inf, 0))]))[0] == 0.1
+    with pytest.raises(ValueError, match="no run with seed 0"):
+        best_lr(tried[1:2])
+
+
+def test_student_t_is_that_of_the_tables():
+    known = {1: 12.7062, 2: 4.3027, 4: 2.7764, 9: 2.2622, 30: 2.0423, 31: 2.0395, 10**4: 1.9602}
+    for degrees, t in known.items():
+        assert student_t(degrees) == pytest.approx(t, abs=1e-4)
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="degrees"):
+            student_t(wrong)
+
+
+def test_a_difference_is_paired_by_seed():
+    a = runs((0, 0, 0, 0.84), (0, 1, 0, 0.86), (0, 2, 0, 0.85))
+    b = runs((0, 2, 0, 0.80), (0, 0, 0, 0.80), (0, 1, 0, 0.80), (0, 7, 0, 0.1))
+    found = paired_difference(a, b, scale=100)
+    half = 4.302653 / math.sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((5, 5 - half, 5 + half))
+    assert found.n == 3 and found.is_clear and repr(found) == "+5.0 (+2.5 to +7.5, 3 seeds)"
+    one = paired_difference(a[:1], b)
+    assert not one.is_clear and one.high == math.inf and repr(one) == "+0.0 (1 seed)"
+    for value in (math.nan, math.inf):
+        diverged = paired_difference(a.replace({"test": {0.85: value}}), b)
+        assert not diverged.is_clear and diverged.n == 3 and not math.isfinite(diverged.mean)
+    for ours, theirs, message in ((a, b[3:], "no seed in common"), (MINE, b, "there twice")):
+        with pytest.raises(ValueError, match=message):
+            paired_difference(ours, theirs)
+
+
+def test_the_front_is_what_nothing_dominates():
+    points = {"a": (1.0, 0.5), "b": (2.0, 0.5), "c": (2.0, 0.7), "d": (3.0, 0.7), "e": (0.5, 0.1)}
+    assert pareto_front(points) == ["e", "a", "c"]
+    assert pareto_front(points | {"twin": (1.0, 0.5)}) == ["e", "a", "twin", "c"]
+    assert pareto_front({}) == []
+    assert pareto_front(points | {"n": (0.1, math.nan), "m": (math.nan, 9.0)}) == ["e", "a", "c"]
+
+
+def test_provenance_names_the_first_and_the_last_day_of_all_rows():
+    late, early = runs((0, 0, 0, 0), date="2026-11-24"), runs((0, 0, 0, 0), date="2025-12-31")
+    assert provenance(MINE, late, early) == "one core · torch 2 · 2025-12-31 to 2026-11-24"
+    assert provenance(MINE) == "one core · torch 2 · 2026-01-01"
+    other = runs((0, 0, 0, 0), machine="two cores", torch="3")
+    assert provenance(MINE, other) == "one core, two cores · torch 2, 3 · 2026-01-01"
+    with pytest.raises(ValueError, match="no rows"):
+        provenance()
+
+
+# ------------------------------------------------------------------ comparing
+
+
+def test_a_comparison_shows_each_way_at_its_best_learning_rate():
+    ways = study(mine=MINE, base=MINE[2:].assign(lr=0.0, date="2026-02-02"))
+    lines = repr(ways.compare({"seeds": len})).splitlines()
+    assert lines[0].split("  ")[0] == "minilm, movie sentiment, 200 steps"
+    assert "84.0 (83.0 to 85.0, 2 seeds)" in lines[1] and "1,234   0.1" in lines[1]
+    assert lines[2].split() == ["base", "1,234", "1", "90.0"]
+    assert lines[3] == "one core · torch 2 · 2026-01-01 to 2026-02-02"
+    # The run at the other rate is not shown, so its day does not count.
+    mine = MINE.assign(date=["2026-01-01"] * 2 + ["2025-12-31"])
+    assert repr(study(mine=mine).compare()).endswith("torch 2 · 2026-01-01")
+    assert study(mine=MINE.assign(task="austen")).scores()["mine"].mean == 0.9
+    with pytest.raises(ValueError, match="'sentiment', 'austen'"):
+        study(mine=MINE, other=MINE.assign(task="austen")).compare()
+
+
+def test_every_rate_that_was_tried_is_shown_with_its_choice():
+    lines = repr(study(mine=MINE, other=MINE[:1].assign(lr=1.0)).by_lr()).splitlines()
+    assert re.findall(r"rate \S+", lines[0]) == ["rate 0.01", "rate 0.1", "rate 1"]
+    assert lines[1].split()[1:] == ["60.0", "/", "90.0", "80.0", "/", "85.0"]
+    assert lines[2].split()[1:] == ["80.0", "/", "85.0"]
+    assert lines[3] == "accuracy, %: validation split / test split"
+
+
+@pytest.mark.parametrize("task, count", [("sentiment", 4), ("austen", 3)])
+def test_ways_stand_among_the_references_of_their_task(task, count):
+    references = Study.references(task)
+    least, *others = references
+    assert len(others) == count - 1 and others[-1] == "full fine-tuning"
+    scores = references.scores()
+    assert all(s.n == 3 for name, s in scores.items() if not name.startswith("base"))
+    ways = study(mine=MINE.assign(task=task)).with_references()
+    assert list(ways) == [least, "mine", *others] and ways.scores().items() > scores.items()
+    with pytest.raises(ValueError, match="must be one of"):
+        Study.references("french")
+
+
+# ------------------------------------------------------------------ costs
+
+
+def test_a_note_below_costs_is_of_the_rows_shown(results):
+    names = "trainable,peak_bytes,seconds,file_bytes,answer_1,answer_32"
+    lines = [f"base,whose,method,{names},torch,machine,date"] + [
+        f"minilm,{whose},{method},1,2,0.5,4,0.1,0.2,2.1.0,one core,2026-01-0{day}"
+        for whose, method, day in (("ours", "a", 2), ("PEFT", "a", 3), ("ours", "b", 1))
+    ]
+    results("costs", "\n".join(lines))
+    both = repr(stored_costs("minilm", {"b": "B", "a": "A"})).splitlines()
+    assert [line[0] for line in both[1:3]] == ["B", "A"]
+    assert both[3] == "one core · torch 2.1.0 · 2026-01-01 to 2026-01-02"
+    assert repr(against_peft("minilm", {"a": "A"})).endswith("2026-01-02 to 2026-01-03")
+
+
+def test_stored_costs_of_the_named_methods():
+    text = repr(stored_costs("minilm", {"lora": "LoRA, rank 8, query and value"}))
+    assert "on minilm" in text and "74,498" in text and "MiB" in text and "32 texts" in text
+    assert "32 texts" not in repr(stored_costs("tinylm", {"full": "full"}, answers=False))
+    merged = repr(stored_costs("minilm", {"lora, merged": "merged"})).splitlines()[1]
+    assert "MiB" not in merged and merged.count(" ms") == 2
+    with pytest.raises(ValueError, match="no row 'bitfit' for tinylm, ours; it has full"):
+        stored_costs("tinylm", {"bitfit": "BitFit"})
+
+
+def test_ours_against_pefts():
+    lines = repr(against_peft("minilm", {"lora": "LoRA", "ia3": "(IA)³"})).splitlines()
+    assert lines[0].split("  ")[0] == "a step on minilm" and "PEFT's" in lines[0]
+    ours, theirs = (float(n) for n in re.findall(r"(\d+) ms", lines[1]))
+    assert float(lines[1].split()[-2]) == pytest.approx(ours / theirs, abs=0.02)
+    assert lines[3].startswith("a ratio below 1: ours is faster or smaller · x86_64 CPU, 1 thread")
+
+
+def test_a_cost_table_knows_its_units():
+    text = repr(cost_table([{"": "a", "file": 1.0, "time of a step": 2.0, "own": 0.5}]))
+    assert "1.00 MiB" in text and "2 ms" in text and "0.5" in text
+    with pytest.raises(ValueError, match="no rows"):
+        cost_table([])
+
+
+# ------------------------------------------------------------------ the catalogue
+
+
+@pytest.mark.parametrize("task", catalogue.BASES)
+def test_every_setting_describes_a_method_for_the_base_of_a_task(task):
+    for name in catalogue.SETTINGS:
+        more = catalogue.schedule(200) if name == "adalora" else {}
+        assert catalogue.setting(name, task, **more)
+    for name in ("lora", "dora", "norms", "ia3"):  # the names of the layers are the base's
+        assert inject(load_model(catalogue.BASES[task]), catalogue.setting(name, task)).trainable
+
+
+def test_a_setting_is_changed_and_an_unknown_one_refused():
+    assert catalogue.setting("pfeiffer", "austen").width == 64
+    assert catalogue.setting("pfeiffer", "austen", width=4).width == 4
+    for name, task in (("lora, all", "austen"), ("lora", "french")):
+        with pytest.raises(ValueError, match=r"must be one of .*'(lora|austen)'"):
+            catalogue.setting(name, task)
