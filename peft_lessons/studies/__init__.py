@@ -9,7 +9,6 @@ Nothing here trains a model, injects a method or writes a file.
 
 # ruff: noqa: F401
 
-from ..tables import Table, table
 from . import plots
 from .costs import against_peft, cost_table, stored_costs
 from .study import (
@@ -25,3 +24,4 @@ from .study import (
     stamp,
     student_t,
 )
+from .tables import Table, table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..tables import Table, table
 from .study import load_results, provenance
+from .tables import Table, table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..data.bundled import data_folder
-from ..tables import Table, table
+from .tables import Table, table
 
 if TYPE_CHECKING:  # pandas is imported where a table is read: it takes a third of a second
     from pandas import DataFrame
