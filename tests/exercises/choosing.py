@@ -6,8 +6,8 @@ import statistics
 import numpy as np
 import torch
 
-from peft_lessons import student_t
 from peft_lessons.costs.estimate import GIB, NF4_BITS
+from peft_lessons.studies import student_t
 
 from . import Answers
 
