@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 from tiny import (
     FEED_FORWARD,
     SIZES,
-    TinyTask,
-    interrupted,
     moved,
     read_config,
     refused,
@@ -43,7 +41,6 @@ from peft_lessons import (
     Prefix,
     Prompt,
     VeRA,
-    fit,
     freeze,
     inject,
     load_adapter,
@@ -290,19 +287,6 @@ def test_a_merged_classifier_keeps_the_head_of_the_file(tmp_path):
     load_adapter(again, tmp_path)
     merge(again)
     assert apart(unload(again), ours) < 1e-5
-
-
-def test_a_run_does_not_go_on_beside_another_head(tmp_path):
-    """The checkpoint holds what trains, and nothing of a frozen head."""
-    options = dict(steps=4, show=False, checkpoint=tmp_path / "run.pt", checkpoint_every=2)
-    for model in (base_of("bert"), another_head(base_of("bert"))):
-        inject(model, LoRA(4, 6, ("query",)))
-        if not options["checkpoint"].exists():
-            with pytest.raises(KeyboardInterrupt):
-                fit(model, interrupted(TinyTask, 3), **options)
-        else:
-            with pytest.raises(ValueError, match="base"):
-                fit(model, TinyTask(), **options)
 
 
 def test_the_adapter_merges_into_a_base_that_load_model_gives_a_new_head(tmp_path):
