@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 
 from .._quiet import errors_only
-from ..data.base_models import launched_with, padded
+from ..data.base_models import padded
 from ..engine import WEIGHTS, validate
 from ..engine.virtual_tokens import positions_of
 from ..train.loop import TrainingDiverged, progress
@@ -373,7 +373,7 @@ class PeftTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if _in_parts() or not self.args.should_save:
+        if not self.args.should_save:
             return
         file = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / STATE
         header = {"run": json.dumps(self.run_of())}
@@ -393,8 +393,6 @@ class PeftTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         file = Path(resume_from_checkpoint) / STATE
-        if _in_parts():
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with _opened(file) as opened:
             header, names = opened.metadata(), set(opened.keys())
             then, now = json.loads(header["run"]), self.run_of()
@@ -500,10 +498,6 @@ class _Log(TrainerCallback):
         self.bar.close()
 
 
-def _in_parts() -> bool:
-    return launched_with("FSDP") or launched_with("DEEPSPEED")
-
-
 def _checkpoint(folder: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from. ValueError if `folder` holds what must not be overwritten."""
     if folder.exists() and not folder.is_dir():
@@ -519,9 +513,7 @@ def _checkpoint(folder: Path, resume: bool) -> Path | None:
         )
     if not resume:
         return None
-    # FSDP and DeepSpeed hold every tensor in parts, and Trainer loads them by itself.
-    needed = ("trainer_state.json",) if _in_parts() else NEEDED
-    whole = [path for path in found if all((path / name).is_file() for name in needed)]
+    whole = [path for path in found if all((path / name).is_file() for name in NEEDED)]
     if not whole and finished:
         raise ValueError(
             f"resume=True: {str(folder)!r} holds a finished adapter and no checkpoint to go on "
@@ -534,7 +526,7 @@ def _run(trainer: PeftTrainer, checkpoint: Path | None, folder: Path) -> dict:
     start = time.perf_counter()
     # It reports that pad and end tokens of model and tokenizer are now the same.
     with errors_only("transformers.trainer_utils"):
-        if checkpoint is None or _in_parts() or not trainer.took_all_steps(checkpoint):
+        if checkpoint is None or not trainer.took_all_steps(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     trainer.save_model(str(folder))  # by the first process only, and the tokenizer with it
