@@ -617,9 +617,6 @@ def head_after_norms_are_merged() -> str:
     return type(merged.classifier).__name__
 
 
-OVERRIDDEN = ("_save_checkpoint", "_load_from_checkpoint", "prediction_step")
-
-
 def resumed_adalora() -> str:
     config = peft.AdaLoraConfig(
         task_type="CAUSAL_LM", init_r=6, target_r=2, tinit=1, tfinal=3, total_step=8,
@@ -900,8 +897,6 @@ ROWS = [
         TRAINER),
     Row("12", "merging norms leaves the head in its wrapper (load_and_merge_adapter takes it out)",
         head_after_norms_are_merged, "ModulesToSaveWrapper"),
-    Row("12", "Trainer saves, loads and predicts by methods that PeftTrainer overrides",
-        lambda: [hasattr(Trainer, name) for name in OVERRIDDEN], [True] * 3, TRAINER),
     Row("12", "from_pretrained takes dtype", lambda: loaded_in(torch.bfloat16), torch.bfloat16,
         "transformers"),
 ]  # fmt: skip
