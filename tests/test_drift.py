@@ -551,7 +551,8 @@ ROWS = [
     Row("10", 'with bias="all" the base does not come back when the adapter is off',
         biases_beside_lora, False),
     # ---------------------------------------------------------------- 12
-    Row("12", "PEFT accepts another lora_alpha or a surplus key in a file and warns of a missing one",
+    Row("12", "PEFT accepts another lora_alpha or a surplus key in a file, and warns of a "
+        "missing key",
         lambda: [lenient(lora_alpha=32), lenient(with_one_more), lenient(without_one)],
         [{"warnings": 0, "another model": True}, {"warnings": 0, "another model": False},
          {"warnings": 1, "another model": True}]),
