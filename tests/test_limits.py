@@ -133,6 +133,6 @@ def test_too_little_memory_and_too_many_threads_are_marked(monkeypatch):
     rows = rows_of(monkeypatch, cores=2, threads=64, memory=2 * GIB)
     assert "2 of 64 cores, but 64 threads: set OMP_NUM_THREADS" in rows["processor"].found
     assert rows["processor"].ok is False
-    assert rows["memory"].found.startswith("2 GiB, the lessons need") and not rows["memory"].ok
+    assert rows["memory"].found.startswith("2 GiB, needs 4 GB") and not rows["memory"].ok
     rows = rows_of(monkeypatch, cores=2, threads=1, memory=None)
     assert "memory" not in rows

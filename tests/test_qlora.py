@@ -13,7 +13,6 @@ from tiny import (
     TinyText,
     close,
     greedy,
-    interrupted,
     refused,
     step_of_both,
     tiny_llama,
@@ -281,15 +280,6 @@ def test_training_moves_the_factors_and_nothing_else(tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_checkpoint_leaves_the_base_out(tmp_path):
-    """It is made anew from the float32 weights."""
-    model, path = llama(), tmp_path / "state.pt"
-    inject(model, QLoRA(rank=4, alpha=8))
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, interrupted(TinyText, 4), 6, show=False, checkpoint=path, checkpoint_every=2)
-    assert path.stat().st_size < 200_000
-
-
 @pytest.mark.parametrize("build", [llama, opt])
 def test_merging_is_refused_until_the_base_is_dequantised(build):
     model = build()
@@ -399,17 +389,6 @@ def test_a_header_that_was_tampered_with_is_refused(tmp_path):
             base = llama()
             with refused(base, WEIGHTS):
                 load_adapter(base, tmp_path)
-
-
-def test_a_checkpoint_of_another_base_is_refused(tmp_path):
-    options = dict(steps=4, show=False, checkpoint=tmp_path / "state.pt", checkpoint_every=1)
-    model, other = llama(), llama(seed=9)
-    for one in (model, other):
-        inject(one, QLoRA(rank=4, alpha=8))
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, interrupted(TinyText, 2), **options)
-    with refused(other, "another run"):
-        fit(other, TinyText(), **options)
 
 
 def test_bases_in_4_bits_are_told_apart_by_their_codes():

@@ -140,14 +140,6 @@ def test_global_random_state_is_untouched(task):
     assert same(one, next(task.batches("train", 4, seed=1)))
 
 
-def test_stream_resumes_on_the_same_data(task):
-    small = task.limit(train=50)
-    whole = list(itertools.islice(small.stream(16, seed=7), 12))
-    for start in (0, 1, 3, 4, 11):
-        rest = itertools.islice(small.stream(16, seed=7, start=start), 12 - start)
-        assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
-
-
 def test_stream_epochs_are_different_and_hold_no_example_twice(task):
     small = task.limit(train=50)  # 3 batches of 16 an epoch, 2 examples left out
     batches = [ids_of([batch]) for batch in itertools.islice(small.stream(16, seed=7), 24)]
@@ -179,12 +171,6 @@ def test_batches_by_length_hold_every_example_once(task):
     assert sorted(every) == sorted(ids_of(task.batches("test", 64)))
     with pytest.raises(ValueError, match="seed=3 and by_length"):
         task.batches("test", 64, seed=3, by_length=True)
-
-
-def test_stream_starts_late_at_no_cost(task):
-    start = time.process_time()
-    next(task.stream(16, seed=0, start=10**9))
-    assert time.process_time() - start < 0.5
 
 
 def test_a_batch_larger_than_the_data(task):
@@ -462,11 +448,6 @@ def test_bad_size_is_refused_at_once(task, size):
     for call in (lambda: task.batches("train", size), lambda: task.stream(size, seed=0)):
         with pytest.raises(ValueError, match=f"size must be an integer of at least 1, got {size}"):
             call()
-
-
-def test_bad_start(task):
-    with pytest.raises(ValueError, match="start must be an integer of at least 0, got -1"):
-        task.stream(4, seed=0, start=-1)
 
 
 def test_bad_limit(task):

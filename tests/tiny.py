@@ -1,5 +1,6 @@
 """What the tests share: tiny random models of four families, a small task, and how to compare."""
 
+import itertools
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -142,12 +143,10 @@ class TinyTask:
         for rows in torch.arange(len(self.ids)).split(size):
             yield self._batch(rows)
 
-    def stream(self, size: int, seed: int, start: int = 0):
-        step = start
-        while True:
+    def stream(self, size: int, seed: int):
+        for step in itertools.count():
             generator = torch.Generator().manual_seed(1000 * seed + step)
             yield self._batch(torch.randint(len(self.ids), (size,), generator=generator))
-            step += 1
 
 
 class TinyText(TinyTask):
@@ -156,19 +155,6 @@ class TinyText(TinyTask):
     def _batch(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         batch = super()._batch(rows)
         return batch | {"labels": batch["input_ids"]}
-
-
-def interrupted(kind: type[TinyTask], at: int) -> TinyTask:
-    """A task whose stream stops before step `at`, counted from 0, like a closed laptop."""
-
-    class Interrupted(kind):
-        def stream(self, size: int, seed: int, start: int = 0):
-            for step, batch in enumerate(super().stream(size, seed, start), start):
-                if step == at:
-                    raise KeyboardInterrupt
-                yield batch
-
-    return Interrupted()
 
 
 def task_of(name: str) -> TinyTask:

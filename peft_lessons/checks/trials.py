@@ -80,7 +80,7 @@ class _ByHeart:
 
     name = "sixteen rows"
 
-    def stream(self, size, seed, start=0):
+    def stream(self, size, seed):
         while True:
             yield _rows()
 

@@ -25,8 +25,7 @@ e bytes a number of the base and a of an adapter:
 
 Attention is taken as fused: of its scores one number a row is kept. Behind the last block stand a
 norm and the logarithm of the probabilities, 4 V. With gradient checkpointing a block keeps e d only
-and is computed anew in the backward pass, one block at a time. A BERT differs in its norms, its
-GELU and its dropout, which keeps what it draws.
+and is computed anew in the backward pass, one block at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ from transformers import (
     SmolLM3Config,
 )
 
-from ..data.base_models import MeanPooledBertForSequenceClassification
 from ..engine import Method, inject, matches, one_by_one, validate
 from ..methods.adalora import AdaLoRA
 from ..methods.dora import DoRA
@@ -105,12 +103,9 @@ MODELS: dict[str, PreTrainedConfig] = {
 
 # ------------------------------------------------------------------ shapes
 
-# What a configuration may say otherwise, and the formulas have not.
-_COUNTED_AS = {
-    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    | {"attention_dropout": 0.0, "use_sliding_window": False},
-    "bert": {"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False},
-}
+# The formulas hold for configurations with these values only.
+_COUNTED_AS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_COUNTED_AS |= {"attention_dropout": 0.0, "sliding_window": None}
 
 
 @dataclass(frozen=True)
@@ -127,18 +122,14 @@ class Shape:
     vocabulary: int
     tied: bool = False  # whether the head is the table of tokens
     qk_norm: bool = False  # RMSNorms on every head's query and key
-    bert: bool = False  # else as a Llama
-    positions: int = 0  # rows of tables for positions and types, which a Llama does not have
-    dropout: bool = False  # whether training draws some behind a sublayer
-    drops_scores: bool = False  # and some of the attention
-    window: int = 0  # how many tokens a token sees, itself among them, if not all
 
     @classmethod
     def of(cls, model: str | Shape | PreTrainedConfig) -> Shape:
-        """Of a name in `MODELS`, or a configuration of a Llama, Qwen3, SmolLM3, Mistral or BERT.
+        """Return the shape of a name in `MODELS`, or of the configuration of a Llama, a Qwen3, a
+        SmolLM3 or a Mistral.
 
-        Raises ValueError for another name, a configuration of another kind, or one that says
-        otherwise than `_COUNTED_AS`."""
+        Raises ValueError for another name, a configuration of another kind, or one with other
+        values than `_COUNTED_AS`."""
         if isinstance(model, Shape):
             return model
         if isinstance(model, str):
@@ -147,13 +138,13 @@ class Shape:
             model = MODELS[model]
         config = isinstance(model, PreTrainedConfig)
         kind = model.model_type if config else type(model).__name__
-        if kind not in ("llama", "mistral", "qwen3", "smollm3", "bert"):
+        if kind not in ("llama", "mistral", "qwen3", "smollm3"):
             raise ValueError(
-                f"no formula for a {kind}: only for the configuration of a llama, mistral, qwen3, "
-                "smollm3 or bert; traced_activations takes any"
+                f"no formula for a {kind}: only for the configuration of a llama, mistral, qwen3 "
+                "or smollm3; traced_activations takes any"
             )
-        bert, heads = kind == "bert", model.num_attention_heads
-        for name, counted in _COUNTED_AS["bert" if bert else "llama"].items():
+        heads = model.num_attention_heads
+        for name, counted in _COUNTED_AS.items():
             if (said := getattr(model, name, counted)) != counted:
                 raise ValueError(
                     f"no formula for a {kind} with {name}={said!r}: only for {counted!r}; "
@@ -167,13 +158,8 @@ class Shape:
             kv_heads=getattr(model, "num_key_value_heads", None) or heads,
             head_width=getattr(model, "head_dim", None) or model.hidden_size // heads,
             vocabulary=model.vocab_size,
-            tied=bert or model.tie_word_embeddings,
+            tied=model.tie_word_embeddings,
             qk_norm=kind == "qwen3",
-            bert=bert,
-            positions=model.max_position_embeddings + model.type_vocab_size if bert else 0,
-            dropout=bert and model.hidden_dropout_prob > 0,
-            drops_scores=bert and model.attention_probs_dropout_prob > 0,
-            window=(kind == "mistral" and model.sliding_window) or 0,
         )
 
     @classmethod
@@ -192,12 +178,6 @@ class Shape:
         """{path in a block: (in, out)} of the linear layers of one block."""
         d, f = self.width, self.feedforward
         q, k = (n * self.head_width for n in (self.heads, self.kv_heads))
-        if self.bert:
-            inner = dict.fromkeys(
-                (f"attention.self.{n}" for n in ("query", "key", "value")), (d, d)
-            )
-            last = {"intermediate.dense": (d, f), "output.dense": (f, d)}
-            return inner | {"attention.output.dense": (d, d)} | last
         attention = {"q_proj": (d, q), "k_proj": (d, k), "v_proj": (d, k), "o_proj": (q, d)}
         gated = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
         named = {f"self_attn.{n}": size for n, size in attention.items()}
@@ -212,11 +192,8 @@ class Shape:
     def parameters(self) -> float:
         """All parameters, those of a classifier's head left out; without whole numbers if the
         sizes are none."""
-        d, tables = self.width, self.vocabulary * (1 if self.tied else 2) + self.positions
-        norms = 2 * self.layers * d + (0 if self.bert else d)
-        if self.bert:  # LayerNorms and linear layers with a bias each
-            biases = self.layers * sum(out for _, out in self.linears.values())
-            norms = (2 * self.layers + 1) * 2 * d + biases
+        d, tables = self.width, self.vocabulary * (1 if self.tied else 2)
+        norms = (2 * self.layers + 1) * d
         if self.qk_norm:
             norms += self.layers * 2 * self.head_width
         return self.in_linears + tables * d + norms
@@ -272,19 +249,20 @@ def _rank(method: Method) -> int:
 
 # ------------------------------------------------------------------ activations by the formula
 
-# Where something stands in a block; what is kept of the first one begins behind what trains first.
+# Positions in a block, in order of execution. In the first block, activations before the first
+# trainable layer are not kept.
 _BEFORE, _QKV, _ATTENTION, _OUTPUT, _NORM, _INNER, _LAST = range(7)
 _IN_A_BLOCK = ("norms", "attention", "feed-forward", "method")
 _PLACES = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), _QKV),
-    **dict.fromkeys(("o_proj", "attention.output.dense"), _OUTPUT),
-    **dict.fromkeys(("gate_proj", "up_proj", "intermediate.dense"), _INNER),
-    **dict.fromkeys(("down_proj", "output.dense"), _LAST),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), _QKV),
+    **dict.fromkeys(("gate_proj", "up_proj"), _INNER),
+    "o_proj": _OUTPUT,
+    "down_proj": _LAST,
 }
 
 
 def _place(path: str) -> int:
-    return next(place for leaf, place in _PLACES.items() if f".{path}".endswith(f".{leaf}"))
+    return _PLACES[path.rpartition(".")[2]]
 
 
 def activations(
@@ -297,25 +275,22 @@ def activations(
     adapter: int | None = None,
     labels: bool = False,
     fused: bool = True,
-    padded: bool = False,
     checkpointing: bool = False,
 ) -> dict[str, float]:
-    """Bytes kept for the backward pass by what keeps them, {"norms": ..., "attention": ...}, by the
-    formula at the top of this file.
+    """Return the bytes kept for the backward pass by what keeps them, {"norms": ..., "attention":
+    ...}, by the formula at the top of this file.
 
     model: a name in MODELS, a configuration, or a Shape. method: None is full fine-tuning.
     batch texts of `context` tokens. weight: bytes of a number of the base, and of what flows (2 or
     4); adapter: of a number of LoRA's factors, as many unless said. labels: a classifier, whose
-    head keeps next to nothing. fused=False: attention that writes its scores out. padded: a mask is
-    given, of which fused attention keeps a copy, and with it repeated keys and values.
-    checkpointing: each block keeps its input only. Dropout in a branch is not counted.
+    head keeps next to nothing. fused=False: attention that writes its scores out. checkpointing:
+    each block keeps its input only. Dropout, and the mask of a padded batch, are not counted.
 
     Raises ValueError for a shape or a method without a formula, or a size below 1."""
     validate("activations", batch=batch, context=context)
     shape, e, a = Shape.of(model), weight, weight if adapter is None else adapter
     d, f = shape.width, shape.feedforward
     q, k = (n * shape.head_width for n in (shape.heads, shape.kv_heads))
-    padded = padded or 0 < shape.window <= context  # a window is a mask, too
     full, before = method is None, method.tokens if isinstance(method, Prefix) else 0
     context += method.tokens if isinstance(method, Prompt) else 0
     tokens, keys = batch * context, context + before
@@ -337,11 +312,9 @@ def activations(
         """Whether what stands here needs its input, as it is, for a gradient of its own."""
         return full or (a == e and any(_place(path) == place for path in adapts))
 
-    # A Llama's two norms stand before a sublayer and copy to float32, a BERT's behind one.
-    norm = e * d + 8 if shape.bert else 4 * (d + 1) + (e * d if full else 0)
-    drop = e * d if shape.dropout else 0
-    keep("norms", norm + drop, _OUTPUT + 0.5 if shape.bert else _BEFORE)
-    keep("norms", norm + drop, _LAST + 0.5 if shape.bert else _OUTPUT + 0.5)
+    norm = 4 * (d + 1) + (e * d if full else 0)
+    keep("norms", norm, _BEFORE)
+    keep("norms", norm, _OUTPUT + 0.5)
     own = {leaf[0] for leaf in (p.rpartition(".")[2] for p in adapts | scaled)}  # "q", "k", "v"
     own |= {"k", "v"} if before else set()
     if shape.qk_norm:
@@ -350,25 +323,23 @@ def activations(
             keep("norms", size, _ATTENTION if name in own else _BEFORE)
     if reads(_QKV):
         keep("attention", e * d)
-    repeated = q if padded or before or not fused else k
-    # With dropout attention is not fused on a CPU, and computed in float32.
-    w = 4 if fused and shape.drops_scores else e
-    keys_and_values = w * repeated * keys / context
-    if not fused or shape.drops_scores:
+    # A prefix brings a mask, for which keys and values are repeated for every query head.
+    keys_and_values = e * (q if before or not fused else k) * keys / context
+    if fused:
+        keep("attention", 2 * e * q + 2 * keys_and_values + 4 * shape.heads, _ATTENTION)
+        if before:
+            keep("attention", e * keys, _ATTENTION)
+    else:
         # Of a product each side is kept for the other's gradient.
-        for size, others in ((w * q, {"k"}), (keys_and_values, {"q"}), (keys_and_values, {*"qk"})):
+        for size, others in ((e * q, {"k"}), (keys_and_values, {"q"}), (keys_and_values, {*"qk"})):
             keep("attention", size, _ATTENTION if own & others else _BEFORE)
-        softmax = (w if shape.bert or w == 4 else 4 + w) + (2 * w if shape.drops_scores else 0)
+        softmax = 4 if e == 4 else 4 + e  # computed in float32, and kept in both
         keep("attention", softmax * shape.heads * keys, _ATTENTION)
         if reads(_OUTPUT):
             keep("attention", e * q)
-    else:
-        keep("attention", 2 * e * q + 2 * keys_and_values + 4 * shape.heads, _ATTENTION)
-        if padded or before:
-            keep("attention", e * keys, _ATTENTION)
     if reads(_INNER):
         keep("feed-forward", e * d)
-    keep("feed-forward", e * f * (1 if shape.bert else 3), _INNER + 0.5)
+    keep("feed-forward", e * f * 3, _INNER + 0.5)
     if reads(_LAST):
         keep("feed-forward", e * f)
     for i, o in adapts.values():
@@ -377,14 +348,11 @@ def activations(
             keep("method", 2 * e * o + e * i * o / tokens)
     keep("method", sum(e * o for path, (_, o) in scaled.items() if path not in inputs))
     keep("method", sum({_place(path): e * i for path, (i, _) in inputs.items()}.values()))
-    if shape.bert and flowing:  # the norm and the dropout of the embeddings
-        kept["norms"] += (e * d + 8 + drop) * tokens
     if checkpointing:
         kept = {"inputs of blocks": e * d * shape.layers * tokens, "norms": 0.0, "head": 0.0}
-    if not shape.bert:
-        kept["norms"] += 4 * (d + 1) * tokens + (e * d * tokens if full else 0)
-        read = e * d if full or labels else 0  # a classifier's head trains in any case
-        kept["head"] += (read + (0 if labels else 4 * shape.vocabulary)) * tokens
+    kept["norms"] += norm * tokens
+    read = e * d if full or labels else 0  # a classifier's head trains in any case
+    kept["head"] += (read + (0 if labels else 4 * shape.vocabulary)) * tokens
     return kept
 
 
@@ -401,48 +369,42 @@ def traced_activations(
     adapter: torch.dtype | None = None,
     labels: bool = False,
     fused: bool = True,
-    padded: bool = False,
     checkpointing: bool = False,
 ) -> int:
-    """Bytes kept for the backward pass by a model that is run without values, in training mode.
+    """Run a model without values, in training mode, and return the bytes that it keeps for the
+    backward pass.
 
-    Its tensors have shapes and nothing in them, so it may be of any size. It is run as on a CPU,
-    where fused attention is torch's own. Arguments as in `activations`, but that any configuration
-    will do, that `dtype` and `adapter` are dtypes, and that `method` may be any of the course, or a
-    configuration of PEFT's. Raises ValueError as `inject` does."""
+    Its tensors have shapes and no values, so it may be of any size. It is run as on a CPU, where
+    fused attention is torch's own. Arguments as in `activations`, but any configuration will do,
+    `dtype` and `adapter` are dtypes, and `method` may be any of the course or a configuration of
+    PEFT's. Raises ValueError as `inject` does."""
     validate("traced_activations", batch=batch, context=context)
     config = MODELS[config] if isinstance(config, str) else config
     model = _prepared(_on_meta(config, dtype, labels, fused), method, adapter)
-    # A mask of ones is looked at, and left out, where there are values; here it stays.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
         if checkpointing:
             model.config.use_cache = False  # which it would be, with a notice
             model.gradient_checkpointing_enable({"use_reentrant": False})
         ids = torch.zeros(batch, context, dtype=torch.long)
-        inputs = {"input_ids": ids, "labels": ids[:, 0] if labels else ids}
-        if padded:
-            inputs["attention_mask"] = torch.ones_like(ids)
-        return measure.activation_bytes(model, lambda: model(**inputs).loss)
+        wanted = ids[:, 0] if labels else ids
+        return measure.activation_bytes(model, lambda: model(input_ids=ids, labels=wanted).loss)
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, labels: bool, fused: bool) -> nn.Module:
-    """The model of a configuration on the meta device; a BERT is a classifier as in the course."""
+    """Return the model of a configuration on the meta device."""
     config = type(config).from_dict(config.to_dict())
     config._attn_implementation = "sdpa" if fused else "eager"
+    kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     with torch.device("meta"):
-        if config.model_type == "bert":
-            model = MeanPooledBertForSequenceClassification(config).to(dtype)
-        else:
-            kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-            model = kind.from_config(config, dtype=dtype)
-    if labels or config.model_type == "bert":
+        model = kind.from_config(config, dtype=dtype)
+    if labels:
         model.fresh_modules = ("score",) if hasattr(model, "score") else ("classifier",)
     return model
 
 
 def _prepared(model: nn.Module, method: Any, adapter: torch.dtype | None) -> nn.Module:
-    """The model with a method in it, whose numbers are of dtype `adapter`, or that of the base."""
+    """Put a method into the model, its tensors of dtype `adapter`, or of the base's."""
     if method is None:
         return model
     frozen = set(map(id, model.parameters()))
@@ -465,7 +427,7 @@ def _prepared(model: nn.Module, method: Any, adapter: torch.dtype | None) -> nn.
 @dataclass(frozen=True)
 class Recipe:
     """Bytes a number: of a frozen weight; and of what trains, its weight, gradient, master copy and
-    optimiser's moments."""
+    the optimizer's moments."""
 
     frozen: float
     weight: float
@@ -494,7 +456,7 @@ class Memory:
     weights: float  # of the base
     adapter: float  # weights that a method adds
     gradients: float
-    optimiser: float  # with the master copy
+    optimizer: float  # with the master copy
     activations: float
     at_work: float  # what is computed and dropped again where the backward pass begins
 
@@ -515,10 +477,9 @@ def training_memory(
     batch: int = 1,
     context: int = 2048,
     labels: bool = False,
-    padded: bool = False,
     checkpointing: bool = False,
 ) -> Memory:
-    """What fine-tuning a model takes, by part; the arguments are those of `activations`.
+    """Return what fine-tuning a model takes, by part; the arguments are those of `activations`.
 
     With `QLoRA` the linear layers of the blocks lie in NF4 with double quantisation, 4.127 bits a
     weight, and all else in the recipe's bytes; one matrix at a time is unpacked. At work are two
@@ -540,7 +501,7 @@ def training_memory(
     head = shape.vocabulary * shape.width if labels and not shape.tied else 0
     trains -= head if full else 0
     weights = packed * NF4_BITS / 8 + (shape.parameters - head - packed) * recipe.frozen
-    sizes = {"batch": batch, "context": context, "weight": e, "labels": labels, "padded": padded}
+    sizes = {"batch": batch, "context": context, "weight": e, "labels": labels}
     sizes |= {"adapter": e if full else int(recipe.weight)}
     kept = activations(shape, method, checkpointing=checkpointing, **sizes)
     tokens = batch * (context + (method.tokens if isinstance(method, Prompt) else 0))
@@ -550,13 +511,13 @@ def training_memory(
         at_work += sum(all_blocks[part] for part in _IN_A_BLOCK) / shape.layers
     if packed:
         at_work += e * max(i * o for i, o in shape.linears.values())
-    if not (labels or shape.bert):
+    if not labels:
         at_work = max(at_work, 8 * shape.vocabulary * tokens)
     return Memory(
         weights=trains * recipe.weight if full else weights,
         adapter=0 if full else trains * recipe.weight,
         gradients=trains * recipe.gradient,
-        optimiser=trains * (recipe.master + recipe.moments),
+        optimizer=trains * (recipe.master + recipe.moments),
         activations=sum(kept.values()),
         at_work=at_work,
     )

@@ -84,7 +84,7 @@ def _scales(model: nn.Module) -> list[torch.Tensor]:
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> TrainingBytes:
     """Bytes that lie in the tensors of a model in training, now: weights (and buffers), gradients,
-    and the optimiser's state. Activations only exist during a step: see `activation_bytes`."""
+    and the optimizer's state. Activations only exist during a step: see `activation_bytes`."""
     state = [] if optimizer is None else optimizer.state.values()
     return TrainingBytes(
         nbytes([*model.parameters(), *model.buffers(), *_scales(model)]),
@@ -245,9 +245,9 @@ def estimate_bytes(
 ) -> TrainingBytes:
     """What training `model` takes without activations, from counts alone (any device, also meta).
 
-    Bytes a parameter: `weight` for all; `gradient`, `master` copy and optimiser `moments` for what
+    Bytes a parameter: `weight` for all; `gradient`, `master` copy and optimizer `moments` for what
     trains. The defaults are mixed-precision training with Adam; all in float32 is 4, 4, 0, 8. The
-    master copy is counted with the optimiser."""
+    master copy is counted with the optimizer."""
     count = parameters(model)
     return TrainingBytes(
         round(count.total * weight),

@@ -400,7 +400,7 @@ def _fits(order, needs, plain, usable, told) -> Table:
             {
                 "in order": name,
                 "base": m.weights / GB,
-                "what trains": (m.adapter + m.gradients + m.optimiser) / GB,
+                "what trains": (m.adapter + m.gradients + m.optimizer) / GB,
                 "in a step": (m.activations + m.at_work) / GB,
                 "in all": m.total / GB,
                 "left": left(m),

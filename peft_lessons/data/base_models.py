@@ -306,24 +306,15 @@ def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) 
 
 
 def nf4(dtype: torch.dtype, others: Sequence[str]) -> BitsAndBytesConfig:
-    """NF4 with doubly quantised scales for all linear layers but `others`, to compute in `dtype`.
-
-    FSDP cuts its shards from flat tensors of one dtype, so under it the packed weights are stored
-    as if they were numbers of that of all else."""
+    """Return NF4 with doubly quantised scales for all linear layers but `others`, to compute in
+    `dtype`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if launched_with("FSDP") else torch.uint8,
         llm_int8_skip_modules=list(others),  # its name is historic: it holds for 4 bits too
     )
-
-
-def launched_with(engine: str) -> bool:
-    """Whether accelerate launched this process with "FSDP" or "DEEPSPEED", which hold a model in
-    parts."""
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
 
 def keep_differentiable(model) -> None:

@@ -56,6 +56,11 @@ class Readiness:
         return f"<table>{body}</table><p><strong>{html.escape(self.verdict)}</strong></p>"
 
 
+def _needs(found: str, fits: bool, what: str) -> str:
+    """Return what was found, and if it does not fit, what is needed."""
+    return found if fits else f"{found}, needs {what}"
+
+
 def _packages() -> list[Row]:
     """Compare the installed version of each required package with the range the course needs."""
     rows = []
@@ -65,12 +70,10 @@ def _packages() -> list[Row]:
             continue
         try:
             version = metadata.version(needed.name)
+            fits = needed.specifier.contains(version, prereleases=True)
         except metadata.PackageNotFoundError:
-            rows.append(Row(needed.name, f"missing, needs {needed.specifier}", False))
-            continue
-        fits = needed.specifier.contains(version, prereleases=True)
-        found = version if fits else f"{version}, needs {needed.specifier}"
-        rows.append(Row(needed.name, found, fits))
+            version, fits = "missing", False
+        rows.append(Row(needed.name, _needs(version, fits, str(needed.specifier)), fits))
     return rows
 
 
@@ -89,9 +92,7 @@ def _processor() -> Row:
     """Report the cores this process may use; fail if PyTorch starts more threads than cores."""
     machine, allowed, threads = platform.machine(), limits.cores(), torch.get_num_threads()
     host = os.cpu_count() or allowed
-    found = (
-        f"{machine}, {allowed} of {host} cores" if allowed < host else f"{machine}, {host} cores"
-    )
+    found = f"{machine}, {f'{allowed} of ' if allowed < host else ''}{host} cores"
     if threads > allowed:
         # Threads that wait for each other on a core of another are several times slower than one.
         return Row("processor", f"{found}, but {threads} threads: set OMP_NUM_THREADS", False)
@@ -105,16 +106,14 @@ def _memory() -> list[Row]:
         return []
     gib = allowed / 2**30
     enough = gib >= _NEEDED_GIB
-    needs = "" if enough else ", the lessons need 4 GB"
-    return [Row("memory", f"{gib:.0f} GiB{needs}", enough)]
+    return [Row("memory", _needs(f"{gib:.0f} GiB", enough, "4 GB"), enough)]
 
 
 def check_environment() -> Readiness:
     """Look at everything the lessons need, and say whether it is there."""
-    python = sys.version_info >= (3, 11)
-    needs = "" if python else ", needs 3.11 or newer"
-    rows = [Row("Python", platform.python_version() + needs, python), *_packages()]
-    rows += [_processor(), *_memory()]
+    fits = sys.version_info >= (3, 11)
+    rows = [Row("Python", _needs(platform.python_version(), fits, "3.11 or newer"), fits)]
+    rows += [*_packages(), _processor(), *_memory()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (none is needed)"
     rows += [Row("GPU", gpu, None), _files()]
     return Readiness(rows)

@@ -2,11 +2,11 @@
 
 import bz2
 import csv
+import itertools
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -130,26 +130,19 @@ class Task:
             self._collate(examples.pick(order[k : k + size])) for k in range(0, len(order), size)
         )
 
-    def stream(self, size: int, seed: int, start: int = 0) -> Iterator[dict]:
+    def stream(self, size: int, seed: int) -> Iterator[dict]:
         """Give full training batches for ever, epoch e shuffled by (seed, e).
 
         Texts of about one length share a batch, so that little of it is padding. What does not fill
         a batch is left out of an epoch, another part in each; a size above the number of examples
-        gives them all. With `start=k` the stream begins at its batch k, at no cost, so that an
-        interrupted training goes on with the very batches that it would have had. Raises ValueError
-        for a size below 1 or a negative start."""
+        gives them all. Raises ValueError for a size below 1."""
         examples, size = self._split("train"), _at_least("size", size, 1)
-        return self._stream(examples, size, seed, _at_least("start", start, 0))
-
-    def _stream(self, examples: Split, size: int, seed: int, batch: int) -> Iterator[dict]:
         size = min(size, len(examples.texts))
-        per_epoch, epoch = len(examples.texts) // size, None
-        while True:
-            if batch // per_epoch != epoch:
-                epoch = batch // per_epoch
-                rows = _epoch(_lengths(examples), size, (seed, epoch))
-            yield self._collate(examples.pick(rows[batch % per_epoch]))
-            batch += 1
+        return (
+            self._collate(examples.pick(rows))
+            for epoch in itertools.count()
+            for rows in _epoch(_lengths(examples), size, (seed, epoch))
+        )
 
     def limit(self, **sizes: int) -> "Task":
         """The task with only the first `n` examples of a split, balanced by class.
@@ -396,7 +389,7 @@ def _blocks(chapters: list[list[str]], tokenizer, length: int) -> Split:
             # From token to token, as some tokenizers leave spaces out of a token's span.
             starts = [0, *(start for start, _ in spans[1:]), len(paragraph)]
             ids += [*own, tokenizer.eos_token_id]
-            pieces += [*(paragraph[a:b] for a, b in pairwise(starts)), "\n"]
+            pieces += [*(paragraph[a:b] for a, b in itertools.pairwise(starts)), "\n"]
         for k in range(0, len(ids), length):
             if len(ids) - k > 1:
                 tokens.append(tuple(ids[k : k + length]))

@@ -107,8 +107,7 @@ class Method:
     # --- what it does during training
 
     def before_fit(self, injection: Injection, steps: int) -> None:
-        """Called once before a run of `steps` steps; may refuse it. A run that goes on from a
-        checkpoint is announced by its whole number of steps too, and before its state is read."""
+        """Prepare for a run of `steps` steps, or refuse it with a ValueError. Called once."""
 
     def penalty(self, injection: Injection) -> torch.Tensor | float:
         """What is added to the task's loss."""

@@ -92,7 +92,7 @@ SETTINGS: dict[str, Rule] = {
         lambda v: 0 < v < 10_000,
         "must be in billions, above 0 and below 10,000: 7 for a model of 7e9 parameters",
     ),
-    **dict.fromkeys(("projection", "last", "eval_every"), or_none(whole(1))),
+    **dict.fromkeys(("projection", "last"), or_none(whole(1))),
     **dict.fromkeys(("alpha", "scale", "adapter_scalar", "lr", "epochs"), POSITIVE),
     **dict.fromkeys(("lr_ratio", "d_initial"), POSITIVE),
     "seed": needs(

@@ -95,14 +95,15 @@ def main(given: list[str] | None = None) -> dict:
 
 
 _COMPLAINT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Diverged|: error): \S")
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TWO_CPUS = Path(__file__).resolve().parents[2] / "configs" / "two_cpus.yaml"
 
 
-def launch(*given: str, config: str = "two_cpus", timeout: float = 600) -> dict:
-    """What `accelerate launch --config_file configs/<config>.yaml -m peft_lessons.hf.cli` with the
-    arguments in `given` returns. RuntimeError with what the processes complained of if it fails."""
+def launch(*given: str, timeout: float = 600) -> dict:
+    """Run `accelerate launch --config_file configs/two_cpus.yaml -m peft_lessons.hf.cli` with the
+    arguments in `given` and return what it prints. RuntimeError with the errors of the processes if
+    it fails."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "-m", "peft_lessons.hf.cli"]
+    command += ["--config_file", str(TWO_CPUS), "-m", "peft_lessons.hf.cli"]
     # More threads than cores, shared by several processes, would be many times slower.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(

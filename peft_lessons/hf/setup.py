@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .._quiet import errors_only
-from ..data.base_models import launched_with, load_model, load_tokenizer
+from ..data.base_models import load_model, load_tokenizer
 from ..engine import misfit, read_adapter, refuse_other_base, validate
 
 VIRTUAL_TOKENS = 16
@@ -54,14 +54,9 @@ def setup_qlora(model_name: str, rank: int = 64):
 
 
 def _prepared(model):
-    """A 4-bit model made ready to train: all else in float32, unless it is to be cut into shards of
-    one dtype, and gradient checkpointing on."""
+    """Make a 4-bit model ready to train: all else in float32, and gradient checkpointing on."""
     from peft import prepare_model_for_kbit_training
 
-    if launched_with("FSDP"):
-        model.requires_grad_(False)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model
     return prepare_model_for_kbit_training(
         model, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
@@ -243,8 +238,7 @@ def setup_peft_training(
             head trains and is saved too, and a pooler under it that is as fresh.
         rank: of the methods that have one; α is twice as large.
         dtype: of the base. None is bfloat16 on a GPU that has it, else float32. What trains stays
-            in float32, but for norms, which have the base's dtype, and FSDP's shards, which have
-            one.
+            in float32, but for norms, which have the base's dtype.
         seed: decides the head and what the method draws.
 
     Returns (model in train mode, tokenizer with a padding token; it pads on the left for a prompt
@@ -293,7 +287,7 @@ def setup_peft_training(
     config = getattr(peft, kind)(task_type=task, **chosen)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=not launched_with("FSDP"))
+        model = peft.get_peft_model(model, config)
     if reads_last_place(model):
         tokenizer.padding_side = "left"
     model.output_dir = output_dir

@@ -1,13 +1,11 @@
 """Train a PEFT model with transformers' Trainer, on one device or, launched so, on several.
 
-What Trainer leaves out is here: padding that takes no loss, AdaLoRA's allocator, a resume that
-also holds for prompts and for AdaLoRA, and clear refusals. The loop is Trainer's.
+What Trainer leaves out is here: padding that takes no loss, AdaLoRA's allocator, and clear
+refusals. The loop and its checkpoints are Trainer's.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import random
@@ -15,35 +13,29 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
 
 from .._quiet import errors_only
-from ..data.base_models import launched_with, padded
+from ..data.base_models import padded
 from ..engine import WEIGHTS, validate
 from ..engine.virtual_tokens import positions_of
 from ..train.loop import TrainingDiverged, progress
 from .setup import classifies, rate_of, reads_last_place
 
 MAX_LENGTH = 256
-STATE = "adapter_state.safetensors"  # the last file of a checkpoint: with it, that is complete
-NEEDED = (STATE, "trainer_state.json", "optimizer.pt", "scheduler.pt")  # to go on to the same bits
 
 
 def train_with_peft(
@@ -78,8 +70,8 @@ def train_with_peft(
         learning_rate: falls to 0 after a rise over a tenth of the steps; None is `rate_of(config)`.
         max_length: longer texts are cut; None is 256, or what the model has positions for.
         checkpoint_every: steps between checkpoints, the last one at the end; None for none.
-        resume: go on from the newest whole checkpoint in `output_dir`; without one, begin. A run
-            that took all its steps takes no more.
+        resume: go on from the newest complete checkpoint in `output_dir`; without one, begin. Give
+            the same model, data and settings again: Trainer does not compare them.
         seed: of the order of texts and of dropout.
         show: False prints nothing.
 
@@ -91,8 +83,10 @@ def train_with_peft(
     Raises TypeError for a model that is not PEFT's; ValueError if nothing in it trains, it is
     merged or holds several adapters, for an empty data set, texts without a token, tokens or labels
     that are missing or out of range, a batch size that the processes cannot share, a tokenizer that
-    cannot pad or pads on the wrong side, an `output_dir` that holds an older run (unless it is to
-    be resumed) or is a file; TrainingDiverged for a loss that is NaN or infinite."""
+    cannot pad or pads on the wrong side, an `output_dir` that is a file or holds a finished run, or
+    checkpoints without `resume`, and for `resume` with a method that Trainer cannot resume
+    (AdaLoRA, P-tuning, a prefix with an MLP); TrainingDiverged for a loss that is NaN or
+    infinite."""
     from peft import PeftModel
 
     owner = "train_with_peft"
@@ -124,16 +118,17 @@ def train_with_peft(
             f"{owner}: behind a prompt a decoder's classifier reads the last place, and cannot see "
             "that it is padding: tokenizer.padding_side = 'left'"
         )
+    if resume:
+        _refuse_resume(model.active_peft_config)
     folder = Path(output_dir or getattr(model, "output_dir", None) or "./output")
     length = _length(model, max_length)
     train = prepare(model, tokenizer, train_dataset, length, "train_dataset")
     held_out = None
     if eval_dataset is not None:
         held_out = prepare(model, tokenizer, eval_dataset, length, "eval_dataset")
-    checkpoint = _checkpoint(folder, resume)
-    arguments = _arguments(
-        model, folder, train, epochs, steps, batch_size, rate, checkpoint_every, seed
-    )
+    steps = steps or math.ceil(epochs * math.ceil(len(train) / batch_size))
+    checkpoint = _checkpoint(folder, resume, steps)
+    arguments = _arguments(model, folder, steps, batch_size, rate, checkpoint_every, seed)
     with _random_states_kept():
         trainer = PeftTrainer(
             model,
@@ -287,14 +282,13 @@ def _accuracy(prediction) -> dict[str, float]:
 
 
 def _arguments(
-    model, folder: Path, train: list, epochs, steps, batch_size, rate, checkpoint_every, seed
+    model, folder: Path, steps, batch_size, rate, checkpoint_every, seed
 ) -> TrainingArguments:
     """Trainer's settings. `batch_size` is that of all devices together."""
     dtype = next(model.get_base_model().parameters()).dtype
     arguments = TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=epochs,
-        max_steps=-1 if steps is None else steps,
+        max_steps=steps,
         learning_rate=rate,
         warmup_steps=0.1,  # a share of the steps
         weight_decay=0.0,
@@ -325,11 +319,7 @@ def _arguments(
 
 
 class PeftTrainer(Trainer):
-    """Trainer for PEFT's models: AdaLoRA's ranks are allocated, and any of them can go on.
-
-    A checkpoint of Trainer holds the adapter as it is to be used. That is not enough to train on:
-    it has a prefix without the network that makes it, and of AdaLoRA neither what the allocator has
-    seen nor the triplets that are pruned and may come back. So what trains is kept beside it."""
+    """Trainer for PEFT's models: AdaLoRA's ranks are allocated, a classifier's loss is a mean."""
 
     def __init__(self, model, *args, **more):
         super().__init__(model, *args, **more)
@@ -337,138 +327,23 @@ class PeftTrainer(Trainer):
             # Classifiers take the count of labels that Trainer hands them, and ignore it: over
             # several steps or processes their loss would be counted more than once.
             self.model_accepts_loss_kwargs = False
-        if self.allocator is not None:
+        self.allocates = hasattr(model.base_model, "rankallocator")  # AdaLoRA's
+        if self.allocates:
             self.add_callback(_Allocate())
-
-    @cached_property
-    def data(self) -> str:
-        """Which examples these are, in which order."""
-        rows = json.dumps(list(self.train_dataset), default=torch.Tensor.tolist)
-        digest = hashlib.sha256(rows.encode()).hexdigest()
-        return f"{len(self.train_dataset)} examples ({digest[:8]})"
-
-    @property
-    def allocator(self):
-        """AdaLoRA's, or None."""
-        return getattr(self.model.base_model, "rankallocator", None)
 
     def prediction_step(self, model, *args, **more):
         # PEFT's AdaLoRA adds its regulariser also to a loss that is only to be measured.
-        model = model if self.allocator is None else self.model.get_base_model()
+        model = self.model.get_base_model() if self.allocates else model
         return super().prediction_step(model, *args, **more)
-
-    def run_of(self) -> dict:
-        """What has to be the same for a run to go on."""
-        a = self.args
-        return {
-            "method": type(self.model.active_peft_config).__name__,
-            "alpha": getattr(self.model.active_peft_config, "lora_alpha", None),
-            "rslora": getattr(self.model.active_peft_config, "use_rslora", None),
-            "data": self.data,
-            "steps": total_steps(self),
-            "batch_size": a.per_device_train_batch_size * a.world_size,
-            "learning_rate": a.learning_rate,
-            "seed": a.seed,
-        }
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if _in_parts() or not self.args.should_save:
-            return
-        file = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / STATE
-        header = {"run": json.dumps(self.run_of())}
-        if self.allocator is not None:
-            pattern = self.model.active_peft_config.rank_pattern
-            header["rank_pattern"] = json.dumps(pattern)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self._state().items()}
-        save_file(tensors, file.with_suffix(".tmp"), metadata=header)
-        os.replace(file.with_suffix(".tmp"), file)
-
-    def _state(self) -> dict[str, torch.Tensor]:
-        found = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        for kind in _SEEN if self.allocator is not None else ():
-            seen = getattr(self.allocator, kind)
-            found |= {f"{kind}:{name}": tensor for name, tensor in seen.items()}
-        return found
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        file = Path(resume_from_checkpoint) / STATE
-        if _in_parts():
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        with _opened(file) as opened:
-            header, names = opened.metadata(), set(opened.keys())
-            then, now = json.loads(header["run"]), self.run_of()
-            if changed := [k for k in now if now[k] != then.get(k)]:
-                was = ", ".join(f"{k} {then.get(k)}, not {now[k]}" for k in changed)
-                raise ValueError(
-                    f"the run in {self.args.output_dir!r} cannot go on: it was begun with {was}"
-                )
-            own = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            if missing := own.keys() - names:
-                raise ValueError(
-                    f"the checkpoint holds nothing for {min(missing)!r}: it is of "
-                    "another model or method"
-                )
-            with torch.no_grad():
-                for name, parameter in own.items():
-                    value = opened.get_tensor(name)
-                    if value.shape != parameter.shape:
-                        raise ValueError(
-                            f"the checkpoint's {name!r} has shape {tuple(value.shape)}, the "
-                            f"model's {tuple(parameter.shape)}"
-                        )
-                    parameter.copy_(value)
-            for kind in _SEEN if self.allocator is not None else ():
-                seen = {n for n in names if n.startswith(f"{kind}:")}
-                values = {n.partition(":")[2]: opened.get_tensor(n) for n in seen}
-                setattr(self.allocator, kind, values)
-            if self.allocator is not None:
-                pattern = json.loads(header["rank_pattern"])
-                self.model.active_peft_config.rank_pattern = pattern
-
-    def took_all_steps(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is the end of the run; then it is taken over. Trainer would take one
-        step more."""
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < total_steps(self):
-            return False
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = state
-        if self.allocator is not None:
-            _fit_schedule(self.model.active_peft_config, state.max_steps)
-        return True
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise ValueError(
-            f"{str(file)!r} is broken or cut off ({error}): remove its folder to go on from the "
-            "checkpoint before"
-        ) from None
-
-
-_SEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what AdaLoRA's allocator keeps of the past
-
-
-def total_steps(trainer: Trainer) -> int:
-    """How many steps the trainer is going to take."""
-    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-
-
-def _fit_schedule(config, total: int) -> None:
-    config.total_step, config.tinit, config.tfinal = total, total // 10, total // 3
-    config.deltaT = max(1, total // 50)
 
 
 class _Allocate(TrainerCallback):
     """Tell AdaLoRA how long the run is, and let it share out its ranks after each step."""
 
     def on_train_begin(self, args, state, control, model=None, **more):
-        _fit_schedule(model.active_peft_config, state.max_steps)
+        config, total = model.active_peft_config, state.max_steps
+        config.total_step, config.tinit, config.tfinal = total, total // 10, total // 3
+        config.deltaT = max(1, total // 50)
 
     def on_optimizer_step(self, args, state, control, model=None, **more):
         model.base_model.update_and_allocate(state.global_step + 1)
@@ -500,33 +375,40 @@ class _Log(TrainerCallback):
         self.bar.close()
 
 
-def _in_parts() -> bool:
-    return launched_with("FSDP") or launched_with("DEEPSPEED")
+def _refuse_resume(config) -> None:
+    """Raise ValueError for a method whose adapter file lacks a part of what trains."""
+    kind, network = config.peft_type.value, "the network that makes the virtual tokens"
+    lacks = {
+        "ADALORA": "the pruned triplets and the scores of its allocator",
+        "P_TUNING": network,
+        "PREFIX_TUNING": network if getattr(config, "prefix_projection", False) else None,
+    }
+    if what := lacks.get(kind):
+        raise ValueError(
+            f"resume=True: a run with {kind} cannot go on, because its checkpoints lack {what}; "
+            "train it in one run, with resume=False"
+        )
 
 
-def _checkpoint(folder: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from. ValueError if `folder` holds what must not be overwritten."""
+def _checkpoint(folder: Path, resume: bool, steps: int) -> Path | None:
+    """Return the newest complete checkpoint before the last of `steps`, None without `resume` or
+    where there is none. ValueError if `folder` holds what must not be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r} is a file; name a folder")
-    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    found.sort(key=lambda p: int(p.name.rpartition("-")[2]))
-    finished = (folder / WEIGHTS).exists()
-    if not resume and (found or finished):
-        held = "an adapter" if finished else f"{len(found)} checkpoints"
+    if (folder / WEIGHTS).exists():
         raise ValueError(
-            f"output_dir={str(folder)!r} holds {held} of an older run: take another folder, or "
-            "resume=True to go on with it"
+            f"output_dir={str(folder)!r} holds the adapter of a finished run: take another folder"
         )
-    if not resume:
-        return None
-    # FSDP and DeepSpeed hold every tensor in parts, and Trainer loads them by itself.
-    needed = ("trainer_state.json",) if _in_parts() else NEEDED
-    whole = [path for path in found if all((path / name).is_file() for name in needed)]
-    if not whole and finished:
+    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*"))
+    found = sorted(int(name[1]) for name in names if name)
+    if found and not resume:
         raise ValueError(
-            f"resume=True: {str(folder)!r} holds a finished adapter and no checkpoint to go on "
-            "from; take another folder"
+            f"output_dir={str(folder)!r} holds {len(found)} checkpoints of an older run: take "
+            "another folder, or resume=True to go on with it"
         )
+    # Trainer writes its state last. From a checkpoint at the end it would take one step too many.
+    paths = [folder / f"checkpoint-{number}" for number in found if number < steps]
+    whole = [path for path in paths if (path / "trainer_state.json").is_file()]
     return whole[-1] if whole else None
 
 
@@ -534,8 +416,7 @@ def _run(trainer: PeftTrainer, checkpoint: Path | None, folder: Path) -> dict:
     start = time.perf_counter()
     # It reports that pad and end tokens of model and tokenizer are now the same.
     with errors_only("transformers.trainer_utils"):
-        if checkpoint is None or _in_parts() or not trainer.took_all_steps(checkpoint):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     trainer.save_model(str(folder))  # by the first process only, and the tokenizer with it
     if trainer.args.should_save:

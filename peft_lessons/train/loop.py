@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,12 +23,11 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class History:
-    """What `fit` saw: one entry a step, and one of `evaluations` for each evaluation."""
+    """What `fit` saw: one entry a step."""
 
     loss: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
-    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    seconds: float = 0.0  # of the steps alone, evaluations left out
+    seconds: float = 0.0
 
     def smooth_loss(self, window: int = 10) -> list[float]:
         """The mean loss of up to `window` steps that end at each step."""
@@ -160,9 +157,6 @@ def fit(
     weight_decay: float = 0.0,
     clip: float | None = 1.0,
     seed: int = 0,
-    eval_every: int | None = None,
-    checkpoint: str | os.PathLike | None = None,
-    checkpoint_every: int = 50,
     show: bool = True,
 ) -> History:
     """Train what is not frozen in `model` on the training split of `task`, in place.
@@ -173,14 +167,11 @@ def fit(
     Args:
         lr: peak learning rate; None takes the method's own, or 1e-4 without a method.
         clip: largest norm of the whole gradient, None for no clipping.
-        eval_every: evaluate on the validation split after every so many steps.
-        checkpoint: a file to resume from if it is there, written every `checkpoint_every` steps;
-            an interrupted and resumed run equals an uninterrupted one. Removed at the end.
         show: whether to draw a progress bar.
 
-    Raises ValueError for a wrong argument, a model without anything to train or a checkpoint of
-    another run; RuntimeError while a method is merged; `TrainingDiverged` at a NaN or infinite
-    loss or gradient, before it reaches the weights."""
+    Raises ValueError for a wrong argument or a model without anything to train; RuntimeError while
+    a method is merged; `TrainingDiverged` at a NaN or infinite loss or gradient, before it reaches
+    the weights."""
     injection = injection_of(model)
     for path, inner in model.named_modules():
         if path and injection_of(inner):
@@ -191,8 +182,7 @@ def fit(
     if lr is None:
         lr = injection.method.learning_rate if injection else FULL_LEARNING_RATE
     validate("fit", steps=steps, lr=lr, batch_size=batch_size, warmup=warmup, clip=clip)
-    validate("fit", weight_decay=weight_decay, eval_every=eval_every)
-    validate("fit", checkpoint_every=checkpoint_every)
+    validate("fit", weight_decay=weight_decay)
     if injection and injection.merged:
         raise RuntimeError("fit: the method is merged, nothing it added is used; unmerge(model)")
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -203,11 +193,6 @@ def fit(
         )
     if injection:
         injection.method.before_fit(injection, steps)
-    run = {"steps": steps, "lr": lr, "batch_size": batch_size, "warmup": warmup, "seed": seed}
-    run |= {"weight_decay": weight_decay, "clip": clip, "task": task.name}
-    run |= {"names": sorted((n, tuple(p.shape)) for n, p in trainable.items())}
-    run |= {"method": repr(injection.method) if injection else "no method"}
-    run |= {"base": injection.fingerprint if injection else None}
     history, device, was_training = History(), _device(model), model.training
     optimizer = torch.optim.AdamW(
         _groups(trainable, injection),
@@ -220,10 +205,8 @@ def fit(
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            done = _resume(checkpoint, run, model, optimizer, history)
-            bar = progress(range(done, steps), "training", done, show)
-            batches = task.stream(batch_size, seed, start=done)
-            for step, batch in zip(bar, batches, strict=False):
+            bar = progress(range(steps), "training", show=show)
+            for step, batch in zip(bar, task.stream(batch_size, seed), strict=False):
                 started = time.perf_counter()
                 rate = lr * _schedule(step, steps, round(warmup * steps))
                 for group in optimizer.param_groups:
@@ -250,62 +233,6 @@ def fit(
                 history.seconds += time.perf_counter() - started
                 recent = history.loss[-10:]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
-                if eval_every and ((step + 1) % eval_every == 0 or step + 1 == steps):
-                    scores = evaluate(model, task, "validation")
-                    history.evaluations.append((step + 1, asdict(scores)))
-                if checkpoint and (step + 1) % checkpoint_every == 0 and step + 1 < steps:
-                    _store(checkpoint, run, model, optimizer, history)
     finally:
         model.train(was_training)
-    if checkpoint:
-        Path(checkpoint).unlink(missing_ok=True)
     return history
-
-
-def _moving(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that training changes: what trains, and buffers (a method may keep statistics there)."""
-    moving = {n for n, p in model.named_parameters() if p.requires_grad}
-    moving |= {n for n, _ in model.named_buffers()}
-    return {n: t for n, t in model.state_dict().items() if n in moving}
-
-
-def _store(path, run: dict, model: nn.Module, optimizer, history: History) -> None:
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    state = {
-        "run": run,
-        "model": _moving(model),
-        "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-        "history": asdict(history),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _resume(path, run: dict, model: nn.Module, optimizer, history: History) -> int:
-    """Restore everything from the checkpoint, if there is one; the number of steps done."""
-    if path is None or not Path(path).exists():
-        return 0
-    try:
-        state = torch.load(path, weights_only=True)
-        theirs = state["run"]
-    except Exception as error:
-        raise ValueError(f"fit: {str(path)!r} is no whole checkpoint of fit: {error}") from None
-    if differing := [k for k in run if theirs.get(k) != run[k]]:
-        k = differing[0]
-        said = "other parameters train" if k == "names" else f"{k} was {theirs.get(k)!r} there"
-        raise ValueError(
-            f"fit: {str(path)!r} belongs to another run ({said}): delete it or name another file"
-        )
-    model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
-    for name, value in state["history"].items():
-        setattr(history, name, value)
-    history.evaluations = [tuple(e) for e in history.evaluations]
-    return len(history.loss)
