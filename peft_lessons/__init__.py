@@ -34,7 +34,6 @@ from .proof import (
     agreement,
     attempt,
     copy_values,
-    interoperability,
     there_and_back,
     with_method,
 )
@@ -56,6 +55,7 @@ from .results import (
 )
 from .tables import cost_table, table
 from .tasks import load_task
+from .testing.interoperability import interoperability
 from .training import History, Scores, TrainingDiverged, evaluate, fit, standard_error
 
 __all__ = [
