@@ -16,13 +16,13 @@ from tiny import (
     TinyText,
     close,
     contents,
+    perturb,
     read_config,
     refused,
     rewrite,
     same,
     state,
     tiny_llama,
-    trained,
 )
 from torch import nn
 
@@ -114,7 +114,7 @@ def trains(model):
 def trained_pair(base, method=METHOD, **changes):
     """Both with the same values, as after training."""
     theirs, ours = pair(base, method, **changes)
-    trained(ours, 0.3)
+    perturb(ours, 0.3)
     with torch.no_grad():
         for path, layer in layers_of(theirs).items():
             for part in PARTS:
@@ -213,7 +213,7 @@ def test_penalty_is_the_mean_of_the_norms_and_joins_the_loss():
     base = tiny_llama()
     ours = deepcopy(base)
     inject(ours, METHOD)
-    trained(ours, 0.3)
+    perturb(ours, 0.3)
     grams = [
         g
         for a in branches_of(ours).values()
@@ -337,7 +337,7 @@ def test_without_any_difference_of_scores_nothing_is_settled():
 def test_with_gradients_of_zero_nothing_is_settled_and_no_value_changes():
     ours = tiny_llama()
     inject(ours, replace(METHOD, delta=50))
-    trained(ours, 0.3)
+    perturb(ours, 0.3)
     allocator = RankAllocator(branches_of(ours).values(), injection_of(ours).method)
     for p in trains(ours):
         p.grad = torch.zeros_like(p)
@@ -429,7 +429,7 @@ def test_merging_at_any_time_and_unload():
     other = deepcopy(base)
     inject(other, METHOD)
     assert all(
-        torch.equal(t, weights[n]) for n, t in unload(trained(other, 0.3)).state_dict().items()
+        torch.equal(t, weights[n]) for n, t in unload(perturb(other, 0.3)).state_dict().items()
     )
 
 
@@ -530,7 +530,7 @@ def smallest_file(folder):
     """What PEFT needs to load an AdaLoRA; target_r is 8 then: this schedule cannot run."""
     source = tiny_llama()
     inject(source, AdaLoRA(4, 2, 6, ("q_proj",), 0, 0, 1, 2))
-    save_adapter(trained(source, 0.3), folder)
+    save_adapter(perturb(source, 0.3), folder)
     config = {"peft_type": "ADALORA", "init_r": 4, "total_step": 1, "target_modules": ["q_proj"]}
     rewrite(folder)  # without our header, which vouches for the config
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
@@ -577,7 +577,7 @@ def test_a_regulariser_that_is_off_stays_off(tmp_path):
 def test_an_adapter_saved_before_its_ranks_are_settled_runs_its_schedule(tmp_path):
     source, again = tiny_llama(), tiny_llama()
     inject(source, METHOD)
-    save_adapter(trained(source, 0.3), tmp_path)
+    save_adapter(perturb(source, 0.3), tmp_path)
     assert read_config(tmp_path)["rank_pattern"] is None
     load_adapter(again, tmp_path, trainable=True)
     assert injection_of(again).method == METHOD

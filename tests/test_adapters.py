@@ -19,6 +19,7 @@ from tiny import (
     by_hand,
     close,
     greedy,
+    perturb,
     read_config,
     refused,
     rewrite,
@@ -28,7 +29,6 @@ from tiny import (
     task_of,
     tiny_bert,
     tiny_llama,
-    trained,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -77,7 +77,7 @@ FORWARD, GRADIENT = 2e-6, 2e-6
 def adapted(name, kind, width=6, **fields):
     model = MODELS[name]()
     inject(model, BottleneckAdapter(width, kind, **fields))
-    return trained(model)
+    return perturb(model)
 
 
 # ------------------------------------------------------------------ AdapterHub's stored answers
@@ -345,7 +345,7 @@ def test_the_other_layouts(build, kind):
     plain, before = deepcopy(model), model(ids).last_hidden_state
     inject(model, BottleneckAdapter(4, kind))
     assert torch.equal(model(ids).last_hidden_state, before)
-    trained(model)
+    perturb(model)
     wrappers = injection_of(model).wrappers.items()
     copies = {p: deepcopy(w.adapter) for p, w in wrappers if hasattr(w, "adapter")}
     expected = by_hooks(plain, kind, copies, 1.0)(ids).last_hidden_state
@@ -362,7 +362,7 @@ def test_the_bundled_models(base, d, layers, kind):
     report = inject(model, BottleneckAdapter(16, kind))
     assert report.trainable == layers * (2 if kind == "houlsby" else 1) * (2 * d * 16 + 16 + d)
     assert torch.equal(model(ids)[0], before)
-    assert (trained(model, 0.05)(ids)[0] - before).abs().max() > 1e-3
+    assert (perturb(model, 0.05)(ids)[0] - before).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------ merging and taking out
@@ -453,7 +453,7 @@ def test_other_dtypes(name, kind, dtype):
     assert torch.equal(base(**batch).logits, before), "step 0 is the base"
     own = {p.dtype for _, p in injection_of(base).added()}
     assert own == {torch.float64 if dtype == torch.float64 else torch.float32}
-    output = trained(base)(**batch)
+    output = perturb(base)(**batch)
     assert output.logits.dtype == dtype and output.logits.isfinite().all()
     expected = adapted(name, kind)(**batch).logits.double()
     gap = (output.logits.double() - expected).abs().max() / expected.abs().max()

@@ -17,7 +17,7 @@ from tiny import (
     TinyTask,
     contents,
     lora_config,
-    moved,
+    perturb,
     read_config,
     refused,
     rewrite,
@@ -65,12 +65,12 @@ def logits(model):
 
 def adapted(model, method=QV, also_train=()):
     inject(model, method, also_train)
-    return moved(model)
+    return perturb(model)
 
 
 def theirs_on(base, targets, task=None, **settings):
     config = lora_config(LoRA(4, 6, targets), task, **settings)
-    return moved(peft.get_peft_model(base, config))
+    return perturb(peft.get_peft_model(base, config))
 
 
 @pytest.fixture

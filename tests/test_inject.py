@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import refused, same, state, tiny_bert, tiny_llama, trained
+from tiny import (
+    perturb,
+    refused,
+    same,
+    state,
+    tiny_bert,
+    tiny_llama,
+)
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
@@ -38,7 +45,7 @@ IDS = torch.arange(1, 25).view(2, 12)
 def injected(method=QV, seed=7):
     model = tiny_llama()
     inject(model, method)
-    return trained(model, seed=seed)
+    return perturb(model, seed=seed)
 
 
 def test_injection_changes_no_output_bit():
@@ -81,7 +88,7 @@ def test_unload_gives_the_base_back_bit_by_bit():
     model.bert.pooler.train()
     untouched = state(model)
     inject(model, LoRA(rank=4, alpha=6, targets=("query",)), also_train=("pooler",))
-    trained(model)
+    perturb(model)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -260,7 +267,7 @@ def test_nan_in_the_last_layer_leaves_the_first_one_unmerged(poison):
 def test_other_dtypes_compute_train_and_merge(dtype):
     model = tiny_llama().to(dtype)
     inject(model, QV)
-    trained(model)
+    perturb(model)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     assert dtypes == {torch.float64 if dtype == torch.float64 else torch.float32}
     logits = model(IDS).logits
@@ -351,7 +358,7 @@ def test_layers_called_like_the_parts_of_a_wrapper():
     untouched, expected = state(model), model(x)
     told = inject(model, LoRA(2, 3, ("base", "lora")))
     assert told.trainable == 40 and told.base == 58
-    trained(model)
+    perturb(model)
     before = model(x)
     merge(model)
     assert torch.allclose(model(x), before, atol=1e-6)
@@ -409,7 +416,7 @@ def test_a_fused_encoder_layer_is_refused_unless_it_is_switched_off():
             before = layer(x)
             inject(model, method)
             assert torch.allclose(layer(x), before, atol=1e-6)
-            trained(model)
+            perturb(model)
             assert not torch.allclose(layer(x), before)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
@@ -446,7 +453,7 @@ def test_injected_where_no_gradients_are_it_still_trains(mode):
     model = tiny_llama()
     with mode():
         inject(model, QV)
-        trained(model)
+        perturb(model)
         merge(model)
         unmerge(model)
         assert not torch.is_grad_enabled()
@@ -459,7 +466,7 @@ def test_many_rounds_leave_no_trace():
     untouched = state(model)
     for i in range(12):
         inject(model, LoRA(rank=2, alpha=3, targets="all-linear" if i % 2 else ("query",)))
-        trained(model)
+        perturb(model)
         model(IDS)
         unload(model)
     assert same(state(model), untouched)
@@ -493,7 +500,7 @@ def test_copies_through_files(tmp_path):
 def test_a_change_of_dtype_after_injection(dtype):
     model = tiny_bert()
     inject(model, LoRA(2, 3, ("query",)))
-    trained(model).to(dtype)
+    perturb(model).to(dtype)
     assert model(IDS).logits.dtype == dtype
     merge(model)
     unmerge(model)

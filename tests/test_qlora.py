@@ -14,11 +14,11 @@ from tiny import (
     close,
     greedy,
     interrupted,
+    perturb,
     refused,
     step_of_both,
     tiny_llama,
     tiny_opt,
-    trained,
 )
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
@@ -296,7 +296,7 @@ def test_a_checkpoint_leaves_the_base_out(tmp_path):
 def test_merging_is_refused_until_the_base_is_dequantised(build):
     model = build()
     inject(model, QLoRA(rank=4, alpha=8))
-    trained(model)
+    perturb(model)
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -325,7 +325,7 @@ def test_unload_gives_the_quantised_base():
     model = llama()
     weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     inject(model, QLoRA(rank=4, alpha=8))
-    layer = unload(trained(model)).model.layers[0].mlp.up_proj
+    layer = unload(perturb(model)).model.layers[0].mlp.up_proj
     assert type(layer) is NF4Linear
     assert torch.equal(layer.weight, dequantize_nf4(*_through_double(weight), weight.shape))
 
@@ -340,7 +340,7 @@ def test_a_16_bit_base_keeps_float32_factors_and_its_dtype():
     inject(model, QLoRA(rank=4, alpha=8))
     assert {p.dtype for _, p in injection_of(model).added()} == {torch.float32}
     ids = torch.arange(12)[None]
-    output = trained(model)(input_ids=ids, labels=ids)
+    output = perturb(model)(input_ids=ids, labels=ids)
     output.loss.backward()
     assert output.logits.dtype == torch.bfloat16
     expected = output.logits.detach()
@@ -353,7 +353,7 @@ def test_a_16_bit_base_keeps_float32_factors_and_its_dtype():
 def test_a_model_cast_after_injection_runs_dequantised_too(cast):
     model = llama()
     inject(model, QLoRA(rank=4, alpha=8))
-    getattr(trained(model), cast)()
+    getattr(perturb(model), cast)()
     ids = torch.arange(12)[None]
     with torch.no_grad():
         expected = model(input_ids=ids).logits

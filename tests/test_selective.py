@@ -17,7 +17,7 @@ from tiny import (
     close,
     gradients,
     interrupted,
-    moved,
+    perturb,
     read_config,
     refused,
     rewrite,
@@ -740,7 +740,7 @@ def test_what_is_pruned_stays_sparse_in_further_training(decay):
 
 @pairs(SELECTING)
 def test_the_file_of_a_selection_holds_just_that(name, kind, tmp_path):
-    model = moved(injected(name, KINDS[kind]))
+    model = perturb(injected(name, KINDS[kind]))
     save_adapter(model, tmp_path)
     file = load_file(tmp_path / WEIGHTS)
     assert {key.removeprefix("base_model.model.") for key in file} == training(model)
@@ -874,7 +874,7 @@ def test_a_file_that_does_not_fit_is_refused(what, tmp_path):
 
 @pairs(SELECTING)
 def test_a_selection_that_was_merged_stays_when_it_is_unloaded(name, kind):
-    model, batch = moved(injected(name, KINDS[kind])), batch_of(name)
+    model, batch = perturb(injected(name, KINDS[kind])), batch_of(name)
     learned = model(**batch).logits
     with refused(model, "not merged", RuntimeError):
         unmerge(model)

@@ -17,9 +17,9 @@ from tiny import (
     close,
     greedy,
     hooks,
+    perturb,
     refused,
     same,
-    shaken,
     state,
     task_of,
 )
@@ -75,7 +75,7 @@ def bert():
     """As `tiny_bert`, with a feed-forward whose width 4-bit layers take."""
     torch.manual_seed(0)
     config = BertConfig(**SIZES, intermediate_size=128, max_position_embeddings=64, num_labels=2)
-    model = shaken(BertForSequenceClassification(config))
+    model = perturb(BertForSequenceClassification(config), 0.05)
     model.fresh_modules = ("classifier",)
     return model
 

@@ -65,7 +65,8 @@ class Bench:
     merges:   whether `merge` must work (True), must raise TypeError (False) or may do either.
     loaded:   the method that a file gives back: None means that this is not compared.
     rounding: how far logits may be off once they are loaded, as a share of the largest.
-    unloads:  whether `unload` gives the base back; not where the method quantises it.
+    own_type: whether its peft_type is its alone; not where PEFT has one type for several methods.
+    keeps_base: whether the base keeps its values; not where the method quantises it.
     fields:   whether to try other values of the fields too.
     peft:     PEFT's config of the method, to exchange files with PEFT.
     steps:    the steps of a training."""
@@ -75,7 +76,8 @@ class Bench:
     merges: bool | None = None
     loaded: Method | None = None
     rounding: float = 1e-5
-    unloads: bool = True
+    own_type: bool = True
+    keeps_base: bool = True
     fields: bool = True
     peft: Any = None
     steps: int = 30
@@ -181,8 +183,9 @@ def summary(error: Exception) -> str:
 def _as_declared(method: Method, bench: Bench) -> str:
     """A frozen dataclass of its own, with fields that its file can name."""
     cls = type(method)
-    settings = vars(cls).get("__dataclass_params__")
-    if settings is None:
+    settings = getattr(cls, "__dataclass_params__", None)
+    inherited = "__dataclass_params__" not in vars(cls)
+    if settings is None or (inherited and get_annotations(cls)):
         raise MethodError(
             "the class is no dataclass, so what looks like its fields is none",
             "Write @dataclass(frozen=True) above it.",
@@ -556,8 +559,8 @@ def _shapes(method: Method, bench: Bench) -> list:
 
 def _computed(method: Method, bench: Bench) -> list:
     model = bench.perturbed(method)
-    penalty = method.penalty(injection_of(model))
-    return [bench.logits(model).tolist(), float(penalty), bench.loss(model).item()]
+    penalty = torch.as_tensor(method.penalty(injection_of(model))).item()
+    return [bench.logits(model).tolist(), penalty, bench.loss(model).item()]
 
 
 def _learned(method: Method, bench: Bench) -> list | str:
@@ -657,8 +660,7 @@ def _as_merged(method: Method, bench: Bench) -> str:
     # Which functions make up a merge rule, the base class says; one of one's own is a rule.
     rule = [n for n in ("merged_tensors", "delta_weight") if hasattr(Adapted, n)]
     ruled = any(getattr(type(w), n) is not getattr(Adapted, n) for w in wrappers for n in rule)
-    expected, weights = bench.logits(model), [w.base.weight.clone() for w in wrappers]
-    before = _values(model)
+    expected, before = bench.logits(model), _values(model)
     tolerance = 1e-4 * expected.abs().max().item()
     try:
         merge(model)
@@ -670,7 +672,7 @@ def _as_merged(method: Method, bench: Bench) -> str:
         return f"merge refuses it ({summary(error)})" if ruled else "it has no rule to merge"
     if bench.merges is False:
         raise MethodError("merge must refuse it: no change of the weights computes the same")
-    if not (wrappers or injection.attached):
+    if not wrappers:
         return "what it trains of the base lies there already"
     if (off := _off(bench.logits(model), expected)) > tolerance:
         for wrapper in wrappers:
@@ -688,7 +690,8 @@ def _as_merged(method: Method, bench: Bench) -> str:
         unmerge(model)
     except TypeError as error:
         raise MethodError("it merges and cannot be taken out again", f"{summary(error)}.") from None
-    off = max(_off(w.base.weight, weight) for w, weight in zip(wrappers, weights, strict=True))
+    weights = {path: before[f"{path}.base.weight"] for path in injection.wrappers}
+    off = max(_off(model.get_parameter(f"{path}.base.weight"), w) for path, w in weights.items())
     if off > 1e-4 or _off(bench.logits(model), expected) > tolerance:
         raise MethodError(
             f"merged and unmerged, the base is not what it was: its weights are off by {off:.2g}",
@@ -710,7 +713,7 @@ def _as_unloaded(method: Method, bench: Bench) -> str:
         else:
             raise MethodError("inject puts it into a model that holds it already")
         after = _values(model)
-        if not bench.unloads:
+        if not bench.keeps_base:
             return "unload takes it out"
         for name, value in before.items():
             if not torch.equal(after[name], value):
@@ -756,13 +759,14 @@ def _as_copied(method: Method, bench: Bench) -> str:
 
 def _as_cast(method: Method, bench: Bench) -> str:
     """In 16 and 64 bits it computes, learns and merges; in 16 bits its parameters have 32."""
-    expected = None
+    wide = expected = None
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         model = bench.perturbed(method, bench.model().to(dtype))
-        own = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = model if wide is None else wide
+        model.load_state_dict(wide.state_dict())  # a start may depend on how the base is rounded
         for name, p in injection_of(model).added():
-            if p.dtype != own:
-                raise MethodError(f"on a {dtype} base {name!r} is {p.dtype}, expected {own}")
+            if p.dtype in (torch.float16, torch.bfloat16):
+                raise MethodError(f"on a {dtype} base {name!r} is {p.dtype}: small steps are lost")
         output = model(**bench.batch)
         if output.logits.dtype != dtype or not output.logits.isfinite().all():
             raise MethodError(
@@ -776,8 +780,7 @@ def _as_cast(method: Method, bench: Bench) -> str:
         expected = logits if expected is None else expected
         # Layer after layer rounds to a unit in the last place.
         tolerance = 64 * torch.finfo(dtype).eps * expected.abs().max()
-        if dtype != torch.float64 and _off(logits, expected) > tolerance:
-            off = _off(logits, expected)
+        if bench.keeps_base and (off := _off(logits, expected)) > tolerance:
             raise MethodError(f"on a {dtype} base the logits are off by {off:.2g} from 64 bits")
         try:
             merge(model)
@@ -792,7 +795,9 @@ def _as_cast(method: Method, bench: Bench) -> str:
 
 def _as_counted(method: Method, bench: Bench) -> str:
     """On the meta device, without any value, it has the same parameters and goes the same ways."""
-    real, model = bench.holding(method), bench.holding(method, bench.model().to("meta"))
+    empty = bench.model().to("meta")
+    empty.tie_weights()
+    real, model = bench.holding(method), bench.holding(method, empty)
     shapes = [
         [(name, p.shape, p.requires_grad) for name, p in m.named_parameters()]
         for m in (real, model)
@@ -802,10 +807,10 @@ def _as_counted(method: Method, bench: Bench) -> str:
             "on the meta device it has other parameters",
             "load_adapter tries a method there first: read shapes, no values.",
         )
-    batch = {name: value.to("meta") for name, value in bench.batch.items()}
+    ids = bench.batch["input_ids"]
     with torch.no_grad():
-        logits = model(**batch).logits
-    if not logits.is_meta or logits.shape != real(**bench.batch).logits.shape:
+        logits = model(ids.to("meta")).logits
+    if not logits.is_meta or logits.shape != real(ids).logits.shape:
         raise MethodError("on the meta device its logits have another shape")
     try:
         merge(model)
@@ -887,7 +892,7 @@ def check_method(method: Method, base: nn.Module | None = None, **expected: Any)
     with it on a BERT, where designs observe their places."""
     bench = Bench(**({} if base is None else {"base": base}), **{"loaded": method, **expected})
     skipped = set()
-    if type(bench.loaded) is not type(method):  # its files are those of another method
+    if not bench.own_type:
         skipped.add(_as_named)
     if vars(type(method)).get("design") is None or bench.base.config.model_type != "bert":
         skipped |= {_as_designed, _as_listed}

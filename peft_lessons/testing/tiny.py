@@ -69,18 +69,26 @@ def tiny_bert(seed: int = 0, **changes) -> BertForSequenceClassification:
 MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
 
 
-def padded_batch(model: nn.Module, lengths: Sequence[int] = (12, 9, 5)) -> dict[str, torch.Tensor]:
+def padded_rows(
+    vocabulary: int, causal: bool, lengths: Sequence[int] = (12, 9, 5), pad: int = 0
+) -> dict[str, torch.Tensor]:
     """Return random tokens, a row for each length, with mask and labels: padded on the left for a
     decoder that generates, on the right for all others."""
     generator = torch.Generator().manual_seed(11)
     size = (len(lengths), max(lengths))
-    ids = torch.randint(3, model.config.vocab_size, size, generator=generator)
+    ids = torch.randint(3, vocabulary, size, generator=generator)
     mask = torch.tensor([[1] * n + [0] * (size[1] - n) for n in lengths])
-    if model.can_generate():
+    if causal:
         mask = mask.flip(1)
-    ids = ids.where(mask.bool(), model.config.pad_token_id or 0)
-    labels = ids.where(mask.bool(), -100) if model.can_generate() else torch.arange(size[0]) % 2
+    ids = ids.where(mask.bool(), pad)
+    labels = ids.where(mask.bool(), -100) if causal else torch.arange(size[0]) % 2
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def padded_batch(model: nn.Module, lengths: Sequence[int] = (12, 9, 5)) -> dict[str, torch.Tensor]:
+    """Return `padded_rows` for this model."""
+    config = model.config
+    return padded_rows(config.vocab_size, model.can_generate(), lengths, config.pad_token_id or 0)
 
 
 # ------------------------------------------------------------------ generation
