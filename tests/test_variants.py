@@ -2,7 +2,6 @@
 
 import warnings
 from copy import deepcopy
-from dataclasses import replace
 
 import bitsandbytes.functional as bnb
 import peft
@@ -81,77 +80,12 @@ def added(model):
 # ------------------------------------------------------------------ all of them
 
 
-@EACH
-@pytest.mark.parametrize("method", [LoRAPlus(4, 6.0), PiSSA(4, 6.0), VeRA(12), OFT(16)])
-def test_at_the_start_it_is_the_base(name, method):
-    base, batch = MODELS[name](), batch_of(name)
-    inside = with_method(base, replace(method, targets=TARGETS[name]))
-    assert torch.equal(inside(**batch).logits, base(**batch).logits)
-
-
-@EACH
-@pytest.mark.parametrize(
-    "method", [LoRAPlus(4, 6.0), PiSSA(4, 6.0), VeRA(12), OFT(16), OFT(16, neumann=False)]
-)
-def test_merge_and_unmerge(name, method):
-    model, batch = MODELS[name](), batch_of(name)
-    before, plain = state(model), model(**batch).logits
-    inject(model, replace(method, targets=TARGETS[name]))
-    with torch.no_grad():
-        for _, p in injection_of(model).added():
-            p.add_(0.1 * torch.randn_like(p))
-    expected = model(**batch).logits
-    assert (expected - plain).abs().max() > 1e-3
-    merge(model)
-    close(model(**batch).logits, expected, 1e-5)
-    unmerge(model)
-    close(model(**batch).logits, expected, 1e-5)
-    merge(model)
-    unload(model)
-    close(model(**batch).logits, expected, 1e-5)
-    assert list(before) == list(state(model))
-
-
-@pytest.mark.parametrize("method", [LoRAPlus(4), PiSSA(4), VeRA(12), OFT(16), LoftQ(4)])
-def test_in_a_16_bit_base_what_learns_has_32(method):
-    model, batch = wide().bfloat16(), batch_of("llama")
-    plain = model(**batch).logits
-    inject(model, method)
-    assert {p.dtype for p in added(model).values()} == {torch.float32}
-    output = model(**batch)
-    assert output.logits.dtype == torch.bfloat16
-    if not isinstance(method, LoftQ):
-        assert torch.equal(output.logits, plain)
-    output.loss.backward()
-    assert all(p.grad.isfinite().all() for p in added(model).values())
-
-
-@pytest.mark.parametrize("method", [VeRA(12), OFT(16), OFT(16, neumann=False)])
-def test_in_a_64_bit_base_what_learns_has_64(method):
-    model, batch = tiny_llama().double(), batch_of("llama")
-    plain = model(**batch).logits
-    inject(model, method)
-    assert {p.dtype for p in added(model).values()} == {torch.float64}
-    assert torch.equal(model(**batch).logits, plain)
-    expected = perturb(model)(**batch).logits
-    merge(model)
-    close(model(**batch).logits, expected, 1e-13)
-
-
 def test_a_model_may_be_halved_afterwards():
     """A processor solves nothing in 16 bits."""
     model, batch = tiny_llama(), batch_of("llama")
     inject(model, OFT(16, neumann=False))
     expected = perturb(model)(**batch).logits
     close(model.half()(**batch).logits.float(), expected, 1e-2)
-
-
-@pytest.mark.parametrize("method", [LoRAPlus(4), PiSSA(4), LoftQ(4), VeRA(12), OFT(16)])
-def test_fit_lowers_the_loss(method):
-    model = wide()
-    inject(model, method)
-    history = fit(model, task_of("llama"), 20, show=False)
-    assert history.smooth_loss()[-1] < history.loss[0]
 
 
 @pytest.mark.parametrize(
@@ -497,13 +431,6 @@ def test_in_16_bits_q_has_16():
     close(unload(model)(**batch).logits, expected, 0.05)
 
 
-def test_merging_into_four_bits_is_refused():
-    model = wide()
-    inject(model, LoftQ(4, 6.0, iterations=1))
-    with refused(model, "the base is in 4 bits", TypeError):
-        merge(model)
-
-
 # ------------------------------------------------------------------ VeRA
 
 
@@ -766,13 +693,6 @@ def test_a_series_of_older_versions_is_refused(version, tmp_path):
         load_adapter(base, tmp_path)
     rewrite(tmp_path, peft_version="0.21rc1@abc")
     load_adapter(base, tmp_path)
-
-
-def test_peft_opens_ours_without_a_warning(tmp_path):
-    save_adapter(perturb(with_method(tiny_llama(), OFT(16))), tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 @pytest.mark.parametrize(

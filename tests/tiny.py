@@ -14,6 +14,7 @@ from torch import nn
 from peft_lessons import DoRA, LoRA, inject, injection_of
 from peft_lessons.adapters_io import CONFIG, WEIGHTS
 from peft_lessons.testing.tiny import (  # noqa: F401 - tests import all from here
+    FEED_FORWARD,
     GREEDY,
     MODELS,
     SIZES,

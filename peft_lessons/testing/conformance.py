@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property
 from inspect import get_annotations
@@ -493,7 +494,7 @@ def _as_trained(method: Method, bench: Bench) -> str:
     for name, p in training.items():
         p.register_hook(lambda g, name=name: seen.update({name: bool(seen[name] or g.any())}))
     try:
-        history = fit(model, _ByHeart(bench.batch), bench.steps, show=False)
+        history = fit(model, _ByHeart(bench.batch), bench.steps, weight_decay=0.1, show=False)
     except TrainingDiverged as error:
         raise MethodError(
             f"fit diverges at its learning_rate={method.learning_rate:g}: choose a smaller one",
@@ -669,6 +670,12 @@ def _as_merged(method: Method, bench: Bench) -> str:
             raise MethodError("merge must work and refuses it", f"{summary(error)}.") from None
         if not _equal(_values(model), before) or not torch.equal(bench.logits(model), expected):
             raise MethodError("merge refuses it and has changed the model") from None
+        try:
+            unmerge(model)
+        except (TypeError, RuntimeError):
+            pass
+        else:
+            raise MethodError("merge refuses it, and unmerge does not")
         return f"merge refuses it ({summary(error)})" if ruled else "it has no rule to merge"
     if bench.merges is False:
         raise MethodError("merge must refuse it: no change of the weights computes the same")
@@ -696,6 +703,11 @@ def _as_merged(method: Method, bench: Bench) -> str:
         raise MethodError(
             f"merged and unmerged, the base is not what it was: its weights are off by {off:.2g}",
             "unmerged_tensors must be the inverse of merged_tensors, for weight and bias.",
+        )
+    merge(model)
+    if (off := _off(bench.logits(unload(model)), expected)) > tolerance:
+        raise MethodError(
+            f"merged and unloaded, the base computes something else: off by {off:.2g}"
         )
     return "it merges, and can be taken out again"
 
@@ -761,7 +773,12 @@ def _as_cast(method: Method, bench: Bench) -> str:
     """In 16 and 64 bits it computes, learns and merges; in 16 bits its parameters have 32."""
     wide = expected = None
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        model = bench.perturbed(method, bench.model().to(dtype))
+        base = bench.model().to(dtype)
+        plain = bench.logits(base)
+        model = bench.holding(method, base)
+        if _off(bench.logits(model), plain) > bench.start * plain.abs().max():
+            raise MethodError(f"on a {dtype} base step 0 is not the base")
+        perturb(model, 0.1)
         wide = model if wide is None else wide
         model.load_state_dict(wide.state_dict())  # a start may depend on how the base is rounded
         for name, p in injection_of(model).added():
@@ -828,14 +845,16 @@ def _as_generated(method: Method, bench: Bench) -> str:
     if not bench.base.can_generate():
         return "the model does not generate"
     model = bench.perturbed(method)
-    expected = by_hand(model, bench.batch)
-    for cache_is_used in (True, False):
-        if not torch.equal(greedy(model, bench.batch, use_cache=cache_is_used), expected):
-            how = "with" if cache_is_used else "without"
-            raise MethodError(
-                f"generate {how} a cache gives another text than the forward pass",
-                "In a step with a cache the model sees the last token alone.",
-            )
+    full = {name: value[:1] for name, value in bench.batch.items()}  # generate drops its mask
+    for batch in (bench.batch, full):
+        expected = by_hand(model, batch)
+        for cached in (True, False):
+            if not torch.equal(greedy(model, batch, use_cache=cached), expected):
+                raise MethodError(
+                    f"generate {'with' if cached else 'without'} a cache gives another text than "
+                    "the forward pass",
+                    "In a step with a cache the model sees the last token alone.",
+                )
     return "it generates the same with and without a cache"
 
 
@@ -843,7 +862,10 @@ def _as_exchanged(method: Method, bench: Bench) -> str:
     """PEFT reads its files, and it reads PEFT's."""
     if bench.peft is None:
         return "files are not compared with PEFT"
-    (row,) = interoperability({"": bench.base}, {"": (method, bench.peft)})
+    with warnings.catch_warnings(record=True) as said:
+        (row,) = interoperability({"": bench.base}, {"": (method, bench.peft)})
+    if told := [str(w.message) for w in said if "is_gradient_checkpointing" not in str(w.message)]:
+        raise MethodError(f"PEFT warns of its files: {told[0].splitlines()[0]}")
     if row["refused"] or row["effect"] < 0.01:
         raise MethodError(f"nothing is exchanged with PEFT: {row['refused'] or 'no effect'}")
     for way in ("ours → PEFT", "PEFT → ours"):
