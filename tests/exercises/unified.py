@@ -532,6 +532,11 @@ EDITS = {
         "large: the loss rises",
         (FORWARD, "d = self.scale * (x @ self.A.T @ self.B.T); return h + 2 * d.detach() - d"),
     ),
+    "field_without_effect": (
+        "'depth' has no effect: with depth=3",
+        ("scale: float = 1.5", "scale: float = 1.5\n    depth: int = 2"),
+        ('{"rank": ', '{"depth": ("depth", 2), "rank": '),
+    ),
     # its file
     "rank_forgotten": ("'rank' is missing in peft_fields", ('"rank": ("r", 4), ', "")),
     "scale_forgotten": ("'scale' is missing in peft_fields", ('"scale": ("s", 1.5), ', "")),
