@@ -56,7 +56,7 @@ MUTANTS = [
     ),
     *of(
         f"{METHODS}/qlora.py",
-        "qlora every_method",
+        "qlora",
         ("(codes[0::2] << 4) | codes[1::2]", "(codes[1::2] << 4) | codes[0::2]"),
         ("offset = absmax.mean()", "offset = absmax.median()"),
         ("grad @ ctx.layer.weight.to(grad.dtype)", "grad @ ctx.layer.weight.to(grad.dtype).sign()"),
@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     *of(
         f"{METHODS}/dora.py",
-        "dora every_method",
+        "dora",
         (
             "@torch.no_grad()  # a constant in the backward pass",
             "# a constant in the backward pass",
@@ -75,7 +75,7 @@ MUTANTS = [
     ),
     *of(
         f"{METHODS}/adalora.py",
-        "adalora every_method",
+        "adalora",
         ("self.alpha, self.divisor = alpha, rank + 1e-5", "self.alpha, self.divisor = alpha, rank"),
         ("(step > method.tinit and step % method.delta == 0)", "(step % method.delta == 0)"),
         ("b: tensors[b][:, mask]", "b: tensors[b]"),
@@ -83,14 +83,14 @@ MUTANTS = [
     ),
     *of(
         f"{METHODS}/adapters.py",
-        "adapters every_method",
+        "adapters",
         ("t = norm(h + x)", "t = norm(h)"),
         ("h + self.scale * self.adapter(t)", "h + self.adapter(t)"),
         ("self.added_to(h, x, output.LayerNorm) + x", "self.added_to(h, x, output.LayerNorm)"),
     ),
     *of(
         f"{METHODS}/ia3.py",
-        "ia3 every_method",
+        "ia3",
         (
             "return weight * self.l, None if keeps else bias",
             "return weight * self.l, None if 1 else bias",
@@ -100,28 +100,28 @@ MUTANTS = [
     ),
     *of(
         f"{METHODS}/prompt.py",
-        "prompt every_method",
+        "prompt",
         ("lengthen(labels, len(self.prompt_embeddings), -100)", "labels"),
         ('for name in ("position_ids", "cache_position"):', 'for name in ("cache_position",):'),
         ("places.where(places < 0, places + p)", "places + p"),
     ),
     *of(
         f"{METHODS}/prefix.py",
-        "prefix every_method",
+        "prefix",
         ("lengthen(mask, p, 1)", "lengthen(mask, p, 0)"),
         ('changed["position_ids"] = positions + p', 'changed["position_ids"] = positions'),
         ("if not cache.get_seq_length():", "if True:"),
     ),
     *of(
         f"{METHODS}/selective.py",
-        "selective every_method",
+        "selective",
         ('endswith((".bias", "_bias"))', 'endswith(".bias")'),
         ("((2 * s - 1) * stretch).clamp(0, 1)", "((2 * s - 1) * stretch).clamp(min=0)"),
         ("layer.w.copy_(layer.delta_weight() * mask)", "layer.w.copy_(layer.w * mask)"),
     ),
     *of(
         f"{METHODS}/variants.py",
-        "variants every_method",
+        "variants",
         ('"lora.lora_B": self.lr_ratio', '"lora.lora_A": self.lr_ratio'),
         ("torch.cat([B, -B0], dim=1)", "torch.cat([B, B0], dim=1)"),
         ("return S - S.mT", "return S + S.mT"),
@@ -143,7 +143,7 @@ MUTANTS = [
     ),
     *of(
         "peft_lessons/adapters_io.py",
-        "adapters_io every_method",
+        "adapters_io",
         ('with open(temporary[path], "wb") as f:', 'with open(path, "wb") as f:'),
         ('if "meta" not in (theirs, *ours) and theirs not in ours:', "if False:"),
         ("if header.get(_CONFIG_DIGEST, digest) != digest:", "if False:"),

@@ -82,7 +82,7 @@ def _exchanged(base: nn.Module, ours: nn.Module, config, steps: int) -> dict[str
         # A prompt's own places come first; a classifier has none.
         return values[:, -text["input_ids"].shape[1] :] if values.dim() == 3 else values
 
-    perturb(ours, 0.1, 0)
+    perturb(ours, 0.1, None)
     _train(
         ours,
         batch,
@@ -95,7 +95,7 @@ def _exchanged(base: nn.Module, ours: nn.Module, config, steps: int) -> dict[str
         theirs = _in_four_bits(base, set(injection.wrappers))
         plain = dequantize(unload(copy.deepcopy(ours)))
     made = get_peft_model(copy.deepcopy(theirs), config)
-    perturb(made, 0.1, 1)
+    perturb(made, 0.1, None)
     _train(made, batch, steps, after=getattr(made.base_model, "update_and_allocate", None))
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(ours, f"{folder}/ours")

@@ -23,10 +23,11 @@ FEED_FORWARD = dict(intermediate_size=96)
 
 
 @torch.no_grad()
-def perturb(model: nn.Module, size: float = 0.2, seed: int = 5) -> nn.Module:
+def perturb(model: nn.Module, size: float = 0.2, seed: int | None = 5) -> nn.Module:
     """Add random numbers to all trainable parameters, as training would, and return the model in
-    eval mode. At its start a method changes nothing, so most mistakes would not show."""
-    generator = torch.Generator().manual_seed(seed)
+    eval mode. At its start a method changes nothing, so most mistakes would not show. The numbers
+    come from a generator of their own, or without a seed from torch's."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.requires_grad:
             p.add_(size * torch.randn(p.shape, generator=generator).to(p))
