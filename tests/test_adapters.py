@@ -12,23 +12,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import (
-    CAUSAL,
     EACH,
     MODELS,
     batch_of,
-    by_hand,
     close,
-    greedy,
+    perturb,
     read_config,
     refused,
     rewrite,
     same,
     state,
     step_of_both,
-    task_of,
     tiny_bert,
     tiny_llama,
-    trained,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -53,14 +49,11 @@ from peft_lessons import (
     Adapter,
     BottleneckAdapter,
     QLoRA,
-    fit,
     inject,
     load_adapter,
     load_model,
-    merge,
     save_adapter,
     unload,
-    unmerge,
 )
 from peft_lessons.data.bundled import bundled_path
 from peft_lessons.engine import WEIGHTS, injection_of
@@ -75,8 +68,9 @@ FORWARD, GRADIENT = 2e-6, 2e-6
 
 def adapted(name, kind, width=6, **fields):
     model = MODELS[name]()
+    torch.manual_seed(3)  # what the method draws
     inject(model, BottleneckAdapter(width, kind, **fields))
-    return trained(model)
+    return perturb(model)
 
 
 # ------------------------------------------------------------------ AdapterHub's stored answers
@@ -205,6 +199,7 @@ def test_logits_loss_and_gradients(name, kind, activation):
     batch = batch_of(name)
     ours = adapted(name, kind, activation=activation, scale=1.5)
     plain = MODELS[name]()
+    plain.load_state_dict(ours.state_dict(), strict=False)  # a head is perturbed, too
     expected_paths = 4 if kind == "houlsby" else 2
     places = {p: w for p, w in injection_of(ours).wrappers.items() if hasattr(w, "adapter")}
     assert len(places) == expected_paths
@@ -225,13 +220,10 @@ def test_logits_loss_and_gradients(name, kind, activation):
 
 @EACH
 @KIND
-def test_step_0_is_the_base_to_the_last_bit(name, kind):
-    model, batch = MODELS[name](), batch_of(name)
-    before = model(**batch).logits
+def test_counts_and_the_first_gradient(name, kind):
+    model = MODELS[name]()
     report = inject(model, BottleneckAdapter(6, kind))
-    output = model(**batch)
-    assert torch.equal(output.logits, before)
-    output.loss.backward()
+    model(**batch_of(name)).loss.backward()
     # The first step moves `up` alone: a(t) = 0 whatever `down` is.
     for wrapper in injection_of(model).wrappers.values():
         if hasattr(wrapper, "adapter"):
@@ -257,16 +249,6 @@ def test_padding_changes_nothing(name, kind):
     close(a, b, 1e-5, "padding")
 
 
-@CAUSAL
-@KIND
-def test_generation_cached_and_uncached(name, kind):
-    model, batch = adapted(name, kind), batch_of(name)
-    cached = greedy(model, batch)
-    assert torch.equal(greedy(model, batch, use_cache=False), cached)
-    assert torch.equal(by_hand(model, batch), cached)
-    assert not torch.equal(greedy(MODELS[name](), batch), cached)
-
-
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @KIND
 def test_gradient_checkpointing(name, kind):
@@ -283,19 +265,6 @@ def test_gradient_checkpointing(name, kind):
         gradients.append([p.grad for _, p in injection_of(model).added()])
     for a, b in zip(*gradients, strict=True):
         close(a, b, 1e-6, "checkpointing")
-
-
-@pytest.mark.parametrize("name", ["llama", "opt"])
-def test_nothing_of_a_forward_stays_and_a_copy_is_independent(name):
-    model, batch = adapted(name, "parallel"), batch_of(name)
-    logits = model(**batch).logits
-    assert not vars(STREAM)
-    copy = deepcopy(model)
-    with torch.no_grad():
-        for _, p in injection_of(copy).added():
-            p.zero_()
-    assert torch.equal(model(**batch).logits, logits)
-    assert torch.equal(copy(**batch).logits, MODELS[name]()(**batch).logits)
 
 
 def test_threads_do_not_meet():
@@ -344,7 +313,7 @@ def test_the_other_layouts(build, kind):
     plain, before = deepcopy(model), model(ids).last_hidden_state
     inject(model, BottleneckAdapter(4, kind))
     assert torch.equal(model(ids).last_hidden_state, before)
-    trained(model)
+    perturb(model)
     wrappers = injection_of(model).wrappers.items()
     copies = {p: deepcopy(w.adapter) for p, w in wrappers if hasattr(w, "adapter")}
     expected = by_hooks(plain, kind, copies, 1.0)(ids).last_hidden_state
@@ -361,20 +330,7 @@ def test_the_bundled_models(base, d, layers, kind):
     report = inject(model, BottleneckAdapter(16, kind))
     assert report.trainable == layers * (2 if kind == "houlsby" else 1) * (2 * d * 16 + 16 + d)
     assert torch.equal(model(ids)[0], before)
-    assert (trained(model, 0.05)(ids)[0] - before).abs().max() > 1e-3
-
-
-# ------------------------------------------------------------------ merging and taking out
-
-
-@EACH
-@KIND
-def test_merging_is_refused_with_the_reason(name, kind):
-    model = adapted(name, kind)
-    with refused(model, "merge: .*cannot be merged: it is not linear", TypeError):
-        merge(model)
-    with refused(model, "nothing to take out", RuntimeError):
-        unmerge(model)
+    assert (perturb(model, 0.05)(ids)[0] - before).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------ files
@@ -416,61 +372,6 @@ def test_another_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another|other weights"):
         load_adapter(tiny_bert(seed=1), tmp_path)
     load_adapter(tiny_bert(seed=1), tmp_path, check_base=False)
-
-
-# ------------------------------------------------------------------ training
-
-
-@EACH
-@KIND
-def test_fit_moves_all_and_nothing_else(name, kind, tmp_path):
-    model = MODELS[name]()
-    inject(model, BottleneckAdapter(6, kind))
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    history = fit(model, task_of(name), steps=8, show=False)
-    assert len(history.loss) == 8
-    trains = {n for n, _ in injection_of(model).added()}
-    for n, p in model.named_parameters():
-        moved = not torch.equal(p, before[n])
-        assert moved == (n in trains or n.startswith("classifier.")), n
-    save_adapter(model, tmp_path)
-    again, batch = MODELS[name](), batch_of(name)
-    load_adapter(again, tmp_path)
-    assert torch.equal(model.eval()(**batch).logits, again.eval()(**batch).logits)
-
-
-# ------------------------------------------------------------------ other dtypes and devices
-
-
-@EACH
-@KIND
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_other_dtypes(name, kind, dtype):
-    base, batch = MODELS[name]().to(dtype), batch_of(name)
-    before = base(**batch).logits
-    inject(base, BottleneckAdapter(6, kind))
-    assert torch.equal(base(**batch).logits, before), "step 0 is the base"
-    own = {p.dtype for _, p in injection_of(base).added()}
-    assert own == {torch.float64 if dtype == torch.float64 else torch.float32}
-    output = trained(base)(**batch)
-    assert output.logits.dtype == dtype and output.logits.isfinite().all()
-    expected = adapted(name, kind)(**batch).logits.double()
-    gap = (output.logits.double() - expected).abs().max() / expected.abs().max()
-    assert gap < {torch.bfloat16: 0.05, torch.float16: 0.006, torch.float64: 1e-5}[dtype]
-    output.loss.backward()
-    assert all(p.grad.isfinite().all() for _, p in injection_of(base).added())
-
-
-@EACH
-@KIND
-def test_a_meta_model(name, kind):
-    with torch.device("meta"):
-        model = MODELS[name]()
-    report = inject(model, BottleneckAdapter(6, kind))
-    assert all(p.is_meta for _, p in injection_of(model).added())
-    real = MODELS[name]()
-    assert report.trainable == inject(real, BottleneckAdapter(6, kind)).trainable
-    unload(model)
 
 
 # ------------------------------------------------------------------ refusals

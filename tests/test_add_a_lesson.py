@@ -69,7 +69,7 @@ def test_a_new_lesson_is_exported_executed_and_tested(course):
     chosen = "15_lora_xs or lora_xs or affordable_rank or lora-xs or has_a_row"
     said = run(course, "pytest", "-v", "-k", chosen, *tests)
     ran = (
-        "computes_the_same_or_is_refused[lora-xs",
+        "does_all_that_a_method_does[lora-xs",
         "rules[15",
         "solved[15",
         "affordable_rank-linear",

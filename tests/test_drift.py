@@ -29,7 +29,7 @@ from tiny import (
     batch_of,
     by_hand,
     greedy,
-    moved,
+    perturb,
     tiny_bert,
     tiny_llama,
 )
@@ -91,7 +91,7 @@ def model_with(config, base=None, name="default"):
     """PEFT's model, moved away from its start as by training."""
     torch.manual_seed(0)
     base = tiny_llama() if base is None else base
-    return moved(peft.get_peft_model(base, config, name))
+    return perturb(peft.get_peft_model(base, config, name))
 
 
 @torch.no_grad()
@@ -304,7 +304,7 @@ SEEDS = range(4)
 def soft(kind: str, seed: int = 0):
     torch.manual_seed(seed)
     config = SOFT[kind](num_virtual_tokens=5, **TASK)
-    return moved(peft.get_peft_model(tiny_llama(seed), config))
+    return perturb(peft.get_peft_model(tiny_llama(seed), config))
 
 
 def texts_that_are_right(kind: str) -> str:

@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import (
     FEED_FORWARD,
     SIZES,
-    moved,
+    perturb,
     read_config,
     refused,
     same,
-    shaken,
     state,
     tiny_bert,
 )
@@ -94,7 +93,7 @@ EACH = pytest.mark.parametrize("family", CLASSIFIERS)
 
 def base_of(family):
     torch.manual_seed(0)
-    return shaken(CLASSIFIERS[family][0]())
+    return perturb(CLASSIFIERS[family][0](), 0.05)
 
 
 def another_head(model):
@@ -152,7 +151,7 @@ def test_a_head_that_the_method_trains_is_not_called_frozen(family, method, tmp_
     ours = base_of(family)
     told = inject(ours, method)
     assert not told.frozen_head and "Frozen" not in repr(told)
-    save_adapter(moved(ours), tmp_path)
+    save_adapter(perturb(ours), tmp_path)
     config = read_config(tmp_path)
     assert config["task_type"] is None and config["modules_to_save"] is None
     again = base_of(family)
@@ -185,7 +184,7 @@ def test_the_file_gives_the_same_logits_on_any_head(family, row, tmp_path):
     head, targets = CLASSIFIERS[family][1:]
     ours = base_of(family)
     inject(ours, METHODS[row](targets))
-    save_adapter(moved(ours), tmp_path)
+    save_adapter(perturb(ours), tmp_path)
     assert read_config(tmp_path)["modules_to_save"] == list(head)
     assert apart(base_of(family), ours) > 1e-3
 
@@ -206,7 +205,7 @@ def test_a_head_in_also_train_is_in_the_file_and_trains(family, tmp_path):
     head, targets = CLASSIFIERS[family][1:]
     ours = base_of(family)
     inject(ours, LoRA(4, 6, targets), modules_to_save=head)
-    save_adapter(moved(ours), tmp_path)
+    save_adapter(perturb(ours), tmp_path)
     config = read_config(tmp_path)
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == list(head)
     with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
@@ -221,7 +220,7 @@ def test_a_head_in_also_train_is_in_the_file_and_trains(family, tmp_path):
 def test_a_part_of_a_head_is_no_head_for_peft(modules_to_save, tmp_path):
     ours = base_of("roberta")
     inject(ours, LoRA(4, 6, ("query",)), modules_to_save)
-    save_adapter(moved(ours), tmp_path)
+    save_adapter(perturb(ours), tmp_path)
     assert read_config(tmp_path)["task_type"] is None
     assert apart(opened_by_peft(base_of("roberta"), tmp_path), ours) < 1e-6
     load_adapter(again := base_of("roberta"), tmp_path)
@@ -233,7 +232,7 @@ def test_a_head_of_which_one_module_trains_is_whole_in_the_file(tmp_path):
     ours = base_of("distilbert")
     told = inject(ours, LoRA(4, 6, ("q_lin",)), modules_to_save=("classifier",))
     assert told.whole == ("classifier",) and told.frozen_head == ("pre_classifier",)
-    save_adapter(moved(ours), tmp_path)
+    save_adapter(perturb(ours), tmp_path)
     assert apart(opened_by_peft(another_head(base_of("distilbert")), tmp_path), ours) < 1e-6
 
 
@@ -241,14 +240,14 @@ def test_a_head_of_which_one_module_trains_is_whole_in_the_file(tmp_path):
 def test_another_body_is_refused(method, tmp_path):
     ours = base_of("bert")
     inject(ours, method)
-    save_adapter(moved(ours), tmp_path)
-    with refused(model := shaken(base_of("bert")), "base with other weights"):
+    save_adapter(perturb(ours), tmp_path)
+    with refused(model := perturb(base_of("bert"), 0.05), "base with other weights"):
         load_adapter(model, tmp_path)
 
 
 def test_a_file_of_peft_without_the_head_leaves_it_alone(tmp_path):
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query"])
-    theirs = moved(peft.get_peft_model(base_of("bert"), config))
+    theirs = perturb(peft.get_peft_model(base_of("bert"), config))
     theirs.save_pretrained(tmp_path)
     ours = base_of("bert")
     load_adapter(ours, tmp_path)
@@ -262,7 +261,7 @@ def test_a_file_whose_fingerprint_covers_the_head_still_opens(tmp_path):
     ours = base_of("bert")
     header = {"format": "pt", "peft_lessons_base": fingerprint(ours)}
     inject(ours, LoRA(4, 6, ("query",)), modules_to_save=("classifier",))
-    save_adapter(moved(ours), tmp_path)
+    save_adapter(perturb(ours), tmp_path)
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, header)
     load_adapter(again := base_of("bert"), tmp_path)
     assert torch.equal(logits(again), logits(ours))
@@ -273,7 +272,7 @@ def test_a_file_whose_fingerprint_covers_the_head_still_opens(tmp_path):
 def test_a_merged_classifier_keeps_the_head_of_the_file(tmp_path):
     ours = base_of("bert")
     inject(ours, LoRA(4, 6, ("query",)))
-    save_adapter(moved(ours), tmp_path)
+    save_adapter(perturb(ours), tmp_path)
     again = another_head(base_of("bert"))
     load_adapter(again, tmp_path)
     merge(again)
@@ -284,6 +283,6 @@ def test_the_adapter_merges_into_a_base_that_load_model_gives_a_new_head(tmp_pat
     ours = load_model("minilm", labels=2)
     del ours.fresh_modules
     inject(ours, LoRA(4, 6, ("query",)))
-    save_adapter(moved(ours), tmp_path)
+    save_adapter(perturb(ours), tmp_path)
     merged = load_and_merge_adapter("minilm", tmp_path)
     assert apart(merged, ours) < 1e-5

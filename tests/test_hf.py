@@ -22,7 +22,13 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from tiny import SIZES, contents, shaken, tiny_llama, tiny_opt
+from tiny import (
+    SIZES,
+    contents,
+    perturb,
+    tiny_llama,
+    tiny_opt,
+)
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -80,7 +86,7 @@ def folders(tmp_path_factory):
     torch.manual_seed(1)
     sizes = dict(SIZES, vocab_size=30522, intermediate_size=128, max_position_embeddings=64)
     sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    bert = shaken(BertModel(BertConfig(**sizes)))
+    bert = perturb(BertModel(BertConfig(**sizes)), 0.05)
     poolerless = BertModel(BertConfig(**sizes), add_pooling_layer=False)
     roberta = RobertaModel(RobertaConfig(**sizes, pad_token_id=0), add_pooling_layer=False)
     gpt2 = dict(vocab_size=4096, n_embd=64, n_layer=2, n_head=4, n_positions=64)
@@ -91,7 +97,7 @@ def folders(tmp_path_factory):
         ("bert", bert, "minilm"),
         ("poolerless", poolerless, "minilm"),
         ("opt", tiny_opt(), "tinylm"),
-        ("gpt2", shaken(GPT2LMHeadModel(GPT2Config(**gpt2))), "tinylm"),
+        ("gpt2", perturb(GPT2LMHeadModel(GPT2Config(**gpt2)), 0.05), "tinylm"),
         ("roberta", roberta, "minilm"),
         ("distilbert", DistilBertModel(DistilBertConfig(**distilbert)), "minilm"),
         ("deberta", DebertaV2Model(DebertaV2Config(**sizes)), "minilm"),

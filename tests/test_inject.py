@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import refused, same, state, tiny_bert, tiny_llama, trained
+from tiny import (
+    perturb,
+    refused,
+    same,
+    state,
+    tiny_bert,
+    tiny_llama,
+)
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
@@ -42,14 +49,7 @@ IDS = torch.arange(1, 25).view(2, 12)
 def injected(method=QV, seed=7):
     model = tiny_llama()
     inject(model, method)
-    return trained(model, seed=seed)
-
-
-def test_injection_changes_no_output_bit():
-    base = tiny_llama()
-    before = base(IDS).logits
-    inject(base, QV)
-    assert torch.equal(base(IDS).logits, before)
+    return perturb(model, seed=seed)
 
 
 def test_only_the_factors_and_a_fresh_head_train():
@@ -67,25 +67,12 @@ def test_only_the_factors_and_a_fresh_head_train():
     assert repr(report(model)) == text
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_merge_and_unmerge_change_no_output(seed):
-    model = injected(seed=seed)
-    before, base = model(IDS).logits, tiny_llama()(IDS).logits
-    assert (before - base).abs().max() > 0.01
-    merge(model)
-    assert torch.allclose(model(IDS).logits, before, atol=1e-5)
-    unmerge(model)
-    assert torch.allclose(model(IDS).logits, before, atol=1e-5)
-    assert torch.allclose(unload(model)(IDS).logits, base, atol=1e-5)
-
-
 def test_unload_gives_the_base_back_bit_by_bit():
     model = tiny_bert()
     model.bert.encoder.layer[0].requires_grad_(False)
     model.bert.pooler.train()
     untouched = state(model)
     inject(model, LoRA(rank=4, alpha=6, targets=("query",)), modules_to_save=("pooler",))
-    trained(model)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -101,14 +88,6 @@ def test_unload_while_merged_keeps_what_was_learned():
     merge(model)
     assert torch.allclose(unload(model)(IDS).logits, expected, atol=1e-5)
     assert not any(isinstance(m, AdapterLayer) for m in model.modules())
-
-
-def test_a_deep_copy_is_independent():
-    model = injected()
-    copy = deepcopy(model)
-    merge(copy)
-    assert not injection_of(model).merged
-    assert torch.equal(unload(model)(IDS).logits, tiny_llama()(IDS).logits)
 
 
 def test_targets_are_whole_segments_patterns_or_all_linear():
@@ -260,26 +239,6 @@ def test_nan_in_the_last_layer_leaves_the_first_one_unmerged(poison):
     assert not injection_of(model).merged
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_compute_train_and_merge(dtype):
-    model = tiny_llama().to(dtype)
-    inject(model, QV)
-    trained(model)
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
-    assert dtypes == {torch.float64 if dtype == torch.float64 else torch.float32}
-    logits = model(IDS).logits
-    assert logits.dtype == dtype
-    logits.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    merge(model)
-    scale = logits.abs().max()
-    # A merged half-precision weight rounds W + ΔW once more than the branch does.
-    assert (model(IDS).logits - logits).abs().max() < (
-        1e-9 if dtype == torch.float64 else 0.05
-    ) * scale
-    assert model.model.layers[0].self_attn.q_proj.base.weight.dtype == dtype
-
-
 def test_the_layer_alone_follows_its_base():
     layer = LinearWithLoRA(nn.Linear(8, 6, dtype=torch.bfloat16), rank=2, alpha=3)
     assert layer.lora.lora_A.dtype == torch.bfloat16
@@ -287,13 +246,6 @@ def test_the_layer_alone_follows_its_base():
     assert layer.linear is layer.base and not layer.linear.weight.requires_grad
     on_meta = LinearWithLoRA(nn.Linear(8, 6, device="meta"), rank=2)
     assert on_meta.lora.lora_B.is_meta
-
-
-def test_a_model_on_the_meta_device_can_be_counted():
-    with torch.device("meta"):
-        model = tiny_llama()
-    told = inject(model, QV)
-    assert told.trainable == 2 * 4 * ((64 + 64) + (64 + 32))
 
 
 def test_freeze_leaves_the_head_and_what_is_named():
@@ -355,7 +307,7 @@ def test_layers_called_like_the_parts_of_a_wrapper():
     untouched, expected = state(model), model(x)
     told = inject(model, LoRA(2, 3, ("base", "lora")))
     assert told.trainable == 40 and told.base == 58
-    trained(model)
+    perturb(model)
     before = model(x)
     merge(model)
     assert torch.allclose(model(x), before, atol=1e-6)
@@ -413,7 +365,7 @@ def test_a_fused_encoder_layer_is_refused_unless_it_is_switched_off():
             before = layer(x)
             inject(model, method)
             assert torch.allclose(layer(x), before, atol=1e-6)
-            trained(model)
+            perturb(model)
             assert not torch.allclose(layer(x), before)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
@@ -450,7 +402,7 @@ def test_injected_where_no_gradients_are_it_still_trains(mode):
     model = tiny_llama()
     with mode():
         inject(model, QV)
-        trained(model)
+        perturb(model)
         merge(model)
         unmerge(model)
         assert not torch.is_grad_enabled()
@@ -463,7 +415,7 @@ def test_many_rounds_leave_no_trace():
     untouched = state(model)
     for i in range(12):
         inject(model, LoRA(rank=2, alpha=3, targets="all-linear" if i % 2 else ("query",)))
-        trained(model)
+        perturb(model)
         model(IDS)
         unload(model)
     assert same(state(model), untouched)
@@ -497,7 +449,7 @@ def test_copies_through_files(tmp_path):
 def test_a_change_of_dtype_after_injection(dtype):
     model = tiny_bert()
     inject(model, LoRA(2, 3, ("query",)))
-    trained(model).to(dtype)
+    perturb(model).to(dtype)
     assert model(IDS).logits.dtype == dtype
     merge(model)
     unmerge(model)

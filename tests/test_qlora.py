@@ -5,19 +5,18 @@ from copy import deepcopy
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import (
     SIZES,
     TinyText,
     close,
-    greedy,
+    perturb,
     refused,
     step_of_both,
     tiny_llama,
     tiny_opt,
-    trained,
 )
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
@@ -226,30 +225,6 @@ def test_logits_loss_and_gradients_equal_those_of_peft(pair):
                 close(getattr(layer, factor)["default"].weight.grad, mine)
 
 
-def test_greedy_generation_equals_that_of_peft(pair):
-    theirs, ours, batch = pair
-    prompt = {k: batch[k].flip(1) for k in ("input_ids", "attention_mask")}
-    assert torch.equal(greedy(ours.eval(), prompt), greedy(theirs.eval(), prompt))
-
-
-@pytest.mark.filterwarnings("error:Unexpected keyword arguments")
-def test_files_travel_both_ways(pair, tmp_path):
-    theirs, ours, batch = pair
-    expected = ours.eval()(**batch).logits
-    save_adapter(ours, tmp_path / "ours")
-    opened = PeftModel.from_pretrained(load_model("tinylm", four_bit=True), tmp_path / "ours")
-    assert (opened(**batch).logits - expected).abs().max() < 1e-6
-    back = load_model("tinylm")
-    load_adapter(back, tmp_path / "ours")
-    assert repr(injection_of(back).method) == repr(injection_of(ours).method)
-    assert torch.equal(back(**batch).logits, expected)
-    # PEFT's file does not say that its base was quantised: it is a LoRA adapter like any other.
-    theirs.save_pretrained(tmp_path / "theirs")
-    there = load_model("tinylm")
-    load_adapter(there, tmp_path / "theirs")
-    assert type(injection_of(there).method) is LoRA
-
-
 # ------------------------------------------------------------------ the verbs
 
 
@@ -284,7 +259,7 @@ def test_training_moves_the_factors_and_nothing_else(tmp_path):
 def test_merging_is_refused_until_the_base_is_dequantised(build):
     model = build()
     inject(model, QLoRA(rank=4, alpha=8))
-    trained(model)
+    perturb(model)
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -313,7 +288,7 @@ def test_unload_gives_the_quantised_base():
     model = llama()
     weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     inject(model, QLoRA(rank=4, alpha=8))
-    layer = unload(trained(model)).model.layers[0].mlp.up_proj
+    layer = unload(perturb(model)).model.layers[0].mlp.up_proj
     assert type(layer) is NF4Linear
     assert torch.equal(layer.weight, dequantize_nf4(*_through_double(weight), weight.shape))
 
@@ -328,7 +303,7 @@ def test_a_16_bit_base_keeps_float32_factors_and_its_dtype():
     inject(model, QLoRA(rank=4, alpha=8))
     assert {p.dtype for _, p in injection_of(model).added()} == {torch.float32}
     ids = torch.arange(12)[None]
-    output = trained(model)(input_ids=ids, labels=ids)
+    output = perturb(model)(input_ids=ids, labels=ids)
     output.loss.backward()
     assert output.logits.dtype == torch.bfloat16
     expected = output.logits.detach()
@@ -341,7 +316,7 @@ def test_a_16_bit_base_keeps_float32_factors_and_its_dtype():
 def test_a_model_cast_after_injection_runs_dequantised_too(cast):
     model = llama()
     inject(model, QLoRA(rank=4, alpha=8))
-    getattr(trained(model), cast)()
+    getattr(perturb(model), cast)()
     ids = torch.arange(12)[None]
     with torch.no_grad():
         expected = model(input_ids=ids).logits

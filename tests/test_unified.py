@@ -8,18 +8,15 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from tiny import (
-    CAUSAL,
     EACH,
     MODELS,
     SIZES,
     batch_of,
-    by_hand,
     close,
-    greedy,
     hooks,
+    perturb,
     refused,
     same,
-    shaken,
     state,
     task_of,
 )
@@ -43,10 +40,6 @@ from peft_lessons import (
     check,
     fit,
     inject,
-    load_adapter,
-    merge,
-    report,
-    save_adapter,
 )
 from peft_lessons.engine import (
     DESIGNS,
@@ -54,7 +47,6 @@ from peft_lessons.engine import (
     Method,
     PeftFiles,
     injection_of,
-    read_adapter,
     registered_methods,
 )
 from peft_lessons.methods.prefix import fill, make_room
@@ -80,7 +72,7 @@ def bert():
     """As `tiny_bert`, with a feed-forward whose width 4-bit layers take."""
     torch.manual_seed(0)
     config = BertConfig(**SIZES, intermediate_size=128, max_position_embeddings=64, num_labels=2)
-    model = shaken(BertForSequenceClassification(config))
+    model = perturb(BertForSequenceClassification(config), 0.05)
     model.fresh_modules = ("classifier",)
     return model
 
@@ -542,6 +534,7 @@ def test_the_lesson_s_own_example_passes_the_check_of_the_exercise():
         "Design": Design,
         "F": F,
         "Method": Method,
+        "PeftFiles": PeftFiles,
         "__name__": "__main__",
     }
     exec(source, names | {"dataclass": dataclass, "nn": nn, "torch": torch}, names)
@@ -581,21 +574,6 @@ def adapters(model):
 
 
 @EACH
-def test_what_it_adds_trains_and_nothing_else(name):
-    model = mixed(name, values=False)
-    heads = 2 if name in ("llama", "qwen2") else 4  # key-value heads, of 16 numbers each
-    expected = 4 * 2 * 2 * heads * 16 + 2 * (2 * 64 * 6 + 6 + 64)
-    head = 2 * 64 + 2 if name == "bert" else 0
-    assert report(model).trainable == expected + head
-    before = state(model)
-    train(model, name, weight_decay=0.1)
-    after = state(model)
-    changed = {n for n in before if not torch.equal(before[n], after[n])}
-    training = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert changed == training and any("peft_attached" in n for n in training)
-
-
-@EACH
 def test_at_the_start_it_is_the_prefix_alone(name):
     model, other = mixed(name, values=False), MODELS[name]()
     inject(other, Prefix(4))
@@ -621,12 +599,6 @@ def test_it_is_its_two_halves(name):
 
 
 @EACH
-def test_fit_lowers_the_loss(name):
-    history = train(mixed(name, values=False), name, steps=20)
-    assert history.smooth_loss()[-1] < history.loss[0]
-
-
-@EACH
 def test_the_prefix_learns_ten_times_as_fast(name):
     """The first step of Adam moves each number by its rate."""
     model, rate = mixed(name), 1e-4
@@ -636,45 +608,6 @@ def test_the_prefix_learns_ten_times_as_fast(name):
     assert (prefix - before[0]).abs().max().item() == pytest.approx(10 * rate, rel=0.02)
     moves = [(p - b).abs().max().item() for p, b in zip(others, before[1], strict=True)]
     assert max(moves) == pytest.approx(rate, rel=0.02)
-
-
-@EACH
-def test_its_file_holds_its_settings_and_the_tensors_of_both(name, tmp_path):
-    model, again = MODELS[name](), MODELS[name]()
-    inject(model, MixAndMatch(4, 6, scale=0.5))
-    save_adapter(model, tmp_path)
-    config, tensors, _ = read_adapter(tmp_path)
-    assert config["peft_type"] == "MIX_AND_MATCH"
-    assert (config["tokens"], config["width"], config["scale"]) == (4, 6, 0.5)
-    assert len(tensors) == 1 + 2 * 4 + 2 * (name == "bert")
-    load_adapter(again, tmp_path)
-    assert injection_of(again).method == MixAndMatch(4, 6, scale=0.5)
-
-
-@EACH
-def test_merge_is_refused_and_changes_nothing(name):
-    model = mixed(name)
-    with refused(model, "MixAndMatch adds lies outside the layers", TypeError):
-        merge(model)
-
-
-@CAUSAL
-def test_generate_with_and_without_a_cache(name):
-    model, batch = mixed(name), batch_of(name)
-    cached = greedy(model, batch)
-    assert torch.equal(cached, greedy(model, batch, use_cache=False))
-    assert torch.equal(cached, by_hand(model, batch))
-    assert not torch.equal(cached, greedy(MODELS[name](), batch))
-
-
-def test_a_16_bit_base_and_float32_numbers_beside_it():
-    model = MODELS["llama"]().bfloat16()
-    inject(model, METHOD)
-    assert {p.dtype for _, p in injection_of(model).added()} == {torch.float32}
-    output = model(**batch_of("llama"))
-    output.loss.backward()
-    assert output.logits.dtype == torch.bfloat16
-    assert all(p.grad.isfinite().all() for _, p in injection_of(model).added())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the tests share: tiny random models of four families, a small task, and how to compare."""
+"""Share among tests what `peft_lessons.testing` has not: small tasks, and how to compare."""
 
 import itertools
 import json
@@ -11,82 +11,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from peft_lessons import DoRA, LoRA, inject
 from peft_lessons.engine import CONFIG, WEIGHTS, injection_of
+from peft_lessons.testing.tiny import (  # noqa: F401 - tests import all from here
+    FEED_FORWARD,
+    GREEDY,
+    MODELS,
+    SIZES,
+    by_hand,
+    greedy,
+    padded_rows,
+    perturb,
+    positions_in,
+    tiny_bert,
+    tiny_llama,
+    tiny_opt,
+    tiny_qwen2,
+)
 
-# ------------------------------------------------------------------ models
-
-SIZES = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-FEED_FORWARD = dict(intermediate_size=96)
-
-
-def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings = SIZES | FEED_FORWARD | dict(num_key_value_heads=2, max_position_embeddings=128)
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    """The model, moved a little: biases that start at 0 would hide that they are left out."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model.eval()
-
-
-def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
-    """With grouped key-value heads, and biases on q, k and v."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        **SIZES,
-        **FEED_FORWARD,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return shaken(Qwen2ForCausalLM(config))
-
-
-def tiny_opt(seed: int = 0, ffn_dim: int = 96) -> OPTForCausalLM:
-    """With learned positions, biases everywhere and a head tied to the embedding."""
-    torch.manual_seed(seed)
-    config = OPTConfig(
-        **SIZES,
-        ffn_dim=ffn_dim,
-        max_position_embeddings=64,
-        word_embed_proj_dim=64,
-        dropout=0.0,
-    )
-    return shaken(OPTForCausalLM(config))
-
-
-def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
-    """With biases, and a head that counts as fresh."""
-    torch.manual_seed(seed)
-    config = BertConfig(
-        **SIZES,
-        **FEED_FORWARD,
-        max_position_embeddings=64,
-        num_labels=2,
-    )
-    model = shaken(BertForSequenceClassification(config))
-    model.fresh_modules = ("classifier",)
-    return model
-
-
-MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "opt": tiny_opt, "bert": tiny_bert}
 EACH = pytest.mark.parametrize("name", MODELS)
 CAUSAL = pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
 # Non-square layers, layers with and without a bias, grouped key-value heads.
@@ -102,25 +45,6 @@ PLACES = {
     "opt": (("k_proj", "v_proj", "fc2"), ("fc2",)),
     "bert": (r".*self\.(key|value)|.*\d\.output\.dense", r".*\d\.output\.dense"),
 }
-
-
-def trained(model: nn.Module, size: float = 0.2, seed: int = 7) -> nn.Module:
-    """The model with random values in all that its method added, as after training."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for _, p in injection_of(model).added():
-            p.copy_(size * torch.randn(p.shape))
-    return model
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """The same of all that trains, a head too and what is PEFT's: moved at random."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn_like(p))
-    return model.eval()
 
 
 # ------------------------------------------------------------------ tasks and batches
@@ -170,15 +94,7 @@ def task_type(name: str) -> str:
 
 def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
     """Three rows of 12, 9 and 5 tokens; padded on the left for decoders, as for generation."""
-    torch.manual_seed(11)
-    ids, mask = torch.randint(3, vocabulary, (3, 12)), torch.ones(3, 12, dtype=torch.long)
-    for row, length in enumerate((12, 9, 5)):
-        mask[row, length:] = 0
-    if name != "bert":
-        mask = mask.flip(1)
-    ids = ids.where(mask.bool(), 1)
-    labels = torch.tensor([1, 0, 1]) if name == "bert" else ids.where(mask.bool(), -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return padded_rows(vocabulary, name != "bert", pad=1)
 
 
 # ------------------------------------------------------------------ what stays as it was
@@ -330,34 +246,3 @@ def lora_pair(base: nn.Module, method: LoRA, task: str | None = None):
                 m.mul_(1 + 0.1 * torch.randn_like(m))
                 branch.magnitude.copy_(m)
     return theirs.eval(), ours.eval()
-
-
-# ------------------------------------------------------------------ generation
-
-GREEDY = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
-
-
-def greedy(model: nn.Module, batch: dict[str, torch.Tensor], **more) -> torch.Tensor:
-    """Each row and the eight likeliest tokens after it."""
-    prompt = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
-    return model.generate(**prompt, **GREEDY, **more)
-
-
-def positions_in(mask: torch.Tensor) -> torch.Tensor:
-    """Those that `generate` gives: padding on the left takes none."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-@torch.no_grad()
-def by_hand(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What `greedy` must give, by the plain forward and without a cache."""
-    ids, end = batch["input_ids"], model.generation_config.eos_token_id
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    for _ in range(GREEDY["max_new_tokens"]):
-        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions_in(mask))
-        logits = model(**inputs, use_cache=False).logits[:, -1].clone()
-        if end is not None:
-            logits[:, end] = -torch.inf  # as min_new_tokens does
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return ids

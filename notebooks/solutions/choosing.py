@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from peft_lessons import student_t
+from peft_lessons.studies import student_t
 
 
 def pareto_front(costs: list[float], scores: list[float]) -> list[int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from peft_lessons.engine import AdapterLayer, Method
+from peft_lessons.engine import AdapterLayer, Method, PeftFiles
 from peft_lessons.methods.unified import Design
 
 
@@ -40,10 +40,10 @@ class MyMethod(Method):
             raise ValueError("MyMethod: strength=0 switches it off; take another number")
 
     # LoRA reads x, beside the layer. This one reads h, behind it: the cell that was empty.
-    peft_type, learning_rate = "SEQUENTIAL_LORA", 3e-3
-    peft_fields = {"rank": ("rank", 8), "strength": ("strength", 2.0),
-                   "targets": ("target_modules", None)}
-    tensors = {"A": "A", "B": "B"}
+    learning_rate = 3e-3
+    files = PeftFiles("SEQUENTIAL_LORA", tensors={"A": "A", "B": "B"}, fields={
+        "rank": ("rank", 8), "strength": ("strength", 2.0),
+        "targets": ("target_modules", ("query", "value"))})
     design = Design(
         form="h Aᵀ Bᵀ", insertion="sequential", modified="output of any linear layer",
         composition="h + s · Δh",

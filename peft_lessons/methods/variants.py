@@ -298,7 +298,7 @@ def rotated(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
 
 def refuse_far(R: torch.Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError if a block of R is too ill-conditioned to unmerge a weight of `dtype`."""
-    if R.isfinite().all():                                           # merge itself refuses NaN
+    if not R.is_meta and R.isfinite().all():                         # merge itself refuses NaN
         condition = torch.linalg.cond(R)                             # (blocks,)
         refuse_entries(
             "OFT", condition * torch.finfo(dtype).eps < 1, condition, "block {at}{more} has a "

@@ -113,10 +113,10 @@ class MyMethod(Method):
     rank: int = 4
     scale: float = 1.5
     targets: tuple[str, ...] | str = ("query", "value")
-    files = PeftFiles("MY_METHOD")
+    files = PeftFiles(
+        "MY_METHOD", tensors={"A": "A", "B": "B"},
+        fields={"rank": ("r", 4), "scale": ("s", 1.5), "targets": ("target_modules", None)})
     learning_rate = 3e-3
-    peft_fields = {"rank": ("r", 4), "scale": ("s", 1.5), "targets": ("target_modules", None)}
-    tensors = {"A": "A", "B": "B"}
     design = Design(
         form="x Aᵀ Bᵀ", insertion="parallel", modified="queries and values",
         composition="h + s · Δh",
@@ -156,6 +156,7 @@ NAMES = {
     "F": F,
     "LoRA": LoRA,
     "Method": Method,
+    "PeftFiles": PeftFiles,
     "dataclass": dataclass,
     "nn": nn,
     "replace": replace,
@@ -204,6 +205,7 @@ TWICE = """layer = self.Layer(layer, self.rank, self.scale)
 
 
 MyMethod.design = replace(MyMethod.design, example=MyMethod(way="twice"))"""
+FILES = SOURCE[SOURCE.index("    files =") : SOURCE.index("    learning_rate")]
 DESIGN = SOURCE[SOURCE.index("    design =") : SOURCE.index("    def __post_init__")]
 
 # A change of SOURCE, and what it must be told.
@@ -211,16 +213,16 @@ EDITS = {
     # what it is
     "no_dataclass": ("the class is no dataclass", (HEAD, "class MyMethod(Method):")),
     "not_frozen": ("write @dataclass(frozen=True)", ("(frozen=True)", "")),
-    "no_type": ("peft_fields names 'rank', which is no field", ("rank: int = 4", "rank = 4")),
+    "no_type": ("its files name 'rank', which is no field", ("rank: int = 4", "rank = 4")),
     "no_default": ("'rank' has no default", ("rank: int = 4", "rank: int")),
     "no_super": ("super().__post_init__() first", ("super().__post_init__()", "pass")),
-    "no_peft_type": ("no peft_type of its own", ('    peft_type = "MY_METHOD"\n', "")),
-    "number_as_type": ("peft_type must be a name", ('"MY_METHOD"', "7")),
+    "no_files": ("no files of its own", (FILES, "")),
+    "number_as_type": ("must be a name, not", ('"MY_METHOD"', "7")),
     "loras_type": ("'LORA' is that of LoRA already", ('"MY_METHOD"', '"LORA"')),
     "loras_type_inherited": (
-        "It inherits 'LORA'",
+        "It inherits those of 'LORA'",
         ("(Method):", "(LoRA):"),
-        ('    peft_type = "MY_METHOD"\n', ""),
+        (FILES, ""),
     ),
     # what it puts into the model
     "no_wrap": ("it has no wrap", (WRAP, "")),
@@ -353,17 +355,28 @@ EDITS = {
         "large: the loss rises",
         (FORWARD, "d = self.scale * (x @ self.A.T @ self.B.T); return h + 2 * d.detach() - d"),
     ),
+    "field_without_effect": (
+        "'depth' has no effect: with depth=3",
+        ("scale: float = 1.5", "scale: float = 1.5\n    depth: int = 2"),
+        ('{"rank": ', '{"depth": ("depth", 2), "rank": '),
+    ),
     # its file
-    "rank_forgotten": ("'rank' is missing in peft_fields", ('"rank": ("r", 4), ', "")),
-    "scale_forgotten": ("'scale' is missing in peft_fields", ('"scale": ("s", 1.5), ', "")),
+    "rank_forgotten": ("'rank' is missing in the fields", ('"rank": ("r", 4), ', "")),
+    "scale_forgotten": ("'scale' is missing in the fields", ('"scale": ("s", 1.5), ', "")),
     "targets_forgotten": (
-        "'targets' is missing in peft_fields",
+        "'targets' is missing in the fields",
         (', "targets": ("target_modules", None)', ""),
     ),
-    "one_name_for_two_fields": ("one name in peft_fields, 'r'", ('("s", 1.5)', '("r", 1.5)')),
+    "one_name_for_two_fields": (
+        "two fields have one name in the file, 'r'",
+        ('("s", 1.5)', '("r", 1.5)'),
+    ),
     "tensor_forgotten": ("'B' is missing in `tensors`", (', "B": "B"}', "}")),
     "tensor_misnamed": ("(which names 'b'; there is none)", ('"B": "B"', '"b": "B"')),
-    "one_name_for_two": ("one name in the file, 'A'", ('"B": "B"', '"B": "A"')),
+    "one_name_for_two": (
+        "two of `tensors` have one name in the file, 'A'",
+        ('"B": "B"', '"B": "A"'),
+    ),
     "buffer_forgotten": (
         "'A' is missing in `tensors`, so",
         ("self.A = nn.Parameter(", "self.register_buffer('A', "),
@@ -376,7 +389,7 @@ EDITS = {
     ),
     "a_dtype_in_the_file": (
         "save_adapter raised TypeError: Object of type dtype",
-        ('"MY_METHOD"', '"MY_METHOD"\n    dtype: Any = torch.float32'),
+        ("scale: float = 1.5", "scale: float = 1.5\n    dtype: Any = torch.float32"),
         ('{"rank": ', '{"dtype": ("dtype", None), "rank": '),
     ),
     # in and out
@@ -451,9 +464,8 @@ def steering(keep_handles=True, **left):
 
     @dataclass(frozen=True)
     class MyMethod(Method):
-        files = PeftFiles("STEERING")
+        files = PeftFiles("STEERING", tensors={"v": "v"})
         learning_rate = 1e-2
-        tensors = {"v": "v"}
         design = Design(
             form="v",
             insertion="reads nothing",
