@@ -81,7 +81,7 @@ def test_every_import_of_every_lesson_resolves_in_the_copy(copied):
     lessons = [notebooks.read(folder / "notebooks" / path.name) for path in notebooks.lessons()]
     source = "\n".join(map(imports, lessons))
     assert source.count("from peft_lessons import") >= len(lessons)
-    where = "import peft_lessons, peft_lessons.hf.cli as t; print(t.__file__, t.CONFIGS.is_dir())"
+    where = "import peft_lessons, peft_lessons.hf.cli as t; print(t.__file__, t.TWO_CPUS.is_file())"
     done = subprocess.run(
         [sys.executable, "-c", f"{source}\n{where}"],
         cwd=folder / "notebooks", env=elsewhere(folder),

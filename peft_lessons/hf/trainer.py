@@ -284,7 +284,7 @@ def _accuracy(prediction) -> dict[str, float]:
 def _arguments(
     model, folder: Path, steps, batch_size, rate, checkpoint_every, seed
 ) -> TrainingArguments:
-    """Trainer's settings. `batch_size` is that of all devices together."""
+    """Return Trainer's settings. `batch_size` counts the texts of all devices together."""
     dtype = next(model.get_base_model().parameters()).dtype
     arguments = TrainingArguments(
         output_dir=str(folder),
