@@ -631,7 +631,8 @@ def test_a_generate_that_goes_past_what_was_learned_is_seen(row, monkeypatch):
 
     monkeypatch.setattr(peft.PeftModelForCausalLM, "prepare_inputs_for_generation", renamed)
     wrong = complaint(row)
-    assert "0 of 4 texts right" in wrong and "not '4 of 4 texts right'" in wrong
+    assert any(f"{n} of 4 texts right" in wrong for n in range(3))
+    assert "not '4 of 4 texts right'" in wrong
     assert "pyproject.toml pins transformers<5.24" in wrong
 
 
