@@ -3,6 +3,7 @@
 import math
 
 from .kit import Case, check_for
+from .mistakes import mistakes
 
 
 @check_for(
@@ -14,19 +15,31 @@ from .kit import Case, check_for
         Case(lambda: [10, 9], note="less than one number a matrix"),
         Case(lambda: [224, 10**17], note="a large budget"),
     ],
-    causes={
-        "R is square: a matrix trains r² numbers, not r": lambda n, b: b // n,
-        "the budget is for all matrices together": lambda n, b: math.isqrt(b),
-        "the rank is rounded up, above the budget": lambda n, b: math.ceil(math.sqrt(b / n)),
-        "the rank is rounded to the nearest, at times above the budget": lambda n, b: round(
-            math.sqrt(b / n)
-        ),
-        "A and B are counted, and they are frozen": lambda n, b: b // (2 * n),
-        "the root is of the budget alone, and n must be under it": lambda n, b: math.isqrt(b) // n,
-    },
+    causes=mistakes(
+        """
+        def affordable_rank(matrices, budget):
+            numbers = budget // matrices
+            return math.isqrt(numbers)
+        """,
+        """
+        R is square: a matrix trains r² numbers, not r
+            math.isqrt(numbers) → numbers
+        the budget is for all matrices together
+            budget // matrices → budget
+        the rank is rounded up, above the budget
+            math.isqrt(numbers) → math.ceil(math.sqrt(budget / matrices))
+        the rank is rounded to the nearest, at times above the budget
+            math.isqrt(numbers) → round(math.sqrt(budget / matrices))
+        A and B are counted, and they are frozen
+            math.isqrt(numbers) → numbers // 2
+        the root is of the budget alone, and n must be under it
+            math.isqrt(numbers) → math.isqrt(budget) // matrices
+        """,
+    ),
 )
 def affordable_rank(matrices, budget):
     """The largest r with matrices · r² ≤ budget, in whole numbers."""
-    rank = math.isqrt(budget // matrices)
-    assert matrices * rank**2 <= budget < matrices * (rank + 1) ** 2
+    rank = math.floor((budget / matrices) ** 0.5) + 2
+    while matrices * rank**2 > budget:
+        rank -= 1
     return rank
