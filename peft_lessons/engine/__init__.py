@@ -7,7 +7,6 @@ saves. It knows no single method, holds no mathematics of one, and loads no mode
 from .files import (
     CONFIG,
     WEIGHTS,
-    PeftFiles,
     load_adapter,
     misfit,
     read_adapter,
@@ -16,8 +15,6 @@ from .files import (
     task_type,
 )
 from .injection import (
-    ATTACHED,
-    Injection,
     Report,
     attached_to,
     fingerprint,
@@ -33,7 +30,7 @@ from .injection import (
     unmerge,
 )
 from .layer import AdapterLayer
-from .method import DESIGNS, Method, registered_methods
+from .method import ATTACHED, DESIGNS, Injection, Method, PeftFiles, registered_methods
 from .settings import near_name, refuse_entries, validate
 from .targets import (
     find_targets,

@@ -13,10 +13,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +22,6 @@ from safetensors.torch import save
 from torch import nn
 
 from .injection import (
-    ATTACHED,
-    Injection,
     Report,
     fingerprint,
     inject,
@@ -33,7 +29,7 @@ from .injection import (
     refuse_injected,
     require_injection,
 )
-from .method import Method, registered_methods
+from .method import ATTACHED, Injection, Method, registered_methods
 from .targets import head_of, is_classifier, matches
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -54,48 +50,6 @@ _SAYS_NOTHING = {
     "revision",
     "task_type",
 }
-@dataclass(frozen=True)
-class PeftFiles:
-    """What the two files of an adapter call a method, its settings and its tensors.
-
-    Fields:
-        kind:      the method's name there, `peft_type`
-        fields:    {field of the method: (its entry in adapter_config.json, PEFT's default)}
-        tensors:   {parameter of the wrapping or attached module: its name in the file}
-        constants: entries that are always so for this method
-        own:       names of entries that PEFT does not know and would warn of: the header of the
-                   weights keeps them, which PEFT does not read
-        others:    names of further entries that `read` uses, or that say nothing of a trained
-                   adapter (how it started), or nothing while an option is off
-        off:       {entry that PEFT has and the method has not: values at which it changes nothing},
-                   where these are not None, False, "none" or empty
-        indices:   how the keys of whole numbers end; all other tensors are floats
-        write:     (method, entries, tensors) -> (entries, tensors), applied before saving
-        read:      (class, config, tensors) -> (method, tensors), where `fields` are not enough
-        readable:  False for a method that saves in the form of another one"""
-
-    kind: str
-    fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
-    tensors: Mapping[str, str] = field(default_factory=dict)
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    own: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-    off: Mapping[str, tuple] = field(default_factory=dict)
-    indices: tuple[str, ...] = ()
-    write: Callable | None = None
-    read: Callable | None = None
-    readable: bool = True
-
-    def entries(self, method: Method) -> dict[str, Any]:
-        """Return the entries of adapter_config.json for a method's settings."""
-        values = {name: getattr(method, f) for f, (name, _) in self.fields.items()}
-        return {**values, **self.constants}
-
-    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return {field: value} of a config, with PEFT's defaults."""
-        return {f: config.get(name, default) for f, (name, default) in self.fields.items()}
-
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WHOLE = (torch.int32, torch.int64)
 _OFF = (None, False, {}, [], "none")

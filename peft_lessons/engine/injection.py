@@ -11,14 +11,14 @@ import hashlib
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .layer import AdapterLayer, refuse_twice
-from .method import Method, registered_methods
+from .method import ATTACHED, Injection, Method, registered_methods
 from .targets import (
     IN_4_BITS,
     find_whole,
@@ -29,51 +29,6 @@ from .targets import (
 )
 
 # ------------------------------------------------------------------ what was done, and to undo it
-
-
-ATTACHED = "peft_attached"  # the name under which a model holds an attached module
-
-
-@dataclass
-class Injection:
-    """What `inject` did to a model; kept on the model, used by the other verbs."""
-
-    method: Method
-    wrappers: dict[str, AdapterLayer]
-    attached: nn.Module | None
-    handles: list
-    whole: dict[str, torch.Tensor]  # parameters of the base that train, with their old values
-    whole_modules: tuple[str, ...]
-    frozen_head: tuple[str, ...]  # modules of a classification head in which nothing trains
-    frozen: dict[str, torch.Tensor]  # their parameters, with their old values
-    were_trainable: dict[str, bool]
-    fingerprint: str
-    body: str  # the fingerprint without a classification head that the file holds
-    size: int  # parameters of the base; a method that quantises it leaves fewer to count
-    shapes: dict[str, tuple[int, ...]]  # of the wrapped layers' weights, for the same reason
-    kept: bool = False  # whether merge made what trained of the base part of it
-
-    @property
-    def merged(self) -> bool:
-        return self.kept or any(w.merged for w in self.wrappers.values())
-
-    @property
-    def in_full(self) -> tuple[str, ...]:
-        """The modules of the base that a file holds in full: those that train, and a frozen head,
-        since without its values another head would give other logits."""
-        return (*self.whole_modules, *self.frozen_head)
-
-    def modules(self) -> dict[str, nn.Module]:
-        """{path in the model: module}: all that the method added."""
-        attached = {} if self.attached is None else {ATTACHED: self.attached}
-        return {**self.wrappers, **attached}
-
-    def added(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name in the model, parameter) of all that the method added."""
-        for path, module in self.modules().items():
-            for name, p in module.named_parameters():
-                if not (path in self.wrappers and name.startswith("base.")):
-                    yield f"{path}.{name}", p
 
 
 def injection_of(model: nn.Module) -> Injection | None:

@@ -1,10 +1,10 @@
-"""What a method says of itself: a frozen dataclass derived from `Method`, and the registry."""
+"""Describe a method: a frozen dataclass derived from `Method`, its files, and the registry."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,9 +14,48 @@ from .layer import AdapterLayer
 from .settings import SETTINGS, validate
 from .targets import find_targets, names_of
 
-if TYPE_CHECKING:
-    from .files import PeftFiles
-    from .injection import Injection
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """What the two files of an adapter call a method, its settings and its tensors.
+
+    Fields:
+        kind:      the method's name there, `peft_type`
+        fields:    {field of the method: (its entry in adapter_config.json, PEFT's default)}
+        tensors:   {parameter of the wrapping or attached module: its name in the file}
+        constants: entries that are always so for this method
+        own:       names of entries that PEFT does not know and would warn of: the header of the
+                   weights keeps them, which PEFT does not read
+        others:    names of further entries that `read` uses, or that say nothing of a trained
+                   adapter (how it started), or nothing while an option is off
+        off:       {entry that PEFT has and the method has not: values at which it changes nothing},
+                   where these are not None, False, "none" or empty
+        indices:   how the keys of whole numbers end; all other tensors are floats
+        write:     (method, entries, tensors) -> (entries, tensors), applied before saving
+        read:      (class, config, tensors) -> (method, tensors), where `fields` are not enough
+        readable:  False for a method that saves in the form of another one"""
+
+    kind: str
+    fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    off: Mapping[str, tuple] = field(default_factory=dict)
+    indices: tuple[str, ...] = ()
+    write: Callable | None = None
+    read: Callable | None = None
+    readable: bool = True
+
+    def entries(self, method: Method) -> dict[str, Any]:
+        """Return the entries of adapter_config.json for a method's settings."""
+        values = {name: getattr(method, f) for f, (name, _) in self.fields.items()}
+        return {**values, **self.constants}
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return {field: value} of a config, with PEFT's defaults."""
+        return {f: config.get(name, default) for f, (name, default) in self.fields.items()}
+
 
 # {(module, name): the class that was defined last by this name}
 _DEFINED: WeakValueDictionary[tuple[str, str], type[Method]] = WeakValueDictionary()
@@ -124,3 +163,50 @@ def registered_methods() -> list[type[Method]]:
     if it has another base class by then, or no files any more."""
     own = ((method, vars(method).get("files")) for method in list(_DEFINED.values()))
     return [method for method, files in own if files and files.readable]
+
+
+# ------------------------------------------------------------------ what was done to a model
+
+ATTACHED = "peft_attached"  # the name under which a model holds an attached module
+
+
+@dataclass
+class Injection:
+    """What `inject` did to a model; kept on the model, used by the other verbs."""
+
+    method: Method
+    wrappers: dict[str, AdapterLayer]
+    attached: nn.Module | None
+    handles: list
+    whole: dict[str, torch.Tensor]  # parameters of the base that train, with their old values
+    whole_modules: tuple[str, ...]
+    frozen_head: tuple[str, ...]  # modules of a classification head in which nothing trains
+    frozen: dict[str, torch.Tensor]  # their parameters, with their old values
+    were_trainable: dict[str, bool]
+    fingerprint: str
+    body: str  # the fingerprint without a classification head that the file holds
+    size: int  # parameters of the base; a method that quantises it leaves fewer to count
+    shapes: dict[str, tuple[int, ...]]  # of the wrapped layers' weights, for the same reason
+    kept: bool = False  # whether merge made what trained of the base part of it
+
+    @property
+    def merged(self) -> bool:
+        return self.kept or any(w.merged for w in self.wrappers.values())
+
+    @property
+    def in_full(self) -> tuple[str, ...]:
+        """The modules of the base that a file holds in full: those that train, and a frozen head,
+        since without its values another head would give other logits."""
+        return (*self.whole_modules, *self.frozen_head)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """{path in the model: module}: all that the method added."""
+        attached = {} if self.attached is None else {ATTACHED: self.attached}
+        return {**self.wrappers, **attached}
+
+    def added(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of all that the method added."""
+        for path, module in self.modules().items():
+            for name, p in module.named_parameters():
+                if not (path in self.wrappers and name.startswith("base.")):
+                    yield f"{path}.{name}", p
