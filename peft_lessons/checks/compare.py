@@ -1,4 +1,4 @@
-"""In what way a result differs from the expected one, in words a learner can act on."""
+"""Describe how a result differs from the expected one, in words a learner can act on."""
 
 import re
 from collections.abc import Iterator
@@ -70,7 +70,7 @@ def _difference(got, expected, what, tolerance, values, form) -> str | None:
 
 
 def _equivalent(got: Any, expected: Any, form: str) -> Any:
-    """Return a value in the expected type where that changes no number, else as it is."""
+    """Return a value in the expected type if that changes no number, else unchanged."""
     if isinstance(expected, Real) and isinstance(got, torch.Tensor) and not _own_rules(got):
         return bare(got).item() if bare(got).ndim == 0 and not bare(got).is_meta else got
     if form == "any":
@@ -111,12 +111,12 @@ def _same_type(got: Any, expected: Any) -> bool:
 
 
 def _own_rules(t: torch.Tensor) -> bool:
-    """Whether every operation on a tensor is its class's own, down to that of taking it off."""
+    """Return whether a tensor's class overrides all operations, even the cast to a plain tensor."""
     return torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
 
 
 def bare(t: torch.Tensor) -> torch.Tensor:
-    """A tensor with its gradient, without what a class of its own would say of it."""
+    """Return a tensor with its gradient as a plain tensor, without the operations of a subclass."""
     if type(t) is torch.Tensor:
         return t
     with torch._C.DisableTorchFunctionSubclass():
@@ -166,7 +166,7 @@ def _serves(got: torch.dtype, expected: torch.dtype, form: str) -> bool:
 
 
 def _pattern(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
-    """A regularity of wrong values that is a fact, whatever its cause."""
+    """Return a regularity of wrong values that holds whatever its cause, or ""."""
     if got.numel() > 1 and (got == got.flatten()[0]).all() and expected.min() != expected.max():
         return f"; every entry of yours is {number(got.flatten()[0])}"
     size = expected.abs().max()
@@ -198,7 +198,7 @@ def _scalar_difference(got: Any, expected: Any, what: str, tolerance: float) -> 
 
 
 def _sets(got: Any, expected: Any) -> str:
-    """What only one of two collections of names holds."""
+    """Return the names that only one of two collections has, as a text."""
     missing = [v for v in expected if v not in got]
     extra = [v for v in got if v not in expected]
     told = [f"missing {_few(missing)}"] if missing else []
@@ -211,7 +211,7 @@ def _few(names: list) -> str:
 
 
 def number(value: Any) -> str:
-    """A number as a learner reads it best."""
+    """Format a number for a learner: counts with commas, others with six digits."""
     value = value.item() if isinstance(value, torch.Tensor) else value
     if isinstance(value, Integral):
         return f"{value:,}"
@@ -220,7 +220,7 @@ def number(value: Any) -> str:
 
 
 def numbers(t: torch.Tensor) -> str:
-    """A small tensor's entries."""
+    """Format the entries of a small tensor."""
     shown = [number(v) for v in t.reshape(-1)]
     return f"[{', '.join(shown)}]" if t.ndim else shown[0]
 
@@ -230,7 +230,7 @@ def _dtype(t: torch.Tensor) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in a few words: "a tensor", "the float 0.5", "a tuple"."""
+    """Describe a value in a few words: "a tensor", "the float 0.5", "a tuple"."""
     if value is None or isinstance(value, bool | np.bool_):
         return str(value)
     if isinstance(value, Real) and type(value) in _PLAIN:
@@ -250,7 +250,7 @@ def kind(value: Any) -> str:
 
 
 def shown(name: str, value: Any) -> str:
-    """An argument as it is named in a message: "A (4, 96)", "alpha=6"."""
+    """Describe an argument for a message: "A (4, 96)", "alpha=6"."""
     if isinstance(value, torch.Tensor):
         dtype = "" if value.dtype == torch.float32 else f" {_dtype(value)}"
         return f"{name} {tuple(value.shape)}{dtype}"
@@ -264,8 +264,8 @@ def shown(name: str, value: Any) -> str:
 
 
 def state(value: Any, name: str = "module") -> Any:
-    """Return a value as something that `difference` can compare: a module becomes all that can
-    change. `name` is what the module itself is called among its parts."""
+    """Return a value in a form that `difference` can compare: a module becomes a dict of its parts,
+    trainable parameters, modes and tensors. `name` names the module itself among its parts."""
     if isinstance(value, nn.Module):
         parts = {n or f"the {name} itself": m for n, m in value.named_modules()}
         return {
@@ -284,7 +284,7 @@ def state(value: Any, name: str = "module") -> Any:
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested lists, tuples and dicts."""
+    """Yield every tensor in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple | dict):

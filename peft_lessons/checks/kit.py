@@ -1,9 +1,9 @@
-"""What a check is made of: cases, a reference, named causes, and three outcomes.
+"""Build checks from cases, a reference and named causes; a check has three outcomes.
 
-A check is a reference function under `@check_for`. The reference's name and parameters are those of
-the exercise, and its docstring is the sentence that a right answer is given. Expected values come
-from the reference. A cause is a sentence with a wrong function, and is named only where that
-function gives what the learner's gave.
+A check is a reference function under `@check_for`. The reference has the name and parameters of the
+exercise, and its docstring is the sentence shown for a right answer. Expected values come from the
+reference. A cause is a sentence with a wrong function, and is named only if that function returns
+the same as the learner's.
 """
 
 import dis
@@ -30,7 +30,7 @@ _CALLS = 2**31 - 1
 
 
 class WrongAnswer(AssertionError):
-    """A refused answer: a headline and a few lines of facts, shown without a traceback."""
+    """Report a wrong answer: a headline and a few lines of facts, shown without a traceback."""
 
     def __init__(self, headline: str, *facts: str) -> None:
         super().__init__("\n  ".join([f"✗ {headline}", *facts]))
@@ -43,7 +43,7 @@ class WrongAnswer(AssertionError):
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """What a check returns: status "right" or "not attempted", with a text and an HTML form."""
+    """Show the result of a check, "right" or "not attempted", as text and HTML."""
 
     status: str
     headline: str
@@ -64,12 +64,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `make()` builds its arguments anew each time, under a seed of the case's own.
+    """Describe one call. `make()` builds its arguments anew each time, with a seed per case.
 
-    `note` says what the arguments do not show. `earlier(function, *arguments)` calls the function
-    once beforehand and gives the arguments of the call that counts. With `raises`, the right thing
-    is to refuse with one of these exceptions, its message naming `mentions`, and to change nothing.
-    """
+    `note` explains what the arguments do not show. `earlier(function, *arguments)` calls the
+    function once beforehand and returns the arguments of the call that is compared. With `raises`,
+    the right answer raises one of these exceptions, its message names `mentions`, and it changes
+    nothing."""
 
     make: Callable[[], Sequence[Any]]
     note: str = ""
@@ -79,30 +79,31 @@ class Case:
 
 
 def refused(make: Callable[[], Sequence[Any]], mentions: str, note: str) -> Case:
-    """A call that the right answer refuses with a ValueError whose message names `mentions`."""
+    """Return a case that must raise a ValueError whose message names `mentions`."""
     return Case(make, note, raises=(ValueError,), mentions=mentions)
 
 
 @dataclass(frozen=True)
 class Forbid:
-    """Shapes, told from a case's arguments, that no new tensor may have, in any order; and why."""
+    """Forbid new tensors of some shapes, in any order, computed from a case's arguments."""
 
     shapes: Callable[..., list[tuple[int, ...]]]
     sentence: str
 
 
 class Check:
-    """Calls a learner's function on every case and compares what it does with the reference.
+    """Call a learner's function on every case and compare it with the reference.
 
     returns: the name of the result, or of each part of a tuple.
-    view: what is compared of a result, where the result itself is not unique (a product of factors)
-        or not comparable (what trains in a model). Type and shape are still those of the result.
-    staged: whether the view is a dict of parts in an order, so that of several faults the first is
-        named: a cause is one that does what the learner's does up to the first wrong part.
+    view: a function of the result to compare, if the result itself is not unique (a product of
+        factors) or not comparable (the trainable parameters of a model). Type and shape are still
+        those of the result.
+    staged: whether the view is an ordered dict of parts, so that the first of several faults is
+        named: a cause then agrees with the learner's function up to the first wrong part.
     gradients: the arguments whose gradients must agree too.
-    forbid: what must not be formed on the way; of one shape twice, the last sentence counts.
-    changes: the arguments that may be changed in place; what the reference returns of them, the
-        learner's function must return too, and no copy.
+    forbid: shapes that must not be computed; the last sentence counts if a shape occurs twice.
+    changes: the arguments that may be changed in place; if the reference returns one of them, the
+        learner's function must return it too, and no copy.
     exact_dtype: whether the dtype is the point, so that a wider float is refused."""
 
     def __init__(
@@ -179,11 +180,11 @@ class Check:
 
     @cached_property
     def _counts(self) -> set[int]:
-        """How many arguments the cases have: models among them take long to make."""
+        """Return the numbers of arguments of the cases, computed once: some build models."""
         return {len(self._arguments(number)) for number in range(len(self.cases))}
 
     def _check_case(self, function: Callable, number: int) -> bool:
-        """Raise WrongAnswer for the first thing that is wrong; False if this is still the stub."""
+        """Raise WrongAnswer for the first fault; return False if the answer is still the stub."""
         __tracebackhide__ = True
         case, args = self.cases[number], self._arguments(number, function)
         module = getattr(function, "__module__", None) or ""  # what C made may have none
@@ -193,7 +194,7 @@ class Check:
             return False
 
         def refuse(problem: str, *facts: str, missing: str = "") -> None:
-            """With `missing`, the fault is one of form: say first if all numbers are right."""
+            """Raise WrongAnswer. With `missing`, first say if all numbers agree."""
             __tracebackhide__ = True
             told = f"Called with: {self._described(number)}"
             problem += "" if problem.endswith(("?", "!")) else "."
@@ -258,7 +259,7 @@ class Check:
         return difference(seen, expected, "", self.tolerance, form=form or self.form)
 
     def _numbers_agree(self, function: Callable) -> bool:
-        """Whether the numbers are right in all cases that have a result, whatever their form."""
+        """Return whether the numbers are right in all cases with a result, whatever their form."""
         right, yours = _Runs(self, self.reference), _Runs(self, function)
 
         def agree(number: int) -> bool:
@@ -362,7 +363,7 @@ class Check:
         return None
 
     def _gradients(self, function, number) -> dict[str, list[torch.Tensor | None]]:
-        """The gradients of a fixed weighted sum of the result's entries."""
+        """Return the gradients of a fixed weighted sum of the result's entries."""
         named = dict(zip(self.names, self._arguments(number), strict=False))
         leaves = [(n, t) for n in self.gradients for t in tensors(named[n])]
         wanted = [t.requires_grad_() for _, t in leaves]
@@ -375,8 +376,8 @@ class Check:
 
 
 class _Runs:
-    """What one function gives in the cases of a check: each case is run once, and only if it is
-    asked for. A refused answer is compared with some twenty causes."""
+    """Cache the results of a function in the cases of a check: a case is run once, when it is
+    needed. A wrong answer is compared with some twenty causes."""
 
     def __init__(self, check: Check, function: Callable) -> None:
         self.result = cache(lambda n: outcome(function, check._arguments(n, function)))
@@ -385,15 +386,15 @@ class _Runs:
 
 
 class Refused(Exception):
-    """What is wrong with an answer that is tried out: a headline, and facts."""
+    """Report a fault found by a trial: a headline, and facts."""
 
 
 class Tried(Check):
-    """The check of an answer that is tried out: each trial is given it, and says what is right of
-    it or raises `Refused`. The function below has the exercise's name and parameters.
+    """Check an answer by trials: each trial gets it, and returns a sentence about what is right or
+    raises `Refused`. The function below has the exercise's name and parameters.
 
     trials: {trial: who raised it if it ends in another error}.
-    hints: {part of that error's message: what it means here}."""
+    hints: {part of that error's message: its meaning here}."""
 
     def __init__(
         self,
@@ -414,7 +415,7 @@ class Tried(Check):
         return self._passes(function, getattr(function, "__module__", None) or "")
 
     def _passes(self, answer: Any, module: str) -> bool:
-        """As `_check_case`, for what the learner's code in this module is or has made."""
+        """Run the trials as `_check_case` does, for an answer from the learner's `module`."""
         __tracebackhide__ = True
         self.facts = []
         for trial, who in self.trials.items():
@@ -439,7 +440,8 @@ class Tried(Check):
 
 
 def gradients_of(result: Any, wanted: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """The gradients of a fixed weighted sum of the result's entries; None for what gets none."""
+    """Return the gradients of a fixed weighted sum of the result's entries, None where there is
+    none."""
     flat = torch.cat([bare(t).reshape(-1).double() for t in tensors(result)])
     loss = flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)
     if not loss.requires_grad:
@@ -448,12 +450,12 @@ def gradients_of(result: Any, wanted: Sequence[torch.Tensor]) -> list[torch.Tens
 
 
 def check_for(**settings: Any) -> Callable[[Callable], Check]:
-    """Make a check of the reference function below; the settings are those of `Check`."""
+    """Return a decorator that turns a reference function into a `Check` with these settings."""
     return lambda reference: Check(reference, **settings)
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the first new tensor of a forbidden shape, and the learner's line that made it."""
+    """Record the first new tensor of a forbidden shape, and the learner's line that computed it."""
 
     def __init__(self, forbid: Sequence[Forbid], args: Sequence[Any], module: str) -> None:
         super().__init__()
@@ -473,8 +475,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _unshared(value: Any) -> Any:
-    """The value with lists and dicts of its own: an answer that changes a literal one of a case
-    must not change it for the next call."""
+    """Copy the lists and dicts in a value: an answer that changes a literal one of a case must not
+    change it for the next call."""
     if type(value) in (list, tuple):
         return type(value)(map(_unshared, value))
     if type(value) is dict:
@@ -493,7 +495,7 @@ def _strict() -> bool:
 
 @contextmanager
 def _seeded(seed: int):
-    """A seed of our own; the notebook's random numbers go on as if nothing had been drawn."""
+    """Use a seed inside the block; the notebook's random state is as before afterwards."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would seed every GPU's generator too, for good, and where
         # there is none it writes down the whole call stack, which takes longer than most answers.
@@ -502,7 +504,7 @@ def _seeded(seed: int):
 
 
 def outcome(function, args, watch=None) -> tuple[Any, Exception | None]:
-    """(what a call gives, None), or (None, what it raised); always with the same random numbers."""
+    """Return (result, None) or (None, exception) of a call, always with the same random numbers."""
     __tracebackhide__ = True
     with _seeded(_CALLS), watch or nullcontext():
         try:
@@ -512,7 +514,7 @@ def outcome(function, args, watch=None) -> tuple[Any, Exception | None]:
 
 
 def is_stub(error: Exception | None, module: str) -> bool:
-    """Whether the learner's own raise gave NotImplementedError: torch raises it at times too."""
+    """Return whether an error is the learner's own NotImplementedError: torch raises it too."""
     if not isinstance(error, NotImplementedError):
         return False
     last: TracebackType = error.__traceback__
@@ -524,14 +526,14 @@ def is_stub(error: Exception | None, module: str) -> bool:
 
 
 def own_lines(frames: Iterable[tuple[FrameType, int]], module: str) -> list[str]:
-    """The learner's lines among some frames: those of the module that their function is from."""
+    """Return the learner's lines among some frames: those from the module of their function."""
     own = [(f, n) for f, n in frames if f.f_globals.get("__name__") == module]
     codes = [(f.f_code, n, linecache.getline(f.f_code.co_filename, n).strip()) for f, n in own]
     return [f"Line {n} in {code.co_name}: {text}" for code, n, text in codes]
 
 
 def summary(error: Exception) -> str:
-    """The kind of an error and the first line of its message."""
+    """Return the type of an error and the first line of its message."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:200].removesuffix(".").removesuffix(": ")
 

@@ -55,7 +55,7 @@ alpha is divided by √r, as in rsLoRA
 
 
 class Mistakes(dict):
-    """{sentence: wrong function}, and the `right` one that they are edits of."""
+    """Hold {sentence: wrong function} and the `right` function that they are edits of."""
 
     def __init__(self, right: Callable, wrong: Mapping[str, Callable]) -> None:
         super().__init__(wrong)
@@ -102,7 +102,7 @@ def read(text: str) -> list[tuple[str, list[str]]]:
 
 
 def edited(source: str, edits: list[str]) -> str:
-    """Return the source after the edits. ValueError where an old text is not there exactly once."""
+    """Return the source after the edits. ValueError if an old text does not occur exactly once."""
     for edit in edits:
         old, new = (part.strip() for part in edit.split("→"))
         if (times := source.count(old)) != 1 or old == new:

@@ -1,4 +1,4 @@
-"""The check of a class of methods: the conformance suite, told to a learner."""
+"""Check a learner's class of methods by the conformance suite."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def _trial(check: Callable[[Method, Bench], str]) -> Callable[[Method], str]:
 
 
 class Trials(Tried):
-    """The check of a class of methods: an instance of it is tried in every way. The function below
-    has the name of the exercise, and says what is right of a method that passes."""
+    """Check a class of methods by all trials on an instance of it. The function below has the name
+    of the exercise, and describes a method that passes."""
 
     def __init__(self, reference: Callable) -> None:
         trials = {_trial(check): CHECKS[check] for check in OF_A_LESSON}
@@ -57,7 +57,7 @@ class Trials(Tried):
 
 
 def _required(cls: type) -> list[dataclasses.Field]:
-    """The fields of a dataclass that have no default."""
+    """Return the fields of a dataclass without a default."""
     found = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     missing = dataclasses.MISSING
     return [f for f in found if f.default is missing and f.default_factory is missing]

@@ -1,8 +1,8 @@
-"""Memory of a fine-tuning by part, for models too big to load: from their shape alone.
+"""Estimate the memory of fine-tuning by component, from a model's shape alone.
 
-Two ways to the activations: `activations` adds up a formula, `traced_activations` runs the model
-without values, on any configuration and with any method, and looks at what is kept. They know
-nothing of each other.
+There are two independent ways to the activations: `activations` evaluates a formula, and
+`traced_activations` runs the model without values, for any configuration and any method, and sums
+what it keeps.
 
 ### The formula
 
@@ -110,7 +110,7 @@ _COUNTED_AS |= {"attention_dropout": 0.0, "sliding_window": None}
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a transformer that its memory depends on. A size may be a fraction: see
+    """Hold the sizes of a transformer that its memory depends on. A size may be a fraction: see
     `Shape.of_size`."""
 
     layers: float
@@ -164,18 +164,18 @@ class Shape:
 
     @classmethod
     def of_size(cls, n_params: float, *, tied: bool = False) -> Shape:
-        """A Llama-3 of another size: d / 128 blocks of width d, a feed-forward of 3.5 d, heads of
-        128 of which four share a key, 128,256 tokens; 8.03 billion parameters are Llama-3-8B.
-        tied: without a head for tokens of its own, as a classifier of this size is.
+        """Return the shape of a Llama-3 of another size: d / 128 blocks of width d, a feed-forward
+        of 3.5 d, heads of width 128 of which four share a key, 128,256 tokens; 8.03 billion
+        parameters are Llama-3-8B. tied: no separate output matrix, as in a classifier.
 
-        Of sizes that are no whole numbers, so that memory grows steadily with `n_params`.
-        Raises ValueError for a size that is no number above 0."""
+        The sizes may be fractions, so that memory grows smoothly with `n_params`.
+        Raises ValueError unless the size is a number above 0."""
         validate("Shape.of_size", n_params=n_params)
         return _llama_of(n_params, tied)
 
     @property
     def linears(self) -> dict[str, tuple[float, float]]:
-        """{path in a block: (in, out)} of the linear layers of one block."""
+        """Return {path in a block: (in, out)} of the linear layers of one block."""
         d, f = self.width, self.feedforward
         q, k = (n * self.head_width for n in (self.heads, self.kv_heads))
         attention = {"q_proj": (d, q), "k_proj": (d, k), "v_proj": (d, k), "o_proj": (q, d)}
@@ -185,13 +185,13 @@ class Shape:
 
     @property
     def in_linears(self) -> float:
-        """Weights of the linear layers of all blocks, which is what QLoRA quantises."""
+        """Return the number of weights in the linear layers of all blocks, which QLoRA packs."""
         return self.layers * sum(i * o for i, o in self.linears.values())
 
     @property
     def parameters(self) -> float:
-        """All parameters, those of a classifier's head left out; without whole numbers if the
-        sizes are none."""
+        """Return the number of parameters without a classification head; a fraction if the sizes
+        are."""
         d, tables = self.width, self.vocabulary * (1 if self.tied else 2)
         norms = (2 * self.layers + 1) * d
         if self.qk_norm:
@@ -199,9 +199,9 @@ class Shape:
         return self.in_linears + tables * d + norms
 
     def adapted(self, targets: tuple[str, ...] | str) -> dict[str, tuple[float, float]]:
-        """Those of `linears` that `targets` of a method names.
+        """Return the part of `linears` that a method's `targets` name.
 
-        Raises ValueError for a name of none of them."""
+        Raises ValueError for a name that matches none."""
         if targets == "all-linear":
             return self.linears
         for name, alone in one_by_one(targets):
@@ -210,9 +210,8 @@ class Shape:
         return {p: size for p, size in self.linears.items() if matches(f"layer.0.{p}", targets)}
 
     def added(self, method: Method | None) -> float:
-        """The numbers that a method trains, without a fresh head; None is full fine-tuning.
-
-        Raises ValueError for a method without a formula."""
+        """Return the number of trainable parameters of a method, without a new classification
+        head; None is full fine-tuning. Raises ValueError for a method without a formula."""
         if method is None:
             return self.parameters
         if isinstance(method, Prompt):
@@ -426,8 +425,8 @@ def _prepared(model: nn.Module, method: Any, adapter: torch.dtype | None) -> nn.
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bytes a number: of a frozen weight; and of what trains, its weight, gradient, master copy and
-    the optimizer's moments."""
+    """Hold bytes per parameter: of a frozen weight, and of the weight, gradient, master copy and
+    optimizer moments of a trainable one."""
 
     frozen: float
     weight: float
@@ -437,6 +436,7 @@ class Recipe:
 
     @property
     def trained(self) -> float:
+        """Return the bytes per trainable parameter."""
         return self.weight + self.gradient + self.master + self.moments
 
 
@@ -451,7 +451,7 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes of a fine-tuning at its peak, by what they are for."""
+    """Hold the peak memory of fine-tuning by component, in bytes."""
 
     weights: float  # of the base
     adapter: float  # weights that a method adds
@@ -462,6 +462,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Return the sum of all components."""
         return sum(vars(self).values())
 
     def __repr__(self) -> str:
@@ -479,15 +480,15 @@ def training_memory(
     labels: bool = False,
     checkpointing: bool = False,
 ) -> Memory:
-    """Return what fine-tuning a model takes, by part; the arguments are those of `activations`.
+    """Return the memory of fine-tuning a model by component; arguments as in `activations`.
 
-    With `QLoRA` the linear layers of the blocks lie in NF4 with double quantisation, 4.127 bits a
-    weight, and all else in the recipe's bytes; one matrix at a time is unpacked. At work are two
-    float32 gradients as large as the logits, or what the widest layer reads, gives, and both's
-    gradients; with checkpointing one block, computed anew.
+    With `QLoRA` the linear layers of the blocks are in NF4 with double quantisation, 4.127 bits per
+    weight, and all else has the recipe's bytes; one matrix at a time is unpacked. `at_work` is the
+    larger of two float32 gradients of the logits' size, and input, output and both gradients of the
+    widest layer (with checkpointing plus one recomputed block).
 
-    The parts add up where gradients are accumulated over batches. Where they are not, those of full
-    fine-tuning come as the activations go, and the peak is lower by the smaller of the two.
+    The components add up if gradients are accumulated over batches. Otherwise the gradients of full
+    fine-tuning replace the activations, and the peak is lower by the smaller of the two.
 
     Raises ValueError for an unknown recipe, and what `activations` raises."""
     shape = Shape.of(model)

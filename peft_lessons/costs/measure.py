@@ -1,4 +1,4 @@
-"""Count and weigh: parameters, bytes, peak memory, time; also for models too big to load."""
+"""Measure parameters, bytes, peak memory and time, also of models too large to load."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def numbers(parameter: torch.Tensor) -> int:
-    """How many numbers a parameter stands for; a packed 4-bit weight for more than it has bytes."""
+    """Return the number of entries of a parameter, for a packed 4-bit weight of the original."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else torch.Size(state.shape).numel()
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of a model's parameters, tied ones once, other buffers than codes left out."""
+    """Hold parameter counts of a model. Tied ones count once, of the buffers only packed codes."""
 
     total: int
     trainable: int
@@ -37,7 +37,7 @@ class Parameters:
 
 
 def parameters(model: nn.Module) -> Parameters:
-    """Count a model's parameters, those that a module packed into codes (`packed_numel`) too."""
+    """Count a model's parameters, including weights packed into codes (`packed_numel`)."""
     every = list(model.parameters())
     packed = sum(getattr(module, "packed_numel", 0) for module in model.modules())
     return Parameters(
@@ -46,7 +46,7 @@ def parameters(model: nn.Module) -> Parameters:
 
 
 def nbytes(tensors) -> int:
-    """Bytes of the tensors' storages, a shared one once."""
+    """Return the bytes of the tensors' storages; a shared storage counts once."""
     storages = {_storage(t): t.untyped_storage() for t in tensors}
     return sum(s.nbytes() for s in storages.values())
 
@@ -58,7 +58,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """The bytes of one training step by what they are for."""
+    """Hold the bytes of one training step by component."""
 
     weights: int
     gradients: int
@@ -67,6 +67,7 @@ class TrainingBytes:
 
     @property
     def total(self) -> int:
+        """Return the sum of all components."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def __repr__(self) -> str:
@@ -75,7 +76,7 @@ class TrainingBytes:
 
 
 def _scales(model: nn.Module) -> list[torch.Tensor]:
-    """What bitsandbytes stores beside packed weights, in neither parameters nor buffers."""
+    """Return what bitsandbytes stores outside parameters and buffers for packed weights."""
     states = [getattr(p, "quant_state", None) for p in model.parameters()]
     states += [getattr(state, "state2", None) for state in states]
     stored = (getattr(s, name, None) for s in states for name in ("absmax", "offset"))
@@ -83,8 +84,8 @@ def _scales(model: nn.Module) -> list[torch.Tensor]:
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> TrainingBytes:
-    """Bytes that lie in the tensors of a model in training, now: weights (and buffers), gradients,
-    and the optimizer's state. Activations only exist during a step: see `activation_bytes`."""
+    """Return the bytes of a model's weights (and buffers), gradients and optimizer state right now.
+    Activations only exist during a step: see `activation_bytes`."""
     state = [] if optimizer is None else optimizer.state.values()
     return TrainingBytes(
         nbytes([*model.parameters(), *model.buffers(), *_scales(model)]),
@@ -94,9 +95,9 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
 
 
 def activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes that `forward` keeps for the backward pass, the model's own tensors left out.
+    """Return the bytes that `forward` keeps for the backward pass, without the model's own tensors.
 
-    `forward` runs the model and returns the loss, say; what it returns is dropped."""
+    `forward` runs the model and returns, say, the loss; its result is dropped."""
     own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
     kept = []
 
@@ -112,12 +113,12 @@ def activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> i
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most bytes that `function` held at a time beyond what was held before it.
+    """Return the additional peak memory of a call of `function`, in bytes.
 
-    On the CPU read from the profiler's record of every allocation and release, inside the operators
-    too; on a GPU, if anything lies there yet, from torch's own counter. A call costs several times
-    the function's own time. On the CPU the release of something older goes unseen, so `function`
-    should begin without it (gradients: zero_grad first)."""
+    On the CPU it comes from the profiler's record of every allocation and release, also inside
+    operators; on a GPU, if torch has allocated memory there, from torch's own counter. A call costs
+    several times the function's own time. On the CPU the release of older tensors is not seen, so
+    release them before (gradients: zero_grad first)."""
     if torch.cuda.is_available() and (before := torch.cuda.memory_allocated()):
         torch.cuda.reset_peak_memory_stats()
         function()
@@ -134,7 +135,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def step_time(function: Callable[[], object], repeats: int = 7, warmup: int = 2) -> float:
-    """Median seconds of a call, after `warmup` calls that are not counted."""
+    """Return the median seconds of a call, after `warmup` calls that are not counted."""
     times = []
     for i in range(warmup + repeats):
         started = time.perf_counter()
@@ -148,7 +149,7 @@ def step_time(function: Callable[[], object], repeats: int = 7, warmup: int = 2)
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a training step costs: the bytes that lie there, the most held beyond them, the time."""
+    """Hold the cost of a training step: bytes held, additional peak memory, and time."""
 
     trainable: int
     held: TrainingBytes
@@ -157,11 +158,11 @@ class StepCost:
 
 
 def training_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int = 3) -> StepCost:
-    """Measure one AdamW step of what trains in `model` on `batch`, which must give a loss.
+    """Measure one AdamW step of the trainable parameters on `batch`, which must include labels.
 
-    The learning rate is 0, so the weights stay as they are; so do the mode and the random state.
-    Gradients that were there are dropped. Raises ValueError where nothing trains, the batch gives
-    no loss or a gradient is NaN or infinite, or for repeats below 1."""
+    The learning rate is 0, so the weights do not change; mode and random state do not either.
+    Gradients are dropped. Raises ValueError if nothing is trainable, the model returns no loss, a
+    gradient is NaN or infinite, or repeats is below 1."""
     training, mode = [p for p in model.parameters() if p.requires_grad], model.training
     if not training:
         raise ValueError("training_step: nothing in the model trains, all is frozen")
@@ -202,10 +203,10 @@ def costs(
     batch: dict[str, torch.Tensor],
     **more: Callable[[nn.Module], object],
 ) -> list[dict[str, object]]:
-    """What a training step of each model costs here and now, {name: model}: a row for `cost_table`.
+    """Measure a training step of each model, {name: model}, on this machine; a table row for each.
 
-    more: further columns, functions of the model; an underscore in a name becomes a blank.
-    Bytes are given in MiB, times in ms; timed one after the other, so they are rough."""
+    more: further columns, functions of the model; an underscore in a name becomes a space.
+    Bytes are in MiB, times in ms; the models are timed one after the other, so times are rough."""
     rows = []
     for name, model in models.items():
         cost = training_step(model, batch)
@@ -223,9 +224,9 @@ def costs(
 
 
 def by_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, all called once a round: a busy moment meets all alike.
+    """Return the median seconds of each function; every round calls all, so that they share noise.
 
-    Every second round goes backwards, so that none always runs in the caches of the same other."""
+    Every second round is in reverse order, so that no function always follows the same other."""
     seconds = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name in list(functions)[:: -1 if number % 2 else 1]:
@@ -243,11 +244,11 @@ def estimate_bytes(
     master: float = 4,
     moments: float = 8,
 ) -> TrainingBytes:
-    """What training `model` takes without activations, from counts alone (any device, also meta).
+    """Estimate the bytes of training `model` without activations, from parameter counts alone.
 
-    Bytes a parameter: `weight` for all; `gradient`, `master` copy and optimizer `moments` for what
-    trains. The defaults are mixed-precision training with Adam; all in float32 is 4, 4, 0, 8. The
-    master copy is counted with the optimizer."""
+    Bytes per parameter: `weight` for all; `gradient`, `master` copy and optimizer `moments` for the
+    trainable ones. The defaults are mixed-precision training with Adam; float32 is 4, 4, 0, 8. The
+    master copy counts as optimizer state. The model may be on any device, also meta."""
     count = parameters(model)
     return TrainingBytes(
         round(count.total * weight),

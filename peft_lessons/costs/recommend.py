@@ -1,10 +1,10 @@
-"""Which method to choose: what fits by `memory`, in the order of the study in data/results.
+"""Recommend a method: the first that fits by `estimate`, in the order of the study.
 
     recommend_peft_method(8, 24, "generation", 5_000)
 
-says a name of `NAMES`, and shows why. Among what fits it takes the first of a ranking. The ranking
-comes from the task and the number of examples alone, so more memory never makes the advice worse,
-and what does not fit is never recommended.
+returns a name of `NAMES` and shows why: the first of a ranking that fits. The ranking depends only
+on the task and the number of examples, so more memory never makes the advice worse, and a method
+that does not fit is never recommended.
 
 Candidates are the methods that Hugging Face PEFT has a configuration for, and full fine-tuning. The
 study has more: PEFT has no configuration for bottleneck adapters, BitFit, diff pruning and the last
@@ -53,8 +53,8 @@ FACTORS = {"rank": 8, "alpha": 16}
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method that may be recommended: its row in the study, what it puts into a Llama, the name
-    of its configuration in PEFT and the settings of that."""
+    """Describe a method that may be recommended: its name in the study, the method for a Llama, and
+    the name and settings of its configuration in PEFT."""
 
     study: str
     method: Method | None
@@ -134,7 +134,7 @@ _stored = cache(study)  # one recommendation after another reads the same table
 
 
 def nearest_size(sizes: Sequence[int], examples: int) -> int:
-    """The size of the study that is nearest in ratio; of two as near the smaller."""
+    """Return the size of the study with the nearest ratio to `examples`; of two, the smaller."""
     return min(sorted(sizes), key=lambda size: max(size, examples) / min(size, examples))
 
 
@@ -182,10 +182,10 @@ def ranking(task: str, examples: int, runs: DataFrame | None = None) -> list[str
 
 
 def usable_bytes(gpu_memory_gb: float) -> float:
-    """What a card leaves for a training: its GiB (a "24 GB" card has 24 · 2³⁰ bytes), less 0.75 GiB
-    for CUDA itself and a twentieth for fragments.
+    """Return the usable bytes of a GPU: its GiB (a "24 GB" GPU has 24 · 2³⁰ bytes), less 0.75 GiB
+    for CUDA itself and 5 % for fragmentation.
 
-    Raises ValueError for a size that is no finite number above 0."""
+    Raises ValueError unless the size is a finite number above 0."""
     validate("usable_bytes", gpu_memory_gb=gpu_memory_gb)
     return max(0.0, (1 - SPARE) * gpu_memory_gb * GIB - CONTEXT)
 
@@ -198,9 +198,9 @@ def needs_of(
     *,
     checkpointing: bool = True,
 ) -> dict[str, Memory]:
-    """{name: what it takes at the peak} of every candidate, on a Llama-3 of this many billions of
-    parameters, in mixed precision, with gradient checkpointing or without: never with a prefix,
-    which lies in the cache, and checkpointing switches that off."""
+    """Return {name: peak memory} of every candidate, for a Llama-3 of so many billions of
+    parameters in mixed precision, with or without gradient checkpointing: always without for a
+    prefix, which needs the cache that checkpointing switches off."""
     shape = Shape.of_size(model_size_b * 1e9, tied=labels)
     more = {"batch": batch, "context": context, "labels": labels}
     return {
@@ -212,7 +212,7 @@ def needs_of(
 
 
 def _largest(gpu_memory_gb: float, labels: bool, context: int, batch: int) -> float:
-    """The most billions of parameters of which some candidate fits."""
+    """Return the largest number of billions of parameters at which some candidate fits."""
     low, high, usable = 0.0, float(LARGEST), usable_bytes(gpu_memory_gb)
     for _ in range(40):
         middle = (low + high) / 2
@@ -225,7 +225,7 @@ def _largest(gpu_memory_gb: float, labels: bool, context: int, batch: int) -> fl
 
 
 def _task(task_type: Any) -> str:
-    """The key of TASKS that is meant."""
+    """Return the key of TASKS for a name of a task. ValueError for an unknown name."""
     text = str(getattr(task_type, "value", task_type))
     plain = text.strip().lower().replace("_", " ").replace("-", " ")
     for name, (_, peft_name, others) in TASKS.items():
@@ -236,13 +236,11 @@ def _task(task_type: Any) -> str:
 
 
 class Advice(str):
-    """A name of `NAMES`, and why. Made by `recommend_peft_method`.
+    """Hold a name of `NAMES` and the reasons for it; made by `recommend_peft_method`.
 
-    fits: a table of all candidates in their order, with bytes by part and what is left.
-    evidence: a table of what the study measured, for this kind of task and this much data.
-    alternatives: two other names. config: PEFT's configuration, None for full fine-tuning and
-    "does not fit"; a new one each time, since PEFT writes into it the layers that it found.
-    quantization: what to load the base with, for QLoRA. why: all of it as text."""
+    fits: a table of all candidates in their order, with bytes by component and the bytes left.
+    evidence: a table of the study's results for this kind of task and this amount of data.
+    alternatives: two other names."""
 
     fits: Table
     evidence: Table | None
@@ -252,6 +250,8 @@ class Advice(str):
 
     @property
     def config(self) -> Any:
+        """Return a new configuration of PEFT (PEFT writes the layers that it finds into it), None
+        for full fine-tuning and "does not fit"."""
         candidate = CANDIDATES.get(self)
         if candidate is None or not candidate.config:
             return None
@@ -262,6 +262,7 @@ class Advice(str):
 
     @property
     def quantization(self) -> Any:
+        """Return the `quantization_config` to load the base with for QLoRA, else None."""
         if self != "QLoRA":
             return None
         import torch
@@ -276,6 +277,7 @@ class Advice(str):
 
     @property
     def why(self) -> str:
+        """Return the sentences and both tables as text."""
         told = (textwrap.fill(sentence, 100) for sentence in self.sentences)
         shown = (*told, repr(self.fits), repr(self.evidence) if self.evidence else "")
         return "\n".join(filter(None, shown))
@@ -299,20 +301,20 @@ def recommend_peft_method(
     context: int = 1024,
     batch: int = 1,
 ) -> Advice:
-    """Which method to fine-tune a model with: a name of `NAMES` that explains itself.
+    """Recommend a method for fine-tuning a model: a name of `NAMES` that explains itself.
 
     Args:
-        model_size_b: parameters in billions, 7 for a 7-billion model, taken for a Llama-3 of that
+        model_size_b: parameters in billions, 7 for a 7-billion model, treated as a Llama-3 of that
             size.
-        gpu_memory_gb: of one card, as it is sold: a "24 GB" card has 24 · 2³⁰ bytes.
+        gpu_memory_gb: nominal memory of one GPU: a "24 GB" GPU has 24 · 2³⁰ bytes.
         task_type: "classification" or "generation", or PEFT's SEQ_CLS or CAUSAL_LM.
         num_examples: in the training set.
-        context, batch: tokens of a text, texts in a step. Gradients can be accumulated over steps.
+        context, batch: tokens per text, texts per step. Gradients can be accumulated over steps.
 
-    The name is the first of `ranking` whose `needs_of` are at most `usable_bytes`, so it never does
-    not fit, and more memory never leads to a lower rank.
-    Raises ValueError for an unknown task (lists the known), and for a number that is none, is not
-    finite, not above 0, or, where a whole one is wanted, not whole."""
+    The result is the first name of `ranking` whose `needs_of` is at most `usable_bytes`, so it
+    always fits, and more memory never leads to a lower rank.
+    Raises ValueError for an unknown task (lists the known ones), and for a size that is not a
+    finite number above 0, or not an int where one is needed."""
     own = "recommend_peft_method"
     validate(own, model_size_b=model_size_b, gpu_memory_gb=gpu_memory_gb)
     validate(own, num_examples=num_examples, context=context, batch=batch)
@@ -441,8 +443,8 @@ def _evidence(task: str, examples: int, order: Sequence[str]) -> Table | None:
 
 
 class Adviser:
-    """`recommend_peft_method` with sliders where there is a kernel, and without one the advice for
-    where they stand at first. Shown by itself at the end of a cell."""
+    """Show sliders for `recommend_peft_method` at the end of a cell; without a kernel, the advice
+    for their initial values."""
 
     def __init__(self, **first: Any) -> None:
         self.first = recommend_peft_method(**first)
@@ -499,8 +501,8 @@ def adviser(
     task_type: str = "generation",
     num_examples: int = 1000,
 ) -> Adviser:
-    """Sliders over `recommend_peft_method`, which start here. Without ipywidgets, or on a page
-    without a kernel, the advice for the start is shown instead. Raises ValueError as it does."""
+    """Return sliders for `recommend_peft_method` with these initial values. Without ipywidgets or a
+    kernel they show the advice for the initial values. Errors as `recommend_peft_method`."""
     return Adviser(
         model_size_b=model_size_b,
         gpu_memory_gb=gpu_memory_gb,

@@ -35,11 +35,11 @@ from .bundled import bundled_path, data_folder, records
 
 
 class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
-    """BERT, the mean of its last hidden states over the mask, and one linear layer on top.
+    """Classify texts with BERT, mean pooling over the mask, and one linear layer on top.
 
-    Sentence encoders are trained to be pooled this way; their [CLS] pooler is untrained."""
+    Sentence encoders are trained with mean pooling; their [CLS] pooler is untrained."""
 
-    # Else Trainer hands it the count of labels of a whole step, and leaves the mean over it to it.
+    # Otherwise Trainer passes num_items_in_batch and expects the model to average over it.
     accepts_loss_kwargs = False
 
     def __init__(self, config):
@@ -61,11 +61,11 @@ class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
         return_dict=None,
         **kwargs,
     ):
-        """Logits (batch, labels), and the mean cross entropy for given labels (batch,).
+        """Return logits (batch, labels), and the mean cross entropy if labels (batch,) are given.
 
         `input_ids` is (batch, tokens), `inputs_embeds` (batch, tokens, hidden). The mask is
-        (batch, tokens), or longer on the left where `past_key_values` holds a prefix; a prefix is
-        attended to but isn't pooled."""
+        (batch, tokens), or longer on the left if `past_key_values` holds a prefix; a prefix is
+        attended to but not pooled."""
         hidden = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -95,10 +95,10 @@ class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
 
 @dataclass(frozen=True)
 class Bundled:
-    """A model in data/: its folder, the name it goes by, and what it becomes when loaded.
+    """Describe a model in data/: its folder, its name, and the classes that load it.
 
-    `published_as` is its id at the Hub, which an adapter made for it names. A model published
-    nowhere keeps its bundled name: `load_model` knows it, and having no owner it is no Hub id."""
+    `published_as` is its id at the Hub, which the files of its adapters name. An unpublished model
+    keeps its bundled name, which `load_model` knows; without an owner it cannot be a Hub id."""
 
     folder: str
     published_as: str
@@ -123,7 +123,7 @@ BUNDLED = {
 
 
 def _bundled_model_folder(bundled: Bundled, verify: bool) -> Path:
-    """Return the folder of a bundled model, whose files are there and have their sizes.
+    """Check the files of a bundled model (with `verify` their sha256) and return its folder.
 
     Its licence and notice may be missing or edited: no model is loaded from them."""
     listed = [
@@ -137,7 +137,7 @@ def _bundled_model_folder(bundled: Bundled, verify: bool) -> Path:
 
 
 def _resolve(name: str) -> str:
-    """The bundled name, folder or Hub id that `name` stands for."""
+    """Return the bundled name, folder or Hub id that `name` means."""
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"name must be a string, got {name!r}; try 'minilm'")
     name = os.fspath(name)
@@ -158,7 +158,7 @@ def _unknown(name: str, reason: str) -> str:
 
 @contextmanager
 def _loading(name: str):
-    """Silence reports about fresh heads, and turn a failed look-up into a clear error."""
+    """Silence reports about new heads, and turn a failed look-up into a clear error."""
     try:
         # The hub's reports every attempt to reach a network that isn't there.
         with errors_only("transformers"), errors_only("huggingface_hub"):
@@ -186,9 +186,9 @@ def load_tokenizer(name: str):
 
 
 def padded(tokenizer):
-    """The tokenizer, with its end token for padding where it has none of its own.
+    """Set the end token as padding token if the tokenizer has none, and return the tokenizer.
 
-    Raises ValueError if it has neither."""
+    Raises ValueError if it has neither token."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -207,18 +207,18 @@ def load_model(
     seed: int = 0,
     four_bit: bool = False,
 ):
-    """Load a base model in eval mode; with `labels=n` it gets a fresh classification head.
+    """Load a base model in eval mode; with `labels=n` it gets a new classification head.
 
     `name` is a bundled name (`BUNDLED`), a local folder or a Hub id. Weights come in `dtype`. The
     bundled encoder gives token states (batch, tokens, hidden), or logits (batch, n) from the mean
     over the mask; the bundled decoder logits (batch, tokens, vocabulary), or (batch, n) from each
-    text's last token. `model.fresh_modules` names the modules that hold untrained weights, which
-    `seed` decides; the global random state stays as it is. `verify` checks the bundled files'
+    text's last token. `model.fresh_modules` names the modules with newly initialised weights, which
+    depend on `seed`; the global random state is unchanged. `verify` checks the bundled files'
     sha256.
 
     `four_bit` stores the linear layers inside the model in NF4 with doubly quantised scales, to
     compute in `dtype`; heads, embeddings and norms stay in `dtype`. Such a model is loaded onto the
-    GPU where there is one, any other onto the CPU.
+    GPU if there is one, any other onto the CPU.
 
     Raises FileNotFoundError for a missing bundled file, ValueError for a damaged one, an unknown
     name, labels below 2, incomplete weights, or in four bits a layer whose inputs are no multiple
@@ -276,7 +276,7 @@ FOUR_BIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) -> dict:
-    """What `from_pretrained` takes to quantise the linear layers inside the model.
+    """Return the arguments of `from_pretrained` that quantise the linear layers inside the model.
 
     Raises ValueError for a layer that the 4-bit kernels compute wrongly, or a quantised file."""
     if getattr(config, "quantization_config", None) is not None:
@@ -320,8 +320,8 @@ def nf4(dtype: torch.dtype, others: Sequence[str]) -> BitsAndBytesConfig:
 def keep_differentiable(model) -> None:
     """Forbid the 4-bit layers to repack their weights.
 
-    On a CPU with AVX512-BF16 they would at the first forward in eval mode, in place; from then on
-    gradients are wrong or missing."""
+    On a CPU with AVX512-BF16 the first forward in eval mode would repack them in place; from then
+    on gradients are wrong or missing."""
     from bitsandbytes.nn import Linear4bit  # slow to import, and needed here only
 
     for module in model.modules():
@@ -339,9 +339,9 @@ def _auto_class(config, labels: int | None):
 
 
 def _untrained(model, info: dict, name: str, labels: int | None) -> tuple[str, ...]:
-    """The top modules whose weights no file gave, in the model's order.
+    """Return the top-level modules whose weights are in no file, in the model's order.
 
-    Raises ValueError where they are more than a head (or a pooler): the file is incomplete."""
+    Raises ValueError if they are more than a head (or a pooler): the file is incomplete."""
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
     prefix = model.base_model_prefix + "."
     broken = sorted(path for path in missing if path.startswith(prefix) and "pooler" not in path)

@@ -1,4 +1,4 @@
-"""The files in data/: where they lie, and whether they are what was recorded.
+"""Find the files in data/ and compare them with their recorded checksums.
 
 `PEFT_LESSONS_DATA` names another data folder.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class BundledFile:
-    """The state of one file in data/; `intact` says whether it has the recorded sha256."""
+    """Record the state of one file in data/; `intact` is True if its sha256 is the recorded one."""
 
     path: str
     present: bool
@@ -23,13 +23,15 @@ class BundledFile:
 
 
 def data_folder() -> Path:
-    """The folder of bundled files: data/ of this checkout, or $PEFT_LESSONS_DATA."""
+    """Return the folder of bundled files: data/ of this checkout, or $PEFT_LESSONS_DATA."""
     chosen = os.environ.get("PEFT_LESSONS_DATA")
     return Path(chosen) if chosen else Path(__file__).resolve().parents[2] / "data"
 
 
 def records() -> dict[str, dict]:
-    """Bytes, sha256 and rebuild command of every bundled file, by its path in data/."""
+    """Read {path in data/: bytes, sha256 and rebuild command} of every bundled file.
+
+    Raises FileNotFoundError if the list is missing."""
     file = data_folder() / "checksums.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -46,7 +48,7 @@ def _sha256(file: Path) -> str:
 
 
 def _sha256_with_lf(file: Path) -> str:
-    """Return the sha256 that a text file has once its line ends are LF again."""
+    """Return the sha256 of a text file with its line ends converted back to LF."""
     return hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
@@ -60,9 +62,9 @@ Without git, copy the data folder again with a program that leaves line ends as 
 
 
 def bundled_files() -> list[BundledFile]:
-    """Path (relative to data/), presence, size and integrity of every bundled file.
+    """Return path (relative to data/), presence, size and integrity of every bundled file.
 
-    Raises FileNotFoundError when the list of checksums itself is missing."""
+    Raises FileNotFoundError if the list of checksums itself is missing."""
     states = []
     for path, entry in records().items():
         file = data_folder() / path
@@ -73,10 +75,10 @@ def bundled_files() -> list[BundledFile]:
 
 
 def bundled_path(path: str, verify: bool = False) -> Path:
-    """Where the bundled file `path` (relative to data/) lies.
+    """Return the path of a bundled file, given relative to data/.
 
-    Raises FileNotFoundError when it is missing, ValueError when it has another size than recorded
-    or, with `verify`, another sha256; both name the command that rebuilds it. Where line ends were
+    Raises FileNotFoundError if it is missing, ValueError if its size or, with `verify`, its sha256
+    differs from the recorded one; both name the command that rebuilds it. If line ends were
     converted to CRLF, ValueError says so and names the commands that restore the bundled files."""
     file, entry = data_folder() / path, records().get(path)
     if entry is None:

@@ -1,4 +1,4 @@
-"""Is this machine ready for the course? Versions, cores, memory, GPU and bundled files."""
+"""Check whether this machine is ready: versions, cores, memory, GPU and bundled files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NEEDED_GIB = 3.5
 
 @dataclass(frozen=True)
 class Row:
-    """One thing looked at; `ok` is None where there is nothing to demand."""
+    """Record one finding; `ok` is None if the course needs nothing of it."""
 
     what: str
     found: str
@@ -30,7 +30,7 @@ class Row:
 
 
 class Readiness:
-    """A table of what was found, and one verdict; `.ready` is False if anything is wrong."""
+    """Show a table of findings and one verdict; `.ready` is False if anything is wrong."""
 
     def __init__(self, rows: list[Row]):
         self.rows = rows

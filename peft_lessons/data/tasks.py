@@ -1,4 +1,4 @@
-"""Load the bundled data as ready batches. A task knows texts and labels, and nothing of methods."""
+"""Load the bundled data as ready batches. A task has texts and labels, and knows no method."""
 
 import bz2
 import csv
@@ -20,14 +20,14 @@ LABEL_NAMES = ("negative", "positive")
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of one split: texts, token ids, and class indices (None for free text)."""
+    """Hold the examples of one split: texts, token ids, and class indices (None for free text)."""
 
     texts: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...] | None = None
 
     def pick(self, indices) -> "Split":
-        """The split that holds only these examples, in this order."""
+        """Return a split of only these examples, in this order."""
         labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
         return Split(
             tuple(self.texts[i] for i in indices), tuple(self.tokens[i] for i in indices), labels
@@ -35,7 +35,7 @@ class Split:
 
 
 class Summary(str):
-    """A text that a notebook shows as it is, line breaks and all."""
+    """Show a text in a notebook as it is, with its line breaks."""
 
     __slots__ = ()
 
@@ -44,7 +44,7 @@ class Summary(str):
 
 
 class Task:
-    """Labelled texts in splits, tokenised once, handed out as padded batches.
+    """Hold labelled texts in splits, tokenised once, and return them as padded batches.
 
     Batches are dicts of long tensors: `input_ids` and `attention_mask` (size, tokens), padded on
     the right to the longest text of the batch, and `labels` (size,)."""
@@ -78,7 +78,7 @@ class Task:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The names of the splits."""
+        """Return the names of the splits."""
         return tuple(self._splits)
 
     def _split(self, split: str) -> Split:
@@ -87,21 +87,21 @@ class Task:
         return self._splits[split]
 
     def size(self, split: str) -> int:
-        """The number of examples of a split. Raises ValueError for an unknown split."""
+        """Return the number of examples of a split. Raises ValueError for an unknown split."""
         return len(self._split(split).texts)
 
     def texts(self, split: str) -> list[str]:
-        """The texts of a split in stored order. Raises ValueError for an unknown split."""
+        """Return the texts of a split in stored order. Raises ValueError for an unknown split."""
         return list(self._split(split).texts)
 
     def labels(self, split: str) -> torch.Tensor:
-        """The class indices (size,) of a split in stored order, as `batches` gives them.
+        """Return the class indices (size,) of a split in stored order, as in `batches`.
 
         Raises ValueError for an unknown split."""
         return torch.tensor(self._split(split).labels)
 
     def examples(self, split: str) -> list[dict]:
-        """The texts of a split with their labels, {"text": …, "label": …}, in stored order.
+        """Return [{"text": …, "label": …}, …] of a split in stored order.
 
         Raises ValueError for an unknown split."""
         labels = self.labels(split).tolist()
@@ -113,11 +113,11 @@ class Task:
     def batches(
         self, split: str, size: int = 16, seed: int | None = None, by_length: bool = False
     ) -> Iterator[dict]:
-        """Go through a split once, in stored order or shuffled by `seed`; the last may be short.
+        """Iterate over a split once, in stored order or shuffled by `seed`; the last may be short.
 
-        `by_length` takes the shortest texts first: less padding, where order is of no account. The
-        global random state is neither read nor changed. Raises ValueError for an unknown split, a
-        size below 1, or a seed together with by_length."""
+        `by_length` sorts by length, which saves padding if the order does not matter. The global
+        random state is neither read nor changed. Raises ValueError for an unknown split, a size
+        below 1, or a seed together with by_length."""
         examples, size = self._split(split), _at_least("size", size, 1)
         if by_length and seed is not None:
             raise ValueError(f"seed={seed} and by_length=True: an order can only be one")
@@ -145,11 +145,11 @@ class Task:
         )
 
     def limit(self, **sizes: int) -> "Task":
-        """The task with only the first `n` examples of a split, balanced by class.
+        """Return the task with only the first `n` examples of a split, balanced by class.
 
-        `task.limit(train=200)` is for studies on little data. Order is kept; the other splits stay
-        whole. Raises ValueError for an unknown split, or for an n that leaves a class empty or
-        that a class has too few examples for: the rarest class decides how many are to be had."""
+        `task.limit(train=200)` is for studies on little data. The order is kept; other splits stay
+        whole. Raises ValueError for an unknown split, or an n that leaves a class empty or exceeds
+        what the rarest class allows."""
         splits = dict(self._splits)
         for split, n in sizes.items():
             examples, classes = self._split(split), len(self.label_names)
@@ -171,10 +171,10 @@ class Task:
         return limited
 
     def encode(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """A padded batch, without labels, of texts of your own.
+        """Return a padded batch, without labels, of your own texts.
 
-        Raises TypeError when `texts` isn't a list of strings, ValueError when it is empty or a text
-        in it has no token."""
+        Raises TypeError if `texts` is not a list of strings, ValueError if it is empty or a text in
+        it has no token."""
         listed = isinstance(texts, list | tuple)
         if not listed or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"texts must be a list of strings, got {texts!r}")
@@ -198,10 +198,10 @@ class Task:
         return {"input_ids": ids, "attention_mask": mask}
 
     def describe(self) -> Summary:
-        """A table of the splits: texts, classes, and the mean of words and tokens a text.
+        """Return a table of the splits: texts, classes, and mean words and tokens per text.
 
-        Of two classes it gives the share of the last; of more, how many there are, and the share of
-        the largest: what always guessing that one would score."""
+        For two classes it has the share of the last one; for more, their number and the share of
+        the largest, which is the accuracy of always predicting it."""
         two = len(self.label_names) == 2
         head = f"{f'share {self.label_names[-1]}':>16}" if two else f"{'classes':>9}{'largest':>20}"
         lines = [f"{'split':12}{'sentences':>10}{head}{'mean words':>12}{'mean tokens':>13}"]
@@ -220,12 +220,12 @@ class Task:
 
 
 class LanguageTask(Task):
-    """Blocks of running text in splits; what is to be predicted is each block's next token.
+    """Hold blocks of running text in splits, for next-token prediction.
 
     Batches have `input_ids`, `attention_mask` and `labels`, all (size, tokens); the labels are the
-    ids, and −100 on the padding, where no loss is taken. A model shifts them itself, so the first
-    token of a block is never predicted. A perplexity is one of this tokenizer's tokens, in blocks
-    of this `max_length`: compare it only with others of the same two."""
+    ids, and −100 on the padding, which the loss ignores. A model shifts them itself, so the first
+    token of a block is never predicted. A perplexity depends on the tokenizer and `max_length`:
+    compare it only with others of the same two."""
 
     def __init__(self, name, splits, tokenizer, max_length, source=""):
         super().__init__(name, splits, (), tokenizer, max_length, source)
@@ -249,13 +249,13 @@ class LanguageTask(Task):
         )
 
     def examples(self, split: str) -> list[dict]:
-        """The blocks of a split, {"text": …}, in stored order.
+        """Return the blocks of a split, [{"text": …}, …], in stored order.
 
         Raises ValueError for an unknown split."""
         return [{"text": text} for text in self.texts(split)]
 
     def limit(self, **sizes: int) -> "LanguageTask":
-        """The task with only the first `n` blocks of a split; the other splits stay whole.
+        """Return the task with only the first `n` blocks of a split; other splits stay whole.
 
         Raises ValueError for an unknown split, or an n below 1 or above the number of blocks."""
         limited = copy(self)
@@ -274,7 +274,7 @@ class LanguageTask(Task):
         return batch | {"labels": labels}  # (size, tokens)
 
     def describe(self) -> Summary:
-        """A table of the splits: their blocks, tokens and characters, line ends included."""
+        """Return a table of the splits: blocks, tokens and characters, line ends included."""
         lines = [f"{'split':12}{'blocks':>8}{'tokens':>12}{'characters':>13}"]
         for split, examples in self._splits.items():
             tokens, characters = (sum(map(len, x)) for x in (examples.tokens, examples.texts))
@@ -287,7 +287,7 @@ def _lengths(examples: Split) -> np.ndarray:
 
 
 def _epoch(lengths: np.ndarray, size: int, seed: tuple[int, int]) -> np.ndarray:
-    """The rows of each batch of an epoch (batches, size), of similar length within one."""
+    """Return the indices (batches, size) of an epoch; texts of a batch have similar lengths."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))[: len(lengths) // size * size]
     # Sorting within random groups of 32 batches keeps the batches of two epochs different.
@@ -309,7 +309,7 @@ def _tokenise(texts, tokenizer, max_length: int, labels=None) -> Split:
 
 
 def sentiment_label(rating: float) -> int | None:
-    """1 for a mean rating above +1, 0 below -1, None for what lies between."""
+    """Return 1 for a mean rating above +1, 0 below -1, None between them."""
     return 1 if rating > 1 else 0 if rating < -1 else None
 
 
@@ -374,9 +374,9 @@ def _load_austen(name, tokenizer, max_length) -> LanguageTask:
 def _blocks(chapters: list[list[str]], tokenizer, length: int) -> Split:
     """Cut chapters, given by their paragraphs, into blocks of `length` tokens.
 
-    A block never goes on into the next chapter: the last one is shorter, and left out if it is a
-    single token. The token that ends a text closes each paragraph, as in the bundled decoder's
-    pretraining, where a paragraph is a text; among the texts it is a line end."""
+    A block never continues into the next chapter: the last one is shorter, and left out if it is a
+    single token. The end-of-text token closes each paragraph, as in the bundled decoder's
+    pretraining, where a paragraph is a text; in the texts it is a line end."""
     texts, tokens = [], []
     for paragraphs in chapters:
         encoded = tokenizer(
@@ -399,8 +399,8 @@ def _blocks(chapters: list[list[str]], tokenizer, length: int) -> Split:
 
 @dataclass(frozen=True)
 class Loader:
-    """How a task is loaded: a function of (name, tokenizer, max_length), and whose tokenizer is
-    taken unless told."""
+    """Describe how to load a task: a function of (name, tokenizer, max_length), and the model whose
+    tokenizer is the default."""
 
     load: Callable[..., Task]
     model: str = "minilm"
@@ -415,15 +415,15 @@ LOADERS = {
 
 
 def load_task(name: str, tokenizer=None, max_length: int = 128) -> Task:
-    """Load a bundled task, its texts cut at `max_length` tokens; `LOADERS` has the names.
+    """Load a bundled task, its texts truncated to `max_length` tokens; `LOADERS` has the names.
 
     The sentiment tasks have two classes, "wordnet" 26 in alphabetical order: the category of a noun
     from its definition. "austen" is a `LanguageTask`: running text in blocks of `max_length`.
 
     `tokenizer` is the model's, by default the bundled encoder's, for "austen" the bundled
-    decoder's. Raises ValueError for an unknown name, or a max_length that leaves no room for text
-    or exceeds the model's positions, or a tokenizer without the token that a task needs; TypeError
-    when `tokenizer` isn't one; FileNotFoundError for a missing file."""
+    decoder's. Raises ValueError for an unknown name, a max_length that leaves no room for text or
+    exceeds the model's positions, or a tokenizer without the token that a task needs; TypeError if
+    `tokenizer` is not a tokenizer; FileNotFoundError for a missing file."""
     if name not in LOADERS:
         raise ValueError(f"there is no task {name!r}; known are {', '.join(sorted(LOADERS))}")
     if tokenizer is None:

@@ -58,8 +58,8 @@ _OFF = (None, False, {}, [], "none")
 def _slots(
     model: nn.Module, injection: Injection, frozen_head: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(key in PEFT's file, tensor in the model) of all that the file holds; other programs' files
-    hold no frozen head."""
+    """Yield (key in PEFT's file, tensor in the model) for all that a file contains; files of other
+    programs contain no frozen head."""
     names = injection.method.files.tensors
     # PEFT's prompt methods hold the base itself; its others hold a tuner that holds the base.
     base = _PREFIX if injection.attached is None else "base_model."
@@ -74,7 +74,7 @@ def _slots(
 
 
 def task_type(model: nn.Module) -> str | None:
-    """The name that PEFT has for what the model does, or None."""
+    """Return PEFT's name for the task of a model, or None."""
     if type(model).__name__.endswith("ForCausalLM"):
         return "CAUSAL_LM"
     return "SEQ_CLS" if is_classifier(model) else None
@@ -183,8 +183,8 @@ def _refuse_non_finite(tensors: dict[str, torch.Tensor], verb: str) -> None:
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor], dict]:
-    """(config, tensors, header of the weights) of an adapter folder, checked as files only. The
-    method's own entries, which our header keeps, are in the config.
+    """Read and check the two files of an adapter folder; return (config, tensors, header of the
+    weights). The config includes the method's own entries, which are stored in the header.
 
     Raises FileNotFoundError if one of the two files is missing, ValueError if one is broken."""
     folder = Path(folder)
@@ -247,7 +247,7 @@ def _own_entries(text: str, folder: Path) -> dict:
 
 
 def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Tensor]]:
-    """The method that the config describes, and its tensors. ValueError if the course has none."""
+    """Return the method that a config describes, and its tensors. ValueError for other methods."""
     kind = config["peft_type"]
     known = [m for m in registered_methods() if m.files.kind == kind]
     if not known:
@@ -278,7 +278,7 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy of the model without values: it takes no memory and can be changed freely."""
+    """Return a copy of the model on the meta device, without values and memory."""
     memo = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = tensor.detach().to("meta")
@@ -341,13 +341,13 @@ def load_adapter(
 
 
 def misfit(what: str, keys: list[str], total: int) -> str:
-    """How a file's keys do not fit a model."""
+    """Return the error message for keys of a file that do not fit a model."""
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
     return f"the file {what} {keys[0]!r}{more} of {total} tensors: it was made for another model"
 
 
 def refuse_other_base(model: nn.Module, config: dict, header: dict) -> None:
-    """ValueError if an adapter, as `read_adapter` gives it, was made for another base."""
+    """Raise ValueError if an adapter, as read by `read_adapter`, belongs to another base."""
     theirs, saved = header.get(_BASE), config.get("modules_to_save") or []
     # A head that the file holds may be another one in the model: the file's takes its place.
     held = [head for head in head_of(model) if head in saved]

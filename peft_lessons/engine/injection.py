@@ -32,12 +32,12 @@ from .targets import (
 
 
 def injection_of(model: nn.Module) -> Injection | None:
-    """What `inject` did to this model, or None if it is an untouched base."""
+    """Return the record of `inject` on this model, or None for a plain base."""
     return model.__dict__.get("_peft_injection")
 
 
 def require_injection(model: nn.Module, verb: str, method: type[Method] | None = None) -> Injection:
-    """What `inject` did to the model. ValueError if it holds no method, or not this kind."""
+    """Return the record of `inject`. ValueError if the model has no method of this kind."""
     injection = injection_of(model)
     # By the name of its type: a lesson defines a method anew, and a file may be read by either.
     if injection is None or (method and injection.method.files.kind != method.files.kind):
@@ -47,7 +47,7 @@ def require_injection(model: nn.Module, verb: str, method: type[Method] | None =
 
 
 def attached_to(model: nn.Module, kind: type[nn.Module], verb: str) -> nn.Module:
-    """The module of this kind that a method attached. ValueError if the model holds none."""
+    """Return the module of this kind that a method attached. ValueError if there is none."""
     attached = getattr(injection_of(model), "attached", None)
     if not isinstance(attached, kind):
         raise ValueError(f"{verb}: the model holds no {kind.__name__}; inject one first")
@@ -56,7 +56,7 @@ def attached_to(model: nn.Module, kind: type[nn.Module], verb: str) -> nn.Module
 
 @dataclass(frozen=True)
 class Report:
-    """What trains after `inject` or `freeze`. Printing it shows a table."""
+    """List the trainable parameters after `inject` or `freeze`; print it to see a table."""
 
     method: Method | None
     trainable: int
@@ -118,11 +118,11 @@ def _trainable(model: nn.Module) -> int:
 
 
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
-    """A short digest of the base's names, shapes and a sample of its values (of its codes where it
-    is in 4 bits), without what is fresh and the modules at the top that `without` names.
+    """Return a short digest of the base's names, shapes and a sample of its values (of its codes if
+    it is in 4 bits), without newly initialised modules and the top-level modules in `without`.
 
     The same base gives the same digest in float32 and bfloat16. A model on the meta device has no
-    values: its digest says "meta" and is not compared."""
+    values: its digest is "meta", which matches any other."""
     digest, outside = hashlib.sha256(), (*fresh_modules(model), *without)
     codes = ((name, b) for name, b in model.named_buffers() if b.dtype == torch.uint8)
     for name, p in (*model.named_parameters(), *codes):
@@ -141,7 +141,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
 
 
 def refuse_injected(model: nn.Module) -> None:
-    """RuntimeError if a method is in the model or in a part of it."""
+    """Raise RuntimeError if the model or a part of it holds a method already."""
     for path, module in model.named_modules():
         injection = injection_of(module)
         if injection is not None:
@@ -153,7 +153,7 @@ def refuse_injected(model: nn.Module) -> None:
 
 
 def freeze(model: nn.Module, modules_to_save: Iterable[str] | str = ()) -> Report:
-    """Freeze the whole model but a fresh head and the modules named in `modules_to_save`, in place.
+    """Freeze the model except a new classification head and `modules_to_save`, in place.
 
     Raises ValueError if a name matches nothing, RuntimeError if a method is in the model."""
     refuse_injected(model)
@@ -167,8 +167,8 @@ def freeze(model: nn.Module, modules_to_save: Iterable[str] | str = ()) -> Repor
 
 
 def _in_mode_of(layer: nn.Module, wrapper: AdapterLayer) -> AdapterLayer:
-    """The wrapper, what it adds in the mode (train or eval) of the layer that it takes the place
-    of. What is in the layer keeps its own: a user may have switched off one dropout."""
+    """Put the modules that a wrapper adds into the layer's train or eval mode, and return it.
+    Modules inside the layer keep theirs: a user may have switched off one dropout."""
     inside = set(layer.modules())
     for module in wrapper.modules():
         if module not in inside:
@@ -191,9 +191,9 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | str = ()) -> Report:
     """Freeze `model` and put `method` into it, in place.
 
-    What the method adds trains, and with it a new head and the modules that `modules_to_save`
-    names. Any other classification head stays frozen, and the report says so.
-    Added parameters lie on the device of their layer; in a half-precision base they are float32, as
+    Trainable are the parameters that the method adds, a new classification head and the modules in
+    `modules_to_save`. Any other classification head stays frozen, and the report says so.
+    Added parameters are on the device of their layer; in a half-precision base they are float32, as
     in PEFT, since small steps would be lost in 16 bits.
 
     Returns a `Report`. Raises TypeError or ValueError, with the model unchanged, if the method does
@@ -275,7 +275,7 @@ def injected_copy(model: nn.Module, method: Method) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """The report of an injected model once more."""
+    """Return the report of `inject` again. ValueError if the model holds no method."""
     injection = require_injection(model, "report")
     added = {name: p.numel() for name, p in injection.added()}
     # A wrapper may add nothing: QLoRA also quantises layers that get no adapter.
@@ -323,8 +323,8 @@ def _merge_all(model: nn.Module, verb: str, merged: bool) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Fold the method into the base's weights; the model computes the same, without the branch.
-    What a method trains of the base itself lies there already: then `unload` lets it stay.
+    """Merge the method into the base's weights; the model computes the same without the branch.
+    Trained parameters of the base itself need no merging: after `merge`, `unload` keeps them.
 
     Raises RuntimeError if merged already, TypeError if the method cannot be merged, ValueError if a
     weight would hold NaN or infinity. In each case the model stays as it was."""
@@ -332,17 +332,17 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Take the method out of the base's weights again. Exact to rounding: in float32 about 1e-8, in
-    bfloat16 enough to matter after many rounds (keep the base instead). Errors as `merge`."""
+    """Undo `merge`, up to rounding: about 1e-8 in float32. In bfloat16 the error matters after many
+    rounds, so keep a copy of the base instead. Errors as `merge`."""
     _merge_all(model, "unmerge", False)
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Give the plain base back, in place, and return it.
+    """Remove the method from the model, in place, and return the plain base.
 
-    Not merged: bit by bit what it was before `inject`, trained heads included; only a base that the
-    method quantised stays so, until `dequantize`. Merged: the same layers with what was learned in
-    their weights. What trained before may train again."""
+    Without `merge` the base is bit by bit as before `inject`, heads included, but stays quantised
+    if the method quantised it. After `merge` its weights contain what was learned. Each parameter
+    is trainable again if it was before `inject`. ValueError if the model holds no method."""
     injection = require_injection(model, "unload")
     for handle in injection.handles:
         handle.remove()

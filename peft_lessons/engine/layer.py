@@ -7,14 +7,12 @@ from torch import nn
 
 
 class AdapterLayer(nn.Module):
-    """A layer of the base and what a method adds to it; takes the layer's place in the model.
+    """Wrap a layer of the base together with what a method adds; replaces it in the model.
 
     A subclass computes `forward` from `self.base` and, while `self.merged`, from the base alone.
-    If the method merges by adding to the weight, it gives that change, `delta_weight`. One that
-    rescales gives the merge rule itself as two functions, `merged_tensors` and `unmerged_tensors`:
-    the base layer's new (weight, bias) from what the base layer holds now; None for a bias means
-    that it stays. `merged_tensors` is called twice for each merge, and may remember in a buffer
-    what `unmerged_tensors` needs."""
+    A method that adds to the weight implements `delta_weight`. A method that rescales implements
+    the merge itself as `merged_tensors` and `unmerged_tensors`. `merged_tensors` is called twice
+    for each merge, and may store in a buffer what `unmerged_tensors` needs."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -24,33 +22,37 @@ class AdapterLayer(nn.Module):
     # Some models look at their layers' tensors themselves, T5 at a weight's dtype for one.
     @property
     def weight(self) -> torch.Tensor:
+        """Return the base layer's weight."""
         return self.base.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
+        """Return the base layer's bias."""
         return self.base.bias
 
     def delta_weight(self) -> torch.Tensor:
-        """What is added to the weight, (out, in). TypeError if nothing that is added would do."""
+        """Return the change of the weight, (out, in). TypeError if the layer cannot be merged."""
         raise TypeError(f"{type(self).__name__} cannot be merged into its base layer")
 
     def merged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the base layer's (weight, bias) after a merge; None for an unchanged bias."""
         change = self.delta_weight()  # first: it may refuse, and not every base has a weight
         return self.base.weight + change, None
 
     def unmerged_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the base layer's (weight, bias) from before the merge; None as above."""
         change = self.delta_weight()
         return self.base.weight - change, None
 
     def merge_weights(self) -> None:
-        """Fold what was learned into the base layer, and switch the branch off.
+        """Merge the branch into the base layer and switch it off.
 
         Raises RuntimeError if it is merged already (the change would count twice), ValueError if
         the result holds NaN or infinity (nothing is changed then)."""
         self._move(merged=True)
 
     def unmerge_weights(self) -> None:
-        """Take it out again (to rounding), and switch the branch on. Errors as above."""
+        """Undo the merge, up to rounding, and switch the branch on. Errors as above."""
         self._move(merged=False)
 
     def _new_tensors(self, merged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -80,6 +82,7 @@ class AdapterLayer(nn.Module):
 
 
 def refuse_twice(merged: bool, wanted: bool) -> None:
+    """Raise RuntimeError for merging what is merged, or unmerging what is not."""
     if merged == wanted:
         raise RuntimeError(
             "already merged: merging again would add the change twice; unmerge first"

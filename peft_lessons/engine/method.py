@@ -17,7 +17,7 @@ from .targets import find_targets, names_of
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """What the two files of an adapter call a method, its settings and its tensors.
+    """Map a method, its settings and its tensors to their names in the two files of an adapter.
 
     Fields:
         kind:      the method's name there, `peft_type`
@@ -66,26 +66,25 @@ DESIGNS: dict[type[Method], Any] = {}
 
 
 class Method:
-    """Base class of the frozen dataclasses that describe a method (`LoRA(rank=8, ...)`).
+    """Describe a method by a frozen dataclass, such as `LoRA(rank=8, ...)`; the base class.
 
     A method changes the base in up to three ways, and overrides what it needs of
-    `wrap` (a module in the place of each target; `wrap_all` where these share something), `attach`
-    (one module for the whole model) and `select` (parameters of the base that train themselves).
+    `wrap` (a module that replaces each target; `wrap_all` if these share something), `attach`
+    (one module for the whole model) and `select` (trainable parameters of the base itself).
 
     `find`, `check`, `wrap` and `attach` must work on a meta model, which has shapes and no values:
     `load_adapter` tries them there first. An attached module must not hold a module of the base
-    (a hook gets the model as its argument). Only parameters are lifted to float32 in a 16-bit base;
-    a buffer that needs it is made so by `wrap`.
+    (a hook gets the model as its argument). Only parameters are cast to float32 in a 16-bit base;
+    `wrap` creates a buffer in the dtype that it needs.
 
     Class attributes:
-        files:          what the two files of an adapter call all this, a `PeftFiles`
+        files:          the names of all this in the two files of an adapter, a `PeftFiles`
         takes:          the module types that `wrap` accepts; exactly these, no subclasses, since a
                         subclass may store its weight differently (4-bit) or never call `forward`
         names_modules:  the fields that hold names of modules, or a pattern
         ranks:          the fields that are a rank: at most min(in, out) of a layer
-        learning_rate:  what `fit` uses if it is not told otherwise
-        rate_factors:   {parameter of the wrapping or attached module: what that rate is multiplied
-                        by for it}, where one rate does not suit all of them
+        learning_rate:  the default of `fit`
+        rate_factors:   {parameter of the wrapping or attached module: factor of its learning rate}
         design:         the method as a change of a hidden state: one or several `Design`"""
 
     files: ClassVar[PeftFiles]
@@ -111,13 +110,13 @@ class Method:
     # --- what it changes
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules to wrap, {path: module}. By default those that `targets` names."""
+        """Return {path: module} of the modules to wrap, by default those in `targets`."""
         if not hasattr(self, "targets"):
             return {}
         return find_targets(model, self.targets, self.takes)
 
     def check(self, path: str, layer: nn.Module) -> None:
-        """Raises ValueError if this layer cannot be wrapped. Called for every target first."""
+        """Raise ValueError if this layer cannot be wrapped. Called for every target first."""
         for name in self.ranks:
             if (rank := getattr(self, name)) > min(layer.weight.shape):
                 raise ValueError(
@@ -126,21 +125,21 @@ class Method:
                 )
 
     def wrap(self, path: str, layer: nn.Module) -> AdapterLayer:
-        """The module that takes the place of `layer`."""
+        """Return the module that replaces `layer`."""
         raise NotImplementedError
 
     def wrap_all(self, layers: Mapping[str, nn.Module]) -> dict[str, AdapterLayer]:
-        """The modules that take the places of all targets, {path: module}; by default each is made
-        by itself. One whose layers share something makes it here."""
+        """Return {path: module} of the modules that replace all targets, by default from `wrap`.
+        Override it if the layers share something."""
         return {path: self.wrap(path, layer) for path, layer in layers.items()}
 
     def attach(self, model: nn.Module) -> tuple[nn.Module, list] | None:
-        """One module for the whole model and the hook handles that make it work, or None."""
+        """Return a module for the whole model and the handles of its hooks, or None."""
         return None
 
     def select(self, model: nn.Module) -> Iterable[str]:
-        """Names of the base's own parameters that train (BitFit, partial fine-tuning). ValueError
-        if there are none."""
+        """Return the names of the base's own parameters to train (BitFit, partial fine-tuning).
+        ValueError if there are none."""
         return ()
 
     # --- what it does during training
@@ -149,18 +148,18 @@ class Method:
         """Prepare for a run of `steps` steps, or refuse it with a ValueError. Called once."""
 
     def penalty(self, injection: Injection) -> torch.Tensor | float:
-        """What is added to the task's loss."""
+        """Return the term to add to the loss."""
         return 0.0
 
     def after_step(self, injection: Injection, step: int) -> None:
-        """Called after the optimiser's step (counted from 1), while gradients are still there."""
+        """Update the method after the optimiser's step (counted from 1), before zero_grad."""
 
 
 def registered_methods() -> list[type[Method]]:
-    """Return every method that has been defined so far and whose files can be read: the registry.
+    """Return the registry: every method defined so far whose files can be read.
 
-    Of a class that was defined again, as when a notebook's cell is run twice, the last one, even
-    if it has another base class by then, or no files any more."""
+    If a class was defined again, as when a notebook's cell is run twice, the last one counts, even
+    with another base class or without files."""
     own = ((method, vars(method).get("files")) for method in list(_DEFINED.values()))
     return [method for method, files in own if files and files.readable]
 
@@ -172,7 +171,7 @@ ATTACHED = "peft_attached"  # the name under which a model holds an attached mod
 
 @dataclass
 class Injection:
-    """What `inject` did to a model; kept on the model, used by the other verbs."""
+    """Record what `inject` changed in a model; the model holds it, and the other verbs use it."""
 
     method: Method
     wrappers: dict[str, AdapterLayer]
@@ -191,21 +190,22 @@ class Injection:
 
     @property
     def merged(self) -> bool:
+        """Return whether the method is merged into the base's weights."""
         return self.kept or any(w.merged for w in self.wrappers.values())
 
     @property
     def in_full(self) -> tuple[str, ...]:
-        """The modules of the base that a file holds in full: those that train, and a frozen head,
-        since without its values another head would give other logits."""
+        """Return the modules of the base that a file contains in full: the trainable ones, and a
+        frozen head, since the logits depend on its values."""
         return (*self.whole_modules, *self.frozen_head)
 
     def modules(self) -> dict[str, nn.Module]:
-        """{path in the model: module}: all that the method added."""
+        """Return {path in the model: module} for all modules that the method added."""
         attached = {} if self.attached is None else {ATTACHED: self.attached}
         return {**self.wrappers, **attached}
 
     def added(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name in the model, parameter) of all that the method added."""
+        """Yield (name in the model, parameter) for all parameters that the method added."""
         for path, module in self.modules().items():
             for name, p in module.named_parameters():
                 if not (path in self.wrappers and name.startswith("base.")):

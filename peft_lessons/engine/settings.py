@@ -1,4 +1,4 @@
-"""What a user may set: one rule for each name, the same in every method.
+"""Validate settings: one rule for each name, the same in every method.
 
 A cell of a lesson calls `validate("LoRALayer", rank=rank)`; here is written what a rank must be.
 """
@@ -38,11 +38,13 @@ def near_name(name: str, known: Iterable[str]) -> str:
 
 
 def needs(fits: Callable[[Any], Any], otherwise: str) -> Rule:
-    """The rule that a value must fit."""
+    """Return the rule that `fits(value)` is true, with `otherwise` as its complaint."""
     return lambda value: None if fits(value) else otherwise
 
 
 def whole(least: int) -> Rule:
+    """Return the rule for an int of at least `least`."""
+
     def rule(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int):
             return "must be a whole number (an int)"
@@ -52,6 +54,8 @@ def whole(least: int) -> Rule:
 
 
 def number(fits: Callable[[float], bool], otherwise: str) -> Rule:
+    """Return the rule for an int or a float with `fits(value)`, else the complaint `otherwise`."""
+
     def rule(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "must be a number (an int or a float)"
@@ -61,10 +65,13 @@ def number(fits: Callable[[float], bool], otherwise: str) -> Rule:
 
 
 def or_none(rule: Rule) -> Rule:
+    """Return a rule that also accepts None."""
     return lambda value: None if value is None else rule(value)
 
 
 def one_of(*values: Any) -> Rule:
+    """Return the rule for one of some values."""
+
     # By type too: True is no 1, and 64.0 no block of 64.
     def fits(value: Any) -> bool:
         return any(type(value) is type(v) and value == v for v in values)

@@ -14,7 +14,8 @@ from .settings import near_name
 
 
 def names_of(value: Any, argument: str) -> tuple[str, ...] | str:
-    """`targets` or `modules_to_save` as a tuple of names; a string stays one: a pattern."""
+    """Return `targets` or `modules_to_save` as a tuple of names; a string, a pattern, stays one.
+    TypeError for other values, ValueError for an empty string."""
     if isinstance(value, str):
         if not value:
             raise ValueError(f"{argument}='' is empty: name at least one module")
@@ -28,8 +29,9 @@ def names_of(value: Any, argument: str) -> tuple[str, ...] | str:
 
 
 def matches(path: str, names: tuple[str, ...] | str) -> bool:
-    """PEFT's rule: a name matches whole segments at the end of a path; a string is a pattern that
-    must match the whole path."""
+    """Return whether names match a path, by PEFT's rule: a name must equal whole segments at the
+    end of the path; a string is a regular expression for the whole path. ValueError if it is not
+    one."""
     if isinstance(names, str):
         try:
             return re.fullmatch(names, path) is not None
@@ -39,18 +41,18 @@ def matches(path: str, names: tuple[str, ...] | str) -> bool:
 
 
 def within(path: str, names: tuple[str, ...] | str) -> bool:
-    """Whether names match a path, or that of a module which it is part of."""
+    """Return whether names match a path or the path of a module that contains it."""
     parts = path.split(".")
     return any(matches(".".join(parts[:n]), names) for n in range(1, len(parts) + 1))
 
 
 def one_by_one(names: tuple[str, ...] | str) -> list[tuple[str, tuple[str, ...] | str]]:
-    """(name, the rule that it is alone) of each; a pattern is one rule."""
+    """Split names into single rules for `matches`, [(name, rule)]; a pattern stays one."""
     return [(names, names)] if isinstance(names, str) else [(name, (name,)) for name in names]
 
 
 def require_among(paths: Collection[str], names: tuple[str, ...] | str, argument: str) -> None:
-    """ValueError for a name of `names` that matches none of `paths`."""
+    """Raise ValueError for a name in `names` that matches none of `paths`."""
     for name, rule in one_by_one(names):
         if not any(matches(path, rule) for path in paths):
             raise ValueError(
@@ -60,7 +62,7 @@ def require_among(paths: Collection[str], names: tuple[str, ...] | str, argument
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """{id of a parameter: every name under which it is reachable}."""
+    """Return {id of a parameter: all its names in the model}."""
     owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name)
@@ -68,7 +70,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _tied(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """{path: (its parameter, the name of another place that has the same one)}, the tied ones."""
+    """Return {path: (name of a tied parameter, its other name in the model)}."""
     owners, tied = _owners(model), {}
     for path, module in modules.items():
         for name, p in module.named_parameters():
@@ -87,7 +89,7 @@ def _refuse_tied(model: nn.Module, modules: Mapping[str, nn.Module], argument: s
 
 
 def _packed(module: nn.Module, recurse: bool = False) -> bool:
-    """Whether a module holds a weight packed into bytes: 4-bit codes have no gradient."""
+    """Return whether a module holds weights packed into bytes: 4-bit codes have no gradient."""
     tensors = (*module.parameters(recurse), *module.buffers(recurse))
     return any(t.dtype == torch.uint8 for t in tensors)
 
@@ -99,7 +101,7 @@ IN_4_BITS = (
 
 
 def refuse_packed(modules: Mapping[str, nn.Module], argument: str) -> None:
-    """ValueError if one of the modules, {path: module}, holds packed 4-bit codes."""
+    """Raise ValueError if one of the modules, {path: module}, holds packed 4-bit codes."""
     for path, module in modules.items():
         if _packed(module, recurse=True):
             raise ValueError(
@@ -111,8 +113,8 @@ def refuse_packed(modules: Mapping[str, nn.Module], argument: str) -> None:
 def find_targets(
     model: nn.Module, targets: tuple[str, ...] | str, takes: tuple[type[nn.Module], ...]
 ) -> dict[str, nn.Module]:
-    """The modules that `targets` names, {path: module}; "all-linear" means all but the head and
-    what shares its weight with another module.
+    """Return {path: module} of the modules in `targets`; "all-linear" means all linear layers but
+    the head and those with tied weights.
 
     Raises ValueError if a name matches nothing, or a module that cannot be wrapped."""
     # A module reachable under two paths would be wrapped in one of them only, hence the duplicates.
@@ -185,13 +187,13 @@ def _nothing_found(name: str, is_pattern: bool, usable: list[str], kinds: str) -
 
 
 def fresh_modules(model: nn.Module) -> tuple[str, ...]:
-    """Modules with random values (a new head): these always train and are saved in full."""
+    """Return the newly initialised modules (a new head): always trained and saved in full."""
     return tuple(getattr(model, "fresh_modules", ()))
 
 
 def head_of(model: nn.Module) -> tuple[str, ...]:
-    """Return the modules of a sequence classifier's head, () for other models: all modules beside
-    its base model that have parameters, and no 4-bit codes among them."""
+    """Return the modules of a sequence classifier's head, () for other models: all modules outside
+    its base model that have parameters and no 4-bit codes."""
     body = getattr(model, "base_model", model)
     if not is_classifier(model) or body is model:
         return ()
@@ -200,13 +202,13 @@ def head_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Tell by the name of its class whether a model is a sequence classifier."""
+    """Return whether a model is a sequence classifier, by the name of its class."""
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def frozen_head_of(model: nn.Module, touched: Iterable[str]) -> tuple[str, ...]:
-    """Return the modules of the head that hold none of the `touched` paths, which are the targets
-    and all that trains of the base."""
+    """Return the modules of the head without any of the `touched` paths, which are the targets and
+    the trainable modules and parameters of the base."""
     touched = list(touched)
     return tuple(h for h in head_of(model) if not any(within(path, (h,)) for path in touched))
 
@@ -214,7 +216,9 @@ def frozen_head_of(model: nn.Module, touched: Iterable[str]) -> tuple[str, ...]:
 def find_whole(
     model: nn.Module, modules_to_save: Any, wrapped: Iterable[str]
 ) -> dict[str, nn.Module]:
-    """The modules that train in full: the fresh ones and those that `modules_to_save` names."""
+    """Return {path: module} of the modules to train in full: the new ones and those in
+    `modules_to_save`. ValueError for an unknown name, a module that is also wrapped or part of a
+    wrapped one, 4-bit codes, tied weights or a module without parameters."""
     names = names_of(
         (modules_to_save,) if isinstance(modules_to_save, str) else modules_to_save,
         "modules_to_save",

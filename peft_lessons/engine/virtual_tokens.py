@@ -1,7 +1,8 @@
-"""What a model is called with, for the methods that put something before the text.
+"""Read the arguments of a model's call, for methods that prepend virtual tokens to the text.
 
-A prompt or a prefix sees every call of the model in a hook: in training, in evaluation, and in each
-step of `generate`. Here such a call is read, and refused where it would go wrong without a word.
+The hooks of a prompt or a prefix see every call of the model: in training, in evaluation, and in
+each step of `generate`. These functions read such a call, and refuse it if it would silently give a
+wrong result.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from torch import nn
 
 
 def by_name(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a call as one dict, whether they came by place or by name."""
+    """Return the inputs of a call as one dict, positional and keyword arguments alike."""
     return inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
 
 
 def text_of(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """What a call gives as its text: ids (batch, T), or embeddings (batch, T, d)."""
+    """Return the text of a call: ids (batch, T) or embeddings (batch, T, d). ValueError for none,
+    or another shape."""
     given = inputs.get("inputs_embeds")
     text = inputs.get("input_ids") if given is None else given
     if text is None or text.dim() != (2 if given is None else 3):
@@ -33,7 +35,7 @@ def text_of(inputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """For how many tokens a model has positions; None if it sets no limit."""
+    """Return the number of positions of a model, None if it sets no limit."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is None or positions < 0:  # XLNet says -1
         return None
@@ -43,7 +45,7 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def refuse_long(owner: str, model: nn.Module, p: int, text: int) -> None:
-    """ValueError if p virtual tokens and `text` tokens are more than the model has positions."""
+    """Raise ValueError if p virtual tokens and `text` tokens exceed the model's positions."""
     positions = positions_of(model)
     if positions is not None and p + text > positions:
         raise ValueError(
@@ -53,17 +55,17 @@ def refuse_long(owner: str, model: nn.Module, p: int, text: int) -> None:
 
 
 def seen_in(inputs: Mapping[str, Any]) -> int:
-    """How many places the cache of a call holds already, virtual tokens included."""
+    """Return the number of tokens in the cache of a call, virtual tokens included."""
     cache = inputs.get("past_key_values")
     return 0 if cache is None else cache.get_seq_length()
 
 
 def refuse_cache(owner: str, inputs: Mapping[str, Any], p: int) -> None:
-    """ValueError for a cache that does not grow, or that `owner` did not begin (it marks its own:
-    `cache.begun_by`), or for a call that does not go on where the text in the cache ends.
+    """Raise ValueError for a cache that does not grow, or that `owner` did not fill (it marks its
+    own: `cache.begun_by`), or for a call that does not continue the text in the cache.
 
-    `generate` takes all places of a cache for text: of a whole text that is given once more, it
-    leaves out p tokens too many. It drops a mask of ones; then the first position tells."""
+    `generate` counts virtual tokens in the cache as text, so a repeated prompt would lose p tokens.
+    Without a mask (`generate` drops one of ones) the first position shows the gap."""
     cache = inputs.get("past_key_values")
     if cache is not None and type(cache).__name__ != "DynamicCache":
         raise ValueError(
@@ -93,9 +95,9 @@ def refuse_cache(owner: str, inputs: Mapping[str, Any], p: int) -> None:
         )
 
 
-# No part of a call, and yet no cell of lesson 08, which asks a learner to write it.
+# Here rather than in lesson 08, where it is an exercise.
 def rows_of(ids: Sequence[int], table: torch.Tensor, p: int) -> torch.Tensor:
-    """The rows (p, d) of a text's tokens in a table (V, d): repeated, or cut off."""
+    """Return the embeddings (p, d) of a text's tokens from a table (V, d), repeated or cut off."""
     repeated = [ids[i % len(ids)] for i in range(p)]
     return table.detach()[torch.tensor(repeated, device=table.device)]
 
@@ -156,7 +158,7 @@ def refuse_reader(owner: str, reader: nn.Module) -> None:
 
 
 def refuse_mask(owner: str, mask: torch.Tensor | None) -> None:
-    """Raise ValueError for a mask that cannot be lengthened; None passes."""
+    """Raise ValueError for a mask that `lengthen` cannot extend; None passes."""
     tensor = isinstance(mask, torch.Tensor)
     if mask is None or (tensor and mask.dim() == 2):
         return

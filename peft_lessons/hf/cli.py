@@ -26,6 +26,7 @@ from .trainer import train_with_peft
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="peft_lessons.hf.cli", description=__doc__.split(":")[0])
     parser.add_argument("--model", default="tinylm", help="a bundled name, a folder or a Hub id")
     parser.add_argument("--method", default="lora", choices=HF_METHODS)
@@ -48,8 +49,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def examples(data: str) -> list:
-    """The training split of a bundled task, or the objects of a file. ValueError names a line that
-    is none."""
+    """Load the training split of a bundled task, or the JSON objects of a file, one per line.
+    ValueError names a line that is not JSON."""
     if data in LOADERS:
         return load_task(data).examples("train")
     found = []
@@ -64,7 +65,7 @@ def examples(data: str) -> list:
 
 
 def main(given: list[str] | None = None) -> dict:
-    """Train, and let the first process print what came out, as JSON."""
+    """Train, and print the results as JSON in the first process."""
     options = arguments(given)
     # Joins the other processes, and takes this one's device.
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""The course's jobs done with Hugging Face PEFT itself: set up, train, merge.
+"""Set up a training with Hugging Face PEFT, and merge its adapters.
 
 peft and what it pulls in take seconds to import, so they are imported where they are needed.
 """
@@ -30,9 +30,9 @@ def setup_qlora(model_name: str, rank: int = 64):
 
     `model_name` is a bundled name, a folder or a Hub id. NF4 with double quantisation, on a GPU if
     there is one, else on the CPU; α is 16, as in the paper (Dettmers et al. 2023), gradient
-    checkpointing is on. Prints how much trains, 4-bit weights counted as what they stand for.
-    Returns the PEFT model in train mode. Raises ValueError for a rank below 1 or above a layer's
-    width, a model that does not generate text, and as `load_model`."""
+    checkpointing is on. Prints the number of trainable parameters, where a 4-bit weight counts as
+    one. Returns the PEFT model in train mode. Raises ValueError for a rank below 1 or above a
+    layer's width, a model that does not generate text, and as `load_model`."""
     from peft import LoraConfig, get_peft_model
 
     validate("setup_qlora", rank=rank)
@@ -77,7 +77,7 @@ def _refuse_wide(model: nn.Module, rank: int, owner: str) -> None:
 
 
 def _fresh(model: nn.Module, path: str) -> bool:
-    """Whether a module is one of those that came untrained, or lies in one, as RoBERTa's head."""
+    """Return whether a module is newly initialised, or part of such a module (RoBERTa's head)."""
     return any(f"{path}.".startswith(f"{top}.") for top in model.fresh_modules)
 
 
@@ -101,12 +101,12 @@ def _lora(model: nn.Module, rank: int) -> dict:
 
 
 def _transposed(model: nn.Module) -> bool:
-    """Whether the layers hold their weights as GPT-2's do; PEFT would find out with a warning."""
+    """Return whether layers store their weights as GPT-2's do; PEFT would find out and warn."""
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def _beyond(model: nn.Module) -> list[str]:
-    """The fresh modules that PEFT takes for no head: a pooler, or a head's first layer."""
+    """Return the new modules that PEFT does not treat as a head: a pooler, a head's first layer."""
     return [path for path in model.fresh_modules if path not in ("classifier", "score")]
 
 
@@ -208,7 +208,7 @@ def _known(method: str) -> str:
 
 
 def rate_of(config) -> float:
-    """The learning rate that `train_with_peft` takes for a PEFT config if it is given none."""
+    """Return the default learning rate of `train_with_peft` for a PEFT config."""
     return _RATES.get(type(config).__name__, 1e-3)
 
 
@@ -229,14 +229,14 @@ def setup_peft_training(
 
     Args:
         model_name: a bundled name, a local folder or a Hub id.
-        method: one of `HF_METHODS`. Where it goes is chosen by the architecture: LoRA and its kin
-            on all linear layers but the head, (IA)³ on keys, values and the second feed-forward
-            matrix (where one layer makes queries, keys and values, on all three), prompts and
-            prefixes before the text.
-        output_dir: where `train_with_peft` keeps its checkpoints and the adapter.
-        labels: None for a model that generates text, n for a classifier with n classes, whose fresh
-            head trains and is saved too, and a pooler under it that is as fresh.
-        rank: of the methods that have one; α is twice as large.
+        method: one of `HF_METHODS`. Its targets depend on the architecture: all linear layers but
+            the head for LoRA and its variants; keys, values and the second feed-forward matrix for
+            (IA)³ (queries too if one layer computes all three); prompts and prefixes precede the
+            text.
+        output_dir: the folder where `train_with_peft` saves its checkpoints and the adapter.
+        labels: None for a model that generates text, n for a classifier with n classes, whose new
+            head, and new pooler if it has one, is trained and saved too.
+        rank: of the low-rank methods; α is twice as large.
         dtype: of the base. None is bfloat16 on a GPU that has it, else float32. What trains stays
             in float32, but for norms, which have the base's dtype.
         seed: decides the head and what the method draws.
@@ -295,18 +295,18 @@ def setup_peft_training(
 
 
 def _match_padding(model: nn.Module, tokenizer) -> None:
-    """Tell the model what pads: by it a decoder's classifier finds the last real token."""
+    """Set the model's padding token: a decoder's classifier finds the last real token by it."""
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def classifies(config) -> bool:
-    """Whether a PEFT config is of a classifier's adapter."""
+    """Return whether a PEFT config belongs to a classifier's adapter."""
     return "SEQ_CLS" in str(config.task_type)
 
 
 def reads_last_place(model) -> bool:
-    """Whether it is a decoder's classifier behind a prompt: that gets embeddings, not ids, and so
-    cannot tell padding from the last token."""
+    """Return whether the model is a decoder's classifier with a prompt: it gets embeddings, not
+    ids, and so cannot tell padding from the last token."""
     config = model.active_peft_config
     return "PROMPT_TUNING" in str(config.peft_type) and hasattr(model.get_base_model(), "score")
 
@@ -332,19 +332,19 @@ def load_and_merge_adapter(
     four_bit: bool = False,
     check_base: bool = True,
 ):
-    """The base with the adapter's change in its weights: a plain model that needs PEFT no more.
+    """Load a base, merge an adapter into its weights, and return the plain model without PEFT.
 
     Args:
         base_model_name: named as for `load_model`; a classifier's head comes from the adapter.
-        save_to: a new or empty folder, which gets the model and its tokenizer when they are whole.
+        save_to: a new or empty folder for the model and its tokenizer; it is filled in one step.
         dtype: of the merged model.
-        four_bit: True for an adapter that was trained on a base in four bits. It is merged into
-            what those four bits stand for; the base's own weights are not quite what it has seen.
-        check_base: False takes an adapter of a base with another name on purpose.
+        four_bit: True for an adapter that was trained on a base in 4 bits. It is merged into the
+            dequantised weights, with which it was trained.
+        check_base: False accepts an adapter of a base with another name.
 
     Raises FileNotFoundError for a missing file; ValueError for a broken one, another base, keys
     that do not fit it, NaN in the adapter or after merging, a method that cannot be merged
-    (prompts, prefixes), a `save_to` that holds something; and as `load_model`."""
+    (prompts, prefixes), a `save_to` that is not empty; and as `load_model`."""
     import peft
 
     adapter_path = Path(adapter_path)
@@ -386,7 +386,7 @@ def load_and_merge_adapter(
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model with what was trained whole in the place of its wrappers."""
+    """Replace PEFT's wrappers of fully trained modules by these modules, in place."""
     from peft.utils import ModulesToSaveWrapper
 
     for path, module in list(model.named_modules()):
@@ -397,7 +397,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _labels(config, tensors: dict[str, torch.Tensor]) -> int | None:
-    """The number of classes of the head in the adapter, None if it is no classifier's."""
+    """Return the number of classes of the adapter's head, None if it is not a classifier's."""
     if not classifies(config):
         return None
     heads = [
@@ -414,7 +414,7 @@ def _labels(config, tensors: dict[str, torch.Tensor]) -> int | None:
 
 
 def _opened(base: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]):
-    """PEFT's model with the adapter, all of it: PEFT itself says nothing of keys left over."""
+    """Load the adapter as PEFT's model, and check its keys: PEFT ignores surplus keys silently."""
     from peft import PeftModel, get_peft_model_state_dict
 
     with warnings.catch_warnings():

@@ -1,7 +1,7 @@
-"""Train a PEFT model with transformers' Trainer, on one device or, launched so, on several.
+"""Train a PEFT model with transformers' Trainer, on one device or on several.
 
-What Trainer leaves out is here: padding that takes no loss, AdaLoRA's allocator, and clear
-refusals. The loop and its checkpoints are Trainer's.
+Trainer provides the loop and its checkpoints. This module adds labels that ignore the padding,
+AdaLoRA's allocator, and clear error messages.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def train_with_peft(
     seed: int = 0,
     show: bool = True,
 ) -> dict:
-    """Train a PEFT model, save adapter and tokenizer, and return what was measured.
+    """Train a PEFT model, save adapter and tokenizer, and return measurements.
 
     Args:
-        model: PEFT's, as `setup_peft_training` gives it.
+        model: a PEFT model, as from `setup_peft_training`.
         tokenizer: the model's own. It gets its end token for padding if it has none.
         train_dataset, eval_dataset: any finite collection of texts, or of dicts with "text" or
             "input_ids"; for a classifier with "label" or "labels" too. Of running text each token
@@ -147,7 +147,7 @@ def train_with_peft(
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """Trainer seeds Python, NumPy and torch; afterwards all go on as if it had not."""
+    """Restore the random states of Python, NumPy and torch after the block: Trainer seeds them."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -161,7 +161,7 @@ def _random_states_kept() -> Iterator[None]:
 
 
 def _length(model, wanted: int | None) -> int:
-    """How long a text may be: what stands before it takes positions too."""
+    """Return the maximal length of a text: virtual tokens take positions too."""
     positions = positions_of(model.get_base_model())
     virtual = getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
     room = math.inf if positions is None else positions - virtual
@@ -177,10 +177,10 @@ def _length(model, wanted: int | None) -> int:
 
 
 def prepare(model, tokenizer, data: Iterable, max_length: int, name: str = "data") -> list[dict]:
-    """The examples as lists of ids: "input_ids", "attention_mask" and "labels".
+    """Tokenise the examples: lists of "input_ids", "attention_mask" and "labels".
 
-    Of running text the labels are the ids, and −100 for the first one: nothing stands before it,
-    or with a prompt something, and so every method is trained on the same predictions. Errors as
+    For running text the labels are the ids, with −100 for the first token: only a prompt could
+    predict it, and every method is to be trained on the same predictions. Errors as
     `train_with_peft`."""
     indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if isinstance(data, str | dict) or not (indexed or isinstance(data, Iterable)):
@@ -319,7 +319,7 @@ def _arguments(
 
 
 class PeftTrainer(Trainer):
-    """Trainer for PEFT's models: AdaLoRA's ranks are allocated, a classifier's loss is a mean."""
+    """Adapt Trainer to PEFT's models: update AdaLoRA's ranks, average a classifier's loss."""
 
     def __init__(self, model, *args, **more):
         super().__init__(model, *args, **more)
@@ -338,7 +338,7 @@ class PeftTrainer(Trainer):
 
 
 class _Allocate(TrainerCallback):
-    """Tell AdaLoRA how long the run is, and let it share out its ranks after each step."""
+    """Set AdaLoRA's schedule to the length of the run, and update its ranks after each step."""
 
     def on_train_begin(self, args, state, control, model=None, **more):
         config, total = model.active_peft_config, state.max_steps
@@ -350,7 +350,7 @@ class _Allocate(TrainerCallback):
 
 
 class _Log(TrainerCallback):
-    """One progress bar, with the loss, and an end where that is no number."""
+    """Show a progress bar with the loss, and stop the training if the loss is NaN or infinite."""
 
     def __init__(self, show: bool):
         self.show = show

@@ -1,4 +1,4 @@
-"""The few figures used more than once, and the way every figure is shown."""
+"""Draw the figures that several lessons use, and show every figure in one way."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _STYLE = {
 
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.2, 3.6), **kw):
-    """(figure, axes) in the style of the course; keywords as for `Figure.subplots`.
+    """Return (figure, axes) in the style of the course; keywords as for `Figure.subplots`.
 
-    The figure belongs to nobody but the caller: no global state, nothing to close."""
+    The figure is outside pyplot's global state, so there is nothing to close."""
     with mpl.rc_context(_STYLE):
         fig = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(fig)
@@ -50,7 +50,7 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.2, 3.
 
 
 class Shown:
-    """A figure with its caption and the text for those who cannot see it."""
+    """Show a figure with its caption and alternative text."""
 
     def __init__(self, png: bytes, alt: str, caption: str):
         self.png, self.alt, self.caption = png, alt, caption
@@ -72,10 +72,10 @@ class Shown:
 # The style must hold while things are drawn: titles, lines and legends read it only then.
 @mpl.rc_context(_STYLE)
 def show(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> None:
-    """Display a figure below the cell, with alternative text (what it shows, in a sentence).
+    """Show a figure below the cell, with alternative text (a sentence that describes it).
 
-    Titles stand to the left, in bold, and legends without a frame, whoever made them.
-    Raises ValueError for an alt text that is too short to say anything."""
+    All titles are bold and left-aligned, all legends have no frame.
+    Raises ValueError for an alternative text below 20 characters."""
     if len(alt) < 20:
         raise ValueError(f"alt={alt!r} is too short: say in a sentence what the figure shows")
     for ax in fig.axes:
@@ -103,7 +103,7 @@ def curves(
     xlabel: str,
     ylabel: str,
 ) -> None:
-    """Lines {label: (x, y)} on axes, labelled, with a legend."""
+    """Draw lines {label: (x, y)} on labelled axes, with a legend."""
     for label, (x, y) in lines.items():
         ax.plot(x, y, label=label)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -112,8 +112,7 @@ def curves(
 
 
 def log_axis(ax, which: str, ticks: Iterable[float]) -> None:
-    """Make the axis "x" or "y" logarithmic, marked in plain figures at those `ticks` that lie in
-    its range."""
+    """Make the axis "x" or "y" logarithmic, with plain numbers at those `ticks` in its range."""
     axis, ticks = getattr(ax, f"{which}axis"), list(ticks)
     ax.set(**{f"{which}scale": "log"})
     axis.set_major_locator(FixedLocator(ticks))  # set_ticks would widen the range to hold all
@@ -123,9 +122,9 @@ def log_axis(ax, which: str, ticks: Iterable[float]) -> None:
 
 @mpl.rc_context(_STYLE)
 def spreads(ax, points: Mapping[float, Spread], label: str | None = None) -> None:
-    """A line through the means of {x: spread}, with whiskers from the worst to the best seed.
+    """Draw a line through the means of {x: spread}, with whiskers from the worst to the best seed.
 
-    The axis of x is logarithmic, as a sweep is, and marked at its points."""
+    The x axis is logarithmic, as for a sweep, with ticks at the points."""
     mean = [s.mean for s in points.values()]
     below = [s.mean - s.low for s in points.values()]
     above = [s.high - s.mean for s in points.values()]
@@ -137,7 +136,7 @@ def spreads(ax, points: Mapping[float, Spread], label: str | None = None) -> Non
 
 @mpl.rc_context(_STYLE)
 def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> None:
-    """One horizontal bar for each row, {row: {part: length}}, its parts in one colour each."""
+    """Draw one horizontal bar for each row, {row: {part: length}}, with one colour per part."""
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     left = dict.fromkeys(rows, 0.0)
     for part in parts:
@@ -156,9 +155,9 @@ def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], title: str, xlabel
 def name_points(ax, points: Mapping[str, tuple[float, float]], size: float = 7) -> None:
     """Write the names of points {name: (x, y)} beside them.
 
-    A name moves up or down where it would cover another name, a point or a line, and is tied to its
-    point where that is far. Call this last: it goes by the scales of the axes, which it gives some
-    room."""
+    A name moves up or down if it would cover another name, a point or a line, and a thin line then
+    connects it to a distant point. Call this last: it uses the scales of the axes and adds a margin
+    to them."""
     ax.margins(x=0.1, y=0.1)
     ax.figure.draw_without_rendering()
     pixel = ax.figure.dpi / 72  # of a point of type

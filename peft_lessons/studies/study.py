@@ -1,4 +1,4 @@
-"""The runs of a study as one pandas table, and the statistics of the course."""
+"""Read the runs of a study as a pandas table, and compute the statistics of the course."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def load_results(name: str, **where) -> DataFrame:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, smallest and largest value over n seeds."""
+    """Hold mean, minimum and maximum over n seeds."""
 
     mean: float
     low: float
@@ -105,13 +105,14 @@ class Spread:
 
 
 class Difference(Spread):
-    """Mean paired difference over n seeds and its 95 % interval, which is infinite for one."""
+    """Hold a mean paired difference over n seeds and its 95 % confidence interval (infinite for one
+    seed)."""
 
     sign = "+"
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Return whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -145,9 +146,9 @@ def student_t(degrees: int) -> float:
 def paired_difference(
     runs: DataFrame, others: DataFrame, column: str = "test", scale: float = 1.0
 ) -> Difference:
-    """Return how much more `runs` have in a column than `others`, `scale` times: the mean over the
-    seeds that both have, and its 95 % confidence interval by Student's t. The interval of a run
-    that diverged is infinite.
+    """Return the mean of `scale` times the difference of a column, `runs` minus `others`, over
+    their common seeds, with a 95 % confidence interval by Student's t (infinite for a diverged
+    run).
 
     Raises ValueError if they have no seed in common, or one has a seed twice."""
     ours, theirs = (_by_seed(given, column, scale) for given in (runs, others))
@@ -205,12 +206,12 @@ def provenance(*runs: DataFrame) -> str:
 
 
 class Study:
-    """Runs in a DataFrame, `runs`. The column `way` names those that differ in their learning rate
-    and seed only, and are compared with other ways.
+    """Hold runs in a DataFrame, `runs`. Runs with the same `way` differ in learning rate and seed
+    only; comparisons are between ways.
 
         Study.read("dora_study").named({"DoRA": {"method": "dora", "rank": 8}}).compare()
 
-    Every way stands in a comparison at its best learning rate by the validation split."""
+    A comparison shows every way at its best learning rate on the validation split."""
 
     def __init__(self, runs: DataFrame):
         self.runs = runs
@@ -249,7 +250,7 @@ class Study:
         return Study(pd.concat([self.runs, other.runs]))
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the names of the ways."""
+        """Iterate over the names of the ways."""
         return iter(self.runs["way"].unique())
 
     def __getitem__(self, way: str) -> DataFrame:
@@ -257,7 +258,7 @@ class Study:
         return self.runs.groupby("way").get_group(way)
 
     def with_references(self) -> Study:
-        """Put these ways among the references of their task: behind the least that can train, and
+        """Return these ways between the references of their task: after the smallest trainable one,
         before LoRA and full fine-tuning."""
         found = Study.references(_task(self.runs))
         least, *others = found

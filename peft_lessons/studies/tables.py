@@ -1,4 +1,4 @@
-"""Tables of results: aligned text where only text is shown, HTML in JupyterLab."""
+"""Show tables of results: aligned text in a terminal, HTML in JupyterLab."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Table:
-    """Rows of named values, and a note below them. Made by `table`."""
+    """Show rows of named values with a note below; made by `table`."""
 
     def __init__(self, columns: list[str], cells: list[list[str]], right: list[bool], note: str):
         self.columns, self.cells, self.right, self.note = columns, cells, right, note

@@ -1,4 +1,4 @@
-"""What lessons show of a method: what is refused, what agrees with PEFT, what travels as a file."""
+"""Compare models and files with PEFT's, and show refusals: the demonstrations of the lessons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..engine import load_adapter, save_adapter
 
 
 def show_refusal(action: Callable[[], object]) -> None:
-    """Do what must be refused, and print the refusal. AssertionError if nothing refuses it."""
+    """Print the error that `action` must raise. AssertionError if it raises none."""
     try:
         action()
     except (ValueError, TypeError, RuntimeError) as error:
@@ -26,7 +26,7 @@ def show_refusal(action: Callable[[], object]) -> None:
 
 @torch.no_grad()
 def copy_parameters(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """Give the second parameter of each pair (ours, theirs) the values of the first."""
+    """Copy the values of the first parameter of each pair (ours, theirs) to the second."""
     for ours, theirs in pairs:
         theirs.copy_(ours)
 
@@ -37,9 +37,9 @@ def compare_outputs(
     pairs: Sequence[tuple[nn.Parameter, nn.Parameter]],
     batch: dict[str, torch.Tensor],
 ) -> dict[str, float]:
-    """The largest differences of two models with equal values on a batch: of the logits, the loss,
-    and the gradients of the parameters in `pairs` (ours, theirs); how many those are, and the
-    largest gradient, beside which a difference is small or not. Gradients are there afterwards."""
+    """Return the largest differences of two models on a batch: of the logits, the loss, and the
+    gradients of the parameters in `pairs` (ours, theirs); also the number of pairs, and the largest
+    gradient as a scale for the differences. The models keep the gradients."""
     ours.zero_grad()
     theirs.zero_grad()
     a, b = ours(**batch), theirs(**batch)
@@ -55,7 +55,7 @@ def compare_outputs(
 
 
 def adapter_bytes(model: nn.Module) -> int:
-    """Bytes of the two files that `save_adapter` writes of this model. Errors as `save_adapter`."""
+    """Return the bytes of the two files that `save_adapter` writes. Errors as `save_adapter`."""
     with tempfile.TemporaryDirectory() as folder:
         return sum(f.stat().st_size for f in save_adapter(model, folder).iterdir())
 
@@ -64,8 +64,8 @@ def adapter_bytes(model: nn.Module) -> int:
 def roundtrip_error(
     model: nn.Module, base: nn.Module, batch: dict[str, torch.Tensor]
 ) -> tuple[float, float]:
-    """How far the logits are off when PEFT opens what we save of `model`, and when we open what
-    PEFT then saves; `base` is the base without the method."""
+    """Return the largest differences of the logits after PEFT has opened our file of `model`, and
+    after we have opened the file that PEFT then saves; `base` is the base without the method."""
     from peft import PeftModel  # takes seconds, which lessons without a file need not wait
 
     expected = model(**batch).logits

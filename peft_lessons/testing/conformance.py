@@ -45,7 +45,7 @@ from .tiny import by_hand, greedy, padded_batch, perturb, tiny_bert
 
 
 class MethodError(AssertionError):
-    """What is wrong with a method: a headline, and facts."""
+    """Report a fault of a method: a headline, and facts."""
 
     def __str__(self) -> str:
         headline, *facts = self.args
@@ -62,7 +62,7 @@ def _classifier() -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Where a method is checked, and what is expected of it there.
+    """Describe the base on which a method is checked, and the expected results.
 
     base:     a classifier or a causal model without a method; it stays as it is.
     start:    how far the logits may be from the base's at step 0, as a share of the largest.
@@ -88,15 +88,16 @@ class Bench:
 
     @cached_property
     def batch(self) -> dict[str, torch.Tensor]:
-        """Sixteen rows of up to eight tokens, with labels to learn by heart."""
+        """Return sixteen sequences of up to eight tokens, with labels to memorise."""
         return padded_batch(self.base, [8, 5, 7, 4] * 4)
 
     @cached_property
     def plain(self) -> torch.Tensor:
-        """The base's logits."""
+        """Return the base's logits."""
         return self.logits(self.model())
 
     def model(self) -> nn.Module:
+        """Return a copy of the base in eval mode."""
         return copy.deepcopy(self.base).eval()
 
     def holding(
@@ -120,6 +121,7 @@ class Bench:
         return perturb(self.holding(method, model, head), 0.1)
 
     def logits(self, model: nn.Module) -> torch.Tensor:
+        """Return the logits in eval mode, without those of virtual tokens."""
         with torch.no_grad():
             values = model.eval()(**self.batch).logits
         # Virtual tokens come first; a classifier has one row for a text.

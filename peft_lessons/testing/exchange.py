@@ -40,10 +40,10 @@ def interoperability(
     methods: Mapping[str, tuple[Method, object]],
     steps: Mapping[str, int] | None = None,
 ) -> list[dict]:
-    """Send every method on every base to PEFT as a file, and one that PEFT made to us.
+    """Exchange the files of every method on every base with PEFT, in both directions.
 
-    Both adapters are moved away from their start at random. What PEFT opens began here, what we
-    open began there: the second never knew our code.
+    The parameters of both adapters are perturbed. The first adapter is created by us and opened by
+    PEFT, the second the other way round.
 
     Args:
         bases: {name: classifier or causal model without a method}; they stay as they are.

@@ -4,9 +4,9 @@ import torch
 
 
 def generate_text(model, tokenizer, opening: str, seed: int = 0, tokens: int = 40) -> str:
-    """Continue `opening` by up to `tokens` tokens: temperature 0.7, from the likeliest 90 %.
+    """Continue `opening` by up to `tokens` tokens, with temperature 0.7 and top-p 0.9.
 
-    The same seed writes the same text; the global random state is left as it was."""
+    The same seed gives the same text; the global random state does not change."""
     ids = tokenizer(opening, return_tensors="pt").to(model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():

@@ -1,4 +1,4 @@
-"""The one training loop and the one evaluation loop of the course."""
+"""Train and evaluate: the training loop and the evaluation loop of the course."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FULL_LEARNING_RATE = 1e-4  # without a method, all that is not frozen trains at 
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient became NaN or infinite; the weights are those before that step."""
+    """Report a NaN or infinite loss or gradient; the weights are those before that step."""
 
 
 @dataclass
 class History:
-    """What `fit` saw: one entry a step."""
+    """Record a training by `fit`: loss and learning rate of every step, and its seconds."""
 
     loss: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
     def smooth_loss(self, window: int = 10) -> list[float]:
-        """The mean loss of up to `window` steps that end at each step."""
+        """Return for each step the mean loss of up to `window` steps that end there."""
         means = (self.loss[max(0, i - window + 1) : i + 1] for i in range(len(self.loss)))
         return [sum(m) / len(m) for m in means]
 
@@ -43,9 +43,8 @@ class History:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `evaluate` measured. `accuracy` is None for language modelling.
-
-    `standard_error` is the accuracy's, from the size of the split alone: sqrt(a (1 - a) / n)."""
+    """Hold the results of `evaluate` on n examples. For language modelling `accuracy` is None and n
+    counts tokens."""
 
     loss: float
     accuracy: float | None
@@ -53,10 +52,12 @@ class Scores:
 
     @property
     def standard_error(self) -> float | None:
+        """Return the standard error of the accuracy, sqrt(a (1 - a) / n); None without one."""
         return None if self.accuracy is None else standard_error(self.accuracy, self.n)
 
     @property
     def perplexity(self) -> float:
+        """Return exp(loss)."""
         return math.exp(self.loss)
 
     def __repr__(self) -> str:
@@ -67,12 +68,12 @@ class Scores:
 
 
 def standard_error(accuracy: float, n: int) -> float:
-    """Of an accuracy that was measured on n examples: sqrt(a (1 - a) / n)."""
+    """Return the standard error of an accuracy on n examples, sqrt(a (1 - a) / n)."""
     return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
 def progress(iterable, description: str, done: int = 0, show: bool = True) -> tqdm:
-    """A progress bar that is live in JupyterLab and leaves one clean line in a stored notebook."""
+    """Return a progress bar that is live in JupyterLab and leaves one line in a stored notebook."""
     return tqdm(
         iterable,
         description,
@@ -101,9 +102,8 @@ def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
 
 
 def evaluate(model: nn.Module, task, split: str = "test", batch_size: int = 64) -> Scores:
-    """Mean loss and accuracy (one label a row) or mean loss a token (a label a token) on a split.
-
-    The model is left in the mode (train or eval) it was found in, its random state untouched."""
+    """Return mean loss and accuracy of a classifier on a split, or the mean loss per token of a
+    language model. Mode and random state do not change. ValueError for an empty split."""
     was_training, device = model.training, _device(model)
     model.eval()
     loss, right, n, by_row = 0.0, 0, 0, True
@@ -131,12 +131,12 @@ def evaluate(model: nn.Module, task, split: str = "test", batch_size: int = 64) 
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:
-    """The share of the learning rate at a step: a linear rise, then a linear fall towards zero."""
+    """Return the factor of the learning rate at a step: linear warm-up, then linear decay to 0."""
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
 def _groups(trainable: dict[str, nn.Parameter], injection: Injection | None) -> list[dict]:
-    """The optimiser's groups: parameters whose learning rate is multiplied by the same factor."""
+    """Return the optimizer's groups: parameters with the same factor of the learning rate."""
     factors, groups = {}, {}
     for path, module in (injection.modules() if injection else {}).items():
         for name, _ in module.named_parameters():
@@ -159,14 +159,15 @@ def fit(
     seed: int = 0,
     show: bool = True,
 ) -> History:
-    """Train what is not frozen in `model` on the training split of `task`, in place.
+    """Train the trainable parameters of `model` on the training split of `task`, in place.
 
-    AdamW; the learning rate rises over the first `warmup` share of the steps, then falls linearly.
-    The same seed gives the same run on one machine; the global random state is left as it was.
+    The optimizer is AdamW; the learning rate rises linearly over the first `warmup` share of the
+    steps, then falls linearly. The same seed gives the same run on one machine; the global random
+    state does not change.
 
     Args:
-        lr: peak learning rate; None takes the method's own, or 1e-4 without a method.
-        clip: largest norm of the whole gradient, None for no clipping.
+        lr: peak learning rate; None is the method's default, or 1e-4 without a method.
+        clip: maximal norm of the gradient over all parameters, None for no clipping.
         show: whether to draw a progress bar.
 
     Raises ValueError for a wrong argument or a model without anything to train; RuntimeError while
