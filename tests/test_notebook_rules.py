@@ -1,5 +1,11 @@
 """Each rule complains about a notebook that breaks it, and about nothing in one that doesn't."""
 
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
@@ -141,26 +147,15 @@ BAD = {
         "late": add(code("import torch")),
         "in a function": add(code("def f():\n    from torch import nn")),
     },
-    "no_input": {"input": add(code("name = input()")), "getpass": add(code("getpass()"))},
-    "no_shell": {
+    "nothing_unsafe": {
+        "input": add(code("name = input()")),
         "line": add(code("!ls")),
         "cell": add(code("%%bash\nls")),
         "assigned": add(code("files = !ls")),
         "pip": add(code("%pip install torch")),
-        "os.system": add(code("os.system('ls')")),
-        "subprocess": add(code("import subprocess")),
-    },
-    "no_remote_code": {"keyword": add(code("load(name, trust_remote_code=True)"))},
-    "no_pickle": {
-        "import": add(code("import pickle")),
-        "torch.save": add(code("torch.save(x, f)")),
-        "torch.load": add(code("torch.load(f)")),
-        "numpy": add(code("np.load(f, allow_pickle=True)")),
-    },
-    "no_network": {
-        "urllib": add(code("from urllib.request import urlopen")),
-        "requests": add(code("import requests")),
-        "hub": add(code("huggingface_hub.snapshot_download(name)")),
+        "remote code": add(code("load(name, trust_remote_code=True)")),
+        "pickle": add(code("np.load(f, allow_pickle = True)")),
+        "hub": add(code("model.push_to_hub(name)")),
     },
     "exercises_have_checks": {
         "none": without("check"),
@@ -220,6 +215,35 @@ def test_a_bad_notebook_is_refused(rule, case, place):
     else:
         breaks(nb, place)
     assert getattr(rules, rule)(nb, place)
+
+
+PROCESSES = [name for name in dir(os) if re.fullmatch("system|popen|(exec|spawn)[lv].*", name)]
+
+
+def test_ruff_refuses_what_the_rules_leave_to_it(tmp_path):
+    """In notebooks, and nothing of it elsewhere."""
+    config = ROOT / "pyproject.toml"
+    settings = tomllib.loads(config.read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
+    refused = [  # (what ruff says, source)
+        ("T100", "breakpoint()"),
+        ("S301", "import pandas\npandas.read_pickle('f')"),
+        *(("S60[56]", f"import os\nos.{name}('ls', [])") for name in PROCESSES),
+        ("`torch.load`", "import torch as t\nt.load('f')"),
+        ("`urllib`", "def f():\n    from urllib.request import urlopen"),
+    ]
+    for name in settings["flake8-tidy-imports"]["banned-api"]:
+        package, _, function = name.rpartition(".")
+        source = f"from {package} import {function}" if package else f"import {name}"
+        refused.append((f"`{name}`", source))
+    for number, (_, source) in enumerate(refused):
+        nbformat.write(new_notebook(cells=[code(source)]), tmp_path / f"{number}.ipynb")
+        (tmp_path / f"{number}.py").write_text(source, encoding="utf-8")
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config", config]
+    command = [*ruff, "--output-format=concise", "."]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    for number, (told, source) in enumerate(refused):
+        assert re.search(rf"(?m)^{number}\.ipynb:.*{told}", said), (source, said)
+    assert not re.findall(r"(?m)^\d+\.py:.* (?:S\d+|TID251) .*", said)
 
 
 def test_solved_puts_the_solution_in_and_leaves_long_cells_out():
