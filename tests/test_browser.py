@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tools import notebooks
+from tools.names import looked_up
 
 pytestmark = pytest.mark.browser
 if importlib.util.find_spec("playwright") is None:
@@ -31,12 +32,6 @@ LESSONS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.every_lesson] if number else [])
     for number, path in enumerate(notebooks.lessons())
 ]
-
-
-def globals_of(scope):
-    """The global names that a scope and those within it look up."""
-    own = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global()}
-    return own.union(*map(globals_of, scope.get_children()))
 
 
 def wrong_answer(lesson):
@@ -54,7 +49,7 @@ def wrong_answer(lesson):
             node.name, node.decorator_list = exercise, []
             source = "\n".join(map(ast.unparse, [*imports, node]))
             (scope,) = symtable.symtable(ast.unparse(node), "", "exec").get_children()
-            if globals_of(scope) <= given | set(dir(builtins)):
+            if looked_up(scope) <= given | set(dir(builtins)):
                 return exercise, source, told
     raise AssertionError(f"no wrong answer of {lesson} stands by itself")
 

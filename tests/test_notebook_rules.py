@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from tools import notebooks, rules
 from tools.environment import ROOT, offline_environment
+from tools.names import needed
 
 ALT = "A line that rises from one to two"
 SOLUTION = "def row_norms(weight, eps=0.0):\n    return weight\n"
@@ -246,14 +247,45 @@ def test_ruff_refuses_what_the_rules_leave_to_it(tmp_path):
     assert not re.findall(r"(?m)^\d+\.py:.* (?:S\d+|TID251) .*", said)
 
 
-def test_solved_puts_the_solution_in_and_leaves_long_cells_out():
+def test_solved_is_what_the_solutions_and_the_checks_need():
     nb = good()
     nb.cells.append(code("train()", tags=["long"]))
     nb.cells[-2].metadata.tags.append("raises-exception")
     done = notebooks.solved(nb, {"row_norms": SOLUTION}, "start")
-    assert done.cells[-2].source == SOLUTION
-    assert notebooks.tags(done.cells[-1]) == ["check"]
+    exported, imports, answer, check = done.cells
+    assert exported.source.startswith("#| export") and "base64" in imports.source
+    assert answer.source == SOLUTION and notebooks.tags(check) == ["check"]
     assert nb.cells[-3].source == STUB
+
+
+@pytest.mark.parametrize(
+    ("source", "runs"),
+    [
+        ("a = 2", True),
+        ("for a in (1, 2):\n    pass", True),
+        ("with open('x') as a:\n    pass", True),
+        ("def late():\n    return a", False),
+        ("b.part = 2", True),
+        ("b['part'] = 2", True),
+        ("b.append(2)", True),
+        ("change(b, 2)", True),
+        ("print(len(b))", False),
+        ("c = b.part", False),
+        ("def b_of(a):\n    c = a", False),
+        ("g = lambda: a", True),  # which f calls
+        ("import math", True),
+    ],
+)
+def test_a_cell_runs_if_a_needed_name_comes_of_it(source, runs):
+    first, wanted = "a, b, c = 1, [], 0\ndef f():\n    return g()", "f() + b[a]"
+    assert needed([first, source, wanted, "a = 3"], [2]) == ([0, 1, 2] if runs else [0, 2])
+
+
+def test_a_name_that_a_cell_binds_itself_is_not_needed():
+    assert needed(["a = 1", "a = 2\nprint(a)"], [1]) == [1]
+    assert needed(["a = 1", "a = a + 1"], [1]) == [0, 1]
+    assert needed(["a = 1", "if x:\n    a = 2\nprint(a)"], [1]) == [0, 1]
+    assert needed(["a = 1"], []) == []
 
 
 @pytest.mark.parametrize("solutions", [{}, {"row_norms": SOLUTION, "g": "def g(): ..."}])

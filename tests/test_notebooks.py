@@ -61,7 +61,12 @@ def test_solved(path, tmp_path):
     """With its solutions a lesson passes all strict checks, offline, in a folder not its own."""
     cwd, log = tmp_path / "somewhere else", tmp_path / "network.log"
     cwd.mkdir()
-    notebooks.run_solved(path, cwd, log)
+    done = notebooks.run_solved(path, cwd, log)
+    checks = [
+        [cell.source for cell in nb.cells if "check" in notebooks.tags(cell)]
+        for nb in (notebooks.read(path), done)
+    ]
+    assert checks[0] == checks[1]
     assert not log.exists(), "the lesson opened a network connection:\n" + log.read_text(
         encoding="utf-8"
     )

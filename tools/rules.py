@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
 from tools.environment import ROOT
@@ -17,6 +16,7 @@ from tools.notebooks import (
     code_cells,
     definitions,
     is_check_of,
+    python,
     read_solutions,
     tags,
 )
@@ -60,7 +60,7 @@ def _numbered(nb: NotebookNode, kind: str) -> Iterator[tuple[str, NotebookNode]]
 
 def _tree(cell: NotebookNode) -> ast.Module:
     """The cell's syntax tree; magics and shell escapes are calls of get_ipython() in it."""
-    return ast.parse(TransformerManager().transform_cell(cell.source))
+    return ast.parse(python(cell))
 
 
 def _imports(tree: ast.Module) -> set[str]:
