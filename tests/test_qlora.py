@@ -80,7 +80,7 @@ def test_levels_are_those_of_bitsandbytes():
 
 
 @pytest.mark.parametrize("name", ["tinylm", "minilm"])
-@pytest.mark.parametrize("block", [64, 32, 4096])
+@pytest.mark.parametrize("block", [64, 32])
 def test_codes_scales_and_weights_are_bit_equal_on_real_weights(name, block):
     for weight in weights(name):
         theirs, state = bnb.functional.quantize_4bit(
@@ -92,7 +92,7 @@ def test_codes_scales_and_weights_are_bit_equal_on_real_weights(name, block):
         assert torch.equal(codes, state.absmax.flatten())
         assert torch.equal(second, state.state2.absmax)
         assert torch.equal(offset, state.offset)
-        if weight.shape[1] % block == 0 or block == 4096:  # elsewhere their kernel is wrong
+        if weight.shape[1] % block == 0:  # elsewhere their kernel is wrong
             restored = dequantize_absmax(codes, second, offset)
             ours = dequantize_nf4(packed, restored, weight.shape, block)
             assert torch.equal(ours, bnb.functional.dequantize_4bit(theirs, state))
