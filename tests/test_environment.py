@@ -73,6 +73,11 @@ def test_the_tests_run_offline_and_with_few_threads():
 
 
 ELSEWHERE = """
+import peft_lessons.methods.lora as lora  # and not the package before it
+from peft_lessons import methods
+
+assert methods.__name__ == "peft_lessons.methods" and methods.lora is lora
+
 import sys
 from matplotlib.axes import Axes
 from peft_lessons import load_model, load_task, plots

@@ -76,13 +76,19 @@ def test_all_that_a_lesson_imports_or_loads_is_in_the_copy(copied):
     lessons = [notebooks.read(folder / "notebooks" / path.name) for path in notebooks.lessons()]
     source = "\n".join(map(imports, lessons))
     assert source.count("from peft_lessons import") >= len(lessons)
+    cells = "\n".join(cell.source for nb in lessons for cell in notebooks.code_cells(nb))
+    tables = re.findall(r'load_results\("\w+"\)', cells)
+    assert len(tables) > 10
     loads = """
 import peft_lessons.hf.cli as cli
+import peft_lessons.methods.lora as lora
+from peft_lessons import methods
+assert methods.lora is lora  # and no function has the name of the package
 from peft_lessons.data.bundled import bundled_files
 print(cli.__file__, cli.CONFIGS.is_dir(), all(file.intact for file in bundled_files()))
 """
     done = subprocess.run(
-        [sys.executable, "-c", f"{source}\n{loads}"],
+        [sys.executable, "-c", "\n".join([source, loads, *tables])],
         cwd=folder / "notebooks", env=elsewhere(folder),
         capture_output=True, text=True, check=False,
     )  # fmt: skip

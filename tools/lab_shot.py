@@ -1,6 +1,6 @@
 """Picture a notebook, as OUT-0.png, OUT-1.png and so on:
 
-    python -m tools.lab_shot NOTEBOOK OUT.png [--dark] [--no-run]
+python -m tools.lab_shot NOTEBOOK OUT.png [--dark] [--no-run]
 """
 
 import argparse
