@@ -1,6 +1,10 @@
 """The steps of CONTRIBUTING.md, done once: docs/example adds a lesson with a method of its own to a
-copy of the course, and all that the course's tests ask of a lesson and a method holds for it."""
+copy of the course, and all that the course's tests ask of a lesson and a method holds for it.
 
+`make test` tries what needs no second pytest: rules, export, and the check with its answers.
+"""
+
+import importlib.util
 import os
 import re
 import shutil
@@ -9,8 +13,10 @@ import sys
 
 import pytest
 
+from peft_lessons.checks import WrongAnswer
 from tools import notebooks
 from tools.environment import ROOT, offline_environment
+from tools.rules import RULES, executed_in_order
 
 EXAMPLE = ROOT / "docs" / "example"
 LINES = {  # {file: (a line that is there, the line that comes below it)}
@@ -62,6 +68,46 @@ def run(folder, *command):
     return done.stdout
 
 
+@pytest.fixture
+def lesson(course, monkeypatch):
+    """The path of the example's lesson in the copy, while it is in the map of lessons."""
+    monkeypatch.setitem(notebooks.MODULES, "15_lora_xs", "lora_xs")
+    return course / "notebooks" / "15_lora_xs.ipynb"
+
+
+def test_the_example_keeps_the_rules_and_is_exported(course, lesson):
+    nb = notebooks.read(lesson)
+    as_written = [rule for rule in RULES if rule is not executed_in_order]  # it has no outputs
+    assert not [text for rule in as_written for text in rule(nb, lesson)]
+    exported = notebooks.export(lesson, course / "peft_lessons").read_text(encoding="utf-8")
+    compile(exported, "lora_xs.py", "exec")
+    assert "class LoRAXS(Method)" in exported
+
+
+def part(name, file):
+    """Import a file of the example as a module of one of the course's packages."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLE / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_s_check_knows_its_answers(lesson):
+    check = part("peft_lessons.checks.lora_xs", "peft_lessons/checks/lora_xs.py").affordable_rank
+    answers = part("exercises.lora_xs", "tests/exercises/lora_xs.py").answers
+    space = {}
+    exec(notebooks.read_solutions(lesson)["affordable_rank"], space)
+    rights = [space["affordable_rank"], *(answer for _, answer in answers.rights)]
+    assert all(check(answer).status == "right" for answer in rights)
+    for _, answer, told in answers.wrongs:
+        with pytest.raises(WrongAnswer, match=re.escape(told)):
+            check(answer)
+    for told, answer in check.causes.items():
+        with pytest.raises(WrongAnswer, match=re.escape(f"Likely cause: {told}")):
+            check(answer)
+
+
+@pytest.mark.every_lesson
 def test_a_new_lesson_is_exported_executed_and_tested(course):
     run(course, "tools.notebooks", "export", "15")
     run(course, "tools.notebooks", "outputs", "15")

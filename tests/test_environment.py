@@ -72,6 +72,48 @@ def test_the_tests_run_offline_and_with_few_threads():
     assert Path(os.environ["IPYTHONDIR"]) != Path.home() / ".ipython"
 
 
+ELSEWHERE = """
+import peft_lessons.methods.lora as lora  # and not the package before it
+from peft_lessons import methods
+
+assert methods.__name__ == "peft_lessons.methods" and methods.lora is lora
+
+import sys
+from matplotlib.axes import Axes
+from peft_lessons import load_model, load_task, plots
+from peft_lessons.data.base_models import load_tokenizer
+
+fig, ax = plots.figure()
+plots.curves(ax, {"a": ([1], [1])}, "t", "x", "y")
+fig.canvas.draw()
+pyplot = sys.modules.get("matplotlib.pyplot")
+assert pyplot is None or not pyplot.get_fignums()
+
+batch = next(load_task("sentiment").batches("test", 2))
+assert len(batch["input_ids"]) == 2
+
+model = load_model("minilm", labels=2, verify=True)
+import peft
+
+model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
+model(**load_tokenizer("minilm")(["a", "b c"], padding=True, return_tensors="pt"))
+model.save_pretrained("adapter")
+model = load_model("tinylm", four_bit=True)
+model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+model.generate(**load_tokenizer("tinylm")("a", return_tensors="pt").to(model.device))
+model.save_pretrained("adapter")
+"""
+
+
+def test_in_another_folder_all_is_there_and_quiet(tmp_path):
+    """Models, tasks and figures, and the last without pyplot, which would show them twice."""
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
 def test_pytest_runs_without_its_cache_and_without_xdist():
     """As an instructor may call it in a read-only folder, or where xdist is not installed."""
     one = "tests/test_environment.py::test_this_machine_is_local[None]"

@@ -1,8 +1,6 @@
 """inject, merge, unmerge, unload: what they do, and what they refuse without changing anything."""
 
 import pickle
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -590,18 +588,6 @@ def test_a_name_without_a_rule_cannot_be_validated():
         validate("LoRALayer", rnak=0)
     with pytest.raises(KeyError, match="LoRALayer: no rule is called 'zzz'\""):
         validate("LoRALayer", rank=4, zzz=0)
-
-
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import peft_lessons.methods.lora as lora; from peft_lessons import methods",
-        "from peft_lessons import LoRA, methods; import peft_lessons.methods.lora as lora",
-    ],
-)
-def test_the_name_of_the_subpackage_is_the_subpackage_s_own(imports):
-    code = f"{imports}; assert methods.__name__ == 'peft_lessons.methods' and methods.lora is lora"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_wrapping_method_without_merge_rule():

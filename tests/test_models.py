@@ -2,11 +2,7 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -602,27 +598,6 @@ def test_base_override(tiny, monkeypatch):
         load_model("minilm")
     monkeypatch.setenv("PEFT_LESSONS_BASE", "minilm")
     assert type(load_model("minilm")) is BertModel
-
-
-def test_quiet_from_another_folder(tmp_path):
-    code = (
-        "from peft_lessons.data.base_models import load_model, load_tokenizer\n"
-        "model = load_model('minilm', labels=2, verify=True)\n"
-        "import peft\n"
-        "model = peft.get_peft_model(model, peft.LoraConfig(task_type='SEQ_CLS'))\n"
-        "model(**load_tokenizer('minilm')(['a', 'b c'], padding=True, return_tensors='pt'))\n"
-        "model.save_pretrained('adapter')\n"
-        "model = load_model('tinylm', four_bit=True)\n"
-        "model = peft.get_peft_model(model, peft.LoraConfig(task_type='CAUSAL_LM'))\n"
-        "model.generate(**load_tokenizer('tinylm')('a', return_tensors='pt').to(model.device))\n"
-        "model.save_pretrained('adapter')\n"
-    )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
-    assert Path(tmp_path / "adapter/adapter_model.safetensors").is_file()
 
 
 def test_logging_levels_are_restored():

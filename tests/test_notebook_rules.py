@@ -1,5 +1,11 @@
 """Each rule complains about a notebook that breaks it, and about nothing in one that doesn't."""
 
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
@@ -7,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from tools import notebooks, rules
 from tools.environment import ROOT, offline_environment
+from tools.names import needed
 
 ALT = "A line that rises from one to two"
 SOLUTION = "def row_norms(weight, eps=0.0):\n    return weight\n"
@@ -141,26 +148,15 @@ BAD = {
         "late": add(code("import torch")),
         "in a function": add(code("def f():\n    from torch import nn")),
     },
-    "no_input": {"input": add(code("name = input()")), "getpass": add(code("getpass()"))},
-    "no_shell": {
+    "nothing_unsafe": {
+        "input": add(code("name = input()")),
         "line": add(code("!ls")),
         "cell": add(code("%%bash\nls")),
         "assigned": add(code("files = !ls")),
         "pip": add(code("%pip install torch")),
-        "os.system": add(code("os.system('ls')")),
-        "subprocess": add(code("import subprocess")),
-    },
-    "no_remote_code": {"keyword": add(code("load(name, trust_remote_code=True)"))},
-    "no_pickle": {
-        "import": add(code("import pickle")),
-        "torch.save": add(code("torch.save(x, f)")),
-        "torch.load": add(code("torch.load(f)")),
-        "numpy": add(code("np.load(f, allow_pickle=True)")),
-    },
-    "no_network": {
-        "urllib": add(code("from urllib.request import urlopen")),
-        "requests": add(code("import requests")),
-        "hub": add(code("huggingface_hub.snapshot_download(name)")),
+        "remote code": add(code("load(name, trust_remote_code=True)")),
+        "pickle": add(code("np.load(f, allow_pickle = True)")),
+        "hub": add(code("model.push_to_hub(name)")),
     },
     "exercises_have_checks": {
         "none": without("check"),
@@ -222,14 +218,74 @@ def test_a_bad_notebook_is_refused(rule, case, place):
     assert getattr(rules, rule)(nb, place)
 
 
-def test_solved_puts_the_solution_in_and_leaves_long_cells_out():
+PROCESSES = [name for name in dir(os) if re.fullmatch("system|popen|(exec|spawn)[lv].*", name)]
+
+
+def test_ruff_refuses_what_the_rules_leave_to_it(tmp_path):
+    """In notebooks, and nothing of it elsewhere."""
+    config = ROOT / "pyproject.toml"
+    settings = tomllib.loads(config.read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
+    refused = [  # (what ruff says, source)
+        ("T100", "breakpoint()"),
+        ("S301", "import pandas\npandas.read_pickle('f')"),
+        *(("S60[56]", f"import os\nos.{name}('ls', [])") for name in PROCESSES),
+        ("`torch.load`", "import torch as t\nt.load('f')"),
+        ("`urllib`", "def f():\n    from urllib.request import urlopen"),
+    ]
+    for name in settings["flake8-tidy-imports"]["banned-api"]:
+        package, _, function = name.rpartition(".")
+        source = f"from {package} import {function}" if package else f"import {name}"
+        refused.append((f"`{name}`", source))
+    for number, (_, source) in enumerate(refused):
+        nbformat.write(new_notebook(cells=[code(source)]), tmp_path / f"{number}.ipynb")
+        (tmp_path / f"{number}.py").write_text(source, encoding="utf-8")
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config", config]
+    command = [*ruff, "--output-format=concise", "."]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    for number, (told, source) in enumerate(refused):
+        assert re.search(rf"(?m)^{number}\.ipynb:.*{told}", said), (source, said)
+    assert not re.findall(r"(?m)^\d+\.py:.* (?:S\d+|TID251) .*", said)
+
+
+def test_solved_is_what_the_solutions_and_the_checks_need():
     nb = good()
     nb.cells.append(code("train()", tags=["long"]))
     nb.cells[-2].metadata.tags.append("raises-exception")
     done = notebooks.solved(nb, {"row_norms": SOLUTION}, "start")
-    assert done.cells[-2].source == SOLUTION
-    assert notebooks.tags(done.cells[-1]) == ["check"]
+    exported, imports, answer, check = done.cells
+    assert exported.source.startswith("#| export") and "base64" in imports.source
+    assert answer.source == SOLUTION and notebooks.tags(check) == ["check"]
     assert nb.cells[-3].source == STUB
+
+
+@pytest.mark.parametrize(
+    ("source", "runs"),
+    [
+        ("a = 2", True),
+        ("for a in (1, 2):\n    pass", True),
+        ("with open('x') as a:\n    pass", True),
+        ("def late():\n    return a", False),
+        ("b.part = 2", True),
+        ("b['part'] = 2", True),
+        ("b.append(2)", True),
+        ("change(b, 2)", True),
+        ("print(len(b))", False),
+        ("c = b.part", False),
+        ("def b_of(a):\n    c = a", False),
+        ("g = lambda: a", True),  # which f calls
+        ("import math", True),
+    ],
+)
+def test_a_cell_runs_if_a_needed_name_comes_of_it(source, runs):
+    first, wanted = "a, b, c = 1, [], 0\ndef f():\n    return g()", "f() + b[a]"
+    assert needed([first, source, wanted, "a = 3"], [2]) == ([0, 1, 2] if runs else [0, 2])
+
+
+def test_a_name_that_a_cell_binds_itself_is_not_needed():
+    assert needed(["a = 1", "a = 2\nprint(a)"], [1]) == [1]
+    assert needed(["a = 1", "a = a + 1"], [1]) == [0, 1]
+    assert needed(["a = 1", "if x:\n    a = 2\nprint(a)"], [1]) == [0, 1]
+    assert needed(["a = 1"], []) == []
 
 
 @pytest.mark.parametrize("solutions", [{}, {"row_norms": SOLUTION, "g": "def g(): ..."}])

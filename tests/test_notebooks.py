@@ -4,6 +4,8 @@ import base64
 import html
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from nbconvert import LatexExporter, MarkdownExporter
@@ -24,6 +26,16 @@ def test_rules(path):
     nb = notebooks.read(path)
     complaints = [f"{rule.__name__}: {text}" for rule in RULES for text in rule(nb, path)]
     assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_ruff_finds_nothing_unsafe():
+    """The part of `make lint` that is about what a notebook must not do, without exceptions."""
+    ruff = [sys.executable, "-m", "ruff", "check", "--ignore-noqa", "--output-format=concise"]
+    done = subprocess.run(
+        [*ruff, "--select=S301,S310,S605,S606,T100,TID251", *LESSONS],
+        cwd=notebooks.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -49,7 +61,12 @@ def test_solved(path, tmp_path):
     """With its solutions a lesson passes all strict checks, offline, in a folder not its own."""
     cwd, log = tmp_path / "somewhere else", tmp_path / "network.log"
     cwd.mkdir()
-    notebooks.run_solved(path, cwd, log)
+    done = notebooks.run_solved(path, cwd, log)
+    checks = [
+        [cell.source for cell in nb.cells if "check" in notebooks.tags(cell)]
+        for nb in (notebooks.read(path), done)
+    ]
+    assert checks[0] == checks[1]
     assert not log.exists(), "the lesson opened a network connection:\n" + log.read_text(
         encoding="utf-8"
     )

@@ -78,7 +78,7 @@ def test_levels_are_those_of_bitsandbytes():
 
 
 @pytest.mark.parametrize("name", ["tinylm", "minilm"])
-@pytest.mark.parametrize("block", [64, 32, 4096])
+@pytest.mark.parametrize("block", [64, 32])
 def test_codes_scales_and_weights_are_bit_equal_on_real_weights(name, block):
     for weight in weights(name):
         theirs, state = bnb.functional.quantize_4bit(
@@ -90,7 +90,7 @@ def test_codes_scales_and_weights_are_bit_equal_on_real_weights(name, block):
         assert torch.equal(codes, state.absmax.flatten())
         assert torch.equal(second, state.state2.absmax)
         assert torch.equal(offset, state.offset)
-        if weight.shape[1] % block == 0 or block == 4096:  # elsewhere their kernel is wrong
+        if weight.shape[1] % block == 0:  # elsewhere their kernel is wrong
             restored = dequantize_absmax(codes, second, offset)
             ours = dequantize_nf4(packed, restored, weight.shape, block)
             assert torch.equal(ours, bnb.functional.dequantize_4bit(theirs, state))
@@ -355,15 +355,11 @@ def test_a_header_that_was_tampered_with_is_refused(tmp_path):
         header, tensors = opened.metadata(), {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
     good = '{"quantised_base": "nf4", "quantised_block": 64, "quantised_double": true}'
     assert header["peft_lessons_own"] == good
-    for own in ("{}", good.replace("64", "128"), "[]", "3", "{", "[" * 5000, '{"r": 2}'):
-        changed = header | {"peft_lessons_own": own}
-        for digest in (changed, {k: v for k, v in changed.items() if k != "peft_lessons_config"}):
-            if own in ("{}", good.replace("64", "128")) and digest is not changed:
-                continue  # without a digest these are an adapter as good as any
-            save_file(tensors, file, digest)
-            base = llama()
-            with refused(base, WEIGHTS):
-                load_adapter(base, tmp_path)
+    for own in ("[]", "3", "{", "[" * 5000, '{"r": 2}'):
+        save_file(tensors, file, header | {"peft_lessons_own": own})
+        base = llama()
+        with refused(base, WEIGHTS):
+            load_adapter(base, tmp_path)
 
 
 def test_bases_in_4_bits_are_told_apart_by_their_codes():

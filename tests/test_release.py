@@ -47,21 +47,16 @@ def test_exercises_and_checks_have_no_outputs_and_the_rest_is_as_it_was(copied):
                 assert mine == his
 
 
-LESSONS = [
-    pytest.param(path.name, id=path.stem, marks=[pytest.mark.every_lesson] if number else [])
-    for number, path in enumerate(notebooks.lessons())
-]
-
-
 def elsewhere(folder):
     """Return an environment in which the copy's package is the one that is imported."""
     return offline_environment({"PATH": "/usr/bin:/bin"}) | {"PYTHONPATH": str(folder)}
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.every_lesson
+@pytest.mark.parametrize("lesson", notebooks.lessons(), ids=lambda path: path.stem)
 def test_a_lesson_runs_in_the_copy_as_shipped(copied, lesson):
     folder, _ = copied
-    path = folder / "notebooks" / lesson
+    path = folder / "notebooks" / lesson.name
     nb = notebooks.read(path)
     nb.cells.append(nb.cells[-1].copy())
     nb.cells[-1].update(source="import peft_lessons; peft_lessons.__file__", id="where")
@@ -76,19 +71,30 @@ def imports(nb):
     return "\n".join(map(ast.unparse, found))
 
 
-def test_every_import_of_every_lesson_resolves_in_the_copy(copied):
+def test_all_that_a_lesson_imports_or_loads_is_in_the_copy(copied):
     folder, _ = copied
     lessons = [notebooks.read(folder / "notebooks" / path.name) for path in notebooks.lessons()]
     source = "\n".join(map(imports, lessons))
     assert source.count("from peft_lessons import") >= len(lessons)
-    where = "import peft_lessons, peft_lessons.hf.cli as t; print(t.__file__, t.TWO_CPUS.is_file())"
+    cells = "\n".join(cell.source for nb in lessons for cell in notebooks.code_cells(nb))
+    tables = re.findall(r'Study\.read\("\w+"\)|load_results\("\w+"\)', cells)
+    assert len(tables) > 10
+    loads = """
+import peft_lessons.hf.cli as cli
+import peft_lessons.methods.lora as lora
+from peft_lessons import methods
+assert methods.lora is lora  # and no function has the name of the package
+from peft_lessons.data.bundled import bundled_files
+print(cli.__file__, cli.TWO_CPUS.is_file(), all(file.intact for file in bundled_files()))
+"""
     done = subprocess.run(
-        [sys.executable, "-c", f"{source}\n{where}"],
+        [sys.executable, "-c", "\n".join([source, loads, *tables])],
         cwd=folder / "notebooks", env=elsewhere(folder),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(folder / "peft_lessons" / "hf" / "cli.py"), "True"]
+    cli = str(folder / "peft_lessons" / "hf" / "cli.py")
+    assert done.stdout.split() == [cli, "True", "True"]
 
 
 FOLDERS = "benchmarks|build|configs|data|docs|notebooks|peft_lessons|results|tasks|tests|tools"

@@ -13,7 +13,7 @@ from tools import notebooks, site
 
 PAGES = ["index.html", *(f"notebooks/{path.stem}.html" for path in notebooks.lessons())]
 PAGES += [guide.replace(".md", ".html") for guide in site.GUIDES]
-SOME = {"index.html", "README.html", "notebooks/02_lora.html"}
+SOME = {"index.html", "notebooks/02_lora.html"}
 IN_A_BROWSER = [
     pytest.param(page, marks=[] if page in SOME else [pytest.mark.every_lesson]) for page in PAGES
 ]

@@ -3,10 +3,7 @@
 import bz2
 import itertools
 import math
-import os
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -481,16 +478,3 @@ def test_missing_file(tmp_path, monkeypatch, tokenizer):
     )
     with pytest.raises(FileNotFoundError, match=r"movies\.csv is missing.*python x\.py"):
         load_task("sentiment", tokenizer)
-
-
-def test_works_from_another_folder_and_with_the_default_tokenizer(tmp_path, task):
-    code = (
-        "from peft_lessons.data.tasks import load_task\n"
-        "batch = next(load_task('sentiment').batches('test', 2))\n"
-        "print(batch['input_ids'].tolist())"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True
-    )
-    assert run.stdout.strip() == str(next(task.batches("test", 2))["input_ids"].tolist())
-    assert run.stderr == ""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_lessons import DoRA, LoRA, inject
-from peft_lessons.engine import CONFIG, WEIGHTS, injection_of
+from peft_lessons.engine import CONFIG, WEIGHTS, injection_of, read_adapter
 from peft_lessons.testing.tiny import (  # noqa: F401 - tests import all from here
     FEED_FORWARD,
     GREEDY,
@@ -150,6 +150,12 @@ def refused(model: nn.Module, match: str, error: type[Exception] = ValueError):
 def contents(folder: Path) -> dict[str, bytes]:
     """The bytes of each file of a folder, to compare."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def same_adapter(a: Path, b: Path) -> bool:
+    """Whether two folders hold the same adapter; the entries of a header have no order."""
+    (config, tensors, header), theirs = read_adapter(a), read_adapter(b)
+    return config == theirs[0] and same(tensors, theirs[1]) and header == theirs[2]
 
 
 def read_config(folder: Path) -> dict:

@@ -21,18 +21,16 @@ import io
 import json
 import os
 import secrets
-import select
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from itertools import groupby
@@ -74,25 +72,15 @@ def submissions(folder: Path) -> tuple[list[tuple[str, Path, str]], list[Path]]:
     """(student, notebook, lesson) of the notebooks in a folder that are named as a lesson is, the
     newest of each student's for a lesson; and the notebooks, and folders, that are passed over."""
     handed: dict[tuple[str, str], list[tuple[float, Path]]] = defaultdict(list)
-    passed, waiting = [], [folder]
-    while waiting:  # neither rglob nor os.walk: a deep tree is a RecursionError in both
-        here = waiting.pop()
-        try:
-            entries = [(path, path.lstat()) for path in here.iterdir()]
-        except OSError:
-            passed.append(here)
-            continue
-        for path, status in entries:
-            if path.name.startswith("."):  # Jupyter's checkpoints
-                continue
-            if path.suffix == ".ipynb":
-                student, *inner = path.relative_to(folder).parts
-                if inner and path.stem in notebooks.MODULES:
-                    handed[student, path.stem].append((status.st_mtime, path))
-                else:
-                    passed.append(path)
-            elif stat.S_ISDIR(status.st_mode):
-                waiting.append(path)
+    passed: list[Path] = []
+    for here, folders, files in os.walk(folder, onerror=lambda e: passed.append(Path(e.filename))):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # Jupyter's checkpoints
+        for path in (Path(here, name) for name in folders + files if name.endswith(".ipynb")):
+            student, *inner = path.relative_to(folder).parts
+            if inner and path.stem in notebooks.MODULES:
+                handed[student, path.stem].append((path.lstat().st_mtime, path))
+            else:
+                passed.append(path)
     found = []
     for (student, lesson), paths in handed.items():
         *older, (_, newest) = sorted(paths)
@@ -151,25 +139,18 @@ def environment(folder: Path) -> dict[str, str]:
     return env | {"PYTHONPATH": os.pathsep.join([str(ROOT), env["PYTHONPATH"]])}
 
 
-@contextmanager
-def emptied() -> Iterator[Path]:
-    """A temporary folder, removed by programs that no depth, link or lack of rights in it misleads:
-    Python's own did follow links when it gave itself rights, and counted on few levels."""
-    place = tempfile.mkdtemp()
-    try:
-        yield Path(place).resolve()
-    finally:
-        for command in (("chmod", "-R", "u+rwX"), ("rm", "-rf")):
-            subprocess.run([*command, "--", place], capture_output=True)
-
-
 def said_of(path: Path, lesson: str, limits: Limits) -> tuple[dict[str, tuple], tuple[str, str]]:
     """({exercise: (outcome, told, seconds)}, (outcome, told) of the exercises that aren't there)"""
     word = secrets.token_hex(16)
-    with emptied() as folder, tempfile.TemporaryFile() as errors:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place,
+        open(Path(place, "marks"), "ab") as marks,  # and not to read: the word is in it
+        tempfile.TemporaryFile() as errors,
+    ):
+        folder = Path(place).resolve() / "own"
+        folder.mkdir()
         copied = shutil.copyfile(path, folder / path.name)
-        ours, theirs = os.pipe()
-        told = (copied, lesson, limits.seconds, limits.memory, theirs)
+        told = (copied, lesson, limits.seconds, limits.memory, marks.fileno())
         process = subprocess.Popen(
             [*namespaces(), sys.executable, "-m", "tools.grade_one", *map(str, told)],
             stdin=subprocess.PIPE,
@@ -177,52 +158,31 @@ def said_of(path: Path, lesson: str, limits: Limits) -> tuple[dict[str, tuple], 
             stderr=errors,
             env=environment(folder),
             cwd=folder,
-            pass_fds=(theirs,),
+            pass_fds=(marks.fileno(),),
             start_new_session=True,
         )
-        os.close(theirs)
         try:
-            process.stdin.write(f"{word}\n".encode())
-            process.stdin.close()
-            text, late = heard(ours, time.monotonic() + limits.total)
+            process.communicate(f"{word}\n".encode(), timeout=limits.total)
+            late = False
+        except subprocess.TimeoutExpired:
+            late = True
         finally:
-            os.close(ours)
-            end(process)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+            process.wait()
+        with open(marks.name, "rb") as written:
+            lines = written.read(MOST_SAID).decode(errors="replace").splitlines()
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 1000))
         last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
     said = {}
-    for line in text.splitlines():
-        with suppress(ValueError, TypeError, KeyError, RecursionError):  # anybody may write there
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError):  # the notebook may write there, too
             mark = json.loads(line)
             if mark["word"] == word and mark["outcome"] in OUTCOMES:
                 said[mark["exercise"]] = mark["outcome"], mark["told"], round(mark["seconds"], 1)
     if late:
         return said, ("timed out", f"the notebook took longer than {limits.total:g} s")
     return said, ("crashed", f"the notebook's process ended with {process.returncode}. {last}")
-
-
-def heard(channel: int, deadline: float) -> tuple[str, bool]:
-    """(what comes from a channel until it is closed or says too much, whether that came late)"""
-    parts, size, late = [], 0, False
-    while size < MOST_SAID:
-        ready, _, _ = select.select([channel], [], [], max(0, deadline - time.monotonic()))
-        if not ready:
-            late = True
-            break
-        if not (part := os.read(channel, 65536)):
-            break
-        parts.append(part)
-        size += len(part)
-    return b"".join(parts).decode(errors="replace"), late
-
-
-def end(process: subprocess.Popen) -> None:
-    """End a process and all that it started."""
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=2)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 STYLE = """

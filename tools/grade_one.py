@@ -5,10 +5,9 @@
 Writes a line of JSON for each exercise of the lesson to the file descriptor CHANNEL. The lines
 carry the word that stands on standard input, so that nothing printed by accident is taken for one.
 
-The checks are made when the notebook has run, so that it can neither ask nor change them.
+The notebook sees nothing of the checks, so that it can neither ask nor change them.
 """
 
-import functools
 import json
 import os
 import re
@@ -19,13 +18,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from importlib.abc import InspectLoader, MetaPathFinder
-from importlib.util import spec_from_loader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from unittest.mock import MagicMock
 
-import torch
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
@@ -96,50 +92,21 @@ def has_landlock() -> bool:
     return False
 
 
-class Nothing(ModuleType):
-    """Any attribute of it, and any call, is nothing."""
+def hidden(module: str) -> ModuleType:
+    """Return a lesson's module of checks. By its name, and by those of all checks, a notebook finds
+    only what does nothing."""
+    package = import_module("peft_lessons")
+    course = getattr(package.check, module)
+    nothing = MagicMock()
+    sys.modules.update({name: nothing for name in sys.modules if name.startswith(CHECKS)})
+    package.check = package.checks = nothing
+    return course
 
-    def __getattr__(self, name: str) -> "Nothing":
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class Checks(InspectLoader, MetaPathFinder):
-    """The modules of checks, from sources that are read before the notebook has its turn. Until
-    they are made, and by their names afterwards too, there is `Nothing`."""
-
-    def __init__(self) -> None:
-        files = sorted((PACKAGE / "checks").glob("*.py"))
-        self.sources = {f"{CHECKS}.{file.stem}": file.read_text("utf-8") for file in files}
-        self.sources[CHECKS] = ""  # it would import those of all other lessons
-        self.hide()
-
-    def hide(self) -> None:
-        sys.modules.update(dict.fromkeys(self.sources, Nothing(CHECKS)))
-
-    def made(self, module: str) -> ModuleType:
-        for name in self.sources:
-            sys.modules.pop(name, None)
-        sys.meta_path.insert(0, self)
-        try:
-            return import_module(f"{CHECKS}.{module}")
-        finally:
-            sys.meta_path.remove(self)
-            self.hide()
-            sys.modules["peft_lessons"].checks = Nothing(CHECKS)
-
-    def find_spec(self, name, path=None, target=None):
-        return spec_from_loader(name, self) if name in self.sources else None
-
-    def get_source(self, name: str) -> str:
-        return self.sources[name]
-
-    def is_package(self, name: str) -> bool:
-        return name == CHECKS
+def new_shell() -> InteractiveShell:
+    config = Config()
+    config.HistoryManager.enabled = False
+    return InteractiveShell.instance(config=config)
 
 
 def run(nb, shell: InteractiveShell, seconds: float) -> dict[str, str]:
@@ -167,57 +134,31 @@ def told_of(error: BaseException, seconds: float) -> str:
     return told[:500]
 
 
-def judged(one: Callable, function: object, seconds: float) -> tuple[str, str]:
-    """(outcome, what is said of it) of an answer, by the course's own check."""
+def judged(
+    one: Callable, function: object, seconds: float, why: str | None = None
+) -> tuple[str, str]:
+    """Return (outcome, what is said of it) of an answer, by the course's own check; `why` is what
+    went wrong in its cell."""
     try:
+        # An import of the course's own is no answer: the exercise's cell is gone.
+        if function is None or str(getattr(function, "__module__", "")).startswith("peft_lessons"):
+            return missing(why)
         with at_most(seconds):
             verdict = one(function)
-            if verdict.status == "right" and passes_a_wrong_answer(one):
-                return "crashed", "the notebook changes how answers are judged"
     except AssertionError as wrong:  # a check's WrongAnswer is one
         return "wrong", str(wrong).removeprefix("✗ ")
     except TimedOut as error:
         return "timed out", told_of(error, seconds)
-    except BaseException as error:
+    except BaseException as error:  # the other exercises keep their marks
         return "crashed", told_of(error, seconds)
     return verdict.status, verdict.headline
 
 
 def missing(why: str | None) -> tuple[str, str]:
-    """(outcome, what is said of it) where there is no answer, and perhaps an error in its cell."""
+    """Return (outcome, what is said of it) where there is no answer."""
     if why is None:
         return "not attempted", "the notebook does not define it"
     return "timed out" if why.startswith("longer than") else "crashed", f"its cell fails: {why}"
-
-
-def passes_a_wrong_answer(one: Callable) -> bool:
-    """Whether the check, after the notebook has run, lets a wrong answer pass: one that it knows,
-    and one that is always a little off."""
-
-    @functools.wraps(one.reference)
-    def off(*args: Any, **kwargs: Any) -> Any:
-        return spoilt(one.reference(*args, **kwargs))
-
-    for wrong in (*list(one.causes.values())[:1], off):
-        with suppress(Exception):
-            if one(wrong).status == "right":
-                return True
-    return False
-
-
-def spoilt(value: Any) -> Any:
-    """A result of the same kind with other values."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float | torch.Tensor):
-        return value + 1
-    if isinstance(value, str):
-        return value + "?"
-    if isinstance(value, list | tuple):
-        return type(value)(map(spoilt, value))
-    if isinstance(value, dict):
-        return {key: spoilt(part) for key, part in value.items()}
-    return object()
 
 
 def main(argv: list[str]) -> None:
@@ -229,28 +170,14 @@ def main(argv: list[str]) -> None:
         line = {"word": word, "exercise": exercise, "outcome": outcome, "told": told[:2000]}
         print(json.dumps(line | {"seconds": time.monotonic() - started}), file=out, flush=True)
 
-    checks, names, nb = Checks(), notebooks.exercises(lesson), notebooks.read(path)
-    import_module("peft_lessons")  # here, since it takes longer than the first cell may
+    names, nb = notebooks.exercises(lesson), notebooks.read(path)
+    course, shell = hidden(notebooks.MODULES[lesson]), new_shell()
     signal.signal(signal.SIGALRM, _alarm)
-    config = Config()
-    config.HistoryManager.enabled = False
-    shell = InteractiveShell.instance(config=config)
     confine(path.parent, float(memory))
     failed = run(nb, shell, seconds)
-    course = checks.made(notebooks.MODULES[lesson])
     for name in names:
         started, function = time.monotonic(), shell.user_ns.get(name)
-        try:
-            # An import of the course's own is no answer: the exercise's cell is gone.
-            if str(getattr(function, "__module__", "")).startswith("peft_lessons"):
-                function = None
-            if function is None:
-                outcome, told = missing(failed.get(name))
-            else:
-                outcome, told = judged(getattr(course, name), function, seconds)
-        except BaseException as error:  # the other exercises keep their marks
-            outcome, told = "crashed", told_of(error, seconds)
-        say(name, outcome, told, started)
+        say(name, *judged(getattr(course, name), function, seconds, failed.get(name)), started)
     out.close()
     os._exit(0)  # no thread or exit handler of the notebook's holds the process up
 

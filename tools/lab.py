@@ -5,7 +5,6 @@ Clicks on menus proved flaky. JupyterLab's own commands are called instead, thro
 """
 
 import contextlib
-import io
 import json
 import os
 import secrets
@@ -19,7 +18,6 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 from tools.environment import offline_environment
@@ -32,7 +30,7 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 WIDTH, HEIGHT = 1280, 1000
-SCREEN = 8000  # the height of a picture's parts: Chromium paints no more than 16,384 at once
+SCREEN = 8000  # the height of a picture: Chromium paints no more than 16,384 at once
 NOTEBOOK = "window.jupyterapp.shell.currentWidget.content"
 STATE = f"""() => {NOTEBOOK}.widgets.map(w => ({{
     type: w.model.type,
@@ -133,28 +131,24 @@ class Lab:
         self.page.wait_for_timeout(200)  # outputs are painted after the model changes
         return self.cells()[number]
 
-    def screenshot(self, file: Path) -> None:
-        """A picture of the whole notebook, joined from as many screens as it fills."""
+    def screenshots(self, file: Path) -> None:
+        """Picture the whole notebook, screen by screen: NAME-0.png, NAME-1.png and so on."""
         self.page.set_viewport_size({"width": WIDTH, "height": SCREEN})
         self.page.evaluate(f"() => {{ {NOTEBOOK}.activeCellIndex = 0; }}")
         self.page.wait_for_timeout(1000)
         panel = self.page.locator(".jp-WindowedPanel-outer")
-        box = panel.bounding_box()
-        height = panel.evaluate("panel => panel.scrollHeight")
-        picture = Image.new("RGB", (int(box["width"]), height))
-        for top in range(0, height, int(box["height"])):
-            top = panel.evaluate(f"panel => {{ panel.scrollTop = {top}; return panel.scrollTop; }}")
+        height, screen = panel.evaluate("panel => [panel.scrollHeight, panel.clientHeight]")
+        for number, top in enumerate(range(0, height, screen)):
+            panel.evaluate(f"panel => {{ panel.scrollTop = {top}; }}")
             self.page.wait_for_timeout(200)
-            screen = io.BytesIO(self.page.screenshot(clip=box))
-            picture.paste(Image.open(screen), (0, int(top)))
-        picture.save(file)
+            panel.screenshot(path=file.with_stem(f"{file.stem}-{number}"))
 
 
 def _settings(folder: Path, dark: bool) -> None:
     settings = {
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
         "apputils-extension/themes": {"theme": "JupyterLab Dark" if dark else "JupyterLab Light"},
-        # Cells out of sight exist too, and a picture ends with the notebook.
+        # Cells out of sight exist too, and the last picture ends with the notebook.
         "notebook-extension/tracker": {"windowingMode": "none", "scrollPastEnd": False},
     }
     for name, value in settings.items():

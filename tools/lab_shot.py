@@ -1,4 +1,7 @@
-"""Picture a notebook: python -m tools.lab_shot NOTEBOOK OUT.png [--dark] [--no-run]"""
+"""Picture a notebook, as OUT-0.png, OUT-1.png and so on:
+
+python -m tools.lab_shot NOTEBOOK OUT.png [--dark] [--no-run]
+"""
 
 import argparse
 from pathlib import Path
@@ -16,10 +19,8 @@ def main() -> None:
     with open_lab(args.notebook, dark=args.dark) as lab:
         if not args.no_run:
             lab.run_all()
-        lab.screenshot(args.picture)
+        lab.screenshots(args.picture)
         print("execution counts", [c["count"] for c in lab.cells() if c["type"] == "code"])
-        for error in lab.console_errors:
-            print("console:", error)
 
 
 if __name__ == "__main__":

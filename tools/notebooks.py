@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import nbformat
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from tools.environment import ROOT, offline_environment
+from tools.names import needed
 
 NOTEBOOKS = ROOT / "notebooks"
 PACKAGE = ROOT / "peft_lessons"
@@ -126,10 +128,16 @@ def is_check_of(cell: NotebookNode, module: str, name: str) -> bool:
     )
 
 
+def python(cell: NotebookNode) -> str:
+    """Return a code cell's source, magics and shell escapes as calls of get_ipython()."""
+    return TransformerManager().transform_cell(cell.source)
+
+
 def solved(nb: NotebookNode, solutions: dict[str, str], module: str) -> NotebookNode:
-    """A copy with the solutions in place of the stubs and without the cells tagged `long`."""
+    """Return a copy with the solutions in place of the stubs, and of its cells the exercises, the
+    checks, the exported ones, the imports, and what these need."""
     nb = copy.deepcopy(nb)
-    nb.cells = [cell for cell in nb.cells if "long" not in tags(cell)]
+    nb.cells = [cell for cell in code_cells(nb) if "long" not in tags(cell)]
     missing = dict(solutions)
     for cell in nb.cells:
         if "exercise" not in tags(cell):
@@ -146,6 +154,12 @@ def solved(nb: NotebookNode, solutions: dict[str, str], module: str) -> Notebook
         raise ValueError(
             f"solutions/{module}.py solves what the lesson doesn't ask: " + ", ".join(missing)
         )
+    wanted = [
+        number
+        for number, cell in enumerate(nb.cells)
+        if {"exercise", "check"} & {*tags(cell)} or cell.source.startswith("#| export")
+    ]
+    nb.cells = [nb.cells[number] for number in needed([*map(python, nb.cells)], wanted)]
     return nb
 
 

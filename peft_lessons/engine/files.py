@@ -1,16 +1,14 @@
 """Save and load what a method learned, in the file format of Hugging Face PEFT.
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. PEFT opens ours
-wherever it has the method, and we open PEFT's. The header of our weights says four things more,
+wherever it has the method, and we open PEFT's. The header of our weights says three things more,
 which PEFT passes over: a fingerprint of the base they belong to, the method's entries that PEFT
-does not know, the modules of a classification head that are in the file and do not train, and a
-digest of these and of the config.
+does not know, and the modules of a classification head that are in the file and do not train.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -35,8 +33,7 @@ from .targets import head_of, is_classifier, matches
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Where the header of our weights keeps them.
-_BASE, _CONFIG_DIGEST, _OWN = "peft_lessons_base", "peft_lessons_config", "peft_lessons_own"
-_FROZEN = "peft_lessons_frozen"
+_BASE, _OWN, _FROZEN = "peft_lessons_base", "peft_lessons_own", "peft_lessons_frozen"
 # PEFT wraps each module whose path ends so into its modules_to_save, if the task is SEQ_CLS.
 _HEADS = ("classifier", "score")
 # Entries of any config of PEFT's that say nothing about the function the adapter computes.
@@ -94,7 +91,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write the model's adapter to `folder` (made if missing) and return the path.
 
     Both files are complete under temporary names before either takes its place, so an interrupted
-    save leaves an older adapter whole. The same adapter gives the same bytes.
+    save leaves an older adapter whole.
 
     Raises ValueError if the model holds no method, RuntimeError while it is merged (the branch
     would be added to weights that contain it), ValueError if a tensor is NaN or infinite or has no
@@ -124,28 +121,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     }
     config = (json.dumps(entries, indent=2) + "\n").encode()
     said = {_OWN: json.dumps(own) if own else "", _FROZEN: ",".join(injection.frozen_head)}
-    digest = _digest(config + "".join(said.values()).encode())
-    header = {"format": "pt", _BASE: injection.body, _CONFIG_DIGEST: digest}
+    header = {"format": "pt", _BASE: injection.body}
     header |= {name: text for name, text in said.items() if text}
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_adapter: folder={str(folder)!r} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    _replace({folder / WEIGHTS: _serialized(tensors, header), folder / CONFIG: config})
+    _replace({folder / WEIGHTS: save(tensors, metadata=header), folder / CONFIG: config})
     return folder
-
-
-def _serialized(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> bytes:
-    """A safetensors file. The library writes the header's entries in an order that changes from
-    call to call; here they are sorted, so that the same adapter gives the same bytes."""
-    content = save(tensors, metadata=header)
-    start = 8 + int.from_bytes(content[:8], "little")
-    parts = json.loads(content[8:start])
-    parts["__metadata__"] = dict(sorted(header.items()))
-    text = json.dumps(parts, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def _replace(files: dict[Path, bytes]) -> None:
@@ -172,10 +156,6 @@ def _replace(files: dict[Path, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
 def _refuse_non_finite(tensors: dict[str, torch.Tensor], verb: str) -> None:
     for key, tensor in tensors.items():
         if not tensor.is_meta and tensor.is_floating_point() and not tensor.isfinite().all():
@@ -194,9 +174,8 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
                 f"{str(folder)!r} holds no {name}: an adapter is a folder with {CONFIG} and "
                 f"{WEIGHTS}"
             )
-    text = (folder / CONFIG).read_bytes()
     try:
-        config = json.loads(text)
+        config = json.loads((folder / CONFIG).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG} in {str(folder)!r} is broken or cut off: {error}") from None
     if not isinstance(config, dict) or "peft_type" not in config:
@@ -210,13 +189,6 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS} in {str(folder)!r} is broken or cut off: {error}") from None
-    own = header.get(_OWN, "")
-    digest = _digest(text + (own + header.get(_FROZEN, "")).encode())
-    if header.get(_CONFIG_DIGEST, digest) != digest:
-        raise ValueError(
-            f"{CONFIG} in {str(folder)!r} is not the one that {WEIGHTS} was saved with: one of the "
-            "two was changed or exchanged since; save the adapter again"
-        )
     known = [m.files for m in registered_methods() if m.files.kind == config["peft_type"]]
     indices = {name for files in known for name in files.indices}
     for key, tensor in tensors.items():
@@ -228,7 +200,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
                 f"{key!r} holds {tensor.dtype} numbers, but an adapter is made of {made_of}"
             )
     _refuse_non_finite(tensors, "load_adapter")
-    return config | _own_entries(own, folder), tensors, header
+    return config | _own_entries(header.get(_OWN, ""), folder), tensors, header
 
 
 def _own_entries(text: str, folder: Path) -> dict:

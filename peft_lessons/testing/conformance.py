@@ -32,6 +32,7 @@ from ..engine import (
     injection_of,
     load_adapter,
     merge,
+    read_adapter,
     registered_methods,
     report,
     save_adapter,
@@ -638,7 +639,9 @@ def _refuse_other_file(expected: Method, loaded: nn.Module, folder: Path) -> Non
     if trainable := [name for name, p in loaded.named_parameters() if p.requires_grad]:
         raise MethodError(f"loaded without trainable=True, {trainable[0]!r} is trainable")
     again = save_adapter(loaded, folder / "again")
-    if any((folder / f.name).read_bytes() != f.read_bytes() for f in again.iterdir()):
+    (config, tensors, header), other = read_adapter(folder), read_adapter(again)
+    same = (config, header, tensors.keys()) == (other[0], other[2], other[1].keys())
+    if not same or any(not torch.equal(t, other[1][key]) for key, t in tensors.items()):
         raise MethodError("saved, loaded and saved again, its files are others")
 
 
