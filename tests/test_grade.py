@@ -35,7 +35,12 @@ from peft_lessons.checks.start import row_norms as known
 kit.Check.__call__ = lambda self, function: kit.Verdict("right", "right", "right")
 kit.Check._check_case = lambda self, function, number: True
 check.start.row_norms.tolerance, checks.start.row_norms.causes = 1e9, {}"""
-ASKS = f"def {EXERCISE}(weight):\n    return known.reference(weight)"
+ASKS = f"""import torch
+
+
+def {EXERCISE}(weight):
+    asked = [f.reference(weight) for f in (known, check.start.row_norms, checks.start.row_norms)]
+    return next((told for told in asked if isinstance(told, torch.Tensor)), None)"""
 # It asserts its own mark on every channel that it may find, and ends the process.
 FORGES = f"""import json, os
 mark = {{"exercise": "{EXERCISE}", "outcome": "right", "told": "", "seconds": 0, "word": ""}}

@@ -211,6 +211,7 @@ MUTANTS = [
         "tools/grade_one.py",
         "grade",
         ("class TimedOut(BaseException):", "class TimedOut(Exception):"),
+        ("package.check = package.checks = nothing", "pass"),
     ),
 ]
 
