@@ -144,37 +144,20 @@ def test_outputs_and_gradients_are_those_of_adapterhub(base, kind, stored):
 
 
 def by_hooks(model, kind, adapters):
-    """The same function without any wrapper: hooks on the plain base, sums written out."""
+    """The same function of a pre-norm model without any wrapper: hooks on the plain base."""
     kept = {}
-    for path, bottleneck in adapters.items():
-        layer = model.get_submodule(path)
+    for path, one in adapters.items():
+        block = model.get_submodule(path.rsplit(".", 2 if ".mlp." in path else 1)[0])
+        if kind != "houlsby":
+            norm = getattr(block, "final_layer_norm", None) or block.post_attention_layernorm
+            norm.register_forward_pre_hook(lambda m, args: kept.__setitem__("x", args[0]))
 
-        def a(t, one=bottleneck):
+        def add(m, args, h, one=one):
+            t = h if kind == "houlsby" else kept["x"] + (h if kind == "pfeiffer" else 0)
             low = one.activation(t @ one.down.weight.T + one.down.bias)
-            return low @ one.up.weight.T + one.up.bias
+            return h + low @ one.up.weight.T + one.up.bias
 
-        if hasattr(layer, "LayerNorm"):
-            layer.register_forward_pre_hook(lambda m, args: kept.__setitem__("x", args[1]))
-            norm = layer.LayerNorm
-
-            def add(m, args, h, a=a, norm=norm):
-                s = h + kept["x"]
-                ln = F.layer_norm(s, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-                return h + a({"houlsby": h, "pfeiffer": ln, "parallel": kept["x"]}[kind])
-
-            layer.dropout.register_forward_hook(add)
-        else:
-            block = model.get_submodule(path.rsplit(".", 2 if ".mlp." in path else 1)[0])
-            if kind != "houlsby":
-                norm = getattr(block, "final_layer_norm", None) or block.post_attention_layernorm
-                norm.register_forward_pre_hook(lambda m, args: kept.__setitem__("x", args[0]))
-
-            def add(m, args, h, a=a):
-                if kind == "houlsby":
-                    return h + a(h)
-                return h + a(h + kept["x"] if kind == "pfeiffer" else kept["x"])
-
-            layer.register_forward_hook(add)
+        model.get_submodule(path).register_forward_hook(add)
     return model
 
 
@@ -205,8 +188,6 @@ OPT = SMALL | dict(ffn_dim=48, word_embed_proj_dim=32)
 
 
 OTHERS = {
-    "roberta": lambda: RobertaModel(RobertaConfig(**SMALL)),
-    "electra": lambda: ElectraModel(ElectraConfig(**SMALL, embedding_size=32)),
     "mistral": lambda: MistralModel(MistralConfig(**FEW_KEYS)),
     "qwen3": lambda: Qwen3Model(Qwen3Config(**FEW_KEYS)),
     "opt": lambda: OPTModel(OPTConfig(**OPT)),
@@ -215,7 +196,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 @KIND
-def test_the_other_layouts_are_right_by_hooks(name, kind):
+def test_the_other_decoders_are_right_by_hooks(name, kind):
     torch.manual_seed(0)
     model = OTHERS[name]().eval()
     ids, plain = torch.randint(2, 64, (2, 7)), deepcopy(model)
@@ -223,6 +204,19 @@ def test_the_other_layouts_are_right_by_hooks(name, kind):
     perturb(model)
     expected = by_hooks(plain, kind, deepcopy(adapters_of(model)))(ids).last_hidden_state
     close(expected, model(ids).last_hidden_state, 5e-6)
+
+
+def test_the_other_encoders_have_the_places_of_a_bert():
+    for model in (
+        RobertaModel(RobertaConfig(**SMALL)),
+        ElectraModel(ElectraConfig(**SMALL, embedding_size=32)),
+    ):
+        ids = torch.randint(2, 64, (2, 7))
+        before = model.eval()(ids).last_hidden_state
+        inject(model, BottleneckAdapter(4, "houlsby"))
+        assert torch.equal(model(ids).last_hidden_state, before)
+        assert len(adapters_of(perturb(model))) == 4
+        assert (model(ids).last_hidden_state - before).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(("base", "d"), [("minilm", 384), ("tinylm", 192)])
@@ -271,12 +265,10 @@ def test_a_bottleneck_as_wide_as_the_model_is_refused(name):
 
 
 def test_a_model_without_known_places_is_refused():
+    post_norm = OPTModel(OPTConfig(**OPT, do_layer_norm_before=False))
     for model, told in (
         (nn.Sequential(nn.Linear(8, 8)), "no block whose places are known.*BertLayer"),
-        (
-            OPTModel(OPTConfig(**OPT, do_layer_norm_before=False)),
-            "normalises after the sum",
-        ),
+        (post_norm, "normalises after the sum"),
     ):
         with refused(model, told):
             inject(model, BottleneckAdapter(2))

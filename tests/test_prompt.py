@@ -94,6 +94,11 @@ def pair(base, name):
     return theirs, ours
 
 
+def t5():
+    sizes = dict(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
+    return T5ForConditionalGeneration(T5Config(**sizes))
+
+
 def text_of(batch):
     return {k: batch[k] for k in ("input_ids", "attention_mask")}
 
@@ -276,7 +281,7 @@ def test_each_row_generates_with_its_prompt():
         assert torch.equal(greedy(ours, text)[row], got[row])
 
 
-def test_rows_without_a_prompt():
+def test_a_model_without_a_prompt_is_refused():
     model = tiny_llama()
     inject(model, LoRA(2, 3, ("q_proj",)))
     for wrong in (model, tiny_llama()):
@@ -284,7 +289,7 @@ def test_rows_without_a_prompt():
             prompt_of(wrong)
 
 
-# ------------------------------------------------------------------ training
+# ------------------------------------------------------------------ evaluation
 
 
 class Padded(TinyText):
@@ -363,16 +368,11 @@ def test_settings_that_are_refused(settings, told):
         Prompt(**dict(tokens=P) | settings)
 
 
-def _t5():
-    sizes = dict(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
-    return T5ForConditionalGeneration(T5Config(**sizes))
-
-
 @pytest.mark.parametrize(
     ("make", "method", "told"),
     [
         (lambda: nn.Sequential(nn.Linear(4, 4)), Prompt(P), "has no token embeddings"),
-        (_t5, Prompt(P), "an encoder and a decoder"),
+        (t5, Prompt(P), "an encoder and a decoder"),
         (tiny_llama, Prompt(128), "128 virtual tokens and 1 of text.*128 positions"),
         (tiny_llama, Prompt(10**13), "128 positions"),  # before memory is asked for
         (tiny_llama, Prompt(4, "x", lambda t: {"input_ids": []}), r"gives the tokens \[\]"),
