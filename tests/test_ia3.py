@@ -1,13 +1,11 @@
-"""(IA)³ against Hugging Face PEFT on four models, its files both ways, and what it refuses."""
+"""Compare (IA)³ with Hugging Face PEFT and with its formula; see what it refuses."""
 
-import math
 from copy import deepcopy
 
 import peft
 import pytest
 import torch
 from tiny import (
-    EACH,
     MODELS,
     PLACES,
     batch_of,
@@ -17,9 +15,7 @@ from tiny import (
     rewrite,
     step_of_both,
     task_type,
-    tiny_bert,
     tiny_llama,
-    tiny_qwen2,
 )
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -30,7 +26,6 @@ from peft_lessons import (
     inject,
     load_adapter,
     merge,
-    report,
     save_adapter,
     unload,
     unmerge,
@@ -42,19 +37,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Unmerge result can be inaccurate",
 )
 
-FORWARD, GRADIENT, MERGED = 1e-6, 1e-6, 1e-5
-LLAMA, BERT = PLACES["llama"], PLACES["bert"]
-
-
-def as_peft(names):
-    return names if isinstance(names, str) else list(names)
-
-
-def theirs_on(base, targets, feedforward, task=None):
-    config = peft.IA3Config(
-        target_modules=as_peft(targets), feedforward_modules=as_peft(feedforward), task_type=task
-    )
-    return peft.get_peft_model(base, config)
+MERGED = 1e-5
+LLAMA = PLACES["llama"]
+BASES = pytest.mark.parametrize("name", ["qwen2", "bert"])
 
 
 def layers_of(theirs):
@@ -65,12 +50,14 @@ def vectors(model):
     return {path: wrapper.l for path, wrapper in injection_of(model).wrappers.items()}
 
 
-def pair(base, targets, feedforward, task=None):
+def pair(name, places=None):
     """(PEFT's model, ours) on copies of one base, with the same random vectors."""
-    theirs = theirs_on(deepcopy(base), targets, feedforward, task)
-    ours = deepcopy(base)
-    inject(ours, IA3(targets, feedforward))
-    layers, wrappers = layers_of(theirs), injection_of(ours).wrappers
+    base, (targets, feedforward) = MODELS[name](), places or PLACES[name]
+    names = dict(target_modules=targets, feedforward_modules=feedforward)
+    names = {k: v if isinstance(v, str) else list(v) for k, v in names.items()}
+    theirs = peft.get_peft_model(deepcopy(base), peft.IA3Config(**names, task_type=task_type(name)))
+    inject(base, IA3(targets, feedforward))
+    layers, wrappers = layers_of(theirs), injection_of(base).wrappers
     assert list(layers) == list(wrappers)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -79,15 +66,11 @@ def pair(base, targets, feedforward, task=None):
             assert mine.shape == value.shape and layer.is_feedforward == wrappers[path].feedforward
             value.add_(0.3 * torch.randn_like(value))
             mine.copy_(value)
-    return theirs.eval(), ours.eval()
+    return theirs.eval(), base.eval()
 
 
-def both(name):
-    return pair(MODELS[name](), *PLACES[name], task_type(name))
-
-
-def layer_of(bias=True, seed=0):
-    torch.manual_seed(seed)
+def layer_of(bias=True):
+    torch.manual_seed(0)
     return nn.Linear(24, 10, bias=bias)
 
 
@@ -118,32 +101,20 @@ def test_the_layer_by_itself():
     assert IA3Layer(64, ff_dim=96).l_v.shape == (64,)
 
 
-def test_the_layer_with_one_width_has_its_size():
-    assert 32 * sum(p.numel() for p in IA3Layer(4096).parameters()) == 393_216
-    right = IA3Layer(4096, ff_dim=11008)
-    assert 32 * sum(p.numel() for p in right.parameters()) == 614_400
-    grouped = IA3Layer(4096, kv_dim=1024, ff_dim=14336)
-    assert 32 * sum(p.numel() for p in grouped.parameters()) == 524_288
+def test_the_layer_has_the_sizes_of_the_lesson():
+    widths = {393_216: {}, 614_400: dict(ff_dim=11008), 524_288: dict(kv_dim=1024, ff_dim=14336)}
+    for count, given in widths.items():
+        assert 32 * sum(p.numel() for p in IA3Layer(4096, **given).parameters()) == count
 
 
-@pytest.mark.parametrize("width", [1, 63, 128])
-@pytest.mark.parametrize("verb", ["scale_key", "scale_value", "scale_ffn"])
-def test_another_width_is_refused(verb, width):
-    with pytest.raises(ValueError, match=rf"64 entries.* {width} wide: .*kv_dim.*ff_dim"):
-        getattr(IA3Layer(64), verb)(torch.randn(3, width))
-
-
-def test_a_vector_of_one_is_not_stretched():
-    with pytest.raises(ValueError, match="1 entries"):
+def test_another_width_is_refused():
+    layer = IA3Layer(64)
+    for verb in (layer.scale_key, layer.scale_value, layer.scale_ffn):
+        for width in (1, 128):
+            with pytest.raises(ValueError, match=rf"64 entries.* {width} wide: .*kv_dim.*ff_dim"):
+                verb(torch.randn(3, width))
+    with pytest.raises(ValueError, match="1 entries"):  # it is not stretched
         IA3Layer(64, kv_dim=1).scale_key(torch.randn(3, 64))
-
-
-@pytest.mark.parametrize(
-    "settings", [dict(dim=0), dict(dim=2.0), dict(kv_dim=-1), dict(ff_dim=0), dict(ff_dim=True)]
-)
-def test_a_width_must_be_a_number_of_entries(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        IA3Layer(**dict(dim=64) | settings)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -156,17 +127,12 @@ def test_the_definition(bias, feedforward):
     expected = linear(x * vector) if feedforward else linear(x) * vector
     assert torch.equal(wrapper(x), expected)
     assert tuple(wrapper.l.shape) == ((1, 24) if feedforward else (10, 1))
-    # Merged, unmerged, and merged again.
-    W = linear.weight.clone()
     b = linear.bias.clone() if bias else None
-    for _ in range(2):
-        wrapper.merge_weights()
-        close(wrapper(x), expected, MERGED, "layer merged")
-        assert b is None or torch.equal(linear.bias, b if feedforward else b * vector)
-        wrapper.unmerge_weights()
-        close(linear.weight, W, 1e-6, "layer unmerged")
-        assert b is None or (linear.bias - b).abs().max() <= 1e-6
-    assert [n for n, p in wrapper.named_parameters() if p.requires_grad] == ["l"]
+    wrapper.merge_weights()
+    close(wrapper(x), expected, MERGED)
+    assert b is None or torch.equal(linear.bias, b if feedforward else b * vector)
+    wrapper.unmerge_weights()
+    assert b is None or (linear.bias - b).abs().max() <= 1e-6
 
 
 def test_a_swiglu_block_could_scale_up_proj_instead():
@@ -177,95 +143,45 @@ def test_a_swiglu_block_could_scale_up_proj_instead():
     with torch.no_grad():
         other.up_proj.l.copy_(mlp.down_proj.l.T)
     x = torch.randn(2, 7, 64)
-    close(mlp(x), other(x), FORWARD, "up_proj's output for down_proj's input")
-
-
-def test_the_output_of_the_feedforward_is_another_method():
-    x, base = torch.randn(200, 96), layer_of()
-    base = nn.Linear(96, 64)
-    right = trained(LinearWithIA3(base, feedforward=True))
-    y, plain = right(x) - base.bias, base(x) - base.bias
-    best = (y * plain).sum(0) / plain.square().sum(0)  # the best vector on the output
-    assert (y - plain * best).norm() / (y - plain).norm() > 0.5
+    close(mlp(x), other(x))
 
 
 # ------------------------------------------------------------------ models, against PEFT
 
 
-@EACH
-def test_logits_loss_and_gradients(name):
-    base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, *PLACES[name], task_type(name))
-    output = step_of_both(theirs, ours, batch, FORWARD)
-    assert (output.logits - base(**batch).logits).abs().max() > 0.005
-    for name, (expected, got) in gradients(theirs, ours, {"ia3_l.default": "l"}).items():
+@BASES
+def test_logits_loss_and_gradients_equal_those_of_peft(name):
+    batch = batch_of(name)
+    theirs, ours = pair(name)
+    output = step_of_both(theirs, ours, batch)
+    assert (output.logits - MODELS[name]()(**batch).logits).abs().max() > 0.005
+    found = gradients(theirs, ours, {"ia3_l.default": "l"})
+    for name, (expected, got) in found.items():
         assert expected.abs().max() > 0, name
-        close(expected, got, GRADIENT, name)
+        close(expected, got, what=name)
 
 
-def test_bert_by_name_takes_the_attention_output_too():
-    """PEFT's own defaults for a BERT: one vector more a layer than the paper has."""
-    names = ("key", "value", "output.dense"), ("output.dense",)
-    theirs, ours = pair(tiny_bert(), *names, "SEQ_CLS")
-    batch = batch_of("bert")
-    close(theirs(**batch).logits, ours(**batch).logits, FORWARD, "bert by name")
-    assert len(vectors(ours)) == 8 and len(vectors(both("bert")[1])) == 6
+def test_other_names_are_other_places():
+    """PEFT's own defaults for a BERT have one vector more a layer than the paper; and what is no
+    feed-forward is scaled at its output."""
+    for name, places, shapes in (
+        ("bert", (("key", "value", "output.dense"), ("output.dense",)), [(1, 64), (1, 96)] * 2),
+        ("llama", (LLAMA[0], ()), [(64, 1)] * 2),
+    ):
+        theirs, ours = pair(name, places)
+        batch = batch_of(name)
+        close(theirs(**batch).logits, ours(**batch).logits)
+        found = [tuple(v.shape) for p, v in vectors(ours).items() if "dense" in p or "down" in p]
+        assert found == shapes
 
 
-def test_a_feedforward_that_is_left_out_is_scaled_at_its_output():
-    theirs, ours = pair(tiny_llama(), LLAMA[0], ())
-    assert vectors(ours)["model.layers.0.mlp.down_proj"].shape == (64, 1)
-    batch = batch_of("llama")
-    close(theirs(**batch).logits, ours(**batch).logits, FORWARD, "no feedforward")
-
-
-@EACH
-def test_counts(name):
-    theirs, ours = both(name)
-    own = sum(p.numel() for n, p in theirs.named_parameters() if "ia3_l" in n)
-    mine = {n: p.numel() for n, p in injection_of(ours).added()}
-    assert own == sum(mine.values())
-    kv = 32 if name in ("llama", "qwen2") else 64
-    assert own == 2 * (2 * kv + 96)
-    assert "k_proj 64→32" in repr(report(ours)) or name in ("opt", "bert")
-
-
-@EACH
-def test_merged(name):
-    base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, *PLACES[name], task_type(name))
+@BASES
+def test_merged_the_weights_are_those_of_peft(name):
+    theirs, ours = pair(name)
     merge(ours)
     merged, plain = theirs.merge_and_unload(), unload(ours)
     for (_, e), (_, p) in zip(merged.named_parameters(), plain.named_parameters(), strict=True):
         assert torch.equal(e, p)
-    close(merged(**batch).logits, plain(**batch).logits, 0, "merged against PEFT")
-
-
-@EACH
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_16_bit_base(name, dtype):
-    base, batch = MODELS[name]().to(dtype), batch_of(name)
-    theirs, ours = pair(base, *PLACES[name], task_type(name))
-    a, b = theirs(**batch), ours(**batch)
-    assert a.logits.dtype == b.logits.dtype == dtype
-    close(a.logits.float(), b.logits.float(), 1e-6, "16-bit logits")
-    merge(ours)
-    merged = deepcopy(theirs).merge_and_unload()(**batch).logits.float()
-    close(merged, ours(**batch).logits.float(), 1e-6, "16-bit merged against PEFT")
-
-
-def test_a_layer_of_its_own_in_16_bits_has_a_float32_vector():
-    for dtype, vector in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        assert LinearWithIA3(layer_of().to(dtype), True).l.dtype == vector
-
-
-def test_under_autocast():
-    ours, batch = tiny_llama(), batch_of("llama")
-    inject(ours, IA3(*LLAMA))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ours(**batch).logits, tiny_llama()(**batch).logits)
-        ours(**batch).loss.backward()
-    assert all(p.grad.any() for p in vectors(ours).values())
 
 
 # ------------------------------------------------------------------ files
@@ -284,14 +200,11 @@ def test_pefts_own_defaults_open_in_ours(tmp_path):
 @pytest.mark.parametrize(
     ("targets", "feedforward"),
     [
-        (LLAMA[0], ()),
-        ("all-linear", ("down_proj",)),
         ("all-linear", r".*\.down_proj"),
         (r".*\.(k_proj|v_proj|down_proj)", ("down_proj",)),
         (LLAMA[0], r".*\.layers\.1\.mlp\.down_proj"),
         (("k_proj", "mlp.down_proj"), ("down_proj",)),
     ],
-    ids=str,
 )
 def test_every_way_to_name_the_layers_survives_both_files(targets, feedforward, tmp_path):
     base, batch = tiny_llama(), batch_of("llama")
@@ -301,7 +214,7 @@ def test_every_way_to_name_the_layers_survives_both_files(targets, feedforward, 
         trained(wrapper, i)
     save_adapter(ours, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path / "ours").eval()
-    close(theirs(**batch).logits, ours(**batch).logits, FORWARD, "named otherwise")
+    close(theirs(**batch).logits, ours(**batch).logits)
     theirs.save_pretrained(tmp_path / "theirs")
     for folder in ("ours", "theirs"):
         model = deepcopy(base)
@@ -309,49 +222,25 @@ def test_every_way_to_name_the_layers_survives_both_files(targets, feedforward, 
         assert torch.equal(model(**batch).logits, ours(**batch).logits)
 
 
-def edited(folder, **entries):
-    """PEFT's files with some entries of the config changed."""
-    theirs, _ = pair(tiny_llama(), *LLAMA)
-    theirs.save_pretrained(folder)
-    return rewrite(folder, **entries)
-
-
-@pytest.mark.parametrize(
-    ("entries", "match"),
-    [
-        (dict(feedforward_modules=None), "feedforward=None"),
-        (dict(target_modules=None), "targets=None"),
-        (dict(feedforward_modules=[]), r"down_proj.ia3_l.*\(1, 96\).*\(64, 1\)"),
-        (dict(feedforward_modules=["k_proj", "down_proj"]), r"k_proj.ia3_l.*\(32, 1\).*\(1, 64\)"),
-        (dict(feedforward_modules=["o_proj"]), "'o_proj' is not among the targets"),
-        (dict(fan_in_fan_out=True), "fan_in_fan_out"),
-        (dict(exclude_modules=["down_proj"]), "exclude_modules"),
-    ],
-    ids=str,
-)
-def test_a_config_that_does_not_fit_is_refused(entries, match, tmp_path):
+def test_a_file_that_does_not_fit_is_refused(tmp_path):
+    theirs, _ = pair("llama")
+    theirs.save_pretrained(tmp_path)
     model = tiny_llama()
-    with refused(model, match):
-        load_adapter(model, edited(tmp_path, **entries))
+    for names, told in (
+        ([], r"down_proj.ia3_l.*\(1, 96\).*\(64, 1\)"),
+        (["k_proj", "down_proj"], r"k_proj.ia3_l.*\(32, 1\).*\(1, 64\)"),
+        (["o_proj"], "'o_proj' is not among the targets"),
+        (None, "feedforward=None"),
+    ):
+        with refused(model, told):
+            load_adapter(model, rewrite(tmp_path, feedforward_modules=names))
 
-
-def test_how_it_started_says_nothing(tmp_path):
-    model = tiny_llama()
-    load_adapter(model, edited(tmp_path, init_ia3_weights=False))
-
-
-@pytest.mark.parametrize("change", ["turned", "nan", "missing"])
-def test_a_vector_that_does_not_fit_is_refused(change, tmp_path):
-    def spoil(tensors):
+    def turn(tensors):
         key = next(k for k in tensors if "down_proj" in k)
-        old = tensors.pop(key)
-        if change != "missing":
-            tensors[key] = old.T.contiguous() if change == "turned" else old * math.nan
+        tensors[key] = tensors[key].T.contiguous()
 
-    match = {"turned": r"\(96, 1\).*\(1, 96\)", "nan": "NaN", "missing": "misses"}[change]
-    model = tiny_llama()
-    with refused(model, match):
-        load_adapter(model, rewrite(edited(tmp_path), spoil))
+    with refused(model, r"\(96, 1\).*\(1, 96\)"):
+        load_adapter(model, rewrite(tmp_path, turn, feedforward_modules=["down_proj"]))
 
 
 # ------------------------------------------------------------------ refusals
@@ -361,14 +250,10 @@ def test_a_vector_that_does_not_fit_is_refused(change, tmp_path):
     ("targets", "feedforward"),
     [
         (("k_proj", "v_proj"), ("down_proj",)),
-        (("k_proj", "down_proj"), ("down_proj", "up_proj")),
-        (("down_proj",), ("mlp.down_proj",)),
         (("k_proj", "v_proj"), r".*\.down_proj"),
         (r".*\.(k_proj|v_proj)", ("down_proj",)),
-        ("all-linear", ("lm_head",)),
         ("all-linear", "all-linear"),
     ],
-    ids=str,
 )
 def test_feedforward_must_be_among_the_targets(targets, feedforward):
     model = tiny_llama()
@@ -376,81 +261,21 @@ def test_feedforward_must_be_among_the_targets(targets, feedforward):
         inject(model, IA3(targets, feedforward))
 
 
-def test_names_are_told_at_once():
-    with pytest.raises(ValueError, match="'fc2' is not among the targets, which are 'k_proj'"):
-        IA3(("k_proj",), ("fc2",))
-
-
-@pytest.mark.parametrize(
-    ("targets", "feedforward", "error"),
-    [
-        (LLAMA[0], None, TypeError),
-        (LLAMA[0], (3,), TypeError),
-        (LLAMA[0], "", ValueError),
-        (LLAMA[0], 7, TypeError),
-        (None, (), TypeError),
-    ],
-    ids=str,
-)
-def test_names_must_be_names(targets, feedforward, error):
-    model = tiny_llama()
-    with refused(model, "targets|feedforward", error):
-        inject(model, IA3(targets, feedforward))
-
-
-def test_both_must_be_said():
-    with pytest.raises(TypeError, match="feedforward"):
-        IA3(("k_proj", "v_proj"))
-
-
-def test_lists_and_sets_are_taken():
-    assert IA3(["k_proj", "fc"], {"fc"}) == IA3(("k_proj", "fc"), ("fc",))
-
-
-@pytest.mark.parametrize(
-    ("targets", "match"),
-    [
-        (("k_proj", "w_proj"), "'w_proj' matches no module"),
-        (("k_proj", "input_layernorm"), "RMSNorm"),
-        (("k_proj", "lm_head"), "tied"),
-        ((), "empty"),
-    ],
-)
-def test_targets_that_cannot_be(targets, match):
-    model = tiny_llama(tie_word_embeddings=True)
-    with refused(model, match):
-        inject(model, IA3(targets, ()))
-
-
-@pytest.mark.parametrize("value", [0.0, 1e-7, -1e-8])
 @pytest.mark.parametrize("place", ["k_proj", "down_proj"])
-def test_a_zero_is_merged_but_not_unmerged(value, place):
+def test_a_zero_is_merged_but_not_unmerged(place):
     """A zero may be learned, and merges right; what it erased cannot come back."""
-    _, ours = pair(tiny_qwen2(), *LLAMA)
+    _, ours = pair("qwen2")
     path = next(p for p in vectors(ours) if "layers.1" in p and p.endswith(place))
     with torch.no_grad():
-        vectors(ours)[path].view(-1)[5:7] = value
+        vectors(ours)[path].view(-1)[5:7] = 1e-7 if place == "k_proj" else 0.0
     batch = batch_of("qwen2")
     expected = ours(**batch).logits
     merge(ours)
-    close(ours(**batch).logits, expected, MERGED, "a zero merged")
     at = r"\[0, 5\]" if place == "down_proj" else r"\[5, 0\]"
     with refused(ours, rf"unmerge: '.*1.*{place}'.*{at} \(and 1 more\).*lost"):
         unmerge(ours)
-    assert injection_of(ours).merged
     unload(ours)  # merged for good
-    close(ours(**batch).logits, expected, MERGED, "and unloaded")
-
-
-def test_a_vector_of_zeros_at_unmerge():
-    wrapper = LinearWithIA3(layer_of(), feedforward=False)
-    with torch.no_grad():
-        wrapper.l.zero_()
-    wrapper.merge_weights()
-    assert not wrapper.base.weight.any() and not wrapper.base.bias.any()
-    with pytest.raises(ValueError, match=r"holds 0 at \[0, 0\] \(and 9 more\)"):
-        wrapper.unmerge_weights()
-    assert wrapper.merged
+    close(ours(**batch).logits, expected, MERGED)
 
 
 @pytest.mark.parametrize(
@@ -459,10 +284,7 @@ def test_a_vector_of_zeros_at_unmerge():
         (torch.float16, 5e-4, False),
         (torch.float16, 2e-3, True),
         (torch.bfloat16, 5e-4, True),
-        (torch.float32, 2e-6, True),
-        (torch.float64, 5e-7, False),
     ],
-    ids=str,
 )
 def test_what_is_too_small_depends_on_the_bases_dtype(dtype, value, back):
     """A float16 weight times 2e-6 is rounded to nearly nothing: unmerged, it was off by 38 %."""
@@ -484,7 +306,7 @@ def test_what_is_too_small_depends_on_the_bases_dtype(dtype, value, back):
 
 def test_a_small_entry_survives_where_pefts_does_not():
     """PEFT divides by l + 1e-8; at 2e-6 that is half a per cent."""
-    theirs, ours = pair(tiny_llama(), ("k_proj",), ())
+    theirs, ours = pair("llama", (("k_proj",), ()))
     path = next(iter(vectors(ours)))
     layer = layers_of(theirs)[path]
     W = layer.base_layer.weight.clone()
@@ -495,44 +317,8 @@ def test_a_small_entry_survives_where_pefts_does_not():
     layer.merge()
     layer.unmerge()
     mine = injection_of(ours).wrappers[path].base.weight
-    close(mine[3], W[3], 1e-6, "unmerged at 2e-6")
+    close(mine[3], W[3])
     assert (layer.base_layer.weight[3] - W[3]).norm() / W[3].norm() > 4e-3
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_not_merged(value):
-    _, ours = pair(tiny_llama(), *LLAMA)
-    path = list(vectors(ours))[-1]
-    with torch.no_grad():
-        vectors(ours)[path].view(-1)[0] = value
-    with refused(ours, "NaN or infinity"):
-        merge(ours)
-    assert not injection_of(ours).merged
-
-
-# ------------------------------------------------------------------ meta
-
-
-@pytest.mark.parametrize(
-    ("settings", "count"),
-    [
-        (dict(), 614_400),
-        (dict(num_key_value_heads=8, intermediate_size=14336, vocab_size=128256), 524_288),
-    ],
-)
-def test_a_meta_model(settings, count):
-    """LLaMA-7B and Llama-3-8B, of 32 layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **settings))
-    made = inject(model, IA3(*LLAMA))
-    assert made.trainable * 16 == count
-    assert all(p.is_meta for p in vectors(model).values())
-    assert model(torch.zeros(1, 4, dtype=torch.long, device="meta")).logits.is_meta
-    merge(model)
-    unmerge(model)
-    unload(model)
 
 
 # ------------------------------------------------------------------ as users break it
@@ -550,6 +336,6 @@ def test_a_name_that_ends_another_opens_in_peft(tmp_path):
     save_adapter(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path).eval()
     batch = dict(input_ids=ids, labels=ids)
-    close(theirs(**batch).logits, ours(**batch).logits, FORWARD, "a T5 in PEFT")
+    close(theirs(**batch).logits, ours(**batch).logits)
     load_adapter(base, tmp_path)
     assert torch.equal(base(**batch).logits, ours(**batch).logits)

@@ -31,7 +31,6 @@ from peft_lessons.testing.tiny import (  # noqa: F401 - tests import all from he
 )
 
 EACH = pytest.mark.parametrize("name", MODELS)
-CAUSAL = pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
 # Non-square layers, layers with and without a bias, grouped key-value heads.
 TARGETS = {
     "llama": ("q_proj", "v_proj", "down_proj"),
