@@ -93,8 +93,8 @@ def test_codes_scales_and_weights_are_bit_equal_on_real_weights(name, block):
         compare(weight, block, weight.shape[1] % block == 0)  # elsewhere their kernel is wrong
 
 
-@pytest.mark.parametrize("block", [2**k for k in range(5, 13)])
-def test_they_are_bit_equal_with_every_block(block):
+@pytest.mark.parametrize("block", [32, 128, 512, 4096])
+def test_they_are_bit_equal_with_small_and_large_blocks(block):
     torch.manual_seed(0)
     compare(torch.randn(16, 4096), block)
 
