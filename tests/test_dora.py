@@ -116,22 +116,15 @@ def test_dora_layer_starts_in_its_first_forward():
     assert half.dtype == torch.bfloat16 and (half - layer(x, W)).abs().max() < 0.04
 
 
-def test_dora_layer_takes_no_dropout():
-    """The place of LoRALayer's dropout is empty: 0.1 there must not switch rslora on."""
-    with pytest.raises(TypeError, match="positional"):
-        DoRALayer(96, 48, 4, 6.0, 0.1)
-
-
-@pytest.mark.parametrize(
-    "settings", [dict(), dict(rank=0), dict(dropout=1.0), dict(rslora="no")], ids=str
-)
+@pytest.mark.parametrize("settings", [dict(), dict(rank=0), dict(dropout=1.0)], ids=str)
 def test_a_layer_refused_is_not_frozen(settings):
     linear = layer_of()
-    with torch.no_grad():
-        linear.weight[7] *= bool(settings)
+    linear.weight.data[7] *= bool(settings)
     with pytest.raises(ValueError, match=next(iter(settings), "row 7")):
         LinearWithDoRA(linear, **settings)
     assert linear.weight.requires_grad and linear.bias.requires_grad
+    with pytest.raises(TypeError, match="positional"):  # where LoRALayer has its dropout
+        DoRALayer(96, 48, 4, 6.0, 0.1)
 
 
 @pytest.mark.parametrize(("dropout", "train"), [(0.3, False), (0.0, True), (0.3, True)])
@@ -183,10 +176,8 @@ def test_dropout_reaches_the_base_part_too(name):
 
 def test_a_float16_row_whose_norm_exceeds_its_range():
     linear = layer_of()
-    with torch.no_grad():
-        linear.weight[5] = 3e4
-    linear = linear.half()
-    assert linear.weight.isfinite().all() and torch.linalg.norm(linear.weight[5]).isinf()
+    linear.weight.data[5] = 3e4
+    assert torch.linalg.norm(linear.half().weight[5]).isinf()
     DoRA(4, 6, ("x",)).check("x", linear)
     wrapper = LinearWithDoRA(linear, 4, 6)
     assert wrapper.dora.magnitude[5].item() == pytest.approx(3e4 * math.sqrt(96), rel=1e-3)
@@ -267,15 +258,6 @@ def test_cached_norms_are_dropped_whatever_happens_and_not_used_in_training():
         assert torch.allclose(ours(**batch).logits, before, atol=1e-6)
 
 
-def test_a_copy_made_within_the_block_has_no_cache():
-    _, ours = pair(tiny_llama(), ("q_proj",))
-    with cached_norms(ours):
-        copy = deepcopy(ours)
-        scale_B(copy, 3)
-        got = copy(**batch_of("llama")).logits
-    assert torch.equal(copy(**batch_of("llama")).logits, got)
-
-
 def test_merging_within_the_block_takes_the_norms_of_now():
     _, ours = pair(tiny_llama(), ("q_proj",))
     batch = batch_of("llama")
@@ -339,16 +321,3 @@ def test_merging_a_magnitude_of_zero_is_refused():
         wrapper.dora.magnitude[3] = 1e-9
     with refused(ours, r"layers\.1.*row 3"):
         merge(ours)
-
-
-def test_a_magnitude_may_change_its_sign():
-    """Nothing keeps m positive: the row turns round, as in PEFT; merge and unmerge go on."""
-    linear = layer_of()
-    wrapper, x = trained(LinearWithDoRA(linear, 4, 6)), torch.randn(3, 96)
-    with torch.no_grad():
-        wrapper.dora.magnitude[0].neg_()
-    W, before = linear.weight.clone(), wrapper(x)
-    wrapper.merge_weights()
-    close(wrapper(x), before, MERGED, "negative m merged")
-    wrapper.unmerge_weights()
-    close(linear.weight, W, 1e-6, "negative m unmerged")

@@ -104,11 +104,7 @@ def test_sixteen_bit_weights_are_bit_equal_too(dtype):
     torch.manual_seed(0)
     linear = nn.Linear(128, 96, bias=False).to(dtype)
     compare(linear.weight.data)
-    theirs, state = bnb.functional.quantize_4bit(
-        linear.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
-    )
-    ours = NF4Linear(linear).weight
-    assert torch.equal(ours, bnb.functional.dequantize_4bit(theirs, state))
+    assert NF4Linear(linear).weight.dtype == dtype
 
 
 @pytest.mark.parametrize("block", [64, 4096])
@@ -360,36 +356,38 @@ def test_bad_input_is_refused(case):
         action()
 
 
-def test_a_layer_in_4_bits_is_not_quantised_again():
-    four = NF4Linear(nn.Linear(64, 8))
+def test_a_layer_in_4_bits_is_not_quantised_again_nor_trained():
     with pytest.raises(TypeError, match="not NF4Linear"):
-        NF4Linear(four)
-    model = llama()
-    inject(model, QLoRA(rank=4, alpha=8))
-    with refused(model, "unload", RuntimeError):
-        inject(model, QLoRA(rank=4, alpha=8))
+        NF4Linear(NF4Linear(nn.Linear(64, 8)))
+    model, method = llama(), QLoRA(rank=4, alpha=8)
+    with pytest.raises(ValueError, match="trains in full"):
+        inject(model, method, modules_to_save=("up_proj",))
+    inject(model, method)
     unload(model)
-    for method in (QLoRA(rank=4, alpha=8), LoRA(rank=4, alpha=8, targets=("q_proj",))):
+    for again in (method, LoRA(rank=4, alpha=8, targets=("q_proj",))):
         with refused(model, "NF4Linear, in 4 bits already"):
-            inject(model, method)
+            inject(model, again)
     theirs = load_model("tinylm", four_bit=True)
     for targets in ("all-linear", ("q_proj",)):
         with pytest.raises(ValueError, match="Linear4bit, in 4 bits already"):
             inject(theirs, LoRA(rank=4, alpha=8, targets=targets))
+    for base, name in ((model, "up_proj"), (model, "mlp"), (theirs, "up_proj")):
+        with pytest.raises(ValueError, match="packed 4-bit codes"):
+            freeze(base, modules_to_save=(name,))
 
 
-def test_a_base_with_nan_stays_as_it_was():
-    model = llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
-    with refused(model, r"layers.1.mlp.up_proj.*NaN, infinity"):
-        inject(model, QLoRA(rank=4, alpha=8, targets=("q_proj",)))
-
-
-def test_a_width_that_their_kernel_restores_wrongly_is_refused():
-    model = tiny_llama()  # its feed-forward block is 96 wide
+def test_a_base_that_does_not_fit_stays_as_it_was():
+    model, method = tiny_llama(), QLoRA(rank=4, alpha=8, targets=("q_proj",))
+    # Their kernel restores such a width wrongly.
     with refused(model, r"down_proj.*in_features=96 must be a multiple of 64"):
-        inject(model, QLoRA(rank=4, alpha=8, targets=("q_proj",)))
+        inject(model, method)
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    with refused(model, r"layers.1.mlp.up_proj.*NaN, infinity"):
+        inject(model, method)
+    with pytest.raises(ValueError, match="rank=40"):
+        inject(llama(), QLoRA(rank=40, alpha=8))  # k_proj and v_proj are 32 wide
+    inject(llama(), QLoRA(rank=40, alpha=8, targets=("q_proj",)))
 
 
 def test_all_linear_leaves_out_what_is_tied():
@@ -398,22 +396,3 @@ def test_all_linear_leaves_out_what_is_tied():
         model = BertForMaskedLM(config)
         inject(model, method)
         assert "cls.predictions.decoder" not in injection_of(model).wrappers
-
-
-def test_rank_is_bounded_where_a_branch_is_and_only_there():
-    with pytest.raises(ValueError, match="rank=40"):
-        inject(llama(), QLoRA(rank=40, alpha=8))  # k_proj and v_proj are 32 wide
-    inject(llama(), QLoRA(rank=40, alpha=8, targets=("q_proj",)))
-
-
-def test_packed_weights_do_not_train():
-    model = llama()
-    with pytest.raises(ValueError, match="trains in full"):
-        inject(model, QLoRA(rank=4, alpha=8), modules_to_save=("up_proj",))
-    inject(model, QLoRA(rank=4, alpha=8))
-    quantised = unload(model)
-    for name in ("up_proj", "mlp"):
-        with pytest.raises(ValueError, match="packed 4-bit codes"):
-            freeze(quantised, modules_to_save=(name,))
-    with pytest.raises(ValueError, match="packed 4-bit codes"):
-        freeze(load_model("tinylm", four_bit=True), modules_to_save=("up_proj",))

@@ -129,7 +129,6 @@ def test_looking_changes_nothing():
 def test_an_observer_leaves_no_hook_even_if_the_model_fails():
     model = bert()
     inject(model, DESIGNS[LoRA].example)
-    assert len(linears(model, BATCH)) == 13 and not hooks(model)
     with refused(model, "input_ids"):
         linears(model, {})
 
@@ -173,15 +172,6 @@ def test_h_of_an_attention_is_what_the_base_s_own_module_gives(method):
         close(site.h, expected[0], 1e-12)
         assert site.x.shape == site.h.shape == site.new.shape == (3, 12, 64)
         assert (site.new - site.h).abs().max() > 1e-3
-
-
-def test_in_bert_a_prompt_s_keys_depend_on_the_text_and_a_prefix_s_do_not():
-    (first, second) = attention(moved(BASE, Prompt(4)), BATCH)
-    for name in ("keys", "values"):
-        assert torch.equal(first.more[name][0], first.more[name][1])
-        assert (second.more[name][0] - second.more[name][1]).abs().max() > 1e-3
-    for site in attention(moved(BASE, Prefix(4)), BATCH):
-        assert site.more["keys"].shape == site.more["values"].shape == (1, 4, 4, 16)
 
 
 @pytest.mark.parametrize("method", [BitFit(), PartialFineTuning(last=2)], ids=repr)

@@ -53,7 +53,6 @@ from peft_lessons.methods.variants import (
     cayley,
     cayley_neumann,
     leading,
-    rotated,
     skew,
 )
 
@@ -246,10 +245,8 @@ def test_leading_is_the_best_approximation():
     A, B = leading(W, 5)
     S = torch.linalg.svdvals(W)
     assert (W - B @ A).norm().item() == pytest.approx(S[5:].norm().item(), rel=1e-5)
-    close(A @ A.T, torch.diag(S[:5]), 1e-4)
-    close(B.T @ B, torch.diag(S[:5]), 1e-4)
-    assert leading(W.double(), 5)[0].dtype == torch.float64
-    assert leading(W.bfloat16(), 5)[0].dtype == torch.float32
+    for gram in (A @ A.T, B.T @ B):
+        close(gram, torch.diag(S[:5]), 1e-4)
 
 
 # ------------------------------------------------------------------ LoftQ
@@ -391,21 +388,15 @@ def test_only_the_vectors_train_and_all_layers_share_one_pair():
 def test_the_seed_alone_makes_the_projections():
     """The generator is the processor's: on a default device of another kind it drew nothing."""
 
-    def pair(seed, device="cpu"):
+    def drawn(seed, device="cpu"):
         model = tiny_llama()
         with torch.device(device):
             inject(model, VeRA(12, seed=seed))
         return next(iter(injection_of(model).wrappers.values())).shared.vera_A
 
-    torch.manual_seed(1)
-    first, before = pair(0), torch.get_rng_state()
-    assert torch.equal(first, pair(0, "meta")) and not torch.equal(first, pair(1))
+    first, before = drawn(0), torch.get_rng_state()
+    assert torch.equal(first, drawn(0, "meta")) and not torch.equal(first, drawn(1))
     assert torch.equal(before, torch.get_rng_state())
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert torch.equal(first, pair(0))
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def test_the_projections_stand_once_in_the_file_and_count_whatever_the_seed_says(tmp_path):
@@ -471,18 +462,6 @@ def test_one_is_a_rotation_and_the_other_nearly_its_transpose():
     assert (series - exact.mT).abs().max() < 0.01 * (series - exact).abs().max()
 
 
-def test_skew_is_filled_row_by_row_above_the_diagonal():
-    S = skew(torch.arange(1.0, 7.0)[None], 4)[0]
-    assert S[0].tolist() == [0, 1, 2, 3] and S[1].tolist() == [-1, 0, 4, 5]
-    assert torch.equal(S.T, -S)
-
-
-def test_rotated_is_a_product_with_a_block_diagonal():
-    torch.manual_seed(0)
-    x, R = torch.randn(2, 5, 12), torch.randn(3, 4, 4)
-    close(rotated(x, R), x @ torch.block_diag(*R), 1e-5)
-
-
 @torch.no_grad()
 def test_an_exact_rotation_leaves_singular_values():
     theirs, ours = oft_pair("llama", neumann=False)
@@ -537,11 +516,9 @@ def test_another_series_of_peft_is_refused(tmp_path):
 
 def test_intruders_are_those_that_peft_counts():
     theirs, ours = lora_pair(tiny_llama(), LoRA(4, 0.5, TARGETS["llama"]))
-    told = []
+    told, found = [], []
     reduce_intruder_dimension(theirs, top_k=10, threshold_epsilon=0.5, logging_sink=told.append)
-    wrappers = injection_of(ours).wrappers.values()
-    found = []
-    for w in wrappers:
+    for w in injection_of(ours).wrappers.values():
         pair = (w.base.weight.detach(), (w.base.weight + w.delta_weight()).detach())
         found.append(check.beyond.intruder_dimensions.reference(*pair, 10, 0.5))
     told = [text.rpartition(": ")[2] for text in told if "ntruders" in text]
