@@ -134,11 +134,13 @@ def test_half_precision_bases(tmp_path):
 
 
 def test_a_tied_model(tmp_path):
-    ours = adapted(tiny_llama(tie_word_embeddings=True))
+    def base():
+        return tiny_llama(tie_word_embeddings=True)
+
+    ours = adapted(base())
     save_adapter(ours, tmp_path)
     for open_with in (in_ours, in_peft):
-        again = open_with(tiny_llama(tie_word_embeddings=True), tmp_path)
-        assert torch.equal(logits(again), logits(ours))
+        assert torch.equal(logits(open_with(base(), tmp_path)), logits(ours))
 
 
 def test_the_smallest_config_of_peft(tmp_path):
@@ -263,13 +265,12 @@ def test_an_interrupted_save_leaves_the_old_adapter_whole(saved, monkeypatch, ca
 
 
 def test_an_interrupted_first_save_leaves_nothing(tmp_path, monkeypatch):
-    calls, real = [], os.replace
+    real = os.replace
 
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == 2:
+    def failing(source, target):
+        if str(target).endswith(CONFIG):
             raise Stop
-        return real(*args)
+        return real(source, target)
 
     monkeypatch.setattr("os.replace", failing)
     with pytest.raises(Stop):
@@ -281,17 +282,14 @@ def test_a_killed_save_is_noticed(saved, tmp_path):
     """Between the two moves no handler runs when the machine stops; the digest tells."""
     save_other(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, saved / WEIGHTS)
-    with pytest.raises(ValueError, match="not the one that"):
-        load_adapter(tiny_llama(), saved)
+    not_loaded(saved, "not the one that")
 
 
 # ------------------------------------------------------------------ what must not be saved
 
 
 def nan_in(model):
-    injection_of(model).wrappers["model.layers.0.self_attn.q_proj"].lora.lora_A.data[0, 0] = (
-        math.nan
-    )
+    next(iter(injection_of(model).wrappers.values())).lora.lora_A.data[0, 0] = math.nan
 
 
 @pytest.mark.parametrize(
@@ -399,7 +397,6 @@ CONFIGS = {
 }
 
 
-# Options that PEFT has and the course hasn't: a LoRA without them would be another function.
 @pytest.mark.parametrize("entries, message", CONFIGS.values(), ids=CONFIGS)
 def test_wrong_configs(saved, entries, message):
     model = tiny_llama()
@@ -430,11 +427,11 @@ def test_json_that_is_no_adapter(saved, text):
     not_loaded(saved, f"{CONFIG} in .*(names no peft_type|is broken)")
 
 
-@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
-def test_missing_files(saved, tmp_path, file):
-    (saved / file).unlink()
-    not_loaded(saved, f"holds no {file}", error=FileNotFoundError)
+def test_missing_files(saved, tmp_path):
     not_loaded(tmp_path / "nowhere", "an adapter is a folder", error=FileNotFoundError)
+    for file in (WEIGHTS, CONFIG):
+        (saved / file).unlink()
+        not_loaded(saved, f"holds no {file}", error=FileNotFoundError)
 
 
 def test_a_config_changed_by_hand(saved):
@@ -443,25 +440,18 @@ def test_a_config_changed_by_hand(saved):
     not_loaded(saved, f"{CONFIG} in .* is not the one that {WEIGHTS} was saved with")
 
 
-OTHERS = {
-    "other weights": lambda: tiny_llama(seed=1),
-    "fewer layers": lambda: tiny_llama(num_hidden_layers=1),
-    "no such layers": tiny_bert,
-}
-
-
-@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("other", [dict(seed=1), dict(num_hidden_layers=1)], ids=str)
 def test_another_base(saved, other):
-    not_loaded(saved, "base with other weights.*check_base=False", other())
+    not_loaded(saved, "base with other weights.*check_base=False", tiny_llama(**other))
 
 
 def test_another_base_without_a_fingerprint_or_on_purpose(saved):
-    fewer, other = OTHERS["fewer layers"], tiny_llama(seed=1)
+    short, other = tiny_llama(num_hidden_layers=1), tiny_llama(seed=1)
     load_adapter(other, saved, check_base=False)
     assert injection_of(other) is not None
-    not_loaded(saved, "no place in the model", fewer(), check_base=False)
+    not_loaded(saved, "no place in the model", short, check_base=False)
     rewrite(saved)
-    not_loaded(saved, "no place in the model, .*layers.1", fewer())
+    not_loaded(saved, "no place in the model, .*layers.1", short)
     not_loaded(saved, "misses .*layers.2", tiny_llama(num_hidden_layers=3))
     not_loaded(saved, "'q_proj' matches no module", tiny_bert())
     not_loaded(saved, r"\(4, 64\).*\(4, 32\)", tiny_llama(hidden_size=32, num_attention_heads=2))

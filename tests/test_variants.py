@@ -48,7 +48,6 @@ from peft_lessons import (
 from peft_lessons.engine import WEIGHTS, injected_copy, injection_of
 from peft_lessons.methods.qlora import NF4Linear, dequantize
 from peft_lessons.methods.variants import (
-    LinearWithPiSSA,
     alternate,
     cayley,
     cayley_neumann,
@@ -229,15 +228,6 @@ def test_a_file_that_needs_another_base_is_refused(tmp_path):
     theirs.save_pretrained(tmp_path)
     with refused(base, "init_lora_weights='pissa'"):
         load_adapter(base, tmp_path)
-
-
-def test_both_branches_are_rounded_alike():
-    """A product rounds by how its factors lie in memory too; SVD gives V column by column."""
-    torch.manual_seed(0)
-    layer, x = nn.Linear(96, 64), torch.randn(3, 96)
-    wrapper = LinearWithPiSSA(layer, 4)
-    assert torch.equal(wrapper(x), layer(x))
-    assert wrapper.start_A.stride() == wrapper.lora.lora_A.stride()
 
 
 def test_leading_is_the_best_approximation():
