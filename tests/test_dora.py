@@ -321,3 +321,13 @@ def test_merging_a_magnitude_of_zero_is_refused():
         wrapper.dora.magnitude[3] = 1e-9
     with refused(ours, r"layers\.1.*row 3"):
         merge(ours)
+
+
+def test_a_magnitude_may_change_its_sign_and_unmerging_gives_the_weight_back():
+    wrapper, x = trained(LinearWithDoRA(layer_of(), 4, 6)), torch.randn(3, 96)
+    wrapper.dora.magnitude.data[0].neg_()  # the row turns round, as in PEFT
+    W, before = wrapper.base.weight.clone(), wrapper(x)
+    wrapper.merge_weights()
+    close(wrapper(x), before, MERGED, "negative m merged")
+    wrapper.unmerge_weights()
+    close(wrapper.base.weight, W, 1e-6, "negative m unmerged")
