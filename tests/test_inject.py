@@ -83,6 +83,14 @@ def test_unload_gives_the_base_back_whatever_trained_in_between():
     assert injection_of(model) is None and model.bert.pooler.training
 
 
+def test_what_is_added_is_in_the_mode_of_its_layer():
+    model = tiny_llama().eval()
+    model.model.layers[0].self_attn.q_proj.train()
+    inject(model, LoRA(4, 6, ("q_proj",), dropout=0.5))
+    for path, wrapper in injection_of(model).wrappers.items():
+        assert {m.training for m in wrapper.modules()} == {"layers.0" in path}
+
+
 def test_targets_are_whole_segments_patterns_or_all_linear():
     def found(targets):
         return inject(tiny_llama(), LoRA(rank=2, alpha=3, targets=targets)).modules
