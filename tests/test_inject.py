@@ -1,8 +1,9 @@
 """inject, merge, unmerge, unload: what they do, and what they refuse without changing anything."""
 
+import math
 import pickle
-from copy import deepcopy
-from dataclasses import dataclass
+import re
+from dataclasses import MISSING, dataclass, fields
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
+import peft_lessons
 from peft_lessons import (
     LinearWithLoRA,
     LoRA,
     LoRALayer,
+    LoRAPlus,
     apply_lora_to_model,
     freeze,
     inject,
@@ -39,15 +42,16 @@ from peft_lessons.engine import (
     registered_methods,
     validate,
 )
+from peft_lessons.engine.settings import SETTINGS
 
 QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
 IDS = torch.arange(1, 25).view(2, 12)
 
 
-def injected(method=QV, seed=7):
+def injected():
     model = tiny_llama()
-    inject(model, method)
-    return perturb(model, seed=seed)
+    inject(model, QV)
+    return perturb(model, seed=7)
 
 
 def test_only_the_factors_and_a_fresh_head_train():
@@ -65,27 +69,26 @@ def test_only_the_factors_and_a_fresh_head_train():
     assert repr(report(model)) == text
 
 
-def test_unload_gives_the_base_back_bit_by_bit():
+def test_unload_gives_the_base_back_whatever_trained_in_between():
     model = tiny_bert()
     model.bert.encoder.layer[0].requires_grad_(False)
     model.bert.pooler.train()
-    untouched = state(model)
+    untouched, attributes = state(model), vars(model).keys()
     inject(model, LoRA(rank=4, alpha=6, targets=("query",)), modules_to_save=("pooler",))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(1.0)
+    for p in model.parameters():
+        p.data.add_(float(p.requires_grad))
+    model.requires_grad_(True)
     assert unload(model) is model
-    assert same(state(model), untouched)
+    assert same(state(model), untouched) and vars(model).keys() == attributes
     assert injection_of(model) is None and model.bert.pooler.training
 
 
-def test_unload_while_merged_keeps_what_was_learned():
-    model = injected()
-    expected = model(IDS).logits
-    merge(model)
-    assert torch.allclose(unload(model)(IDS).logits, expected, atol=1e-5)
-    assert not any(isinstance(m, AdapterLayer) for m in model.modules())
+def test_what_is_added_is_in_the_mode_of_its_layer():
+    model = tiny_llama().eval()
+    model.model.layers[0].self_attn.q_proj.train()
+    inject(model, LoRA(4, 6, ("q_proj",), dropout=0.5))
+    for path, wrapper in injection_of(model).wrappers.items():
+        assert {m.training for m in wrapper.modules()} == {"layers.0" in path}
 
 
 def test_targets_are_whole_segments_patterns_or_all_linear():
@@ -104,12 +107,10 @@ BAD = {
     "no match": (("q_porj",), "did you mean 'q_proj'"),
     "one of several does not match": (("q_proj", "nope"), "'nope' matches no module"),
     "a substring": (("proj",), "'proj' matches no module"),
-    "a single letter": (("o",), "'o' matches no module"),
     "a name as a string": ("q_proj", r"\('q_proj',\)"),
     "a broken pattern": ("(", "no regular expression"),
     "a norm": (("input_layernorm",), "LlamaRMSNorm"),
     "a container": (("self_attn",), "LlamaAttention"),
-    "an embedding": (("embed_tokens",), "Embedding"),
     "nothing": ((), "empty"),
 }
 
@@ -121,104 +122,120 @@ def test_wrong_targets_are_refused_and_nothing_changes(targets, message):
         inject(model, LoRA(rank=2, alpha=3, targets=targets))
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        (dict(rank=0), "rank=0 must be at least 1"),
-        (dict(rank=-3), "rank=-3"),
-        (dict(rank=2.5), "whole number"),
-        (dict(rank=True), "whole number"),
-        (dict(alpha=0), "alpha=0"),
-        (dict(alpha=float("nan")), "alpha=nan"),
-        (dict(alpha="16"), "must be a number"),
-        (dict(dropout=1.0), "dropout=1.0"),
-        (dict(dropout=-0.1), "dropout=-0.1"),
-    ],
-)
-def test_wrong_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        LoRA(**({"targets": ("q_proj",)} | settings))
-    with pytest.raises(ValueError, match=message):
-        LoRALayer(8, 8, **settings)
+REFUSED = {  # values that break a rule of the table of settings
+    "rank": [0, 2.5, True], "tinit": [-1], "block_size": [1], "model_size_b": [7e9], "last": [0],
+    "alpha": [0, math.nan, math.inf, "16"], "seed": [-1, 2**32], "beta1": [0, 1], "clip": [0],
+    "sparsity": [-1], "rslora": ["no", 1], "dropout": [1.0, -0.1], "stretch": [1.0],
+    "warmup": [1.1], "block": [0, 48, 64.0], "kind": ["between"], "init": [" "],
+    "tokenizer": ["bert"],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("targets", [3, ("q_proj", 3), ("",)])
-def test_targets_of_a_wrong_type_are_refused(targets):
-    with pytest.raises(TypeError, match="targets="):
-        LoRA(targets=targets)
+def test_each_rule_of_the_table_refuses_and_names_what_breaks_it():
+    for name, values in REFUSED.items():
+        for value in values:
+            told = re.escape(f"LoRALayer: {name}={value!r} ")
+            with pytest.raises(ValueError, match=told + "(must|is the share)"):
+                validate("LoRALayer", **{name: value})
+    with pytest.raises(KeyError, match="LoRALayer: no rule is called 'rnak'; did you mean 'rank'?"):
+        validate("LoRALayer", rnak=0)
+    with pytest.raises(KeyError, match="LoRALayer: no rule is called 'zzz'\""):
+        validate("LoRALayer", rank=4, zzz=0)
 
 
-def test_a_rank_above_the_layer_is_refused_with_the_layer_named():
-    model = tiny_llama()
-    with refused(model, r"rank=33 .*=32 of 'model.layers.0.self_attn.k_proj'"):
-        inject(model, LoRA(rank=33, alpha=3, targets=("q_proj", "k_proj")))
+def test_methods_and_layers_ask_the_table():
+    course = [m for m in registered_methods() if m.__module__.startswith("peft_lessons.methods.")]
+    for kind in [*course, LoRAPlus]:
+        needed = {f.name for f in fields(kind) if f.default is MISSING}
+        given = {name: ("query",) if name in kind.names_modules else 4 for name in needed}
+        for name in {f.name for f in fields(kind)} & SETTINGS.keys():
+            with pytest.raises(ValueError, match=f"{kind.__name__}: {name}=<obj"):
+                kind(**given | {name: object()})
+    for name, value in (("rank", 0), ("alpha", 0), ("dropout", 1.0), ("rslora", "no")):
+        with pytest.raises(ValueError, match=f"{name}="):
+            LoRALayer(8, 8, **{name: value})
 
 
-def test_a_second_injection_is_refused():
+def test_a_second_injection_is_refused_in_the_whole_and_for_a_part():
     model = injected()
     for again in (lambda: inject(model, QV), lambda: freeze(model)):
         with refused(model, "unload", RuntimeError):
             again()
     with refused(model, "unload", RuntimeError):
         apply_lora_to_model(model)
+    whole = tiny_bert()
+    inject(whole.bert, LoRA(rank=2, alpha=3, targets=("query",)))
+    for again in (lambda: inject(whole, LoRA(2, 3, ("value",))), lambda: freeze(whole)):
+        with refused(whole, r"unload\(model\.bert\) first", RuntimeError):
+            again()
+    unload(whole.bert)
+    inject(whole, LoRA(2, 3, ("value",)))
 
 
-def test_a_layer_wrapped_by_hand_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0] = LinearWithLoRA(model[0], rank=2)
-    with pytest.raises(ValueError, match="wrapped already"):
-        inject(model, LoRA(rank=2, alpha=3, targets=("0", "1")))
+class Packed(nn.Linear):
+    pass
 
 
-def test_conv1d_and_subclasses_of_linear_are_refused():
-    class Packed(nn.Linear):
-        pass
-
-    with pytest.raises(ValueError, match="stores its weight as"):
-        inject(nn.Sequential(Conv1D(4, 4)), LoRA(rank=2, alpha=3, targets=("0",)))
-    with pytest.raises(ValueError, match="Packed"):
-        inject(nn.Sequential(Packed(4, 4)), LoRA(rank=2, alpha=3, targets=("0",)))
+def with_one_layer_twice():
+    return nn.ModuleDict(dict.fromkeys("ab", nn.Linear(4, 4)))
 
 
-def test_tied_and_shared_layers_are_refused():
-    tied = tiny_llama(tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="tied"):
-        inject(tied, LoRA(rank=2, alpha=3, targets=("lm_head",)))
-    with pytest.raises(ValueError, match="tied"):
-        inject(tied, QV, modules_to_save=("lm_head",))
-    shared = nn.Linear(4, 4)
-    twice = nn.ModuleDict({"a": shared, "b": shared})
-    for name in twice:
-        with pytest.raises(ValueError, match="shares its"):
-            inject(twice, LoRA(rank=2, alpha=3, targets=(name,)))
+def with_one_name_twice():
+    of = {"x": nn.Linear(4, 4), "y": nn.LayerNorm(4)}
+    return nn.ModuleDict({name: nn.ModuleDict({"q": layer}) for name, layer in of.items()})
 
 
-def test_also_train_is_checked():
-    for names, message in (
-        (("norn",), "did you mean 'norm'"),
-        (("act_fn",), "no parameters"),
-        (("self_attn",), "cannot be a target too"),
+TIED = dict(tie_word_embeddings=True)
+UNFIT = {
+    "no module is left around it": (lambda: nn.Linear(4, 4), "all-linear", "targets"),
+    "wrapped by hand": (lambda: LinearWithLoRA(nn.Linear(4, 4)), ("0", "1"), "wrapped already"),
+    "Conv1D": (lambda: Conv1D(4, 4), ("0", "1"), "stores its weight as"),
+    "a subclass": (lambda: Packed(4, 4), ("0", "1"), "Packed"),
+    "tied": (lambda: tiny_llama(**TIED), ("lm_head",), "tied"),
+    "shared": (with_one_layer_twice, ("a",), "shares its"),
+    "shared, its second name": (with_one_layer_twice, ("b",), "shares its"),
+    "one of two types": (with_one_name_twice, ("q",), r"'y\.q' is a LayerNorm.*longer part of"),
+    "narrow": (tiny_llama, ("q_proj", "k_proj"), r"=32 of 'model.layers.0.self_attn.k_proj'"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_layers_that_do_not_fit_are_refused_and_nothing_changes(case):
+    build, targets, told = UNFIT[case]
+    model = build()
+    if targets == ("0", "1"):
+        model = nn.Sequential(nn.Linear(4, 4), model)
+    with refused(model, told):
+        inject(model, LoRA(33 if case == "narrow" else 2, 3, targets))
+
+
+def test_modules_to_save_are_checked():
+    for name, message in (
+        ("norn", "did you mean 'norm'"),
+        ("act_fn", "no parameters"),
+        ("self_attn", "cannot be a target too"),
+        ("lm_head", "tied"),
     ):
-        model = tiny_llama()
-        with refused(model, message):
-            inject(model, QV, modules_to_save=names)
+        with refused(model := tiny_llama(**TIED), message):
+            inject(model, QV, modules_to_save=(name,))
 
 
-def test_a_method_must_be_a_method_and_a_model_a_model():
+def test_what_is_no_method_no_model_or_no_target_is_refused():
     with pytest.raises(TypeError, match="LoRA"):
         inject(tiny_llama(), "lora")
     with pytest.raises(TypeError, match="torch.nn.Module"):
         inject("minilm", QV)
+    for targets in (3, ("q_proj", 3), ("",)):
+        with pytest.raises(TypeError, match="targets="):
+            LoRA(targets=targets)
 
 
-def test_verbs_need_an_injected_model():
+def test_verbs_say_what_must_come_first():
+    model = tiny_llama()
     for verb in (merge, unmerge, unload, report):
-        with pytest.raises(ValueError, match="inject"):
-            verb(tiny_llama())
-
-
-def test_merging_twice_is_refused():
-    model = injected()
+        with refused(model, "inject"):
+            verb(model)
+    inject(model, QV)
     with refused(model, "nothing to take out", RuntimeError):
         unmerge(model)
     merge(model)
@@ -226,15 +243,17 @@ def test_merging_twice_is_refused():
         merge(model)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nan_in_the_last_layer_leaves_the_first_one_unmerged(poison):
-    model = injected()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_not_finite_in_the_last_layer_leaves_the_first_one_unmerged(dtype):
+    model = tiny_llama().to(dtype)
+    inject(model, QV)
     last = list(injection_of(model).wrappers.values())[-1]
     with torch.no_grad():
-        last.lora.lora_A[0, 0] = poison
+        # A sum of 540,000 is finite in float32.
+        for factor in (last.lora.lora_A, last.lora.lora_B):
+            factor.fill_(torch.nan if dtype == torch.float32 else 300.0)
     with refused(model, r"layers\.1.*NaN or infinity"):
         merge(model)
-    assert not injection_of(model).merged
 
 
 def test_the_layer_alone_follows_its_base():
@@ -242,76 +261,16 @@ def test_the_layer_alone_follows_its_base():
     assert layer.lora.lora_A.dtype == torch.bfloat16
     assert layer(torch.ones(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert layer.linear is layer.base and not layer.linear.weight.requires_grad
-    on_meta = LinearWithLoRA(nn.Linear(8, 6, device="meta"), rank=2)
-    assert on_meta.lora.lora_B.is_meta
 
 
 def test_freeze_leaves_the_head_and_what_is_named():
     model = tiny_bert()
     told = freeze(model, modules_to_save="pooler")
-    training = {
-        n.split(".")[-3] + "." + n.split(".")[-2] if "dense" in n else n.split(".")[0]
-        for n, p in model.named_parameters()
-        if p.requires_grad
-    }
-    assert training == {"classifier", "pooler.dense"}
+    training = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.rpartition(".")[0] for n in training} == {"classifier", "bert.pooler.dense"}
     assert told.trainable == told.whole_parameters == 64 * 64 + 64 + 2 * 64 + 2
     with pytest.raises(ValueError, match="matches no module"):
         freeze(model, modules_to_save=("nope",))
-
-
-def test_rslora_must_be_true_or_false():
-    with pytest.raises(ValueError, match="rslora='no' must be True or False"):
-        LoRA(rslora="no")
-
-
-def test_a_model_that_is_one_layer_is_refused():
-    for targets in ("all-linear", ".*", ("weight",)):
-        layer = nn.Linear(4, 4)
-        with refused(layer, "targets"):
-            inject(layer, LoRA(rank=2, alpha=3, targets=targets))
-        assert layer.weight.requires_grad and injection_of(layer) is None
-
-
-def test_a_method_inside_a_part_is_refused_for_the_whole():
-    model = tiny_bert()
-    inject(model.bert, LoRA(rank=2, alpha=3, targets=("query",)))
-    for again in (lambda: inject(model, LoRA(2, 3, ("value",))), lambda: freeze(model)):
-        with refused(model, r"unload\(model\.bert\) first", RuntimeError):
-            again()
-    unload(model.bert)
-    inject(model, LoRA(2, 3, ("value",)))
-
-
-def test_modules_of_one_name_and_several_types():
-    model = nn.ModuleDict(
-        {"x": nn.ModuleDict({"q": nn.Linear(4, 4)}), "y": nn.ModuleDict({"q": nn.LayerNorm(4)})}
-    )
-    with pytest.raises(ValueError, match=r"'y\.q' is a LayerNorm.*longer part of the path"):
-        inject(model, LoRA(2, 3, ("q",)))
-    assert inject(model, LoRA(2, 3, ("x.q",))).modules == ("x.q",)
-
-
-def test_layers_called_like_the_parts_of_a_wrapper():
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.base, self.lora = nn.Linear(4, 6), nn.Linear(6, 4)
-
-        def forward(self, x):
-            return self.lora(self.base(x))
-
-    model, x = Named(), torch.randn(3, 4)
-    untouched, expected = state(model), model(x)
-    told = inject(model, LoRA(2, 3, ("base", "lora")))
-    assert told.trainable == 40 and told.base == 58
-    perturb(model)
-    before = model(x)
-    merge(model)
-    assert torch.allclose(model(x), before, atol=1e-6)
-    unmerge(model)
-    assert torch.allclose(unload(model)(x), expected, atol=1e-6)
-    assert list(untouched) == list(state(model))
 
 
 def test_the_share_is_one_of_the_base():
@@ -332,39 +291,25 @@ def test_a_long_line_of_the_report_goes_on_below():
 
 
 def test_pytorchs_own_attention_is_left_alone_or_refused():
-    class Attends(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-            self.linear = nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.linear(self.attention(x, x, x)[0])
-
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
     # It calls no forward of its out_proj, a subclass of Linear: wrapped, it would do nothing.
-    with pytest.raises(ValueError, match="NonDynamicallyQuantizableLinear"):
-        inject(Attends(), LoRA(2, 3, ("out_proj",)))
-    model, x = Attends(), torch.randn(2, 3, 8)
-    before = model(x)
+    with refused(model, "NonDynamicallyQuantizableLinear"):
+        inject(model, LoRA(2, 3, ("out_proj",)))
     assert inject(model, LoRA(2, 3, "all-linear")).modules == ("linear",)
-    assert torch.allclose(model(x), before, atol=1e-6)
 
 
 def test_a_fused_encoder_layer_is_refused_unless_it_is_switched_off():
     layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8)
     method = LoRA(2, 3, ("encoder.linear1", "encoder.linear2"))
     model = nn.ModuleDict({"encoder": layer})
-    for m, targets in ((model, method.targets), (layer, ("linear1",))):
-        with pytest.raises(ValueError, match="set_fastpath_enabled"):
-            inject(m, LoRA(2, 3, targets))
+    with refused(model, "set_fastpath_enabled"):
+        inject(model, method)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
-            before = layer(x)
-            inject(model, method)
-            assert torch.allclose(layer(x), before, atol=1e-6)
-            perturb(model)
-            assert not torch.allclose(layer(x), before)
+        before = layer(x)
+        inject(model, method)
+        perturb(model)
+        assert not torch.allclose(layer(x), before)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
 
@@ -384,21 +329,9 @@ def test_a_model_may_look_at_its_layers_tensors():
     assert wrapper.weight is wrapper.base.weight and wrapper.bias is None
 
 
-def test_a_sum_too_large_for_float16_is_not_merged():
-    model = tiny_llama().half()
-    inject(model, QV)
-    last = list(injection_of(model).wrappers.values())[-1]
-    with torch.no_grad():
-        last.lora.lora_A.fill_(300.0)
-        last.lora.lora_B.fill_(300.0)  # a sum of 540,000, finite in float32
-    with refused(model, r"layers\.1.*NaN or infinity"):
-        merge(model)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_injected_where_no_gradients_are_it_still_trains(mode):
+def test_injected_in_inference_mode_it_still_trains():
     model = tiny_llama()
-    with mode():
+    with torch.inference_mode():
         inject(model, QV)
         perturb(model)
         merge(model)
@@ -406,27 +339,6 @@ def test_injected_where_no_gradients_are_it_still_trains(mode):
         assert not torch.is_grad_enabled()
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_many_rounds_leave_no_trace():
-    model, fresh = tiny_bert(), tiny_bert()
-    untouched = state(model)
-    for i in range(12):
-        inject(model, LoRA(rank=2, alpha=3, targets="all-linear" if i % 2 else ("query",)))
-        perturb(model)
-        model(IDS)
-        unload(model)
-    assert same(state(model), untouched)
-    assert vars(model).keys() == vars(fresh).keys()
-
-
-def test_what_trains_in_between_does_not_matter_to_unload():
-    model = tiny_bert()
-    model.bert.embeddings.requires_grad_(False)
-    untouched = state(model)
-    inject(model, LoRA(2, 3, ("query",)))
-    model.requires_grad_(True)
-    assert same(state(unload(model)), untouched)
 
 
 def test_copies_through_files(tmp_path):
@@ -443,7 +355,7 @@ def test_copies_through_files(tmp_path):
     assert torch.equal(other(IDS).logits, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_a_change_of_dtype_after_injection(dtype):
     model = tiny_bert()
     inject(model, LoRA(2, 3, ("query",)))
@@ -454,17 +366,6 @@ def test_a_change_of_dtype_after_injection(dtype):
     assert {p.dtype for p in unload(model).parameters()} == {dtype}
     # The head's old values come back too, rounded to the new type.
     assert torch.equal(model.classifier.weight, tiny_bert().classifier.weight.to(dtype))
-
-
-def test_a_move_to_the_meta_device_after_injection():
-    model = tiny_bert()
-    inject(model, LoRA(2, 3, ("query",)))
-    told = repr(report(model))
-    model.to("meta")
-    merge(model)
-    unmerge(model)
-    assert repr(report(model)) == told
-    assert all(p.is_meta for p in unload(model).parameters())
 
 
 def test_autocast():
@@ -480,18 +381,17 @@ def test_autocast():
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(reentrant):
-    model = injected().train()
-    model(IDS, labels=IDS).loss.backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad()
+def test_gradient_checkpointing_changes_no_gradient():
+    model, found = injected().train(), []
     model.config.use_cache = False
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model(IDS, labels=IDS).loss.backward()
-    assert expected and all(
-        torch.equal(p.grad, expected[n]) for n, p in model.named_parameters() if n in expected
-    )
+    for reentrant in (None, True, False):
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 # ------------------------------------------------------------------ the smallest methods
@@ -552,77 +452,37 @@ class Norms(Method):
         return [n for n, _ in model.named_parameters() if "layernorm" in n]
 
 
-def test_a_field_may_be_called_like_a_thing_of_a_lesson_or_have_no_rule():
-    """Prefix tuning looks at the layers of a cache, DoRA at the length of rows."""
-
+def test_a_field_without_a_rule_is_the_method_s_own_matter():
     @dataclass(frozen=True)
     class Named(Scale):
         layers: tuple[int, ...] = (0, 1)
-        length: int = 3
         rank: int = 2
-        temperature: float = -1.0  # no rule has this name
+        temperature: float = -1.0
         files = PeftFiles("TEST_NAMED")
 
-    assert inject(tiny_llama(), Named()).method == Named(layers=(0, 1), length=3)
+    assert inject(tiny_llama(), Named()).method == Named(layers=(0, 1))
     with pytest.raises(ValueError, match="Named: rank=0 must be at least 1"):
         Named(rank=0)
-
-
-@dataclass(frozen=True)
-class Broken(Scale):
-    """Fails in the middle of wrapping."""
-
-    files = PeftFiles("TEST_BROKEN")
-
-    def wrap(self, path, layer):
-        raise ValueError("this layer cannot be wrapped")
 
 
 def test_the_registry_holds_every_method():
     assert {LoRA, Scale, ShiftEmbeddings, Norms} <= set(registered_methods())
     assert Method not in registered_methods()
+    assert peft_lessons.methods.__name__ == "peft_lessons.methods"  # no function hides the package
 
 
-def test_a_name_without_a_rule_cannot_be_validated():
-    with pytest.raises(KeyError, match="LoRALayer: no rule is called 'rnak'; did you mean 'rank'?"):
-        validate("LoRALayer", rnak=0)
-    with pytest.raises(KeyError, match="LoRALayer: no rule is called 'zzz'\""):
-        validate("LoRALayer", rank=4, zzz=0)
-
-
-def test_a_wrapping_method_without_merge_rule():
-    model = tiny_llama()
-    before = model(IDS).logits
-    inject(model, Scale())
-    assert torch.equal(model(IDS).logits, before)
-    with pytest.raises(TypeError, match="cannot be merged"):
-        merge(model)
-    assert torch.equal(unload(model)(IDS).logits, before)
-
-
-def test_an_attached_method():
-    model = tiny_llama()
+@pytest.mark.parametrize("training", [True, False])
+def test_an_attached_method(training):
+    model = tiny_llama().train(training)
     before = model(IDS).logits
     told = inject(model, ShiftEmbeddings())
+    assert injection_of(model).attached.training is training
     assert told.trainable == 64 and torch.equal(model(IDS).logits, before)
     nn.init.normal_(injection_of(model).attached.shift)
     assert not torch.allclose(model(IDS).logits, before)
     with pytest.raises(TypeError, match="ShiftEmbeddings adds lies outside the layers"):
         merge(model)
     assert torch.equal(unload(model)(IDS).logits, before)
-
-
-def test_a_copy_of_an_attached_method_has_its_own_hook():
-    model = tiny_llama()
-    before = model(IDS).logits
-    inject(model, ShiftEmbeddings())
-    nn.init.normal_(injection_of(model).attached.shift)
-    expected, copy = model(IDS).logits, deepcopy(model)
-    assert torch.equal(unload(copy)(IDS).logits, before)
-    assert torch.equal(model(IDS).logits, expected)
-    copy = deepcopy(model)
-    unload(model)
-    assert torch.equal(copy(IDS).logits, expected) and torch.equal(model(IDS).logits, before)
 
 
 def test_a_selecting_method():
@@ -654,50 +514,23 @@ def test_merged_what_a_method_trains_of_the_base_stays():
         merge(model)
     with pytest.raises(RuntimeError, match="unmerge"):
         save_adapter(model, "never-written")
-    unmerge(model)
-    merge(model)
-    assert torch.equal(unload(model)(IDS).logits, learned) and injection_of(model) is None
+    assert torch.equal(unload(model)(IDS).logits, learned)
 
 
 def test_selected_parameters_in_4_bits_are_refused():
-    @dataclass(frozen=True)
-    class Packed(Method):
-        files = PeftFiles("TEST_PACKED")
-
-        def select(self, model):
-            return ["codes"]
-
     model = nn.Module()
-    model.codes = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="Packed: 'codes' is in 4 bits already"):
-        inject(model, Packed())
+    model.layernorm = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="Norms: 'layernorm' is in 4 bits already"):
+        inject(model, Norms())
 
 
-def test_of_a_method_defined_twice_the_last_one_counts():
-    def define(value):
-        @dataclass(frozen=True)
-        class Again(Method):
-            files = PeftFiles("TEST_AGAIN")
-            version = value
+def test_a_failing_wrap_changes_nothing(monkeypatch):
+    def fail(self, path, layer):
+        raise ValueError("this layer cannot be wrapped")
 
-        return Again
-
-    first, second = define(1), define(2)
-    assert [m.version for m in registered_methods() if m.files.kind == "TEST_AGAIN"] == [2]
-    assert first is not second
-
-
-def test_a_failing_wrap_changes_nothing():
-    model = tiny_llama()
-    with refused(model, "cannot be wrapped"):
-        inject(model, Broken())
-
-
-def test_an_attached_module_follows_the_model_s_mode():
-    for training in (True, False):
-        model = tiny_llama().train(training)
-        inject(model, ShiftEmbeddings())
-        assert injection_of(model).attached.training is training
+    monkeypatch.setattr(Scale, "wrap", fail)
+    with refused(model := tiny_llama(), "cannot be wrapped"):
+        inject(model, Scale())
 
 
 def test_the_report_names_selected_parameters_beside_the_head():

@@ -1,5 +1,5 @@
-"""LoRA and rsLoRA against Hugging Face PEFT on five models: the same values must give the same
-logits, losses, gradients, texts and merged models.
+"""LoRA and rsLoRA against Hugging Face PEFT: the same values must give the same
+logits, losses, gradients and merged models.
 
 The operations are PEFT's, in PEFT's order, so most results are equal to the last bit. What is
 asserted is 1e-6 and for merged models 1e-5, so that another machine's kernels may differ.
@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 from tiny import (
-    EACH,
     MODELS,
     TARGETS,
     batch_of,
@@ -49,50 +48,35 @@ def compare_step(theirs, ours, batch):
     return output.logits.detach()
 
 
-@EACH
-@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
-def test_logits_loss_and_gradients(name, rslora):
+@pytest.mark.parametrize(("name", "rslora"), [("llama", True), ("bert", False), ("opt", True)])
+def test_logits_loss_gradients_and_merged_weights_are_peft_s(name, rslora):
     base, batch = MODELS[name](), batch_of(name)
     theirs, ours = pair(base, TARGETS[name], task_type(name), rslora=rslora)
     logits = compare_step(theirs, ours, batch)
     assert (logits - base(**batch).logits).abs().max() > 0.05  # the adapter does something
-
-
-@EACH
-def test_dropout_of_the_branch(name):
-    base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, TARGETS[name], task_type(name), dropout=0.3)
-    only_the_branch_drops(theirs, ours, p=0.3)
-    before = ours(**batch).loss
-    assert not torch.equal(ours(**batch).loss, before), "dropout does not drop"
-    step_of_both(theirs, ours, batch)
-    for expected, got in gradients(theirs, ours, NAMES).values():
-        close(expected, got)
-
-
-@EACH
-@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
-def test_merged(name, rslora):
-    base, batch = MODELS[name](), batch_of(name)
-    theirs, ours = pair(base, TARGETS[name], task_type(name), rslora=rslora)
     merge(ours)
     merged, plain = theirs.merge_and_unload(), unload(ours)
     close(merged(**batch).logits, plain(**batch).logits, 1e-5)
-    expected = dict(merged.named_parameters())
-    assert [n.replace("modules_to_save.default.", "") for n in expected] == [
-        n for n, _ in plain.named_parameters()
-    ]
-    for (_, e), (_, p) in zip(expected.items(), plain.named_parameters(), strict=True):
-        close(e, p, 1e-6)
+    expected = {n.replace("modules_to_save.default.", ""): p for n, p in merged.named_parameters()}
+    assert list(expected) == [n for n, _ in plain.named_parameters()]
+    for name, p in plain.named_parameters():
+        close(expected[name], p, 1e-6)
 
 
-@EACH
-def test_a_bfloat16_base_keeps_float32_factors(name):
-    base, batch = MODELS[name]().bfloat16(), batch_of(name)
-    theirs, ours = pair(base, TARGETS[name], task_type(name))
-    dtypes = {p.dtype for n, p in ours.named_parameters() if "lora_" in n}
-    assert dtypes == {p.dtype for n, p in theirs.named_parameters() if "lora_" in n}
-    assert dtypes == {torch.float32}
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_dropout_of_the_branch(name):
+    theirs, ours = pair(MODELS[name](), TARGETS[name], task_type(name), dropout=0.3)
+    only_the_branch_drops(theirs, ours, p=0.3)
+    batch = batch_of(name)
+    assert not torch.equal(ours(**batch).loss, ours(**batch).loss), "dropout does not drop"
+    compare_step(theirs, ours, batch)
+
+
+def test_a_bfloat16_base_keeps_float32_factors():
+    base, batch = MODELS["llama"]().bfloat16(), batch_of("llama")
+    theirs, ours = pair(base, TARGETS["llama"], "CAUSAL_LM")
+    for model in (theirs, ours):
+        assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
     a, b = theirs(**batch), ours(**batch)
     assert a.logits.dtype == b.logits.dtype == torch.bfloat16
     # One unit in the last place of a bfloat16 is 2^-8 of the number.
@@ -103,28 +87,22 @@ def test_a_bfloat16_base_keeps_float32_factors(name):
         close(expected, got, 2**-7 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("features", [48, 96, 384])
-def test_the_start(features):
+def test_the_start():
     torch.manual_seed(1)
-    layer, bound = LoRALayer(features, 32, rank=16), 1 / math.sqrt(features)
+    layer, bound = LoRALayer(96, 32, rank=16), 1 / math.sqrt(96)
     theirs = peft.get_peft_model(
-        nn.Sequential(nn.Linear(features, 32)), peft.LoraConfig(r=16, target_modules=["0"])
+        nn.Sequential(nn.Linear(96, 32)), peft.LoraConfig(r=16, target_modules=["0"])
     ).base_model.model[0]
     for a, b in (
         (layer.lora_A, layer.lora_B),
         (theirs.lora_A["default"].weight, theirs.lora_B["default"].weight),
     ):
         a, b = a.detach(), b.detach()
-        assert a.shape == (16, features) and b.shape == (32, 16) and not b.any()
+        assert a.shape == (16, 96) and b.shape == (32, 16) and not b.any()
         assert 0.97 * bound < a.abs().max() < 1.000001 * bound
         # Uniform in ±bound: mean 0, standard deviation bound / √3.
         assert abs(a.mean()) < 4 * bound / math.sqrt(3 * a.numel())
         assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.08)
-
-
-def test_an_rslora_that_is_no_flag_is_refused():
-    with pytest.raises(ValueError, match="rslora='no' must be True or False"):
-        LoRALayer(96, 48, rslora="no")
 
 
 @pytest.mark.parametrize("settings", [dict(rank=0), dict(dropout=1.0), dict(rslora="no")], ids=str)

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import (
     SIZES,
-    TinyText,
     close,
     perturb,
     refused,
@@ -24,8 +23,6 @@ from transformers import BertConfig, BertForMaskedLM
 from peft_lessons import (
     LoRA,
     QLoRA,
-    evaluate,
-    fit,
     freeze,
     inject,
     load_adapter,
@@ -51,8 +48,6 @@ from peft_lessons.methods.qlora import (
     quantize_nf4,
 )
 
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
 
 def llama(**changes):
     """Every in_features is a multiple of 64."""
@@ -77,38 +72,42 @@ def test_levels_are_those_of_bitsandbytes():
     assert torch.equal(DYNAMIC, bnb.functional.create_dynamic_map())
 
 
-@pytest.mark.parametrize("name", ["tinylm", "minilm"])
-@pytest.mark.parametrize("block", [64, 32])
+def compare(weight, block=64, restored=True):
+    """Codes, scales and restored weights are bitsandbytes' to the last bit."""
+    theirs, state = bnb.functional.quantize_4bit(
+        weight, blocksize=block, quant_type="nf4", compress_statistics=True
+    )
+    packed, absmax = quantize_nf4(weight, block)
+    codes, second, offset = quantize_absmax(absmax)
+    assert torch.equal(packed, theirs.flatten())
+    assert torch.equal(codes, state.absmax.flatten())
+    assert torch.equal(second, state.state2.absmax) and torch.equal(offset, state.offset)
+    if restored:
+        ours = dequantize_nf4(packed, dequantize_absmax(codes, second, offset), weight.shape, block)
+        assert torch.equal(ours.to(weight.dtype), bnb.functional.dequantize_4bit(theirs, state))
+
+
+@pytest.mark.parametrize(("name", "block"), [("tinylm", 64), ("minilm", 32)])
 def test_codes_scales_and_weights_are_bit_equal_on_real_weights(name, block):
     for weight in weights(name):
-        theirs, state = bnb.functional.quantize_4bit(
-            weight, blocksize=block, quant_type="nf4", compress_statistics=True
-        )
-        packed, absmax = quantize_nf4(weight, block)
-        codes, second, offset = quantize_absmax(absmax)
-        assert torch.equal(packed, theirs.flatten())
-        assert torch.equal(codes, state.absmax.flatten())
-        assert torch.equal(second, state.state2.absmax)
-        assert torch.equal(offset, state.offset)
-        if weight.shape[1] % block == 0:  # elsewhere their kernel is wrong
-            restored = dequantize_absmax(codes, second, offset)
-            ours = dequantize_nf4(packed, restored, weight.shape, block)
-            assert torch.equal(ours, bnb.functional.dequantize_4bit(theirs, state))
+        compare(weight, block, weight.shape[1] % block == 0)  # elsewhere their kernel is wrong
+
+
+@pytest.mark.parametrize("block", [32, 128, 512, 4096])
+def test_they_are_bit_equal_with_small_and_large_blocks(block):
+    torch.manual_seed(0)
+    compare(torch.randn(16, 4096), block)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_weights_are_bit_equal_too(dtype):
     torch.manual_seed(0)
     linear = nn.Linear(128, 96, bias=False).to(dtype)
-    theirs, state = bnb.functional.quantize_4bit(
-        linear.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
-    )
-    ours = NF4Linear(linear)
-    assert torch.equal(ours.packed, theirs.flatten()) and ours.weight.dtype == dtype
-    assert torch.equal(ours.weight, bnb.functional.dequantize_4bit(theirs, state))
+    compare(linear.weight.data)
+    assert NF4Linear(linear).weight.dtype == dtype
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [64, 4096])
 def test_a_short_last_block_and_a_zero_block(block):
     x = torch.cat([torch.zeros(4096), torch.randn(130)])
     packed, absmax = quantize_nf4(x, block)
@@ -119,15 +118,11 @@ def test_a_short_last_block_and_a_zero_block(block):
     assert back.isfinite().all() and (back - x).abs().max() < 0.2 * x.abs().max()
 
 
-def test_every_level_and_the_ends_come_back_exactly():
-    x = torch.cat([3.5 * NF4, -2.0 * NF4.flip(0)]).repeat(2)
+def test_every_level_comes_back_exactly_and_a_midpoint_takes_the_lower_one():
+    x = torch.cat([3.5 * NF4, torch.zeros(16), -2.0 * NF4.flip(0), torch.zeros(16)])
     back = dequantize_nf4(*quantize_nf4(x, 32), x.shape, 32)
-    first = torch.arange(64) % 32 < 16
-    assert torch.equal(back[first], x[first])
+    assert torch.equal(back[:32], x[:32])
     assert torch.equal(back.view(2, 32).abs().amax(1), x.view(2, 32).abs().amax(1))
-
-
-def test_a_value_on_a_midpoint_takes_the_lower_level():
     x = torch.zeros(32)
     x[0], x[1] = 1.0, (NF4[8] + NF4[9]) / 2
     packed, _ = quantize_nf4(x, 32)
@@ -157,7 +152,7 @@ def test_the_gradient_is_that_of_the_restored_weight():
         grads.append((x.grad, layer.bias.grad))
     assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
     assert torch.allclose(grads[0][1], grads[1][1], atol=1e-4)
-    assert [n for n, _ in four.named_parameters()] == ["bias"]
+    assert [n for n, _ in four.named_parameters()] == list(four.state_dict()) == ["bias"]
 
 
 def test_the_product_keeps_nothing_for_the_backward_pass():
@@ -186,9 +181,7 @@ def test_autocast_and_16_bit_inputs_run():
 # ------------------------------------------------------------------ against bitsandbytes and PEFT
 
 
-@pytest.fixture(scope="module")
-def pair():
-    """(PEFT's on bitsandbytes, ours), the same random factors in both, and a batch."""
+def test_logits_loss_and_gradients_equal_those_of_peft():
     ours, names = load_model("tinylm"), ("q_proj", "v_proj", "down_proj")
     inject(ours, QLoRA(rank=4, alpha=6, targets=names))
     theirs = get_peft_model(
@@ -196,155 +189,96 @@ def pair():
         LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=list(names)),
     )
     torch.manual_seed(0)
-    with torch.no_grad():
-        for path, wrapper in injection_of(ours).wrappers.items():
-            if wrapper.lora is not None:
-                layer = theirs.base_model.model.get_submodule(path)
-                nn.init.normal_(wrapper.lora.lora_B, std=0.05)
-                layer.lora_A["default"].weight.copy_(wrapper.lora.lora_A)
-                layer.lora_B["default"].weight.copy_(wrapper.lora.lora_B)
+    factors = []
+    for path, wrapper in injection_of(ours).wrappers.items():
+        if wrapper.lora is not None:
+            nn.init.normal_(wrapper.lora.lora_B, std=0.05)
+            layer = theirs.base_model.model.get_submodule(path)
+            for name in ("lora_A", "lora_B"):
+                here, there = getattr(wrapper.lora, name), getattr(layer, name)["default"].weight
+                there.data.copy_(here.data)
+                factors.append((there, here))
     ids = torch.randint(1, 4096, (2, 24))
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
-    labels = ids.where(mask.bool(), -100)
-    return theirs, ours, {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def test_logits_loss_and_gradients_equal_those_of_peft(pair):
-    theirs, ours, batch = pair
-    for train in (True, False):
-        for model in (ours, theirs):
-            model.train(train).zero_grad()
-        step_of_both(theirs, ours, batch)
-        for path, wrapper in injection_of(ours).wrappers.items():
-            if wrapper.lora is None:
-                continue
-            layer = theirs.base_model.model.get_submodule(path)
-            for factor in ("lora_A", "lora_B"):
-                mine = getattr(wrapper.lora, factor).grad
-                close(getattr(layer, factor)["default"].weight.grad, mine)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)}
+    step_of_both(theirs.train(), ours.train(), batch)
+    for there, here in factors:
+        close(there.grad, here.grad)
+    held = [measure.held_bytes(m).weights for m in (unload(ours), theirs.unload())]
+    assert held[0] == held[1]
 
 
 # ------------------------------------------------------------------ the verbs
 
 
-def test_report_counts_the_base_as_what_it_stands_for():
+def test_report_counts_the_base_as_what_it_stands_for(monkeypatch):
     base = load_model("tinylm")
     size = measure.parameters(base).total
     told = inject(base, QLoRA(rank=4, alpha=8, targets=("q_proj", "v_proj")))
     assert told.base == size == measure.parameters(base).total - told.trainable
-    assert told.trainable == 6 * 4 * (192 + 192 + 192 + 96)
-    assert len(told.modules) == 12 and repr(report(base)) == repr(told)
+    assert told.trainable == 6 * 4 * (192 + 192 + 192 + 96) and len(told.modules) == 12
     quantised = [m for m in base.modules() if isinstance(m, NF4Linear)]
     assert len(quantised) == 42 and type(base.lm_head) is nn.Linear
     assert not any(p.dtype == torch.uint8 for p in base.parameters())
-
-
-def test_training_moves_the_factors_and_nothing_else(tmp_path):
-    model, task = llama(), TinyText()
-    inject(model, QLoRA(rank=4, alpha=8))
-    codes = {n: b.clone() for n, b in model.named_buffers()}
-    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    fit(model, task, steps=6, weight_decay=0.1, show=False)
-    assert all(torch.equal(b, codes[n]) for n, b in model.named_buffers())
-    parameters = dict(model.named_parameters())
-    assert all(torch.equal(parameters[n], p) for n, p in frozen.items())
-    assert all(w.lora.lora_B.abs().sum() > 0 for w in injection_of(model).wrappers.values())
-    # Evaluating between two steps changes nothing that training depends on.
-    evaluate(model, task)
-    assert all(p.grad is None for p in model.parameters())
+    monkeypatch.setattr(NF4Linear, "weight", property(lambda self: pytest.fail("restored")))
+    assert repr(report(base)) == repr(told)
 
 
 @pytest.mark.parametrize("build", [llama, opt])
+@torch.no_grad()
 def test_merging_is_refused_until_the_base_is_dequantised(build):
     model = build()
     inject(model, QLoRA(rank=4, alpha=8))
     perturb(model)
     ids = torch.arange(24).view(2, 12)
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        before = {n: b.clone() for n, b in model.named_buffers()}
-        with refused(model, "dequantize", TypeError):
-            merge(model)
-        assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
-        assert torch.equal(model(input_ids=ids).logits, expected)
+    expected = model(input_ids=ids).logits
+    codes = {n: b.clone() for n, b in model.named_buffers()}
+    with refused(model, "dequantize", TypeError):
+        merge(model)
+    assert all(torch.equal(b, codes[n]) for n, b in model.named_buffers())
 
-        assert dequantize(model) is model
-        assert (model(input_ids=ids).logits - expected).abs().max() < 1e-5
-        merge(model)
+    assert dequantize(model) is model
+    assert (model(input_ids=ids).logits - expected).abs().max() < 1e-5
+    for verb in (merge, unmerge, merge, unload):
+        verb(model)
         assert (model(input_ids=ids).logits - expected).abs().max() < 1e-4
-        unmerge(model)
-        assert (model(input_ids=ids).logits - expected).abs().max() < 1e-4
-        merge(model)
-        plain = unload(model)
-        assert (plain(input_ids=ids).logits - expected).abs().max() < 1e-4
-    assert {type(m) for m in plain.modules()} & {NF4Linear} == set()
-    assert set(plain.state_dict()) == set(build().state_dict())
+    assert not any(isinstance(m, NF4Linear) for m in model.modules())
+    assert set(model.state_dict()) == set(build().state_dict())
     with pytest.raises(ValueError, match="no layer in 4 bits"):
-        dequantize(plain)
+        dequantize(model)
 
 
-def test_unload_gives_the_quantised_base():
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_unload_gives_the_quantised_base(double_quant):
     model = llama()
     weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    inject(model, QLoRA(rank=4, alpha=8))
+    inject(model, QLoRA(4, 8, ("q_proj",), block=32, double_quant=double_quant))
     layer = unload(perturb(model)).model.layers[0].mlp.up_proj
     assert type(layer) is NF4Linear
-    assert torch.equal(layer.weight, dequantize_nf4(*_through_double(weight), weight.shape))
+    packed, absmax = quantize_nf4(weight, 32)
+    if double_quant:
+        absmax = dequantize_absmax(*quantize_absmax(absmax))
+    assert torch.equal(layer.weight, dequantize_nf4(packed, absmax, weight.shape, 32))
 
 
-def _through_double(weight):
-    packed, absmax = quantize_nf4(weight)
-    return packed, dequantize_absmax(*quantize_absmax(absmax))
-
-
-def test_a_16_bit_base_keeps_float32_factors_and_its_dtype():
-    model = llama().bfloat16()
-    inject(model, QLoRA(rank=4, alpha=8))
-    assert {p.dtype for _, p in injection_of(model).added()} == {torch.float32}
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+def test_a_model_cast_before_or_after_injection_runs_dequantised_too(dtype):
     ids = torch.arange(12)[None]
-    output = perturb(model)(input_ids=ids, labels=ids)
-    output.loss.backward()
-    assert output.logits.dtype == torch.bfloat16
-    expected = output.logits.detach()
-    merge(dequantize(model))
-    assert model.model.layers[0].mlp.up_proj.base.weight.dtype == torch.bfloat16
-    assert (model(input_ids=ids).logits - expected).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-def test_a_model_cast_after_injection_runs_dequantised_too(cast):
-    model = llama()
-    inject(model, QLoRA(rank=4, alpha=8))
-    getattr(perturb(model), cast)()
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        merge(dequantize(model))
-        assert (unload(model)(input_ids=ids).logits - expected).abs().max() < 0.1
-
-
-def test_dequantising_in_inference_mode_leaves_a_model_that_trains():
-    model = llama()
-    inject(model, QLoRA(rank=4, alpha=8))
-    with torch.inference_mode():
-        dequantize(model)
-    ids = torch.arange(12)[None]
-    model(input_ids=ids, labels=ids).loss.backward()
-    merge(model)
-
-
-def test_a_vector_as_input_gives_the_bias_its_gradient():
-    four = NF4Linear(nn.Linear(64, 8))
-    four(torch.randn(64, requires_grad=True)).sum().backward()
-    assert torch.equal(four.bias.grad, torch.ones(8))
-
-
-def test_held_bytes_count_the_scales_of_both():
-    ours, theirs = load_model("tinylm"), load_model("tinylm", four_bit=True)
-    inject(ours, QLoRA(rank=4, alpha=8))
-    held = [measure.held_bytes(m).weights for m in (unload(ours), theirs)]
-    assert held[0] == held[1]
+    for build in (lambda: llama().to(dtype), llama):
+        model = build()
+        torch.manual_seed(0)
+        inject(model, QLoRA(rank=4, alpha=8))
+        perturb(model).to(dtype)
+        with torch.inference_mode():
+            expected = model(input_ids=ids).logits
+            merge(dequantize(model))
+        weight = model.model.layers[0].mlp.up_proj.base.weight
+        assert expected.dtype == weight.dtype == dtype
+        output = model(input_ids=ids, labels=ids)
+        assert (output.logits - expected).abs().max() < 0.1
+        unmerge(model)  # what was dequantised in inference mode trains
+        model(input_ids=ids, labels=ids).loss.backward()
 
 
 def test_a_header_that_was_tampered_with_is_refused(tmp_path):
@@ -355,10 +289,9 @@ def test_a_header_that_was_tampered_with_is_refused(tmp_path):
         header, tensors = opened.metadata(), {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
     good = '{"quantised_base": "nf4", "quantised_block": 64, "quantised_double": true}'
     assert header["peft_lessons_own"] == good
-    for own in ("[]", "3", "{", "[" * 5000, '{"r": 2}'):
+    for own in ("[]", "3", "{", '{"r": 2}'):
         save_file(tensors, file, header | {"peft_lessons_own": own})
-        base = llama()
-        with refused(base, WEIGHTS):
+        with refused(base := llama(), WEIGHTS):
             load_adapter(base, tmp_path)
 
 
@@ -397,25 +330,18 @@ def test_setup_qlora_trains_on_the_cpu(capsys):
 GOOD = torch.randn(2, 64)
 REFUSED = {
     "NaN": (lambda: quantize_nf4(GOOD * float("nan")), "holds NaN, infinity or"),
-    "infinity": (lambda: quantize_nf4(GOOD / 0), "holds NaN, infinity or"),
     "huge": (lambda: quantize_nf4(GOOD * 1e35), "a number above 1e30"),
-    "empty": (lambda: quantize_nf4(torch.empty(0, 64)), "must hold an even number"),
     "odd": (lambda: quantize_nf4(torch.ones(3)), "must hold an even number"),
     "integers": (lambda: quantize_nf4(torch.ones(64, dtype=torch.long)), "floating-point"),
     "codes": (lambda: quantize_nf4(quantize_nf4(GOOD)[0]), "is it quantised already"),
     "a list": (lambda: quantize_nf4([1.0, 2.0]), "a tensor of floating-point numbers"),
     "block 0": (lambda: quantize_nf4(GOOD, 0), "block=0 must be one of 32, 64"),
-    "block -64": (lambda: quantize_nf4(GOOD, -64), "block=-64 must be one of"),
     "block 48": (lambda: dequantize_nf4(*quantize_nf4(GOOD), GOOD.shape, 48), "block=48"),
     "shape": (lambda: dequantize_nf4(*quantize_nf4(GOOD), (2, 63)), r"of shape \(2, 63\)"),
     "absmax": (lambda: dequantize_nf4(*quantize_nf4(GOOD), (2, 64), 32), "2 absmax"),
     "float codes": (lambda: dequantize_nf4(GOOD.flatten(), GOOD[0], (4, 64)), "float32 codes"),
     "code 16": (lambda: pack_nibbles(torch.tensor([16, 1]).byte()), "between 0 and 15"),
-    "negative code": (lambda: pack_nibbles(torch.tensor([-1, 1])), "an even number of uint8"),
     "odd codes": (lambda: pack_nibbles(torch.tensor([1]).byte()), "an even number of uint8"),
-    "block 64.0": (lambda: QLoRA(block=64.0), "block=64.0"),
-    "field": (lambda: QLoRA(block=0), "QLoRA: block=0"),
-    "flag": (lambda: QLoRA(double_quant=1), "double_quant=1 must be True or False"),
 }
 
 
@@ -426,39 +352,38 @@ def test_bad_input_is_refused(case):
         action()
 
 
-def test_a_layer_in_4_bits_is_not_quantised_again():
-    four = NF4Linear(nn.Linear(64, 8))
+def test_a_layer_in_4_bits_is_not_quantised_again_nor_trained():
     with pytest.raises(TypeError, match="not NF4Linear"):
-        NF4Linear(four)
-    model = llama()
-    inject(model, QLoRA(rank=4, alpha=8))
-    with refused(model, "unload", RuntimeError):
-        inject(model, QLoRA(rank=4, alpha=8))
+        NF4Linear(NF4Linear(nn.Linear(64, 8)))
+    model, method = llama(), QLoRA(rank=4, alpha=8)
+    with pytest.raises(ValueError, match="trains in full"):
+        inject(model, method, modules_to_save=("up_proj",))
+    inject(model, method)
     unload(model)
-    for method in (QLoRA(rank=4, alpha=8), LoRA(rank=4, alpha=8, targets=("q_proj",))):
+    for again in (method, LoRA(rank=4, alpha=8, targets=("q_proj",))):
         with refused(model, "NF4Linear, in 4 bits already"):
-            inject(model, method)
+            inject(model, again)
     theirs = load_model("tinylm", four_bit=True)
     for targets in ("all-linear", ("q_proj",)):
         with pytest.raises(ValueError, match="Linear4bit, in 4 bits already"):
             inject(theirs, LoRA(rank=4, alpha=8, targets=targets))
+    for base, name in ((model, "up_proj"), (model, "mlp"), (theirs, "up_proj")):
+        with pytest.raises(ValueError, match="packed 4-bit codes"):
+            freeze(base, modules_to_save=(name,))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_base_with_nan_stays_as_it_was(value):
-    model = llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
-    with refused(model, r"layers.1.mlp.up_proj.*NaN, infinity"):
-        inject(model, QLoRA(rank=4, alpha=8, targets=("q_proj",)))
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any(isinstance(m, NF4Linear) for m in model.modules())
-
-
-def test_a_width_that_their_kernel_restores_wrongly_is_refused():
-    model = tiny_llama()  # its feed-forward block is 96 wide
+def test_a_base_that_does_not_fit_stays_as_it_was():
+    model, method = tiny_llama(), QLoRA(rank=4, alpha=8, targets=("q_proj",))
+    # Their kernel restores such a width wrongly.
     with refused(model, r"down_proj.*in_features=96 must be a multiple of 64"):
-        inject(model, QLoRA(rank=4, alpha=8, targets=("q_proj",)))
+        inject(model, method)
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    with refused(model, r"layers.1.mlp.up_proj.*NaN, infinity"):
+        inject(model, method)
+    with pytest.raises(ValueError, match="rank=40"):
+        inject(llama(), QLoRA(rank=40, alpha=8))  # k_proj and v_proj are 32 wide
+    inject(llama(), QLoRA(rank=40, alpha=8, targets=("q_proj",)))
 
 
 def test_all_linear_leaves_out_what_is_tied():
@@ -467,47 +392,3 @@ def test_all_linear_leaves_out_what_is_tied():
         model = BertForMaskedLM(config)
         inject(model, method)
         assert "cls.predictions.decoder" not in injection_of(model).wrappers
-
-
-def test_rank_is_bounded_where_a_branch_is_and_only_there():
-    with pytest.raises(ValueError, match="rank=40"):
-        inject(llama(), QLoRA(rank=40, alpha=8))  # k_proj and v_proj are 32 wide
-    inject(llama(), QLoRA(rank=40, alpha=8, targets=("q_proj",)))
-
-
-def test_packed_weights_do_not_train():
-    model = llama()
-    with pytest.raises(ValueError, match="trains in full"):
-        inject(model, QLoRA(rank=4, alpha=8), modules_to_save=("up_proj",))
-    inject(model, QLoRA(rank=4, alpha=8))
-    quantised = unload(model)
-    for name in ("up_proj", "mlp"):
-        with pytest.raises(ValueError, match="packed 4-bit codes"):
-            freeze(quantised, modules_to_save=(name,))
-    with pytest.raises(ValueError, match="packed 4-bit codes"):
-        freeze(load_model("tinylm", four_bit=True), modules_to_save=("up_proj",))
-
-
-def test_a_report_restores_no_weight(monkeypatch):
-    model = llama()
-    told = inject(model, QLoRA(rank=4, alpha=8))
-    monkeypatch.setattr(NF4Linear, "weight", property(lambda self: pytest.fail("restored")))
-    assert repr(report(model)) == repr(told)
-
-
-def test_settings_reach_the_layers_and_come_back_from_the_file(tmp_path):
-    model = llama()
-    method = QLoRA(rank=4, alpha=8, targets=("q_proj",), block=32, double_quant=False)
-    weight = model.model.layers[1].mlp.up_proj.weight.detach().clone()
-    inject(model, method)
-    save_adapter(model, tmp_path)
-    again = llama()
-    load_adapter(again, tmp_path)
-    assert injection_of(again).method == method
-    expected = dequantize_nf4(*quantize_nf4(weight, 32), weight.shape, 32)
-    for m in (model, again):
-        assert torch.equal(m.model.layers[1].mlp.up_proj.base.weight, expected)
-
-
-def test_the_state_dict_holds_no_codes():
-    assert set(NF4Linear(nn.Linear(64, 8)).state_dict()) == {"bias"}
