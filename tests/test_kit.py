@@ -126,18 +126,15 @@ def test_mistakes_are_edits_of_a_right_answer():
     }
 
 
-@pytest.mark.parametrize(
-    ("edits", "told"),
-    [
+def test_an_edit_that_is_void_or_double_is_an_error():
+    for edits, told in (
         ("it is void\n z → x", "'z' is there 0 times"),
         ("it hits more than it says\n x → 3", "'x' is there 2 times"),
         ("it changes nothing\n 2 → 2", "'2' is there 1 times"),
         ("one\n 2 → 3\n one\n 2 → 4", "'one' is there twice"),
-    ],
-)
-def test_an_edit_that_is_void_or_double_is_an_error(edits, told):
-    with pytest.raises(ValueError, match=re.escape(told)):
-        mistakes(DOUBLE, edits)
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            mistakes(DOUBLE, edits)
 
 
 def test_what_an_answer_changes_deep_in_an_argument_is_seen_and_whole_in_the_next():
@@ -206,11 +203,9 @@ def test_wrong(name):
 
 
 def test_the_notebooks_random_numbers_are_not_disturbed():
-    torch.manual_seed(1)
-    expected = torch.randn(3)
-    torch.manual_seed(1)
+    before = torch.get_rng_state()
     scale(lambda x, k: x * k + 0 * torch.randn(1).to(x.dtype))
-    assert torch.equal(torch.randn(3), expected)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_cause_is_named_that_every_case_bears_out():
@@ -275,17 +270,9 @@ def half(x, k):
     return x * k
 
 
-def of_torch(x, k):
-    return torch.empty(2, device="meta").to("cpu")
-
-
 @pytest.mark.parametrize(
     ("answer", "told", "lines"),
-    [
-        (endless, "RecursionError: maximum recursion", 6),
-        (half, "NotImplementedError.", 3),
-        (of_torch, "NotImplementedError: Cannot copy out of meta tensor", 3),
-    ],
+    [(endless, "RecursionError: maximum recursion", 6), (half, "NotImplementedError.", 3)],
 )
 def test_what_raises_is_a_crash_and_no_stub(answer, told, lines):
     message = refusal(scale, answer)
@@ -492,20 +479,6 @@ class YesInt(int):
     __hash__ = int.__hash__
 
 
-class YesStr(str):
-    __eq__, __hash__ = YesInt.__eq__, str.__hash__
-
-
-class YesTensor(torch.Tensor):
-    """Of what a comparison is made of, it gives 0: no gap, and nothing astray."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        result = super().__torch_function__(func, types, args, kwargs)
-        asked = getattr(func, "__name__", "") in ("where", "isfinite", "__invert__", "bitwise_not")
-        return torch.zeros_like(result) if asked else result
-
-
 class OwnRules(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -554,30 +527,12 @@ class OwnRules(torch.Tensor):
         (nn.Parameter(T([1.0, 3.0])), T([1.0, 3.0]), None),
         # What says of itself that it is right.
         (YesInt(7), 8, "the result is a YesInt, expected the int 8"),
-        ([YesStr("a")], ["b"], "the result[0] is a YesStr, expected a string"),
-        (T([1.0, 2.0]).as_subclass(YesTensor), T([1.0, 3.0]), "the result has wrong values"),
         (T([1.0, 2.0]).as_subclass(OwnRules), T([0.0, 0.0]), "the result is a tensor with rules"),
     ],
 )
 def test_difference(got, expected, told):
     found = difference(got, expected)
     assert found is None if told is None else found.startswith(told)
-
-
-def test_a_tensor_that_speaks_for_its_gradient():
-    class Knows(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            if func is torch.autograd.grad:
-                (x,) = args[1]
-                return [3 * torch.linspace(-1, 1.5, x.numel()).view_as(x)]
-            return super().__torch_function__(func, types, args, kwargs)
-
-    def answer(x, k):
-        return (x.detach() * k + 0 * x).as_subclass(Knows)
-
-    assert "the gradient of x has wrong values" in refusal(scale, answer)
-    assert scale(lambda x, k: (x * k).as_subclass(Knows)).status == "right"
 
 
 def test_difference_names_the_parts():
@@ -590,14 +545,8 @@ def test_difference_names_the_parts():
     assert difference(1 + one, torch.ones(200, 500)) == (
         "the result has wrong values: expected 1 at [17, 3], got 1.001; 1 of 100000 entries are off"
     )
-    far = difference(torch.arange(12.0).view(3, 4), torch.arange(12.0).view(3, 4).clamp(max=9))
-    assert far.endswith("expected 9 at [2, 3], got 11; 2 of 12 entries are off")
-
-
-def test_the_verb_agrees_with_the_name():
-    singular = "the loss", "the bias", "absmax", "what trains", "the list of names", "labels[0]"
-    for name in (*singular, "labels", "the levels", "the shapes of the factors"):
-        verb = "has" if name in singular else "have"
+    for name, verb in (("the loss", "has"), ("absmax", "has"), ("labels[0]", "has"),
+                       ("labels", "have"), ("the shapes of the factors", "have")):  # fmt: skip
         assert difference([T([1])], [T([2])], (name,)).startswith(f"{name} {verb} wrong values")
 
 
@@ -641,46 +590,33 @@ def crash(x, k):
 """
 
 
-@pytest.fixture
-def shell(tmp_path, monkeypatch):
+def test_verdicts_and_refusals_in_ipython_show_no_line_of_ours(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     shell = InteractiveShell()
+
+    def shown(answer):
+        result = shell.run_cell(f"scale({answer})", store_history=True)
+        out, err = capsys.readouterr()
+        assert not err
+        return result, re.sub(r"\x1b\[[\d;]*m", "", out)
+
     for cell in (CELLS, CRASH):
         shell.run_cell(cell).raise_error()
-    yield shell
-    shell.history_manager.end_session()
-
-
-def shown(shell, capsys, cell):
-    result = shell.run_cell(cell, store_history=True)
-    out, err = capsys.readouterr()
-    assert not err
-    return result, re.sub(r"\x1b\[[\d;]*m", "", out)
-
-
-@pytest.mark.parametrize(
-    ("answer", "told", "color"),
-    [
+    for answer, told, color in (
         ("right", "✓ scale: right.", "success-color1"),
         ("todo", "○ scale: not attempted yet.", "border-color1"),
-    ],
-)
-def test_a_verdict_in_ipython(shell, capsys, answer, told, color):
-    result, out = shown(shell, capsys, f"scale({answer})")
-    assert f"{told}\n  " in out
-    data, _ = shell.display_formatter.format(result.result)
-    assert data["text/plain"] == repr(result.result)
-    assert f"<strong>{told}</strong>" in data["text/html"]
-    assert f"var(--jp-{color}, " in data["text/html"]
+    ):
+        result, out = shown(answer)
+        data, _ = shell.display_formatter.format(result.result)
+        assert f"{told}\n  " in out and data["text/plain"] == repr(result.result)
+        assert f"<strong>{told}</strong>" in data["text/html"]
+        assert f"var(--jp-{color}, " in data["text/html"]
+    for answer, told in (
+        ("wrong", "Likely cause: it is added."),
+        ("crash", "Line 3 in crash: return y @ y"),
+    ):
+        result, out = shown(answer)
+        assert isinstance(result.error_in_exec, WrongAnswer)
+        assert out.strip() == str(result.error_in_exec) and told in out
+    shell.history_manager.end_session()
     assert "a &lt; b &amp; c" in kit.Verdict("right", "f: right.", "a < b & c")._repr_html_()
-
-
-@pytest.mark.parametrize(
-    ("answer", "told"),
-    [("wrong", "Likely cause: it is added."), ("crash", "Line 3 in crash: return y @ y")],
-)
-def test_a_refusal_in_ipython_shows_no_line_of_ours(shell, capsys, answer, told):
-    result, out = shown(shell, capsys, f"scale({answer})")
-    assert isinstance(result.error_in_exec, WrongAnswer)
-    assert out.strip() == str(result.error_in_exec)
-    assert told in out
