@@ -6,7 +6,6 @@ lesson that has to change. The rows are defaults and silent behaviour: what no e
 test of equality with PEFT notices.
 """
 
-import json
 import tempfile
 import tomllib
 import warnings
@@ -23,20 +22,19 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
-from safetensors.torch import load_file, save_file
 from tiny import (
     TinyText,
     batch_of,
     by_hand,
     greedy,
     perturb,
+    rewrite,
     tiny_bert,
     tiny_llama,
 )
 from transformers import Trainer, TrainingArguments
 
 from peft_lessons import load_model
-from peft_lessons.engine import CONFIG, WEIGHTS
 from tools.environment import ROOT
 
 # ------------------------------------------------------------------ the machinery
@@ -108,8 +106,7 @@ def said(action: Callable[[], object]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         action()
-    texts = [str(warning.message) for warning in caught]
-    return [text for text in texts if "is_gradient_checkpointing" not in text]
+    return [str(w.message) for w in caught if "is_gradient_checkpointing" not in str(w.message)]
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -121,17 +118,10 @@ def refusal(action: Callable[[], object]) -> str:
 
 
 def saved(config, change=None, **entries) -> Path:
-    """The folder that PEFT writes of a moved adapter; `change` is done to its tensors, and entries
-    go into its config."""
+    """The folder that PEFT writes of a moved adapter, changed."""
     folder = Path(tempfile.mkdtemp(dir=SCRATCH.name))
     model_with(config).save_pretrained(folder)
-    if change:
-        tensors = load_file(folder / WEIGHTS)
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS)
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | entries
-    (folder / CONFIG).write_text(json.dumps(content), encoding="utf-8")
-    return folder
+    return rewrite(folder, change, **entries)
 
 
 SCRATCH = tempfile.TemporaryDirectory()
@@ -154,13 +144,6 @@ def trainable(model, part: str = "") -> int:
 
 
 # --- lesson 02
-
-
-def start_of_lora() -> dict:
-    layer = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**LORA)).base_model.model.model
-    layer = layer.layers[0].self_attn.q_proj
-    a, b = (getattr(layer, f"lora_{n}")["default"].weight for n in "AB")
-    return {"largest A below 1/√in": bool(a.abs().max() <= 64**-0.5), "B": b.abs().max().item()}
 
 
 def targets(names) -> list[str]:
@@ -309,13 +292,30 @@ def fresh_head(task: str | None) -> bool:
 
 
 @torch.no_grad()
-def one_of_two_merged() -> dict:
+def two_adapters():
     model = model_with(peft.LoraConfig(**LORA), name="one")
     model.add_adapter("two", peft.LoraConfig(**LORA))
     model.set_adapter("two")
     for parameter in model.parameters():  # by other numbers than the first
         if parameter.requires_grad:
             parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def combined() -> dict:
+    """{kind of combination: (its rank, whether it is the weighted sum)}"""
+    model, found = two_adapters(), {}
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    wanted = 0.7 * layer.get_delta_weight("one") + 0.3 * layer.get_delta_weight("two")
+    for kind in ("linear", "svd", "cat"):
+        model.add_weighted_adapter(["one", "two"], [0.7, 0.3], kind, combination_type=kind)
+        gap = (layer.get_delta_weight(kind) - wanted).norm() / wanted.norm()
+        found[kind] = (layer.r[kind], bool(gap < 1e-5))
+    return found
+
+
+def one_of_two_merged() -> dict:
+    model = two_adapters()
     model.base_model.set_adapter(["one", "two"])
     both = logits(model)
     texts = said(lambda: model.merge_adapter(["one"]))
@@ -384,8 +384,6 @@ ROWS = [
              init_lora_weights=True, use_dora=False, fan_in_fan_out=False, target_modules=None,
              modules_to_save=None, task_type=None, inference_mode=False),
     ),
-    Row("02", "PEFT draws A uniformly within ±1/√in, and B is zero", start_of_lora,
-        {"largest A below 1/√in": True, "B": 0.0}),
     Row("02", "PEFT's default targets in a Llama are q_proj and v_proj", lambda: targets(None),
         ["self_attn.q_proj", "self_attn.v_proj"]),
     Row("02", "PEFT's default targets in a BERT are query and value",
@@ -421,9 +419,6 @@ ROWS = [
         lambda: [off_after_loading(trained_by_hand(steps)) < 1e-5 for steps in (6, 7)],
         [True, False]),
     # ---------------------------------------------------------------- 07
-    Row("07", "PEFT's names of (IA)³ in a BERT match more than the feed-forward",
-        lambda: wrapped(peft.get_peft_model(tiny_bert(), peft.IA3Config()), "ia3_l"),
-        ["attention.output.dense", "attention.self.key", "attention.self.value", "output.dense"]),
     Row("07", "PEFT divides by l + 1e-8 and refuses nothing: an entry of zero loses its row",
         unmerged_zero, True),
     # ---------------------------------------------------------------- 08
@@ -441,6 +436,8 @@ ROWS = [
     Row("12", "a loaded adapter is frozen", lambda: trainable(opened(lora_file())), 0),
     Row("12", "a fresh head trains with task_type and stays frozen without",
         lambda: {t: fresh_head(t) for t in (None, "SEQ_CLS")}, {None: False, "SEQ_CLS": True}),
+    Row("12", "a linear combination is not the weighted sum, cat is, at the sum of the ranks",
+        combined, {"linear": (4, False), "svd": (4, False), "cat": (8, True)}),
     Row("12", "one of two active adapters merged: the other is left out silently",
         one_of_two_merged, {"only the merged one": True, "warnings": 0}),
     Row("12", "merge_and_unload takes NaN, unless safe_merge=True",
