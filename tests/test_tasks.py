@@ -62,22 +62,15 @@ def test_every_sentiment_task_loads(name, tokenizer):
     assert task.size("train") > task.size("test") > task.size("validation") > 100
     for split in task.splits:
         assert len(task.texts(split)) == len(task.labels(split)) == task.size(split)
-        assert set(task.labels(split).tolist()) == {0, 1}
+    words = {"boring": (0.0, 0.2), "wonderful": (0.8, 1.0)} if name == "sentiment" else {}
+    rows = list(zip(task.texts("train"), task.labels("train").tolist(), strict=True))
+    for word, (low, high) in words.items():  # the labels agree with the words
+        assert low <= np.mean([y for x, y in rows if word in x.lower().split()]) <= high
 
 
 def test_sentiment_label():
     labels = {1.1: 1, -1.1: 0, 4: 1, -4: 0, 1: None, -1: None, 0: None}
     assert {rating: sentiment_label(rating) for rating in labels} == labels
-
-
-def test_labels_agree_with_the_words(task):
-    texts, labels = task.texts("train"), task.labels("train").tolist()
-
-    def share(word):
-        return np.mean([y for x, y in zip(texts, labels, strict=True) if word in x.lower().split()])
-
-    assert share("boring") < 0.2 and share("dull") < 0.2
-    assert share("wonderful") > 0.8 and share("beautifully") > 0.8
 
 
 def test_batches_hold_the_texts_in_stored_order_padded_on_the_right(task, tokenizer):
@@ -371,13 +364,3 @@ def test_missing_or_wrong_labels(tokenizer):
         split = Split(("a", "b"), ((101, 102), (101, 102)), labels)
         with pytest.raises(ValueError, match=r"labels of split 'train' must give each of the 2"):
             Task("mine", {"train": split}, ("no", "yes"), tokenizer, 16)
-
-
-def test_missing_file(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
-    (tmp_path / "checksums.json").write_text(
-        '{"tasks/sentiment/movies.csv": {"bytes": 1, "sha256": "", "rebuild": "python x.py"}}',
-        encoding="utf-8",
-    )
-    with pytest.raises(FileNotFoundError, match=r"movies\.csv is missing.*python x\.py"):
-        load_task("sentiment", tokenizer)
