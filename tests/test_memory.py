@@ -255,14 +255,6 @@ def test_parts_make_up_the_peak_of_a_step():
     assert predicted == pytest.approx(step.peak, rel=0.07)
 
 
-def test_more_of_anything_takes_no_less():
-    sizes = [training_memory(Shape.of_size(n * 1e9), LoRA()).total for n in range(1, 80, 4)]
-    assert sizes == sorted(sizes)
-    for name in ("batch", "context"):
-        grown = [training_memory("LLaMA-7B", LoRA(), **{name: n}).total for n in (1, 2, 512, 4096)]
-        assert grown == sorted(grown)
-
-
 def test_what_cannot_be_is_refused():
     seven = "LLaMA-7B"
     for call, told in (
