@@ -25,7 +25,7 @@ import network_guard  # noqa: E402, F401  # cuts this process off too, once
 DURATIONS = "peft-lessons/durations"
 SOLVED = "test_solved["
 # Their tests look at one thing that takes long to make: a marked class, a copy, a site.
-TOGETHER = {f"tests/test_{name}.py" for name in ("grade", "release", "site")}
+TOGETHER = {f"test_{name}.py" for name in ("grade", "release", "site")}
 _TIMES: dict[tuple[str, str], float] = defaultdict(float)
 
 
@@ -50,7 +50,7 @@ def pytest_xdist_make_scheduler(config, log):
     class OneKernelPerNotebook(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return file if file in TOGETHER else " ".join(_lesson(nodeid) or (nodeid,))
+            return file if Path(file).name in TOGETHER else " ".join(_lesson(nodeid) or (nodeid,))
 
     scheduler = OneKernelPerNotebook(config, log)
     config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems

@@ -117,7 +117,7 @@ COMMANDS = {
     "browser": (
         "[OPTIONS]",
         "try all lessons, and the site, in a real browser (needs Chromium)",
-        ["-m pytest -q -rs -m browser {} tests/test_browser.py tests/test_site.py"],
+        ["-m pytest -q -rs -m browser {} tests/notebooks"],
     ),
     "mutants": (
         "[WORD ...]",

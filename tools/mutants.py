@@ -35,12 +35,13 @@ class Mutant:
         return f"{self.file}: {' → '.join(shown)}"
 
 
-METHODS, TESTS = "peft_lessons/methods", "tests/test_{}.py"
+METHODS = "peft_lessons/methods"
+TESTS = {path.stem: path for path in (ROOT / "tests").glob("*/test_*.py")}
 
 
 def of(file: str, tests: str, *edits: tuple[str, str]) -> list[Mutant]:
     """Return one mutant of a file for each edit, all with the same tests, named without "test_"."""
-    files = " ".join(TESTS.format(name) for name in tests.split())
+    files = " ".join(str(TESTS[f"test_{name}"].relative_to(ROOT)) for name in tests.split())
     return [Mutant(file, old, new, files) for old, new in edits]
 
 

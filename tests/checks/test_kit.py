@@ -50,6 +50,8 @@ def test_right_says_what_was_verified():
         "✓ scale: right.\n  Every entry is k times as large. Verified: cases in which the "
         "result agrees: 2; gradients that agree: x; arguments left unchanged: x."
     )
+    for other_names in (lambda a, factor: a * factor, torch.mul, lambda *a: a[0] * a[1]):
+        assert scale(other_names).status == "right"
 
 
 def stub(x, k):
@@ -66,24 +68,20 @@ class StubClass:
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("answer", [stub, hunt, StubClass])
-def test_an_untouched_stub_is_not_attempted(answer):
-    verdict = scale(answer)
-    assert verdict.status == "not attempted"
-    assert repr(verdict) == (
-        "○ scale: not attempted yet.\n  Write the function, run its cell, then run this cell again."
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("PEFT_LESSONS_STRICT", "1"), ("NBGRADER_EXECUTION", "autograde")]
-)
-def test_strict_mode_refuses_an_untouched_stub(name, value, monkeypatch):
+def test_an_untouched_stub_is_not_attempted_and_refused_in_strict_mode(monkeypatch):
     monkeypatch.setenv("PEFT_LESSONS_STRICT", "0")
-    assert scale(stub).status == "not attempted"
-    monkeypatch.setenv(name, value)
-    assert refusal(scale, stub).startswith("✗ scale: not attempted yet.")
-    assert scale(scale.reference).status == "right"
+    for answer in (stub, hunt, StubClass):
+        verdict = scale(answer)
+        assert verdict.status == "not attempted"
+        assert repr(verdict) == (
+            "○ scale: not attempted yet.\n  Write the function, run its cell, then run this cell "
+            "again."
+        )
+    for name, value in (("PEFT_LESSONS_STRICT", "1"), ("NBGRADER_EXECUTION", "autograde")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert refusal(scale, stub).startswith("✗ scale: not attempted yet.")
+            assert scale(scale.reference).status == "right"
 
 
 # ------------------------------------------------------------------ mistakes
@@ -110,11 +108,16 @@ def test_mistakes_are_edits_of_a_right_answer():
             return y → ∅
         it is halved
             = half
+        it divides by nothing
+            2 * x → x / 0
         """,
         half=lambda x: x / 2,
     )
     assert made.right(5) == 10
     assert check_for(cases=[(5,)], causes=made)(made.right).right is made.right
+    with pytest.raises(ZeroDivisionError) as caught:
+        made.pop("it divides by nothing")(1)
+    assert str(caught.traceback[-1].statement).strip() == "y = x / 0"
     assert {sentence: wrong(5) for sentence, wrong in made.items()} == {
         "the factor is left out, which leaves x as it was": 5,
         "it is three, and negative": -15,
@@ -123,38 +126,29 @@ def test_mistakes_are_edits_of_a_right_answer():
     }
 
 
-@pytest.mark.parametrize(
-    ("edits", "told"),
-    [
+def test_an_edit_that_is_void_or_double_is_an_error():
+    for edits, told in (
         ("it is void\n z → x", "'z' is there 0 times"),
         ("it hits more than it says\n x → 3", "'x' is there 2 times"),
         ("it changes nothing\n 2 → 2", "'2' is there 1 times"),
         ("one\n 2 → 3\n one\n 2 → 4", "'one' is there twice"),
-    ],
-)
-def test_an_edit_that_is_void_or_double_is_an_error(edits, told):
-    with pytest.raises(ValueError, match=re.escape(told)):
-        mistakes(DOUBLE, edits)
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            mistakes(DOUBLE, edits)
 
 
-def test_the_wrong_line_of_a_mistake_is_in_its_traceback():
-    made = mistakes(DOUBLE, "it divides by nothing\n 2 * x → x / 0")
-    with pytest.raises(ZeroDivisionError) as caught:
-        made["it divides by nothing"](1)
-    assert str(caught.traceback[-1].statement).strip() == "y = x / 0"
-
-
-def test_a_literal_of_a_case_that_an_answer_changes_is_whole_in_the_next():
-    @check_for(cases=[([3, 4],), ([5],)])
-    def total(numbers):
+def test_what_an_answer_changes_deep_in_an_argument_is_seen_and_whole_in_the_next():
+    @check_for(cases=[([{"a": 3}, 4],)])
+    def total(parts):
         """The sum is right."""
-        return sum(numbers)
+        return parts[0]["a"] + parts[1]
 
-    def empties(numbers):
-        return sum(numbers.pop() for _ in range(len(numbers)))
+    def empties(parts):
+        parts[0]["a"] += parts.pop()
+        return parts[0]["a"]
 
     for _ in range(2):
-        assert "the argument numbers was changed" in refusal(total, empties)
+        assert "the argument parts was changed" in refusal(total, empties)
 
 
 # ------------------------------------------------------------------ wrong
@@ -168,15 +162,12 @@ def test_gradients_that_cancel_in_a_sum_are_compared():
         """Each row adds up to 1."""
         return x.softmax(-1)
 
-    def cut(x):
-        return x.detach().softmax(-1) + 0 * x
-
     def half(x):
         return x.detach().softmax(-1) + 0.5 * (x.softmax(-1) - x.softmax(-1).detach())
 
     assert shares(lambda x: x.exp() / x.exp().sum(-1, keepdim=True)).status == "right"
-    for answer in (cut, half):
-        assert "the gradient of x has wrong values" in refusal(shares, answer)
+    assert "the gradient of x has wrong values" in refusal(shares, half)
+    assert refusal(shares, lambda x: x * 1).endswith("Your result equals the argument x.")
 
 
 def with_numpy(x, k):
@@ -188,9 +179,7 @@ WRONG = {
     "values": (lambda x, k: x * k + x**2, "the result has wrong values: expected "),
     "a factor": (lambda x, k: x * k * -1.5, "; yours is -1.5 times the expected everywhere"),
     "a constant": (lambda x, k: torch.ones(3, 5), "; every entry of yours is 1"),
-    "zero": (lambda x, k: 0 * x, "entries are off; every entry of yours is 0.\n"),
     "a cause": (lambda x, k: x + k, "Likely cause: it is added."),
-    "random numbers": (lambda x, k: torch.randn(x.shape), "the result has wrong values"),
     "the second case": (lambda x, k: x * 3.0, "Called with: x (4, 2) float64, k=-2.0"),
     "detached": (lambda x, k: (x * k).detach(), "no gradient reaches x (detach()"),
     "a wrong gradient": (
@@ -199,7 +188,6 @@ WRONG = {
     ),
     "numpy": (with_numpy, "it fails where gradients are wanted: RuntimeError: Can't call numpy()"),
     "too few parameters": (lambda x: x, "Expected scale(x, k)\n  Yours is scale(x)"),
-    "too many parameters": (lambda x, k, b: x, "Yours is scale(x, k, b)"),
     "turned parameters": (lambda k, x: x * k, "Yours is scale(k, x)"),
     "a result": (torch.ones(3), "hand over the function itself, not a tensor"),
 }
@@ -214,32 +202,18 @@ def test_wrong(name):
     assert ("Likely cause" in message) == (name == "a cause")
 
 
-@pytest.mark.parametrize(
-    "answer", [lambda a, factor: a * factor, torch.mul, lambda *a: a[0] * a[1]]
-)
-def test_other_names_of_parameters_are_no_mistake(answer):
-    assert scale(answer).status == "right"
-
-
 def test_the_notebooks_random_numbers_are_not_disturbed():
-    torch.manual_seed(1)
-    expected = torch.randn(3)
-    torch.manual_seed(1)
+    before = torch.get_rng_state()
     scale(lambda x, k: x * k + 0 * torch.randn(1).to(x.dtype))
-    assert torch.equal(torch.randn(3), expected)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_result_that_is_an_argument():
-    @check_for(cases=[Case(lambda: [torch.ones(2), torch.zeros(2)])])
-    def add_one(x, y):
-        """x + 1."""
-        return x + 1
-
-    assert refusal(add_one, lambda x, y: x * 1).endswith("Your result equals the argument x.")
-
-
-def test_causes_that_one_case_cannot_tell_apart():
-    causes = {"plus": lambda a, b: a + b, "twice": lambda a, b: 2 * a}
+def test_a_cause_is_named_that_every_case_bears_out():
+    causes = {
+        "plus": lambda a, b: a + b,
+        "twice": lambda a, b: 2 * a,
+        "plus one": lambda a, b: a * b + 1,
+    }
 
     @check_for(cases=[(4, 4), (3, 4)], causes=causes)
     def times(a, b):
@@ -251,14 +225,7 @@ def test_causes_that_one_case_cannot_tell_apart():
     # Both at the first case, neither at the second: it says no more than it knows.
     both = refusal(times, lambda a, b: 8 if a == b else 1)
     assert both.endswith("Likely cause: plus, or twice.")
-
-
-def test_a_cause_that_would_have_failed_before_is_not_named():
-    @check_for(cases=[(2, 2), (3, 4)], causes={"plus one": lambda a, b: a * b + 1})
-    def times(a, b):
-        """Products."""
-        return a * b
-
+    # A cause that would have failed before is not named.
     assert "Likely cause: plus one." in refusal(times, lambda a, b: a * b + 1)
     assert "Likely cause" not in refusal(times, lambda a, b: a * b + (a != b))
 
@@ -293,10 +260,6 @@ def test_a_crash_is_shown_with_the_learners_own_lines():
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def wordless(x, k):
-    raise ValueError
-
-
 def endless(x, k):
     return endless(x, k)
 
@@ -311,18 +274,12 @@ def of_torch(x, k):
     return torch.empty(2, device="meta").to("cpu")
 
 
-def without_forward(x, k):
-    return nn.Module()(x)
-
-
 @pytest.mark.parametrize(
     ("answer", "told", "lines"),
     [
-        (wordless, "ValueError.", 3),
         (endless, "RecursionError: maximum recursion", 6),
         (half, "NotImplementedError.", 3),
         (of_torch, "NotImplementedError: Cannot copy out of meta tensor", 3),
-        (without_forward, "NotImplementedError: Module [Module] is missing", 3),
     ],
 )
 def test_what_raises_is_a_crash_and_no_stub(answer, told, lines):
@@ -354,25 +311,21 @@ def divided(x, k, kind=ValueError, told="k is 0"):
     return x / k
 
 
+def refused_with(**settings):
+    return lambda x, k: divided(x, k, **settings)
+
+
+REFUSAL = "the refusal of a bad call"
 FORM = {
     "dtype": (lambda x, k: divided(x, k).float(), "the dtype", "the result has dtype float32, "),
     "half": (lambda x, k: divided(x, k).half(), "", "the result has dtype float16, expected"),
     "list": (lambda x, k: divided(x, k).tolist(), "the type", "the result is a list of 3, "),
     "array": (lambda x, k: divided(x, k).numpy(), "the type", "the result is a NumPy array, "),
-    "rows": (lambda x, k: list(divided(x, k)), "the type", "the result is a list of 3, expected"),
-    "in place": (
-        lambda x, k: x.copy_(divided(x, k)),
-        "unchanged arguments",
-        "the argument x was changed: leave it as it was.",
-    ),
-    "not refused": (lambda x, k: x / k, "the refusal of a bad call", "nothing was raised, where"),
-    "another error": (
-        lambda x, k: divided(x, k, KeyError),
-        "the refusal of a bad call",
-        "your function raised KeyError: 'k is 0', where ValueError was due.",
-    ),
+    "in place": (lambda x, k: x.copy_(divided(x, k)), "unchanged arguments", "the argument x was"),
+    "not refused": (lambda x, k: x / k, REFUSAL, "nothing was raised, where"),
+    "another error": (refused_with(kind=KeyError), REFUSAL, "your function raised KeyError: 'k is"),
     "nameless": (
-        lambda x, k: divided(x, k, told="no"),
+        refused_with(told="no"),
         "a name in the error's message",
         "the message does not name 'k': ValueError: no.",
     ),
@@ -380,8 +333,6 @@ FORM = {
     "a wrong number in place": (lambda x, k: x.add_(k == 3).div_(k or 1), "", "x was changed"),
     "a list of wrong numbers": (lambda x, k: (x * k).tolist(), "", "is a list of 3, expected"),
     "ragged": (lambda x, k: [[1.0], [1.0, 2.0]], "", "the result is a list of 2, expected"),
-    "another shape": (lambda x, k: [divided(x, k)], "", "the result is a list of 1, expected"),
-    "no end": (lambda x, k: x / 0 if k == 3 else (x / k).tolist(), "", "is a list of 3"),
 }
 
 
@@ -484,55 +435,36 @@ def answer(model, times):
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("first", "last", "told"),
     [
-        (variant(last="return model.weight"), "is a tensor, expected a module (Linear)"),
-        (variant(first="return model"), "the weight has wrong values"),
-        (variant(last="return nn.ReLU()"), "what it returned cannot be used: AttributeError"),
-        (variant(last="model.bias.requires_grad_(True); return model"), "what trains is True"),
+        ("", "return model.weight", "is a tensor, expected a module (Linear)"),
+        ("return model", "", "the weight has wrong values"),
+        ("", "return nn.ReLU()", "what it returned cannot be used: AttributeError"),
+        ("", "model.bias.requires_grad_(True); return model", "what trains is True"),
+        ("if times == 0: model.eval()", "", "model['what is in train mode'] differs: missing 'the"),
         (
-            variant(first="if times == 0: model.eval()"),
-            "model['what is in train mode'] differs: missing 'the model itself'",
+            "if times == 0: model.requires_grad_(False)",
+            "",
+            "the argument model was changed although",
         ),
-        (variant(first="model.weight.data += 1"), "the weight has wrong values"),
+        ("vars(model).pop('grown', 0)", "", "nothing was raised, where ValueError or RuntimeError"),
         (
-            variant(first="if times == 0: model.requires_grad_(False)"),
-            "the argument model was changed although the call was refused: leave it as it was.",
-        ),
-        (
-            variant(first="vars(model).pop('grown', 0)"),
-            "nothing was raised, where ValueError or RuntimeError was due.\n"
-            "  Called with: model: a module (Linear), times=2",
-        ),
-        (
-            variant(last="import copy; return copy.deepcopy(model)"),
-            "what is returned is not the argument model itself: change it in place.",
+            "",
+            "import copy; return copy.deepcopy(model)",
+            "is not the argument model itself: change",
         ),
     ],
 )
-def test_modules_refusals_and_earlier_calls(answer, told):
-    message = refusal(grow, answer)
+def test_modules_refusals_and_earlier_calls(first, last, told):
+    message = refusal(grow, variant(first, last))
     assert told in message
     assert "equals the argument" not in message
 
 
 def test_modules_pass():
-    grow(variant(first="if hasattr(model, 'grown'): raise RuntimeError"))
+    grow(variant("if hasattr(model, 'grown'): raise RuntimeError"))
     verdict = grow(variant())
     assert "agrees: 1; bad calls that are refused and change nothing: 2." in repr(verdict)
-
-
-def test_changes_deep_in_an_argument_are_seen():
-    @check_for(cases=[Case(lambda: [[{"a": torch.ones(2)}, 3]])])
-    def total(parts):
-        """A sum."""
-        return parts[0]["a"] + parts[1]
-
-    def deep(parts):
-        parts[0]["a"] += parts.pop()
-        return parts[0]["a"]
-
-    assert "the argument parts was changed" in refusal(total, deep)
 
 
 # ------------------------------------------------------------------ difference
@@ -540,87 +472,11 @@ def test_changes_deep_in_an_argument_are_seen():
 T = torch.tensor
 
 
-@pytest.mark.parametrize(
-    ("got", "expected", "told"),
-    [
-        (1.0 + 1e-7, 1.0, None),
-        (1, 1.0, None),
-        (1.1, 1.0, "the result is 1.1, expected 1"),
-        (float("nan"), 1.0, "the result is nan, expected 1"),
-        (float("nan"), float("nan"), None),
-        (5480.0, 5480, None),
-        (T(5480), 5480, None),
-        (T(5480.0), 5480, None),
-        (T(0.5), 0.5, None),
-        (5479.9999, 5480, "the result is 5,479.9999, expected 5,480"),
-        (T(2.5), 2, "the result is 2.5, expected 2"),
-        (float("nan"), 2, "the result is nan, expected 2"),
-        (T([2]), 2, "the result is a tensor, expected the int 2"),
-        (T(2, device="meta"), 2, "the result is a tensor, expected the int 2"),
-        (T([2], device="meta"), T([2]), "the result is on the meta device, where no tensor has"),
-        (T([2], device="meta"), T([3], device="meta"), None),
-        (T(True), True, None),
-        (T(1), True, "the result is the int 1, expected True"),
-        (T(True), 1, "the result is True, expected the int 1"),
-        (True, 1, "the result is True, expected the int 1"),
-        (1, True, "the result is the int 1, expected True"),
-        (False, True, "the result is False, expected True"),
-        (1_000_001, 1_000_000, "the result is 1,000,001, expected 1,000,000"),
-        ("a", "b", "the result is 'a', expected 'b'"),
-        ([1, 2], (1, 2), None),
-        ([T(1.0), 2.0], (1, 2), None),
-        ([1], (1, 2), "the result has 1 item, expected 2"),
-        ((None, 2), (1, 2), "the result[0] is None, expected the int 1"),
-        (None, (1, 2), "the result is None: is a return statement missing?"),
-        (3, T([3]), "the result is the int 3, expected a tensor"),
-        (T([[1]]), T([1]), "the result has shape (1, 1), expected (1,)"),
-        (T([1.0]), T([1.0]).double(), "the result has dtype float32, expected float64"),
-        (T([1.0]).double(), T([1.0]), "the result has dtype float64, expected float32"),
-        (T([1.0, float("nan")]), T([1.0, 2.0]), "the result holds nan in 1 of 2 entries"),
-        ([1, 3], [1, 2], "the result[1] is 3, expected 2"),
-        (["b", "a"], ["a", "b"], "the result differs: the same ones in another order"),
-        (["a", "c"], ["a", "b"], "the result differs: missing 'b', too many 'c'"),
-        (["a"], list("abcdef"), "the result differs: missing 'b', 'c', 'd' and 2 more"),
-        ({"k": 1}, {"k": 1}, None),
-        ({"k": 2}, {"k": 1}, "the result['k'] is 2, expected 1"),
-        ({"v": 1}, {"k": 1}, "the keys of the result differ: missing 'k', too many 'v'"),
-        (T([1, 2]), T([1, 2]), None),
-        (T([1, 3]), T([1, 2]), "the result has wrong values: expected [1, 2], got [1, 3]"),
-        (T([True]), T([True]), None),
-        (T(0.5), T(0.25), "the result has wrong values: expected 0.25, got 0.5"),
-        (T([1.0, float("-inf")]), T([1.0, float("-inf")]), None),
-        (T([1.0, 2.0]), T([1.0, float("inf")]), "the result has wrong values"),
-        (T([float("nan")]), T([float("nan")]), None),
-        (T([0.0, 1e-6]), T([0.0, 0.0]), None),
-        (T([1.0, 2.02]).bfloat16(), T([1.0, 2.0]).bfloat16(), None),
-        (torch.zeros(0, 3), torch.zeros(0, 3), None),
-        (nn.Linear(1, 1), nn.ReLU(), None),
-    ],
-)
-def test_difference(got, expected, told):
-    found = difference(got, expected)
-    assert found is None if told is None else found.startswith(told)
-
-
 class YesInt(int):
     def __eq__(self, other):
         return True
 
     __hash__ = int.__hash__
-
-
-class YesStr(str):
-    __eq__, __hash__ = YesInt.__eq__, str.__hash__
-
-
-class YesTensor(torch.Tensor):
-    """Of what a comparison is made of, it gives 0: no gap, and nothing astray."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        result = super().__torch_function__(func, types, args, kwargs)
-        asked = getattr(func, "__name__", "") in ("where", "isfinite", "__invert__", "bitwise_not")
-        return torch.zeros_like(result) if asked else result
 
 
 class OwnRules(torch.Tensor):
@@ -632,37 +488,41 @@ class OwnRules(torch.Tensor):
 @pytest.mark.parametrize(
     ("got", "expected", "told"),
     [
-        (YesInt(7), 8, "the result is a YesInt, expected the int 8"),
-        (YesInt(7), 8.0, "the result is a YesInt, expected the float 8"),
-        (YesStr("a"), "b", "the result is a YesStr, expected a string"),
-        ([YesStr("a")], ["b"], "the result[0] is a YesStr, expected a string"),
-        (T([1.0, 2.0]).as_subclass(YesTensor), T([1.0, 3.0]), "the result has wrong values"),
-        (T([1.0, 2.0]).as_subclass(OwnRules), T([0.0, 0.0]), "the result is a tensor with rules"),
-        (T(7).as_subclass(OwnRules), 8, "the result is a tensor with rules"),
-        (T(7).as_subclass(YesTensor), 8, "the result is 7, expected 8"),
-        (nn.Parameter(T([1.0, 3.0])), T([1.0, 3.0]), None),
+        (1.0 + 1e-7, 1.0, None),
+        (float("nan"), float("nan"), None),
+        (T(5480.0), 5480, None),
+        (5479.9999, 5480, "the result is 5,479.9999, expected 5,480"),
+        (T(2.5), 2, "the result is 2.5, expected 2"),
+        (T([2]), 2, "the result is a tensor, expected the int 2"),
+        (T([2], device="meta"), T([2]), "the result is on the meta device, where no tensor has"),
+        (T([2], device="meta"), T([3], device="meta"), None),
+        (T(1), True, "the result is the int 1, expected True"),
+        (True, 1, "the result is True, expected the int 1"),
+        ([T(1.0), 2.0], (1, 2), None),
+        ([1], (1, 2), "the result has 1 item, expected 2"),
+        ((None, 2), (1, 2), "the result[0] is None, expected the int 1"),
+        (T([[1]]), T([1]), "the result has shape (1, 1), expected (1,)"),
+        (T([1.0]), T([1.0]).double(), "the result has dtype float32, expected float64"),
+        (T([1.0, float("nan")]), T([1.0, 2.0]), "the result holds nan in 1 of 2 entries"),
+        (["b", "a"], ["a", "b"], "the result differs: the same ones in another order"),
+        (["a", "c"], ["a", "b"], "the result differs: missing 'b', too many 'c'"),
+        (["a"], list("abcdef"), "the result differs: missing 'b', 'c', 'd' and 2 more"),
+        ({"k": 2}, {"k": 1}, "the result['k'] is 2, expected 1"),
+        ({"v": 1}, {"k": 1}, "the keys of the result differ: missing 'k', too many 'v'"),
+        (T([1, 3]), T([1, 2]), "the result has wrong values: expected [1, 2], got [1, 3]"),
+        (T([1.0, float("-inf")]), T([1.0, float("-inf")]), None),
+        (T([0.0, 1e-6]), T([0.0, 0.0]), None),
+        (T([1.0, 2.02]).bfloat16(), T([1.0, 2.0]).bfloat16(), None),
         (np.float32(0.5), 0.5, None),
-        (np.int64(8), 8, None),
+        (nn.Parameter(T([1.0, 3.0])), T([1.0, 3.0]), None),
+        # What says of itself that it is right.
+        (YesInt(7), 8, "the result is a YesInt, expected the int 8"),
+        (T([1.0, 2.0]).as_subclass(OwnRules), T([0.0, 0.0]), "the result is a tensor with rules"),
     ],
 )
-def test_what_says_of_itself_that_it_is_right(got, expected, told):
-    test_difference(got, expected, told)
-
-
-def test_a_tensor_that_speaks_for_its_gradient():
-    class Knows(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            if func is torch.autograd.grad:
-                (x,) = args[1]
-                return [3 * torch.linspace(-1, 1.5, x.numel()).view_as(x)]
-            return super().__torch_function__(func, types, args, kwargs)
-
-    def answer(x, k):
-        return (x.detach() * k + 0 * x).as_subclass(Knows)
-
-    assert "the gradient of x has wrong values" in refusal(scale, answer)
-    assert scale(lambda x, k: (x * k).as_subclass(Knows)).status == "right"
+def test_difference(got, expected, told):
+    found = difference(got, expected)
+    assert found is None if told is None else found.startswith(told)
 
 
 def test_difference_names_the_parts():
@@ -675,14 +535,8 @@ def test_difference_names_the_parts():
     assert difference(1 + one, torch.ones(200, 500)) == (
         "the result has wrong values: expected 1 at [17, 3], got 1.001; 1 of 100000 entries are off"
     )
-    far = difference(torch.arange(12.0).view(3, 4), torch.arange(12.0).view(3, 4).clamp(max=9))
-    assert far.endswith("expected 9 at [2, 3], got 11; 2 of 12 entries are off")
-
-
-def test_the_verb_agrees_with_the_name():
-    singular = "the loss", "the bias", "absmax", "what trains", "the list of names", "labels[0]"
-    for name in (*singular, "labels", "the levels", "the shapes of the factors"):
-        verb = "has" if name in singular else "have"
+    for name, verb in (("the loss", "has"), ("absmax", "has"), ("labels[0]", "has"),
+                       ("labels", "have"), ("the shapes of the factors", "have")):  # fmt: skip
         assert difference([T([1])], [T([2])], (name,)).startswith(f"{name} {verb} wrong values")
 
 
@@ -726,49 +580,33 @@ def crash(x, k):
 """
 
 
-@pytest.fixture
-def shell(tmp_path, monkeypatch):
+def test_verdicts_and_refusals_in_ipython_show_no_line_of_ours(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     shell = InteractiveShell()
+
+    def shown(answer):
+        result = shell.run_cell(f"scale({answer})", store_history=True)
+        out, err = capsys.readouterr()
+        assert not err
+        return result, re.sub(r"\x1b\[[\d;]*m", "", out)
+
     for cell in (CELLS, CRASH):
         shell.run_cell(cell).raise_error()
-    yield shell
-    shell.history_manager.end_session()
-
-
-def shown(shell, capsys, cell):
-    result = shell.run_cell(cell, store_history=True)
-    out, err = capsys.readouterr()
-    assert not err
-    return result, re.sub(r"\x1b\[[\d;]*m", "", out)
-
-
-@pytest.mark.parametrize(
-    ("answer", "told", "color"),
-    [
+    for answer, told, color in (
         ("right", "✓ scale: right.", "success-color1"),
         ("todo", "○ scale: not attempted yet.", "border-color1"),
-    ],
-)
-def test_a_verdict_in_ipython(shell, capsys, answer, told, color):
-    result, out = shown(shell, capsys, f"scale({answer})")
-    assert f"{told}\n  " in out
-    data, _ = shell.display_formatter.format(result.result)
-    assert data["text/plain"] == repr(result.result)
-    assert f"<strong>{told}</strong>" in data["text/html"]
-    assert f"var(--jp-{color}, " in data["text/html"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "told"),
-    [("wrong", "Likely cause: it is added."), ("crash", "Line 3 in crash: return y @ y")],
-)
-def test_a_refusal_in_ipython_shows_no_line_of_ours(shell, capsys, answer, told):
-    result, out = shown(shell, capsys, f"scale({answer})")
-    assert isinstance(result.error_in_exec, WrongAnswer)
-    assert out.strip() == str(result.error_in_exec)
-    assert told in out
-
-
-def test_html_shows_text_as_text():
+    ):
+        result, out = shown(answer)
+        data, _ = shell.display_formatter.format(result.result)
+        assert f"{told}\n  " in out and data["text/plain"] == repr(result.result)
+        assert f"<strong>{told}</strong>" in data["text/html"]
+        assert f"var(--jp-{color}, " in data["text/html"]
+    for answer, told in (
+        ("wrong", "Likely cause: it is added."),
+        ("crash", "Line 3 in crash: return y @ y"),
+    ):
+        result, out = shown(answer)
+        assert isinstance(result.error_in_exec, WrongAnswer)
+        assert out.strip() == str(result.error_in_exec) and told in out
+    shell.history_manager.end_session()
     assert "a &lt; b &amp; c" in kit.Verdict("right", "f: right.", "a < b & c")._repr_html_()

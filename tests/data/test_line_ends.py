@@ -10,8 +10,8 @@ import pytest
 from peft_lessons.data.base_models import load_tokenizer
 from peft_lessons.data.bundled import bundled_files
 from peft_lessons.data.tasks import load_task
+from tools.environment import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CONVERT = ("-c", "core.autocrlf=true")  # what git for Windows proposes when it is installed
 
 

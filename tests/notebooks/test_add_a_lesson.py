@@ -26,7 +26,7 @@ LINES = {  # {file: (a line that is there, the line that comes below it)}
         "from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model",
         "from .methods.lora_xs import LoRAXS",
     ),
-    "tests/test_every_method.py": (
+    "tests/methods/test_every_method.py": (
         "METHODS = {  # {row: the method for a model of this name}",
         '    "lora-xs": lambda name: LoRAXS(4, 6.0, TARGETS[name]),',
     ),
@@ -47,7 +47,7 @@ def course(tmp_path_factory):
         text = (folder / name).read_text(encoding="utf-8")
         assert text.count(f"{there}\n") == 1, f"{name} has no line {there!r}"
         (folder / name).write_text(text.replace(there, f"{there}\n{new}"), encoding="utf-8")
-    rows = folder / "tests" / "test_every_method.py"
+    rows = folder / "tests" / "methods" / "test_every_method.py"
     rows.write_text(
         rows.read_text(encoding="utf-8").replace(
             "    LoRAPlus,\n", "    LoRAPlus,\n    LoRAXS,\n", 1
@@ -106,7 +106,7 @@ def test_the_example_s_check_knows_its_mistakes(lesson):
 def test_a_new_lesson_is_exported_executed_and_tested(course):
     run(course, "tools.notebooks", "export", "15")
     run(course, "tools.notebooks", "outputs", "15")
-    tests = [f"tests/test_{name}.py" for name in ("notebooks", "exercises", "every_method")]
+    tests = ["tests/notebooks", "tests/checks", "tests/methods"]
     chosen = "15_lora_xs or lora_xs or affordable_rank or lora-xs or has_a_row"
     said = run(course, "pytest", "-v", "-k", chosen, *tests)
     ran = (

@@ -79,6 +79,8 @@ from peft_lessons import methods
 assert methods.__name__ == "peft_lessons.methods" and methods.lora is lora
 
 import sys
+
+assert "pandas" not in sys.modules  # it takes a third of a second
 from matplotlib.axes import Axes
 from peft_lessons import load_model, load_task, plots
 from peft_lessons.data.base_models import load_tokenizer
@@ -116,7 +118,7 @@ def test_in_another_folder_all_is_there_and_quiet(tmp_path):
 
 def test_pytest_runs_without_its_cache_and_without_xdist():
     """As an instructor may call it in a read-only folder, or where xdist is not installed."""
-    one = "tests/test_environment.py::test_this_machine_is_local[None]"
+    one = "tests/course/test_environment.py::test_this_machine_is_local[None]"
     # A worker of xdist does less than a pytest of its own.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(

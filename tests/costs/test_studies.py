@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -41,11 +39,6 @@ def study(**ways):
     return Study(pd.concat([found.assign(way=way) for way, found in ways.items()]))
 
 
-def test_the_package_does_not_import_pandas():
-    code = "import sys, peft_lessons; assert 'pandas' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # ------------------------------------------------------------------ tables
 
 
@@ -59,20 +52,13 @@ def test_a_table_is_aligned_text_and_escaped_html():
     ]
     page = shown._repr_html_()
     assert "a &lt;b&gt;" in page and '<td style="text-align:right">74,498</td>' in page
-    assert "0.123" in repr(table(ROWS))
-
-
-@pytest.mark.parametrize(
-    "rows, formats, message",
-    [
+    for rows, formats, message in (
         ([], {}, "no rows"),
         ([{"a": 1}, {"b": 1}], {}, "the first has"),
         ([{"a": 1}], {"c": "{}"}, "names 'c'"),
-    ],
-)
-def test_a_table_that_makes_no_sense_is_refused(rows, formats, message):
-    with pytest.raises(ValueError, match=message):
-        table(rows, formats)
+    ):
+        with pytest.raises(ValueError, match=message):
+            table(rows, formats)
 
 
 # ------------------------------------------------------------------ reading
@@ -82,14 +68,12 @@ def test_a_table_that_makes_no_sense_is_refused(rows, formats, message):
 def results(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
-    return lambda name, text: (tmp_path / "results" / f"{name}.csv").write_text(
-        text, encoding="utf-8"
-    )
+    return tmp_path / "results"
 
 
 def test_runs_are_read_filtered_and_named(results):
     lines = "lora,,0.001,0,0.5,0.50\nlora,,0.003,1,nan,0.52\nfull,x,0.001,0,0.6,0.6\n"
-    results("runs", f"method,targets,lr,seed,validation,test\n{lines}")
+    (results / "runs.csv").write_text(f"method,targets,lr,seed,validation,test\n{lines}", "utf-8")
     first = load_results("runs", method="lora", targets="").iloc[0].to_dict()
     assert first == dict(
         task="sentiment", method="lora", targets="", lr=0.001, seed=0, validation=0.5, test=0.5
@@ -133,16 +117,9 @@ def test_the_learning_rate_is_chosen_by_validation_of_the_first_seed():
         best_lr(tried[1:2])
 
 
-def test_student_t_is_that_of_the_tables():
-    known = {1: 12.7062, 2: 4.3027, 4: 2.7764, 9: 2.2622, 30: 2.0423, 31: 2.0395, 10**4: 1.9602}
-    for degrees, t in known.items():
-        assert student_t(degrees) == pytest.approx(t, abs=1e-4)
-    for wrong in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="degrees"):
-            student_t(wrong)
-
-
 def test_a_difference_is_paired_by_seed():
+    known = {1: 12.7062, 2: 4.3027, 9: 2.2622, 30: 2.0423, 10**4: 1.9602}
+    assert {n: student_t(n) for n in known} == pytest.approx(known, abs=1e-4)
     a = runs((0, 0, 0, 0.84), (0, 1, 0, 0.86), (0, 2, 0, 0.85))
     b = runs((0, 2, 0, 0.80), (0, 0, 0, 0.80), (0, 1, 0, 0.80), (0, 7, 0, 0.1))
     found = paired_difference(a, b, scale=100)
@@ -151,9 +128,8 @@ def test_a_difference_is_paired_by_seed():
     assert found.n == 3 and found.is_clear and repr(found) == "+5.0 (+2.5 to +7.5, 3 seeds)"
     one = paired_difference(a[:1], b)
     assert not one.is_clear and one.high == math.inf and repr(one) == "+0.0 (1 seed)"
-    for value in (math.nan, math.inf):
-        diverged = paired_difference(a.replace({"test": {0.85: value}}), b)
-        assert not diverged.is_clear and diverged.n == 3 and not math.isfinite(diverged.mean)
+    diverged = paired_difference(a.replace({"test": {0.85: math.nan}}), b)
+    assert not diverged.is_clear and diverged.n == 3 and math.isnan(diverged.mean)
     for ours, theirs, message in ((a, b[3:], "no seed in common"), (MINE, b, "there twice")):
         with pytest.raises(ValueError, match=message):
             paired_difference(ours, theirs)
@@ -200,13 +176,11 @@ def test_every_rate_that_was_tried_is_shown_with_its_choice():
     assert re.findall(r"rate \S+", lines[0]) == ["rate 0.01", "rate 0.1", "rate 1"]
     assert lines[1].split()[1:] == ["60.0", "/", "90.0", "80.0", "/", "85.0"]
     assert lines[2].split()[1:] == ["80.0", "/", "85.0"]
-    assert lines[3] == "accuracy, %: validation split / test split"
 
 
 @pytest.mark.parametrize("task, count", [("sentiment", 4), ("austen", 3)])
 def test_ways_stand_among_the_references_of_their_task(task, count):
-    references = Study.references(task)
-    least, *others = references
+    least, *others = references = Study.references(task)
     assert len(others) == count - 1 and others[-1] == "full fine-tuning"
     scores = references.scores()
     assert all(s.n == 3 for name, s in scores.items() if not name.startswith("base"))
@@ -225,7 +199,7 @@ def test_a_note_below_costs_is_of_the_rows_shown(results):
         f"minilm,{whose},{method},1,2,0.5,4,0.1,0.2,2.1.0,one core,2026-01-0{day}"
         for whose, method, day in (("ours", "a", 2), ("PEFT", "a", 3), ("ours", "b", 1))
     ]
-    results("costs", "\n".join(lines))
+    (results / "costs.csv").write_text("\n".join(lines), "utf-8")
     both = repr(stored_costs("minilm", {"b": "B", "a": "A"})).splitlines()
     assert [line[0] for line in both[1:3]] == ["B", "A"]
     assert both[3] == "one core · torch 2.1.0 · 2026-01-01 to 2026-01-02"
@@ -240,21 +214,12 @@ def test_stored_costs_of_the_named_methods():
     assert "MiB" not in merged and merged.count(" ms") == 2
     with pytest.raises(ValueError, match="no row 'bitfit' for tinylm, ours; it has full"):
         stored_costs("tinylm", {"bitfit": "BitFit"})
-
-
-def test_ours_against_pefts():
     lines = repr(against_peft("minilm", {"lora": "LoRA", "ia3": "(IA)³"})).splitlines()
     assert lines[0].split("  ")[0] == "a step on minilm" and "PEFT's" in lines[0]
     ours, theirs = (float(n) for n in re.findall(r"(\d+) ms", lines[1]))
     assert float(lines[1].split()[-2]) == pytest.approx(ours / theirs, abs=0.02)
-    assert lines[3].startswith("a ratio below 1: ours is faster or smaller · x86_64 CPU, 1 thread")
-
-
-def test_a_cost_table_knows_its_units():
     text = repr(cost_table([{"": "a", "file": 1.0, "time of a step": 2.0, "own": 0.5}]))
     assert "1.00 MiB" in text and "2 ms" in text and "0.5" in text
-    with pytest.raises(ValueError, match="no rows"):
-        cost_table([])
 
 
 # ------------------------------------------------------------------ the catalogue
@@ -267,11 +232,7 @@ def test_every_setting_describes_a_method_for_the_base_of_a_task(task):
         assert catalogue.setting(name, task, **more)
     for name in ("lora", "dora", "norms", "ia3"):  # the names of the layers are the base's
         assert inject(load_model(catalogue.BASES[task]), catalogue.setting(name, task)).trainable
-
-
-def test_a_setting_is_changed_and_an_unknown_one_refused():
-    assert catalogue.setting("pfeiffer", "austen").width == 64
-    assert catalogue.setting("pfeiffer", "austen", width=4).width == 4
-    for name, task in (("lora, all", "austen"), ("lora", "french")):
+    assert catalogue.setting("pfeiffer", task, width=4).width == 4
+    for name, other in (("lora, all", task), ("lora", "french")):
         with pytest.raises(ValueError, match=r"must be one of .*'(lora|austen)'"):
-            catalogue.setting(name, task)
+            catalogue.setting(name, other)

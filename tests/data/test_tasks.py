@@ -4,7 +4,6 @@ import bz2
 import itertools
 import math
 import random
-import time
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from peft_lessons.data.tasks import (
     load_task,
     sentiment_label,
 )
-from peft_lessons.train.loop import evaluate, fit
+from peft_lessons.train.loop import evaluate
 
 SENTIMENT = [name for name in LOADERS if name.startswith("sentiment")]
 
@@ -46,10 +45,6 @@ def wordnet(tokenizer):
     return load_task("wordnet", tokenizer)
 
 
-def same(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-
-
 def ids_of(batches) -> list[tuple]:
     """Return the unpadded token ids of every example, with its label."""
     return [
@@ -67,88 +62,59 @@ def test_every_sentiment_task_loads(name, tokenizer):
     assert task.size("train") > task.size("test") > task.size("validation") > 100
     for split in task.splits:
         assert len(task.texts(split)) == len(task.labels(split)) == task.size(split)
-        assert set(task.labels(split).tolist()) == {0, 1}
+    words = {"boring": (0.0, 0.2), "wonderful": (0.8, 1.0)} if name == "sentiment" else {}
+    rows = list(zip(task.texts("train"), task.labels("train").tolist(), strict=True))
+    for word, (low, high) in words.items():  # the labels agree with the words
+        assert low <= np.mean([y for x, y in rows if word in x.lower().split()]) <= high
 
 
-def test_loads_quickly(tokenizer):
-    start = time.process_time()
-    load_task("sentiment", tokenizer)
-    assert time.process_time() - start < 5  # 2 s on an idle core; a busy one takes longer
+def test_sentiment_label():
+    labels = {1.1: 1, -1.1: 0, 4: 1, -4: 0, 1: None, -1: None, 0: None}
+    assert {rating: sentiment_label(rating) for rating in labels} == labels
 
 
-@pytest.mark.parametrize(
-    ("rating", "label"), [(1.1, 1), (-1.1, 0), (4, 1), (-4, 0), (1, None), (-1, None), (0, None)]
-)
-def test_sentiment_label(rating, label):
-    assert sentiment_label(rating) == label
-
-
-def test_labels_agree_with_the_words(task):
-    texts, labels = task.texts("train"), task.labels("train").tolist()
-
-    def share(word):
-        return np.mean([y for x, y in zip(texts, labels, strict=True) if word in x.lower().split()])
-
-    assert share("boring") < 0.2 and share("dull") < 0.2
-    assert share("wonderful") > 0.8 and share("beautifully") > 0.8
-
-
-def test_batches_in_stored_order(task, tokenizer):
+def test_batches_hold_the_texts_in_stored_order_padded_on_the_right(task, tokenizer):
     batches = list(task.batches("validation", size=100))
     assert [len(batch["labels"]) for batch in batches] == [100] * 9 + [4]
     assert torch.equal(torch.cat([batch["labels"] for batch in batches]), task.labels("validation"))
-    texts = task.texts("validation")
-    expected = tokenizer(texts, truncation=True, max_length=128)["input_ids"]
+    expected = tokenizer(task.texts("validation"), truncation=True, max_length=128)["input_ids"]
     assert [list(ids) for ids, _ in ids_of(batches)] == expected
-
-
-def test_padding(task):
-    batch = next(task.batches("train", size=32, seed=0))
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    assert list(batch) == ["input_ids", "attention_mask", "labels"]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
-    assert ids.shape == mask.shape and batch["labels"].shape == (32,)
+    ids, mask, labels = batches[0].values()
+    assert list(batches[0]) == ["input_ids", "attention_mask", "labels"]
+    assert {tensor.dtype for tensor in (ids, mask, labels)} == {torch.long}
     lengths = mask.sum(1)
-    assert lengths.max() == ids.shape[1] and lengths.min() < ids.shape[1]
+    assert lengths.max() == ids.shape[1] > lengths.min()
     assert torch.equal(mask, (torch.arange(ids.shape[1]) < lengths[:, None]).long())
-    assert (ids[mask == 0] == 0).all() and (ids[mask == 1] != 0).all()
-    assert (ids[:, 0] == 101).all() and (ids[range(32), lengths - 1] == 102).all()
+    assert (ids[mask == 0] == 0).all()
 
 
-def test_a_shuffle_is_a_permutation_decided_by_its_seed(task):
-    stored = ids_of(task.batches("validation", 64))
-    shuffled = ids_of(task.batches("validation", 64, seed=3))
-    assert shuffled != stored and sorted(shuffled) == sorted(stored)
-    assert shuffled == ids_of(task.batches("validation", 64, seed=3))
-    assert shuffled != ids_of(task.batches("validation", 64, seed=4))
-
-
-def test_global_random_state_is_untouched(task):
+def test_a_shuffle_is_a_permutation_decided_by_its_seed_alone(task):
     def states():
         return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
     before = states()
-    next(task.batches("train", 4, seed=1))
-    list(itertools.islice(task.stream(4, seed=1), 3))
+    stored = ids_of(task.batches("validation", 64))
+    shuffled = ids_of(task.batches("validation", 64, seed=3))
+    assert shuffled != stored and sorted(shuffled) == sorted(stored)
+    next(task.stream(4, seed=1))
     assert states() == before
     torch.manual_seed(99)
-    one = next(task.batches("train", 4, seed=1))
-    torch.manual_seed(100)
-    assert same(one, next(task.batches("train", 4, seed=1)))
+    assert shuffled == ids_of(task.batches("validation", 64, seed=3))
+    assert shuffled != ids_of(task.batches("validation", 64, seed=4))
 
 
 def test_stream_epochs_are_different_and_hold_no_example_twice(task):
     small = task.limit(train=50)  # 3 batches of 16 an epoch, 2 examples left out
-    batches = [ids_of([batch]) for batch in itertools.islice(small.stream(16, seed=7), 24)]
-    assert all(len(batch) == 16 for batch in batches)
     threes = zip(*[itertools.islice(small.stream(16, seed=7), 24)] * 3, strict=True)
     epochs = [ids_of(three) for three in threes]
     stored = set(ids_of(small.batches("train")))
-    assert all(len(set(epoch)) == 48 and set(epoch) <= stored for epoch in epochs)
+    assert all(len(epoch) == len(set(epoch)) == 48 and set(epoch) <= stored for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 8
     assert set().union(*map(set, epochs)) == stored
-    other = ids_of(itertools.islice(small.stream(16, seed=8), 3))
-    assert other != epochs[0]
+    assert ids_of(itertools.islice(small.stream(16, seed=8), 3)) != epochs[0]
+    few = task.limit(train=6)  # fewer than a batch
+    assert len(next(few.stream(16, seed=0))["labels"]) == 6
+    assert [len(batch["labels"]) for batch in few.batches("train", 16)] == [6]
 
 
 def test_stream_pads_little(task):
@@ -170,57 +136,45 @@ def test_batches_by_length_hold_every_example_once(task):
         task.batches("test", 64, seed=3, by_length=True)
 
 
-def test_a_batch_larger_than_the_data(task):
-    small = task.limit(train=6)
-    assert len(next(small.stream(16, seed=0))["labels"]) == 6
-    assert [len(batch["labels"]) for batch in small.batches("train", 16)] == [6]
-
-
 def test_limit_takes_the_first_of_each_class(task):
-    small = task.limit(train=101)
+    small = task.limit(train=101, test=20)
     texts, labels = task.texts("train"), task.labels("train").tolist()
-    first = {
-        label: [t for t, y in zip(texts, labels, strict=True) if y == label] for label in (0, 1)
-    }
-    assert small.size("train") == 101
     kept = list(zip(small.texts("train"), small.labels("train").tolist(), strict=True))
-    assert [t for t, y in kept if y == 0] == first[0][:51]
-    assert [t for t, y in kept if y == 1] == first[1][:50]
+    for label, n in ((0, 51), (1, 50)):
+        first = [t for t, y in zip(texts, labels, strict=True) if y == label][:n]
+        assert [t for t, y in kept if y == label] == first
     assert [t for t, _ in kept] == [t for t in texts if t in set(small.texts("train"))]
-    assert small.texts("test") == task.texts("test") and task.size("train") > 6_000
-    both = task.limit(train=10, test=20)
-    assert (both.size("train"), both.size("test")) == (10, 20)
+    assert (small.size("train"), small.size("test")) == (101, 20) and task.size("train") > 6_000
+    with pytest.raises(ValueError, match=r"train=99999 is too many.*at most 6370"):
+        task.limit(train=99999)
+    assert task.limit(train=6370).labels("train").sum() == 3185
 
 
-def test_encode(task):
+def test_texts_are_encoded_and_long_ones_cut(task, tokenizer):
     batch = task.encode(["Good.", "A longer text than that."])
     assert list(batch) == ["input_ids", "attention_mask"]
     assert batch["attention_mask"].sum(1).tolist() == [4, 8]
     assert batch["input_ids"][0].tolist() == [101, 2204, 1012, 102, 0, 0, 0, 0]
-
-
-def test_long_texts_are_cut(tokenizer):
-    task = load_task("sentiment-tweets", tokenizer, max_length=8)
-    assert max(b["input_ids"].shape[1] for b in task.batches("train", 64)) == 8
-    assert task.encode(["word " * 50])["input_ids"].shape == (1, 8)
+    short = load_task("sentiment-tweets", tokenizer, max_length=8)
+    assert max(b["input_ids"].shape[1] for b in short.batches("train", 64)) == 8
+    assert short.encode(["word " * 50])["input_ids"].shape == (1, 8)
+    for texts in ("one text", [1, 2]):
+        with pytest.raises(TypeError, match="texts must be a list of strings"):
+            task.encode(texts)
+    with pytest.raises(ValueError, match="texts is empty"):
+        task.encode([])
 
 
 def test_describe_tells_the_truth(task):
     lines = repr(task.describe()).splitlines()
-    cells = lines[1].split()
     words = np.mean([len(text.split()) for text in task.texts("train")])
     tokens = np.mean([int(b["attention_mask"].sum()) for b in task.batches("train", 1)])
     share = task.labels("train").float().mean().item()
     count = f"{task.size('train'):,}"
-    assert cells == ["train", count, f"{100 * share:.1f}", "%", f"{words:.1f}", f"{tokens:.1f}"]
-    assert len({len(line) for line in lines[:-1]}) == 1
+    cells = ["train", count, f"{100 * share:.1f}", "%", f"{words:.1f}", f"{tokens:.1f}"]
+    assert lines[1].split() == cells
     assert "ratings: MIT" in lines[-1] and "Hutto" in lines[-1] and len(lines[-1]) <= 100
     assert count in repr(task) and "negative / positive" in repr(task)
-
-
-def test_unknown_task():
-    with pytest.raises(ValueError, match=r"'sentimant'.*sentiment, sentiment-tweets"):
-        load_task("sentimant")
 
 
 def test_describe_of_many_classes(wordnet):
@@ -230,9 +184,7 @@ def test_describe_of_many_classes(wordnet):
         counts = np.bincount(wordnet.labels(split))
         name = wordnet.label_names[counts.argmax()]
         share = f"{100 * counts.max() / counts.sum():.1f}"
-        size = f"{wordnet.size(split):,}"
-        assert line.split()[:6] == [split, size, "26", name, share, "%"]
-    assert len({len(line) for line in lines[:-1]}) == 1
+        assert line.split()[:6] == [split, f"{wordnet.size(split):,}", "26", name, share, "%"]
     assert "WordNet" in lines[-1]
     assert "26 classes" in repr(wordnet) and "animal" not in repr(wordnet)
 
@@ -240,20 +192,12 @@ def test_describe_of_many_classes(wordnet):
 def test_wordnet(wordnet):
     names = wordnet.label_names
     assert len(names) == 26 and list(names) == sorted(names)
-    assert wordnet.splits == ("train", "validation", "test")
     for split in wordnet.splits:
         assert set(wordnet.labels(split).tolist()) == set(range(26))
-
-    def classes(word):
-        texts, labels = wordnet.texts("train"), wordnet.labels("train").tolist()
-        return [names[y] for x, y in zip(texts, labels, strict=True) if word in x.lower().split()]
-
+    texts, labels = wordnet.texts("train"), wordnet.labels("train").tolist()
     for word, name in (("shrub", "plant"), ("fish", "animal"), ("person", "person")):
-        found = classes(word)
+        found = [names[y] for x, y in zip(texts, labels, strict=True) if word in x.lower().split()]
         assert max(set(found), key=found.count) == name
-    batch = next(wordnet.batches("test", 8))
-    assert batch["labels"].shape == (8,)
-    assert torch.equal(batch["labels"], wordnet.labels("test")[:8])
 
 
 def test_limit_of_many_classes(wordnet):
@@ -301,19 +245,12 @@ def test_blocks_lose_no_character_that_a_tokenizer_skips():
     assert [len(tokens) for tokens in split.tokens] == [4, 4, 2, 4]
 
 
-def test_austen_has_no_headings(austen):
-    for split in austen.splits:
-        assert not any("# " in text or ", chapter " in text for text in austen.texts(split))
-
-
 def test_austen_batches(austen):
     small = austen.limit(test=17)  # the first chapter, whose last block is short
-    lengths = [int(b["attention_mask"].sum()) for b in small.batches("test", 1)]
-    assert min(lengths) < 128 == max(lengths)
     batch = next(small.batches("test", 17))
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     assert ids.shape == mask.shape == labels.shape == (17, 128)
-    assert mask.sum(1).tolist() == lengths
+    assert mask.sum(1).min() < 128 == mask.sum(1).max()
     assert torch.equal(labels, torch.where(mask == 1, ids, -100))
     # The padding is the very token that closes paragraphs, which stays a label in the text.
     assert (labels == load_tokenizer("tinylm").pad_token_id).any()
@@ -322,49 +259,23 @@ def test_austen_batches(austen):
     assert sizes == sorted(sizes)
 
 
-def test_austen_in_other_lengths(austen):
-    longer = load_task("austen", max_length=256)
-    for split in austen.splits:
-        tokens = [
-            sum(int(b["attention_mask"].sum()) for b in task.batches(split, 64))
-            for task in (austen, longer)
-        ]
-        assert abs(tokens[0] - tokens[1]) <= 2 * len(chapters_of(split))
-        assert longer.size(split) < 0.6 * austen.size(split)
-
-
-def by_hand(model, batches) -> tuple[float, int]:
-    """Return nats and tokens summed block by block, unpadded: −log p of each next token."""
-    nats, tokens = 0.0, 0
-    for batch in batches:
+def test_the_loss_is_that_of_the_next_token_without_padding(austen):
+    model, small = load_model("tinylm"), austen.limit(test=17)
+    nats, tokens = 0.0, 0  # block by block, unpadded: −log p of each next token
+    for batch in small.batches("test", 1):
         ids = batch["input_ids"][0]
         with torch.no_grad():
             log_p = model(ids[None]).logits[0].double().log_softmax(-1)
         nats -= sum(log_p[i, ids[i + 1]].item() for i in range(len(ids) - 1))
         tokens += len(ids) - 1
-    return nats, tokens
-
-
-def test_the_loss_is_that_of_the_next_token_without_padding(austen):
-    model, small = load_model("tinylm"), austen.limit(test=17)
-    nats, tokens = by_hand(model, small.batches("test", 1))
     (batch,) = small.batches("test", 17)
-    assert batch["attention_mask"].sum() < batch["attention_mask"].numel()
+    other = batch | {"input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 77)}
     with torch.no_grad():
-        assert model(**batch).loss.item() == pytest.approx(nats / tokens, abs=1e-4)
-        other = batch | {"input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 77)}
         assert model(**other).loss.item() == pytest.approx(nats / tokens, abs=1e-4)
-    for size in (1, 5, 64):
+    for size in (1, 5):
         scores = evaluate(model, small, "test", batch_size=size)
         assert scores.n == tokens and scores.accuracy is None
         assert scores.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
-
-
-def test_fit_learns_the_novels(austen):
-    model, small = load_model("tinylm"), austen.limit(train=200, test=17)
-    before = evaluate(model, small)
-    fit(model, small, steps=8, lr=1e-3, batch_size=8, show=False)
-    assert evaluate(model, small).loss < before.loss - 0.1
 
 
 def test_austen_describes_itself(austen):
@@ -384,7 +295,6 @@ def test_limit_of_blocks(austen):
     assert isinstance(small, LanguageTask)
     assert small.texts("train") == austen.texts("train")[:7]
     assert small.size("test") == 1 and small.size("validation") == austen.size("validation")
-    assert austen.size("train") > 5_000
     with pytest.raises(ValueError, match=r"test=99999 is too many; there are \d+ blocks"):
         austen.limit(test=99999)
     with pytest.raises(ValueError, match="test must be an integer of at least 1, got 0"):
@@ -402,28 +312,29 @@ def test_texts_of_your_own_for_a_language_model(austen):
 def test_refusals_of_language_tasks(austen, tokenizer):
     with pytest.raises(ValueError, match=r"'austen' has no classes.*batches\('test'\) gives them"):
         austen.labels("test")
-    with pytest.raises(ValueError, match="split 'dev' is unknown"):
-        austen.labels("dev")
     with pytest.raises(
         ValueError, match=r"'austen' needs the tokenizer of a language model.*tinylm"
     ):
         load_task("austen", tokenizer)
-    with pytest.raises(ValueError, match="max_length must be an integer of at least 2, got 1"):
-        load_task("austen", max_length=1)
-    with pytest.raises(ValueError, match="max_length must be at most the model's 512, got 513"):
-        load_task("austen", max_length=513)
     lone = Split(("a", "b c"), ((5,), (5, 6)))
     with pytest.raises(ValueError, match="split 'train' has a block of less than 2 tokens"):
         LanguageTask("mine", {"train": lone}, tokenizer, 16)
 
 
-@pytest.mark.parametrize("length", [2, 0, -1, 16.0, None, 513])
-def test_bad_max_length(length, tokenizer):
-    with pytest.raises(ValueError, match=f"max_length must be .*got {length}"):
-        load_task("sentiment", tokenizer, max_length=length)
+def test_bad_max_length():
+    for name, length, told in (
+        ("austen", 1, "be an integer of at least 2, got 1"),
+        ("austen", 513, "be at most the model's 512, got 513"),
+        ("sentiment", 2, ".*got 2"),
+        ("sentiment", 16.0, ".*got 16.0"),
+    ):
+        with pytest.raises(ValueError, match=f"max_length must {told}"):
+            load_task(name, max_length=length)
 
 
-def test_bad_tokenizer():
+def test_an_unknown_task_and_a_bad_tokenizer_are_refused():
+    with pytest.raises(ValueError, match=r"'sentimant'.*sentiment, sentiment-tweets"):
+        load_task("sentimant")
     with pytest.raises(TypeError, match=r"tokenizer must be a tokenizer, got 'minilm'"):
         load_task("sentiment", "minilm")
     bare = load_tokenizer("minilm")
@@ -439,42 +350,17 @@ def test_unknown_split(task):
             call("dev")
 
 
-@pytest.mark.parametrize("size", [0, -3, 2.5, True, None])
-def test_bad_size_is_refused_at_once(task, size):
+def test_bad_size_is_refused_at_once(task):
     # At the call, not at the first batch.
-    for call in (lambda: task.batches("train", size), lambda: task.stream(size, seed=0)):
-        with pytest.raises(ValueError, match=f"size must be an integer of at least 1, got {size}"):
+    for call in (lambda: task.batches("train", 0), lambda: task.stream(2.5, seed=0)):
+        with pytest.raises(
+            ValueError, match=r"size must be an integer of at least 1, got (0|2\.5)"
+        ):
             call()
 
 
-def test_bad_limit(task):
-    with pytest.raises(ValueError, match="train must be an integer of at least 2, got 1"):
-        task.limit(train=1)
-    with pytest.raises(ValueError, match=r"train=99999 is too many.*at most 6370"):
-        task.limit(train=99999)
-    assert task.limit(train=6370).labels("train").sum() == 3185
-
-
-def test_bad_texts(task):
-    for texts in ("one text", [1, 2]):
-        with pytest.raises(TypeError, match="texts must be a list of strings"):
-            task.encode(texts)
-    with pytest.raises(ValueError, match="texts is empty"):
-        task.encode([])
-
-
-@pytest.mark.parametrize("labels", [None, (0,), (0, 2), (-1, 0)])
-def test_missing_or_wrong_labels(tokenizer, labels):
-    split = Split(("a", "b"), ((101, 102), (101, 102)), labels)
-    with pytest.raises(ValueError, match=r"labels of split 'train' must give each of the 2 texts"):
-        Task("mine", {"train": split}, ("no", "yes"), tokenizer, 16)
-
-
-def test_missing_file(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
-    (tmp_path / "checksums.json").write_text(
-        '{"tasks/sentiment/movies.csv": {"bytes": 1, "sha256": "", "rebuild": "python x.py"}}',
-        encoding="utf-8",
-    )
-    with pytest.raises(FileNotFoundError, match=r"movies\.csv is missing.*python x\.py"):
-        load_task("sentiment", tokenizer)
+def test_missing_or_wrong_labels(tokenizer):
+    for labels in (None, (0,), (0, 2)):
+        split = Split(("a", "b"), ((101, 102), (101, 102)), labels)
+        with pytest.raises(ValueError, match=r"labels of split 'train' must give each of the 2"):
+            Task("mine", {"train": split}, ("no", "yes"), tokenizer, 16)

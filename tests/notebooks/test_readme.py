@@ -8,8 +8,8 @@ import pytest
 
 import course
 from tools import guide
+from tools.environment import ROOT
 
-ROOT = Path(__file__).parent.parent
 LESSONS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = {*course.OWN, *course.COMMANDS}

@@ -71,15 +71,11 @@ def test_full_fine_tuning_trains_everything_and_freeze_only_the_head():
     assert all(
         not torch.equal(p, before[n]) for n, p in model.named_parameters() if "key.bias" not in n
     )
-    head = tiny_bert()
-    freeze(head)
+    freeze(head := tiny_bert())
     before = state(head)
     train(head, 3)
-    after = state(head)
-    assert {n for n in before if not torch.equal(before[n], after[n])} == {
-        "classifier.weight",
-        "classifier.bias",
-    }
+    moved = {n for n, value in state(head).items() if not torch.equal(value, before[n])}
+    assert moved == {"classifier.weight", "classifier.bias"}
 
 
 def test_gradients_from_before_take_no_part():
@@ -90,30 +86,29 @@ def test_gradients_from_before_take_no_part():
     assert same(state(clean), state(tried))
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nan_stops_before_it_reaches_the_weights(poison):
+def test_nan_stops_before_it_reaches_the_weights():
     model = injected()
     train(model, 2)
     with torch.no_grad():
-        model.classifier.bias[0] = poison
+        model.classifier.bias[0] = torch.nan
     with refused(model, "step 1: loss nan.*smaller lr", TrainingDiverged):
         train(model, 5)
     assert not model.training and all(p.grad is None for p in model.parameters())
 
 
-class RootAtZero(nn.Module):
-    """A finite loss, 0, whose gradient is infinite."""
+class OwnLoss(nn.Module):
+    """Two numbers, and what a function makes of them."""
 
-    def __init__(self):
+    def __init__(self, output):
         super().__init__()
-        self.w = nn.Parameter(torch.zeros(2))
+        self.w, self.output = nn.Parameter(torch.zeros(2)), output
 
     def forward(self, input_ids, attention_mask, labels):
-        return SimpleNamespace(loss=self.w.sqrt().sum())
+        return self.output(self.w)
 
 
 def test_an_infinite_gradient_stops_before_it_reaches_the_weights():
-    model = RootAtZero()
+    model = OwnLoss(lambda w: SimpleNamespace(loss=w.sqrt().sum()))  # 0, with an infinite gradient
     with refused(model, "loss 0, gradient norm inf", TrainingDiverged):
         train(model, 2)
 
@@ -122,8 +117,6 @@ def test_an_infinite_gradient_stops_before_it_reaches_the_weights():
     "settings, message",
     [
         (dict(steps=0), "steps=0"),
-        (dict(steps=2.0), "steps=2.0"),
-        (dict(lr=0), "lr=0"),
         (dict(lr=float("nan")), "lr=nan"),
         (dict(batch_size=-1), "batch_size=-1"),
         (dict(warmup=5), "share of the steps"),
@@ -146,39 +139,18 @@ def test_training_while_merged_frozen_or_without_loss_is_refused():
     frozen.requires_grad_(False)
     with refused(frozen, "nothing in the model trains"):
         train(frozen)
-
-    class NoLoss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(128, 2)
-
-        def forward(self, input_ids, attention_mask, labels):
-            return {"logits": self.table(input_ids)}
-
     with pytest.raises(TypeError, match="returns no loss"):
-        train(NoLoss())
+        train(OwnLoss(lambda w: {"logits": w}))
 
 
-class Head(nn.Module):
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, **batch):
-        return self.lm(**batch)
-
-
-@pytest.mark.parametrize(
-    ("around", "path"),
-    [(Head, "lm"), (lambda model: torch.compile(model, backend="eager"), "_orig_mod")],
-    ids=["a module", "torch.compile"],
-)
-def test_a_model_around_the_one_that_holds_the_method_is_refused(around, path):
+def test_a_model_around_the_one_that_holds_the_method_is_refused():
     """The method's penalty and its steps would be left out without a word."""
     model = injected()
-    outer = around(model)
-    with refused(model, rf"the method is in model\.{path}, .*fit\(model\.{path}"):
+    outer = nn.ModuleDict({"lm": model})
+    with refused(model, r"the method is in model\.lm, .*fit\(model\.lm"):
         train(outer, 3)
+    with refused(model, r"the method is in model\._orig_mod, .*fit\(model\._orig_mod"):
+        train(torch.compile(model, backend="eager"), 3)
     train(model, 3)
 
 
