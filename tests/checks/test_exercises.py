@@ -271,11 +271,16 @@ def test_a_fault_that_any_answer_may_have_is_told(lesson, name):
     refusal(one, constant)
 
 
-@pytest.mark.parametrize(("lesson", "name"), EXERCISES)
+def gives_numbers(one):
+    """Whether a result is made of numbers whose dtype is not the point."""
+    return not (isinstance(one, Tried) or one.changes or one.form == "same")
+
+
+@pytest.mark.parametrize(
+    ("lesson", "name"), [(lesson, n) for lesson, n in EXERCISES if gives_numbers(CHECKS[lesson][n])]
+)
 def test_equal_numbers_of_another_type_are_right(lesson, name):
     one, solution = CHECKS[lesson][name], SOLUTIONS[lesson][name]
-    if isinstance(one, Tried) or one.changes or one.form == "same":
-        pytest.skip("its result is no number, or the dtype of its numbers is the point")
     assert one(lambda *args: same_numbers(solution(*args))).status == "right"
 
 

@@ -73,7 +73,9 @@ def results(tmp_path, monkeypatch):
 
 def test_runs_are_read_filtered_and_named(results):
     lines = "lora,,0.001,0,0.5,0.50\nlora,,0.003,1,nan,0.52\nfull,x,0.001,0,0.6,0.6\n"
-    (results / "runs.csv").write_text(f"method,targets,lr,seed,validation,test\n{lines}", "utf-8")
+    (results / "runs.csv").write_text(
+        f"method,targets,lr,seed,validation,test\n{lines}", encoding="utf-8"
+    )
     first = load_results("runs", method="lora", targets="").iloc[0].to_dict()
     assert first == dict(
         task="sentiment", method="lora", targets="", lr=0.001, seed=0, validation=0.5, test=0.5
@@ -199,7 +201,7 @@ def test_a_note_below_costs_is_of_the_rows_shown(results):
         f"minilm,{whose},{method},1,2,0.5,4,0.1,0.2,2.1.0,one core,2026-01-0{day}"
         for whose, method, day in (("ours", "a", 2), ("PEFT", "a", 3), ("ours", "b", 1))
     ]
-    (results / "costs.csv").write_text("\n".join(lines), "utf-8")
+    (results / "costs.csv").write_text("\n".join(lines), encoding="utf-8")
     both = repr(stored_costs("minilm", {"b": "B", "a": "A"})).splitlines()
     assert [line[0] for line in both[1:3]] == ["B", "A"]
     assert both[3] == "one core · torch 2.1.0 · 2026-01-01 to 2026-01-02"
