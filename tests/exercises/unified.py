@@ -115,156 +115,157 @@ FORWARD = "return h + self.scale * (x @ self.A.T @ self.B.T)"
 DELTA = "site.module.scale * (site.x @ site.module.A.T @ site.module.B.T)"
 MADE = "self.Layer(layer, self.rank, self.scale)"
 
-# What is told, and the edits of SOURCE that it is told of.
+# A name, what is told, and the edits of SOURCE that it is told of.
 EDITS = f"""
-the class is no dataclass
+no dataclass: the class is no dataclass
     @dataclass(frozen=True) → ∅
-write @dataclass(frozen=True)
+not frozen: write @dataclass(frozen=True)
     (frozen=True) → ∅
-its files name 'rank', which is no field
+no type: its files name 'rank', which is no field
     rank: int = 4 → rank = 4
-'rank' has no default
+no default: 'rank' has no default
     rank: int = 4 → rank: int
-super().__post_init__() first
+no super: super().__post_init__() first
     super().__post_init__() → pass
-no files of its own
+no files: no files of its own
     files = → kept =
-must be a name, not
+number as type: must be a name, not
     "MY_METHOD" → 7
-'LORA' is that of LoRA already
+loras type: 'LORA' is that of LoRA already
     "MY_METHOD" → "LORA"
-It inherits those of 'LORA'
+loras type inherited: It inherits those of 'LORA'
     (Method): → (LoRA):
     files = → kept =
 
-it has no wrap
+no wrap: it has no wrap
     def wrap → def wraps
-'query' matches no module
+names of a llama: 'query' matches no module
     ("query", "value") → "query"
-rank=400 is above
+too wide: rank=400 is above
     rank: int = 4 → ranks = ("rank",); rank: int = 400
-wrap returns a module (Layer), and
+no adapted: wrap returns a module (Layer), and
     (AdapterLayer): → (nn.Module):
     super().__init__(linear) → super().__init__(); self.base = linear
     if self.merged: → if False:
-wrap returns a module (Linear)
+layer returned: wrap returns a module (Linear)
     {MADE} → layer
-Call super().__init__(linear) first
+no super in layer: Call super().__init__(linear) first
     super().__init__(linear) → ∅
-when it was put into a small BERT it raised TypeError
+missing argument: when it was put into a small BERT it raised TypeError
     {MADE} → self.Layer(layer, self.rank)
-'B' is a plain tensor
+plain tensor: 'B' is a plain tensor
     self.B = nn.Parameter( → self.B = (
-nothing of it trains
+only plain floats: nothing of it trains
     self.A = nn.Parameter( → self.register_buffer("A",
     self.B = nn.Parameter( → self.register_buffer("B",
-the base trains: 'W' of your layer is the base's own
+second name: the base trains: 'W' of your layer is the base's own
     self.scale = scale → self.scale, self.W = scale, linear.weight
-is changed in place: right after inject
+changed at once: is changed in place: right after inject
     self.scale = scale → self.scale = scale; linear.weight.data *= 0.9
-is changed in place: once forward has run
+changed in forward: is changed in place: once forward has run
     {FORWARD} → self.base.weight.data += self.scale * self.B @ self.A; return self.base(x)
-forward changes its input in place
+input changed: forward changes its input in place
     {FORWARD} → return h + x.mul_(self.scale) @ self.A.T @ self.B.T
-the logits hold nan
+not filled: the logits hold nan
     torch.zeros(linear.out_features, rank) → torch.zeros(linear.out_features, rank) / 0
-it changes nothing
+not used: it changes nothing
     {FORWARD} → return h
 
-it has no design
+no design: it has no design
     design = → kept =
-That of its parent is not its own
+parents design: That of its parent is not its own
     design = → kept =
     (Method): → (LoRA):
-its design is a string, expected a Design
+words for a design: its design is a string, expected a Design
     design = → design = "h + s · x Aᵀ Bᵀ"; kept =
-does not say its form
+no words: does not say its form
     form="x Aᵀ Bᵀ" → form=""
-It is 0.666667 times what running gives, everywhere: is the scale missing
+without the scale: It is 0.666667 times what running gives, everywhere: is the scale missing
     {DELTA} → (site.x @ site.module.A.T @ site.module.B.T)
-right with scale=1.0, but with scale=1.5 it is off
+without a scale of one: right with scale=1.0, but with scale=1.5 it is off
     scale: float = 1.5 → scale: float = 1.0
     {DELTA} → (site.x @ site.module.A.T @ site.module.B.T)
-right with scale=1.5, but with scale=2.25
+a fixed scale: right with scale=1.5, but with scale=2.25
     {DELTA} → 1.5 * (site.x @ site.module.A.T @ site.module.B.T)
-It is right with x and h exchanged
+reads h: It is right with x and h exchanged
     site.x → site.h
-It gives the new state h + Δh
+the new state: It gives the new state h + Δh
     {DELTA} → site.h + {DELTA}
-Its sign is turned
+turned sign: Its sign is turned
     {DELTA} → -{DELTA}
-off by the same vector for every token
+with a bias: off by the same vector for every token
     {DELTA} → {DELTA} + site.module.bias
-The largest entry is
+another formula: The largest entry is
     {DELTA} → ({DELTA}).relu()
-delta gives the float
+a number: delta gives the float
     {DELTA} → ({DELTA}).norm().item()
-delta gives a tensor of shape (16, 8, 4)
+a low state: delta gives a tensor of shape (16, 8, 4)
     {DELTA} → site.x @ site.module.A.T
-when its design was compared with running it raised AttributeError
+a misnamed tensor: when its design was compared with running it raised AttributeError
     site.module.A → site.module.lora_A
-its design sees no place
+nothing observed: its design sees no place
     {DELTA} → {DELTA}, sites=lambda model, batch: []
-the example of its design is a LoRA, not one of it
+another methods example: the example of its design is a LoRA, not one of it
     {DELTA} → {DELTA}, example=LoRA()
 
-'A' and 'B' start at zero and are multiplied with each other
+two zeros: 'A' and 'B' start at zero and are multiplied with each other
     torch.randn(rank, linear.in_features) → torch.zeros(rank, linear.in_features)
-no gradient reaches 'A'
+cut off: no gradient reaches 'A'
     x @ self.A.T → x @ self.A.data.T
-no gradient reaches 'C'
+left over: no gradient reaches 'C'
     self.scale = scale → self.scale, self.C = scale, nn.Parameter(torch.ones(rank))
-fit diverges
+far too fast: fit diverges
     learning_rate = 3e-3 → learning_rate = 1e30
-small: nothing moves
+far too slow: small: nothing moves
     learning_rate = 3e-3 → learning_rate = 1e-30
-large: the loss rises
+uphill: large: the loss rises
     {FORWARD} → d = self.scale * (x @ self.A.T @ self.B.T); return h + 2 * d.detach() - d
-'depth' has no effect: with depth=3
+field without effect: 'depth' has no effect: with depth=3
     scale: float = 1.5 → scale: float = 1.5; depth: int = 2
     "rank": → "depth": ("depth", 2), "rank":
 
-'rank' is missing in the fields
+rank forgotten: 'rank' is missing in the fields
     "rank": ("r", 4), → ∅
-two fields have one name in the file, 'r'
+one name for two fields: two fields have one name in the file, 'r'
     ("s", 1.5) → ("r", 1.5)
-'B' is missing in `tensors`
+tensor forgotten: 'B' is missing in `tensors`
     , "B": "B" → ∅
-(which names 'b'; there is none)
+tensor misnamed: (which names 'b'; there is none)
     "B": "B" → "b": "B"
-two of `tensors` have one name in the file, 'A'
+one name for two: two of `tensors` have one name in the file, 'A'
     "B": "B" → "B": "A"
-'A' is missing in `tensors`, so
+buffer forgotten: 'A' is missing in `tensors`, so
     self.A = nn.Parameter( → self.register_buffer("A",
     "A": "A", → ∅
-saved and loaded it does not compute the same
+buffer that no file holds: saved and loaded it does not compute the same
     self.A = nn.Parameter( → self.register_buffer("A", persistent=False, tensor=
     "A": "A", → ∅
-save_adapter raised TypeError: Object of type dtype
+a dtype in the file: save_adapter raised TypeError: Object of type dtype
     scale: float = 1.5 → scale: float = 1.5; dtype: object = torch.float32
     "rank": → "dtype": ("dtype", None), "rank":
 
-then counts twice
+merged ignored: then counts twice
     if self.merged: → if False:
-the weights do not compute what forward did
+merged without scale: the weights do not compute what forward did
     weight + self.scale * self.B @ self.A → weight + self.B @ self.A
-it merges and cannot be taken out again
+never unmerged: it merges and cannot be taken out again
     def unmerged_tensors → def taken_out
-merged and unmerged, the base is not what it was
+unmerged the wrong way: merged and unmerged, the base is not what it was
     weight - self.scale → weight + 0 * self.scale
 """
 
 
-def changed(told, edits):
+def changed(name, edits):
     def make():
         return defined(*edits)
 
-    make.__name__ = told
+    make.__name__ = name
     return Recipe(make)
 
 
-for told, edits in read(EDITS):
-    wrong("MyMethod", told)(changed(told, edits))
+for sentence, edits in read(EDITS):
+    name, _, told = sentence.partition(": ")
+    wrong("MyMethod", told)(changed(name, edits))
 
 
 @wrong("MyMethod", "by the example of its design, the formula is not what running gives")
