@@ -273,27 +273,12 @@ def _trains_what_it_should(adapted: nn.Module, family: str) -> None:
 
 @partial(
     _Tried,
-    cases=[Case(lambda: ["lora", _model("llama")])],
+    cases=[("lora", None)],
     trials=dict.fromkeys([_fits("bert"), _fits("llama")], "your function"),
     hints={},
 )
 def config_for(method, model):
     """Each config makes of each model what the method is, and nothing else."""
-    from peft import get_peft_config
-
-    settings = {"peft_type": _TYPES[method]}
-    settings["task_type"] = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
-    inside = _layers(model)
-    if method in _PROMPTS:
-        settings["num_virtual_tokens"] = 4
-    elif method == "ia3":
-        settings["target_modules"] = [path for path in inside if _is_scaled(path)]
-        settings["feedforward_modules"] = [path for path in inside if _is_second(path)]
-    else:
-        settings["target_modules"] = inside
-        settings |= {"total_step": _STEPS} if method == "adalora" else {}
-        settings |= {"use_dora": True} if method == "dora" else {}
-    return get_peft_config(settings)
 
 
 # ------------------------------------------------------------------ mixed_batch
@@ -601,7 +586,7 @@ def _wrote_it_back(model: nn.Module, folder: Path, batch: dict[str, torch.Tensor
 
 @partial(
     _Tried,
-    cases=[Case(lambda: [_base(), "adapter", []])],
+    cases=[(None, "adapter", [])],
     trials=dict.fromkeys([_goes_on_from_the_file, _trains_both], "your function"),
     hints={
         "empty parameter list": f"Nothing trains: {_IS_TRAINABLE}.",
@@ -610,16 +595,3 @@ def _wrote_it_back(model: nn.Module, folder: Path, batch: dict[str, torch.Tensor
 )
 def resume(base, path, data, lr=1e-2):
     """Training goes on from the file, with adapter and head, and the file holds both afterwards."""
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-
-    config = PeftConfig.from_pretrained(path)
-    config.inference_mode = False
-    model = get_peft_model(base, config).train()
-    set_peft_model_state_dict(model, load_file(f"{path}/{_FILE}"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for batch in data:
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    model.save_pretrained(path)
-    return model
