@@ -160,15 +160,6 @@ def _factors(result):
     return {"B @ A": B @ A, "A @ A.T": A @ A.T, "B.T @ B": B.T @ B}
 
 
-def _with_residual(result):
-    A, B, residual = result
-    return _factors(result) | {"B @ A + the residual": B @ A + residual}
-
-
-def _with_quantised(result):
-    return _factors(result) | {"the quantised weight": result[2]}
-
-
 @check_for(
     cases=[
         Case(lambda: [_weight(12, 12), 3], note="a square weight"),
@@ -177,7 +168,7 @@ def _with_quantised(result):
         Case(lambda: [_weight(16, 9), 1], note="rank 1"),
     ],
     returns=("A", "B", "the residual"),
-    view=_with_residual,
+    view=lambda r: _factors(r) | {"B @ A + the residual": r[1] @ r[0] + r[2]},
     staged=True,
     causes=mistakes(
         """
@@ -241,7 +232,7 @@ def _nf4(weight):
         Case(lambda: [_weight(10, 8), 1, torch.sign, 3], note="one bit: the sign alone"),
     ],
     returns=("A", "B", "the quantised weight"),
-    view=_with_quantised,
+    view=lambda r: _factors(r) | {"the quantised weight": r[2]},
     staged=True,
     tolerance=1e-4,
     causes=mistakes(
