@@ -217,6 +217,8 @@ def _foldable(d, in_, m, dtype=torch.float32):
         the residual is missing: the layer's own output goes on beside the adapter's
             weight + → ∅
             bias + w_up → w_up
+        the residual is missing in the bias: b goes on beside the adapter too
+            bias + w_up → w_up
         the adapter reads the layer's input x, not its output: multiply by the weight
             w_up @ w_down @ weight → w_up @ w_down
         the products are in the wrong order: the layer comes first, so its weight stands on
@@ -254,17 +256,9 @@ def fold_linear_adapter(w_down, b_down, w_up, b_up, weight, bias):
 
 def _block(d, d_ff, frozen=False):
     """A block of BERT without dropout, its norms and biases not those of a fresh one."""
-    config = BertConfig(
-        vocab_size=4,
-        hidden_size=d,
-        intermediate_size=d_ff,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=4,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        attn_implementation="eager",
-    )
+    sizes = dict(vocab_size=4, hidden_size=d, intermediate_size=d_ff, max_position_embeddings=4)
+    sizes |= dict(num_hidden_layers=1, num_attention_heads=4, hidden_dropout_prob=0.0)
+    config = BertConfig(**sizes, attention_probs_dropout_prob=0.0, attn_implementation="eager")
     block = BertModel(config, add_pooling_layer=False).encoder.layer[0].eval()
     with torch.no_grad():
         for p in block.parameters():

@@ -394,6 +394,8 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
             / weight.norm() → / base.norm()
         the error is measured from the base: it is that of the merged weight
             (again - weight) → (again - base)
+        the error is relative to the norm of the update: W is the merged weight
+            / weight.norm() → / (weight - base).norm()
         this is the size of the update, not the error of re-quantising
             (again - weight) → (weight - base)
         """,

@@ -198,6 +198,8 @@ def _alphas(shape, *settings):
             log_alpha - shift → log_alpha + shift
         the temperature is missing: it multiplies the shift
             temperature * → ∅
+        the shift is divided by the temperature: multiply
+            temperature * → 1 / temperature *
         all is divided by the temperature: solve (log α + noise) / β > log(−low / high)
             log_alpha - shift → (log_alpha - shift) / temperature
         these are the closed gates: 1 − σ is the chance of z = 0
