@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..methods.lora import LinearWithLoRA
-from .kit import Case, Forbid, check_for
+from .kit import Case, Forbid, check_for, refused
 from .mistakes import mistakes, scaling_mistakes
 
 
@@ -258,42 +258,31 @@ def sum_adapters(adapters):
 # ------------------------------------------------------------------ apply_lora
 
 
-class _Block(nn.Module):
-    def __init__(self, d):
-        super().__init__()
-        self.norm = nn.LayerNorm(d)
-        self.q_proj = nn.Linear(d, 10)
-        # Ends with "q_proj", as "upper" below contains "up": neither is a whole segment.
-        self.seq_proj = nn.Linear(10, d)
-        self.mlp = nn.ModuleDict({"up": nn.Linear(d, 20), "upper": nn.Linear(20, d)})
-
-    def forward(self, x):
-        x = x + self.seq_proj(self.q_proj(self.norm(x)).tanh())
-        return x + self.mlp.upper(self.mlp.up(x).relu())
-
-
 class _Decoder(nn.Module):
+    """Two blocks. seq_proj ends with q_proj, and upper has up in it: neither is a whole segment."""
+
     def __init__(self, d=12):
         super().__init__()
-        self.embed = nn.Embedding(11, d)
-        self.layers = nn.ModuleList([_Block(d), _Block(d)])
-        self.head = nn.Linear(d, 5)
+        self.embed, self.head = nn.Embedding(11, d), nn.Linear(d, 5)
+        self.layers = nn.ModuleList()
+        for _ in range(2):
+            mlp = nn.ModuleDict({"up": nn.Linear(d, 20), "upper": nn.Linear(20, d)})
+            block = {"q_proj": nn.Linear(d, 10), "seq_proj": nn.Linear(10, d), "mlp": mlp}
+            self.layers.append(nn.ModuleDict(block))
 
     def forward(self, ids):
         x = self.embed(ids)
         for layer in self.layers:
-            x = layer(x)
+            x = x + layer.seq_proj(layer.q_proj(x).tanh())
+            x = x + layer.mlp.upper(layer.mlp.up(x).relu())
         return self.head(x)
-
-
-def _is_wrapped(module):
-    # By what it has, not by its class: the lesson's own class serves as well.
-    return hasattr(getattr(module, "lora", None), "lora_A")
 
 
 def _injected(model):
     """What injection decided, then what the model computes with trained factors in place."""
-    wrapped = {name: module for name, module in model.named_modules() if _is_wrapped(module)}
+    # By what it has, not by its class: the lesson's own class serves as well.
+    branched = {name: m for name, m in model.named_modules() if hasattr(m, "lora")}
+    wrapped = {name: m for name, m in branched.items() if hasattr(m.lora, "lora_A")}
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
     ids = torch.arange(11).reshape(1, 11)
     with torch.no_grad():
@@ -339,10 +328,6 @@ def _decoder_case(*settings, training=True, **more):
     return Case(lambda: [_Decoder().train(training), *settings], **more)
 
 
-def _refused(targets, mentions, note):
-    return _decoder_case(4, 10, targets, raises=(ValueError,), mentions=mentions, note=note)
-
-
 def _second_call(targets, note):
     def earlier(apply, model, rank, alpha, targets):
         return [apply(model, 4, 10, ["q_proj"]), rank, alpha, targets]
@@ -362,9 +347,8 @@ _MATCHES = "targets are found anywhere in a name, and must be whole segments at 
         _decoder_case(2, 3.0, ("up", "head"), note="mlp.upper is another layer"),
         _decoder_case(3, 6, ["mlp.up", "layers.1.q_proj"], note="targets of several segments"),
         _decoder_case(4, 10, ["q_proj"], training=False, note="a model in eval mode"),
-        _refused(["q_porj"], "q_porj", "a target that matches nothing"),
-        _refused(["q_proj", "v_proj"], "v_proj", "the second target matches nothing"),
-        _refused(["q_proj", "embed"], "embed", "embed is no nn.Linear, so it matches nothing"),
+        refused(lambda: [_Decoder(), 4, 10, ["q_porj"]], "q_porj", "a target that matches nothing"),
+        refused(lambda: [_Decoder(), 4, 10, ["q_proj", "embed"]], "embed", "embed is no nn.Linear"),
         _second_call(["q_proj"], "a second call: the model has LoRA branches already"),
         _second_call(["up"], "a second call for other layers of a model with LoRA branches"),
     ],
