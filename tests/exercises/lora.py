@@ -45,14 +45,6 @@ def full_svd(A, B, rank):
     return last[:rank] @ Vh[: len(S)], middle[:, :rank] * values[:rank]
 
 
-@wrong("compress_lora", "(256, 256) is formed on the way")
-def complete_qr(A, B, rank):
-    Q, R = torch.linalg.qr(B, mode="complete")
-    r = len(A)
-    U, S, Vh = torch.linalg.svd(R[:r] @ A, full_matrices=False)
-    return S[:rank, None] * Vh[:rank], Q[:, :r] @ U[:, :rank]
-
-
 @right("compress_lora")
 def two_svds(A, B, rank):
     Ub, Sb, Vb = torch.linalg.svd(B, full_matrices=False)
@@ -73,13 +65,6 @@ def merged_table(ids, weight, A, B, alpha):
 def one_hot(ids, weight, A, B, alpha):
     hot = F.one_hot(ids, weight.shape[0]).to(A.dtype)
     return weight[ids] + alpha / A.shape[0] * hot @ A.T @ B.T
-
-
-@wrong("embedding_lora", "(5, 23) is formed on the way")
-def one_hot_by_row(ids, weight, A, B, alpha):
-    if ids.ndim > 1:
-        return torch.stack([one_hot_by_row(row, weight, A, B, alpha) for row in ids])
-    return one_hot(ids, weight, A, B, alpha)
 
 
 @right("embedding_lora")
@@ -129,7 +114,7 @@ def silent(model, rank, alpha, targets):
     return inject(model, rank, alpha, lambda n: at_end(n, targets))
 
 
-@wrong("apply_lora", "embed is no nn.Linear, so it matches nothing")
+@wrong("apply_lora", "(embed is no nn.Linear)")
 def any_module_matches(model, rank, alpha, targets):
     for target in targets:
         if not any(at_end(n, [target]) for n, _ in model.named_modules()):

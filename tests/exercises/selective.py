@@ -185,10 +185,7 @@ def by_recursion(model, names):
             visit(child, module.training)
 
     visit(model, True)
-    groups = {"vectors": [], "matrices": []}
-    for p in trained(model):
-        groups["vectors" if p.ndim == 1 else "matrices"].append(p)
-    return adamw([{"params": group} for group in groups.values() if group])
+    return adamw([{"params": [p]} for p in trained(model)])
 
 
 @right("make_optimizer")
