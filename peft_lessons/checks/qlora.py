@@ -202,20 +202,6 @@ def _case(shape, levels, block, note=""):
     return Case(lambda: [_weights(shape, levels, block), levels.clone(), block], note=note)
 
 
-def _quantized(x, levels, block):
-    """One block after another, each number compared with every level."""
-    codes, absmax = [], []
-    for part in x.flatten().double().split(block):
-        absmax.append(part.abs().max())
-        codes.append((part[:, None] / absmax[-1] - levels.double()).abs().argmin(dim=1))
-    return torch.cat(codes).to(torch.uint8), torch.stack(absmax).float()
-
-
-def _dequantized(codes, absmax, levels, block, shape):
-    parts = zip(codes.long().split(block), absmax, strict=True)
-    return torch.cat([largest * levels[part] for part, largest in parts]).reshape(shape)
-
-
 @check_for(
     cases=[
         _case((6, 40), _NF4, 48),
@@ -270,7 +256,12 @@ def _dequantized(codes, absmax, levels, block, shape):
 )
 def quantize_blockwise(x, levels, block):
     """The nearest level for any levels and shape, with a short last block too."""
-    return _quantized(x, levels, block)
+    # One block after another, each number compared with every level.
+    codes, absmax = [], []
+    for part in x.flatten().double().split(block):
+        absmax.append(part.abs().max())
+        codes.append((part[:, None] / absmax[-1] - levels.double()).abs().argmin(dim=1))
+    return torch.cat(codes).to(torch.uint8), torch.stack(absmax).float()
 
 
 # ------------------------------------------------------------------ dequantize_blockwise
@@ -318,7 +309,8 @@ def _dequantizing_case(shape, levels, block, note=""):
 )
 def dequantize_blockwise(codes, absmax, levels, block, shape):
     """Each code's level times the absmax of its block, in the shape asked for."""
-    return _dequantized(codes, absmax, levels, block, shape)
+    parts = zip(codes.long().split(block), absmax, strict=True)
+    return torch.cat([largest * levels[part] for part, largest in parts]).reshape(shape)
 
 
 # ------------------------------------------------------------------ merge_into_4bit
@@ -332,7 +324,7 @@ def _merge_case(out, in_, rank, alpha, update=1.0, note=""):
     def make():
         # A few large numbers, as weights have them.
         weight = torch.randn(out, in_) * (1 + 4 * (torch.rand(out, in_) < 0.02))
-        codes, absmax = _quantized(weight, _NF4, 64)
+        codes, absmax = quantize_blockwise.reference(weight, _NF4, 64)
         A, B = torch.randn(rank, in_), update * torch.randn(out, rank)
         return [_packed(codes), absmax, A, B, alpha, (out, in_)]
 
@@ -407,9 +399,10 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
 def merge_into_4bit(packed, absmax, A, B, alpha, shape):
     """The merged weight unharmed, and what 4 bits would have cost it."""
     codes = unpack_nibbles.reference(packed)
-    weight = _dequantized(codes, absmax, _NF4, 64, shape).double()
+    dequantized, grid = dequantize_blockwise.reference, (_NF4, 64)
+    weight = dequantized(codes, absmax, *grid, shape).double()
     for row, column in zip(A.double(), B.double().T, strict=True):
         weight = weight + alpha / len(A) * torch.outer(column, row)
-    again = _dequantized(*_quantized(weight, _NF4, 64), _NF4, 64, shape)
+    again = dequantized(*quantize_blockwise.reference(weight, *grid), *grid, shape)
     error = (again.double() - weight).norm() / weight.norm()
     return weight.float(), error.item() if error > 1e-4 else 0.0
