@@ -304,19 +304,6 @@ def _inserted(layer):
     return seen
 
 
-class _Bare(nn.Module):
-    """down, GELU, up: a(t), up at zero."""
-
-    def __init__(self, d, m):
-        super().__init__()
-        self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, t):
-        return self.up(F.gelu(self.down(t)))
-
-
 @check_for(
     cases=[
         Case(lambda: [_block(24, 40), 5]),
@@ -368,12 +355,12 @@ def insert_adapters(layer, width):
     """Houlsby's adapters at both places, the base at step 0, and only they train."""
     layer.requires_grad_(False)
     for output in (layer.attention.output, layer.output):
-        adapter = _Bare(output.dense.out_features, width)
+        adapter = _Near(output.dense.out_features, width, 0.0, 0.0, torch.float32)
         output.adapter = adapter
 
         def forward(z, x, output=output, adapter=adapter):
             h = output.dense(z)
-            return output.LayerNorm(x + h + adapter(h))
+            return output.LayerNorm(x + adapter(h))
 
         output.forward = forward
     return layer
