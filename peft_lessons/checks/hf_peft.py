@@ -119,19 +119,9 @@ _TYPES = {
 _PROMPTS = ("prefix", "prompt")
 
 
-def _layers(model: nn.Module) -> list[str]:
-    """Name the linear layers inside the blocks."""
-    named = model.named_modules()
-    return [n for n, m in named if isinstance(m, nn.Linear) and re.search(r"layers?\.\d", n)]
-
-
 def _is_second(path: str) -> bool:
     """Tell whether a layer is the second matrix of a feed-forward block."""
     return bool(re.search(r"down_proj$|layer\.\d+\.output\.dense$", path))
-
-
-def _is_scaled(path: str) -> bool:
-    return _is_second(path) or bool(re.search(r"\.(key|value|k_proj|v_proj)$", path))
 
 
 def _fits(family: str) -> Callable[[Callable], str]:
@@ -224,8 +214,11 @@ def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: 
         tied = "it is tied to the embedding, and merging would change both"
         told = "it trains in full already" if family == "bert" else tied
         raise Refused(f"the head {heads.pop()!r} is a target too: {told}")
-    inside = _layers(_original(family))
-    due = [name for name in inside if method != "ia3" or _is_scaled(name)]
+    linears = [n for n, m in _original(family).named_modules() if isinstance(m, nn.Linear)]
+    due = [name for name in linears if re.search(r"layers?\.\d", name)]  # inside the blocks
+    if method == "ia3":
+        scaled = (".key", ".value", ".k_proj", ".v_proj")
+        due = [name for name in due if name.endswith(scaled) or _is_second(name)]
     if missing := [name for name in due if name not in places]:
         ends = {name.rpartition(".")[2] for name, _ in adapted.named_modules()}
         unknown = [n for n in asked if re.fullmatch(r"[a-z_]+", n) and n not in ends]
@@ -244,13 +237,11 @@ def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: 
         raise Refused(f"what is adapted too, and should not be: {few(extra)}", *told)
     for path, layer in places.items() if method == "ia3" else ():
         if layer.is_feedforward != _is_second(path):
-            got, of, wanted = "input", "keys and values", "output"
+            told = "the input is scaled: of keys and values it is the output"
             if _is_second(path):
-                got, of, wanted = "output", "the second feed-forward matrix", "input"
-            raise Refused(
-                f"in {path!r} the {got} is scaled: of {of} it is the {wanted}",
-                "feedforward_modules names the layers whose input is scaled.",
-            )
+                told = "the output is scaled: of the second feed-forward matrix it is the input"
+            names = "feedforward_modules names the layers whose input is scaled."
+            raise Refused(f"in {path!r} {told}", names)
 
 
 def _trains_what_it_should(adapted: nn.Module, family: str) -> None:
