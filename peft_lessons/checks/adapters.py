@@ -266,41 +266,37 @@ def _block(d, d_ff, frozen=False):
     return block.requires_grad_(not frozen)
 
 
-_HOLDS, _TRAINS, _FIRST, _OUTPUT, _BASE = (
-    "the list of shapes of the block's parameters",
-    "the list of shapes of the trainable parameters",
-    "the block's output right after the insertion (that of the base)",
-    "the block's output once the adapters are trained",
-    "the base's own weights, sorted",
-)
-
-
-def _counted(shapes):
+def _counted(parameters):
+    shapes = Counter(tuple(p.shape) for p in parameters)
     return sorted(f"{n} × {shape}" for shape, n in shapes.items())
 
 
 def _inserted(layer):
     """What trains in a block, and what it computes before and after its adapters have values."""
-    seen = dict.fromkeys((_HOLDS, _TRAINS, _FIRST, _OUTPUT, _BASE))
     trained = [p for p in layer.parameters() if p.requires_grad]
-    shapes = Counter(tuple(p.shape) for p in trained)
-    seen[_HOLDS] = _counted(Counter(tuple(p.shape) for p in layer.parameters()))
-    seen[_TRAINS] = _counted(shapes)
-    d = layer.attention.self.query.in_features
+    shapes = sorted(tuple(p.shape) for p in trained)
+    seen = {
+        "the list of shapes of the block's parameters": _counted(layer.parameters()),
+        "the list of shapes of the trainable parameters": _counted(trained),
+        "the block's output right after the insertion (that of the base)": None,
+        "the block's output once the adapters are trained": None,
+        "the base's own weights, sorted": None,
+    }
+    *_, first, output, base = seen
     torch.random.default_generator.manual_seed(0)
-    x = torch.randn(2, 6, d)
-    if len(trained) != 8 or set(shapes.values()) != {2}:
+    x = torch.randn(2, 6, layer.attention.self.query.in_features)
+    if shapes != sorted(2 * [*set(shapes)]) or len(shapes) != 8:
         return seen
     with torch.no_grad():
-        seen[_FIRST] = layer(x)
+        seen[first] = layer(x)
         # Of one shape the first is at the attention, in whatever order an adapter lists its own.
-        for shape in sorted(shapes):
+        for shape in shapes[::2]:
             for p in trained:
                 if tuple(p.shape) == shape:
                     p.copy_(torch.randn(shape) * 0.4)
     frozen = [p.detach().flatten() for p in layer.parameters() if not p.requires_grad]
-    seen[_BASE] = torch.cat(frozen).sort().values
-    seen[_OUTPUT] = layer(x).detach()
+    seen[base] = torch.cat(frozen).sort().values
+    seen[output] = layer(x).detach()
     return seen
 
 
