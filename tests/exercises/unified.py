@@ -311,13 +311,8 @@ def renamed():
     return mine
 
 
-def steering(keep_handles=True, **left):
+def steering(keep_handles=True, leaves_more=False):
     """A vector for each block, which a hook adds to what the block gives."""
-
-    class Shifts(nn.Module):
-        def __init__(self, blocks, d):
-            super().__init__()
-            self.v = nn.Parameter(torch.zeros(blocks, d))
 
     def ends(model):
         return {p: m for p, m in model.named_modules() if type(m).__name__ == "BertOutput"}
@@ -344,9 +339,10 @@ def steering(keep_handles=True, **left):
 
         def attach(self, model):
             blocks = ends(model).values()
-            shifts = Shifts(len(blocks), model.config.hidden_size)
-            for name, make in left.items():
-                model.add_module(name, make(shifts))
+            shifts = nn.Module()
+            shifts.v = nn.Parameter(torch.zeros(len(blocks), model.config.hidden_size))
+            if leaves_more:
+                model.extra = nn.Linear(2, 2)
             handles = [
                 block.register_forward_hook(lambda m, args, out, i=i: out + shifts.v[i])
                 for i, block in enumerate(blocks)
@@ -365,7 +361,7 @@ def handles_forgotten():
 @wrong("MyMethod", "it puts 'extra.weight' into the model by itself")
 @Recipe
 def left_in_the_model():
-    return steering(extra=lambda shifts: nn.Linear(2, 2))
+    return steering(leaves_more=True)
 
 
 @right("MyMethod")
