@@ -338,7 +338,7 @@ class _Served(_Quiet):
         Case(lambda: _to_serve("llama", ["b", "a", None, "a"]), note="two LoRAs; b is active"),
         Case(lambda: _to_serve("ia3", ["a", None, "b"]), note="(IA)³; b is active"),
         Case(lambda: _to_serve("llama", ["dora", None, "b"]), note="dora is a DoRA; b is active"),
-        Case(lambda: _to_serve("bert", ["a", None, "b"]), note="a and b have heads; train mode"),
+        Case(lambda: _to_serve("bert", ["a", None, "b"]), note="two heads; in train mode"),
     ],
     returns="logits",
     causes=mistakes(

@@ -177,7 +177,7 @@ def _alphas(shape, *settings):
 
 @check_for(
     cases=[
-        Case(lambda: _alphas((6, 9), -0.4, 1.2, 0.6), note="exact, which a mean of draws is not"),
+        Case(lambda: _alphas((6, 9), -0.4, 1.2, 0.6), note="exact: no mean of draws"),
         Case(lambda: _alphas((5, 3)), note="low, high and temperature left out"),
         Case(lambda: _alphas((), -0.3, 2.0, 1.5), note="a single gate"),
         Case(lambda: [_far()[0], -0.4, 1.2, 0.5], note="log alpha up to ±100"),
@@ -269,7 +269,7 @@ def _trained(kind):
         Case(lambda: _trained("the last bit"), note="changes of the last bit"),
         Case(lambda: _trained("transposed"), note="tensors that are views of transposed ones"),
         Case(lambda: _trained("zeros and NaN"), note="0.0 becomes −0.0, and a NaN stays one"),
-        Case(lambda: _trained("numbers of other kinds"), note="a counter, a mask, no entries"),
+        Case(lambda: _trained("numbers of other kinds"), note="a counter, a mask, an empty tensor"),
     ],
     returns="the result",
     tolerance=0.0,
@@ -342,7 +342,7 @@ def _overwrites_the_first(apply, before, diff):
     cases=[
         Case(lambda: _to_apply("some")),
         Case(lambda: _to_apply("transposed"), note="transposed views: reshape(-1) gives a copy"),
-        Case(lambda: _to_apply("numbers of other kinds"), note="a counter, a mask, no entries"),
+        Case(lambda: _to_apply("numbers of other kinds"), note="a counter, a mask, an empty tensor"),
         Case(
             lambda: _to_apply("some"),
             note="a second time, after all of the first result was set to 0",

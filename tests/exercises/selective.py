@@ -52,7 +52,7 @@ def by_clamping_u(log_alpha, u, low=-1.5, high=1.5, temperature=1.0):
 # ------------------------------------------------------------------ expected_l0
 
 
-@wrong("expected_l0", "(exact, which a mean of draws is not)")
+@wrong("expected_l0", "(exact: no mean of draws)")
 def by_draws(log_alpha, low=-1.5, high=1.5, temperature=1.0):
     u = torch.rand(10_000, *log_alpha.shape, dtype=log_alpha.dtype)
     s = torch.sigmoid((torch.logit(u) + log_alpha) / temperature)
