@@ -269,7 +269,7 @@ def _trained(kind):
         Case(lambda: _trained("the last bit"), note="changes of the last bit"),
         Case(lambda: _trained("transposed"), note="tensors that are views of transposed ones"),
         Case(lambda: _trained("zeros and NaN"), note="0.0 becomes −0.0, and a NaN stays one"),
-        Case(lambda: _trained("numbers of other kinds"), note="a counter, a mask, an empty tensor"),
+        Case(lambda: _trained("numbers of other kinds"), note="counter, mask, empty tensor"),
     ],
     returns="the result",
     tolerance=0.0,
@@ -342,7 +342,7 @@ def _overwrites_the_first(apply, before, diff):
     cases=[
         Case(lambda: _to_apply("some")),
         Case(lambda: _to_apply("transposed"), note="transposed views: reshape(-1) gives a copy"),
-        Case(lambda: _to_apply("numbers of other kinds"), note="a counter, a mask, an empty tensor"),
+        Case(lambda: _to_apply("numbers of other kinds"), note="counter, mask, empty tensor"),
         Case(
             lambda: _to_apply("some"),
             note="a second time, after all of the first result was set to 0",
