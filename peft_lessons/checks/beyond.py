@@ -26,8 +26,6 @@ from .mistakes import mistakes
             / → *
         it is turned: this is √rank / alpha
             alpha / rank**0.5 → rank**0.5 / alpha
-        alpha is left out
-            alpha / → 1 /
         rank**1/2 is (rank**1) / 2: the exponent needs brackets
             0.5 → 1 / 2
         the root is cut to a whole number: // or int() drops the fraction
@@ -71,20 +69,10 @@ def _ours():
         "q_proj.base.weight, frozen",
         "q_proj.lora.lora_A",
         "q_proj.lora.lora_B",
-        "v_proj.base.weight, frozen",
-        "v_proj.lora.lora_A",
-        "v_proj.lora.lora_B",
+        "v_proj.lora.lora_A, frozen",
+        "v_proj.lora.lora_B, frozen",
         "classifier.weight",
         "classifier.bias",
-    )
-
-
-def _resting():
-    return _named(
-        "k.lora_A.main.weight",
-        "k.lora_B.main.weight",
-        "k.lora_A.resting.weight, frozen",
-        "k.lora_B.resting.weight, frozen",
     )
 
 
@@ -102,8 +90,6 @@ def _by_group(groups):
         Case(lambda: [_peft(), 1e-3, 16], note="PEFT's names"),
         Case(lambda: [_ours(), 2e-4, 4.0], note="the course's names, and a head with a bias"),
         Case(lambda: [iter(_ours()), 1e-2, 8], note="an iterator, as model.named_parameters() is"),
-        Case(lambda: [_resting(), 1e-3, 16], note="a second adapter is frozen"),
-        Case(lambda: [_peft(), 1e-3, 0.25], note="a ratio below 1"),
     ],
     view=_by_group,
     staged=True,
@@ -122,13 +108,8 @@ def _by_group(groups):
         A gets the higher rate: B is what learns faster
             rest, "lr": lr → rest, "lr": lr * ratio
             ups, "lr": lr * ratio → ups, "lr": lr
-        B keeps lr and A gets lr / ratio: it is B's rate that changes
-            rest, "lr": lr → rest, "lr": lr / ratio
-            lr * ratio → lr
         both groups get lr: then nothing is different from LoRA
             lr * ratio → lr
-        B's rate is the ratio itself: multiply it by lr
-            lr * ratio → ratio
         the groups are in the other order: B's comes second
             lr * ratio}] → lr * ratio}][::-1]
         what is frozen is in a group: weight decay would move it
@@ -144,11 +125,6 @@ def _by_group(groups):
             if not is_b(name) → ∅
         the name must not end in lora_B: PEFT's go on with the adapter and .weight
             "lora_B" in name → name.endswith("lora_B")
-        only the adapter called default counts: any name may stand after lora_B
-            "lora_B" in name → name.endswith(("lora_B", "lora_B.default.weight"))
-        copies or .data are in the groups: an optimiser must hold the parameters
-            rest, → [p.data for p in rest],
-            ups, → [p.data for p in ups],
         an iterator is empty after one pass: go through it once, or make a list
             [(name, p) for name, p in named_parameters if p.requires_grad] → named_parameters
             if not is_b(name) → if p.requires_grad and not is_b(name)
@@ -184,26 +160,15 @@ def _factors(result):
     return {"B @ A": B @ A, "A @ A.T": A @ A.T, "B.T @ B": B.T @ B}
 
 
-def _with_residual(result):
-    A, B, residual = result
-    return _factors(result) | {"B @ A + the residual": B @ A + residual}
-
-
-def _with_quantised(result):
-    return _factors(result) | {"the quantised weight": result[2]}
-
-
 @check_for(
     cases=[
         Case(lambda: [_weight(12, 12), 3], note="a square weight"),
         Case(lambda: [_weight(12, 20), 4]),
-        Case(lambda: [_weight(20, 12), 4]),
         Case(lambda: [_weight(9, 16, torch.float64), 2]),
         Case(lambda: [_weight(16, 9), 1], note="rank 1"),
-        Case(lambda: [_weight(8, 10), 8], note="the full rank: nothing is left"),
     ],
     returns=("A", "B", "the residual"),
-    view=_with_residual,
+    view=lambda r: _factors(r) | {"B @ A + the residual": r[1] @ r[0] + r[2]},
     staged=True,
     causes=mistakes(
         """
@@ -230,18 +195,8 @@ def _with_quantised(result):
         all of the singular values are in B: each factor gets their root
             root[:rank] @ Vh → Vh[:rank]
             root[:, :rank] → S.diag()[:, :rank]
-        all of the singular values are in A: each factor gets their root
-            root[:rank] → S.diag()[:rank]
-            U @ root[:, :rank] → U[:, :rank]
         the residual is W itself: B @ A must be taken out of it
             weight - B @ A → weight.clone()
-        the residual is B @ A: it is what that leaves
-            weight - → ∅
-        this is LoRA's start, A random and B zero
-            A, B, weight - B @ A → nn.init.kaiming_uniform_(A), torch.zeros_like(B), weight.clone()
-        the decomposition is a randomised one, which is not exact
-            linalg.svd(weight, full_matrices=False) → svd_lowrank(weight, rank)
-            @ Vh → @ Vh.T
         """,
     ),
 )
@@ -273,12 +228,11 @@ def _nf4(weight):
         Case(lambda: [_weight(12, 12), 3, _grid(0.5), 2], note="rounds to multiples of 0.5"),
         Case(lambda: [_weight(12, 20), 4, _grid(0.4), 3], note="rounds to multiples of 0.4"),
         Case(lambda: [_weight(20, 12), 4, _grid(0.4), 1], note="one step"),
-        Case(lambda: [_weight(9, 14, torch.float64), 2, _grid(0.3), 4], note="multiples of 0.3"),
         Case(lambda: [_weight(16, 64), 5, _nf4, 5], note="NF4"),
         Case(lambda: [_weight(10, 8), 1, torch.sign, 3], note="one bit: the sign alone"),
     ],
     returns=("A", "B", "the quantised weight"),
-    view=_with_quantised,
+    view=lambda r: _factors(r) | {"the quantised weight": r[2]},
     staged=True,
     tolerance=1e-4,
     causes=mistakes(
@@ -298,13 +252,8 @@ def _nf4(weight):
             svd(weight - Q → svd(weight
         the factors are fitted to Q: they are to make up for what is missing, W − Q
             svd(weight - Q → svd(Q
-        the factors are fitted to Q − W, and BA is taken off as if to W − Q
-            svd(weight - Q → svd(Q - weight
         W + BA is quantised: Q + BA is to be W, so quantise W − BA
             weight - BA → weight + BA
-        the first step takes PiSSA's factors off: A and B start from zero
-            BA = torch.zeros_like(weight) →
-                U, S, Vh = torch.linalg.svd(weight); BA = U[:, :rank] * S[:rank] @ Vh[:rank]
         the factors are fitted before the weight is quantised: first Q, then A and B
             BA = torch.zeros_like(weight) → Q = torch.zeros_like(weight)
             Q = quantize(weight - BA) → ∅
@@ -314,17 +263,12 @@ def _nf4(weight):
             weight - BA → weight
         this is one step too few
             range(steps) → range(max(steps - 1, 1))
-        these are more steps than `steps` says
-            range(steps) → range(steps + 1)
         the weight is quantised once more at the end: A and B then belong to an older Q
             return A, B, Q → return A, B, quantize(weight - B @ A)
         the products of all steps are taken off W together: only the last one
             BA = B @ A → BA = BA + B @ A
         W − BA is returned: the last of the three is Q, what `quantize` gave
             return A, B, Q → return A, B, weight - B @ A
-        this is QLoRA's start, A random and B zero
-            return A, B, Q →
-                return nn.init.kaiming_uniform_(A), torch.zeros_like(B), quantize(weight)
         """,
     ),
 )
@@ -341,7 +285,7 @@ def loftq_init(weight, rank, quantize, steps):
 # ------------------------------------------------------------------ intruder_dimensions
 
 
-def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0, dtype=torch.float32):
+def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0):
     """A weight and the same after training: moved a little in all directions, and with so many new
     directions of size `strong`, that lie across all old ones."""
 
@@ -353,7 +297,7 @@ def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0, dtype=t
             u, v = torch.randn(out, dtype=torch.float64), torch.randn(in_, dtype=torch.float64)
             size = strong * largest * 0.9**i
             new = new + size * torch.outer(u / u.norm(), v / v.norm())
-        return [W.to(dtype), new.to(dtype), k, eps]
+        return [W.float(), new.float(), k, eps]
 
     return make
 
@@ -366,46 +310,14 @@ def _across():
     return [W.float(), new.float(), 3, 0.5]
 
 
-def _mirrored():
-    """The same weight with its sign turned: the same directions."""
-    W = _weight(14, 18)
-    return [W, -W, 5, 0.6]
-
-
-def _reordered():
-    """The same vectors, the strongest ones now the weakest, and the other way round."""
-    U, S, V = torch.linalg.svd(_weight(16, 16, torch.float64))
-    return [(U * S @ V).float(), (U * S.flip(0) @ V).float(), 6, 0.7]
-
-
-def _right_only():
-    """Only the right singular vectors are new."""
-    U, S, V = torch.linalg.svd(_weight(12, 12, torch.float64))
-    other = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q
-    return [(U * S @ V).float(), (U * S @ other).float(), 4, 0.6]
-
-
-def _left_only():
-    U, S, V = torch.linalg.svd(_weight(24, 24, torch.float64))
-    other = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64)).Q
-    return [(U * S @ V).float(), (other * S @ V).float(), 5, 0.9]
-
-
 @check_for(
     cases=[
         # So many directions between near and far that each mistake gives a number of its own.
         Case(_turned(40, 34, 3, shift=0.12, k=20, eps=0.45), note="three strong new directions"),
-        Case(_turned(28, 40, intruders=1, k=5)),
         Case(_turned(24, 16, intruders=3, k=7, eps=0.6)),
-        Case(_turned(18, 30), note="no new direction"),
         Case(_turned(16, 16, shift=0.01, eps=0.05), note="no new direction, a small eps"),
-        Case(_mirrored, note="w1 = −w0"),
-        Case(_reordered, note="the old vectors in another order"),
-        Case(_right_only, note="only right singular vectors are new"),
-        Case(_left_only, note="only left singular vectors are new"),
         Case(_across, note="9 outputs, 8 inputs"),
         Case(_turned(20, 20, intruders=4, k=2), note="more new directions than k"),
-        Case(_turned(30, 30, intruders=2, dtype=torch.float64)),
     ],
     causes=mistakes(
         """
@@ -429,18 +341,10 @@ def _left_only():
             near < eps → near >= eps
         all vectors of w1 are counted: only the k strongest
             [:, :k] → ∅
-        w0 and w1 have changed places
-            U0 = torch.linalg.svd(w0 → U0 = torch.linalg.svd(w1
-            U1 = torch.linalg.svd(w1 → U1 = torch.linalg.svd(w0
-        the largest is taken over w1's vectors: for each of w1 over those of w0
-            .amax(0) → .amax(1)
         pairs are counted: a vector counts once, if none of w0 is near
             .amax(0) → ∅
         the change w1 − w0 is decomposed: decompose w1
             svd(w1, → svd(w1 - w0,
-        the rows of U are compared: singular vectors are its columns
-            U0.T @ U1 → U0 @ U1
-            [:, :k] → [:k].T
         full_matrices=True adds directions that w0 has not: leave them out
             svd(w0, full_matrices=False) → svd(w0)
             svd(w1, full_matrices=False) → svd(w1)
@@ -449,12 +353,7 @@ def _left_only():
 )
 def intruder_dimensions(w0, w1, k, eps):
     """How many of the k strongest output directions of w1 are near none of w0's."""
-    count = 0
     # The eigenvectors of W Wᵀ, those of them that W reaches.
-    n = min(w0.shape)
-    old, new = (
-        torch.linalg.eigh(w.double() @ w.double().T).eigenvectors.flip(1)[:, :n] for w in (w0, w1)
-    )
-    for j in range(k):
-        count += all(abs(float(u @ new[:, j])) < eps for u in old.T)
-    return count
+    squares = (w.double() @ w.double().T for w in (w0, w1))
+    old, new = (torch.linalg.eigh(s).eigenvectors.flip(1)[:, : min(w0.shape)] for s in squares)
+    return sum(all((old.T @ u).abs() < eps) for u in new.T[:k])

@@ -201,11 +201,12 @@ def _sets(got: Any, expected: Any) -> str:
     """Return the names that only one of two collections has, as a text."""
     missing = [v for v in expected if v not in got]
     extra = [v for v in got if v not in expected]
-    told = [f"missing {_few(missing)}"] if missing else []
-    return ", ".join(told + ([f"too many {_few(extra)}"] if extra else []))
+    told = [f"missing {few(missing)}"] if missing else []
+    return ", ".join(told + ([f"too many {few(extra)}"] if extra else []))
 
 
-def _few(names: list) -> str:
+def few(names: list) -> str:
+    """Name the first three, and say how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(repr(v) for v in names[:3]) + more
 

@@ -7,7 +7,7 @@ import copy
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from .compare import difference, kind, state
+from .compare import difference, few, kind, state
 from .kit import Case, Check, Refused, Tried, Verdict, summary
 from .mistakes import mistakes
 
@@ -54,13 +49,8 @@ def _called(function: Callable, *args: Any, told: str) -> Any:
 
 _HEADS = ("classifier", "lm_head")
 _ADDED = ("lora_", "ia3_", "prompt_encoder", "modules_to_save")
-_SIZES = dict(
-    vocab_size=64,
-    hidden_size=32,
-    num_attention_heads=4,
-    intermediate_size=48,
-    num_hidden_layers=1,
-)
+_SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48)
+_SIZES |= dict(num_attention_heads=4, num_hidden_layers=1)
 
 
 @cache
@@ -115,12 +105,6 @@ def _shaken(model: nn.Module, size: float = 0.2, seed: int = 7) -> nn.Module:
     return model
 
 
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return ", ".join(repr(name) for name in names[:2]) + more
-
-
 # ------------------------------------------------------------------ config_for
 
 _STEPS = 200  # of the run that AdaLoRA's schedule is for
@@ -135,19 +119,9 @@ _TYPES = {
 _PROMPTS = ("prefix", "prompt")
 
 
-def _layers(model: nn.Module) -> list[str]:
-    """Name the linear layers inside the blocks."""
-    named = model.named_modules()
-    return [n for n, m in named if isinstance(m, nn.Linear) and re.search(r"layers?\.\d", n)]
-
-
 def _is_second(path: str) -> bool:
     """Tell whether a layer is the second matrix of a feed-forward block."""
     return bool(re.search(r"down_proj$|layer\.\d+\.output\.dense$", path))
-
-
-def _is_scaled(path: str) -> bool:
-    return _is_second(path) or bool(re.search(r"\.(key|value|k_proj|v_proj)$", path))
 
 
 def _fits(family: str) -> Callable[[Callable], str]:
@@ -188,12 +162,8 @@ def _fits(family: str) -> Callable[[Callable], str]:
 
 
 def _is_of_the_method(config: Any, method: str) -> None:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
-    if config is None:
-        raise Refused("the result is None: is a return statement missing?")
-    if isinstance(config, PeftModel):
-        raise Refused("the result is a PEFT model: return the config, not the model made with it")
     if not isinstance(config, PeftConfig):
         raise Refused(f"the result is {kind(config)}, expected a config of PEFT")
     if (got := config.peft_type.value) != _TYPES[method]:
@@ -223,9 +193,7 @@ def _knows_its_task(config: Any, method: str, family: str) -> None:
     facts = []
     if method in _PROMPTS and not given:
         facts = ["get_peft_model raises KeyError: None."]
-    elif family == "bert" and given in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        facts = ["get_peft_model raises AttributeError, as this model cannot generate."]
-    elif family == "bert" and given != "TOKEN_CLS":
+    elif family == "bert" and given in (None, "FEATURE_EXTRACTION"):
         facts = ["PEFT then leaves the new classification head frozen, at its random start."]
     if not given:
         raise Refused(f"task_type is missing: {due!r} is due", *facts)
@@ -246,8 +214,11 @@ def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: 
         tied = "it is tied to the embedding, and merging would change both"
         told = "it trains in full already" if family == "bert" else tied
         raise Refused(f"the head {heads.pop()!r} is a target too: {told}")
-    inside = _layers(_original(family))
-    due = [name for name in inside if method != "ia3" or _is_scaled(name)]
+    linears = [n for n, m in _original(family).named_modules() if isinstance(m, nn.Linear)]
+    due = [name for name in linears if re.search(r"layers?\.\d", name)]  # inside the blocks
+    if method == "ia3":
+        scaled = (".key", ".value", ".k_proj", ".v_proj")
+        due = [name for name in due if name.endswith(scaled) or _is_second(name)]
     if missing := [name for name in due if name not in places]:
         ends = {name.rpartition(".")[2] for name, _ in adapted.named_modules()}
         unknown = [n for n in asked if re.fullmatch(r"[a-z_]+", n) and n not in ends]
@@ -255,24 +226,22 @@ def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: 
         if not asked:
             told = ["Without target_modules PEFT takes its default for this architecture."]
         elif unknown:
-            told = [f"No layer is called {_few(unknown)}: PEFT is silent while another matches."]
-        raise Refused(f"{len(missing)} of {len(due)} layers are left out: {_few(missing)}", *told)
+            told = [f"No layer is called {few(unknown)}: PEFT is silent while another matches."]
+        raise Refused(f"{len(missing)} of {len(due)} layers are left out: {few(missing)}", *told)
     spare = [] if method == "ia3" else ["bert.pooler.dense"]
     if extra := [name for name in places if name not in due + spare]:
         told = []
         if any(name.endswith("attention.output.dense") for name in extra):
             own = "" if asked else ", and PEFT's default for a BERT does"
             told = [f"output.dense also matches attention.output.dense{own}."]
-        raise Refused(f"what is adapted too, and should not be: {_few(extra)}", *told)
+        raise Refused(f"what is adapted too, and should not be: {few(extra)}", *told)
     for path, layer in places.items() if method == "ia3" else ():
         if layer.is_feedforward != _is_second(path):
-            got, of, wanted = "input", "keys and values", "output"
+            told = "the input is scaled: of keys and values it is the output"
             if _is_second(path):
-                got, of, wanted = "output", "the second feed-forward matrix", "input"
-            raise Refused(
-                f"in {path!r} the {got} is scaled: of {of} it is the {wanted}",
-                "feedforward_modules names the layers whose input is scaled.",
-            )
+                told = "the output is scaled: of the second feed-forward matrix it is the input"
+            names = "feedforward_modules names the layers whose input is scaled."
+            raise Refused(f"in {path!r} {told}", names)
 
 
 def _trains_what_it_should(adapted: nn.Module, family: str) -> None:
@@ -283,10 +252,10 @@ def _trains_what_it_should(adapted: nn.Module, family: str) -> None:
     if family == "bert" and not any("classifier" in n for n in saved):
         raise Refused("the new classification head does not train")
     if of_base := [n for n in trains if not any(part in n for part in _ADDED)]:
-        raise Refused(f"{len(of_base)} tensors of the base train too: {_few(of_base)}")
+        raise Refused(f"{len(of_base)} tensors of the base train too: {few(of_base)}")
     if others := [n for n in saved if "classifier" not in n]:
         raise Refused(
-            f"a full copy of a module trains: {_few(others)}",
+            f"a full copy of a module trains: {few(others)}",
             "modules_to_save is for what starts at random; this model's head is trained.",
         )
     if len(trains) == len(saved):
@@ -295,27 +264,12 @@ def _trains_what_it_should(adapted: nn.Module, family: str) -> None:
 
 @partial(
     _Tried,
-    cases=[Case(lambda: ["lora", _model("llama")])],
+    cases=[("lora", None)],
     trials=dict.fromkeys([_fits("bert"), _fits("llama")], "your function"),
     hints={},
 )
 def config_for(method, model):
     """Each config makes of each model what the method is, and nothing else."""
-    from peft import get_peft_config
-
-    settings = {"peft_type": _TYPES[method]}
-    settings["task_type"] = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
-    inside = _layers(model)
-    if method in _PROMPTS:
-        settings["num_virtual_tokens"] = 4
-    elif method == "ia3":
-        settings["target_modules"] = [path for path in inside if _is_scaled(path)]
-        settings["feedforward_modules"] = [path for path in inside if _is_second(path)]
-    else:
-        settings["target_modules"] = inside
-        settings |= {"total_step": _STEPS} if method == "adalora" else {}
-        settings |= {"use_dora": True} if method == "dora" else {}
-    return get_peft_config(settings)
 
 
 # ------------------------------------------------------------------ mixed_batch
@@ -350,22 +304,18 @@ def _serving(which: str) -> nn.Module:
     return model.eval()
 
 
-def _to_serve(
-    which: str, adapters: list[str | None], active: str = "b", training: bool = False
-) -> list[Any]:
+def _to_serve(which: str, adapters: list[str | None]) -> list[Any]:
     original = _serving(which)
     settings = original.get_base_model().config
     # A copy of the settings in depth takes longer than one of the model.
     model = copy.deepcopy(original, {id(settings): settings})
-    model.set_adapter(active)
-    model.active_at_first = active  # for the check; nothing of PEFT's
-    if training:
-        for module in model.train().modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 1.0  # whoever leaves it on gets the same every time
+    model.set_adapter("b")
     inputs = _batch(which, len(adapters))
     del inputs["labels"]
     if which == "bert":
+        for module in model.train().modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 1.0  # whoever leaves it on gets the same every time
         inputs["token_type_ids"] = (torch.arange(9) > 2).long().expand_as(inputs["input_ids"])
     return [model, inputs, adapters]
 
@@ -375,13 +325,9 @@ class _Served(_Quiet):
 
     def _check_arguments(self, args, function, number, changes, refuse) -> None:
         __tracebackhide__ = True
-        model = args[0]
-        if model.active_adapters != [model.active_at_first]:
-            refuse(
-                f"the active adapter is {model.active_adapters} afterwards, and was "
-                f"{[model.active_at_first]}"
-            )
-        if any(getattr(m, "_disable_adapters", False) for m in model.modules()):
+        if (active := args[0].active_adapters) != ["b"]:
+            refuse(f"the active adapter is {active} afterwards, and was ['b']")
+        if any(getattr(m, "_disable_adapters", False) for m in args[0].modules()):
             refuse("the adapters are switched off afterwards: disable_adapter() is a context")
         super()._check_arguments(args, function, number, changes, refuse)
 
@@ -389,20 +335,10 @@ class _Served(_Quiet):
 @partial(
     _Served,
     cases=[
-        Case(
-            lambda: _to_serve("llama", ["b", "a", None, "a"]),
-            note="two LoRAs of other ranks and layers; b is active",
-        ),
+        Case(lambda: _to_serve("llama", ["b", "a", None, "a"]), note="two LoRAs; b is active"),
         Case(lambda: _to_serve("ia3", ["a", None, "b"]), note="(IA)³; b is active"),
-        Case(
-            lambda: _to_serve("llama", ["dora", None, "b"], active="a"),
-            note="dora is a DoRA; a is active",
-        ),
-        Case(lambda: _to_serve("bert", ["b", "a", None]), note="a and b have heads of their own"),
-        Case(
-            lambda: _to_serve("bert", ["a", None, "b"], training=True),
-            note="a model in train mode, with dropout",
-        ),
+        Case(lambda: _to_serve("llama", ["dora", None, "b"]), note="dora is a DoRA; b is active"),
+        Case(lambda: _to_serve("bert", ["a", None, "b"]), note="two heads; in train mode"),
     ],
     returns="logits",
     causes=mistakes(
@@ -431,18 +367,12 @@ class _Served(_Quiet):
                 sorted(enumerate(adapters), key=lambda row: adapters.index(row[1]))
         a row without an adapter is answered by the active one: disable_adapter() gives the base
             answered(name)[i] → answered(name or active)[i]
-        a row without an adapter is answered by the one before it: disable_adapter() gives the base
-            with model.disable_adapter(): → if True:
         attention_mask is not passed on
             active, → inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}; active,
-        input_ids alone is passed on: pass all of inputs
-            active, → inputs = {"input_ids": inputs["input_ids"]}; active,
         token_type_ids is not passed on: pass all of inputs
             active, → inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}; active,
         it runs in train mode, with dropout
             model.eval() → ∅
-        these are probabilities: leave the softmax out
-            torch.stack(rows) → torch.stack(rows).softmax(-1)
         adapter_names is known to LoRA alone: (IA)³ takes it without a word, and every row is
         answered by the active adapter
             [answered(name)[i] for i, name in enumerate(adapters)] →
@@ -489,9 +419,7 @@ def _begun() -> nn.Module:
     return _shaken(get_peft_model(_base(), config))
 
 
-def _trained(
-    batches: list, rate: float = _RATE, clear: bool = True, anew: bool = False
-) -> dict[str, torch.Tensor]:
+def _trained(batches: list, rate: float = _RATE, clear: bool = True, anew: bool = False) -> dict:
     """Return what training makes of all that the file holds."""
     model = copy.deepcopy(_begun()).train()
     params = [p for p in model.parameters() if p.requires_grad]
@@ -520,19 +448,7 @@ def _is_head(key: str) -> bool:
 
 def _apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
     """Name the tensors in which two sets differ."""
-    return [k for k in b if k not in a or a[k].shape != b[k].shape or _gap(a[k], b[k]) > 1e-5]
-
-
-def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def _on_file(folder: Path) -> dict[str, torch.Tensor]:
-    """Return what a folder holds now; nothing where there is no whole file."""
-    try:
-        return load_file(folder / _FILE)
-    except Exception:
-        return {}
+    return [k for k in b if k not in a or _off(a[k], b[k]) > 2e-5]
 
 
 def _resumed(function: Callable, base: nn.Module, folder: Path, data: Any, told: str) -> nn.Module:
@@ -541,8 +457,6 @@ def _resumed(function: Callable, base: nn.Module, folder: Path, data: Any, told:
 
     _begun().save_pretrained(str(folder))
     model = _called(function, base, str(folder), data, _RATE, told=told)
-    if model is None:
-        raise Refused("the result is None: is a return statement missing?")
     if model is base or not isinstance(model, PeftModel):
         raise Refused(
             f"the result is {kind(model)}, expected the PEFT model",
@@ -566,7 +480,7 @@ def _goes_on_from_the_file(function: Callable) -> str:
         )
     if wrong:
         raise Refused(
-            f"the adapter is that of the file, and its head is not: {_few(wrong)}",
+            f"the adapter is that of the file, and its head is not: {few(wrong)}",
             told,
             "Beside the adapter, the file holds the trained head (modules_to_save).",
         )
@@ -597,11 +511,11 @@ def _left_the_base(model: nn.Module) -> None:
     base, moved = _original("bert").state_dict(), []
     for name, t in model.base_model.model.state_dict().items():
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        if name in base and not _is_head(name) and _gap(t, base[name]) > 1e-7:
+        if name in base and not _is_head(name) and not torch.equal(t, base[name]):
             moved.append(name)
     if moved:
         raise Refused(
-            f"the base itself has changed, {len(moved)} of its tensors: {_few(moved)}",
+            f"the base itself has changed, {len(moved)} of its tensors: {few(moved)}",
             "Only the adapter and the head train; path does not hold the base.",
         )
 
@@ -620,14 +534,9 @@ def _moved_what_it_holds(model: nn.Module, batches: list) -> None:
         return
     causes = {
         "only the first batch is used: return stands in the loop": dict(batches=batches[:1]),
-        "the gradients of earlier batches are still there: zero_grad() is missing": dict(
-            clear=False
-        ),
-        "lr is not used: the learning rate is another": dict(rate=1e-2),
+        "the gradients of earlier batches stay: zero_grad() is missing": dict(clear=False),
         "the learning rate is AdamW's default: pass lr on": dict(rate=1e-3),
-        "the optimiser is made anew for each batch: one remembers, made before the loop": dict(
-            anew=True
-        ),
+        "the optimiser is made anew for each batch: make one before the loop": dict(anew=True),
     }
     told = (
         f"Likely cause: {sentence}."
@@ -644,35 +553,31 @@ def _moved_what_it_holds(model: nn.Module, batches: list) -> None:
 def _wrote_it_back(model: nn.Module, folder: Path, batch: dict[str, torch.Tensor]) -> None:
     from peft import PeftModel
 
-    now, before = _on_file(folder), _held(_begun())
-    if not now:
-        raise Refused(f"in path {_FILE} is missing or broken")
+    before = _held(_begun())
+    try:
+        now = load_file(folder / _FILE)
+    except Exception:
+        raise Refused(f"in path {_FILE} is missing or broken") from None
     if not _apart(now, before):
-        told = [
-            f"save_pretrained writes an adapter called {within.parent.name!r} into a folder of "
-            "its own."
-            for within in folder.glob(f"*/{_FILE}")
-        ]
+        own = "save_pretrained writes an adapter of another name into a folder of its own."
+        told = [own] if list(folder.glob(f"*/{_FILE}")) else []
         raise Refused("path still holds what it held before", *told)
     if heads := [key for key in before if _is_head(key) and key not in now]:
         raise Refused(
-            f"the head is not in the file: {_few(heads)}",
+            f"the head is not in the file: {few(heads)}",
             "Whoever loads it next gets a KeyError, and what the head had learned is lost.",
         )
-    try:
-        loaded = PeftModel.from_pretrained(_base(), str(folder))
-    except Exception as error:
-        raise Refused(f"what lies in path cannot be loaded: {summary(error)}") from None
+    loaded = PeftModel.from_pretrained(_base(), str(folder))
     if _off(_logits(loaded, batch), _logits(model, batch)) > 1e-4:
         raise Refused(
             "loaded from path, the model is another than the one that was returned",
-            f"Other values in the file: {_few(_apart(now, _held(model)))}.",
+            f"Other values in the file: {few(_apart(now, _held(model)))}.",
         )
 
 
 @partial(
     _Tried,
-    cases=[Case(lambda: [_base(), "adapter", []])],
+    cases=[(None, "adapter", [])],
     trials=dict.fromkeys([_goes_on_from_the_file, _trains_both], "your function"),
     hints={
         "empty parameter list": f"Nothing trains: {_IS_TRAINABLE}.",
@@ -681,16 +586,3 @@ def _wrote_it_back(model: nn.Module, folder: Path, batch: dict[str, torch.Tensor
 )
 def resume(base, path, data, lr=1e-2):
     """Training goes on from the file, with adapter and head, and the file holds both afterwards."""
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-
-    config = PeftConfig.from_pretrained(path)
-    config.inference_mode = False
-    model = get_peft_model(base, config).train()
-    set_peft_model_state_dict(model, load_file(f"{path}/{_FILE}"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for batch in data:
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    model.save_pretrained(path)
-    return model
