@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from ..methods.adapters import Adapter
-from .kit import Case, check_for
+from .kit import Case, check_for, gradients_of
 from .mistakes import mistakes
 
 # ------------------------------------------------------------------ adapter_parameters
@@ -281,8 +281,9 @@ def _inserted(layer):
         "the block's output right after the insertion (that of the base)": None,
         "the block's output once the adapters are trained": None,
         "the base's own weights, sorted": None,
+        "the gradients of the adapters, by their shape": None,
     }
-    *_, first, output, base = seen
+    *_, first, output, base, gradients = seen
     torch.random.default_generator.manual_seed(0)
     x = torch.randn(2, 6, layer.attention.self.query.in_features)
     if shapes != sorted(2 * [*set(shapes)]) or len(shapes) != 8:
@@ -296,7 +297,13 @@ def _inserted(layer):
                     p.copy_(torch.randn(shape) * 0.4)
     frozen = [p.detach().flatten() for p in layer.parameters() if not p.requires_grad]
     seen[base] = torch.cat(frozen).sort().values
-    seen[output] = layer(x).detach()
+    ordered = sorted(trained, key=lambda p: tuple(p.shape))
+    with torch.enable_grad():
+        y = layer(x)
+        found = gradients_of(y, ordered)
+    seen[output] = y.detach()
+    pairs = zip(ordered, found, strict=True)
+    seen[gradients] = [torch.zeros_like(p) if g is None else g for p, g in pairs]
     return seen
 
 

@@ -178,6 +178,16 @@ def one_for_both(layer, width):
     return sequential(layer, width, make=lambda d, m: adapter)
 
 
+class Detached(Adapter):
+    def forward(self, h):
+        return h + (super().forward(h) - h).detach()
+
+
+@wrong("insert_adapters", "the gradients of the adapters, by their shape")
+def cut_off(layer, width):
+    return sequential(layer, width, make=Detached)
+
+
 @wrong("insert_adapters", "the adapter comes after the layer norm")
 def behind_the_norm(layer, width):
     return sequential(layer, width, at="LayerNorm")
