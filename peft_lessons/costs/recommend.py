@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..data.base_models import nf4
 from ..engine import Method, validate
 from ..methods.adalora import AdaLoRA
 from ..methods.dora import DoRA
@@ -71,9 +74,7 @@ _VIRTUAL = {"num_virtual_tokens": TOKENS}
 CANDIDATES: dict[str, Candidate] = {
     "LoRA": Candidate("lora, all linear", LoRA(**FACTORS), "LoraConfig", _LORA),
     "QLoRA": Candidate("qlora", QLoRA(**FACTORS), "LoraConfig", _LORA),
-    "DoRA": Candidate(
-        "dora, all linear", DoRA(**FACTORS), "LoraConfig", _LORA | {"use_dora": True}
-    ),
+    "DoRA": Candidate("dora, all linear", DoRA(**FACTORS), "LoraConfig", _DORA),
     "AdaLoRA": Candidate(
         "adalora",
         AdaLoRA(12, 8, 16, "all-linear", tinit=100, tfinal=300, delta=10, total_steps=1000),
@@ -263,17 +264,7 @@ class Advice(str):
     @property
     def quantization(self) -> Any:
         """Return the `quantization_config` to load the base with for QLoRA, else None."""
-        if self != "QLoRA":
-            return None
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        return nf4(torch.bfloat16) if self == "QLoRA" else None
 
     @property
     def why(self) -> str:
