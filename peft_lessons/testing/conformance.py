@@ -537,7 +537,8 @@ def _as_set(method: Method, bench: Bench) -> str:
     """Each field that the class itself declares has an effect."""
     own = get_annotations(type(method))
     for name, value, changed in _variants(method, bench):
-        if name in own and not any(seen(method, bench) != seen(changed, bench) for seen in _SEEN):
+        both = zip(_seen(method, bench), _seen(changed, bench), strict=True)
+        if name in own and all(one == other for one, other in both):
             raise MethodError(
                 f"{name!r} has no effect: with {name}={value!r} it computes and learns the same",
                 "Use it, or leave the field out.",
@@ -550,24 +551,20 @@ def _shapes(method: Method, bench: Bench, base: nn.Module | None = None) -> list
     return [(name, p.shape, p.requires_grad) for name, p in model.named_parameters()]
 
 
-def _computed(method: Method, bench: Bench) -> list:
+def _seen(method: Method, bench: Bench) -> Iterator[list | str]:
+    """Yield what a field may change, the cheapest first: shapes; results, penalty and loss; the
+    losses of a training. A setting may also make it refuse these steps."""
+    yield _shapes(method, bench)
     model = bench.perturbed(method)
     penalty = torch.as_tensor(method.penalty(injection_of(model))).item()
-    return [bench.logits(model).tolist(), penalty, bench.loss(model).item()]
-
-
-def _learned(method: Method, bench: Bench) -> list | str:
-    """The losses of a training; a setting may also make it refuse these steps."""
+    yield [bench.logits(model).tolist(), penalty, bench.loss(model).item()]
     model = bench.holding(method)
     torch.random.default_generator.manual_seed(3)
     try:
         losses = fit(model, bench.task, bench.steps, show=False).loss
+        yield [*losses, bench.loss(model).item()]
     except (ValueError, TrainingDiverged) as error:
-        return str(error)
-    return [*losses, bench.loss(model).item()]
-
-
-_SEEN = (_shapes, _computed, _learned)  # the cheapest first
+        yield str(error)
 
 
 # ------------------------------------------------------------------ its file
