@@ -59,45 +59,31 @@ from . import measure
 GB, GIB = 10**9, 2**30  # what a byte count is given in, and what a card is sold in
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight: its code, and its share of the statistics
 
-_QWEN3 = {
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-}
+_QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+_QWEN3 |= {"tie_word_embeddings": False}
+_LLAMA3 = {"num_key_value_heads": 8, "vocab_size": 128256}
+
+
+def _sizes(width: int, feedforward: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": feedforward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
 # Published shapes, by the numbers in their own config.json.
 MODELS: dict[str, PreTrainedConfig] = {
     "SmolLM3-3B": SmolLM3Config(pad_token_id=None),
     "LLaMA-7B": LlamaConfig(),
     "Llama-3-8B": LlamaConfig(
-        num_key_value_heads=8,
-        intermediate_size=14336,
-        vocab_size=128256,
-        max_position_embeddings=8192,
+        **_sizes(4096, 14336, 32, 32), **_LLAMA3, max_position_embeddings=8192
     ),
-    "Qwen3-8B": Qwen3Config(
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        **_QWEN3,
-    ),
-    "Qwen3-32B": Qwen3Config(
-        hidden_size=5120,
-        intermediate_size=25600,
-        num_hidden_layers=64,
-        num_attention_heads=64,
-        **_QWEN3,
-    ),
+    "Qwen3-8B": Qwen3Config(**_sizes(4096, 12288, 36, 32), **_QWEN3),
+    "Qwen3-32B": Qwen3Config(**_sizes(5120, 25600, 64, 64), **_QWEN3),
     "Llama-3.3-70B": LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=131072,
+        **_sizes(8192, 28672, 80, 64), **_LLAMA3, max_position_embeddings=131072
     ),
 }
 

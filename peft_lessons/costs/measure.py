@@ -238,11 +238,7 @@ def by_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict
 
 
 def estimate_bytes(
-    model: nn.Module,
-    weight: float = 2,
-    gradient: float = 2,
-    master: float = 4,
-    moments: float = 8,
+    model: nn.Module, weight: float = 2, gradient: float = 2, master: float = 4, moments: float = 8
 ) -> TrainingBytes:
     """Estimate the bytes of training `model` without activations, from parameter counts alone.
 

@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..data.base_models import nf4
 from ..engine import Method, validate
 from ..methods.adalora import AdaLoRA
 from ..methods.dora import DoRA
@@ -71,9 +74,7 @@ _VIRTUAL = {"num_virtual_tokens": TOKENS}
 CANDIDATES: dict[str, Candidate] = {
     "LoRA": Candidate("lora, all linear", LoRA(**FACTORS), "LoraConfig", _LORA),
     "QLoRA": Candidate("qlora", QLoRA(**FACTORS), "LoraConfig", _LORA),
-    "DoRA": Candidate(
-        "dora, all linear", DoRA(**FACTORS), "LoraConfig", _LORA | {"use_dora": True}
-    ),
+    "DoRA": Candidate("dora, all linear", DoRA(**FACTORS), "LoraConfig", _DORA),
     "AdaLoRA": Candidate(
         "adalora",
         AdaLoRA(12, 8, 16, "all-linear", tinit=100, tfinal=300, delta=10, total_steps=1000),
@@ -161,7 +162,7 @@ def ranking(task: str, examples: int, runs: DataFrame | None = None) -> list[str
     the one whose base is not in 4 bits, which must be unpacked in every step and cannot be merged
     as it is. A method that has no runs at this size comes behind, in the order of CANDIDATES."""
     sizes = _stored(task) if runs is None else study(task, runs)
-    found = sizes[nearest_size(list(sizes), examples)] if sizes else {}
+    found = sizes[nearest_size(list(sizes), examples)]
     known = {name: found[c.study] for name, c in CANDIDATES.items() if c.study in found}
     scored = {name: _scored(task, runs) for name, runs in known.items()}
 
@@ -243,7 +244,7 @@ class Advice(str):
     alternatives: two other names."""
 
     fits: Table
-    evidence: Table | None
+    evidence: Table
     alternatives: tuple[str, str]
     sentences: tuple[str, ...]
     _peft_task: str
@@ -263,32 +264,20 @@ class Advice(str):
     @property
     def quantization(self) -> Any:
         """Return the `quantization_config` to load the base with for QLoRA, else None."""
-        if self != "QLoRA":
-            return None
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        return nf4(torch.bfloat16) if self == "QLoRA" else None
 
     @property
     def why(self) -> str:
         """Return the sentences and both tables as text."""
         told = (textwrap.fill(sentence, 100) for sentence in self.sentences)
-        shown = (*told, repr(self.fits), repr(self.evidence) if self.evidence else "")
-        return "\n".join(filter(None, shown))
+        return "\n".join((*told, repr(self.fits), repr(self.evidence)))
 
     def __repr__(self) -> str:
         return f"{self!s}\n{self.why}"
 
     def _repr_html_(self) -> str:
         told = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
-        tables = (self.fits, self.evidence) if self.evidence else (self.fits,)
-        shown = "".join(t._repr_html_() for t in tables)
+        shown = self.fits._repr_html_() + self.evidence._repr_html_()
         return f"<p><strong>{html.escape(str(self))}</strong></p>{told}{shown}"
 
 
@@ -376,9 +365,7 @@ def _others(alternatives, needs, usable) -> str:
 
 
 def _data(task: str, examples: int) -> str:
-    if not (sizes := list(_stored(task))):
-        return "The study has no rows of this task yet: the order is that of CANDIDATES."
-    size = nearest_size(sizes, examples)
+    size = nearest_size(list(_stored(task)), examples)
     base, more = {
         "sentiment": ("an encoder of 22.6 million parameters", "sentences of movie reviews"),
         "austen": ("a language model of 3.2 million parameters", "pieces of Jane Austen's novels"),
@@ -419,9 +406,8 @@ def _fits(order, needs, plain, usable, told) -> Table:
     )
 
 
-def _evidence(task: str, examples: int, order: Sequence[str]) -> Table | None:
-    if not (sizes := _stored(task)):
-        return None
+def _evidence(task: str, examples: int, order: Sequence[str]) -> Table:
+    sizes = _stored(task)
     size = nearest_size(list(sizes), examples)
     found, lines, shown = sizes[size], [], []
     scale, heading = (100, "accuracy, %") if task == "sentiment" else (1, "perplexity")
@@ -436,7 +422,7 @@ def _evidence(task: str, examples: int, order: Sequence[str]) -> Table | None:
                 f"test {heading}": mean_and_range(best, "test", scale),
             }
         )
-    return table(lines, note=provenance(*shown)) if lines else None
+    return table(lines, note=provenance(*shown))
 
 
 # ------------------------------------------------------------------ sliders

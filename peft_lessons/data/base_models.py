@@ -9,7 +9,6 @@ from .._quiet import errors_only  # before anything below imports bitsandbytes
 # isort: on
 
 import os
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,15 +304,15 @@ def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) 
     return {"quantization_config": nf4(dtype, heads)}
 
 
-def nf4(dtype: torch.dtype, others: Sequence[str]) -> BitsAndBytesConfig:
-    """Return NF4 with doubly quantised scales for all linear layers but `others`, to compute in
-    `dtype`."""
+def nf4(dtype: torch.dtype, others: list[str] | None = None) -> BitsAndBytesConfig:
+    """Return NF4 with doubly quantised scales for all linear layers but `others` (None for a head,
+    as transformers finds it), to compute in `dtype`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(others),  # its name is historic: it holds for 4 bits too
+        llm_int8_skip_modules=others,  # its name is historic: it holds for 4 bits too
     )
 
 

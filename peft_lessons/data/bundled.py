@@ -47,11 +47,6 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sha256_with_lf(file: Path) -> str:
-    """Return the sha256 of a text file with its line ends converted back to LF."""
-    return hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
-
-
 # `git checkout` alone skips the files, as nothing has changed for git, or converts them again.
 _CONVERTED = """its line ends were converted from LF to CRLF, as git for Windows does unless told \
 otherwise. Restore the models and tasks with these commands, from the top of the checkout:
@@ -94,7 +89,8 @@ def bundled_path(path: str, verify: bool = False) -> Path:
         raise FileNotFoundError(f"the bundled file {file} is missing. {remedy}")
     size = file.stat().st_size
     if size != entry["bytes"]:
-        if _sha256_with_lf(file) == entry["sha256"]:
+        with_lf = file.read_bytes().replace(b"\r\n", b"\n")
+        if hashlib.sha256(with_lf).hexdigest() == entry["sha256"]:
             raise ValueError(f"the bundled file {file} is damaged: {_CONVERTED}")
         raise ValueError(
             f"the bundled file {file} is damaged: {size} bytes, not {entry['bytes']}. {remedy}"

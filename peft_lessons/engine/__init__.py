@@ -4,12 +4,14 @@ A method says of itself what it needs (`Method`); the engine freezes, wraps, ref
 saves. It knows no single method, holds no mathematics of one, and loads no model.
 """
 
+# ruff: noqa: F401
+
 from .files import (
     CONFIG,
     WEIGHTS,
     load_adapter,
-    misfit,
     read_adapter,
+    refuse_misfit,
     refuse_other_base,
     save_adapter,
     task_type,
@@ -43,46 +45,3 @@ from .targets import (
     require_among,
     within,
 )
-
-__all__ = [
-    "ATTACHED",
-    "CONFIG",
-    "DESIGNS",
-    "WEIGHTS",
-    "AdapterLayer",
-    "Injection",
-    "Method",
-    "PeftFiles",
-    "Report",
-    "attached_to",
-    "find_targets",
-    "fingerprint",
-    "freeze",
-    "fresh_modules",
-    "head_of",
-    "inject",
-    "injected_copy",
-    "injection_of",
-    "is_classifier",
-    "load_adapter",
-    "matches",
-    "merge",
-    "misfit",
-    "near_name",
-    "one_by_one",
-    "read_adapter",
-    "refuse_entries",
-    "refuse_injected",
-    "refuse_other_base",
-    "refuse_packed",
-    "registered_methods",
-    "report",
-    "require_among",
-    "require_injection",
-    "save_adapter",
-    "task_type",
-    "unload",
-    "unmerge",
-    "validate",
-    "within",
-]

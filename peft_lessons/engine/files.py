@@ -11,22 +11,16 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .injection import (
-    Report,
-    fingerprint,
-    inject,
-    injection_of,
-    refuse_injected,
-    require_injection,
-)
+from .injection import Report, fingerprint, inject, injection_of, refuse_injected, require_injection
 from .method import ATTACHED, Injection, Method, registered_methods
 from .targets import head_of, is_classifier, matches
 
@@ -204,11 +198,11 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
 
 
 def _own_entries(text: str, folder: Path) -> dict:
-    """What the header says for a method of ours; ValueError for anything but its own entries."""
+    """Return what the header says for a method of ours. ValueError for anything else there."""
     try:
         entries = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the header of {WEIGHTS} in {str(folder)!r} is broken: {error}") from None
+    except (ValueError, RecursionError):
+        entries = None
     known = {name for method in registered_methods() for name in method.files.own}
     if not isinstance(entries, dict) or not entries.keys() <= known:
         raise ValueError(
@@ -290,10 +284,7 @@ def load_adapter(
     skeleton = _on_meta(model)
     inject(skeleton, method, modules_to_save=whole)
     expected = dict(_slots(skeleton, injection_of(skeleton), bool(frozen)))
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(misfit("misses", missing, len(expected)))
-    if surplus := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(misfit("has, with no place in the model,", surplus, len(tensors)))
+    refuse_misfit(expected, tensors)
     for key, slot in expected.items():
         if slot.shape != tensors[key].shape:
             raise ValueError(
@@ -312,10 +303,18 @@ def load_adapter(
     return result
 
 
-def misfit(what: str, keys: list[str], total: int) -> str:
-    """Return the error message for keys of a file that do not fit a model."""
-    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return f"the file {what} {keys[0]!r}{more} of {total} tensors: it was made for another model"
+def refuse_misfit(expected: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError if a file misses keys that the model expects, or has others."""
+    what = ""
+    if surplus := sorted(tensors.keys() - expected.keys()):
+        what, keys, total = "has, with no place in the model,", surplus, len(tensors)
+    if missing := sorted(expected.keys() - tensors.keys()):
+        what, keys, total = "misses", missing, len(expected)
+    if what:
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise ValueError(
+            f"the file {what} {keys[0]!r}{more} of {total} tensors: it was made for another model"
+        )
 
 
 def refuse_other_base(model: nn.Module, config: dict, header: dict) -> None:

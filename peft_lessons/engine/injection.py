@@ -19,14 +19,7 @@ from torch import nn
 
 from .layer import AdapterLayer, refuse_twice
 from .method import ATTACHED, Injection, Method, registered_methods
-from .targets import (
-    IN_4_BITS,
-    find_whole,
-    fresh_modules,
-    frozen_head_of,
-    head_of,
-    within,
-)
+from .targets import IN_4_BITS, find_whole, fresh_modules, frozen_head_of, head_of, within
 
 # ------------------------------------------------------------------ what was done, and to undo it
 

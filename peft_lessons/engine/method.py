@@ -126,7 +126,10 @@ class Method:
 
     def wrap(self, path: str, layer: nn.Module) -> AdapterLayer:
         """Return the module that replaces `layer`."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            "it has no wrap, which gives the module that takes the place of a layer: write "
+            "wrap(self, path, layer); or attach, or select, and no field named targets"
+        )
 
     def wrap_all(self, layers: Mapping[str, nn.Module]) -> dict[str, AdapterLayer]:
         """Return {path: module} of the modules that replace all targets, by default from `wrap`.

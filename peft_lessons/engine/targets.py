@@ -61,23 +61,18 @@ def require_among(paths: Collection[str], names: tuple[str, ...] | str, argument
             )
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return {id of a parameter: all its names in the model}."""
+def _tied(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """Return {path: (name of a tied parameter, its other name in the model)}."""
     owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name)
-    return owners
-
-
-def _tied(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """Return {path: (name of a tied parameter, its other name in the model)}."""
-    owners, tied = _owners(model), {}
-    for path, module in modules.items():
-        for name, p in module.named_parameters():
-            for other in owners[id(p)]:
-                if other != f"{path}.{name}":
-                    tied.setdefault(path, (name, other))
-    return tied
+    return {
+        path: (name, other)
+        for path, module in modules.items()
+        for name, p in module.named_parameters()
+        for other in owners[id(p)]
+        if other != f"{path}.{name}"
+    }
 
 
 def _refuse_tied(model: nn.Module, modules: Mapping[str, nn.Module], argument: str) -> None:
@@ -235,7 +230,7 @@ def find_whole(
         found.update(here)
     refuse_packed(found, "modules_to_save")
     for path, module in found.items():
-        if not any(True for _ in module.parameters()):
+        if not list(module.parameters()):
             raise ValueError(f"modules_to_save: {path!r} has no parameters to train")
         for target in wrapped:
             if (path + ".").startswith(target + ".") or target.startswith(path + "."):

@@ -111,49 +111,39 @@ _NOT_THIS_VERSION = (
 )
 
 
-def _no_prompt(model: nn.Module) -> str | None:
-    """Return why embeddings cannot be put before a model's text, or None."""
-    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
-        return "has no token embeddings: take a language model"
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "has an encoder and a decoder: a prompt goes before one text; PEFT has both"
-    takes = inspect.signature(model.forward).parameters
-    if "inputs_embeds" not in takes:
-        return "has a forward that takes no inputs_embeds"
-    if model.can_generate() and "past_key_values" not in takes:
-        return _NOT_THIS_VERSION
-    return None
-
-
-def _no_prefix(model: nn.Module) -> str | None:
-    """Return why a model has no place for the keys and values of a prefix, or None."""
-    takes = inspect.signature(model.forward).parameters
-    if "cache" in takes:
-        return _NOT_THIS_VERSION
-    if "past_key_values" not in takes or not hasattr(model, "config"):
-        return (
-            "takes no past_key_values, so it has no place for the keys and values of a prefix: "
-            "take Prompt, or a method that changes layers, such as LoRA"
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "has an encoder and a decoder, and a prefix of the course is for one of the two"
-    if getattr(model.config, "kv_lora_rank", None):
-        return (
-            "has keys and values of different widths (multi-head latent attention), and a prefix "
-            "of the course has one width: take Prompt"
-        )
-    return None
-
-
 def refuse_model(owner: str, model: nn.Module) -> None:
     """Raise ValueError if embeddings cannot be put before a model's text."""
-    if complaint := _no_prompt(model):
+    takes, complaint = inspect.signature(model.forward).parameters, None
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
+        complaint = "has no token embeddings: take a language model"
+    elif getattr(model.config, "is_encoder_decoder", False):
+        complaint = "has an encoder and a decoder: a prompt goes before one text; PEFT has both"
+    elif "inputs_embeds" not in takes:
+        complaint = "has a forward that takes no inputs_embeds"
+    elif model.can_generate() and "past_key_values" not in takes:
+        complaint = _NOT_THIS_VERSION
+    if complaint:
         raise ValueError(f"{owner}: model={type(model).__name__} {complaint}")
 
 
 def refuse_reader(owner: str, reader: nn.Module) -> None:
     """Raise ValueError if a model has no place for the keys and values of a prefix."""
-    if complaint := _no_prefix(reader):
+    takes, complaint = inspect.signature(reader.forward).parameters, None
+    if "cache" in takes:
+        complaint = _NOT_THIS_VERSION
+    elif "past_key_values" not in takes or not hasattr(reader, "config"):
+        complaint = (
+            "takes no past_key_values, so it has no place for the keys and values of a prefix: "
+            "take Prompt, or a method that changes layers, such as LoRA"
+        )
+    elif getattr(reader.config, "is_encoder_decoder", False):
+        complaint = "has an encoder and a decoder, and a prefix of the course is for one of the two"
+    elif getattr(reader.config, "kv_lora_rank", None):
+        complaint = (
+            "has keys and values of different widths (multi-head latent attention), and a prefix "
+            "of the course has one width: take Prompt"
+        )
+    if complaint:
         raise ValueError(f"{owner}: model={type(reader).__name__} {complaint}")
 
 

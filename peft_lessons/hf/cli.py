@@ -66,30 +66,15 @@ def examples(data: str) -> list:
 
 def main(given: list[str] | None = None) -> dict:
     """Train, and print the results as JSON in the first process."""
-    options = arguments(given)
+    options = vars(arguments(given))
+    set_up = {name: options.pop(name) for name in ("labels", "rank")} | {"seed": options["seed"]}
+    place = [options.pop(name) for name in ("model", "method", "output")]
     # Joins the other processes, and takes this one's device.
     state = PartialState(cpu=not torch.cuda.is_available())
-    model, tokenizer = setup_peft_training(
-        options.model,
-        options.method,
-        options.output,
-        labels=options.labels,
-        rank=options.rank,
-        seed=options.seed,
-    )
-    metrics = train_with_peft(
-        model,
-        tokenizer,
-        examples(options.data),
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        max_length=options.max_length,
-        checkpoint_every=options.checkpoint_every,
-        resume=options.resume,
-        seed=options.seed,
-        show=False,
-    )
+    model, tokenizer = setup_peft_training(*place, **set_up)
+    data = examples(options.pop("data"))
+    # What is left of the options has the names of arguments.
+    metrics = train_with_peft(model, tokenizer, data, show=False, **options)
     if state.is_main_process:
         print(json.dumps(metrics | {"processes": state.num_processes}))
     return metrics

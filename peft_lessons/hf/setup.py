@@ -20,9 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from .._quiet import errors_only
 from ..data.base_models import load_model, load_tokenizer
-from ..engine import misfit, read_adapter, refuse_other_base, validate
+from ..engine import read_adapter, refuse_misfit, refuse_other_base, validate
 
-VIRTUAL_TOKENS = 16
+_PREFIX = {"num_virtual_tokens": 16}
+# Rows of the vocabulary: PEFT's default draws numbers fifty times as large as they are.
+_PROMPT = _PREFIX | {"prompt_tuning_init": "SAMPLE_VOCAB"}
 
 
 def setup_qlora(model_name: str, rank: int = 64):
@@ -42,11 +44,7 @@ def setup_qlora(model_name: str, rank: int = 64):
     _refuse_wide(model, rank, "setup_qlora")
     model = _prepared(model)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=16,
-        lora_dropout=0.05,
-        target_modules="all-linear",
+        task_type="CAUSAL_LM", r=rank, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"
     )
     model = get_peft_model(model, config).train()
     model.print_trainable_parameters()
@@ -89,7 +87,8 @@ _Settings = Callable[[nn.Module, int], dict]
 
 def _lora(model: nn.Module, rank: int) -> dict:
     targets = "all-linear"  # but the head, which PEFT knows by its name
-    if _beyond(model) or not all(_is_layer(model, top) for top in model.fresh_modules):
+    heads = map(model.get_submodule, model.fresh_modules)
+    if _beyond(model) or not all(isinstance(head, nn.Linear) for head in heads):
         layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         targets = [path for path in layers if not _fresh(model, path)]
     return {
@@ -108,10 +107,6 @@ def _transposed(model: nn.Module) -> bool:
 def _beyond(model: nn.Module) -> list[str]:
     """Return the new modules that PEFT does not treat as a head: a pooler, a head's first layer."""
     return [path for path in model.fresh_modules if path not in ("classifier", "score")]
-
-
-def _is_layer(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path), nn.Linear)
 
 
 def _adalora(model: nn.Module, rank: int) -> dict:
@@ -140,11 +135,8 @@ def _ia3(model: nn.Module, rank: int) -> dict:
             "give a config: IA3Config(target_modules=[keys, values, the second feed-forward "
             "matrix], feedforward_modules=[the latter])"
         )
-    second, ends = (
-        FEED_FORWARD[kind],
-        {path.rpartition(".")[2] for path, _ in model.named_modules()},
-    )
-    targets = TARGETS[kind]
+    second, targets = FEED_FORWARD[kind], TARGETS[kind]
+    ends = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     if {"k_proj", "v_proj"} <= ends:  # for several families PEFT names the query, too
         targets = ["k_proj", "v_proj", *second]
     return {
@@ -152,15 +144,6 @@ def _ia3(model: nn.Module, rank: int) -> dict:
         "feedforward_modules": second,
         "fan_in_fan_out": _transposed(model),
     }
-
-
-def _virtual(model: nn.Module, rank: int) -> dict:
-    return {"num_virtual_tokens": VIRTUAL_TOKENS}
-
-
-def _prompt(model: nn.Module, rank: int) -> dict:
-    # Rows of the vocabulary: PEFT's default draws numbers fifty times as large as they are.
-    return _virtual(model, rank) | {"prompt_tuning_init": "SAMPLE_VOCAB"}
 
 
 def _norms(model: nn.Module, rank: int) -> dict:
@@ -179,8 +162,8 @@ _CONFIGS: dict[str, tuple[str, _Settings, float]] = {
     "qlora": ("LoraConfig", _lora, 1e-3),
     "adalora": ("AdaLoraConfig", _adalora, 3e-3),
     "ia3": ("IA3Config", _ia3, 3e-2),
-    "prefix": ("PrefixTuningConfig", _virtual, 3e-2),
-    "prompt": ("PromptTuningConfig", _prompt, 1e-1),
+    "prefix": ("PrefixTuningConfig", lambda *_: _PREFIX, 3e-2),
+    "prompt": ("PromptTuningConfig", lambda *_: _PROMPT, 1e-1),
     "norms": ("LNTuningConfig", _norms, 1e-2),
 }
 HF_METHODS = tuple(_CONFIGS)
@@ -267,7 +250,8 @@ def setup_peft_training(
             f"{model_name!r} is an encoder, which generates no text: labels=2 makes it a "
             "classifier of two classes"
         )
-    _match_padding(model, tokenizer)
+    # A decoder's classifier finds the last real token by it.
+    model.config.pad_token_id = tokenizer.pad_token_id
     if kind in ("LoraConfig", "AdaLoraConfig"):
         _refuse_wide(model, math.ceil(1.5 * rank) if method == "adalora" else rank, method)
     if method == "qlora":
@@ -292,11 +276,6 @@ def setup_peft_training(
         tokenizer.padding_side = "left"
     model.output_dir = output_dir
     return model.train(), tokenizer
-
-
-def _match_padding(model: nn.Module, tokenizer) -> None:
-    """Set the model's padding token: a decoder's classifier finds the last real token by it."""
-    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def classifies(config) -> bool:
@@ -365,7 +344,7 @@ def load_and_merge_adapter(
     labels = _labels(config, tensors)
     base = load_model(base_model_name, labels, dtype=dtype, four_bit=four_bit)
     if labels is not None:
-        _match_padding(base, load_tokenizer(base_model_name))
+        base.config.pad_token_id = load_tokenizer(base_model_name).pad_token_id
     if check_base:
         refuse_other_base(base, entries, header)
     if four_bit:
@@ -426,11 +405,7 @@ def _opened(base: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]):
             raise ValueError(f"the adapter does not fit this base: {lines[-1].strip()}") from None
         except ValueError as error:
             raise ValueError(f"the adapter does not fit this base: {error}") from None
-    expected = set(get_peft_model_state_dict(model))
-    if missing := sorted(expected - set(tensors)):
-        raise ValueError(misfit("misses", missing, len(expected)))
-    if surplus := sorted(set(tensors) - expected):
-        raise ValueError(misfit("has, with no place in the model,", surplus, len(tensors)))
+    refuse_misfit(get_peft_model_state_dict(model), tensors)
     return model
 
 

@@ -109,9 +109,8 @@ def train_with_peft(
         raise ValueError(f"{owner}: the adapter is merged; model.unmerge_adapter() first")
     rate = rate_of(model.active_peft_config) if learning_rate is None else learning_rate
     validate(owner, batch_size=batch_size, lr=rate, epochs=epochs, seed=seed)
-    for name, value in (("steps", steps), ("checkpoint_every", checkpoint_every)):
-        if value is not None:
-            validate(owner, **{name: value})
+    counts = {"steps": steps, "checkpoint_every": checkpoint_every}
+    validate(owner, **{name: value for name, value in counts.items() if value is not None})
     tokenizer = padded(tokenizer)
     if reads_last_place(model) and tokenizer.padding_side != "left":
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..data.bundled import data_folder
+from ..engine.settings import validate
 from .tables import Table, table
 
 if TYPE_CHECKING:  # pandas is imported where a table is read: it takes a third of a second
@@ -135,8 +136,7 @@ def mean_and_range(runs: DataFrame, column: str, scale: float = 1.0) -> Spread:
 def student_t(degrees: int) -> float:
     """Return the t for which 95 % of Student's distribution with so many degrees of freedom lies
     between -t and t, to four digits. Raises ValueError unless degrees is 1, 2, ..."""
-    if isinstance(degrees, bool) or not isinstance(degrees, int) or degrees < 1:
-        raise ValueError(f"degrees={degrees!r} must be a whole number, 1 or more")
+    validate("student_t", degrees=degrees)
     if degrees <= len(STUDENT_T):
         return STUDENT_T[degrees - 1]
     z = statistics.NormalDist().inv_cdf(0.975)  # Abramowitz & Stegun 26.7.5
@@ -164,7 +164,6 @@ def paired_difference(
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Return the names on the Pareto front of {name: (cost, score)}, cheapest first: the points
     that no other beats on both. A point with a NaN is not on it."""
-
     measured = {n: point for n, point in points.items() if not any(map(math.isnan, point))}
     front = [
         (cost, name)

@@ -8,26 +8,9 @@ Nothing here downloads anything, changes a model it is given, or moves the globa
 nothing here says whether a method is any good.
 """
 
-from .compare import (
-    adapter_bytes,
-    compare_outputs,
-    copy_parameters,
-    roundtrip_error,
-    show_refusal,
-)
+# ruff: noqa: F401
+
+from .compare import adapter_bytes, compare_outputs, copy_parameters, roundtrip_error, show_refusal
 from .conformance import MethodError, check_method
 from .exchange import interoperability
 from .tiny import padded_batch, perturb
-
-__all__ = [
-    "MethodError",
-    "adapter_bytes",
-    "check_method",
-    "compare_outputs",
-    "copy_parameters",
-    "interoperability",
-    "padded_batch",
-    "perturb",
-    "roundtrip_error",
-    "show_refusal",
-]

@@ -186,10 +186,7 @@ def test_the_order_is_that_of_the_nearest_size():
     assert nearest_size([800, 200], 400) == 200
 
 
-def test_rows_that_are_missing_are_said_and_do_not_stop_it(studied):
-    studied([])
-    advice = recommend_peft_method(7, 24, "generation", 1000)
-    assert advice == "LoRA" and advice.evidence is None and "no rows" in advice.why
+def test_rows_that_are_missing_do_not_stop_it(studied):
     half = rows_of("austen", {"full": 30.0}, 1000)
     for row in half:
         row["seed"] += 1  # the run that chooses the rate is not there yet
