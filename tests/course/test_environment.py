@@ -15,7 +15,6 @@ from packaging.requirements import Requirement
 
 from tools.environment import NEVER, ROOT, offline_environment
 
-
 TOPS = ("benchmarks", "data", "docs", "notebooks", "peft_lessons", "tests", "tools")
 
 
