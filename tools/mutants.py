@@ -66,10 +66,7 @@ MUTANTS = [
     *of(
         f"{METHODS}/dora.py",
         "dora",
-        (
-            "@torch.no_grad()  # a constant in the backward pass",
-            "# a constant in the backward pass",
-        ),
+        ("@torch.no_grad()  # a constant in", "# a constant in"),
         ("self.base.weight / self.merged_c[:, None] -", "self.base.weight -"),
         ("plain = y if bias is None else y - bias", "plain = y"),
         ("if layer.training and layer.dropout.p > 0:", "if False:"),
@@ -92,10 +89,7 @@ MUTANTS = [
     *of(
         f"{METHODS}/ia3.py",
         "ia3",
-        (
-            "return weight * self.l, None if keeps else bias",
-            "return weight * self.l, None if 1 else bias",
-        ),
+        ("weight * self.l, None if keeps else", "weight * self.l, None if 1 else"),
         ("self.base(rescaled(x, self.l.flatten()))", "rescaled(self.base(x), self.l.flatten())"),
         ('entries["target_modules"] = paths', "pass"),
     ),
@@ -140,10 +134,7 @@ MUTANTS = [
         "peft_lessons/engine/targets.py",
         "inject every_method",
         ('path == name or path.endswith("." + name)', "path.endswith(name)"),
-        (
-            "modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if p}",
-            "modules = {p: m for p, m in model.named_modules() if p}",
-        ),
+        ("m in model.named_modules(remove_duplicate=False)", "m in model.named_modules()"),
     ),
     *of(
         "peft_lessons/engine/layer.py",
@@ -175,38 +166,23 @@ MUTANTS = [
     *of(
         "peft_lessons/checks/compare.py",
         "kit",
-        (
-            "if gap.max() <= tolerance * (size or 1.0):",
-            "if gap.mean() <= tolerance * (size or 1.0):",
-        ),
+        ("if gap.max() <= tolerance", "if gap.mean() <= tolerance"),
         ("if not _serves(got.dtype, expected.dtype, form):", "if False:"),
         ('return form == "wider" and floats and', "return floats and"),
     ),
     *of(
         "peft_lessons/checks/kit.py",
         "kit",
-        (
-            "flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)",
-            "flat.sum()",
-        ),
-        (
-            'raised = frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]',
-            "raised = True",
-        ),
+        ("flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)", "flat.sum()"),
+        ("raised = frame.f_code.co_code[last.tb_lasti] ==", "raised = True or"),
         ("if theirs is None and ours is not None:", "if False:"),
         ("if missing and self._numbers_agree(function):", "if missing:"),
-        (
-            "before = [i for i in results if i <= number",
-            "before = [i for i in results if i == number",
-        ),
+        ("in results if i <= number", "in results if i == number"),
     ),
     *of(
         "tools/grade.py",
         "grade",
-        (
-            'if mark["word"] == word and mark["outcome"] in OUTCOMES:',
-            'if mark["outcome"] in OUTCOMES:',
-        ),
+        ('mark["word"] == word and mark["outcome"]', 'mark["outcome"]'),
     ),
     *of(
         "tools/grade_one.py",
