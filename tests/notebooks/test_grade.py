@@ -164,10 +164,11 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path):
 @pytest.fixture
 def instead(tmp_path, monkeypatch):
     """Let a script take the place of a notebook's process, and return what becomes of it."""
+    python = sys.executable
 
     def marks(script, total=30):
         program, notebook = tmp_path / "python", tmp_path / f"{LESSON}.ipynb"
-        program.write_text(f"#!{sys.executable}\nimport sys\n{script}\n", encoding="utf-8")
+        program.write_text(f"#!{python}\nimport sys\n{script}\n", encoding="utf-8")
         program.chmod(0o755)
         notebook.touch()
         monkeypatch.setattr(sys, "executable", str(program))
