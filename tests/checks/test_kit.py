@@ -58,18 +58,11 @@ def stub(x, k):
     raise NotImplementedError
 
 
-def hunt(x, k):
-    raise NotImplementedError("remove this line when you start the hunt")
-    return x
-
-
 def test_an_untouched_stub_is_not_attempted_and_refused_in_strict_mode(monkeypatch):
     monkeypatch.setenv("PEFT_LESSONS_STRICT", "0")
-    for answer in (stub, hunt):
-        assert repr(scale(answer)) == (
-            "○ scale: not attempted yet.\n  Write the function, run its cell, then run this cell "
-            "again."
-        )
+    assert repr(scale(stub)) == (
+        "○ scale: not attempted yet.\n  Write the function, run its cell, then run this cell again."
+    )
     monkeypatch.setenv("PEFT_LESSONS_STRICT", "1")
     assert refusal(scale, stub).startswith("✗ scale: not attempted yet.")
     assert scale(scale.reference).status == "right"
@@ -116,7 +109,6 @@ def test_an_edit_that_is_void_or_double_is_an_error():
     for edits, told in (
         ("it is void\n z → x", "'z' is there 0 times"),
         ("it hits more than it says\n x → 3", "'x' is there 2 times"),
-        ("it changes nothing\n 2 → 2", "'2' is there 1 times"),
         ("one\n 2 → 3\n one\n 2 → 4", "'one' is there twice"),
     ):
         with pytest.raises(ValueError, match=re.escape(told)):
@@ -410,7 +402,6 @@ def test_modules_refusals_and_earlier_calls():
         (variant(last="return model.weight"), "is a tensor, expected a module (Linear)"),
         (variant("return model"), "the weight has wrong values"),
         (variant(last="return nn.ReLU()"), "what it returned cannot be used: AttributeError"),
-        (variant("if times == 0: model.eval()"), "model['what is in train mode'] differs: missing"),
         (variant("if times == 0: model.requires_grad_(False)"), "the argument model was changed"),
         (variant("vars(model).pop('grown', 0)"), "nothing was raised, where ValueError or Runtime"),
         (variant(last="return copy.deepcopy(model)"), "is not the argument model itself: change"),

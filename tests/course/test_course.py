@@ -167,16 +167,6 @@ def test_lab_gives_torch_the_cores_that_it_may_use(course, monkeypatch):
     assert course.ran[-1][2] == {}
 
 
-def test_the_students_copy_offers_what_it_has(course, tmp_path, capsys):
-    (tmp_path / "tools").rmdir()
-    theirs = loaded(tmp_path / "course.py")
-    assert theirs.EXTRA == "" and theirs.main(["help"]) == 0
-    shown = capsys.readouterr().out
-    assert " lab " in shown and not re.search("test|grade|solutions|release", shown)
-    with pytest.raises(theirs.Trouble, match="There is no command test"):
-        theirs.main(["test"])
-
-
 def test_clean_removes_what_was_built_and_keeps_the_environment(course, tmp_path):
     for folder in ("build/site", "peft_lessons/__pycache__", ".venv/lib/__pycache__"):
         (tmp_path / folder).mkdir(parents=True)

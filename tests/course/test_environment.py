@@ -64,11 +64,6 @@ def test_the_tests_run_offline_and_with_few_threads():
 
 
 ELSEWHERE = """
-import peft_lessons.methods.lora as lora  # and not the package before it
-from peft_lessons import methods
-
-assert methods.__name__ == "peft_lessons.methods" and methods.lora is lora
-
 import sys
 
 assert "pandas" not in sys.modules  # it takes a third of a second

@@ -146,18 +146,6 @@ def test_texts_are_encoded_and_long_ones_cut(task, tokenizer):
         task.encode([])
 
 
-def test_describe_tells_the_truth(task):
-    lines = repr(task.describe()).splitlines()
-    words = np.mean([len(text.split()) for text in task.texts("train")])
-    tokens = np.mean([int(b["attention_mask"].sum()) for b in task.batches("train", 1)])
-    share = task.labels("train").float().mean().item()
-    count = f"{task.size('train'):,}"
-    cells = ["train", count, f"{100 * share:.1f}", "%", f"{words:.1f}", f"{tokens:.1f}"]
-    assert lines[1].split() == cells
-    assert "ratings: MIT" in lines[-1] and "Hutto" in lines[-1] and len(lines[-1]) <= 100
-    assert count in repr(task) and "negative / positive" in repr(task)
-
-
 def test_limit_of_many_classes(wordnet):
     small = wordnet.limit(train=260, validation=78)
     assert len(wordnet.label_names) == 26 and "26 classes" in repr(wordnet)
@@ -228,16 +216,6 @@ def test_the_loss_is_that_of_the_next_token_without_padding(austen):
         assert scores.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
-def test_austen_describes_itself(austen):
-    lines = repr(austen.describe()).splitlines()
-    assert lines[0].split() == ["split", "blocks", "tokens", "characters"]
-    tokens = sum(int(b["attention_mask"].sum()) for b in austen.batches("test", 64))
-    counts = (austen.size("test"), tokens, sum(map(len, austen.texts("test"))))
-    assert lines[3].split() == ["test", *(f"{count:,}" for count in counts)]
-    assert "public domain" in lines[-1]
-    assert "blocks of up to 128 tokens" in repr(austen) and "LanguageTask" in repr(austen)
-
-
 def test_limit_of_blocks(austen):
     small = austen.limit(train=7, test=1)
     assert isinstance(small, LanguageTask)
@@ -283,15 +261,10 @@ def test_an_unknown_task_and_a_bad_tokenizer_are_refused():
         load_task("sentiment", bare)
 
 
-def test_unknown_split(task):
-    calls = (task.size, task.texts, task.labels, task.batches, lambda s: task.limit(**{s: 4}))
-    for call in calls:
+def test_an_unknown_split_and_a_bad_size_are_refused_at_once(task):
+    for call in (task.size, task.texts, task.batches, lambda split: task.limit(**{split: 4})):
         with pytest.raises(ValueError, match=r"split 'dev' is unknown.*'train', 'validation'"):
             call("dev")
-
-
-def test_bad_size_is_refused_at_once(task):
-    # At the call, not at the first batch.
     for call in (lambda: task.batches("train", 0), lambda: task.stream(2.5, seed=0)):
         with pytest.raises(ValueError, match=r"size must be an integer of at least 1, got"):
             call()

@@ -1,6 +1,5 @@
 """The outline's three functions on PEFT: set up, train and resume, merge; and what they refuse."""
 
-import json
 import math
 import random
 import re
@@ -378,24 +377,20 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number_before_the_end(tmp_
     assert trainer._checkpoint(tmp_path / "new", resume=True, steps=12) is None
 
 
-@pytest.mark.parametrize(
-    ("config", "lacks"),
-    [
+def test_what_cannot_be_resumed_is_refused_at_once(folders, tmp_path):
+    tokenizer = peft_lessons.load_tokenizer("tinylm")
+    for config, lacks in (
         (AdaLoraConfig(total_step=8, target_modules=["q_proj"]), "lack the pruned triplets"),
         (PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True), "lack the network"),
-    ],
-    ids=["AdaLoRA", "prefix"],
-)
-def test_what_cannot_be_resumed_is_refused_at_once(folders, tmp_path, config, lacks):
-    config.task_type = "CAUSAL_LM"
-    model = get_peft_model(load_model(folders["llama"]), config)
-    tokenizer = peft_lessons.load_tokenizer("tinylm")
-    with pytest.raises(ValueError, match=f"cannot go on, because its checkpoints {lacks}"):
-        train_with_peft(model, tokenizer, TEXTS, output_dir=tmp_path / "out", resume=True)
+    ):
+        config.task_type = "CAUSAL_LM"
+        model = get_peft_model(load_model(folders["llama"]), config)
+        with pytest.raises(ValueError, match=f"cannot go on, because its checkpoints {lacks}"):
+            train_with_peft(model, tokenizer, TEXTS, output_dir=tmp_path / "out", resume=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_adalora_reaches_its_ranks_within_the_run(run, tmp_path, monkeypatch):
+def test_adalora_reaches_its_ranks_within_the_run(run, monkeypatch):
     steps, allocate = [], AdaLoraModel.update_and_allocate
 
     def noted(self, step):
@@ -407,9 +402,6 @@ def test_adalora_reaches_its_ranks_within_the_run(run, tmp_path, monkeypatch):
     assert steps == list(range(1, 13))
     ranks = [sum(kept) for kept in model.active_peft_config.rank_pattern.values()]
     assert sum(ranks) == 4 * len(ranks) and len(set(ranks)) > 1
-    entries = json.loads((tmp_path / "out" / CONFIG).read_text(encoding="utf-8"))
-    schedule = [entries[key] for key in ("total_step", "tinit", "tfinal", "deltaT")]
-    assert schedule == [12, 1, 4, 1]
 
 
 # ------------------------------------------------------------------ refusals
