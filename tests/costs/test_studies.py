@@ -111,7 +111,6 @@ def test_the_learning_rate_is_chosen_by_validation_of_the_first_seed():
     assert rate == 0.1 and found["seed"].tolist() == [0, 1]
     assert best_lr(tried.assign(task="austen"))[0] == 0.3, "of perplexities the lower one"
     assert best_lr(pd.concat([tried, runs((0.01, 0, 0.8, 0))]))[0] == 0.01, "of equals the smaller"
-
     with pytest.raises(ValueError, match="no run with seed 0"):
         best_lr(tried[1:2])
 
@@ -134,7 +133,6 @@ def test_a_difference_is_paired_by_seed():
 def test_the_front_is_what_nothing_dominates():
     points = {"a": (1.0, 0.5), "b": (2.0, 0.5), "c": (2.0, 0.7), "d": (3.0, 0.7), "e": (0.5, 0.1)}
     assert pareto_front(points) == ["e", "a", "c"]
-
     assert pareto_front(points | {"n": (0.1, math.nan), "m": (math.nan, 9.0)}) == ["e", "a", "c"]
 
 

@@ -412,7 +412,6 @@ ROWS = [
         "tied, the change 1 times in it"),
     Row("12", "with ensure_weight_tying merging adds the change twice",
         lambda: merged_tied(ensure_weight_tying=True), "tied, the change 2 times in it"),
-
     Row("12", "a share of warmup_steps is one of all steps",
         lambda: arguments(warmup_steps=0.1).get_warmup_steps(200), 20, TRAINER),
     Row("12", "a classifier's loss is counted once for each part of a step",
