@@ -197,21 +197,6 @@ def test_bytes_of_known_models():
         assert part in shown
 
 
-def test_llama_3_8b_with_lora_by_hand():
-    """d 4,096, d_ff 14,336, 32 query heads and 8 others of 128, 32 blocks, 2,048 tokens."""
-    found, d, f, tokens = training_memory("Llama-3-8B", LoRA()), 4096, 14336, 2048
-    trains = 32 * 8 * (2 * (d + d) + 2 * (d + 1024) + 3 * (d + f))
-    assert found.adapter == found.gradients == 2 * trains and found.optimizer == 12 * trains
-    assert found.weights == 2 * PUBLISHED["Llama-3-8B"]
-    norms, read = 2 * 4 * (d + 1), 2 * (d + d + f)
-    attention, inner, ranks = 2 * (2 * d + 2 * 1024) + 4 * 32, 3 * 2 * f, 7 * 2 * 8
-    a_token = 32 * (norms + read + attention + inner + ranks) + 4 * 128256
-    # The first block's first norm keeps nothing, and behind the last block stands one.
-    assert found.activations == a_token * tokens
-    assert found.at_work == 8 * 128256 * tokens
-    assert found.total / GB == pytest.approx(31.64, abs=0.005)
-
-
 def test_what_is_at_work():
     more = {"labels": True, "context": 512}
     plain = training_memory("LLaMA-7B", LoRA(), **more).at_work
