@@ -1,11 +1,10 @@
 """The AdaLoRA study: a budget of ranks spent by AdaLoRA, or evenly by LoRA.
 
-    python benchmarks/adalora_study.py             # an hour on one core
+    python benchmarks/adalora_study.py     # an hour on one core
 
 Trains minilm on movie sentiment on all linear layers, and adds a row for each run to
-data/results/adalora_study.csv, and one for each layer of an AdaLoRA run to adalora_ranks.csv. Every
-setting is tried at each learning rate with one seed; the rate with the best validation accuracy is
-run with two more. `adalora, sums` adds up the scores of a triplet's entries instead of averaging.
+data/results/adalora_study.csv, and one for each layer of an AdaLoRA run to adalora_ranks.csv.
+`adalora, sums` adds up the scores of a triplet's entries instead of averaging.
 """
 
 from functools import partial

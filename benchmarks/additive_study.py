@@ -1,13 +1,9 @@
 """The study of the additive methods: adapters, (IA)³, prompts and prefixes, each at its best rate.
 
-    python benchmarks/additive_study.py               # two hours on one core
-    python benchmarks/additive_study.py --backwards   # beside the first, on a second core
+    python benchmarks/additive_study.py    # two hours on one core
 
-Trains minilm on movie sentiment (200 steps) and tinylm on Jane Austen's novels (100 steps), and
-adds a row for each run to data/results/additive_study.csv: the accuracy, or the perplexity, before
-and after training. Every setting is tried at each of its learning rates with one seed; the best one
-by the validation split is run with two more. The losses of the runs on Austen, averaged over ten
-steps, go to additive_curves.csv.
+Adds a row for each run on either task to data/results/additive_study.csv. The losses of the runs on
+Austen, averaged over ten steps, go to additive_curves.csv.
 """
 
 from functools import partial

@@ -1,15 +1,12 @@
 """The study that lesson 13 chooses by: every method of the course, on little and on much data.
 
-    python benchmarks/choosing_study.py               # ten hours on one core
-    python benchmarks/choosing_study.py --backwards   # beside the first, on a second core
+    python benchmarks/choosing_study.py    # ten hours on one core
 
-Trains minilm on movie sentiment and tinylm on Jane Austen's novels, on all of the training split
-and on its first 1,000 and 100 examples, and adds a row for each run to
-data/results/choosing_study.csv. Every method is tried at several learning rates with one seed, and
-at the best by the validation split with two seeds more. On all of the data the rate is the one that
-the studies of lessons 02 to 11 chose; what they had not tried is tried here. On 100 examples there
-are three rates around that one, on 1,000 those from the best on all to the best on 100; in both
-cases more, as long as the best lies at the edge of what was tried.
+Trains on all of the training split and on its first 1,000 and 100 examples, and adds a row for each
+run to data/results/choosing_study.csv. On all of the data the learning rate is the one that the
+studies of lessons 02 to 11 chose; what they had not tried is tried here. On 100 examples there are
+three rates around that one, on 1,000 those from the best on all to the best on 100; in both cases
+more, as long as the best lies at the edge of what was tried.
 
 `memory` is what is left of what the base could do. minilm: the share of nouns whose category the
 nearest of other nouns' definitions has, by the mean of the last hidden states. tinylm: the

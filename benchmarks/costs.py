@@ -42,10 +42,7 @@ ALL = {  # our "all-linear", which PEFT takes by name
         *("query", "key", "value"),
         *("attention.output.dense", "intermediate.dense", "output.dense"),
     ),
-    "tinylm": (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    ),
+    "tinylm": (*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")),
 }
 # Long, so that all of the steps measured here fall into the pruning, and none is the last.
 SCHEDULE = {"tinit": 1, "tfinal": 10, "delta": 5, "total_steps": 1000}

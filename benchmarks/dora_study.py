@@ -1,13 +1,11 @@
 """The DoRA study: DoRA against LoRA with slightly fewer and slightly more parameters.
 
-    python benchmarks/dora_study.py                # half an hour on one core
-    python benchmarks/dora_study.py --backwards    # beside the first, on a second core
+    python benchmarks/dora_study.py        # half an hour on one core
 
-Trains minilm on movie sentiment, 200 steps, and adds a row for each run to
-data/results/dora_study.csv. A magnitude vector weighs as much as half a rank here, so DoRA of rank
-r stands between LoRA of rank r (in lora_study.csv) and of rank r + 1. Every setting is tried at
-each learning rate with one seed; the rate with the best validation accuracy is run with two more,
-and for DoRA the highest rate as well, also with lengths that do not train.
+Trains minilm on movie sentiment and adds a row for each run to data/results/dora_study.csv. A
+magnitude vector weighs as much as half a rank here, so DoRA of rank r stands between LoRA of rank r
+(in lora_study.csv) and of rank r + 1. DoRA runs at the highest rate with all seeds as well, also
+with lengths that do not train.
 """
 
 from common import MEASURED, base_of, load, measured, study

@@ -1,11 +1,9 @@
 """The LoRA study: rank, alpha, learning rate, target modules, head-only and full fine-tuning.
 
-    python benchmarks/lora_study.py                # an hour and a half on one core
-    python benchmarks/lora_study.py --backwards    # beside the first, on a second core
+    python benchmarks/lora_study.py        # an hour and a half on one core
 
 Trains minilm on movie sentiment once for each point and seed and adds a row to
-data/results/lora_study.csv. Rows that are there are not run again, so it can be stopped and started
-at will. Learning rates are to be chosen by the column `validation`, never by `test`.
+data/results/lora_study.csv. Learning rates are to be chosen by the column `validation`.
 """
 
 import sys

@@ -1,12 +1,9 @@
 """The study of what mixing gives: scaled parallel adapters, and the same beside a prefix.
 
-    python benchmarks/mixing_study.py               # forty minutes on one core
-    python benchmarks/mixing_study.py --backwards   # beside the first, on a second core
+    python benchmarks/mixing_study.py      # forty minutes on one core
 
-Trains minilm on movie sentiment (200 steps) and tinylm on Jane Austen's novels (100 steps) and adds
-a row for each run to data/results/mixing_study.csv. Every setting is tried at each of its learning
-rates with one seed; the best one by the validation split is run with two more. Their sizes give
-about as many numbers as the adapters of additive_study.csv have.
+Adds a row for each run on either task to data/results/mixing_study.csv. The sizes give about as
+many parameters as the adapters of additive_study.csv have.
 """
 
 from common import BASES, BEFORE_TOO, NAMES, base_of, load, measured, study

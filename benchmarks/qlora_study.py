@@ -1,12 +1,8 @@
 """The QLoRA study: what a 4-bit base costs in quality once an adapter is trained on it.
 
-    python benchmarks/qlora_study.py                # half an hour on one core
-    python benchmarks/qlora_study.py --backwards    # beside the first, on a second core
+    python benchmarks/qlora_study.py       # half an hour on one core
 
-Trains tinylm on Jane Austen's novels and adds a row for each run to data/results/qlora_study.csv:
-perplexities of the validation and the test chapters. Every method is tried at each of its learning
-rates with one seed; the rate with the best validation perplexity is run with two seeds more. Rows
-that are there are not run again, so it can be stopped and started at will.
+Trains tinylm on Jane Austen's novels and adds a row for each run to data/results/qlora_study.csv.
 """
 
 from common import base_of, load, measured, study

@@ -1,12 +1,8 @@
 """The study of the selective methods: biases, norms, last blocks, sparse differences.
 
-    python benchmarks/selective_study.py               # an hour and a half on one core
-    python benchmarks/selective_study.py --backwards   # beside the first, on a second core
+    python benchmarks/selective_study.py   # an hour and a half on one core
 
-Trains minilm on movie sentiment (200 steps) and tinylm on Jane Austen's novels (100 steps) and adds
-a row for each run to data/results/selective_study.csv: accuracy, or perplexity, before and after.
-Every setting is tried at each of its learning rates with one seed; the best one by the validation
-split is run with two more.
+Adds a row for each run on either task to data/results/selective_study.csv.
 
 `diff` is diff pruning in two halves: the first finds where to keep one number in `size`, by the
 gates or by the magnitude of a difference that trains without them, the second trains these alone.

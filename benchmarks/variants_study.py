@@ -1,12 +1,10 @@
 """The study of lesson 14: variants of LoRA, ranks, and what is left of the base afterwards.
 
-    python benchmarks/variants_study.py               # two hours on one core
-    python benchmarks/variants_study.py --backwards   # beside the first, on a second core
+    python benchmarks/variants_study.py    # two hours on one core
 
-Trains tinylm on Jane Austen's novels for 100 steps, all its linear layers (its embedding too in
-full fine-tuning), and adds a row for each run to data/results/variants_study.csv. Every setting is
-tried at each of its learning rates with one seed; the best one by the validation split is run with
-two more. alpha is 16 throughout; `rank` is the block size of OFT.
+Trains tinylm on Jane Austen's novels, all its linear layers (its embedding too in full
+fine-tuning), and adds a row for each run to data/results/variants_study.csv. alpha is 16
+throughout; `rank` is the block size of OFT.
 
 `validation`, `test` and `memory` are perplexities; `memory` that of definitions, on which tinylm
 was pretrained: what is left of what the base could do.

@@ -35,186 +35,109 @@ class Mutant:
         return f"{self.file}: {' → '.join(shown)}"
 
 
-METHODS = "peft_lessons/methods"
 TESTS = {path.stem: path for path in (ROOT / "tests").glob("*/test_*.py")}
 
 
-def of(file: str, tests: str, *edits: tuple[str, str]) -> list[Mutant]:
-    """Return one mutant of a file for each edit, all with the same tests, named without "test_"."""
-    files = " ".join(str(TESTS[f"test_{name}"].relative_to(ROOT)) for name in tests.split())
-    return [Mutant(file, old, new, files) for old, new in edits]
+def read(table: str) -> list[Mutant]:
+    """Return the mutants of a table: a file and its tests, without "test_", then its faults."""
+    found, file, tests = [], "", ""
+    for line in table.strip().splitlines():
+        if line.startswith("    "):
+            old, new = line.strip().split(" → ")
+            found.append(Mutant(file, old, new, tests))
+        else:
+            file, _, names = line.partition(": ")
+            paths = [TESTS[f"test_{name}"].relative_to(ROOT) for name in names.split()]
+            tests = " ".join(map(str, paths))
+    return found
 
 
-MUTANTS = [
-    *of(
-        f"{METHODS}/lora.py",
-        "lora_against_peft every_method inject",
-        ("alpha / math.sqrt(rank) if rslora else alpha / rank", "alpha / rank"),
-        ("F.linear(low, self.lora_B) * self.scaling", "F.linear(low, self.lora_B)"),
-        ("torch.zeros(out_features, rank)", "torch.randn(out_features, rank)"),
-        ("self.dropout(x.to(self.lora_A.dtype))", "x.to(self.lora_A.dtype)"),
-        ("(y + self.lora(x)).to(y.dtype)", "y + self.lora(x)"),
-    ),
-    *of(
-        f"{METHODS}/qlora.py",
-        "qlora",
-        ("(codes[0::2] << 4) | codes[1::2]", "(codes[1::2] << 4) | codes[0::2]"),
-        ("offset = absmax.mean()", "offset = absmax.median()"),
-        ("grad @ ctx.layer.weight.to(grad.dtype)", "grad @ ctx.layer.weight.to(grad.dtype).sign()"),
-        ("branch = not self.merged and self.lora is not None", "branch = self.lora is not None"),
-    ),
-    *of(
-        f"{METHODS}/dora.py",
-        "dora",
-        (
-            "@torch.no_grad()  # a constant in the backward pass",
-            "# a constant in the backward pass",
-        ),
-        ("self.base.weight / self.merged_c[:, None] -", "self.base.weight -"),
-        ("plain = y if bias is None else y - bias", "plain = y"),
-        ("if layer.training and layer.dropout.p > 0:", "if False:"),
-    ),
-    *of(
-        f"{METHODS}/adalora.py",
-        "adalora",
-        ("self.alpha, self.divisor = alpha, rank + 1e-5", "self.alpha, self.divisor = alpha, rank"),
-        ("(step > method.tinit and step % method.delta == 0)", "(step % method.delta == 0)"),
-        ("b: tensors[b][:, mask]", "b: tensors[b]"),
-        ("doubt = (importance - sensitivity).abs()", "doubt = importance - sensitivity"),
-    ),
-    *of(
-        f"{METHODS}/adapters.py",
-        "adapters",
-        ("t = norm(h + x)", "t = norm(h)"),
-        ("h + self.scale * self.adapter(t)", "h + self.adapter(t)"),
-        ("self.added_to(h, x, output.LayerNorm) + x", "self.added_to(h, x, output.LayerNorm)"),
-    ),
-    *of(
-        f"{METHODS}/ia3.py",
-        "ia3",
-        (
-            "return weight * self.l, None if keeps else bias",
-            "return weight * self.l, None if 1 else bias",
-        ),
-        ("self.base(rescaled(x, self.l.flatten()))", "rescaled(self.base(x), self.l.flatten())"),
-        ('entries["target_modules"] = paths', "pass"),
-    ),
-    *of(
-        f"{METHODS}/prompt.py",
-        "prompt",
-        ("lengthen(labels, len(self.prompt_embeddings), -100)", "labels"),
-        ('for name in ("position_ids", "cache_position"):', 'for name in ("cache_position",):'),
-        ("places.where(places < 0, places + p)", "places + p"),
-    ),
-    *of(
-        f"{METHODS}/prefix.py",
-        "prefix",
-        ("lengthen(mask, p, 1)", "lengthen(mask, p, 0)"),
-        ('changed["position_ids"] = positions + p', 'changed["position_ids"] = positions'),
-        ("if not cache.get_seq_length():", "if True:"),
-    ),
-    *of(
-        f"{METHODS}/selective.py",
-        "selective",
-        ('endswith((".bias", "_bias"))', 'endswith(".bias")'),
-        ("((2 * s - 1) * stretch).clamp(0, 1)", "((2 * s - 1) * stretch).clamp(min=0)"),
-        ("layer.w.copy_(layer.delta_weight() * mask)", "layer.w.copy_(layer.w * mask)"),
-    ),
-    *of(
-        f"{METHODS}/variants.py",
-        "variants",
-        ('"lora.lora_B": self.lr_ratio', '"lora.lora_A": self.lr_ratio'),
-        ("torch.cat([B, -B0], dim=1)", "torch.cat([B, B0], dim=1)"),
-        ("return S - S.mT", "return S + S.mT"),
-    ),
-    *of(
-        "peft_lessons/engine/injection.py",
-        "inject every_method",
-        ("share = 100 * self.trainable / self.base", "share = 100 * self.trainable / self.total"),
-        ("if name in old and not injection.merged:", "if name in old:"),
-        ("module.training = layer.training", "pass"),
-        ("p.data.float() if p.dtype in", "p.data if p.dtype in"),
-        ("wrapper._new_tensors(merged)\n", "pass\n"),
-    ),
-    *of(
-        "peft_lessons/engine/targets.py",
-        "inject every_method",
-        ('path == name or path.endswith("." + name)', "path.endswith(name)"),
-        (
-            "modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if p}",
-            "modules = {p: m for p, m in model.named_modules() if p}",
-        ),
-    ),
-    *of(
-        "peft_lessons/engine/layer.py",
-        "inject every_method",
-        ("if not stored.isfinite().all():", "if not tensor.isfinite().all():"),
-    ),
-    *of(
-        "peft_lessons/engine/files.py",
-        "adapters_io",
-        ('with open(temporary[path], "wb") as f:', 'with open(path, "wb") as f:'),
-        ('if "meta" not in (theirs, *ours) and theirs not in ours:', "if False:"),
-        ("if surplus := sorted(tensors.keys() - expected.keys()):", "if surplus := []:"),
-        ("    if not trainable:\n", "    if False:\n"),
-        ("tensors[key].to(slot.dtype)}", "tensors[key]}"),
-    ),
-    *of(
-        "peft_lessons/train/loop.py",
-        "training",
-        ("(math.isfinite(value) and math.isfinite(norm))", "math.isfinite(value)"),
-        ("max(0, i - window + 1)", "max(0, i - window)"),
-        ("optimizer.zero_grad()  # a gradient from before", "# a gradient from before"),
-    ),
-    *of(
-        "peft_lessons/data/base_models.py",
-        "models",
-        ("end[0] if isinstance(end, list) else end", "end"),
-        ("attention_mask[:, -states.shape[1] :]", "attention_mask[:, : states.shape[1]]"),
-    ),
-    *of(
-        "peft_lessons/checks/compare.py",
-        "kit",
-        (
-            "if gap.max() <= tolerance * (size or 1.0):",
-            "if gap.mean() <= tolerance * (size or 1.0):",
-        ),
-        ("if not _serves(got.dtype, expected.dtype, form):", "if False:"),
-        ('return form == "wider" and floats and', "return floats and"),
-    ),
-    *of(
-        "peft_lessons/checks/kit.py",
-        "kit",
-        (
-            "flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)",
-            "flat.sum()",
-        ),
-        (
-            'raised = frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]',
-            "raised = True",
-        ),
-        ("if theirs is None and ours is not None:", "if False:"),
-        ("if missing and self._numbers_agree(function):", "if missing:"),
-        (
-            "before = [i for i in results if i <= number",
-            "before = [i for i in results if i == number",
-        ),
-    ),
-    *of(
-        "tools/grade.py",
-        "grade",
-        (
-            'if mark["word"] == word and mark["outcome"] in OUTCOMES:',
-            'if mark["outcome"] in OUTCOMES:',
-        ),
-    ),
-    *of(
-        "tools/grade_one.py",
-        "grade",
-        ("class TimedOut(BaseException):", "class TimedOut(Exception):"),
-        ("package.check = package.checks = nothing", "pass"),
-    ),
-]
+MUTANTS = read("""
+peft_lessons/methods/lora.py: lora_against_peft every_method inject
+    alpha / math.sqrt(rank) if rslora else alpha / rank → alpha / rank
+    F.linear(low, self.lora_B) * self.scaling → F.linear(low, self.lora_B)
+    torch.zeros(out_features, rank) → torch.randn(out_features, rank)
+    self.dropout(x.to(self.lora_A.dtype)) → x.to(self.lora_A.dtype)
+    (y + self.lora(x)).to(y.dtype) → y + self.lora(x)
+peft_lessons/methods/qlora.py: qlora
+    (codes[0::2] << 4) | codes[1::2] → (codes[1::2] << 4) | codes[0::2]
+    offset = absmax.mean() → offset = absmax.median()
+    grad @ ctx.layer.weight.to(grad.dtype) → grad @ ctx.layer.weight.to(grad.dtype).sign()
+    branch = not self.merged and self.lora is not None → branch = self.lora is not None
+peft_lessons/methods/dora.py: dora
+    @torch.no_grad()  # a constant in → # a constant in
+    self.base.weight / self.merged_c[:, None] - → self.base.weight -
+    plain = y if bias is None else y - bias → plain = y
+    if layer.training and layer.dropout.p > 0: → if False:
+peft_lessons/methods/adalora.py: adalora
+    self.alpha, self.divisor = alpha, rank + 1e-5 → self.alpha, self.divisor = alpha, rank
+    (step > method.tinit and step % method.delta == 0) → (step % method.delta == 0)
+    b: tensors[b][:, mask] → b: tensors[b]
+    doubt = (importance - sensitivity).abs() → doubt = importance - sensitivity
+peft_lessons/methods/adapters.py: adapters
+    t = norm(h + x) → t = norm(h)
+    h + self.scale * self.adapter(t) → h + self.adapter(t)
+    self.added_to(h, x, output.LayerNorm) + x → self.added_to(h, x, output.LayerNorm)
+peft_lessons/methods/ia3.py: ia3
+    weight * self.l, None if keeps else → weight * self.l, None if 1 else
+    self.base(rescaled(x, self.l.flatten())) → rescaled(self.base(x), self.l.flatten())
+    entries["target_modules"] = paths → pass
+peft_lessons/methods/prompt.py: prompt
+    lengthen(labels, len(self.prompt_embeddings), -100) → labels
+    for name in ("position_ids", "cache_position"): → for name in ("cache_position",):
+    places.where(places < 0, places + p) → places + p
+peft_lessons/methods/prefix.py: prefix
+    lengthen(mask, p, 1) → lengthen(mask, p, 0)
+    changed["position_ids"] = positions + p → changed["position_ids"] = positions
+    if not cache.get_seq_length(): → if True:
+peft_lessons/methods/selective.py: selective
+    endswith((".bias", "_bias")) → endswith(".bias")
+    ((2 * s - 1) * stretch).clamp(0, 1) → ((2 * s - 1) * stretch).clamp(min=0)
+    layer.w.copy_(layer.delta_weight() * mask) → layer.w.copy_(layer.w * mask)
+peft_lessons/methods/variants.py: variants
+    "lora.lora_B": self.lr_ratio → "lora.lora_A": self.lr_ratio
+    torch.cat([B, -B0], dim=1) → torch.cat([B, B0], dim=1)
+    return S - S.mT → return S + S.mT
+peft_lessons/engine/injection.py: inject every_method
+    share = 100 * self.trainable / self.base → share = 100 * self.trainable / self.total
+    if name in old and not injection.merged: → if name in old:
+    module.training = layer.training → pass
+    p.data.float() if p.dtype in → p.data if p.dtype in
+    wrapper._new_tensors(merged) → pass
+peft_lessons/engine/targets.py: inject every_method
+    path == name or path.endswith("." + name) → path.endswith(name)
+    m in model.named_modules(remove_duplicate=False) → m in model.named_modules()
+peft_lessons/engine/layer.py: inject every_method
+    if not stored.isfinite().all(): → if not tensor.isfinite().all():
+peft_lessons/engine/files.py: adapters_io
+    with open(temporary[path], "wb") as f: → with open(path, "wb") as f:
+    if "meta" not in (theirs, *ours) and theirs not in ours: → if False:
+    if surplus := sorted(tensors.keys() - expected.keys()): → if surplus := []:
+    if not trainable: → if False:
+    tensors[key].to(slot.dtype)} → tensors[key]}
+peft_lessons/train/loop.py: training
+    (math.isfinite(value) and math.isfinite(norm)) → math.isfinite(value)
+    max(0, i - window + 1) → max(0, i - window)
+    optimizer.zero_grad()  # a gradient from before → # a gradient from before
+peft_lessons/data/base_models.py: models
+    end[0] if isinstance(end, list) else end → end
+    attention_mask[:, -states.shape[1] :] → attention_mask[:, : states.shape[1]]
+peft_lessons/checks/compare.py: kit
+    if gap.max() <= tolerance → if gap.mean() <= tolerance
+    if not _serves(got.dtype, expected.dtype, form): → if False:
+    return form == "wider" and floats and → return floats and
+peft_lessons/checks/kit.py: kit
+    flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64) → flat.sum()
+    raised = frame.f_code.co_code[last.tb_lasti] == → raised = True or
+    if theirs is None and ours is not None: → if False:
+    if missing and self._numbers_agree(function): → if missing:
+    in results if i <= number → in results if i == number
+tools/grade.py: grade
+    mark["word"] == word and mark["outcome"] → mark["outcome"]
+tools/grade_one.py: grade
+    class TimedOut(BaseException): → class TimedOut(Exception):
+    package.check = package.checks = nothing → pass
+""")
 
 
 def noticed(mutant: Mutant, place: Path) -> str | None:

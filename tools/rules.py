@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote
 
 from nbformat import NotebookNode
 
@@ -146,50 +145,21 @@ class _ImageAlts(HTMLParser):
             self.alts.append(dict(attrs).get("alt" if tag == "img" else "aria-label") or "")
 
 
-def _shown(nb: NotebookNode) -> Iterator[tuple[str, NotebookNode]]:
-    """Yield (label of the cell, output) for each output that may hold a picture."""
+def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
+    found = []
     for label, cell in _numbered(nb, "code"):
         for output in cell.outputs:
-            if output.output_type in {"display_data", "execute_result"}:
-                yield label, output
-
-
-def _alts_in_html(output: NotebookNode) -> list[str]:
-    """Return the alt text of each picture in an output's HTML, '' where a picture has none."""
-    html = _ImageAlts()
-    html.feed(output.data.get("text/html", ""))
-    return html.alts
-
-
-def _images(output: NotebookNode) -> list[str]:
-    return [kind for kind in output.data if kind.startswith("image/")]
-
-
-def _alt_texts(output: NotebookNode) -> list[str]:
-    """Return all alt texts of an output: those in its HTML and the one of its image."""
-    alts = _alts_in_html(output)
-    if images := _images(output):
-        nested = [output.metadata.get(kind, {}).get("alt", "") for kind in images]
-        alts.append(output.metadata.get("alt") or max(nested, key=len))
-    return alts
-
-
-def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
-    return [
-        f"{label} shows a picture whose alt text is {alt!r}: at least {MIN_ALT} characters"
-        for label, output in _shown(nb)
-        for alt in _alt_texts(output)
-        if len(alt.strip()) < MIN_ALT
-    ]
-
-
-def pictures_outlive_html(nb: NotebookNode, path: Path) -> Complaints:
-    """Beside a picture in HTML stands an image, which a PDF shows."""
-    return [
-        f"{label} shows a picture in HTML alone, which a PDF leaves out: use `show`"
-        for label, output in _shown(nb)
-        if _alts_in_html(output) and not _images(output)
-    ]
+            data = output.get("data", {})
+            html = _ImageAlts()
+            html.feed(data.get("text/html", ""))
+            images = [kind for kind in data if kind.startswith("image/")]
+            nested = [output.metadata.get(kind, {}).get("alt", "") for kind in images]
+            found += [
+                f"{label} shows a picture whose alt text is {alt!r}: at least {MIN_ALT} characters"
+                for alt in html.alts + nested
+                if len(alt.strip()) < MIN_ALT
+            ]
+    return found
 
 
 # --- code ---------------------------------------------------------------------------------------
@@ -301,25 +271,6 @@ def _prose(cell: NotebookNode) -> str:
     return re.sub(r"`[^`\n]*`", "", text)
 
 
-def links_lead_somewhere(nb: NotebookNode, path: Path) -> Complaints:
-    found = []
-    inline, html, reference = (
-        r"\]\(\s*<?([^)\s>]+)",
-        r"(?:src|href)=[\"']([^\"']+)",
-        r"^\[[^\]^]+\]:\s*(\S+)",
-    )
-    link = re.compile(f"{inline}|{html}|{reference}", re.M)
-    for label, cell in _numbered(nb, "markdown"):
-        for match in link.finditer(_prose(cell)):
-            target = next(group for group in match.groups() if group)
-            if re.match(r"[a-z][a-z0-9+.-]+:", target) or target.startswith("#"):
-                continue
-            file = unquote(target.split("#")[0].split("?")[0])
-            if file.startswith("/") or not (path.parent / file).exists():
-                found.append(f"{label} links to {target}, which isn't there")
-    return found
-
-
 def formulas_are_escaped_once(nb: NotebookNode, path: Path) -> Complaints:
     r"""A doubled backslash in a line's formula breaks the line, and \\text is no command then."""
     found = []
@@ -371,14 +322,6 @@ def clean_metadata(nb: NotebookNode, path: Path) -> Complaints:
     return found
 
 
-def unique_cell_ids(nb: NotebookNode, path: Path) -> Complaints:
-    ids = [cell.get("id") for cell in nb.cells]
-    if not all(ids):
-        return ["cells without id: run `make outputs`"]
-    repeated = sorted({i for i in ids if ids.count(i) > 1})
-    return [f"cell ids used twice: {', '.join(repeated)}"] if repeated else []
-
-
 RULES = (
     executed_in_order,
     raises_only_where_tagged,
@@ -386,16 +329,13 @@ RULES = (
     no_machine_paths,
     small_file,
     pictures_have_alt_text,
-    pictures_outlive_html,
     short_cells,
     imports_in_setup,
     nothing_unsafe,
     exercises_have_checks,
     solutions_match_stubs,
-    links_lead_somewhere,
     formulas_are_escaped_once,
     tables_have_headers,
     headings_in_order,
     clean_metadata,
-    unique_cell_ids,
 )

@@ -1,8 +1,8 @@
 """The kit of the checks: three outcomes, what each says, and what it never says."""
 
+import copy
 import re
 
-import numpy as np
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
@@ -58,30 +58,14 @@ def stub(x, k):
     raise NotImplementedError
 
 
-def hunt(x, k):
-    raise NotImplementedError("remove this line when you start the hunt")
-    return x
-
-
-class StubClass:
-    def __init__(self, x, k):
-        raise NotImplementedError
-
-
 def test_an_untouched_stub_is_not_attempted_and_refused_in_strict_mode(monkeypatch):
     monkeypatch.setenv("PEFT_LESSONS_STRICT", "0")
-    for answer in (stub, hunt, StubClass):
-        verdict = scale(answer)
-        assert verdict.status == "not attempted"
-        assert repr(verdict) == (
-            "○ scale: not attempted yet.\n  Write the function, run its cell, then run this cell "
-            "again."
-        )
-    for name, value in (("PEFT_LESSONS_STRICT", "1"), ("NBGRADER_EXECUTION", "autograde")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert refusal(scale, stub).startswith("✗ scale: not attempted yet.")
-            assert scale(scale.reference).status == "right"
+    assert repr(scale(stub)) == (
+        "○ scale: not attempted yet.\n  Write the function, run its cell, then run this cell again."
+    )
+    monkeypatch.setenv("PEFT_LESSONS_STRICT", "1")
+    assert refusal(scale, stub).startswith("✗ scale: not attempted yet.")
+    assert scale(scale.reference).status == "right"
 
 
 # ------------------------------------------------------------------ mistakes
@@ -108,16 +92,11 @@ def test_mistakes_are_edits_of_a_right_answer():
             return y → ∅
         it is halved
             = half
-        it divides by nothing
-            2 * x → x / 0
         """,
         half=lambda x: x / 2,
     )
     assert made.right(5) == 10
     assert check_for(cases=[(5,)], causes=made)(made.right).right is made.right
-    with pytest.raises(ZeroDivisionError) as caught:
-        made.pop("it divides by nothing")(1)
-    assert str(caught.traceback[-1].statement).strip() == "y = x / 0"
     assert {sentence: wrong(5) for sentence, wrong in made.items()} == {
         "the factor is left out, which leaves x as it was": 5,
         "it is three, and negative": -15,
@@ -130,7 +109,6 @@ def test_an_edit_that_is_void_or_double_is_an_error():
     for edits, told in (
         ("it is void\n z → x", "'z' is there 0 times"),
         ("it hits more than it says\n x → 3", "'x' is there 2 times"),
-        ("it changes nothing\n 2 → 2", "'2' is there 1 times"),
         ("one\n 2 → 3\n one\n 2 → 4", "'one' is there twice"),
     ):
         with pytest.raises(ValueError, match=re.escape(told)):
@@ -222,9 +200,6 @@ def test_a_cause_is_named_that_every_case_bears_out():
 
     assert refusal(times, lambda a, b: a + b).endswith("Likely cause: plus.")
     assert refusal(times, lambda a, b: a + a).endswith("Likely cause: twice.")
-    # Both at the first case, neither at the second: it says no more than it knows.
-    both = refusal(times, lambda a, b: 8 if a == b else 1)
-    assert both.endswith("Likely cause: plus, or twice.")
     # A cause that would have failed before is not named.
     assert "Likely cause: plus one." in refusal(times, lambda a, b: a * b + 1)
     assert "Likely cause" not in refusal(times, lambda a, b: a * b + (a != b))
@@ -274,18 +249,15 @@ def of_torch(x, k):
     return torch.empty(2, device="meta").to("cpu")
 
 
-@pytest.mark.parametrize(
-    ("answer", "told", "lines"),
-    [
+def test_what_raises_is_a_crash_and_no_stub():
+    for answer, told, lines in (
         (endless, "RecursionError: maximum recursion", 6),
         (half, "NotImplementedError.", 3),
         (of_torch, "NotImplementedError: Cannot copy out of meta tensor", 3),
-    ],
-)
-def test_what_raises_is_a_crash_and_no_stub(answer, told, lines):
-    message = refusal(scale, answer)
-    assert f"your function raised {told}" in message
-    assert len(message.splitlines()) == lines
+    ):
+        message = refusal(scale, answer)
+        assert f"your function raised {told}" in message
+        assert len(message.splitlines()) == lines
 
 
 # ------------------------------------------------------------------ right but for its form
@@ -296,7 +268,7 @@ def test_what_raises_is_a_crash_and_no_stub(answer, told, lines):
         Case(lambda: [torch.randn(3, 4), 2.0]),
         Case(lambda: [torch.randn(2, 4).double(), 3.0]),
         Case(lambda: [torch.randn(2, 2), 0.0], raises=(ValueError,), mentions="k"),
-    ],
+    ]
 )
 def divide(x, k):
     """Quotients."""
@@ -311,28 +283,25 @@ def divided(x, k, kind=ValueError, told="k is 0"):
     return x / k
 
 
-def refused_with(**settings):
-    return lambda x, k: divided(x, k, **settings)
-
-
 REFUSAL = "the refusal of a bad call"
 FORM = {
     "dtype": (lambda x, k: divided(x, k).float(), "the dtype", "the result has dtype float32, "),
-    "half": (lambda x, k: divided(x, k).half(), "", "the result has dtype float16, expected"),
     "list": (lambda x, k: divided(x, k).tolist(), "the type", "the result is a list of 3, "),
-    "array": (lambda x, k: divided(x, k).numpy(), "the type", "the result is a NumPy array, "),
     "in place": (lambda x, k: x.copy_(divided(x, k)), "unchanged arguments", "the argument x was"),
     "not refused": (lambda x, k: x / k, REFUSAL, "nothing was raised, where"),
-    "another error": (refused_with(kind=KeyError), REFUSAL, "your function raised KeyError: 'k is"),
+    "another error": (
+        lambda x, k: divided(x, k, kind=KeyError),
+        REFUSAL,
+        "your function raised KeyError: 'k is",
+    ),
     "nameless": (
-        refused_with(told="no"),
+        lambda x, k: divided(x, k, told="no"),
         "a name in the error's message",
         "the message does not name 'k': ValueError: no.",
     ),
     "a wrong number and no refusal": (lambda x, k: x / k + (k == 3), "", "wrong values"),
     "a wrong number in place": (lambda x, k: x.add_(k == 3).div_(k or 1), "", "x was changed"),
     "a list of wrong numbers": (lambda x, k: (x * k).tolist(), "", "is a list of 3, expected"),
-    "ragged": (lambda x, k: [[1.0], [1.0, 2.0]], "", "the result is a list of 2, expected"),
 }
 
 
@@ -364,10 +333,7 @@ def test_a_wider_float_is_right_where_the_dtype_is_not_the_point():
 
 @check_for(
     cases=[Case(lambda: [torch.randn(30, 40), torch.randn(40), torch.randn(30)])],
-    forbid=[
-        Forbid(lambda W, x, m: [tuple(W.shape)], "Scale the output, not the weight."),
-        Forbid(lambda W, x, m: [(len(W), len(W))], "The rows need no matrix."),
-    ],
+    forbid=[Forbid(lambda W, x, m: [tuple(W.shape)], "Scale the output, not the weight.")],
 )
 def scaled_rows(W, x, m):
     """m ⊙ Wx."""
@@ -389,9 +355,6 @@ def test_forbidden_shapes():
     # A transposed view of an argument is no new tensor.
     assert scaled_rows(lambda W, x, m: (x @ W.T) * m).status == "right"
     assert "(40, 30) is formed" in refusal(scaled_rows, lambda W, x, m: x @ (W.T * m))
-    square = refusal(scaled_rows, lambda W, x, m: m.diag() @ (W @ x))
-    assert "(30, 30) is formed" in square
-    assert "The rows need no matrix." in square
 
 
 @check_for(
@@ -417,52 +380,37 @@ def grow(model, times):
     return model
 
 
-def variant(first="", last=""):
-    """grow with statements before or after."""
+def variant(first="", last="return model"):
+    """grow with a line before or instead of the last."""
     source = f"""
 def answer(model, times):
-    {first or "pass"}
+    {first}
     if times == 0 or hasattr(model, "grown"):
         raise ValueError(f"times={{times}}")
     model.grown = True
     model.bias.requires_grad_(False)
     model.weight.data *= times
-    {last or "return model"}
+    {last}
 """
-    names = {"nn": nn}
+    names = {"nn": nn, "copy": copy}
     exec(source, names)
     return names["answer"]
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "told"),
-    [
-        ("", "return model.weight", "is a tensor, expected a module (Linear)"),
-        ("return model", "", "the weight has wrong values"),
-        ("", "return nn.ReLU()", "what it returned cannot be used: AttributeError"),
-        ("", "model.bias.requires_grad_(True); return model", "what trains is True"),
-        ("if times == 0: model.eval()", "", "model['what is in train mode'] differs: missing 'the"),
-        (
-            "if times == 0: model.requires_grad_(False)",
-            "",
-            "the argument model was changed although",
-        ),
-        ("vars(model).pop('grown', 0)", "", "nothing was raised, where ValueError or RuntimeError"),
-        (
-            "",
-            "import copy; return copy.deepcopy(model)",
-            "is not the argument model itself: change",
-        ),
-    ],
-)
-def test_modules_refusals_and_earlier_calls(first, last, told):
-    message = refusal(grow, variant(first, last))
-    assert told in message
-    assert "equals the argument" not in message
+def test_modules_refusals_and_earlier_calls():
+    for answer, told in (
+        (variant(last="return model.weight"), "is a tensor, expected a module (Linear)"),
+        (variant("return model"), "the weight has wrong values"),
+        (variant(last="return nn.ReLU()"), "what it returned cannot be used: AttributeError"),
+        (variant("if times == 0: model.requires_grad_(False)"), "the argument model was changed"),
+        (variant("vars(model).pop('grown', 0)"), "nothing was raised, where ValueError or Runtime"),
+        (variant(last="return copy.deepcopy(model)"), "is not the argument model itself: change"),
+    ):
+        message = refusal(grow, answer)
+        assert told in message and "equals the argument" not in message
 
 
 def test_modules_pass():
-    grow(variant("if hasattr(model, 'grown'): raise RuntimeError"))
     verdict = grow(variant())
     assert "agrees: 1; bad calls that are refused and change nothing: 2." in repr(verdict)
 
@@ -479,25 +427,15 @@ class YesInt(int):
     __hash__ = int.__hash__
 
 
-class OwnRules(torch.Tensor):
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return torch.zeros(2)
-
-
 @pytest.mark.parametrize(
     ("got", "expected", "told"),
     [
         (1.0 + 1e-7, 1.0, None),
-        (float("nan"), float("nan"), None),
         (T(5480.0), 5480, None),
         (5479.9999, 5480, "the result is 5,479.9999, expected 5,480"),
         (T(2.5), 2, "the result is 2.5, expected 2"),
-        (T([2]), 2, "the result is a tensor, expected the int 2"),
         (T([2], device="meta"), T([2]), "the result is on the meta device, where no tensor has"),
-        (T([2], device="meta"), T([3], device="meta"), None),
         (T(1), True, "the result is the int 1, expected True"),
-        (True, 1, "the result is True, expected the int 1"),
         ([T(1.0), 2.0], (1, 2), None),
         ([1], (1, 2), "the result has 1 item, expected 2"),
         ((None, 2), (1, 2), "the result[0] is None, expected the int 1"),
@@ -506,18 +444,12 @@ class OwnRules(torch.Tensor):
         (T([1.0, float("nan")]), T([1.0, 2.0]), "the result holds nan in 1 of 2 entries"),
         (["b", "a"], ["a", "b"], "the result differs: the same ones in another order"),
         (["a", "c"], ["a", "b"], "the result differs: missing 'b', too many 'c'"),
-        (["a"], list("abcdef"), "the result differs: missing 'b', 'c', 'd' and 2 more"),
         ({"k": 2}, {"k": 1}, "the result['k'] is 2, expected 1"),
         ({"v": 1}, {"k": 1}, "the keys of the result differ: missing 'k', too many 'v'"),
         (T([1, 3]), T([1, 2]), "the result has wrong values: expected [1, 2], got [1, 3]"),
-        (T([1.0, float("-inf")]), T([1.0, float("-inf")]), None),
         (T([0.0, 1e-6]), T([0.0, 0.0]), None),
-        (T([1.0, 2.02]).bfloat16(), T([1.0, 2.0]).bfloat16(), None),
-        (np.float32(0.5), 0.5, None),
-        (nn.Parameter(T([1.0, 3.0])), T([1.0, 3.0]), None),
         # What says of itself that it is right.
         (YesInt(7), 8, "the result is a YesInt, expected the int 8"),
-        (T([1.0, 2.0]).as_subclass(OwnRules), T([0.0, 0.0]), "the result is a tensor with rules"),
     ],
 )
 def test_difference(got, expected, told):
@@ -527,7 +459,6 @@ def test_difference(got, expected, told):
 
 def test_difference_names_the_parts():
     assert difference((1, 2), (1, 3), ("A", "B")) == "B is 2, expected 3"
-    assert difference({"what trains": 1}, {"what trains": 2}, "") == "what trains is 1, expected 2"
     assert difference({"whether it trains": True}, {"whether it trains": False}, "") == (
         "whether it trains: True, expected False"
     )
@@ -535,8 +466,7 @@ def test_difference_names_the_parts():
     assert difference(1 + one, torch.ones(200, 500)) == (
         "the result has wrong values: expected 1 at [17, 3], got 1.001; 1 of 100000 entries are off"
     )
-    for name, verb in (("the loss", "has"), ("absmax", "has"), ("labels[0]", "has"),
-                       ("labels", "have"), ("the shapes of the factors", "have")):  # fmt: skip
+    for name, verb in (("the loss", "has"), ("labels", "have")):
         assert difference([T([1])], [T([2])], (name,)).startswith(f"{name} {verb} wrong values")
 
 
@@ -572,8 +502,6 @@ from test_kit import scale
 def right(x, k): return k * x
 def wrong(x, k): return x + k
 def todo(x, k): raise NotImplementedError
-"""
-CRASH = """\
 def crash(x, k):
     y = x * k
     return y @ y
@@ -586,12 +514,9 @@ def test_verdicts_and_refusals_in_ipython_show_no_line_of_ours(tmp_path, monkeyp
 
     def shown(answer):
         result = shell.run_cell(f"scale({answer})", store_history=True)
-        out, err = capsys.readouterr()
-        assert not err
-        return result, re.sub(r"\x1b\[[\d;]*m", "", out)
+        return result, re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
 
-    for cell in (CELLS, CRASH):
-        shell.run_cell(cell).raise_error()
+    shell.run_cell(CELLS).raise_error()
     for answer, told, color in (
         ("right", "✓ scale: right.", "success-color1"),
         ("todo", "○ scale: not attempted yet.", "border-color1"),
@@ -603,7 +528,7 @@ def test_verdicts_and_refusals_in_ipython_show_no_line_of_ours(tmp_path, monkeyp
         assert f"var(--jp-{color}, " in data["text/html"]
     for answer, told in (
         ("wrong", "Likely cause: it is added."),
-        ("crash", "Line 3 in crash: return y @ y"),
+        ("crash", "Line 8 in crash: return y @ y"),
     ):
         result, out = shown(answer)
         assert isinstance(result.error_in_exec, WrongAnswer)

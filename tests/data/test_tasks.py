@@ -11,15 +11,7 @@ import torch
 
 from peft_lessons.data.base_models import load_model, load_tokenizer
 from peft_lessons.data.bundled import data_folder
-from peft_lessons.data.tasks import (
-    LOADERS,
-    LanguageTask,
-    Split,
-    Task,
-    _blocks,
-    load_task,
-    sentiment_label,
-)
+from peft_lessons.data.tasks import LOADERS, LanguageTask, Split, Task, load_task
 from peft_lessons.train.loop import evaluate
 
 SENTIMENT = [name for name in LOADERS if name.startswith("sentiment")]
@@ -62,15 +54,9 @@ def test_every_sentiment_task_loads(name, tokenizer):
     assert task.size("train") > task.size("test") > task.size("validation") > 100
     for split in task.splits:
         assert len(task.texts(split)) == len(task.labels(split)) == task.size(split)
-    words = {"boring": (0.0, 0.2), "wonderful": (0.8, 1.0)} if name == "sentiment" else {}
     rows = list(zip(task.texts("train"), task.labels("train").tolist(), strict=True))
-    for word, (low, high) in words.items():  # the labels agree with the words
-        assert low <= np.mean([y for x, y in rows if word in x.lower().split()]) <= high
-
-
-def test_sentiment_label():
-    labels = {1.1: 1, -1.1: 0, 4: 1, -4: 0, 1: None, -1: None, 0: None}
-    assert {rating: sentiment_label(rating) for rating in labels} == labels
+    good, bad = ([y for x, y in rows if word in x.lower()] for word in ("wonderful", "boring"))
+    assert np.mean(good) > 0.7 and np.mean(bad) < 0.3
 
 
 def test_batches_hold_the_texts_in_stored_order_padded_on_the_right(task, tokenizer):
@@ -125,13 +111,8 @@ def test_stream_pads_little(task):
     plain = padding(task.batches("train", 16, seed=0))
     assert padding(itertools.islice(task.stream(16, seed=0), 398)) < 0.1 < plain
     assert padding(task.batches("test", 64, by_length=True)) < 0.1
-
-
-def test_batches_by_length_hold_every_example_once(task):
-    lengths = [batch["input_ids"].shape[1] for batch in task.batches("test", 64, by_length=True)]
-    assert lengths == sorted(lengths)
-    every = ids_of(task.batches("test", 64, by_length=True))
-    assert sorted(every) == sorted(ids_of(task.batches("test", 64)))
+    by_length = ids_of(task.batches("test", 64, by_length=True))
+    assert sorted(by_length) == sorted(ids_of(task.batches("test", 64)))
     with pytest.raises(ValueError, match="seed=3 and by_length"):
         task.batches("test", 64, seed=3, by_length=True)
 
@@ -165,43 +146,9 @@ def test_texts_are_encoded_and_long_ones_cut(task, tokenizer):
         task.encode([])
 
 
-def test_describe_tells_the_truth(task):
-    lines = repr(task.describe()).splitlines()
-    words = np.mean([len(text.split()) for text in task.texts("train")])
-    tokens = np.mean([int(b["attention_mask"].sum()) for b in task.batches("train", 1)])
-    share = task.labels("train").float().mean().item()
-    count = f"{task.size('train'):,}"
-    cells = ["train", count, f"{100 * share:.1f}", "%", f"{words:.1f}", f"{tokens:.1f}"]
-    assert lines[1].split() == cells
-    assert "ratings: MIT" in lines[-1] and "Hutto" in lines[-1] and len(lines[-1]) <= 100
-    assert count in repr(task) and "negative / positive" in repr(task)
-
-
-def test_describe_of_many_classes(wordnet):
-    lines = repr(wordnet.describe()).splitlines()
-    assert " ".join(lines[0].split()) == "split sentences classes largest mean words mean tokens"
-    for line, split in zip(lines[1:4], wordnet.splits, strict=True):
-        counts = np.bincount(wordnet.labels(split))
-        name = wordnet.label_names[counts.argmax()]
-        share = f"{100 * counts.max() / counts.sum():.1f}"
-        assert line.split()[:6] == [split, f"{wordnet.size(split):,}", "26", name, share, "%"]
-    assert "WordNet" in lines[-1]
-    assert "26 classes" in repr(wordnet) and "animal" not in repr(wordnet)
-
-
-def test_wordnet(wordnet):
-    names = wordnet.label_names
-    assert len(names) == 26 and list(names) == sorted(names)
-    for split in wordnet.splits:
-        assert set(wordnet.labels(split).tolist()) == set(range(26))
-    texts, labels = wordnet.texts("train"), wordnet.labels("train").tolist()
-    for word, name in (("shrub", "plant"), ("fish", "animal"), ("person", "person")):
-        found = [names[y] for x, y in zip(texts, labels, strict=True) if word in x.lower().split()]
-        assert max(set(found), key=found.count) == name
-
-
 def test_limit_of_many_classes(wordnet):
     small = wordnet.limit(train=260, validation=78)
+    assert len(wordnet.label_names) == 26 and "26 classes" in repr(wordnet)
     assert np.bincount(small.labels("train")).tolist() == [10] * 26
     assert np.bincount(small.labels("validation")).tolist() == [3] * 26
     with pytest.raises(ValueError, match=r"train=800 is too many.*at most 780, as 'motive' has 30"):
@@ -234,15 +181,6 @@ def test_austen_blocks_are_the_chapters_in_pieces(austen):
             joined = "".join(next(texts) for _ in blocks) + "\n" * (len(stream) % 128 == 1)
             assert joined == chapter + "\n"
         assert next(texts, None) is None and next(ids, None) is None
-
-
-def test_blocks_lose_no_character_that_a_tokenizer_skips():
-    tokenizer = load_tokenizer("minilm")  # its tokens leave out spaces
-    tokenizer.eos_token = "[SEP]"
-    split = _blocks([["Emma, handsome  and rich.", "£5 ?"], ["So it was."]], tokenizer, 4)
-    # The line end of the second chapter would be a block of its own.
-    assert "".join(split.texts) == "Emma, handsome  and rich.\n£5 ?\nSo it was."
-    assert [len(tokens) for tokens in split.tokens] == [4, 4, 2, 4]
 
 
 def test_austen_batches(austen):
@@ -278,18 +216,6 @@ def test_the_loss_is_that_of_the_next_token_without_padding(austen):
         assert scores.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
-def test_austen_describes_itself(austen):
-    lines = repr(austen.describe()).splitlines()
-    assert lines[0].split() == ["split", "blocks", "tokens", "characters"]
-    for line, split in zip(lines[1:4], austen.splits, strict=True):
-        tokens = sum(int(b["attention_mask"].sum()) for b in austen.batches(split, 64))
-        characters = sum(map(len, austen.texts(split)))
-        counts = (austen.size(split), tokens, characters)
-        assert line.split() == [split, *(f"{count:,}" for count in counts)]
-    assert len({len(line) for line in lines[:4]}) == 1 and "public domain" in lines[-1]
-    assert "blocks of up to 128 tokens" in repr(austen) and "LanguageTask" in repr(austen)
-
-
 def test_limit_of_blocks(austen):
     small = austen.limit(train=7, test=1)
     assert isinstance(small, LanguageTask)
@@ -301,20 +227,12 @@ def test_limit_of_blocks(austen):
         austen.limit(test=0)
 
 
-def test_texts_of_your_own_for_a_language_model(austen):
-    batch = austen.encode(["Emma Woodhouse", "Emma"])
-    assert list(batch) == ["input_ids", "attention_mask"]
-    assert batch["attention_mask"][1].sum() < batch["attention_mask"][0].sum()
-    with pytest.raises(ValueError, match="texts has one without a token: ''"):
-        austen.encode(["Emma", ""])
-
-
 def test_refusals_of_language_tasks(austen, tokenizer):
     with pytest.raises(ValueError, match=r"'austen' has no classes.*batches\('test'\) gives them"):
         austen.labels("test")
-    with pytest.raises(
-        ValueError, match=r"'austen' needs the tokenizer of a language model.*tinylm"
-    ):
+    with pytest.raises(ValueError, match="texts has one without a token: ''"):
+        austen.encode(["Emma", ""])
+    with pytest.raises(ValueError, match=r"needs the tokenizer of a language model.*tinylm"):
         load_task("austen", tokenizer)
     lone = Split(("a", "b c"), ((5,), (5, 6)))
     with pytest.raises(ValueError, match="split 'train' has a block of less than 2 tokens"):
@@ -343,19 +261,12 @@ def test_an_unknown_task_and_a_bad_tokenizer_are_refused():
         load_task("sentiment", bare)
 
 
-def test_unknown_split(task):
-    calls = (task.size, task.texts, task.labels, task.batches, lambda s: task.limit(**{s: 4}))
-    for call in calls:
+def test_an_unknown_split_and_a_bad_size_are_refused_at_once(task):
+    for call in (task.size, task.texts, task.batches, lambda split: task.limit(**{split: 4})):
         with pytest.raises(ValueError, match=r"split 'dev' is unknown.*'train', 'validation'"):
             call("dev")
-
-
-def test_bad_size_is_refused_at_once(task):
-    # At the call, not at the first batch.
     for call in (lambda: task.batches("train", 0), lambda: task.stream(2.5, seed=0)):
-        with pytest.raises(
-            ValueError, match=r"size must be an integer of at least 1, got (0|2\.5)"
-        ):
+        with pytest.raises(ValueError, match=r"size must be an integer of at least 1, got"):
             call()
 
 

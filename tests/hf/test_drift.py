@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,16 +22,7 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
-from tiny import (
-    TinyText,
-    batch_of,
-    by_hand,
-    greedy,
-    perturb,
-    rewrite,
-    tiny_bert,
-    tiny_llama,
-)
+from tiny import TinyText, batch_of, by_hand, greedy, perturb, rewrite, tiny_bert, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from peft_lessons import load_model
@@ -49,10 +40,6 @@ class Row:
     package: str = "peft"
 
 
-def notebook(lesson: str) -> str:
-    return next((p.name for p in (ROOT / "notebooks").glob(f"{lesson}_*.ipynb")), "its notebook")
-
-
 def complaint(row: Row) -> str | None:
     """What is wrong with the row in the installed versions, in a sentence; None if it holds."""
     try:
@@ -66,8 +53,8 @@ def complaint(row: Row) -> str | None:
     installed = " and ".join(f"{p} {version(p)}" for p in row.package.split("+"))
     return (
         f"Lesson {row.lesson} states: {row.states}. With {installed} that is {found!r}, not "
-        f"{row.expected!r}. Change lesson {row.lesson} ({notebook(row.lesson)}) and what the "
-        "course builds on it, or keep the old version in pyproject.toml."
+        f"{row.expected!r}. Change lesson {row.lesson} and what the course builds on it, or keep "
+        "the old version in pyproject.toml."
     )
 
 
@@ -147,22 +134,18 @@ def trainable(model, part: str = "") -> int:
 
 
 def targets(names) -> list[str]:
-    return wrapped(
-        peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=names)), "lora_A"
-    )
+    config = peft.LoraConfig(target_modules=names)
+    return wrapped(peft.get_peft_model(tiny_llama(), config), "lora_A")
 
 
 # --- lesson 03
 
 
-def prepared() -> dict:
+def prepared() -> tuple[int, set[str], bool]:
+    """What trains, the dtypes, and whether gradient checkpointing is on."""
     model = peft.prepare_model_for_kbit_training(load_model("tinylm", four_bit=True))
     dtypes = {str(p.dtype) for p in model.parameters()}
-    return {
-        "trains": trainable(model),
-        "dtypes": sorted(dtypes),
-        "checkpointing": model.is_gradient_checkpointing,
-    }
+    return trainable(model), dtypes, model.is_gradient_checkpointing
 
 
 # --- lesson 04
@@ -241,40 +224,29 @@ SOFT = {
     "prompt": peft.PromptTuningConfig,
     "P-tuning": partial(peft.PromptEncoderConfig, encoder_hidden_size=32),
 }
-SEEDS = range(4)
 
 
-def soft(kind: str, seed: int = 0):
+def soft(kind: str, seed: int):
     torch.manual_seed(seed)
     config = SOFT[kind](num_virtual_tokens=5, **TASK)
     return perturb(peft.get_peft_model(tiny_llama(seed), config))
 
 
-def texts_that_are_right(kind: str) -> str:
-    """Of eight tokens that `generate` writes greedily, beside greedy decoding by plain forwards."""
-    right = changed = 0
-    ids = {"input_ids": BATCH["input_ids"][:1]}
-    for seed in SEEDS:
-        model = soft(kind, seed)
-        written = greedy(model, ids)
-        right += torch.equal(written, by_hand(model, ids))
-        changed += not torch.equal(written, greedy(tiny_llama(seed), ids))
-    return f"{right} of {len(SEEDS)} texts right" + ("" if changed else ", all the base's own")
+def right_texts(kind: str) -> list[bool]:
+    """Whether the eight tokens of `generate` are those of greedy decoding by plain forwards."""
+    ids, models = {"input_ids": BATCH["input_ids"][:1]}, [soft(kind, seed) for seed in range(4)]
+    return [torch.equal(greedy(model, ids), by_hand(model, ids)) for model in models]
 
 
 # --- lesson 12
-
-
-@cache
-def lora_file() -> Path:
-    return saved(peft.LoraConfig(**LORA, **TASK))
 
 
 def lenient(change=None, **entries) -> dict:
     """The warnings of loading a file that is not what it was, and whether the model is another."""
     folder, models = saved(peft.LoraConfig(**LORA, **TASK), change=change, **entries), []
     texts = said(lambda: models.append(opened(folder)))
-    another = apart(logits(models[0]), logits(opened(lora_file()))) > 1e-4
+    written = saved(peft.LoraConfig(**LORA, **TASK))
+    another = apart(logits(models[0]), logits(opened(written))) > 1e-4
     return {"warnings": len(texts), "another model": another}
 
 
@@ -328,9 +300,8 @@ def one_of_two_merged() -> dict:
 
 def merged_nan(**options) -> str:
     model = model_with(peft.LoraConfig(**LORA))
-    torch.nn.init.constant_(
-        next(p for n, p in model.named_parameters() if "lora_B" in n), torch.nan
-    )
+    factor = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    torch.nn.init.constant_(factor, torch.nan)
     return refusal(lambda: model.merge_and_unload(**options))
 
 
@@ -362,11 +333,8 @@ def counted_by_a_classifier() -> float:
     return round(first[1] / first[0], 2)
 
 
-BNB = dict(
-    bnb_4bit_quant_type="fp4",
-    bnb_4bit_use_double_quant=False,
-    bnb_4bit_compute_dtype=torch.float32,
-)
+BNB = dict(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
+BNB |= dict(bnb_4bit_compute_dtype=torch.float32)
 TRAINER = "transformers+accelerate"
 SOFT_STATEMENT = (
     "`generate` with {} in it writes what plain forwards choose, eight tokens, four seeds (later "
@@ -398,8 +366,7 @@ ROWS = [
         BNB, "transformers"),
     Row("03", "prepare_model_for_kbit_training freezes all, takes the rest to float32 and switches "
         "gradient checkpointing on", prepared,
-        {"trains": 0, "dtypes": ["torch.float32", "torch.uint8"], "checkpointing": True},
-        "peft+transformers"),
+        (0, {"torch.float32", "torch.uint8"}, True), "peft+transformers"),
     # ---------------------------------------------------------------- 04
     Row("04", "PEFT's DoRA answers NaN in the output of a row of zeros", dora_on_a_zero_row, True),
     # ---------------------------------------------------------------- 05
@@ -421,19 +388,18 @@ ROWS = [
     # ---------------------------------------------------------------- 07
     Row("07", "PEFT divides by l + 1e-8 and refuses nothing: an entry of zero loses its row",
         unmerged_zero, True),
-    # ---------------------------------------------------------------- 08
-    Row("08", SOFT_STATEMENT.format("a prompt"), lambda: texts_that_are_right("prompt"),
-        "4 of 4 texts right", "peft+transformers"),
-    # ---------------------------------------------------------------- 09
-    Row("09", SOFT_STATEMENT.format("a prefix"), lambda: texts_that_are_right("prefix"),
-        "4 of 4 texts right", "peft+transformers"),
+    # ---------------------------------------------------------------- 08, 09 and 12
+    *(Row(lesson, SOFT_STATEMENT.format(kind), partial(right_texts, kind), [True] * 4,
+          "peft+transformers")
+      for lesson, kind in (("08", "prompt"), ("09", "prefix"), ("12", "P-tuning"))),
     # ---------------------------------------------------------------- 12
     Row("12", "PEFT accepts another lora_alpha or a surplus key in a file, and warns of a "
         "missing key",
         lambda: [lenient(lora_alpha=32), lenient(with_one_more), lenient(without_one)],
         [{"warnings": 0, "another model": True}, {"warnings": 0, "another model": False},
          {"warnings": 1, "another model": True}]),
-    Row("12", "a loaded adapter is frozen", lambda: trainable(opened(lora_file())), 0),
+    Row("12", "a loaded adapter is frozen",
+        lambda: trainable(opened(saved(peft.LoraConfig(**LORA, **TASK)))), 0),
     Row("12", "a fresh head trains with task_type and stays frozen without",
         lambda: {t: fresh_head(t) for t in (None, "SEQ_CLS")}, {None: False, "SEQ_CLS": True}),
     Row("12", "a linear combination is not the weighted sum, cat is, at the sum of the ranks",
@@ -446,8 +412,6 @@ ROWS = [
         "tied, the change 1 times in it"),
     Row("12", "with ensure_weight_tying merging adds the change twice",
         lambda: merged_tied(ensure_weight_tying=True), "tied, the change 2 times in it"),
-    Row("12", SOFT_STATEMENT.format("P-tuning"), lambda: texts_that_are_right("P-tuning"),
-        "4 of 4 texts right", "peft+transformers"),
     Row("12", "a share of warmup_steps is one of all steps",
         lambda: arguments(warmup_steps=0.1).get_warmup_steps(200), 20, TRAINER),
     Row("12", "a classifier's loss is counted once for each part of a step",
@@ -467,78 +431,16 @@ def test_the_installed_versions_are_as_the_lessons_say(row):
 def test_what_is_another_gone_or_of_another_type_is_said_with_version_and_lesson():
     wrong = complaint(Row("02", "a LoRA has rank 8 by default", lambda: 16, 8))
     assert wrong.startswith("Lesson 02 states: a LoRA has rank 8 by default. With peft ")
-    assert f"peft {version('peft')} that is 16, not 8" in wrong and "02_lora.ipynb" in wrong
-    wrong = complaint(Row("05", "it trains", lambda: False, True, TRAINER))
-    assert f"transformers {version('transformers')} and accelerate {version('accelerate')}" in wrong
+    assert f"peft {version('peft')} that is 16, not 8" in wrong
     gone = Row("12", "PEFT has this", lambda: peft.no_such_function, None)
     assert "AttributeError" in complaint(gone)
     assert complaint(Row("12", "a flag", lambda: 1, True)) is not None  # although 1 == True
 
 
-def test_a_generate_that_goes_past_what_was_learned_is_seen(monkeypatch):
-    """transformers from 5.24 on, played: peft gets the cache under a name that it does not know."""
-    prepare = peft.PeftModelForCausalLM.prepare_inputs_for_generation
-
-    def renamed(self, *args, **kwargs):
-        of_base, hidden = self.base_model_prepare_inputs_for_generation, {}
-
-        def without_cache(*args, **kwargs):
-            inputs = of_base(*args, **kwargs)
-            hidden["past_key_values"] = inputs.pop("past_key_values")
-            return inputs
-
-        self.base_model_prepare_inputs_for_generation = without_cache
-        inputs = prepare(self, *args, **kwargs)
-        self.base_model_prepare_inputs_for_generation = of_base
-        return inputs | hidden
-
-    monkeypatch.setattr(peft.PeftModelForCausalLM, "prepare_inputs_for_generation", renamed)
-    wrong = complaint(next(row for row in ROWS if row.states.startswith("`generate`")))
-    assert any(f"{n} of 4 texts right" in wrong for n in range(3))
-    assert "pyproject.toml pins transformers<5.24" in wrong
-
-
 # ------------------------------------------------------------------ the pins
 
-PINS = {
-    pin.name: pin.specifier
-    for pin in map(
-        Requirement,
-        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "dependencies"
-        ],
-    )
-}
-BROKEN = Version("5.24")  # of transformers: generate goes past prompts and prefixes of peft 0.21
-
-
-def advice(peft_version: str, right: Callable[[], bool]) -> str | None:
-    """Whether the pin of transformers can go: what to do, or None while it has to stay."""
-    if Version(peft_version) < Version("0.22"):
-        return None
-    start = f"peft {peft_version} is newer than the pin transformers<{BROKEN} was made for"
-    if not right():
-        return (
-            f"{start}, and generate is wrong with the installed transformers: keep the older peft."
-        )
-    return (
-        f"{start}. Install transformers 5.24 or later beside it and run this file: if the rows on "
-        "`generate` of lessons 08, 09 and 12 hold, lift the pin in pyproject.toml and "
-        "environment.yml, and with it the refusal in peft_lessons/engine/virtual_tokens.py and the "
-        "traps of lessons 08 and 09; if not, raise the version in `advice`."
-    )
-
-
-def test_the_pin_of_transformers_is_still_needed():
-    generate = [row for row in ROWS if row.states.startswith("`generate`")]
-    wrong = advice(version("peft"), lambda: all(complaint(row) is None for row in generate))
-    assert wrong is None, wrong
-
-
-def test_when_the_pin_can_go_it_is_said():
-    assert advice("0.21.9", lambda: False) is None
-    assert "keep the older peft" in advice("0.22.0", lambda: False)
-    assert "lift the pin in pyproject.toml" in advice("0.22.0", lambda: True)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PINS = {pin.name: pin.specifier for pin in map(Requirement, PROJECT["dependencies"])}
 
 
 def test_what_is_installed_lies_within_the_pins():
@@ -550,11 +452,15 @@ def test_what_is_installed_lies_within_the_pins():
 
 
 def test_the_pin_is_the_one_that_code_and_lessons_name():
-    assert not PINS["transformers"].contains(str(BROKEN))
-    assert PINS["transformers"].contains("5.23.9")
-    assert not PINS["peft"].contains("0.22.0"), "newer peft: see `advice`"
+    """From transformers 5.24 on, generate goes past the prompts and prefixes of peft 0.21."""
+    assert PINS["transformers"].contains("5.23.9") and not PINS["transformers"].contains("5.24")
+    assert not PINS["peft"].contains("0.22.0"), (
+        "With a newer peft, install transformers 5.24 beside it and run this file: if the rows on "
+        "`generate` hold, lift the pin in pyproject.toml and environment.yml, the refusal in "
+        "peft_lessons/engine/virtual_tokens.py and the traps of lessons 08 and 09."
+    )
     rules = (ROOT / "peft_lessons" / "engine" / "virtual_tokens.py").read_text(encoding="utf-8")
-    assert f"transformers>=5.20,<{BROKEN}" in rules
-    for lesson in ("08", "09"):
-        text = (ROOT / "notebooks" / notebook(lesson)).read_text(encoding="utf-8")
-        assert str(BROKEN) in text, f"lesson {lesson} does not say from which version it is wrong"
+    assert "transformers>=5.20,<5.24" in rules
+    for lesson in ("08_prompt_tuning", "09_prefix_tuning"):
+        text = (ROOT / "notebooks" / f"{lesson}.ipynb").read_text(encoding="utf-8")
+        assert "5.24" in text, f"lesson {lesson} does not say from which version it is wrong"

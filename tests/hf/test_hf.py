@@ -1,6 +1,5 @@
 """The outline's three functions on PEFT: set up, train and resume, merge; and what they refuse."""
 
-import json
 import math
 import random
 import re
@@ -14,20 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from peft import (
-    AdaLoraConfig,
-    AdaLoraModel,
-    PrefixTuningConfig,
-    get_peft_model,
-)
+from peft import AdaLoraConfig, AdaLoraModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import (
-    SIZES,
-    contents,
-    perturb,
-    rewrite,
-    tiny_llama,
-)
+from tiny import SIZES, contents, perturb, rewrite, tiny_llama
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -38,8 +26,6 @@ from transformers import (
     DistilBertModel,
     GPT2Config,
     GPT2LMHeadModel,
-    RobertaConfig,
-    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
@@ -87,7 +73,6 @@ def folders(tmp_path_factory):
     sizes = dict(SIZES, vocab_size=30522, intermediate_size=128, max_position_embeddings=64)
     sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     bert = perturb(BertModel(BertConfig(**sizes)), 0.05)
-    roberta = RobertaModel(RobertaConfig(**sizes, pad_token_id=0), add_pooling_layer=False)
     gpt2 = dict(vocab_size=4096, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     distilbert = dict(vocab_size=30522, dim=64, hidden_dim=128, n_layers=2, n_heads=4)
     t5 = dict(vocab_size=4096, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
@@ -96,7 +81,6 @@ def folders(tmp_path_factory):
         ("bert", bert, "minilm"),
         ("poolerless", BertModel(BertConfig(**sizes), add_pooling_layer=False), "minilm"),
         ("gpt2", perturb(GPT2LMHeadModel(GPT2Config(**gpt2)), 0.05), "tinylm"),
-        ("roberta", roberta, "minilm"),
         ("distilbert", DistilBertModel(DistilBertConfig(**distilbert)), "minilm"),
         ("deberta", DebertaV2Model(DebertaV2Config(**sizes)), "minilm"),
         ("t5", T5ForConditionalGeneration(T5Config(**t5)), "tinylm"),
@@ -202,9 +186,7 @@ def test_adapters_go_where_the_method_says(folders):
         setup_peft_training(folders["distilbert"], "ia3", labels=2)
 
 
-@pytest.mark.parametrize(
-    ("method", "name"), [("lora", "poolerless"), ("ia3", "deberta"), ("norms", "roberta")]
-)
+@pytest.mark.parametrize(("method", "name"), [("lora", "poolerless"), ("ia3", "deberta")])
 def test_a_new_head_of_several_layers_trains_and_merges(folders, method, name, tmp_path):
     model, tokenizer = setup_peft_training(folders[name], method, tmp_path, labels=2)
     train_with_peft(model, tokenizer, ROWS, **OPTIONS)
@@ -214,16 +196,11 @@ def test_a_new_head_of_several_layers_trains_and_merges(folders, method, name, t
     merged = load_and_merge_adapter(folders[name], tmp_path)
     assert not any(PEFT_NAMES.search(n) for n, _ in merged.named_modules())
     assert (logits_of(merged, "bert") - trained).abs().max() < 1e-5
-    if method != "norms":
-        ours = load_model(folders[name], 2, seed=3)
-        load_adapter(ours, tmp_path)
-        assert (logits_of(ours, "bert") - trained).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize(("method", "name"), [("prompt", "distilbert"), ("prefix", "poolerless")])
-def test_before_a_head_of_several_layers_there_is_no_prompt(folders, method, name):
+    ours = load_model(folders[name], 2, seed=3)
+    load_adapter(ours, tmp_path)
+    assert (logits_of(ours, "bert") - trained).abs().max() < 1e-5
     with pytest.raises(ValueError, match="comes untrained"):
-        setup_peft_training(folders[name], method, labels=2)
+        setup_peft_training(folders[name], "prompt", labels=2)
 
 
 @pytest.mark.parametrize(("method", "labels"), [("lora", 2), ("qlora", None), ("ia3", None)])
@@ -255,19 +232,17 @@ def test_a_decoder_s_classifier_reads_no_padding(folders, tmp_path):
         found = model.eval()(**tokenizer(TEXTS[:6], **cut)).logits.argmax(-1)
     right = (found == torch.tensor([0, 1] * 3)).float().mean().item()
     assert metrics["eval_accuracy"] == pytest.approx(right)
-    load_and_merge_adapter(base, tmp_path / "out", save_to=tmp_path / "merged")
-    merged = load_model(str(tmp_path / "merged"), 2)
-    assert (logits_of(merged, "llama") - logits_of(model, "llama")).abs().max() < 1e-5
 
 
 def test_each_method_is_what_its_name_says():
     def config_of(method):
         return setup_peft_training("tinylm", method, rank=4)[0].active_peft_config
 
-    flags = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}
-    for method, of in flags.items():
+    for method in ("lora", "rslora", "dora"):
         config = config_of(method)
-        assert (config.use_rslora, config.use_dora) == of and config.lora_alpha == 2 * config.r == 8
+        flags = config.use_rslora, config.use_dora
+        assert flags == (method == "rslora", method == "dora")
+        assert config.lora_alpha == 2 * config.r == 8
     assert (config_of("adalora").init_r, config_of("adalora").target_r) == (6, 4)
     assert config_of("prompt").prompt_tuning_init == "SAMPLE_VOCAB"
 
@@ -402,24 +377,20 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number_before_the_end(tmp_
     assert trainer._checkpoint(tmp_path / "new", resume=True, steps=12) is None
 
 
-@pytest.mark.parametrize(
-    ("config", "lacks"),
-    [
+def test_what_cannot_be_resumed_is_refused_at_once(folders, tmp_path):
+    tokenizer = peft_lessons.load_tokenizer("tinylm")
+    for config, lacks in (
         (AdaLoraConfig(total_step=8, target_modules=["q_proj"]), "lack the pruned triplets"),
         (PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True), "lack the network"),
-    ],
-    ids=["AdaLoRA", "prefix"],
-)
-def test_what_cannot_be_resumed_is_refused_at_once(folders, tmp_path, config, lacks):
-    config.task_type = "CAUSAL_LM"
-    model = get_peft_model(load_model(folders["llama"]), config)
-    tokenizer = peft_lessons.load_tokenizer("tinylm")
-    with pytest.raises(ValueError, match=f"cannot go on, because its checkpoints {lacks}"):
-        train_with_peft(model, tokenizer, TEXTS, output_dir=tmp_path / "out", resume=True)
+    ):
+        config.task_type = "CAUSAL_LM"
+        model = get_peft_model(load_model(folders["llama"]), config)
+        with pytest.raises(ValueError, match=f"cannot go on, because its checkpoints {lacks}"):
+            train_with_peft(model, tokenizer, TEXTS, output_dir=tmp_path / "out", resume=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_adalora_reaches_its_ranks_within_the_run(run, tmp_path, monkeypatch):
+def test_adalora_reaches_its_ranks_within_the_run(run, monkeypatch):
     steps, allocate = [], AdaLoraModel.update_and_allocate
 
     def noted(self, step):
@@ -431,9 +402,6 @@ def test_adalora_reaches_its_ranks_within_the_run(run, tmp_path, monkeypatch):
     assert steps == list(range(1, 13))
     ranks = [sum(kept) for kept in model.active_peft_config.rank_pattern.values()]
     assert sum(ranks) == 4 * len(ranks) and len(set(ranks)) > 1
-    entries = json.loads((tmp_path / "out" / CONFIG).read_text(encoding="utf-8"))
-    schedule = [entries[key] for key in ("total_step", "tinit", "tfinal", "deltaT")]
-    assert schedule == [12, 1, 4, 1]
 
 
 # ------------------------------------------------------------------ refusals
@@ -444,8 +412,6 @@ def test_an_unknown_method_is_refused_and_the_known_are_listed():
         setup_peft_training("tinylm", "lroa")
     with pytest.raises(ValueError, match=r"PEFT does not have it; .* BitFit"):
         setup_peft_training("tinylm", "bitfit")
-    with pytest.raises(TypeError, match="method must be"):
-        setup_peft_training("tinylm", 3)
 
 
 def test_a_wrong_set_up_is_refused(folders):
@@ -495,13 +461,10 @@ def test_wrong_data_is_refused(trained):
         ("llama", [{"input_ids": [[1, 2, 3]]}], '"input_ids" must be a list of whole numbers'),
         ("llama", [{"input_ids": [1, 4096]}], "token 4096, and the model's table the rows 0 to"),
         ("llama", [{"input_ids": [1, 2], "labels": [1, 4096]}], "must be tokens of 0 to 4095"),
-        ("llama", [{"input_ids": [1, 2], "labels": [1, -100]}], "one at least must be"),
         ("llama", ROWS, "without labels=n at set-up, the label"),
         ("bert", [{"text": "good"}], r'train_dataset\[0\] has no "label"'),
         ("bert", [{"text": "good", "label": 2}], "label 2, but the model has classes 0 to 1"),
         ("bert", [{"text": "good", "label": "positive"}], 'no "label"'),
-        ("bert", [{"text": "good", "label": True}], 'no "label"'),
-        ("bert", [{"input_ids": [], "label": 1}], "has no token"),
     ):
         tokenizer = peft_lessons.load_tokenizer(TOKENIZERS[name])
         with pytest.raises(ValueError, match=match):
@@ -516,7 +479,6 @@ def test_wrong_settings_are_refused(tmp_path):
     model, tokenizer = setup_peft_training("tinylm", "prompt", tmp_path / "out")
     refuses("steps=0", steps=0)
     refuses("lr=-1", learning_rate=-1.0)
-    refuses("checkpoint_every=0", checkpoint_every=0)
     refuses("epochs=0", steps=None, epochs=0)
     refuses("eval_dataset is empty", eval_dataset=[])
     refuses("16 virtual tokens are more than the model's", max_length=10_000)
@@ -528,9 +490,6 @@ def test_wrong_settings_are_refused(tmp_path):
     model.merge_adapter()
     refuses("unmerge_adapter")
     model.unmerge_adapter()
-    model.add_adapter("other", model.active_peft_config)
-    refuses("holds the adapters 'default', 'other'")
-    model.delete_adapter("other")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     refuses("padding token 4096 has no row")
     assert not (tmp_path / "out").exists()
@@ -546,7 +505,7 @@ def test_any_collection_and_classes_of_any_library_will_do(trained):
 
     model, tokenizer = trained("lora").model, peft_lessons.load_tokenizer("tinylm")
     expected = prepare(model, tokenizer, TEXTS, 20)
-    for given in (np.array(TEXTS), Indexed(), iter(TEXTS)):
+    for given in (np.array(TEXTS), Indexed()):
         assert prepare(model, tokenizer, given, 20) == expected
     model, tokenizer = trained("lora", "bert").model, peft_lessons.load_tokenizer("minilm")
     for label in (1.0, np.int64(1), torch.tensor([1])):
@@ -593,9 +552,6 @@ def test_an_adapter_that_does_not_fit_is_refused(out, folders, tmp_path):
         load_and_merge_adapter(base, out)
     rewrite(out, lambda t: t.pop(key))
     with pytest.raises(ValueError, match="misses .*lora_A"):
-        load_and_merge_adapter(base, out)
-    (out / WEIGHTS).write_bytes((out / WEIGHTS).read_bytes()[:1000])
-    with pytest.raises(ValueError, match="broken or cut off"):
         load_and_merge_adapter(base, out)
     with pytest.raises(FileNotFoundError, match=CONFIG):
         load_and_merge_adapter(base, tmp_path / "nowhere")

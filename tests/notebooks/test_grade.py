@@ -1,13 +1,11 @@
 """What students hand in is marked by the course's checks, whatever a notebook does."""
 
 import csv
-import errno
 import os
 import signal
 import socket
 import sys
 import threading
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -52,7 +50,6 @@ for channel in range(64):
 os._exit(0)"""
 ENDLESS = "import time\nwhile True:\n    time.sleep(1)"
 DEAF = f"import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\n{ENDLESS}"
-ODD = f"class Odd:\n    __module__ = property(lambda self: 1 / 0)\n{EXERCISE} = Odd()"
 CONFINED = pytest.mark.skipif(
     not (has_landlock() and grade.namespaces()), reason="this kernel has no Landlock or namespaces"
 )
@@ -126,9 +123,8 @@ def test_a_class_is_marked(marked):
 @CONFINED
 def test_nothing_else_is_changed(marked):
     _, folder = marked
-    assert (folder / "kept").read_text(encoding="utf-8") == "theirs" and not (
-        folder / "new"
-    ).exists()
+    assert (folder / "kept").read_text(encoding="utf-8") == "theirs"
+    assert not (folder / "new").exists()
 
 
 def test_the_page_shows_names_as_text(marked):
@@ -150,19 +146,6 @@ def test_only_lessons_in_students_folders_count(tmp_path):
     assert set(passed) == {tmp_path / name for name in (older, "02_lora.ipynb", second)}
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    listed = os.scandir
-
-    def refusing(path):  # whoever runs the tests as root reads every folder
-        if Path(path).name == "b":
-            raise PermissionError(errno.EACCES, "closed", str(path))
-        return listed(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
-    assert grade.submissions(tmp_path) == ([], [tmp_path / "a" / "b"])
-
-
 def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path):
     told = '=HYPERLINK("x")'
     marks = [grade.Mark(name, "n", LESSON, EXERCISE, "wrong", told, 1.0) for name in ("-a", "b")]
@@ -181,10 +164,11 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path):
 @pytest.fixture
 def instead(tmp_path, monkeypatch):
     """Let a script take the place of a notebook's process, and return what becomes of it."""
+    python = sys.executable
 
     def marks(script, total=30):
         program, notebook = tmp_path / "python", tmp_path / f"{LESSON}.ipynb"
-        program.write_text(f"#!{sys.executable}\nimport sys\n{script}\n", encoding="utf-8")
+        program.write_text(f"#!{python}\nimport sys\n{script}\n", encoding="utf-8")
         program.chmod(0o755)
         notebook.touch()
         monkeypatch.setattr(sys, "executable", str(program))
@@ -194,33 +178,24 @@ def instead(tmp_path, monkeypatch):
     return marks
 
 
-def test_a_notebook_that_swallows_its_time_limit_is_stopped(instead):
-    told = "the notebook took longer than 2 s"
-    assert instead(DEAF, total=2) == ("timed out", told)
-
-
-def test_a_process_that_dies_is_quoted(instead):
+def test_a_notebook_that_swallows_its_time_limit_is_stopped_and_one_that_dies_quoted(instead):
+    assert instead(DEAF, total=2) == ("timed out", "the notebook took longer than 2 s")
     told = "the notebook's process ended with 1. Too bad"
     assert instead("print('no', file=sys.stderr)\nsys.exit('Too bad')") == ("crashed", told)
 
 
-@pytest.mark.parametrize(
-    ("change", "outcome"),
-    [
+def test_a_mark_must_be_whole_and_carry_the_word(instead):
+    for change, outcome in (
         ("", "right"),
         ("mark['word'] = ''", "crashed"),
         ("mark['outcome'] = 'excellent'", "crashed"),
-        ("mark['seconds'] = 'ages'", "crashed"),
         ("del mark['told']", "crashed"),
-        ("mark = [mark]", "crashed"),
-    ],
-)
-def test_a_mark_must_be_whole_and_carry_the_word(instead, change, outcome):
-    script = f"""import json
+    ):
+        script = f"""import json
 mark = dict(word=input(), exercise={EXERCISE!r}, outcome="right", told="", seconds=1)
 {change}
 print("{{", json.dumps(mark), sep="\\n", file=open(int(sys.argv[-1]), "w"))"""
-    assert instead(script)[0] == outcome
+        assert instead(script)[0] == outcome
 
 
 @CONFINED
@@ -288,9 +263,7 @@ def {EXERCISE}(weight):
         (["from peft_lessons import evaluate as row_norms"], "not attempted", "not define it"),
         ([f"def {EXERCISE}(weight:\n    return 1"], "crashed", "SyntaxError"),
         ([f"{RIGHT}\n1 / 0", f"{EXERCISE} = None"], "crashed", "its cell fails: ZeroDivision"),
-        ([ODD], "crashed", "ZeroDivisionError: division by zero"),
         ([RAISES.format('ValueError("\\ud800")')], "wrong", r"raised ValueError: \ud800"),
-        ([f"{EXERCISE} = 'abc'.find"], "wrong", ""),
         ([MUTE], "crashed", "Mute"),
     ],
 )
@@ -311,14 +284,13 @@ def test_an_endless_cell_and_an_answer_that_catches_every_exception_end_in_time(
 # ------------------------------------------------------------------ a folder
 
 
-@pytest.mark.parametrize("folder", ["nowhere", "."])
-def test_a_folder_without_notebooks_is_an_error(folder, tmp_path, capsys):
+def test_a_folder_without_notebooks_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        grade.main([str(tmp_path / folder)])
+        grade.main([str(tmp_path)])
     assert "02_lora.ipynb" in capsys.readouterr().err
 
 
-def test_a_link_and_a_giant_are_not_opened(tmp_path):
+def test_a_link_is_not_opened(tmp_path):
     target = tmp_path / "target.ipynb"
     target.write_text("{}", encoding="utf-8")
     link = tmp_path / "link.ipynb"

@@ -1,10 +1,8 @@
 """Each rule complains about a notebook that breaks it, and about nothing in one that doesn't."""
 
-import os
 import re
 import subprocess
 import sys
-import tomllib
 
 import nbformat
 import pytest
@@ -20,13 +18,10 @@ SOLUTION = "def row_norms(weight, eps=0.0):\n    return weight\n"
 STUB = "def row_norms(weight, eps=0.0):\n    raise NotImplementedError"
 
 
-def picture(alt, where="nested", in_html=None):
-    """An image with its alt text in the metadata, and with HTML beside it if that has one too."""
-    metadata = {"alt": alt} if where == "top" else {"image/png": {"alt": alt}}
-    data = {"image/png": "aGk="}
-    if in_html is not None:
-        data["text/html"] = f'<img src="data:,x" alt="{in_html}">'
-    return new_output("display_data", data, metadata=metadata)
+def picture(alt, page=f'<img src="data:,x" alt="{ALT}">'):
+    """An image with its alt text in the metadata, and with a page of HTML beside it."""
+    data = {"image/png": "aGk=", "text/html": page}
+    return new_output("display_data", data, metadata={"image/png": {"alt": alt}})
 
 
 def text(value, name="stdout"):
@@ -42,14 +37,14 @@ def code(source, *outputs, tags=()):
 def good():
     """A notebook that keeps all rules."""
     cells = [
-        new_markdown_cell("# Title\n\nSee [the next one](00_start_here.ipynb) and `[a](b)`."),
+        new_markdown_cell("# Title\n\nSee the next one."),
         code("#| default_exp methods.start"),
         code("#| export\nimport math"),
         code("import base64\n%matplotlib inline"),
         new_markdown_cell("| a | |\n|:---|---|\n| b | c |\n| | |"),
         new_markdown_cell("## Part\n\n```\n# no heading\n```\n\n### Subpart"),
         code("print('https://example.org/tmp/x')", text("https://example.org/tmp/x\n")),
-        code("show()", picture(ALT, in_html=ALT), picture(ALT), picture(ALT, "top")),
+        code("show()", picture(ALT)),
         code(
             "1 / 0", new_output("error", ename="E", evalue="", traceback=["E"]),
             tags=["raises-exception"],
@@ -110,7 +105,6 @@ def without(tag):
 BAD = {
     "executed_in_order": {
         "gap": change(lambda nb: nb.cells[-1].update(execution_count=99)),
-        "not run": change(lambda nb: nb.cells[-1].update(execution_count=None)),
     },
     "raises_only_where_tagged": {
         "error": add(code("x", new_output("error", ename="E", evalue="", traceback=[]))),
@@ -119,7 +113,6 @@ BAD = {
     "no_stderr": {"warning": add(code("x", text("UserWarning: old", "stderr")))},
     "no_machine_paths": {
         "home": add(code("x", text("saved in /home/ada/x"))),
-        "root": add(code("x", new_output("execute_result", {"text/plain": "'/root/x'"}))),
         "tmp": add(code("open('/tmp/x')")),
         "windows": add(code("x", text(r"C:\Users\ada"))),
         "package": add(code("x", text("lib/site-packages/torch"))),
@@ -131,26 +124,16 @@ BAD = {
     "small_file": {"large": lambda nb, path: path.write_text("x" * 1_000_000, encoding="utf-8")},
     "pictures_have_alt_text": {
         "none": add(code("x", new_output("display_data", {"image/png": "aGk="}))),
-        "empty": add(code("x", picture(ALT, in_html=""))),
         "short": add(code("x", picture("a plot"))),
-        "not with the image": add(code("x", picture("", in_html=ALT))),
-        "second": add(
-            code("x", new_output("display_data", {"text/html": f'<img alt="{ALT}"><img>'}))
-        ),
-        "svg": add(code("x", new_output("display_data", {"text/html": "<svg></svg>"}))),
-    },
-    "pictures_outlive_html": {
-        "img": add(code("x", new_output("display_data", {"text/html": f'<img alt="{ALT}">'}))),
-        "svg": add(code("x", new_output("display_data", {"text/html": "<svg></svg>"}))),
+        "in HTML": add(code("x", picture(ALT, f'<img alt="{ALT}"><img>'))),
+        "svg": add(code("x", picture(ALT, "<svg></svg>"))),
     },
     "short_cells": {"26 lines": add(code("x\n" * 25 + "x"))},
     "imports_in_setup": {
         "late": add(code("import torch")),
-        "in a function": add(code("def f():\n    from torch import nn")),
     },
     "nothing_unsafe": {
         "input": add(code("name = input()")),
-        "line": add(code("!ls")),
         "cell": add(code("%%bash\nls")),
         "assigned": add(code("files = !ls")),
         "pip": add(code("%pip install torch")),
@@ -172,13 +155,8 @@ BAD = {
         "another default": solution("def row_norms(weight, eps=1.0): ..."),
         "another name": solution("def row_norms(w, eps=0.0): ..."),
     },
-    "links_lead_somewhere": {
-        "missing": add(new_markdown_cell("[next](99_none.ipynb)")),
-        "absolute": add(new_markdown_cell("[next](/99_none.ipynb)")),
-        "picture": add(new_markdown_cell('<img src="none.png">')),
-    },
     "formulas_are_escaped_once": {
-        "doubled": add(new_markdown_cell(r"where $W_\\text{up}$ starts at zero")),
+        "doubled": add(new_markdown_cell(r"where $W_\\text{up}$ starts at zero"))
     },
     "tables_have_headers": {
         "empty row": add(new_markdown_cell("text\n\n| | |\n|---|---|\n| a | b |")),
@@ -191,13 +169,8 @@ BAD = {
     },
     "clean_metadata": {
         "kernel": change(lambda nb: nb.metadata.kernelspec.update(name="venv")),
-        "version": change(lambda nb: nb.metadata.language_info.update(version="3.11.2")),
         "timing": change(lambda nb: nb.cells[1].metadata.update(execution={"x": "2020-01-01"})),
         "tag": add(code("x", tags=["exercize"])),
-    },
-    "unique_cell_ids": {
-        "none": change(lambda nb: nb.cells[0].pop("id")),
-        "twice": change(lambda nb: nb.cells[0].update(id=nb.cells[1].id)),
     },
 }
 
@@ -218,40 +191,31 @@ def test_a_bad_notebook_is_refused(rule, case, place):
     assert getattr(rules, rule)(nb, place)
 
 
-PROCESSES = [name for name in dir(os) if re.fullmatch("system|popen|(exec|spawn)[lv].*", name)]
-
-
 def test_ruff_refuses_what_the_rules_leave_to_it(tmp_path):
     """In notebooks, and nothing of it elsewhere."""
-    config = ROOT / "pyproject.toml"
-    settings = tomllib.loads(config.read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
-    refused = [  # (what ruff says, source)
-        ("T100", "breakpoint()"),
-        ("S301", "import pandas\npandas.read_pickle('f')"),
-        *(("S60[56]", f"import os\nos.{name}('ls', [])") for name in PROCESSES),
-        ("`torch.load`", "import torch as t\nt.load('f')"),
-        ("`urllib`", "def f():\n    from urllib.request import urlopen"),
-    ]
-    for name in settings["flake8-tidy-imports"]["banned-api"]:
-        package, _, function = name.rpartition(".")
-        source = f"from {package} import {function}" if package else f"import {name}"
-        refused.append((f"`{name}`", source))
-    for number, (_, source) in enumerate(refused):
+    refused = {
+        "T100": "breakpoint()",
+        "S301": "import pandas\npandas.read_pickle('f')",
+        "S605": "import os\nos.system('ls')",
+        "`torch.load`": "import torch as t\nt.load('f')",
+        "`urllib`": "def f():\n    from urllib.request import urlopen",
+        "`subprocess`": "import subprocess",
+    }
+    for number, source in enumerate(refused.values()):
         nbformat.write(new_notebook(cells=[code(source)]), tmp_path / f"{number}.ipynb")
         (tmp_path / f"{number}.py").write_text(source, encoding="utf-8")
-    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config", config]
-    command = [*ruff, "--output-format=concise", "."]
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config"]
+    command = [*ruff, ROOT / "pyproject.toml", "--output-format=concise", "."]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
-    for number, (told, source) in enumerate(refused):
-        assert re.search(rf"(?m)^{number}\.ipynb:.*{told}", said), (source, said)
+    for number, told in enumerate(refused):
+        assert re.search(rf"(?m)^{number}\.ipynb:.*{told}", said), (told, said)
     assert not re.findall(r"(?m)^\d+\.py:.* (?:S\d+|TID251) .*", said)
 
 
 def test_solved_is_what_the_solutions_and_the_checks_need():
     nb = good()
     nb.cells.append(code("train()", tags=["long"]))
-    nb.cells[-2].metadata.tags.append("raises-exception")
-    done = notebooks.solved(nb, {"row_norms": SOLUTION}, "start")
+    done = notebooks.solved(nb, {"row_norms": SOLUTION})
     exported, imports, answer, check = done.cells
     assert exported.source.startswith("#| export") and "base64" in imports.source
     assert answer.source == SOLUTION and notebooks.tags(check) == ["check"]
@@ -263,13 +227,10 @@ def test_solved_is_what_the_solutions_and_the_checks_need():
     [
         ("a = 2", True),
         ("for a in (1, 2):\n    pass", True),
-        ("with open('x') as a:\n    pass", True),
         ("def late():\n    return a", False),
-        ("b.part = 2", True),
         ("b['part'] = 2", True),
         ("b.append(2)", True),
         ("change(b, 2)", True),
-        ("print(len(b))", False),
         ("c = b.part", False),
         ("def b_of(a):\n    c = a", False),
         ("g = lambda: a", True),  # which f calls
@@ -288,33 +249,19 @@ def test_a_name_that_a_cell_binds_itself_is_not_needed():
     assert needed(["a = 1"], []) == []
 
 
-@pytest.mark.parametrize("solutions", [{}, {"row_norms": SOLUTION, "g": "def g(): ..."}])
-def test_solved_refuses_a_mismatch(solutions):
-    with pytest.raises(ValueError, match=r"row_norms|g"):
-        notebooks.solved(good(), solutions, "start")
-
-
-def test_solutions_keep_their_decorators(place):
-    solution("@property\n" + SOLUTION)(None, place)
-    assert notebooks.read_solutions(place)["row_norms"].startswith("@property\ndef")
-
-
 def test_execution_is_strict_and_guarded(tmp_path):
     """A failing cell fails the run, and a connection that the lesson hides is noticed."""
     log = tmp_path / "network.log"
     source = (
         "import os, urllib.request\n"
         "try:\n    urllib.request.urlopen('http://192.0.2.1', timeout=1)\n"
-        "except OSError as error:\n    print(error)\n"
+        "except OSError:\n    pass\n"
         "assert os.environ['PEFT_LESSONS_STRICT'] == '1'"
     )
     nb = new_notebook(cells=[code(source), code("1 / 0")])
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
         notebooks.execute(nb, tmp_path, offline_environment(log=log, strict=True))
     assert "192.0.2.1" in log.read_text(encoding="utf-8")
-    nb.cells.pop()
-    done = notebooks.execute(nb, tmp_path, offline_environment(log=log, strict=True))
-    assert "refused" in done.cells[0].outputs[0].text
 
 
 def test_stored_outputs_are_the_same_twice(tmp_path):

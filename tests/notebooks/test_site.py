@@ -18,14 +18,13 @@ IN_A_BROWSER = [
     pytest.param(page, marks=[] if page in SOME else [pytest.mark.every_lesson]) for page in PAGES
 ]
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 1000}
-SEEN = """() => ({
+SEEN = r"""() => ({
     formulas: document.querySelectorAll('.math').length,
     rendered: document.querySelectorAll('mjx-container').length,
     refused: document.querySelectorAll('mjx-merror').length,
     wide: document.documentElement.scrollWidth - window.innerWidth,
     broken: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src),
-    back: getComputedStyle(document.body).backgroundColor,
-    text: getComputedStyle(document.querySelector('article')).color,
+    red: +getComputedStyle(document.body).backgroundColor.match(/\d+/)[0],
 })"""
 # A word is torn if its letters stand on more than one line.
 TORN = """() => {
@@ -46,11 +45,11 @@ TORN = """() => {
 
 
 class Page(HTMLParser):
-    """The links, loaded files, ids and pictures of a page."""
+    """The links, loaded files and ids of a page."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self.links, self.loaded, self.ids, self.alts = [], [], set(), []
+        self.links, self.loaded, self.ids = [], [], set()
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
@@ -62,8 +61,6 @@ class Page(HTMLParser):
             self.loaded.append(given["src"])
         if tag == "link" and "stylesheet" in given.get("rel", ""):
             self.loaded.append(given["href"])
-        if tag == "img":
-            self.alts.append(given.get("alt", ""))
 
 
 @pytest.fixture(scope="module")
@@ -106,44 +103,20 @@ def test_no_link_is_broken_and_nothing_is_loaded_from_elsewhere(built):
     assert not broken
 
 
-def test_every_figure_has_its_alternative_text(built):
-    for page in PAGES:
-        assert all(len(alt) >= 20 for alt in Page(built / page).alts), page
-
-
-def searchindex(built):
-    text = (built / "searchindex.js").read_text(encoding="utf-8")
-    return json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
-
-
 def test_the_search_knows_every_lesson(built):
-    index = searchindex(built)
+    text = (built / "searchindex.js").read_text(encoding="utf-8")
+    index = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
     assert {f"notebooks/{path.stem}" for path in notebooks.lessons()} <= set(index["docnames"])
     assert "intrud" in index["terms"] | index["titleterms"]  # words are cut to their stems
 
 
 def test_a_lesson_goes_by_its_number_wherever_it_is_named(built):
-    index, paths = searchindex(built), notebooks.lessons()
-    titles = dict(zip(index["docnames"], index["titles"], strict=True))
     start = (built / "index.html").read_text(encoding="utf-8")
-    for path, after in zip(paths, [*paths[1:], None], strict=True):
+    for path in notebooks.lessons():
         number, page = path.stem[:2], (built / "notebooks" / path.stem).with_suffix(".html")
         text = page.read_text(encoding="utf-8")
-        assert titles[f"notebooks/{path.stem}"].startswith(f"{number} ")
         assert re.search(rf"<title>{number} ", text) and re.search(rf"<h1>{number} ", text)
         assert re.search(rf'href="notebooks/{path.stem}.html">\s*{number} ', start), "sidebar"
-        if after:
-            following = text[text.index('class="right-next"') :]
-            assert re.search(rf'"prev-next-title">{after.stem[:2]} ', following)
-
-
-def test_the_first_page_is_for_a_reader_and_leads_to_the_readme(built):
-    page = (built / "index.html").read_text(encoding="utf-8")
-    article = page[page.index("<article") : page.index("</article>")]
-    first = [f"notebooks/{path.stem}.html" for path in notebooks.lessons()[:3]]
-    assert all(f'href="{link}"' in article for link in [*first, "README.html"])
-    assert "make " not in article and "pip " not in article
-    assert "not set" not in page  # as the theme says of an author
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +136,14 @@ def browser():
 
 
 def hindrances(page):
-    """Return what axe-core finds in a page that seriously hinders a reader."""
+    """Return what axe-core finds in a page that seriously hinders a reader, as bad contrast."""
     from axe_playwright_python.sync_playwright import Axe
 
     # No preload: it asks for each style sheet, which a browser refuses to pages from disk.
     options = {"resultTypes": ["violations"], "preload": False}
     found = Axe().run(page, options=options).response["violations"]
     return [
-        f"{rule['id']}: {rule['help']}: {rule['nodes'][0]['html']}"
+        f"{rule['help']}: {rule['nodes'][0]['html']}"
         for rule in found
         if rule["impact"] in {"serious", "critical"}
     ]
@@ -193,10 +166,6 @@ def seen(browser, address, size, theme):
     return found, said
 
 
-def brightness(color):
-    return sum(map(float, re.findall(r"[\d.]+", color)[:3])) / 3
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("page", IN_A_BROWSER)
 def test_a_page_is_readable_on_desk_and_phone_in_both_themes(built, browser, page):
@@ -206,8 +175,7 @@ def test_a_page_is_readable_on_desk_and_phone_in_both_themes(built, browser, pag
         assert found["rendered"] == found["formulas"] and not found["refused"]
         assert found["wide"] <= 0, "the page is wider than the window"
         assert not found["broken"] and not found["torn"] and not found["hinders"]
-        contrast = brightness(found["back"]) - brightness(found["text"])
-        assert (contrast > 120) if theme == "light" else (contrast < -120)
+        assert (found["red"] > 128) == (theme == "light")
 
 
 @pytest.mark.browser
