@@ -92,7 +92,8 @@ def _clause(what: str, verb: str) -> str:
     """Return a name with a verb that agrees with it: "the result has", "the labels have"."""
     what = what or "the result"
     noun = re.split(r" (?:of|in|for|with|at|to|right|once|after|before) ", what)[0]
-    plural = re.search(r"(?<![sui])(?<!bia)s$", noun) and not noun.startswith(("what ", "whether "))
+    other = noun.startswith(("what ", "whether ")) or noun == "takes"
+    plural = re.search(r"(?<![sui])(?<!bia)s$", noun) and not other
     return f"{what} {_PLURAL[verb] if plural else verb}"
 
 
@@ -124,6 +125,9 @@ def bare(t: torch.Tensor) -> torch.Tensor:
 
 
 def _tensor_difference(got, expected, what, tolerance, values, form) -> str | None:
+    if got.layout != torch.strided or got.is_nested:
+        kind = "nested" if got.is_nested else "sparse"
+        return f"{_clause(what, 'is')} in a {kind} layout, expected an ordinary tensor"
     if got.shape != expected.shape:
         return f"{_clause(what, 'has')} shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     if not _serves(got.dtype, expected.dtype, form):
@@ -159,7 +163,7 @@ def _tensor_difference(got, expected, what, tolerance, values, form) -> str | No
 
 
 def _serves(got: torch.dtype, expected: torch.dtype, form: str) -> bool:
-    if got == expected or form == "any":
+    if got == expected or (form == "any" and got.is_complex == expected.is_complex):
         return True
     floats = got.is_floating_point and expected.is_floating_point
     return form == "wider" and floats and torch.finfo(got).bits > torch.finfo(expected).bits

@@ -268,8 +268,12 @@ class Check:
                 return False
             if self.view:
                 (seen, error), (expected, _) = yours.view(number), right.view(number)
-                return not (error or self._view_difference(seen, expected, "any"))
-            return True
+                if error or self._view_difference(seen, expected, "any"):
+                    return False
+            try:
+                return not self._gradient_difference(yours, right, number)
+            except Exception:  # its gradients cannot be computed
+                return False
 
         return all(agree(i) for i, case in enumerate(self.cases) if not case.raises)
 
@@ -466,6 +470,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for t in tensors(result):
+            if t.layout != torch.strided:
+                continue
             # A view of an argument, such as a transposed weight, is not formed: it costs nothing.
             new = t.untyped_storage().data_ptr() not in self.given
             if new and not self.formed and _bare(t.shape) in self.sentences:

@@ -72,10 +72,14 @@ def mistakes(right: str, wrong: str, **names: Any) -> Mistakes:
     for sentence, edits in read(wrong):
         if sentence in found:
             raise ValueError(f"{sentence!r} is there twice")
-        first = edits[0]
-        if first.startswith("= "):
-            found[sentence] = names[first.removeprefix("= ")]
+        if edits and edits[0].startswith("= "):
+            name = edits[0].removeprefix("= ")
+            if len(edits) > 1 or not callable(names.get(name)):
+                raise ValueError(f"{sentence!r}: {edits} must be one name of a function you pass")
+            found[sentence] = names[name]
         else:
+            if not edits:
+                raise ValueError(f"{sentence!r} has no edit: write old → new below it")
             found[sentence] = compiled(edited(source, edits), sentence, names)
     return Mistakes(compiled(source, "the right answer", names), found)
 
@@ -93,6 +97,8 @@ def read(text: str) -> list[tuple[str, list[str]]]:
         if not (line := " ".join(line.split())):
             continue
         if "→" in line or line.startswith("= "):
+            if not found:
+                raise ValueError(f"{line!r} stands below no sentence")
             found[-1][1].append(line)
         elif not found or found[-1][1]:
             found.append(([line], []))
@@ -104,8 +110,11 @@ def read(text: str) -> list[tuple[str, list[str]]]:
 def edited(source: str, edits: list[str]) -> str:
     """Return the source after the edits. ValueError if an old text does not occur exactly once."""
     for edit in edits:
-        old, new = (part.strip() for part in edit.split("→"))
-        if (times := source.count(old)) != 1 or old == new:
+        parts = [part.strip() for part in edit.split("→")]
+        if len(parts) != 2 or not all(parts) or parts[0] == parts[1]:
+            raise ValueError(f"{edit!r} must be old → new, with ∅ for nothing")
+        old, new = parts
+        if (times := source.count(old)) != 1:
             raise ValueError(f"{old!r} is there {times} times, not once, in\n{source}")
         source = source.replace(old, "" if new == "∅" else new)
     return source

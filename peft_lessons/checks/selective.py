@@ -334,7 +334,7 @@ def _misplaced(place, name="fc.weight"):
 def _overwrites_the_first(apply, before, diff):
     """What is done to one result must not reach the next."""
     for tensor in apply(before, diff).values():
-        tensor.zero_()
+        tensor.data.zero_()
     return [before, diff]
 
 

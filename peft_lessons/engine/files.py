@@ -93,7 +93,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     injection = require_injection(model, "save_adapter")
     if injection.merged:
         raise RuntimeError("save_adapter: the adapter is merged; unmerge(model) first")
-    slots = dict(_slots(model, injection))
+    named = [*_slots(model, injection)]
+    slots = dict(named)
+    if len(slots) < len(named):
+        keys = [key for key, _ in named]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"save_adapter: two tensors are called {twice!r} in the file")
     if any(t.is_meta for t in slots.values()):
         raise ValueError("save_adapter: the model is on the meta device and has no values to save")
     tensors = {k: t.detach().cpu() for k, t in slots.items()}
@@ -237,9 +242,12 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
                 raise ValueError(f"{CONFIG} describes no {method.__name__}: {error}") from None
         complaints[method.__name__] = wrong
     said = "; ".join(f"{name} {', '.join(wrong)}" for name, wrong in complaints.items())
+    from peft import PeftType  # takes seconds, which a file that fits need not wait
+
+    by_peft = ". PEFT can load it: PeftModel.from_pretrained(model, folder)"
     raise ValueError(
-        f"this {kind} adapter uses what the course does not have: {said}. PEFT can load it: "
-        "PeftModel.from_pretrained(model, folder)"
+        f"this {kind} adapter uses what the course does not have: {said}"
+        + (by_peft if kind in PeftType.__members__ else "")
     )
 
 

@@ -219,6 +219,9 @@ def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | st
     were_trainable = {n: p.requires_grad for n, p in parameters.items()}
     try:
         made = method.wrap_all(targets)
+        for path, wrapper in made.items():
+            if not isinstance(wrapper, nn.Module):
+                raise TypeError(f"wrap returns {wrapper!r} for {path!r}: is a return missing?")
         wrappers = {path: _in_mode_of(layer, made[path]) for path, layer in targets.items()}
         attached, handles = method.attach(model) or (None, [])
         if not (wrappers or attached or chosen):

@@ -164,7 +164,7 @@ def registered_methods() -> list[type[Method]]:
     If a class was defined again, as when a notebook's cell is run twice, the last one counts, even
     with another base class or without files."""
     own = ((method, vars(method).get("files")) for method in list(_DEFINED.values()))
-    return [method for method, files in own if files and files.readable]
+    return [method for method, files in own if isinstance(files, PeftFiles) and files.readable]
 
 
 # ------------------------------------------------------------------ what was done to a model

@@ -69,7 +69,7 @@ def _where(rows: DataFrame, values: Mapping) -> DataFrame:
     if unknown := values.keys() - set(rows.columns):
         raise ValueError(f"there is no column {min(unknown)!r}; there are {list(rows.columns)}")
     for column, value in values.items():
-        rows = rows[rows[column].isin(value if isinstance(value, tuple) else (value,))]
+        rows = rows[rows[column].isin(value if isinstance(value, tuple | list) else (value,))]
     return rows
 
 
@@ -174,6 +174,8 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def _task(runs: DataFrame) -> str:
+    if runs.empty:
+        raise ValueError("there are no runs: the filter matches nothing")
     tasks = set(runs["task"])
     if len(tasks) != 1 or not tasks <= TASKS.keys():
         raise ValueError(f"task={sorted(tasks)} must be one of {', '.join(map(repr, TASKS))}")
@@ -238,6 +240,8 @@ class Study:
         Raises ValueError for an unknown column, or a way without runs."""
         import pandas as pd
 
+        if not ways:
+            raise ValueError("name at least one way: {name: {column: value}}")
         found = {way: _where(self.runs, values) for way, values in ways.items()}
         if empty := [way for way, runs in found.items() if runs.empty]:
             raise ValueError(f"no run is {empty[0]!r}, {dict(ways[empty[0]])}")
@@ -249,8 +253,14 @@ class Study:
         return Study(pd.concat([self.runs, other.runs]))
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the ways."""
+        """Iterate over the names of the ways. Raises ValueError before they are named."""
+        if "way" not in self.runs:
+            raise ValueError("the ways have no names yet: call named({name: {column: value}})")
         return iter(self.runs["way"].unique())
+
+    def __repr__(self) -> str:
+        ways = f", ways {', '.join(map(repr, self))}" if "way" in self.runs else ""
+        return f"Study of {len(self.runs)} runs{ways}"
 
     def __getitem__(self, way: str) -> DataFrame:
         """Return the runs of a way. Raises KeyError for another name."""

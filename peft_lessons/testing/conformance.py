@@ -205,7 +205,7 @@ def _as_declared(method: Method, bench: Bench) -> str:
     named = getattr(getattr(cls, "files", None), "fields", {})
     if unknown := [name for name in named if name not in known]:
         raise MethodError(
-            f"its files name {_quoted(unknown)}, which is no field of the dataclass",
+            f"its files name {_quoted(unknown)}, not a field of the dataclass",
             f"A field has a type beside its name ({unknown[0]}: int = 8); else it is a constant.",
         )
     if "targets" in known and "targets" in cls.names_modules:
@@ -237,8 +237,9 @@ def _as_named(method: Method, bench: Bench) -> str:
             "it is not in the registry: another class of this name was defined after it",
             "Run its cell again, and then this one.",
         )
-    others = [m for m in registered_methods() if m.files.kind == files.kind and m is not cls]
-    if others:
+    # QLoRA and DoRA are of LoRA's kind, and a constant in their files says which it is.
+    others = [m for m in registered_methods() if m is not cls and m.files.kind == files.kind]
+    if others := [m for m in others if m.files.constants == files.constants]:
         raise MethodError(
             f"the kind {files.kind!r} is that of {others[0].__name__} already",
             "load_adapter would take one's file for the other's: choose another name.",
@@ -636,7 +637,8 @@ def _file_cause(method: Method, injection: Injection, because: tuple[str, Any] |
     if missing := [name for name in state if name not in files.tensors]:
         unknown = [name for name in files.tensors if name not in state]
         also = f" (which names {_quoted(unknown)}; there is none)" if unknown else ""
-        return f"{_quoted(missing)} is missing in `tensors`{also}, so the file does not hold it"
+        verb = "is" if len(missing) == 1 else "are"
+        return f"{_quoted(missing)} {verb} missing in `tensors`{also}, so the file does not hold it"
     names = [files.tensors[name] for name in state]
     if twice := [name for name in names if names.count(name) > 1]:
         return f"two of `tensors` have one name in the file, {twice[0]!r}"
@@ -841,7 +843,7 @@ def _as_exchanged(method: Method, bench: Bench) -> str:
 CHECKS: dict[Callable[[Method, Bench], str], str] = {
     _as_declared: "when it was looked at it",
     _as_named: "when it was looked at it",
-    _as_injected: "when it was put into a small BERT it",
+    _as_injected: "when it was put into the base it",
     _as_designed: "when its design was compared with running it",
     _as_trained: "when it was trained it",
     _as_saved: "when it was saved and loaded it",
@@ -870,6 +872,8 @@ def check_method(method: Method, base: nn.Module | None = None, **expected: Any)
 
     Raises MethodError with a sentence that names the mistake. A method with a `design` is compared
     with it on a BERT, where designs observe their places."""
+    if not isinstance(method, Method):
+        raise MethodError(f"hand over a method, such as LoRA(rank=4), not {_kind(method)}")
     bench = Bench(**({} if base is None else {"base": base}), **{"loaded": method, **expected})
     skipped = set()
     if not bench.own_type:

@@ -110,6 +110,11 @@ def test_an_edit_that_is_void_or_double_is_an_error():
         ("it is void\n z → x", "'z' is there 0 times"),
         ("it hits more than it says\n x → 3", "'x' is there 2 times"),
         ("one\n 2 → 3\n one\n 2 → 4", "'one' is there twice"),
+        ("it has no edit", "'it has no edit' has no edit"),
+        ("2 → 3", "'2 → 3' stands below no sentence"),
+        ("two arrows\n 2 → 3 → 4", "'2 → 3 → 4' must be old → new"),
+        ("nothing is left\n 2 →", "'2 →' must be old → new, with ∅ for nothing"),
+        ("an unknown function\n = nope", "must be one name of a function you pass"),
     ):
         with pytest.raises(ValueError, match=re.escape(told)):
             mistakes(DOUBLE, edits)
@@ -315,6 +320,23 @@ def test_what_is_right_but_for_its_form_is_told_so_first(name):
     else:
         assert "idea" not in message
         assert told in message
+
+
+@check_for(cases=[Case(lambda: [torch.randn(3, 4)])], gradients=("x",))
+def squares(x):
+    """Squares, and their gradient."""
+    return x * x
+
+
+def test_an_idea_is_right_only_with_its_gradients_and_as_an_ordinary_tensor():
+    def in_place(x):
+        x.data.pow_(2)
+        return x.detach()
+
+    assert "idea" not in refusal(squares, in_place)
+    assert "idea" not in refusal(squares, lambda x: x * x + 1j * x)
+    told = "the result is in a sparse layout, expected an ordinary tensor"
+    assert told in refusal(squares, lambda x: (x * x).to_sparse())
 
 
 def test_a_wider_float_is_right_where_the_dtype_is_not_the_point():

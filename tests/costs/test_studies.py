@@ -179,6 +179,20 @@ def test_ways_stand_among_the_references_of_their_task(task, count):
         Study.references("french")
 
 
+def test_a_study_says_what_it_holds_and_what_it_lacks():
+    runs = Study.read("dora_study")
+    assert repr(runs) == f"Study of {len(runs.runs)} runs"
+    assert "ways 'DoRA'" in repr(runs.named({"DoRA": {"method": "dora"}}))
+    assert len(runs.where(seed=[0]).runs) == len(runs.where(seed=(0,)).runs) > 0
+    for ask, told in (
+        (runs.compare, "the ways have no names yet"),
+        (runs.where(seed=99).compare, "there are no runs"),
+        (lambda: runs.named({}), "name at least one way"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ask()
+
+
 # ------------------------------------------------------------------ costs
 
 

@@ -63,8 +63,15 @@ def course(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "unsupported", lambda: None)
     monkeypatch.setattr(module, "LINUX", True)
     monkeypatch.setattr(module.shutil, "which", lambda name, path=None: module.programs.get(name))
-    monkeypatch.setattr(module.subprocess, "check_output", lambda command: b"1\n")
+    monkeypatch.setattr(module.subprocess, "check_output", cores)
     return module
+
+
+def cores(command):
+    """Stand in for the script that prints how many cores there are, which must be in the course."""
+    script = Path(command[1])
+    assert (ROOT / script.relative_to(script.parents[2])).is_file()
+    return b"1\n"
 
 
 def installed(course):

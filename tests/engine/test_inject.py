@@ -547,3 +547,11 @@ def test_the_report_names_selected_parameters_beside_the_head():
     assert told.whole == ("classifier", *KeyBiases().select(model))
     assert told.whole_parameters == told.trainable == 2 * 64 + 2 * 64 + 2
     assert "classifier (fresh head), 2 × key.bias" in repr(told)
+
+
+def test_a_class_with_other_files_breaks_no_other_method():
+    @dataclass(frozen=True)
+    class Draft(Method):
+        files = {"kind": "TEST_DRAFT"}
+
+    assert Draft not in registered_methods() and LoRA in registered_methods()

@@ -121,7 +121,7 @@ no dataclass: the class is no dataclass
     @dataclass(frozen=True) → ∅
 not frozen: write @dataclass(frozen=True)
     (frozen=True) → ∅
-no type: its files name 'rank', which is no field
+no type: its files name 'rank', not a field
     rank: int = 4 → rank = 4
 no default: 'rank' has no default
     rank: int = 4 → rank: int
@@ -151,7 +151,7 @@ layer returned: wrap returns a module (Linear)
     {MADE} → layer
 no super in layer: Call super().__init__(linear) first
     super().__init__(linear) → ∅
-missing argument: when it was put into a small BERT it raised TypeError
+missing argument: when it was put into the base it raised TypeError
     {MADE} → self.Layer(layer, self.rank)
 plain tensor: 'B' is a plain tensor
     self.B = nn.Parameter( → self.B = (
@@ -232,7 +232,7 @@ tensor forgotten: 'B' is missing in `tensors`
     , "B": "B" → ∅
 tensor misnamed: (which names 'b'; there is none)
     "B": "B" → "b": "B"
-one name for two: two of `tensors` have one name in the file, 'A'
+one name for two: two tensors are called
     "B": "B" → "B": "A"
 buffer forgotten: 'A' is missing in `tensors`, so
     self.A = nn.Parameter( → self.register_buffer("A",

@@ -125,10 +125,18 @@ def test_what_is_expected_of_a_method_is_compared():
     with pytest.raises(MethodError, match="step 0 is not the base"):
         check_method(Prompt(4))
     lora = LoRA(4, 8.0, ("query",))
-    with pytest.raises(MethodError, match="is that of .* already"):
-        check_method(lora)
+    assert "the kind 'LORA' is its own" in check_method(lora)  # and constants tell QLoRA from it
     with pytest.raises(MethodError, match="loaded it is LoRA.*rank=4.*expected LoRA.*rank=5"):
-        check_method(lora, own_type=False, loaded=replace(lora, rank=5))
+        check_method(lora, loaded=replace(lora, rank=5))
+
+
+def test_what_is_no_method_is_refused(monkeypatch):
+    for given in (LoRA, 5, None):
+        with pytest.raises(MethodError, match="hand over a method, such as LoRA"):
+            check_method(given)
+    monkeypatch.setattr(Faulty, "wrap", lambda self, path, layer: None)
+    with pytest.raises(MethodError, match="wrap returns None for .*: is a return missing"):
+        check_method(Faulty())
 
 
 def test_a_hook_that_knows_the_module_is_noticed_in_a_copy(monkeypatch):
