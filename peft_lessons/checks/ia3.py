@@ -203,13 +203,15 @@ def _product(factors):
         Case(lambda: _scaling(16, 16), note="a square weight"),
         Case(lambda: _scaling(24, 10, still=20), note="20 of 24 entries are 1"),
         Case(lambda: _scaling(1, 8), note="a single row"),
+        Case(lambda: [t.double() for t in _scaling(20, 12)], note="more rows, in float64"),
+        Case(lambda: [t.double() for t in _scaling(12, 20)], note="more columns, in float64"),
     ],
     returns=("A", "B"),
     view=_product,
     causes=mistakes(
         """
         def ia3_as_lora(weight, vector):
-            eye = torch.eye(min(weight.shape))
+            eye = torch.eye(min(weight.shape), dtype=weight.dtype)
             update = (vector - 1)[:, None] * weight
             return (eye, update) if len(weight) > weight.shape[1] else (update, eye)
         """,
@@ -225,7 +227,7 @@ def _product(factors):
         the change loses its sign: some rows become smaller
             (vector - 1) → (vector - 1).abs()
         W is left out: BA is the same for every weight
-            * weight → * torch.eye(*weight.shape)
+            * weight → * torch.eye(*weight.shape, dtype=weight.dtype)
         the order is turned: return A first
             if len(weight) > → if len(weight) <=
         """,

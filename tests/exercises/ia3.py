@@ -162,6 +162,12 @@ def rank_one(weight, vector):
     return weight.mean(0, keepdim=True), (vector - 1)[:, None]
 
 
+@wrong("ia3_as_lora", "dtype float32, expected float64")
+def eye_in_float32(weight, vector):
+    change, eye = (vector - 1)[:, None] * weight, torch.eye(min(weight.shape))
+    return (eye, change) if len(weight) > weight.shape[1] else (change, eye)
+
+
 @right("ia3_as_lora")
 def by_svd(weight, vector):
     U, S, V = torch.linalg.svd(weight * vector[:, None] - weight, full_matrices=False)
@@ -173,7 +179,7 @@ def with_signs(weight, vector):
     change = vector - torch.ones_like(vector)
     root = change.abs() ** 0.5
     if len(weight) > weight.shape[1]:
-        return torch.eye(weight.shape[1]), change.unsqueeze(1) * weight
+        return torch.eye(weight.shape[1], dtype=weight.dtype), change.unsqueeze(1) * weight
     return (root * change.sign())[:, None] * weight, torch.diag(root)
 
 
