@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# A class that inherits from one of these may say of itself that it equals everything.
-_PLAIN = {bool, int, float, str, *np.sctypeDict.values()}
+from ..testing.wording import PLAIN, kind, number, own_rules
 
 # What a verb becomes after a plural.
 _PLURAL = {"is": "are", "has": "have", "differs": "differ", "holds": "hold"}
@@ -71,7 +70,7 @@ def _difference(got, expected, what, tolerance, values, form) -> str | None:
 
 def _equivalent(got: Any, expected: Any, form: str) -> Any:
     """Return a value in the expected type if that changes no number, else unchanged."""
-    if isinstance(expected, Real) and isinstance(got, torch.Tensor) and not _own_rules(got):
+    if isinstance(expected, Real) and isinstance(got, torch.Tensor) and not own_rules(got):
         return bare(got).item() if bare(got).ndim == 0 and not bare(got).is_meta else got
     if form == "any":
         if isinstance(expected, torch.Tensor) and not isinstance(got, torch.Tensor):
@@ -100,20 +99,15 @@ def _clause(what: str, verb: str) -> str:
 def _same_type(got: Any, expected: Any) -> bool:
     if isinstance(expected, bool):
         return type(got) in (bool, np.bool_)
-    if isinstance(expected, Real | str) and type(got) not in _PLAIN:
+    if isinstance(expected, Real | str) and type(got) not in PLAIN:
         return type(got) is type(expected)
     if isinstance(expected, torch.Tensor):
-        return isinstance(got, torch.Tensor) and not _own_rules(got)
+        return isinstance(got, torch.Tensor) and not own_rules(got)
     for family in (nn.Module, dict, list | tuple, Real, str):
         if isinstance(expected, family):
             # A bool is a Real, but no number that a learner has computed.
             return isinstance(got, family) and isinstance(got, bool) == isinstance(expected, bool)
     return type(got) is type(expected)
-
-
-def _own_rules(t: torch.Tensor) -> bool:
-    """Return whether a tensor's class overrides all operations, even the cast to a plain tensor."""
-    return torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
 
 
 def bare(t: torch.Tensor) -> torch.Tensor:
@@ -215,15 +209,6 @@ def few(names: list) -> str:
     return ", ".join(repr(v) for v in names[:3]) + more
 
 
-def number(value: Any) -> str:
-    """Format a number for a learner: counts with commas, others with six digits."""
-    value = value.item() if isinstance(value, torch.Tensor) else value
-    if isinstance(value, Integral):
-        return f"{value:,}"
-    # A byte count that came out as a float is still read as a count.
-    return f"{value:,}" if value.is_integer() and 1e5 <= abs(value) < 1e15 else f"{value:.6g}"
-
-
 def numbers(t: torch.Tensor) -> str:
     """Format the entries of a small tensor."""
     shown = [number(v) for v in t.reshape(-1)]
@@ -232,26 +217,6 @@ def numbers(t: torch.Tensor) -> str:
 
 def _dtype(t: torch.Tensor) -> str:
     return str(t.dtype).removeprefix("torch.")
-
-
-def kind(value: Any) -> str:
-    """Describe a value in a few words: "a tensor", "the float 0.5", "a tuple"."""
-    if value is None or isinstance(value, bool | np.bool_):
-        return str(value)
-    if isinstance(value, Real) and type(value) in _PLAIN:
-        return f"the {'int' if isinstance(value, Integral) else 'float'} {number(value)}"
-    if isinstance(value, torch.Tensor):
-        return "a tensor with rules of its own" if _own_rules(value) else "a tensor"
-    if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, nn.Module):
-        return f"a module ({type(value).__name__})"
-    if type(value) in (str, np.str_):
-        return "a string"
-    if isinstance(value, np.ndarray):
-        return "a NumPy array"
-    name = type(value).__name__
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def shown(name: str, value: Any) -> str:

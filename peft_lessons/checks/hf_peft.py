@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from .compare import difference, few, kind, state
-from .kit import Case, Check, Refused, Tried, Verdict, summary
+from ..testing.wording import kind, summary
+from .compare import difference, few, state
+from .kit import Case, Check, Refused, Tried, Verdict
 from .mistakes import mistakes
 
 

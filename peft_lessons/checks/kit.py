@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .compare import bare, difference, kind, shown, state, tensors
+from ..testing.wording import kind, summary
+from .compare import bare, difference, shown, state, tensors
 
 # The seed of calls, apart from the cases' own: a function that draws must not draw its arguments.
 _CALLS = 2**31 - 1
@@ -536,12 +537,6 @@ def own_lines(frames: Iterable[tuple[FrameType, int]], module: str) -> list[str]
     own = [(f, n) for f, n in frames if f.f_globals.get("__name__") == module]
     codes = [(f.f_code, n, linecache.getline(f.f_code.co_filename, n).strip()) for f, n in own]
     return [f"Line {n} in {code.co_name}: {text}" for code, n, text in codes]
-
-
-def summary(error: Exception) -> str:
-    """Return the type of an error and the first line of its message."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:200].removesuffix(".").removesuffix(": ")
 
 
 def _parameters(signature: inspect.Signature) -> inspect.Signature:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 from ..engine import Method
-from ..testing.conformance import CHECKS, OF_A_LESSON, Bench, MethodError, summary
-from .compare import kind
+from ..testing.conformance import CHECKS, OF_A_LESSON, Bench, MethodError
+from ..testing.wording import kind, summary
 from .kit import Refused, Tried, WrongAnswer, is_stub, outcome
 
 _HINTS = {"before Module.__init__() call": "Call super().__init__(linear) first in your layer."}

@@ -45,6 +45,7 @@ from ..methods.unified import CHOICES, Design, Site, check_design, designs_of, g
 from ..train.loop import TrainingDiverged, fit
 from .exchange import interoperability
 from .tiny import by_hand, greedy, padded_batch, perturb, tiny_bert
+from .wording import kind, number, summary
 
 
 class MethodError(AssertionError):
@@ -166,26 +167,6 @@ def _quoted(names: list[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _kind(value: Any) -> str:
-    """Return what a value is, in a few words: "a module (Linear)", "a string"."""
-    if isinstance(value, nn.Module):
-        return f"a module ({type(value).__name__})"
-    if isinstance(value, int | float):
-        return f"the {type(value).__name__} {value:g}"
-    name = "string" if isinstance(value, str) else type(value).__name__
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
-
-
-def _number(value: Any) -> str:
-    return f"{float(value):.6g}"
-
-
-def summary(error: Exception) -> str:
-    """Return the type of an error and the first line of its message."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:200].removesuffix(".").removesuffix(": ")
-
-
 # ------------------------------------------------------------------ what it is
 
 
@@ -231,7 +212,7 @@ def _as_named(method: Method, bench: Bench) -> str:
             else 'Give it some in the class: files = PeftFiles("MY_METHOD", ...).',
         )
     if not isinstance(files.kind, str) or not files.kind:
-        raise MethodError(f"the kind of its files must be a name, not {_kind(files.kind)}")
+        raise MethodError(f"the kind of its files must be a name, not {kind(files.kind)}")
     if cls not in registered_methods():
         raise MethodError(
             "it is not in the registry: another class of this name was defined after it",
@@ -255,7 +236,7 @@ def _as_injected(method: Method, bench: Bench) -> str:
     for wrapper in injection.wrappers.values():
         if not isinstance(wrapper, AdapterLayer):
             raise MethodError(
-                f"wrap returns {_kind(wrapper)}, and what takes the place of a layer is an "
+                f"wrap returns {kind(wrapper)}, and what takes the place of a layer is an "
                 "AdapterLayer",
                 "Derive your layer from AdapterLayer, and return self.Layer(layer, ...).",
             )
@@ -268,7 +249,7 @@ def _as_injected(method: Method, bench: Bench) -> str:
     first = bench.logits(model)
     if not first.isfinite().all():
         raise MethodError(
-            f"right after inject the logits hold {_number(first[~first.isfinite()][0])}",
+            f"right after inject the logits hold {number(first[~first.isfinite()][0])}",
             "torch.empty holds what happened to lie there: fill it, with zeros or random numbers.",
         )
     _refuse_idle(method, bench)
@@ -360,17 +341,13 @@ def _as_designed(method: Method, bench: Bench) -> str:
     for design in designs_of(cls):
         # Not by isinstance: the lesson's own Design is another class than the package's.
         if not all(hasattr(design, f.name) for f in dataclasses.fields(Design)):
-            raise MethodError(
-                f"its design is {_kind(design)}, expected a Design or a tuple of them"
-            )
+            raise MethodError(f"its design is {kind(design)}, expected a Design or a tuple of them")
         for choice in CHOICES:
             value = getattr(design, choice)
             if not isinstance(value, str) or not value.strip():
                 raise MethodError(f"the design does not say its {choice} in a few words")
         if design.example is not None and type(design.example) is not cls:
-            raise MethodError(
-                f"the example of its design is {_kind(design.example)}, not one of it"
-            )
+            raise MethodError(f"the example of its design is {kind(design.example)}, not one of it")
     off, cause, places = _compared(method, bench)
     if not places:
         raise MethodError(
@@ -412,7 +389,7 @@ def _compared(method: Method, bench: Bench) -> tuple[float, str | None, int]:
 
 def _refuse_no_state(change: Any, site: Site) -> None:
     if not isinstance(change, torch.Tensor):
-        raise MethodError(f"delta gives {_kind(change)}, expected a tensor")
+        raise MethodError(f"delta gives {kind(change)}, expected a tensor")
     try:
         change.expand_as(site.h)
     except RuntimeError:
@@ -441,7 +418,7 @@ def _formula_cause(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> 
     if factor and close(told, factor * ran):
         if abs(factor + 1) < _EXACT:
             return "Its sign is turned."
-        times = f"It is {_number(factor)} times what running gives, everywhere"
+        times = f"It is {number(factor)} times what running gives, everywhere"
         return f"{times}: is the scale missing, or in it twice?"
     if all(site.x.shape == site.h.shape for site in sites):
         turned = [dataclasses.replace(site, x=site.h, h=site.x) for site in sites]
@@ -450,7 +427,7 @@ def _formula_cause(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> 
     rest = [delta(s) - (s.new - s.h) for s in sites]
     if all(close(r, r.flatten(0, -2)[0].expand_as(r)) for r in rest):
         return "It is off by the same vector for every token: is a bias missing, or there twice?"
-    largest = [_number(t.abs().max()) for t in (told, ran)]
+    largest = [number(t.abs().max()) for t in (told, ran)]
     return f"The largest entry is {largest[0]} by the formula and {largest[1]} in the model."
 
 
@@ -873,7 +850,7 @@ def check_method(method: Method, base: nn.Module | None = None, **expected: Any)
     Raises MethodError with a sentence that names the mistake. A method with a `design` is compared
     with it on a BERT, where designs observe their places."""
     if not isinstance(method, Method):
-        raise MethodError(f"hand over a method, such as LoRA(rank=4), not {_kind(method)}")
+        raise MethodError(f"hand over a method, such as LoRA(rank=4), not {kind(method)}")
     bench = Bench(**({} if base is None else {"base": base}), **{"loaded": method, **expected})
     skipped = set()
     if not bench.own_type:
