@@ -156,14 +156,37 @@ def execute(nb: NotebookNode, cwd: Path, env: dict[str, str]) -> NotebookNode:
     return nb
 
 
+def deeper(cell: NotebookNode) -> bool:
+    """Return whether a cell begins a section that goes beyond the core of its lesson."""
+    return cell.cell_type == "markdown" and cell.source.startswith("## Deeper")
+
+
+def cell_metadata(nb: NotebookNode) -> list[dict]:
+    """Return the metadata of each cell: its tags, and what JupyterLab folds. That is the section
+    below a heading "## Deeper …", the source of a cell tagged plumbing, and the first output after
+    "Predict before you run"."""
+    found, predict = [], False
+    for cell in nb.cells:
+        own = {"tags": tags(cell)} if tags(cell) else {}
+        if deeper(cell):
+            own["jp-MarkdownHeadingCollapsed"] = True
+        hidden = {"source_hidden": True} if "plumbing" in tags(cell) else {}
+        if cell.cell_type == "markdown":
+            predict = predict or "**Predict before you run" in cell.source
+        elif predict and cell.outputs:
+            hidden["outputs_hidden"], predict = True, False
+        found.append(own | ({"jupyter": hidden} if hidden else {}))
+    return found
+
+
 def clean(nb: NotebookNode, stem: str) -> NotebookNode:
     """Metadata that says nothing of the machine, no sliders, and an id for every cell."""
     nb = copy.deepcopy(nb)
     nb.metadata = nbformat.from_dict(CLEAN_METADATA)
     nb.nbformat, nb.nbformat_minor = 4, 5
-    for number, cell in enumerate(nb.cells):
+    for number, (cell, own) in enumerate(zip(nb.cells, cell_metadata(nb), strict=True)):
         cell.setdefault("id", f"{stem}-{number:03d}".replace("_", "-"))
-        cell.metadata = nbformat.from_dict({"tags": tags(cell)} if tags(cell) else {})
+        cell.metadata = nbformat.from_dict(own)
         for output in cell.get("outputs", []):
             output.pop("transient", None)
             if len(output.get("data", ())) > 1:

@@ -12,6 +12,7 @@ from tools.environment import ROOT
 from tools.notebooks import (
     CLEAN_METADATA,
     MODULES,
+    cell_metadata,
     code_cells,
     definitions,
     is_check_of,
@@ -24,7 +25,7 @@ MAX_BYTES = 1_000_000
 MAX_LINES = 25
 MIN_ALT = 20
 # A misspelt tag would silently do nothing.
-TAGS = {"exercise", "check", "long", "nbval-check-output", "raises-exception"}
+TAGS = {"exercise", "check", "long", "plumbing", "nbval-check-output", "raises-exception"}
 
 _MACHINE_PATH = re.compile(
     r"(?<![\w.~-])/(?:home|root|tmp|work|Users|mnt|opt|usr|var|private)/|\b[A-Z]:\\[A-Z]"
@@ -312,13 +313,12 @@ def clean_metadata(nb: NotebookNode, path: Path) -> Complaints:
     found = []
     if nb.metadata != CLEAN_METADATA:
         found.append("the notebook's metadata is not the clean one: run `make outputs`")
-    for number, cell in enumerate(nb.cells):
-        for kind, names in (
-            ("metadata", set(cell.metadata) - {"tags"}),
-            ("unknown tags", set(tags(cell)) - TAGS),
-        ):
-            if names:
-                found.append(f"{_label(number, cell)} has {kind}: {', '.join(sorted(names))}")
+    for number, (cell, own) in enumerate(zip(nb.cells, cell_metadata(nb), strict=True)):
+        label = _label(number, cell)
+        if cell.metadata != own:
+            found.append(f"{label} has other metadata than {own}: run `make outputs`")
+        if unknown := set(tags(cell)) - TAGS:
+            found.append(f"{label} has unknown tags: {', '.join(sorted(unknown))}")
     return found
 
 
