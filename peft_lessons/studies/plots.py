@@ -1,101 +1,23 @@
-"""Draw the figures that several lessons use, and show every figure in one way."""
+"""Draw the figures that several lessons use; with all that a lesson draws with (see `figures` and
+`drawings`)."""
+
+# ruff: noqa: F401
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
-from cycler import cycler
-from IPython.display import display
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
-from PIL import Image
 
+from .drawings import arrow, block_map, box, canvas
+from .figures import COLORS, GREY, STYLE, Shown, figure, show, still
 from .study import Spread
 
-# Okabe and Ito's colours are told apart by people with any colour vision. Figures stand on white
-# in both themes of JupyterLab: transparent ones would lose their black text in the dark one.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLE = {
-    "axes.prop_cycle": cycler(color=COLORS),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
-    "axes.titlesize": "medium",
-    "axes.titleweight": "bold",
-    "grid.color": "#dddddd",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "figure.facecolor": "white",
-    "font.size": 10,
-}
 
-
-def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.2, 3.6), **kw):
-    """Return (figure, axes) in the style of the course; keywords as for `Figure.subplots`.
-
-    The figure is outside pyplot's global state, so there is nothing to close."""
-    with mpl.rc_context(_STYLE):
-        fig = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(fig)
-        return fig, fig.subplots(rows, columns, **kw)
-
-
-class Shown:
-    """Show a figure with its caption and alternative text."""
-
-    def __init__(self, png: bytes, alt: str, caption: str):
-        self.png, self.alt, self.caption = png, alt, caption
-
-    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict[str, str], dict]:
-        png = base64.b64encode(self.png).decode()
-        # JupyterLab and the site show the HTML: their <img> of an image/png has no alt text. A PDF
-        # takes the image/png, for which nbconvert reads the alt text from the metadata.
-        data = {
-            "text/html": f'<figure style="margin:0"><img src="data:image/png;base64,{png}" '
-            f'style="max-width:100%" alt="{html.escape(self.alt, quote=True)}">'
-            f"<figcaption>{html.escape(self.caption)}</figcaption></figure>",
-            "image/png": png,
-            "text/plain": f"{self.caption}\n[{self.alt}]",
-        }
-        return data, {"image/png": {"alt": self.alt}}
-
-
-# The style must hold while things are drawn: titles, lines and legends read it only then.
-@mpl.rc_context(_STYLE)
-def show(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> None:
-    """Show a figure below the cell, with alternative text (a sentence that describes it).
-
-    All titles are bold and left-aligned, all legends have no frame.
-    Raises ValueError for an alternative text below 20 characters."""
-    if len(alt) < 20:
-        raise ValueError(f"alt={alt!r} is too short: say in a sentence what the figure shows")
-    for ax in fig.axes:
-        # A title set by the lesson itself is a claim like all others: to the left, in bold.
-        if title := ax.get_title(loc="center"):
-            ax.set_title("", loc="center")
-            ax.set_title(title, loc="left")
-        if legend := ax.get_legend():
-            legend.set_frame_on(False)
-    if title := fig.get_suptitle():
-        fig.suptitle(title, x=0.01, ha="left", weight="bold")
-    drawn, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(drawn, format="png", dpi=dpi)
-    # A palette takes a third of the room, which counts in a notebook; a figure has few colours.
-    palette = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    palette.save(small, "PNG", optimize=True)
-    display(Shown(small.getvalue(), alt, caption))
-
-
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def curves(
     ax,
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
@@ -120,7 +42,7 @@ def log_axis(ax, which: str, ticks: Iterable[float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def spreads(ax, points: Mapping[float, Spread], label: str | None = None) -> None:
     """Draw a line through the means of {x: spread}, with whiskers from the worst to the best seed.
 
@@ -134,7 +56,7 @@ def spreads(ax, points: Mapping[float, Spread], label: str | None = None) -> Non
         ax.legend()
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> None:
     """Draw one horizontal bar for each row, {row: {part: length}}, with one colour per part."""
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))

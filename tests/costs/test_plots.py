@@ -10,7 +10,7 @@ import pytest
 from matplotlib.text import Text
 
 from peft_lessons import plots
-from peft_lessons.studies import Spread
+from peft_lessons.studies import Spread, figures
 
 ALT = 'Loss against steps: "full" falls faster than LoRA <r=8> & stays below it.'
 LINES = {"LoRA": ([1, 2, 3], [3.0, 2.0, 1.5]), "full": ([1, 2, 3], [3.0, 1.5, 1.0])}
@@ -23,7 +23,7 @@ ROWS = {
 @pytest.fixture
 def displayed(monkeypatch):
     shown = []
-    monkeypatch.setattr(plots, "display", shown.append)
+    monkeypatch.setattr(figures, "display", shown.append)
     return shown
 
 
