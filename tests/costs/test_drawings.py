@@ -92,6 +92,7 @@ def test_the_chart_names_what_a_lesson_knows_and_no_name_covers_another(lesson, 
     bold = {text.get_text() for text in ax.texts if text.get_weight() == "bold"}
     assert bold == {name for name, own in known.items() if own == max(lesson, "01")}
     assert ("This lesson adds no point" in caption) == (not bold)
+    assert ("Grey" in caption) == (lesson > "01")
     assert "full fine-tuning 87.3 % (22,566,146)" in alt
     assert all(f"{name} ".replace("\n", " ") in alt for name in known)
     fig.draw_without_rendering()
