@@ -94,7 +94,7 @@ COMMANDS = {
     ),
     "minutes": (
         "[LESSON ...]",
-        "compare the minutes of lessons with their cards; ARGS=--write fills in the tables",
+        "compare the minutes of lessons with their cards; --write fills in the tables",
         ["-m tools.minutes"],
     ),
     "release": (
