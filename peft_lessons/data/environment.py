@@ -30,7 +30,9 @@ class Row:
 
 
 class Readiness:
-    """Show a table of findings and one verdict; `.ready` is False if anything is wrong."""
+    """Show one verdict and a table of findings, folded in a notebook where nothing is wrong.
+
+    `.ready` is False if anything is wrong."""
 
     def __init__(self, rows: list[Row]):
         self.rows = rows
@@ -53,7 +55,8 @@ class Readiness:
             f'<td style="text-align:left">{html.escape(r.found)}</td></tr>'
             for r in self.rows
         )
-        return f"<table>{body}</table><p><strong>{html.escape(self.verdict)}</strong></p>"
+        summary = f"<summary><strong>{html.escape(self.verdict)}</strong></summary>"
+        return f"<details{'' if self.ready else ' open'}>{summary}<table>{body}</table></details>"
 
 
 def _needs(found: str, fits: bool, what: str) -> str:

@@ -31,3 +31,18 @@ def einsum(weight):
 @right("row_norms")
 def in_double(weight):
     return weight.double().norm(dim=-1).to(weight.dtype)
+
+
+@right("row_norms")
+def in_float(weight):
+    return weight.float().norm(dim=1)
+
+
+@right("row_norms")
+def left_in_double(weight):
+    return weight.double().square().sum(dim=1).sqrt()
+
+
+@right("row_norms")
+def distances_in_float(weight):
+    return torch.cdist(weight, torch.zeros(1, weight.shape[1])).squeeze(1)
