@@ -155,8 +155,8 @@ def stated_minutes(one: Card, what: str) -> int:
 
 
 def duration(minutes: int) -> str:
-    """Return minutes as a text, such as 3 h 55 min."""
-    hours, rest = divmod(minutes, 60)
+    """Return minutes as a text, rounded to a quarter of an hour, such as 3 h 45 min."""
+    hours, rest = divmod(15 * round(minutes / 15), 60)
     return f"{hours} h {rest} min" if rest else f"{hours} h"
 
 

@@ -105,13 +105,15 @@ PLACES: dict[str, tuple[str, str, str]] = {
 }
 _BASE = ("BitFit", "norms", "head")  # parts of the base; what other methods add is dashed until lit
 _GHOST, _FRAME = "#c4c4c4", "#b0b0b0"
+LINEAR_MAPS = ("query", "key", "value", "output", "up", "down")
 
 
 class _Map:
-    """Draw the parts of a transformer block, those of the `lit` places in their colours."""
+    """Draw the parts of a transformer block, those of the `lit` places in their colours; LoRA
+    beside the linear maps named in `targets`."""
 
-    def __init__(self, ax: Axes, lit: Sequence[str]):
-        self.ax, self.lit = ax, lit
+    def __init__(self, ax: Axes, lit: Sequence[str], targets: Sequence[str]):
+        self.ax, self.lit, self.targets = ax, lit, targets
 
     def part(self, place: str, *args: Any, text: str = "", **kw: Any) -> None:
         """Draw a box of a place: coloured if lit, else grey in the base and a dashed outline for
@@ -142,9 +144,10 @@ class _Map:
         above it (side 1)."""
         box(self.ax, x, y - 17, 58, 34, text)
         self.part("BitFit", x + 58, y - 17, 12, 34, text="b")
+        place = "LoRA" if text in self.targets else "LoRA elsewhere"
         for n, factor in enumerate("AB"):
-            self.part("LoRA", x + 30 * n, y + 27 * side - 7, 28, 14, text=factor, size=7.5)
-        self.label("LoRA", x + 29, y + 42 * side)
+            self.part(place, x + 30 * n, y + 27 * side - 7, 28, 14, text=factor, size=7.5)
+        self.label(place, x + 29, y + 42 * side)
 
     def adapter(self, x: float) -> None:
         """Draw a bottleneck, wide at both ends."""
@@ -213,17 +216,20 @@ class _Map:
         self.linear(504, 222, "down", side=1)
 
 
-def block_map(*lit: str, caption: str = "") -> None:
+def block_map(*lit: str, caption: str = "", targets: Sequence[str] = LINEAR_MAPS) -> None:
     """Show a transformer block with the named places lit: what trains is coloured and labelled, the
     rest is grey. Without a name all places are lit, as a map of the course.
 
-    Places: "prompt", "prefix", "LoRA", "adapter", "IA3", "BitFit", "norms" and "head". Raises
-    ValueError for another name."""
+    Places: "prompt", "prefix", "LoRA", "adapter", "IA3", "BitFit", "norms" and "head". `targets`
+    names the linear maps that LoRA is beside, all unless given. Raises ValueError for another
+    name."""
+    if other := [name for name in targets if name not in LINEAR_MAPS]:
+        raise ValueError(f"targets: {other[0]!r} must be one of {', '.join(LINEAR_MAPS)}")
     if unknown := [name for name in lit if name not in PLACES]:
         raise ValueError(f"block_map: {unknown[0]!r} must be one of {', '.join(PLACES)}")
     chosen = [place for place in PLACES if place in (lit or PLACES)]
     fig, ax = canvas(776, 326, 7.76)
-    draw = _Map(ax, chosen)
+    draw = _Map(ax, chosen, targets)
     box(ax, 88, 36, 590, 266, color=_FRAME, dashed=True)
     ax.text(676, 306, "× L blocks", ha="right", va="bottom", size=9, color=INK)
     draw.embeddings()
@@ -242,6 +248,8 @@ def block_map(*lit: str, caption: str = "") -> None:
         key += " Dashed: where other methods add something."
     ax.text(88, 16, key, va="center", size=8, color=INK)
     told = "; ".join(PLACES[place][2] for place in chosen)
+    if set(targets) != set(LINEAR_MAPS):
+        told = told.replace("each linear map", " and ".join(targets))
     alt = (
         "A transformer block from left to right: token embeddings, multi-head attention, add and "
         f"norm, feed-forward, add and norm, and then a head. Lit as trainable: {told}."

@@ -66,6 +66,16 @@ def test_only_the_named_place_is_lit(place, drawn):
     assert not any(other in alt for *_, other in PLACES.values() if other != told)
 
 
+def test_lora_is_lit_beside_its_targets_alone(drawn):
+    plots.block_map("LoRA", targets=("query", "value"))
+    ((fig, alt, _),) = drawn
+    assert texts(fig).count("LoRA") == 2 and "A and B beside query and value." in alt
+    with pytest.raises(
+        ValueError, match="'gate' must be one of query, key"
+    ):
+        plots.block_map("LoRA", targets=("query", "gate"))
+
+
 def test_without_a_name_the_map_shows_all_places(drawn):
     plots.block_map()
     ((fig, alt, _),) = drawn

@@ -152,5 +152,5 @@ def test_the_sums_of_plans_and_paths(monkeypatch, tmp_path):
     minutes.main(["--write"])
     readme, start, plans = ((tmp_path / n).read_text("utf-8") for n in ("README", "MAP", "PLANS"))
     assert readme == "| [**02 LoRA**](02_lora.ipynb) | question | 30 | 25 | 65 |\n"
-    assert "**Half a day** (02): 4 h 5 min." in start and "**All** of it takes 2 h." in start
+    assert "**Half a day** (02): 4 h." in start and "**All** of it takes 2 h." in start
     assert re.findall(r"(\d+)(?:\*\*)? \|\n", plans) == ["95", "30", "120", "245"]
