@@ -241,7 +241,7 @@ def _everything():
         Case(lambda: [_packed()], note="a packed 4-bit weight"),
         Case(lambda: [_bytes()], note="a uint8 parameter without quant_state: not packed"),
         Case(lambda: [_everything()], note="tied, packed and with buffers"),
-        Case(lambda: [_tied().to("meta")], note="tied, on the meta device, as in section 1"),
+        Case(lambda: [_tied().to("meta")], note="tied, on the meta device, as in section 2"),
     ],
     returns=("total", "trainable"),
     causes=mistakes(

@@ -42,6 +42,11 @@ def rounded(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
     return round(total)
 
 
+@right("training_bytes")
+def a_whole_float(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
+    return float(weight) * n_params + (grad + master + moments) * n_trainable
+
+
 # ------------------------------------------------------------------ step_flops
 
 
@@ -64,6 +69,11 @@ def nothing_for_nothing(n_params, n_trainable, tokens):
 @right("step_flops")
 def by_token(n_params, n_trainable, tokens):
     return sum([4 * n_params, 2 * n_trainable]) * tokens
+
+
+@right("step_flops")
+def arrows_of_frozen_and_trained(n_params, n_trainable, tokens):
+    return 2.0 * tokens * (2 * (n_params - n_trainable) + 3 * n_trainable)
 
 
 # ------------------------------------------------------------------ largest_rank
