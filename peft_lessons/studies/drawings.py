@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -27,6 +28,11 @@ def canvas(width: float, height: float, inches: float = 7.2) -> tuple[Figure, Ax
     return fig, ax
 
 
+def tint(color: str, lit: bool) -> list[float]:
+    """Return a light tint of a colour, lighter if it is not lit."""
+    return [1 - (0.22 if lit else 0.1) * (1 - part) for part in to_rgb(color)]
+
+
 def box(
     ax: Axes,
     x: float,
@@ -43,14 +49,13 @@ def box(
     """Draw a box with its lower left corner at (x, y) and text in its middle.
 
     A lit box has a thick edge and bold text on a light tint of its colour; others are plain."""
-    tint = [1 - 0.22 * (1 - part) if lit else 1 - 0.1 * (1 - part) for part in to_rgb(color)]
     ax.add_patch(
         FancyBboxPatch(
             (x, y),
             w,
             h,
-            boxstyle=f"round,pad=0,rounding_size={min(w, h) / 8}",
-            facecolor="none" if dashed and not lit else tint,
+            boxstyle=f"round,pad=0,rounding_size={0.07 * min(w, h, 60)}",
+            facecolor="none" if dashed and not lit else tint(color, lit),
             edgecolor=color,
             linewidth=2 if lit else 1,
             linestyle="--" if dashed else "-",
@@ -88,72 +93,125 @@ def arrow(
         ax.annotate(text, middle, (0, 4), textcoords="offset points", ha="center", color=color)
 
 
-# {place: (colour, label, what trains there)}. What is part of the base stands there for any method;
-# what a method adds is a dashed outline until it is lit.
+# {place: (colour, label, what trains there)}. Pink: virtual tokens. Light blue: parts of the base.
 PLACES: dict[str, tuple[str, str, str]] = {
-    "prompt": (COLORS[3], "prompt", "the virtual tokens of a prompt before the embeddings"),
-    "prefix": (COLORS[3], "prefix", "the keys and values of a prefix in the attention of a block"),
-    "LoRA": (COLORS[0], "LoRA", "the LoRA factors A and B beside the linear maps"),
-    "adapter": (COLORS[1], "adapter", "an adapter after attention and one after the feed-forward"),
+    "prompt": (COLORS[3], "prompt", "the virtual tokens of a prompt, before the text"),
+    "prefix": (COLORS[3], "prefix", "the keys and values of a prefix in every block"),
+    "LoRA": (COLORS[0], "LoRA", "the LoRA factors A and B beside each linear map"),
+    "adapter": (COLORS[1], "adapter", "one adapter after attention and one after the feed-forward"),
     "IA3": (COLORS[2], "(IA)³", "the (IA)³ scales of keys, values and inner activations"),
-    "BitFit": (COLORS[5], "BitFit", "the biases of linear maps and norms"),
-    "norms": (COLORS[4], "norms", "the norms after both sublayers"),
-    "head": (COLORS[6], "head", "the head on top"),
+    "BitFit": (COLORS[5], "BitFit", "the biases b of linear maps and norms"),
+    "norms": (COLORS[5], "norms", "the two norms of every block"),
+    "head": (COLORS[4], "head", "the head on top"),
 }
-_GHOST = "#c4c4c4"
-_BASE = {"BitFit", "norms", "head"}
+_BASE = ("BitFit", "norms", "head")  # parts of the base; what other methods add is dashed until lit
+_GHOST, _FRAME = "#c4c4c4", "#b0b0b0"
 
 
 class _Map:
     """Draw the parts of a transformer block, those of the `lit` places in their colours."""
 
-    def __init__(self, ax: Axes, lit: tuple[str, ...]):
+    def __init__(self, ax: Axes, lit: Sequence[str]):
         self.ax, self.lit = ax, lit
 
-    def part(self, place: str, draw: Callable, *args, text: str = "", **kw) -> None:
-        """Draw one part of a place: coloured, or grey in the base, or a dashed outline."""
+    def part(self, place: str, *args: Any, text: str = "", **kw: Any) -> None:
+        """Draw a box of a place: coloured if lit, else grey in the base and a dashed outline for
+        what a method would add."""
         if place in self.lit:
-            draw(self.ax, *args, text=text, color=PLACES[place][0], lit=True, **kw)
+            box(self.ax, *args, text=text, color=PLACES[place][0], lit=True, **kw)
         elif place in _BASE:
-            draw(self.ax, *args, text=text, **kw)
+            box(self.ax, *args, text=text, **kw)
         else:
-            draw(self.ax, *args, color=_GHOST, dashed=True, **kw)
+            box(self.ax, *args, color=_GHOST, dashed=True)
 
-    def label(self, place: str, x: float, y: float, **kw) -> None:
+    def label(self, place: str, x: float, y: float, **kw: Any) -> None:
         """Write the label of a place if it is lit."""
         if place in self.lit:
             color, label, _ = PLACES[place]
             dark = [0.6 * part for part in to_rgb(color)]
-            text = {"ha": "center", "va": "center", "size": 9, "weight": "bold", "color": dark}
-            self.ax.text(x, y, label, **text | kw)
+            look = {"ha": "center", "va": "center", "size": 9, "weight": "bold", "color": dark}
+            self.ax.text(x, y, label, **look | kw)
 
-    def linear(self, x: float, y: float, text: str) -> None:
-        """Draw a linear map whose middle is at height y, with its bias and its LoRA factors."""
+    def path(self, *points: tuple[float, float], color: str = INK) -> None:
+        """Draw a line with an arrow at its end."""
+        xs, ys = zip(*points[:-1], strict=True)
+        self.ax.plot(xs, ys, color=color, linewidth=1, solid_joinstyle="miter")
+        arrow(self.ax, points[-2], points[-1], color)
+
+    def linear(self, x: float, y: float, text: str, side: int = -1) -> None:
+        """Draw a linear map around height y, its bias, and its LoRA factors below (side -1) or
+        above it (side 1)."""
         box(self.ax, x, y - 17, 58, 34, text)
-        self.part("BitFit", box, x + 58, y - 17, 12, 34, text="b")
-        self.part("LoRA", box, x, y - 34, 28, 14, text="A", size=7.5)
-        self.part("LoRA", box, x + 30, y - 34, 28, 14, text="B", size=7.5)
-
-    def scale(self, x: float, y: float) -> None:
-        """Draw a learned scale on a line."""
-        self.part("IA3", box, x - 9, y - 9, 18, 18, text="ℓ", size=9)
-
-    def norm(self, x: float) -> None:
-        """Draw a residual connection's sum and norm, with its bias."""
-        self.part("norms", box, x, 104, 38, 112, text="add & norm", rotation=90)
-        self.part("BitFit", box, x, 90, 38, 12, text="b", size=7.5)
-        self.label("norms", x + 19, 226)
+        self.part("BitFit", x + 58, y - 17, 12, 34, text="b")
+        for n, factor in enumerate("AB"):
+            self.part("LoRA", x + 30 * n, y + 27 * side - 7, 28, 14, text=factor, size=7.5)
+        self.label("LoRA", x + 29, y + 42 * side)
 
     def adapter(self, x: float) -> None:
         """Draw a bottleneck, wide at both ends."""
         lit = "adapter" in self.lit
         color = PLACES["adapter"][0] if lit else _GHOST
-        tint = [1 - 0.22 * (1 - part) for part in to_rgb(color)] if lit else "white"
-        shape = [(0, 30), (9, 12), (18, 12), (27, 30), (27, -30), (18, -12), (9, -12), (0, -30)]
-        corners = [(x + dx, 160 + dy) for dx, dy in shape]
-        look = {"edgecolor": color, "linewidth": 2 if lit else 1, "zorder": 3}
-        self.ax.add_patch(Polygon(corners, facecolor=tint, linestyle="-" if lit else "--", **look))
-        self.label("adapter", x + 13, 202)
+        half = [(0, 30), (9, 12), (18, 12), (27, 30)]
+        corners = [(x + dx, 160 + dy) for dx, dy in half]
+        corners += [(px, 320 - py) for px, py in reversed(corners)]
+        look = {"facecolor": "none", "linewidth": 1, "linestyle": "--"}
+        if lit:  # above the line that runs through it
+            look = {"facecolor": tint(color, lit), "linewidth": 2, "zorder": 3}
+        self.ax.add_patch(Polygon(corners, edgecolor=color, **look))
+        self.label("adapter", x + 22, 214, size=8.5)
+
+    def norm(self, x: float, residual: float) -> None:
+        """Draw sum and norm with its bias, and the residual connection that it adds."""
+        self.part("norms", x, 116, 36, 88, text="add & norm", rotation=90)
+        self.part("norms" if "norms" in self.lit else "BitFit", x, 102, 36, 13, text="b", size=7.5)
+        self.label("norms" if "norms" in self.lit else "BitFit", x + 18, 91)
+        self.path((residual, 160), (residual, 286), (x + 18, 286), (x + 18, 205), color=GREY)
+
+    def embeddings(self) -> None:
+        """Draw the text, and before it the virtual tokens of a prompt."""
+        self.label("prompt", 37, 258)
+        for n in range(2):
+            self.part("prompt", 8, 226 - 22 * n, 58, 18, text="virtual", size=7.5)
+        for n, word in enumerate(("a", "fine", "film")):
+            box(self.ax, 8, 173 - 22 * n, 58, 18, word, size=7.5)
+        self.ax.text(37, 122, "token\nembeddings", ha="center", va="top", size=8, color=INK)
+
+    def attention(self) -> None:
+        """Draw the four linear maps, and between them what a prefix and (IA)³ change."""
+        box(self.ax, 104, 44, 298, 228, color=_FRAME)
+        self.ax.text(394, 258, "multi-head attention", ha="right", va="center", size=8, color=INK)
+        for y, text in ((228, "query"), (160, "key"), (92, "value")):
+            self.path((66, 160), (111, 160), (111, y), (121, y))
+            self.linear(121, y, text)
+            arrow(self.ax, (191, y), (266, y))
+        self.label("BitFit", 197, 253, ha="right")
+        color = PLACES["prefix"][0] if "prefix" in self.lit else _GHOST
+        for y, text in ((160, "$P_K$"), (92, "$P_V$")):
+            self.scale(206, y)
+            self.label("IA3", 206, y - 19)
+            self.part("prefix", 221, y + 14, 30, 18, text=text, size=8)
+            self.label("prefix", 243, y + 42)
+            arrow(self.ax, (252, y + 23), (266, y + 23), color=color)
+        box(self.ax, 266, 70, 44, 176, "softmax$(QK^T)\\,V$", rotation=90)
+        arrow(self.ax, (310, 160), (322, 160))
+        self.linear(322, 160, "output")
+
+    def scale(self, x: float, y: float) -> None:
+        """Draw a learned scale on a line."""
+        self.part("IA3", x - 9, y - 9, 18, 18, text="ℓ", size=9)
+
+    def feedforward(self) -> None:
+        """Draw up, activation and down, from bottom to top."""
+        box(self.ax, 496, 44, 92, 228, color=_FRAME)
+        self.ax.text(542, 51, "feed-forward", ha="center", va="center", size=8, color=INK)
+        self.path((478, 160), (491, 160), (491, 108), (504, 108))
+        self.linear(504, 108, "up")
+        arrow(self.ax, (533, 125), (533, 139))
+        box(self.ax, 504, 139, 58, 20, "activation", size=7.5)
+        arrow(self.ax, (533, 159), (533, 205))
+        self.scale(533, 178)
+        self.label("IA3", 545, 178, ha="left")
+        self.linear(504, 222, "down", side=1)
 
 
 def block_map(*lit: str, caption: str = "") -> None:
@@ -164,67 +222,29 @@ def block_map(*lit: str, caption: str = "") -> None:
     ValueError for another name."""
     if unknown := [name for name in lit if name not in PLACES]:
         raise ValueError(f"block_map: {unknown[0]!r} must be one of {', '.join(PLACES)}")
-    chosen = tuple(place for place in PLACES if place in (lit or PLACES))
-    fig, ax = canvas(760, 330, 7.6)
+    chosen = [place for place in PLACES if place in (lit or PLACES)]
+    fig, ax = canvas(776, 326, 7.76)
     draw = _Map(ax, chosen)
-    parts = [PLACES[place][2] for place in chosen]
-    told = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
-    _draw_block(draw)
+    box(ax, 88, 36, 590, 266, color=_FRAME, dashed=True)
+    ax.text(676, 306, "× L blocks", ha="right", va="bottom", size=9, color=INK)
+    draw.embeddings()
+    draw.attention()
+    draw.path((392, 160), (442, 160))
+    draw.adapter(406)
+    draw.norm(442, 96)
+    draw.feedforward()
+    draw.path((574, 222), (583, 222), (583, 160), (628, 160))
+    draw.adapter(592)
+    draw.norm(628, 485)
+    arrow(ax, (664, 160), (698, 160))
+    draw.part("head", 698, 126, 62, 68, text="head")
+    key = "Colour: trains. Grey: the frozen base."
+    if set(PLACES) - set(_BASE) - set(chosen):
+        key += " Dashed: where other methods add something."
+    ax.text(88, 16, key, va="center", size=8, color=INK)
+    told = "; ".join(PLACES[place][2] for place in chosen)
     alt = (
         "A transformer block from left to right: token embeddings, multi-head attention, add and "
-        f"norm, feed-forward, add and norm, and a head on top. Lit as trainable: {told}."
+        f"norm, feed-forward, add and norm, and then a head. Lit as trainable: {told}."
     )
     show(fig, alt, caption, SHARP)
-
-
-def _draw_block(m: _Map) -> None:
-    ax = m.ax
-    frame = {"size": 8}
-    box(ax, 88, 38, 580, 262, color="#aaaaaa", dashed=True)
-    ax.text(662, 304, "× L blocks", ha="right", va="bottom", size=9, color=INK)
-    # Tokens: the text, and before it what a prompt adds.
-    for n in range(2):
-        m.part("prompt", box, 8, 228 - 22 * n, 58, 18, text="virtual", size=7.5)
-    for n, word in enumerate(("a", "fine", "film")):
-        box(ax, 8, 178 - 22 * n, 58, 18, word, size=7.5)
-    ax.text(37, 118, "token\nembeddings", ha="center", va="top", **frame)
-    m.label("prompt", 37, 258)
-    # Attention.
-    box(ax, 98, 46, 298, 222, color="#bbbbbb")
-    ax.text(104, 50, "attention", va="bottom", **frame)
-    for y, text in ((228, "query"), (160, "key"), (96, "value")):
-        arrow(ax, (70 if y == 160 else 96, 160), (106, y))
-        m.linear(106, y, text)
-        arrow(ax, (176, y), (262, y))
-        m.label("LoRA", 135, y - 42)
-    for y in (160, 96):
-        m.scale(196, y)
-        m.part("prefix", box, 216, y + 16, 34, 16, text="P", size=7.5)
-        arrow(ax, (250, y + 24), (262, y + 24), color=_GHOST)
-    m.label("IA3", 196, 76)
-    m.label("prefix", 233, 203)
-    m.label("BitFit", 186, 252)
-    box(ax, 262, 66, 46, 180, "soft-\nmax\n(QKᵀ)V", size=8)
-    arrow(ax, (308, 160), (318, 160))
-    m.linear(318, 160, "output")
-    m.label("LoRA", 347, 118)
-    arrow(ax, (388, 160), (438, 160))
-    m.adapter(404)
-    m.norm(438)
-    # Feed-forward, from bottom to top.
-    box(ax, 488, 46, 92, 222, color="#bbbbbb")
-    ax.text(494, 50, "feed-forward", va="bottom", **frame)
-    m.linear(498, 110, "up")
-    box(ax, 498, 143, 58, 24, "activation", size=7.5)
-    m.scale(527, 180)
-    m.linear(498, 228, "down")
-    arrow(ax, (568, 228), (584, 160))
-    m.adapter(588)
-    m.norm(620)
-    # Residual connections.
-    for start, end in ((92, 457), (482, 639)):
-        ax.plot([start, start, end], [160, 284, 284], color=GREY, linewidth=1)
-        arrow(ax, (end, 284), (end, 234), color=GREY)
-    arrow(ax, (658, 160), (690, 160))
-    m.part("head", box, 690, 124, 60, 72, text="head")
-    m.label("head", 720, 208)
