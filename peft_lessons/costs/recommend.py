@@ -36,8 +36,10 @@ from ..methods.prefix import Prefix
 from ..methods.prompt import Prompt
 from ..methods.qlora import QLoRA
 from ..studies import (
+    Explorer,
     Table,
     best_lr,
+    explore,
     load_results,
     mean_and_range,
     paired_difference,
@@ -428,57 +430,10 @@ def _evidence(task: str, examples: int, order: Sequence[str]) -> Table:
 # ------------------------------------------------------------------ sliders
 
 
-class Adviser:
-    """Show sliders for `recommend_peft_method` at the end of a cell; without a kernel, the advice
-    for their initial values."""
-
-    def __init__(self, **first: Any) -> None:
-        self.first = recommend_peft_method(**first)
-        self.widget = self._sliders(first)
-
-    def _sliders(self, first: Mapping[str, Any]):
-        try:
-            import ipywidgets as w
-        except ImportError:
-            return None
-        box = {"layout": w.Layout(width="32em"), "style": {"description_width": "11em"}}
-        log = {"base": 10, "step": 0.05, "readout_format": ".3g", "continuous_update": False} | box
-        sizes = ("model_size_b", "gpu_memory_gb", "num_examples")
-        ranges = ("billion parameters", -1, 2.7), ("GiB of the card", 0.6, 2.2), ("examples", 1, 6)
-        inputs = {
-            name: w.FloatLogSlider(
-                first[name],
-                min=min(low, math.log10(first[name])),  # it would move what lies outside
-                max=max(high, math.log10(first[name])),
-                description=told,
-                **log,
-            )
-            for name, (told, low, high) in zip(sizes, ranges, strict=True)
-        }
-        inputs["task_type"] = w.Dropdown(
-            options=list(TASKS), value=_task(first["task_type"]), description="task", **box
-        )
-        shown = w.HTML()
-
-        def update(_=None) -> None:
-            values = {name: widget.value for name, widget in inputs.items()}
-            values["num_examples"] = round(values["num_examples"])
-            shown.value = recommend_peft_method(**values)._repr_html_()
-
-        for widget in inputs.values():
-            widget.observe(update, names="value")
-        update()
-        return w.VBox([*inputs.values(), shown])
-
-    def __repr__(self) -> str:
-        return repr(self.first)
-
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
-        told = self.first._repr_html_()
-        if self.widget is None:
-            told += "<p>With ipywidgets installed, there are sliders here.</p>"
-        bundle = {"text/plain": repr(self), "text/html": told}
-        return bundle | (self.widget._repr_mimebundle_() if self.widget else {}) | bundle
+# Sizes of models (billions of parameters), of GPUs (GiB) and of data sets that one meets.
+SIZES = (0.1, 0.25, 0.5, 1, 1.5, 3, 4, 7, 8, 14, 24, 32, 70, 120, 235, 405)
+CARDS = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
+EXAMPLES = (*(n * 10**power for power in range(1, 6) for n in (1, 2, 5)), 10**6)
 
 
 def adviser(
@@ -486,12 +441,19 @@ def adviser(
     gpu_memory_gb: float = 24.0,
     task_type: str = "generation",
     num_examples: int = 1000,
-) -> Adviser:
+) -> Explorer:
     """Return sliders for `recommend_peft_method` with these initial values. Without ipywidgets or a
     kernel they show the advice for the initial values. Errors as `recommend_peft_method`."""
-    return Adviser(
-        model_size_b=model_size_b,
-        gpu_memory_gb=gpu_memory_gb,
-        task_type=task_type,
-        num_examples=num_examples,
-    )
+    recommend_peft_method(model_size_b, gpu_memory_gb, task_type, num_examples)
+    start = {
+        "billion parameters": model_size_b,
+        "GiB of the GPU": gpu_memory_gb,
+        "task": _task(task_type),
+        "examples": num_examples,
+    }
+    lists = (SIZES, CARDS, TASKS, EXAMPLES)
+    choices = {name: tuple(values) for name, values in zip(start, lists, strict=True)}
+    for name, value in start.items():
+        if value not in choices[name]:
+            choices[name] = tuple(sorted((*choices[name], value)))
+    return explore(lambda **given: recommend_peft_method(*given.values()), start, **choices)

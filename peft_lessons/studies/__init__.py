@@ -11,7 +11,7 @@ Nothing here trains a model, injects a method or writes a file.
 
 from . import plots
 from .costs import against_peft, cost_table, stored_costs
-from .explorer import explore
+from .explorer import Explorer, explore
 from .growing import growing_chart
 from .study import (
     Difference,

@@ -10,10 +10,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 
-from .figures import COLORS, GREY, figure, show
+from .figures import COLORS, GREY, SHARP, figure, show
 
 INK = "#333333"  # of text and arrows
-SHARP = 200  # dpi of a drawing, which has fine lines and small text
 
 
 def canvas(width: float, height: float, inches: float = 7.2) -> tuple[Figure, Axes]:

@@ -87,6 +87,9 @@ class Explorer:
                 return f'<pre style="color:#c00">{html.escape(f"{self.values}: {told}")}</pre>'
         return self._seen[key]
 
+    def __repr__(self) -> str:
+        return self._repr_mimebundle_()[0]["text/plain"]
+
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         data, metadata = self._start
         ranges = []
@@ -127,6 +130,8 @@ def explore(
     if start is None:
         start = {}
     elif not isinstance(start, Mapping):
+        if len(values) > 1:
+            raise ValueError(f"explore: start={start!r} names no choice of {', '.join(values)}")
         start = {next(iter(values)): start}
     for name, value in start.items():
         if name not in values:

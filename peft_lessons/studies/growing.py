@@ -2,63 +2,95 @@
 
 from __future__ import annotations
 
-from .figures import COLORS, GREY, figure, show
-from .plots import log_axis, name_points
-from .study import Study
+from collections.abc import Iterable, Mapping, Sequence
 
-# {method in choosing_study: (the lesson that introduces it, its name in the chart)}
-INTRODUCED: dict[str, tuple[str, str]] = {
-    "head": ("01", "head alone"),
-    "lora": ("02", "LoRA, query and value"),
-    "lora, all linear": ("02", "LoRA, all linear layers"),
-    "qlora": ("03", "QLoRA"),
-    "dora, all linear": ("04", "DoRA"),
-    "adalora": ("05", "AdaLoRA"),
-    "pfeiffer": ("06", "adapters (Pfeiffer)"),
-    "parallel": ("06", "adapters (parallel)"),
-    "ia3": ("07", "(IA)³"),
-    "prompt": ("08", "prompt tuning"),
-    "prefix": ("09", "prefix tuning"),
-    "norms": ("10", "norms"),
-    "bitfit": ("10", "BitFit"),
-    "last two": ("10", "last two blocks"),
-    "diff": ("10", "diff pruning"),
-    "mixed": ("11", "adapters and prefix"),
+from .figures import COLORS, GREY, SHARP, figure, show
+from .plots import log_axis
+from .study import Spread, Study
+
+_RIGHT, _LEFT = (6, 0), (-6, 0)
+# {method in choosing_study: (the lesson that introduces it, its name in the chart, where the name
+# stands: points to the right of its point, if negative to the left, and above it)}
+INTRODUCED: dict[str, tuple[str, str, tuple[float, float]]] = {
+    "head": ("01", "head alone", _RIGHT),
+    "lora": ("02", "LoRA (q, v)", (-6, 5)),
+    "lora, all linear": ("02", "LoRA (all linear)", (6, 2)),
+    "qlora": ("03", "QLoRA", _LEFT),
+    "dora, all linear": ("04", "DoRA", _RIGHT),
+    "adalora": ("05", "AdaLoRA", _RIGHT),
+    "pfeiffer": ("06", "Pfeiffer\nadapter", (6, 1)),
+    "parallel": ("06", "parallel\nadapter", (6, 5)),
+    "ia3": ("07", "(IA)³", (0, 12)),
+    "prompt": ("08", "prompt", _RIGHT),
+    "prefix": ("09", "prefix", _LEFT),
+    "norms": ("10", "norms", _LEFT),
+    "bitfit": ("10", "BitFit", _RIGHT),
+    "last two": ("10", "last two blocks", (0, -17)),
+    "diff": ("10", "diff pruning", _LEFT),
+    "mixed": ("11", "adapter and prefix", _RIGHT),
 }
 LESSONS = tuple(f"{n:02d}" for n in range(15))
 FULL = "full fine-tuning"
+_TICKS = {1e3: "1,000", 1e4: "10,000", 1e5: "100,000", 1e6: "1 million", 1e7: "10 million"}
 
 
 def growing_chart(lesson: str, title: str = "") -> None:
-    """Show test accuracy against trainable parameters on movie sentiment, for the methods up to a
-    lesson: its own are coloured, those of earlier lessons are grey.
+    """Show test accuracy against trainable parameters on movie sentiment for the methods up to a
+    lesson, such as "02". Its own methods are coloured, those of earlier lessons grey.
 
     From data/results/choosing_study.csv: all training sentences, three seeds at the learning rate
     that is best on the validation split. Raises ValueError for an unknown lesson."""
     if lesson not in LESSONS:
         raise ValueError(f"growing_chart: {lesson!r} must be one of {', '.join(LESSONS)}")
     upto = max(lesson, "01")  # the head alone is there from the start
-    names = {name: (key, own) for key, (own, name) in INTRODUCED.items() if own <= upto}
+    ways = {name: {"method": key} for key, (own, name, _) in INTRODUCED.items() if own <= upto}
+    lit = [name for own, name, _ in INTRODUCED.values() if own == upto]
     study = Study.read("choosing_study", task="sentiment")
     study = study.where(examples=int(study.runs["examples"].max()))
-    study = study.named(
-        {n: {"method": key} for n, (key, _) in names.items()} | {FULL: {"method": "full"}}
-    )
+    study = study.named(ways | {FULL: {"method": "full"}})
     scores = study.scores()
-    trainable = {name: int(study[name]["trainable"].iloc[0]) for name in study}
-    fig, ax = figure(size=(7.2, 3.8))
-    full = scores[FULL]
-    ax.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
-    lit = [name for name, (_, own) in names.items() if own == upto]
-    points = {name: (trainable[name], scores[name].mean) for name in scores}
+    points = {name: (int(study[name]["trainable"].iloc[0]), scores[name].mean) for name in scores}
+    _draw(points, scores, lit, title)
+
+
+def _draw(
+    points: Mapping[str, tuple[int, float]],
+    scores: Mapping[str, Spread],
+    lit: Sequence[str],
+    title: str,
+) -> None:
+    colors = dict.fromkeys(points, GREY) | dict.fromkeys(lit, COLORS[0]) | {FULL: "black"}
+    fig, ax = figure(size=(7.2, 4.2))
+    ax.axhspan(scores[FULL].low, scores[FULL].high, color="black", alpha=0.08, linewidth=0)
     for name, score in scores.items():
-        color = "black" if name == FULL else COLORS[0] if name in lit else GREY
         whiskers = [[score.mean - score.low], [score.high - score.mean]]
-        ax.errorbar(*points[name], yerr=whiskers, fmt="o", color=color, capsize=3)
-    ax.set(title=title, xlabel="trainable parameters", ylabel="test accuracy, %")
-    log_axis(ax, "x", (1e3, 1e4, 1e5, 1e6, 1e7))
-    name_points(ax, points)
-    told = [f"{n} {scores[n].mean:.1f} % with {trainable[n]:,} parameters" for n in (*lit, FULL)]
-    alt = f"Test accuracy on movie sentiment against trainable parameters: {'; '.join(told)}."
-    caption = "Each point is the mean of three seeds, its whiskers the worst and the best seed."
-    show(fig, alt, caption)
+        look = {"color": colors[name], "capsize": 3, "zorder": 2 + (name in lit)}
+        ax.errorbar(*points[name], yerr=whiskers, fmt="o", **look)
+    # The same frame in every lesson, so that the chart is seen to grow.
+    ax.set(xlabel="trainable parameters", ylabel="test accuracy, %", ylim=(78.5, 88.5))
+    ax.set_title(title or "Movie sentiment, what accuracy for how many parameters")
+    log_axis(ax, "x", _TICKS)
+    ax.set_xlim(400, 4e7)
+    ax.set_xticks(list(_TICKS), _TICKS.values())
+    places = {name: place for _, name, place in INTRODUCED.values()} | {FULL: _LEFT}
+    for name, point in points.items():
+        right, up = places[name]
+        side = "center" if not right else "left" if right > 0 else "right"
+        look = {"color": colors[name], "weight": "bold" if name in lit else "normal", "size": 8}
+        ax.annotate(
+            name, point, (right, up), textcoords="offset points", ha=side, va="center", **look
+        )
+
+    def told(names: Iterable[str]) -> str:
+        each = (f"{name} {scores[name].mean:.1f} % ({points[name][0]:,})" for name in names)
+        return ", ".join(each).replace("\n", " ")
+
+    earlier = [name for name in points if name not in (*lit, FULL)]
+    parts = {"of this lesson": lit, "of earlier lessons": earlier, "for reference": [FULL]}
+    shown = "; ".join(f"{what}: {told(names)}" for what, names in parts.items() if names)
+    alt = f"Test accuracy on movie sentiment and number of trainable parameters, {shown}."
+    caption = "Mean of three seeds, with whiskers from the worst to the best. Blue: this lesson. "
+    if not lit:
+        caption = caption.replace("Blue: this lesson. ", "This lesson adds no point. ")
+    caption += "Grey: earlier lessons. Band: the seeds of full fine-tuning."
+    show(fig, alt, caption, SHARP)

@@ -1,0 +1,182 @@
+"""The map of a block, the growing chart, and explorers: what they say, and what they refuse."""
+
+import itertools
+import re
+import sys
+
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+from peft_lessons import plots, table
+from peft_lessons.studies import drawings, explore, figures, growing, growing_chart
+from peft_lessons.studies.drawings import PLACES
+from tools.notebooks import WIDGET
+
+ALT = "A line that rises with the rank."
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were to be shown, each with its alternative text and its caption."""
+    found = []
+    monkeypatch.setattr(figures, "still", lambda *args: found.append(args[:3]))
+    monkeypatch.setattr(figures, "display", lambda shown: None)
+    return found
+
+
+def texts(fig):
+    return [text.get_text() for ax in fig.axes for text in ax.texts]
+
+
+# ------------------------------------------------------------------ drawings
+
+
+def test_a_still_shows_itself_at_its_true_size():
+    fig, ax = plots.canvas(100, 50)
+    plots.box(ax, 10, 10, 30, 20, "W", lit=True)
+    plots.arrow(ax, (40, 20), (60, 20), text="x")
+    shown = plots.still(fig, ALT, "caption", dpi=200)
+    assert shown.width == 720 and len(shown.png) < 60_000
+    page = shown._repr_mimebundle_()[0]["text/html"]
+    assert 'width="720"' in page and "max-width:100%;height:auto" in page
+    assert texts(fig) == ["W", "x"]
+    assert plots.still(plots.figure()[0], ALT).width == 720
+    assert plots.still(plots.figure()[0], ALT, dpi=90).width == 648
+
+
+def test_the_fullest_pictures_are_small(monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "display", shown.append)
+    plots.block_map()
+    growing_chart("14")
+    assert [max(len(still.png), 60_000) for still in shown] == [60_000, 60_000]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_only_the_named_place_is_lit(place, drawn):
+    plots.block_map(place, caption="here")
+    ((fig, alt, caption),) = drawn
+    color, label, told = PLACES[place]
+    edges = {to_hex(patch.get_edgecolor()).upper() for patch in fig.axes[0].patches}
+    assert edges & {known.upper() for known, *_ in PLACES.values()} == {color.upper()}
+    labels = {name for _, name, _ in PLACES.values()}
+    assert labels & {*texts(fig)} == {label, "head"}  # a head has its name in any case
+    assert told in alt and caption == "here"
+    assert not any(other in alt for *_, other in PLACES.values() if other != told)
+
+
+def test_without_a_name_the_map_shows_all_places(drawn):
+    plots.block_map()
+    ((fig, alt, _),) = drawn
+    assert {label for _, label, _ in PLACES.values()} <= {*texts(fig)}
+    assert all(told in alt for *_, told in PLACES.values())
+
+
+def test_an_unknown_place_is_refused(drawn):
+    with pytest.raises(ValueError, match="'lora' must be one of prompt, prefix, LoRA, adapter"):
+        drawings.block_map("head", "lora")
+    assert not drawn
+
+
+# ------------------------------------------------------------------ the growing chart
+
+
+@pytest.mark.parametrize("lesson", growing.LESSONS)
+def test_the_chart_names_what_a_lesson_knows_and_no_name_covers_another(lesson, drawn):
+    growing_chart(lesson, "A title")
+    ((fig, alt, caption),) = drawn
+    (ax,) = fig.axes
+    known = {name: own for own, name, _ in growing.INTRODUCED.values() if own <= max(lesson, "01")}
+    assert {*texts(fig)} == {*known, growing.FULL} and ax.get_title() == "A title"
+    bold = {text.get_text() for text in ax.texts if text.get_weight() == "bold"}
+    assert bold == {name for name, own in known.items() if own == max(lesson, "01")}
+    assert ("This lesson adds no point" in caption) == (not bold)
+    assert "full fine-tuning 87.3 % (22,566,146)" in alt
+    assert all(f"{name} ".replace("\n", " ") in alt for name in known)
+    fig.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    points = [p for line in ax.lines for p in line.get_transform().transform(line.get_xydata())]
+    assert not any(box.contains(*point) for box in boxes for point in points)
+
+
+def test_a_chart_of_an_unknown_lesson_is_refused():
+    with pytest.raises(ValueError, match="'2' must be one of 00, 01, 02"):
+        growing_chart("2")
+
+
+# ------------------------------------------------------------------ explorers
+
+
+def test_a_slider_shows_another_value_and_computes_it_once():
+    pytest.importorskip("ipywidgets")
+    asked = []
+
+    def show(rank, init):
+        asked.append((rank, init))
+        return f"<p>{init} of rank {rank}</p>"
+
+    found = explore(show, rank=(1, 2, 4), init=("normal", "zero"), start={"rank": 2})
+    slider, menu, shown = found.widget.children
+    assert asked == [(2, "normal")] and shown.value == "<p>normal of rank 2</p>"
+    slider.value = 4
+    assert shown.value == "<p>normal of rank 4</p>" and found.values == {
+        "rank": 4,
+        "init": "normal",
+    }
+    menu.value, slider.value = "zero", 2
+    menu.value, slider.value = "normal", 4
+    assert shown.value == "<p>normal of rank 4</p>"
+    assert asked == [*dict.fromkeys(asked)]
+    assert type(slider).__name__ == "SelectionSlider" and type(menu).__name__ == "Dropdown"
+
+
+def test_a_stored_explorer_is_the_start_and_a_line(monkeypatch):
+    fig, _ = plots.figure()
+    still = plots.still(fig, ALT)
+    bundle, metadata = explore(lambda rank: still, start=8, rank=(1, 8))._repr_mimebundle_()
+    line = "Run this cell in JupyterLab to move: rank 1, 8."
+    assert bundle["text/html"] == still._repr_mimebundle_()[0]["text/html"] + f"<p>{line}</p>"
+    assert bundle["text/plain"].endswith(line) and metadata == {"image/png": {"alt": ALT}}
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    found = explore(lambda rank: table([{"rank": rank}]), rank=range(1, 20))
+    bundle, _ = found._repr_mimebundle_()
+    assert WIDGET not in bundle and "<table>" in bundle["text/html"]
+    assert repr(found).endswith("Install ipywidgets to move: rank 1, …, 19.")
+
+
+def test_an_error_while_a_slider_moves_is_shown_and_forgotten():
+    pytest.importorskip("ipywidgets")
+    broken = [True]
+
+    def show(rank):
+        if rank == 2 and broken:
+            raise RuntimeError("no <rank> 2")
+        return f"rank {rank}"
+
+    found = explore(show, rank=(1, 2))
+    slider, shown = found.widget.children
+    slider.value = 2
+    assert "RuntimeError: no &lt;rank&gt; 2" in shown.value and "&#x27;rank&#x27;: 2" in shown.value
+    broken.clear()
+    slider.value = 1
+    assert shown.value == "rank 1"
+    slider.value = 2
+    assert shown.value == "rank 2"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({}, ValueError, "name at least one choice"),
+        ({"rank": ()}, ValueError, "rank has no values"),
+        ({"rank": (1, 2), "start": 4}, ValueError, "start=4 of rank must be one of 1, 2"),
+        ({"rank": (1,), "start": {"rang": 1}}, ValueError, "start names 'rang', the choices are r"),
+        ({"rank": (1, 2), "scale": (1, 2), "start": 2}, ValueError, "start=2 names no choice"),
+        ({"rank": (None,)}, TypeError, "show returned NoneType, which has no HTML"),
+    ],
+)
+def test_an_explorer_that_cannot_be_is_refused(given, error, told):
+    with pytest.raises(error, match=re.escape(told)):
+        explore(lambda **values: next(iter(values.values())), **given)
