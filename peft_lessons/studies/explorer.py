@@ -66,7 +66,7 @@ class Explorer:
             else:
                 kind = w.Dropdown
             inputs[name] = kind(description=name.replace("_", " "), **options, **BOX)
-        self._shown = w.HTML(self._start[0]["text/html"])
+        self._shown = w.HTML(self._html())
         for name, widget in inputs.items():
             widget.observe(lambda change, name=name: self._move(name, change["new"]), "value")
         return w.VBox([*inputs.values(), self._shown])
@@ -83,9 +83,10 @@ class Explorer:
             try:
                 self._seen[key] = _forms(self.show(**self.values))[0]["text/html"]
             except Exception as error:
-                told = "".join(format_exception_only(error))
-                return f'<pre style="color:#c00">{html.escape(f"{self.values}: {told}")}</pre>'
-        return self._seen[key]
+                told = html.escape(f"{self.values}: {''.join(format_exception_only(error))}")
+                return f'<pre style="color:var(--jp-error-color1,#c00)">{told}</pre>'
+        # JupyterLab styles tables as those of other outputs only below this class.
+        return f'<div class="jp-RenderedHTMLCommon">{self._seen[key]}</div>'
 
     def __repr__(self) -> str:
         return self._repr_mimebundle_()[0]["text/plain"]

@@ -89,8 +89,8 @@ def _draw(
     parts = {"of this lesson": lit, "of earlier lessons": earlier, "for reference": [FULL]}
     shown = "; ".join(f"{what}: {told(names)}" for what, names in parts.items() if names)
     alt = f"Test accuracy on movie sentiment and number of trainable parameters, {shown}."
-    caption = "Mean of three seeds, with whiskers from the worst to the best. Blue: this lesson. "
-    if not lit:
-        caption = caption.replace("Blue: this lesson. ", "This lesson adds no point. ")
-    caption += "Grey: earlier lessons. Band: the seeds of full fine-tuning."
+    key = "Blue: this lesson." if lit else "This lesson adds no point."
+    key += " Grey: earlier lessons." if earlier else ""
+    seeds = "Mean of three seeds, with whiskers from the worst to the best."
+    caption = f"{seeds} {key} Band: the seeds of full fine-tuning."
     show(fig, alt, caption, SHARP)

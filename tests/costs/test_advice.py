@@ -285,7 +285,7 @@ def test_the_sliders_follow(studied):
     assert "to move: billion parameters 0.1, …, 405; GiB of the GPU 4, …" in bundle["text/plain"]
     size, card, task, examples, shown = found.widget.children
     size.value, card.value, examples.value, task.value = 70, 24, 100, "classification"
-    assert shown.value == recommend_peft_method(70, 24, "classification", 100)._repr_html_()
+    assert recommend_peft_method(70, 24, "classification", 100)._repr_html_() in shown.value
     start = adviser(2000, 0.5, "SEQ_CLS", 10**7).widget.children[:4]  # beyond the usual values
     assert [slider.value for slider in start] == [2000, 0.5, "classification", 10**7]
 

@@ -92,6 +92,7 @@ def test_the_chart_names_what_a_lesson_knows_and_no_name_covers_another(lesson, 
     bold = {text.get_text() for text in ax.texts if text.get_weight() == "bold"}
     assert bold == {name for name, own in known.items() if own == max(lesson, "01")}
     assert ("This lesson adds no point" in caption) == (not bold)
+    assert ("Grey" in caption) == (lesson > "01")
     assert "full fine-tuning 87.3 % (22,566,146)" in alt
     assert all(f"{name} ".replace("\n", " ") in alt for name in known)
     fig.draw_without_rendering()
@@ -119,15 +120,15 @@ def test_a_slider_shows_another_value_and_computes_it_once():
 
     found = explore(show, rank=(1, 2, 4), init=("normal", "zero"), start={"rank": 2})
     slider, menu, shown = found.widget.children
-    assert asked == [(2, "normal")] and shown.value == "<p>normal of rank 2</p>"
+    assert asked == [(2, "normal")] and "<p>normal of rank 2</p>" in shown.value
     slider.value = 4
-    assert shown.value == "<p>normal of rank 4</p>" and found.values == {
+    assert "<p>normal of rank 4</p>" in shown.value and found.values == {
         "rank": 4,
         "init": "normal",
     }
     menu.value, slider.value = "zero", 2
     menu.value, slider.value = "normal", 4
-    assert shown.value == "<p>normal of rank 4</p>"
+    assert "<p>normal of rank 4</p>" in shown.value
     assert asked == [*dict.fromkeys(asked)]
     assert type(slider).__name__ == "SelectionSlider" and type(menu).__name__ == "Dropdown"
 
@@ -161,9 +162,9 @@ def test_an_error_while_a_slider_moves_is_shown_and_forgotten():
     assert "RuntimeError: no &lt;rank&gt; 2" in shown.value and "&#x27;rank&#x27;: 2" in shown.value
     broken.clear()
     slider.value = 1
-    assert shown.value == "rank 1"
+    assert "rank 1" in shown.value
     slider.value = 2
-    assert shown.value == "rank 2"
+    assert "rank 2" in shown.value
 
 
 @pytest.mark.parametrize(
