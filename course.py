@@ -92,6 +92,11 @@ COMMANDS = {
         "run lessons with the solutions, checks strict",
         ["-m tools.notebooks solved"],
     ),
+    "minutes": (
+        "[LESSON ...]",
+        "compare the minutes of lessons with their cards; --write fills in the tables",
+        ["-m tools.minutes"],
+    ),
     "release": (
         "[FOLDER]",
         "write the students' copy, without solutions, to build/peft-lessons",

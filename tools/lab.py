@@ -41,6 +41,7 @@ STATE = f"""() => {NOTEBOOK}.widgets.map(w => ({{
     errors: (w.model.outputs?.toJSON() ?? []).filter(o => o.output_type === 'error').length,
     text: w.node.querySelector('.jp-Cell-outputArea')?.innerText ?? '',
 }}))"""
+UNFOLD = ("expand-all-headings", "show-all-cell-code", "show-all-cell-outputs")
 READY = f"""async () => {{
     const widget = window.jupyterapp.shell.currentWidget;
     await widget.sessionContext.ready;
@@ -130,6 +131,12 @@ class Lab:
         )
         self.page.wait_for_timeout(200)  # outputs are painted after the model changes
         return self.cells()[number]
+
+    def unfold(self) -> None:
+        """Open all collapsed headings, hidden sources and hidden outputs."""
+        for name in UNFOLD:
+            self._command(f"notebook:{name}")
+        self.page.wait_for_timeout(1000)
 
     def screenshots(self, file: Path) -> None:
         """Picture the whole notebook, screen by screen: NAME-0.png, NAME-1.png and so on."""

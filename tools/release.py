@@ -50,13 +50,34 @@ if "COLAB_RELEASE_TAG" in os.environ:  # in Colab only, once a session
     import sys; sys.path.insert(0, "/content/course")"""
 
 
+COLAB_TITLE = "#@title Drawing and tables: double-click to see the code"
+
+
+def folded_in_colab(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """In place: Colab's own notes of what it folds, the source of plumbing and deeper sections."""
+    sections = [cell for cell in nb.cells if notebooks.deeper(cell)]
+    for cell in sections:
+        cell.metadata["id"] = cell.id
+    if sections:
+        nb.metadata["colab"] = {"collapsed_sections": [cell.id for cell in sections]}
+    for cell in notebooks.code_cells(nb):
+        if "plumbing" in notebooks.tags(cell):
+            cell.metadata["cellView"] = "form"
+            cell.source = f"{COLAB_TITLE}\n{cell.source}"
+    return nb
+
+
 def for_colab(nb: nbformat.NotebookNode, repository: str, name: str) -> nbformat.NotebookNode:
     """In place: begin with a badge that opens the lesson in Colab, and a cell that installs the
-    course there. `repository` is OWNER/NAME, `name` that of the notebook's file."""
+    course there, and fold as Colab does. `repository` is OWNER/NAME, `name` that of the file."""
     address = f"{COLAB_HOME}/github/{repository}/blob/main/notebooks/{name}"
     badge = f"[![Open in Colab]({COLAB_HOME}/assets/colab-badge.svg)]({address})"
     install = nbformat.v4.new_code_cell(COLAB_CELL.format(repository=repository), id="colab")
-    nb.cells[:0] = [nbformat.v4.new_markdown_cell(badge, id="colab-badge"), install]
+    folded_in_colab(nb)
+    nb.cells[:0] = [
+        nbformat.v4.new_markdown_cell(badge, id="colab-badge"),
+        install,
+    ]
     return nb
 
 

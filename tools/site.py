@@ -38,6 +38,17 @@ def numbered(path: Path) -> nbformat.NotebookNode:
     return nb
 
 
+def folded(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """In place: tags by which myst-nb folds the sources and outputs that JupyterLab folds."""
+    for cell, own in zip(nb.cells, notebooks.cell_metadata(nb), strict=True):
+        hidden = own.get("jupyter", {})
+        parts = [part for part in ("source", "outputs") if hidden.get(f"{part}_hidden")]
+        if parts:
+            names = {"source": "hide-input", "outputs": "hide-output"}
+            cell.metadata["tags"] = [*notebooks.tags(cell), *(names[part] for part in parts)]
+    return nb
+
+
 def contents(lessons: dict[Path, nbformat.NotebookNode]) -> str:
     """Return the sidebar: lessons by number and short title, guides by their own titles."""
     titles = []
@@ -55,7 +66,7 @@ def contents(lessons: dict[Path, nbformat.NotebookNode]) -> str:
 
 def lay_out(source: Path) -> None:
     """Copy the pages to a folder as Sphinx wants them: docs/site/start.md becomes the first."""
-    lessons = {path: numbered(path) for path in notebooks.lessons()}
+    lessons = {path: folded(numbered(path)) for path in notebooks.lessons()}
     start = START.read_text(encoding="utf-8").replace("](../../", "](")
     (source / "index.md").write_text(f"{start}\n{contents(lessons)}\n", encoding="utf-8")
     for page in (*GUIDES, *LINKED):
@@ -66,16 +77,22 @@ def lay_out(source: Path) -> None:
         nbformat.write(nb, source / "notebooks" / path.name)
 
 
+def run_sphinx(source: Path, pages: Path) -> int:
+    """Turn a folder of sources into pages and return Sphinx's exit status: 1 after any warning."""
+    options = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(CONFIGURATION)]
+    trees = pages.with_name("trees")
+    return build_main([*options, "-d", str(trees), str(source), str(pages)])
+
+
 def build(folder: Path) -> int:
     """Write the site and return Sphinx's exit status: 1 after any warning. Raises ValueError for a
     folder that holds something else."""
     clear(folder, ".buildinfo")
     with tempfile.TemporaryDirectory() as place:
-        source, trees, pages = (Path(place) / name for name in ("source", "trees", "pages"))
+        source, pages = Path(place) / "source", Path(place) / "pages"
         source.mkdir()
         lay_out(source)
-        options = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(CONFIGURATION)]
-        status = build_main([*options, "-d", str(trees), str(source), str(pages)])
+        status = run_sphinx(source, pages)
         if status == 0:  # not before: myst-nb also writes beside its pages
             shutil.copytree(pages, folder)
         return status

@@ -13,8 +13,10 @@ import urllib.error
 import urllib.request
 from unittest.mock import MagicMock
 
+import nbformat
 import psutil
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from peft_lessons import check
 from peft_lessons.checks.mistakes import KNOWN
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.browser
 if importlib.util.find_spec("playwright") is None:
     pytest.skip("playwright is not installed", allow_module_level=True)
 
-from tools.lab import chromium, launch, open_lab, serve  # noqa: E402  # needs playwright
+from tools.lab import NOTEBOOK, chromium, launch, open_lab, serve  # noqa: E402  # needs playwright
 
 IMPORTS = "import math, torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
 BAR = re.compile(r"([\d.]+\w?)/([\d.]+\w?) \|")
@@ -87,6 +89,36 @@ def test_only_root_s_browser_has_no_sandbox(account, sandbox, monkeypatch):
     launch(playwright)
     given = playwright.chromium.launch.call_args.kwargs
     assert given["chromium_sandbox"] is sandbox and "--no-sandbox" not in given["args"]
+
+
+SHOWN = f"""() => {NOTEBOOK}.widgets.map(cell => [
+    cell.node.checkVisibility(), !cell.inputHidden, !cell.outputHidden])"""
+
+
+@pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")
+def test_folded_cells_run_and_unfold(tmp_path):
+    cells = [
+        new_markdown_cell("# Title\n\n**Predict before you run.**"),
+        new_code_cell("2", outputs=[new_output("stream", text="2")]),
+        new_code_cell("3", metadata={"tags": ["plumbing"]}),
+        new_markdown_cell("## Deeper · Beyond (3 min)"),
+        new_code_cell("4"),
+        new_markdown_cell("## End"),
+        new_code_cell("5"),
+    ]
+    nb = notebooks.clean(nbformat.v4.new_notebook(cells=cells), "folded")
+    nbformat.write(nb, tmp_path / "folded.ipynb")
+    with open_lab(tmp_path / "folded.ipynb") as lab:
+        shown = lab.page.evaluate(SHOWN)
+        assert [cell[0] for cell in shown] == [True, True, True, True, False, True, True]
+        assert [n for n, cell in enumerate(shown) if not cell[1]] == [2]
+        assert [n for n, cell in enumerate(shown) if cell[2] is False] == [1]
+        lab.run_all()
+        assert [cell["count"] for cell in lab.cells() if cell["type"] == "code"] == [1, 2, 3, 4]
+        shown = lab.page.evaluate(SHOWN)
+        assert not shown[4][0] and shown[1][2], "a section stays folded, an answer is seen"
+        lab.unfold()
+        assert all(all(cell[:2]) for cell in lab.page.evaluate(SHOWN))
 
 
 @pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")

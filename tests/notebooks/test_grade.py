@@ -77,14 +77,16 @@ def {EXERCISE}(weight):
         return honest(weight)"""
 
 
-def hand_in(folder, student, answer="", before="", drop=""):
-    """A student's notebook, with an answer in the place of the stub and a cell before it."""
+def hand_in(folder, student, answer="", before="", drop="", heading="### Exercise"):
+    """A student's notebook: an answer in the place of the stub, before it a heading and a cell."""
     nb = notebooks.read(notebooks.NOTEBOOKS / f"{LESSON}.ipynb")
     nb.cells = [cell for cell in nb.cells if drop not in notebooks.tags(cell)]
     at = next(i for i, cell in enumerate(nb.cells) if "exercise" in notebooks.tags(cell))
     nb.cells[at].source = answer or nb.cells[at].source
-    nb.cells.insert(at, nbformat.v4.new_code_cell(before))
+    first = nbformat.v4.new_code_cell(before, metadata={"tags": ["plumbing"]})
+    nb.cells[at:at] = [nbformat.v4.new_markdown_cell(heading), first]
     nb.cells = nb.cells[max(0, at - 3) :]  # the set-up would only take time
+    nb = notebooks.clean(nb, LESSON)
     path = folder / student / LESSON / f"{LESSON}.ipynb"
     path.parent.mkdir(parents=True)
     nbformat.write(nb, path)
@@ -98,6 +100,7 @@ def marked(tmp_path_factory):
     server = socket.create_server(("127.0.0.1", 0))
     hand_in(folder, "ann, no checks", RIGHT, "import torch", drop="check")
     hand_in(folder, os.fsdecode(b"<b>ev\xe9"), ASKS, FAKE)
+    hand_in(folder, "gus", RIGHT, "import torch", heading="## Deeper · Beyond (3 min)")
     hand_in(folder, "hal", curious(folder, server.getsockname()[1]), "import torch")
     hand_in(folder, "ida", RIGHT, FORGES)
     (folder / "liz" / f"{LESSON}.ipynb").mkdir(parents=True)
@@ -114,6 +117,7 @@ def test_a_class_is_marked(marked):
     assert {student: outcome for student, (outcome, _) in marked[0].items()} == {
         "ann, no checks": "right",
         r"<b>ev\udce9": "wrong",
+        "gus": "right",
         "hal": "right" if grade.namespaces() and has_landlock() else "crashed",
         "ida": "crashed",
         "liz": "crashed",

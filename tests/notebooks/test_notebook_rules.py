@@ -222,6 +222,21 @@ def test_solved_is_what_the_solutions_and_the_checks_need():
     assert nb.cells[-3].source == STUB
 
 
+def test_an_exercise_in_a_deeper_section_is_solved_with_the_plumbing_that_it_needs():
+    nb = good()
+    *core, stub, check = nb.cells
+    section = [
+        new_markdown_cell("## Deeper · Beyond (3 min)"),
+        code("shape = (2, 3)", tags=["plumbing"]),
+        code("draw()", tags=["plumbing"]),
+    ]
+    nb.cells = [*core, *section, stub, check]
+    answer = SOLUTION.replace("weight\n", "weight.expand(shape)\n")
+    done = notebooks.solved(notebooks.clean(nb, "00_start_here"), {"row_norms": answer})
+    assert [cell.source for cell in done.cells[-3:]] == ["shape = (2, 3)", answer, check.source]
+    assert "draw()" not in [cell.source for cell in done.cells]
+
+
 @pytest.mark.parametrize(
     ("source", "runs"),
     [

@@ -41,29 +41,6 @@ def test_every_command_named_in_a_guide_exists(page):
     assert (made | named) - COMMANDS == ({".venv"} if page == "CHANGELOG.md" else set())
 
 
-def minutes_by_lesson():
-    """{lesson: (reading, exercises)} of the README's table."""
-    rows = re.findall(r"\]\(notebooks/(\S+)\.ipynb\) \|.*\| (\d+) \+ (\d+) \|", README)
-    return {lesson: (int(reading), int(exercises)) for lesson, reading, exercises in rows}
-
-
-def test_the_plans_for_instructors_add_up():
-    minutes, plans = (
-        minutes_by_lesson(),
-        (ROOT / "docs/instructors.md").read_text(encoding="utf-8").split("### "),
-    )
-    summed = 0
-    for plan in plans:
-        rows = re.findall(r"\]\(\.\./notebooks/(\S+)\.ipynb\) \| (\w+) \| (\d+) \|", plan)
-        for lesson, what, claimed in rows:
-            reading, exercises = minutes[lesson]
-            assert int(claimed) == reading + (exercises if what == "all" else 0), lesson
-        if together := re.search(r"\*\*together\*\* \| \*\*(\d+)\*\*", plan):
-            assert int(together[1]) == sum(int(claimed) for *_, claimed in rows)
-            summed += 1
-    assert summed == 2
-
-
 def test_the_list_of_wrong_answers_is_that_of_the_checks():
     assert guide.PAGE.read_text(encoding="utf-8") == guide.page(), "run `make guide`"
 

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import zipfile
 
+import nbformat
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import course
 from tools import notebooks, release
@@ -143,12 +145,41 @@ def test_for_colab_each_lesson_begins_with_a_badge_and_a_set_up(tmp_path):
     badge, install = nb.cells[:2]
     assert "/github/jo/peft-course/blob/main/notebooks/00_start_here.ipynb)" in badge.source
     assert "github.com/jo/peft-course " in install.source and "course.py here" in install.source
-    assert nb.cells[2:] == notebooks.read(path).cells
+    assert nb.cells[2:] == release.folded_in_colab(notebooks.read(path)).cells
     nb.cells = nb.cells[:2]
     done = notebooks.execute(nb, tmp_path, offline_environment())
     assert not done.cells[1].outputs, "nothing happens outside of Colab"
     with pytest.raises(ValueError, match="OWNER/NAME"):
         release.release(tmp_path / "new", colab="https://example.org/jo/peft-course")
+
+
+def test_deeper_sections_and_plumbing_stay_folded_for_jupyterlab_and_for_colab():
+    cells = [
+        new_markdown_cell("# Title"),
+        new_code_cell("draw()", metadata={"tags": ["plumbing"]}),
+        new_markdown_cell("> **Predict before you run.**"),
+        new_code_cell("answer()", outputs=[new_output("stream", text="2")]),
+        new_markdown_cell("## Deeper · Beyond (3 min)"),
+        new_code_cell("more()"),
+    ]
+    nb = notebooks.clean(new_notebook(cells=cells), "02_lora")
+    folds = [cell.metadata.copy() for cell in nb.cells]
+    assert folds[1]["jupyter"] == {"source_hidden": True} and folds[1]["tags"] == ["plumbing"]
+    assert folds[3]["jupyter"] == {"outputs_hidden": True}
+    assert folds[4]["jp-MarkdownHeadingCollapsed"]
+    assert [cell.metadata for cell in release.without_answers(nb).cells] == folds
+    colab = release.for_colab(nb, "jo/peft-course", "02_lora.ipynb")
+    nbformat.validate(colab)
+    _, _, _, draw, _, answer, deeper, more = colab.cells
+    assert colab.metadata.colab == {"collapsed_sections": [deeper.id]}
+    assert deeper.metadata.id == deeper.id
+    assert draw.metadata.cellView == "form"
+    assert draw.source == f"{release.COLAB_TITLE}\ndraw()"
+    assert [answer.source, more.source] == ["answer()", "more()"]
+    kept = [
+        {k: cell.metadata[k] for k in own} for cell, own in zip(colab.cells[2:], folds, strict=True)
+    ]
+    assert kept == folds
 
 
 def test_the_archive_has_the_notices_and_the_rule_for_line_ends(copied):

@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from tools import notebooks, site
 
@@ -120,6 +122,38 @@ def test_a_lesson_goes_by_its_number_wherever_it_is_named(built):
 
 
 @pytest.fixture(scope="module")
+def folding(tmp_path_factory):
+    """The page of a lesson with all that is folded: an answer, plumbing and a deeper section."""
+    place = tmp_path_factory.mktemp("folding")
+    (place / "source").mkdir()
+    cells = [
+        new_markdown_cell("# Title\n\nThe core. **Predict before you run:** [how?](#a-part-of-it)"),
+        new_code_cell("answer", outputs=[new_output("stream", text="forty-two")]),
+        new_code_cell("drawing", outputs=[new_output("stream", text="a picture")]),
+        new_markdown_cell("## Deeper · Beyond (3 min)\n\nText with $a = b$."),
+        new_markdown_cell("### A part of it\n\n" + "A long text.\n\n" * 40),
+        new_markdown_cell("## Deeper · Still further (2 min)\n\nMore text."),
+    ]
+    cells[2].metadata["tags"] = ["plumbing"]
+    nb = site.folded(notebooks.clean(nbformat.v4.new_notebook(cells=cells), "index"))
+    nbformat.write(nb, place / "source" / "index.ipynb")
+    assert site.run_sphinx(place / "source", place / "pages") == 0
+    return place / "pages" / "index.html"
+
+
+def test_what_jupyterlab_folds_is_folded_on_the_page(folding):
+    text = folding.read_text(encoding="utf-8")
+    deeper = re.findall(r'</h2>\s*<details class="deeper">(.*?)</details>\s*</section>', text, re.S)
+    first, second = deeper
+    assert "Text with" in first and 'id="a-part-of-it"' in first and "More text." in second
+    hidden = re.findall(r'<details class="admonition hide ([\w-]+)">(.*?)</details>', text, re.S)
+    assert [place for place, _ in hidden] == ["below-input", "above-input"]
+    assert "forty-two" in hidden[0][1] and "drawing" in hidden[1][1]
+    left = re.sub(r"<details.*?</details>", "", text, flags=re.S)
+    assert "The core." in left and "a picture" in left
+
+
+@pytest.fixture(scope="module")
 def browser():
     if importlib.util.find_spec("playwright") is None:
         pytest.skip("playwright is not installed")
@@ -185,4 +219,24 @@ def test_the_search_finds_a_lesson(built, browser):
     page.wait_for_selector("#search-results li a")
     links = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.href)")
     assert any("14_beyond_lora" in link for link in links)
+    page.close()
+
+
+@pytest.mark.browser
+def test_a_link_opens_a_folded_section_and_paper_shows_all(folding, browser):
+    for size, theme in ((DESK, "light"), (PHONE, "dark")):
+        found, said = seen(browser, folding.as_uri(), size, theme)
+        assert not said and found["wide"] <= 0 and not found["hinders"]
+    page = browser.new_page()
+    page.goto(folding.as_uri())
+    sections = "all => all.map(section => section.open)"
+    assert page.eval_on_selector_all("details.deeper", sections) == [False, False]
+    page.click("article a[href='#a-part-of-it']")
+    assert page.eval_on_selector_all("details.deeper", sections) == [True, False]
+    assert page.locator("#a-part-of-it h3").is_visible()
+    page.goto("about:blank")
+    page.goto(folding.as_uri())
+    page.emulate_media(media="print")
+    for text in ("forty-two", "drawing", "A long text.", "More text."):
+        assert page.get_by_text(text).first.is_visible(), text
     page.close()

@@ -1,0 +1,225 @@
+"""Compare the minutes of lessons with their cards: python -m tools.minutes [02 ...] [--write]
+
+A minute is 150 words of prose or 15 lines of code. A displayed equation, a table, a figure and a
+long printout take half a minute each. Lines of cells tagged plumbing count a quarter. Exercises
+are left out: their headings state their minutes. Sections "## Deeper · …" are counted apart.
+
+The table shows what is measured beside what the lesson's card states. The exit status is 1 if a
+statement is off. With --write the minutes of all cards go into the README, the map in lesson 00 and
+the plans for instructors, with their sums.
+"""
+
+import argparse
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nbformat import NotebookNode
+
+from tools import notebooks
+from tools.environment import ROOT
+
+WORDS, LINES = 150, 15  # a minute
+SHOWN = 0.5  # minutes for an equation, a table, a figure or a long printout
+PLUMBING = 0.25  # of the lines of such a cell
+SITTING = 35  # minutes that the core of a lesson may take
+README, MAP = ROOT / "README.md", notebooks.NOTEBOOKS / "00_start_here.ipynb"
+PLANS = ROOT / "docs" / "instructors.md"
+
+HEADING = re.compile(r"^(#+)\s+(.*)$", re.M)
+EQUATION = re.compile(r"\$\$.+?\$\$", re.S)
+MARKUP = re.compile(r"<[^>]+>|\]\([^)]*\)|[#*|`>_-]+")
+UNREAD = ("#", "import ", "from ")  # how lines of code begin that take no time
+EXERCISE = re.compile(r"^#+ Exercise .* (\d+) min$", re.M)
+# A lesson's row in the README or in the map, and a row or the last row of an instructor's plan.
+ROW = re.compile(r"(\]\(\S*?(\d\d_\w+)\.ipynb\)[^|\n]*\|[^|\n]*\|) *\d* *\| *\d* *\| *\d* *\|")
+PLAN = re.compile(r"(\]\(\S*?(\d\d_\w+)\.ipynb\) \| (core|core and exercises|all) \|) (\d+) \|")
+TOGETHER = re.compile(r"(\| \*\*together\*\* \|) \*\*\d+\*\*")
+PATH = re.compile(r"(\*\*(Half a day|Two days|All)\b[^\n]*?)\d+ h(?: \d+ min)?")
+
+
+@dataclass
+class Minutes:
+    """Minutes measured in a lesson: its core, each deeper section by its title, its exercises."""
+
+    core: float = 0.0
+    sections: dict[str, float] = field(default_factory=dict)
+    exercises: int = 0
+
+    @property
+    def deeper(self) -> float:
+        return sum(self.sections.values())
+
+
+@dataclass(frozen=True)
+class Card:
+    """Minutes that a lesson's card states; None where it states none."""
+
+    core: int | None
+    deeper: int | None
+    exercises: int | None
+
+
+def reading(cell: NotebookNode) -> float:
+    """Return the minutes that it takes to read a cell and what the cell shows."""
+    if cell.cell_type == "markdown":
+        equations = EQUATION.findall(cell.source)
+        prose = MARKUP.sub(" ", EQUATION.sub(" ", cell.source))
+        return len(re.findall(r"\w[\w'’.]*", prose)) / WORDS + SHOWN * len(equations)
+    lines = [line.strip() for line in cell.source.splitlines()]
+    read = sum(bool(line) and not line.startswith(UNREAD) for line in lines)
+    share = PLUMBING if "plumbing" in notebooks.tags(cell) else 1.0
+    kinds = [output.get("data", {}).keys() & {"text/html", "image/png"} for output in cell.outputs]
+    long = [output.get("text", "").count("\n") > 3 for output in cell.outputs]
+    return share * read / LINES + SHOWN * (sum(map(bool, kinds)) + sum(long))
+
+
+def measured(nb: NotebookNode) -> Minutes:
+    """Return the minutes of a lesson by the rule."""
+    found = Minutes()
+    # The level of the heading of the deeper section, and of the exercise, that a cell is in.
+    deeper, exercise, section = 0, 0, ""
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            found.exercises += sum(map(int, EXERCISE.findall(cell.source)))
+            for marks, title in HEADING.findall(cell.source):
+                level = len(marks)
+                deeper = 0 if level <= deeper else deeper
+                exercise = 0 if level <= exercise else exercise
+                if title.startswith("Deeper"):
+                    deeper, section = level, title
+                if title.startswith("Exercise"):
+                    exercise = level
+        tagged = {"exercise", "check"} & set(notebooks.tags(cell))
+        if not exercise and not tagged:
+            if deeper:
+                found.sections[section] = found.sections.get(section, 0.0) + reading(cell)
+            else:
+                found.core += reading(cell)
+        if "check" in notebooks.tags(cell):
+            exercise = 0  # prose below a check belongs to the lesson again
+    return found
+
+
+def card(nb: NotebookNode) -> Card:
+    """Return the minutes that the row **Time** of a lesson's card states."""
+    row = next((r for r in nb.cells[0].source.splitlines() if r.startswith("| **Time** |")), "")
+    stated = [re.search(rf"\b{kind} (\d+) min", row) for kind in ("core", "deeper", "exercises")]
+    return Card(*(int(match[1]) if match else None for match in stated))
+
+
+def is_off(stated: int | None, true: float) -> bool:
+    """Return whether a statement is more than a fifth, and more than 3 minutes, off."""
+    return true > 1 if stated is None else abs(stated - true) > max(3, true / 5)
+
+
+def shown(minutes: float | None) -> str:
+    return "–" if minutes is None else f"{minutes:.0f}"
+
+
+def complaints(nb: NotebookNode) -> list[str]:
+    """Return a sentence for each statement of minutes in a lesson that is off."""
+    true, stated, found = measured(nb), card(nb), []
+    for part in ("core", "deeper"):
+        said, minutes = getattr(stated, part), getattr(true, part)
+        if is_off(said, minutes):
+            found.append(
+                f"the card says {part} {shown(said)} min, and the rule measures {minutes:.0f}"
+            )
+    if (stated.exercises or 0) != true.exercises:
+        told = f"the card says exercises {shown(stated.exercises)} min, and their headings"
+        found.append(f"{told} add up to {true.exercises}")
+    for title, minutes in true.sections.items():
+        said = re.search(r"\((\d+) min\)$", title)
+        if said is None:
+            found.append(f"the heading {title!r} does not end with its minutes, as in (12 min)")
+        elif is_off(int(said[1]), minutes):
+            found.append(f"the heading {title!r} is off: the rule measures {minutes:.0f} minutes")
+    return found
+
+
+# ------------------------------------------------------------------ tables and plans
+
+
+# What a plan may ask for of a lesson.
+PARTS = {
+    "core": ("core",),
+    "core and exercises": ("core", "exercises"),
+    "all": ("core", "deeper", "exercises"),
+}
+
+
+def stated_minutes(one: Card, what: str) -> int:
+    """Return the minutes that a card states for "core", "core and exercises" or "all"."""
+    return sum(getattr(one, part) or 0 for part in PARTS[what])
+
+
+def duration(minutes: int) -> str:
+    """Return minutes as a text, such as 3 h 55 min."""
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if rest else f"{hours} h"
+
+
+def pages() -> dict[Path, str]:
+    """Return {file: its text, with the minutes of all cards and their sums} of README, map and
+    plans. A lesson whose card states no minutes keeps its row."""
+    stated = {path.stem: card(notebooks.read(path)) for path in notebooks.lessons()}
+    totals = {"All": sum(stated_minutes(one, "all") for one in stated.values())}
+
+    def row(found: re.Match) -> str:
+        one = stated[found[2]]
+        numbers = f" {one.core} | {one.deeper or 0} | {one.exercises or 0} |"
+        return found[0] if one.core is None else found[1] + numbers
+
+    def planned(found: re.Match) -> str:
+        one = stated[found[2]]
+        return found[0] if one.core is None else f"{found[1]} {stated_minutes(one, found[3])} |"
+
+    def plan(part: str) -> str:
+        part = PLAN.sub(planned, part)
+        together = sum(int(minutes) for *_, minutes in PLAN.findall(part))
+        totals[part.partition(":")[0]] = together
+        return TOGETHER.sub(rf"\1 **{together}**", part)
+
+    def path(found: re.Match) -> str:
+        return found[1] + duration(totals[found[2]])
+
+    texts = {file: file.read_text(encoding="utf-8") for file in (README, MAP, PLANS)}
+    texts[PLANS] = "### ".join(map(plan, texts[PLANS].split("### ")))
+    texts |= {file: ROW.sub(row, texts[file]) for file in (README, MAP)}
+    texts[MAP] = PATH.sub(path, texts[MAP])
+    return texts
+
+
+def table(lessons: list[Path]) -> tuple[str, int]:
+    """Return (the minutes of lessons, measured and stated, as a text; how many cards are off)."""
+    widths, off = (6, 6, 8, 6, 11, 6), 0
+    heads = ("core", "card", "deeper", "card", "exercises", "card")
+    lines = ["lesson".ljust(20) + "".join(map(str.rjust, heads, widths))]
+    for path in lessons:
+        nb = notebooks.read(path)
+        true, said, wrong = measured(nb), card(nb), complaints(nb)
+        pairs = [(getattr(true, p), getattr(said, p)) for p in ("core", "deeper", "exercises")]
+        numbers = [shown(number) for pair in pairs for number in pair]
+        mark = f"  core above {SITTING}" if true.core > SITTING else ""
+        lines.append(path.stem.ljust(20) + "".join(map(str.rjust, numbers, widths)) + mark)
+        lines += [f"    ! {text}" for text in wrong]
+        off += bool(wrong)
+    return "\n".join(lines), off
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.minutes", description=__doc__)
+    parser.add_argument("lesson", nargs="*", help="the first characters of lessons, such as 02")
+    parser.add_argument("--write", action="store_true", help="fill tables and plans from the cards")
+    given = parser.parse_args(argv)
+    text, off = table(notebooks.lessons(given.lesson))
+    print(f"{text}\ncards that are off: {off}")
+    if given.write:
+        for file, page in pages().items():
+            file.write_text(page, encoding="utf-8", newline="\n")
+    return 1 if off else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
