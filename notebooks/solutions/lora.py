@@ -7,6 +7,22 @@ import torch.nn.functional as F
 from peft_lessons import LinearWithLoRA
 
 
+def lora_forward(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """Return what the LoRA branch adds to a layer's output, (..., out)."""
+    rank = A.shape[0]
+    return (alpha / rank) * (x @ A.T @ B.T)
+
+
+def merge_lora(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """Return the weight (out, in) that does the work of base and branch."""
+    rank = A.shape[0]
+    return weight + (alpha / rank) * (B @ A)
+
+
 def unmerge_lora(
     merged_weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float
 ) -> torch.Tensor:

@@ -14,20 +14,99 @@ def _factors(out, in_, rank):
     return torch.randn(rank, in_), torch.randn(out, rank)
 
 
-# ------------------------------------------------------------------ unmerge_lora
+# ------------------------------------------------------------------ lora_forward
 
 
-def _merged(out, in_, rank, alpha, dtype=torch.float32):
-    A, B = _factors(out, in_, rank)
-    return [t.to(dtype) for t in (torch.randn(out, in_) * 3, A, B)] + [alpha]
+def _branch(leading, out, in_, rank, alpha, dtype=torch.float32):
+    x, factors = torch.randn(*leading, in_), _factors(out, in_, rank)
+    return [tensor.to(dtype) for tensor in (x, *factors)] + [alpha]
 
 
 @check_for(
     cases=[
-        Case(lambda: _merged(48, 96, 4, 10)),
-        Case(lambda: _merged(96, 48, 8, 4.0)),
-        Case(lambda: _merged(32, 32, 6, 9), note="a square weight"),
-        Case(lambda: _merged(24, 40, 4, 10, torch.float64)),
+        Case(lambda: _branch((2, 5), 48, 96, 4, 10)),
+        Case(lambda: _branch((7,), 96, 48, 8, 4.0)),
+        Case(lambda: _branch((2, 3, 4), 32, 32, 6, 9), note="a square weight"),
+        Case(lambda: _branch((3,), 24, 40, 4, 10, torch.float64)),
+    ],
+    gradients=("x", "A", "B"),
+    causes=mistakes(
+        """
+        def lora_forward(x, A, B, alpha):
+            r = A.shape[0]
+            low = x @ A.T
+            return alpha / r * (low @ B.T)
+        """,
+        f"""
+        alpha is left out: only 1 / r scales
+            alpha / r → 1 / r
+        {scaling_mistakes("alpha / r")}
+        alpha is divided by a width: the rank is A.shape[0]
+            A.shape[0] → A.shape[1]
+        the base's path is not asked for: return the branch alone
+            x @ A.T → x @ A.T; W = B @ A
+            return alpha / r * (low @ B.T) → return x @ W.T + alpha / r * (low @ B.T)
+        """,
+    ),
+)
+def lora_forward(x, A, B, alpha):
+    """The branch, for any leading dimensions, alpha and rank."""
+    return torch.einsum("...i,ri,or->...o", x, A, B) * (alpha / len(A))
+
+
+# ------------------------------------------------------------------ merge_lora
+
+
+def _mergeable(out, in_, rank, alpha, dtype=torch.float32):
+    A, B = _factors(out, in_, rank)
+    return [tensor.to(dtype) for tensor in (torch.randn(out, in_) * 3, A, B)] + [alpha]
+
+
+@check_for(
+    cases=[
+        Case(lambda: _mergeable(48, 96, 4, 10)),
+        Case(lambda: _mergeable(96, 48, 8, 4.0)),
+        Case(lambda: _mergeable(32, 32, 6, 9), note="a square weight"),
+        Case(lambda: _mergeable(24, 40, 4, 10, torch.float64)),
+    ],
+    causes=mistakes(
+        """
+        def merge_lora(weight, A, B, alpha):
+            r = A.shape[0]
+            return weight + alpha / r * (B @ A)
+        """,
+        f"""
+        alpha is left out: only 1 / r scales
+            alpha / r → 1 / r
+        {scaling_mistakes("alpha / r")}
+        the update is subtracted, not added
+            weight + → weight -
+        alpha is divided by a width: the rank is A.shape[0]
+            A.shape[0] → A.shape[1]
+        this is the update alone: add it to the weight
+            weight + → ∅
+        the update is transposed, which a square weight lets pass
+            (B @ A) → ((B @ A).T if len(B) == A.shape[1] else B @ A)
+        """,
+    ),
+)
+def merge_lora(weight, A, B, alpha):
+    """One weight that computes what base and branch compute."""
+    # What a layer with this weight must give for each unit vector of the input.
+    units = torch.eye(A.shape[1], dtype=torch.float64)
+    branch = (units @ A.double().T) @ B.double().T * (alpha / len(A))
+    return (units @ weight.double().T + branch).T.to(weight.dtype)
+
+
+# ------------------------------------------------------------------ unmerge_lora
+
+
+@check_for(
+    cases=[
+        Case(lambda: _mergeable(48, 96, 4, 10)),
+        Case(lambda: _mergeable(96, 48, 8, 4.0)),
+        Case(lambda: _mergeable(32, 32, 6, 9), note="a square weight"),
+        Case(lambda: _mergeable(24, 40, 4, 10, torch.float64)),
     ],
     causes=mistakes(
         """

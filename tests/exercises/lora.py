@@ -15,6 +15,44 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
+# ------------------------------------------------------------------ lora_forward
+
+
+@right("lora_forward")
+def by_linear(x, A, B, alpha):
+    return F.linear(F.linear(x, A), alpha * B) / B.shape[1]
+
+
+@right("lora_forward")
+def through_the_product(x, A, B, alpha):
+    return x @ (B @ A).mT * alpha / len(A)
+
+
+@wrong("lora_forward", "shape")
+def only_down(x, A, B, alpha):
+    return x @ A.T * alpha / len(A)
+
+
+# ------------------------------------------------------------------ merge_lora
+
+
+@right("merge_lora")
+def by_addmm(weight, A, B, alpha):
+    return torch.addmm(weight, B, A, alpha=alpha / len(A))
+
+
+@right("merge_lora")
+@torch.no_grad()
+def in_double(weight, A, B, alpha):
+    return weight.double() + alpha * torch.einsum("or,ri->oi", B.double(), A.double()) / len(A)
+
+
+@wrong("merge_lora", "the argument weight was changed")
+def in_place(weight, A, B, alpha):
+    weight += alpha / len(A) * (B @ A)
+    return weight
+
+
 # ------------------------------------------------------------------ unmerge_lora
 
 
