@@ -31,6 +31,8 @@ def points() -> list[tuple]:
     # All but the embeddings: what LoRA on the layers could reach at full rank.
     baselines += [("encoder", "", 0, 0, lr, 200) for lr in (1e-4, 2e-4)]
     rates = [("lora", "qv", rank, 16, lr, 200) for rank in (8, 1, 64) for lr in (1e-3, 3e-3, 1e-2)]
+    # LoRA at the rate that full fine-tuning likes best.
+    rates += [("lora", "qv", 8, 16, 2e-4, 200)]
     modules = [
         ("lora", "all-linear", rank, 16, lr, 200) for rank in (8, 4) for lr in (1e-3, 3e-3, 3e-4)
     ]
@@ -43,6 +45,7 @@ def points() -> list[tuple]:
         ("full", "", 0, 0, 1e-4, 600),
         ("lora", "qv", 8, 16, 3e-3, 600),
         ("lora", "all-linear", 4, 16, 1e-3, 600),
+        ("lora", "all-linear", 8, 16, 1e-3, 600),
     ]
     return [*short, *rates[:3], *baselines, *modules, *long, *rates[3:], *ranks, *alphas]
 
