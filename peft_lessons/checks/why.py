@@ -146,7 +146,7 @@ _SHAPES = [(48, 96), (96, 48), (320, 96)]
             budget_bytes // → (budget_bytes - 1) //
         where not even rank 1 fits the answer is 0
             min(fits, useful) → max(1, min(fits, useful))
-        no rank above the smallest min(out, in) is of use: stop there
+        the rank is capped at the smallest min(out, in): stop there
             min(fits, useful) → fits
         the limit is the smallest side of all layers, not the largest
             min(min(shape) → max(min(shape)

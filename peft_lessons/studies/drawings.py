@@ -255,3 +255,35 @@ def block_map(*lit: str, caption: str = "", targets: Sequence[str] = LINEAR_MAPS
         f"norm, feed-forward, add and norm, and then a head. Lit as trainable: {told}."
     )
     show(fig, alt, caption, SHARP)
+
+
+def lora_picture(
+    caption: str = "LoRA: two thin trainable matrices beside one frozen weight.",
+) -> None:
+    """Show a linear layer with LoRA: the frozen weight W, and A and B beside it."""
+    blue, orange = COLORS[:2]
+    fig, ax = canvas(12, 5.2)
+    box(ax, 0.2, 0.9, 0.6, 3.6, "x\n\n(in)")
+    box(ax, 3.4, 2.5, 2.8, 2.4, "W\n(out, in)\n\nfrozen")
+    box(ax, 2.4, 0.7, 2.8, 0.5, "A  (r, in)", color=blue, lit=True)
+    box(ax, 6.0, 0.7, 0.8, 0.5, "r")
+    box(ax, 7.6, 0.1, 0.6, 1.8, "B", color=orange, lit=True)
+    box(ax, 9.6, 2.4, 0.6, 0.6, "+")
+    box(ax, 11.2, 0.9, 0.6, 3.6, "y\n\n(out)")
+    for start, end, text in (
+        ((0.85, 3.7), (3.35, 3.7), ""),
+        ((0.85, 1.2), (2.35, 0.95), ""),
+        ((5.25, 0.95), (5.95, 0.95), "reads"),
+        ((6.85, 0.95), (7.55, 0.95), "writes"),
+        ((6.25, 3.7), (9.55, 2.8), ""),
+        ((8.25, 1.2), (9.6, 2.35), ""),
+        ((10.25, 2.7), (11.15, 2.7), ""),
+    ):
+        arrow(ax, start, end, text=text)
+    ax.text(8.35, 0.45, "(out, r)", size=9, color=INK)
+    ax.text(9.2, 1.5, "times α / r", size=9, color=INK)
+    alt = (
+        "The input x goes two ways: through the frozen weight W, and through the thin trainable "
+        "matrices A and B. Both results are added and give the output y."
+    )
+    show(fig, alt, caption, SHARP)

@@ -57,7 +57,7 @@ class Shown:
         # JupyterLab and the site show the HTML: their <img> of an image/png has no alt text. A PDF
         # takes the image/png, for which nbconvert reads the alt text from the metadata.
         data = {
-            "text/html": f'<figure style="margin:0"><img src="data:image/png;base64,{png}" '
+            "text/html": f'<figure style="margin:0">\n<img src="data:image/png;base64,{png}" '
             f'width="{self.width}" style="max-width:100%;height:auto" '
             f'alt="{html.escape(self.alt, quote=True)}">'
             f"<figcaption>{html.escape(self.caption)}</figcaption></figure>",

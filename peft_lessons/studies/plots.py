@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from .drawings import arrow, block_map, box, canvas
+from .drawings import arrow, block_map, box, canvas, lora_picture
 from .figures import COLORS, GREY, STYLE, Shown, figure, show, still
 from .study import Spread
 

@@ -37,7 +37,8 @@ class Table:
 
         body = "".join(f"<tr>{line('td', row)}</tr>" for row in self.cells)
         note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
-        return f"<table><tr>{line('th', self.columns)}</tr>{body}</table>{note}"
+        # JupyterLab shows the first line of a folded output, which must not be the answer.
+        return f"<table>\n<tr>{line('th', self.columns)}</tr>{body}</table>{note}"
 
 
 def _cell(value: Any, template: str | None) -> str:

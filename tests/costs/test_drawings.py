@@ -76,6 +76,13 @@ def test_lora_is_lit_beside_its_targets_alone(drawn):
         plots.block_map("LoRA", targets=("query", "gate"))
 
 
+def test_the_picture_of_lora_names_its_parts(drawn):
+    plots.lora_picture("here")
+    ((fig, alt, caption),) = drawn
+    assert {"A  (r, in)", "B", "(out, r)", "times α / r"} <= {*texts(fig)} and caption == "here"
+    assert "frozen weight W" in alt
+
+
 def test_without_a_name_the_map_shows_all_places(drawn):
     plots.block_map()
     ((fig, alt, _),) = drawn
