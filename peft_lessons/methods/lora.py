@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..engine import AdapterLayer, Method, PeftFiles, inject, validate
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-035
+# %% ../../notebooks/02_lora.ipynb #02-lora-039
 class LoRALayer(nn.Module):
     """Compute the low-rank update x -> s · B A x, with s = alpha / rank (rsLoRA: alpha / √rank).
 
@@ -41,7 +41,7 @@ class LoRALayer(nn.Module):
         """Return s · BA, (out, in)."""
         return self.lora_B @ self.lora_A * self.scaling   # (out, in)
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-037
+# %% ../../notebooks/02_lora.ipynb #02-lora-041
 class LinearWithLoRA(AdapterLayer):
     """Add LoRA to a frozen Linear: y = x Wᵀ + b + s · (x Aᵀ) Bᵀ, with B = 0 at the start."""
 
@@ -92,7 +92,7 @@ LoRA.files = PeftFiles(
     others=("ensure_weight_tying", "megatron_core", "qalora_group_size"),  # of other options
     off={"init_lora_weights": (True, False, "gaussian")})  # others change the base
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-094
+# %% ../../notebooks/02_lora.ipynb #02-lora-093
 def apply_lora_to_model(model: nn.Module, rank: int = 8, alpha: float = 16.0,
                         target_modules: tuple[str, ...] = ("q_proj", "v_proj")) -> nn.Module:
     """Freeze `model`, apply LoRA to the named layers, and return the model. Errors as `inject`."""
