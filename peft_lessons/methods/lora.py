@@ -66,7 +66,7 @@ class LinearWithLoRA(AdapterLayer):
     def delta_weight(self) -> torch.Tensor:
         return self.lora.delta_weight()                              # s · BA (out, in)
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-045
+# %% ../../notebooks/02_lora.ipynb #02-lora-043
 @dataclass(frozen=True)
 class LoRA(Method):
     """Apply LoRA (Hu et al. 2021) to every Linear in `targets`; settings as in `LoRALayer`."""
@@ -82,7 +82,7 @@ class LoRA(Method):
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithLoRA:
         return LinearWithLoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-046
+# %% ../../notebooks/02_lora.ipynb #02-lora-044
 # How Hugging Face PEFT's files call all this: (their name, their default).
 LoRA.files = PeftFiles(
     "LORA",
@@ -92,7 +92,7 @@ LoRA.files = PeftFiles(
     others=("ensure_weight_tying", "megatron_core", "qalora_group_size"),  # of other options
     off={"init_lora_weights": (True, False, "gaussian")})  # others change the base
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-093
+# %% ../../notebooks/02_lora.ipynb #02-lora-091
 def apply_lora_to_model(model: nn.Module, rank: int = 8, alpha: float = 16.0,
                         target_modules: tuple[str, ...] = ("q_proj", "v_proj")) -> nn.Module:
     """Freeze `model`, apply LoRA to the named layers, and return the model. Errors as `inject`."""
