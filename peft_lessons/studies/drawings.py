@@ -160,7 +160,7 @@ class _Map:
         if lit:  # above the line that runs through it
             look = {"facecolor": tint(color, lit), "linewidth": 2, "zorder": 3}
         self.ax.add_patch(Polygon(corners, edgecolor=color, **look))
-        self.label("adapter", x + 22, 214, size=8.5)
+        self.label("adapter", x + 23, 214, size=8)
 
     def norm(self, x: float, residual: float) -> None:
         """Draw sum and norm with its bias, and the residual connection that it adds."""
