@@ -34,12 +34,16 @@ def points() -> list[tuple]:
     # LoRA at the rate that full fine-tuning likes best.
     rates += [("lora", "qv", 8, 16, 2e-4, 200)]
     modules = [
-        ("lora", "all-linear", rank, 16, lr, 200) for rank in (8, 4) for lr in (1e-3, 3e-3, 3e-4)
+        ("lora", "all-linear", rank, 16, lr, 200)
+        for rank in (8, 4)
+        for lr in (1e-3, 3e-3, 3e-4, 1e-2)
     ]
     ranks = [("lora", "qv", rank, 16, 3e-3, 200) for rank in (4, 16)]
     alphas = [("lora", "qv", 8, alpha, 3e-3, 200) for alpha in (4, 64)]
     # Whether another learning rate makes up for another alpha.
-    alphas += [("lora", "qv", 8, *both, 200) for both in ((64, 1e-3), (64, 3e-4), (4, 1e-2))]
+    alphas += [
+        ("lora", "qv", 8, *both, 200) for both in ((64, 1e-3), (64, 3e-4), (4, 1e-2), (4, 1e-3))
+    ]
     long = [  # one epoch and a half, at the best learning rates of 200 steps
         ("head", "", 0, 0, 1e-2, 600),
         ("full", "", 0, 0, 1e-4, 600),
