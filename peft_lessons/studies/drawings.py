@@ -262,26 +262,33 @@ def lora_picture(
 ) -> None:
     """Show a linear layer with LoRA: the frozen weight W, and A and B beside it."""
     blue, orange = COLORS[:2]
-    fig, ax = canvas(12, 5.2)
-    box(ax, 0.2, 0.9, 0.6, 3.6, "x\n\n(in)")
-    box(ax, 3.4, 2.5, 2.8, 2.4, "W\n(out, in)\n\nfrozen")
-    box(ax, 2.4, 0.7, 2.8, 0.5, "A  (r, in)", color=blue, lit=True)
-    box(ax, 6.0, 0.7, 0.8, 0.5, "r")
-    box(ax, 7.6, 0.1, 0.6, 1.8, "B", color=orange, lit=True)
-    box(ax, 9.6, 2.4, 0.6, 0.6, "+")
-    box(ax, 11.2, 0.9, 0.6, 3.6, "y\n\n(out)")
-    for start, end, text in (
-        ((0.85, 3.7), (3.35, 3.7), ""),
-        ((0.85, 1.2), (2.35, 0.95), ""),
-        ((5.25, 0.95), (5.95, 0.95), "reads"),
-        ((6.85, 0.95), (7.55, 0.95), "writes"),
-        ((6.25, 3.7), (9.55, 2.8), ""),
-        ((8.25, 1.2), (9.6, 2.35), ""),
-        ((10.25, 2.7), (11.15, 2.7), ""),
+    fig, ax = canvas(12, 5.6)
+    box(ax, 0.2, 1.6, 0.45, 2.4, "x")  # all to one scale: in = out = 2.4, and r a fifth of it
+    box(ax, 3.6, 3.0, 2.4, 2.4, "W\n(out, in)\n\nfrozen")
+    box(ax, 2.0, 1.1, 2.4, 0.48, "A  (r, in)", color=blue, lit=True)
+    box(ax, 5.8, 1.1, 0.48, 0.48, "r")
+    box(ax, 7.6, 0.15, 0.48, 2.4, "B", color=orange, lit=True)
+    box(ax, 9.5, 2.5, 0.6, 0.6, "+")
+    box(ax, 11.3, 1.6, 0.45, 2.4, "y")
+    for start, end in (
+        ((0.7, 3.7), (3.55, 4.2)),
+        ((0.7, 2.0), (1.95, 1.34)),
+        ((4.45, 1.34), (5.75, 1.34)),
+        ((6.33, 1.34), (7.55, 1.34)),
+        ((6.05, 4.2), (9.45, 3.0)),
+        ((8.13, 1.6), (9.45, 2.55)),
+        ((10.15, 2.8), (11.25, 2.8)),
     ):
-        arrow(ax, start, end, text=text)
-    ax.text(8.35, 0.45, "(out, r)", size=9, color=INK)
-    ax.text(9.2, 1.5, "times α / r", size=9, color=INK)
+        arrow(ax, start, end)
+    for x, y, text in (
+        (5.1, 1.5, "reads"),
+        (6.94, 1.5, "writes"),
+        (8.2, 0.45, "(out, r)"),
+        (8.95, 1.75, "× α / r"),
+        (6.04, 0.8, "r numbers"),
+    ):
+        side = "left" if x > 8 else "center"
+        ax.text(x, y, text, size=8.5, color=INK, ha=side, va="center")
     alt = (
         "The input x goes two ways: through the frozen weight W, and through the thin trainable "
         "matrices A and B. Both results are added and give the output y."

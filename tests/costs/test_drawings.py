@@ -79,7 +79,7 @@ def test_lora_is_lit_beside_its_targets_alone(drawn):
 def test_the_picture_of_lora_names_its_parts(drawn):
     plots.lora_picture("here")
     ((fig, alt, caption),) = drawn
-    assert {"A  (r, in)", "B", "(out, r)", "times α / r"} <= {*texts(fig)} and caption == "here"
+    assert {"A  (r, in)", "B", "(out, r)", "× α / r"} <= {*texts(fig)} and caption == "here"
     assert "frozen weight W" in alt
 
 
