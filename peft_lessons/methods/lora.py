@@ -77,7 +77,7 @@ class LoRA(Method):
     dropout: float = 0.0
     rslora: bool = False
     ranks = ("rank",)
-    learning_rate = 3e-3  # the default of fit, best on query and value in lesson 02
+    learning_rate = 3e-3  # the default of fit
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithLoRA:
         return LinearWithLoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
@@ -92,7 +92,7 @@ LoRA.files = PeftFiles(
     others=("ensure_weight_tying", "megatron_core", "qalora_group_size"),  # of other options
     off={"init_lora_weights": (True, False, "gaussian")})  # others change the base
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-090
+# %% ../../notebooks/02_lora.ipynb #02-lora-091
 def apply_lora_to_model(model: nn.Module, rank: int = 8, alpha: float = 16.0,
                         target_modules: tuple[str, ...] = ("q_proj", "v_proj")) -> nn.Module:
     """Freeze `model`, apply LoRA to the named layers, and return the model. Errors as `inject`."""
