@@ -6,7 +6,7 @@ are left out: their headings state their minutes. Sections "## Deeper · …" ar
 
 The table shows what is measured beside what the lesson's card states. The exit status is 1 if a
 statement is off. With --write the minutes of all cards go into the README, the map in lesson 00 and
-the plans for instructors, with their sums.
+the plans for instructors, with their sums, unless a card states none.
 """
 
 import argparse
@@ -26,11 +26,10 @@ SITTING = 35  # minutes that the core of a lesson may take
 README, MAP = ROOT / "README.md", notebooks.NOTEBOOKS / "00_start_here.ipynb"
 PLANS = ROOT / "docs" / "instructors.md"
 
-HEADING = re.compile(r"^(#+)\s+(.*)$", re.M)
 EQUATION = re.compile(r"\$\$.+?\$\$", re.S)
 MARKUP = re.compile(r"<[^>]+>|\]\([^)]*\)|[#*|`>_-]+")
 UNREAD = ("#", "import ", "from ")  # how lines of code begin that take no time
-EXERCISE = re.compile(r"^#+ Exercise .* (\d+) min$", re.M)
+EXERCISE = re.compile(r"Exercise .* (\d+) min")  # the title of its heading
 # A lesson's row in the README or in the map, and a row or the last row of an instructor's plan.
 ROW = re.compile(r"(\]\(\S*?(\d\d_\w+)\.ipynb\)[^|\n]*\|[^|\n]*\|) *\d* *\| *\d* *\| *\d* *\|")
 PLAN = re.compile(r"(\]\(\S*?(\d\d_\w+)\.ipynb\) \| (core|core and exercises|all) \|) (\d+) \|")
@@ -77,22 +76,23 @@ def reading(cell: NotebookNode) -> float:
 def measured(nb: NotebookNode) -> Minutes:
     """Return the minutes of a lesson by the rule."""
     found = Minutes()
-    # The level of the heading of the deeper section, and of the exercise, that a cell is in.
-    deeper, exercise, section = 0, 0, ""
+    # The deeper section, and the level of the heading of the exercise, that a cell is in.
+    section, exercise = None, 0
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            found.exercises += sum(map(int, EXERCISE.findall(cell.source)))
-            for marks, title in HEADING.findall(cell.source):
-                level = len(marks)
-                deeper = 0 if level <= deeper else deeper
+            titles = notebooks.headings(cell)
+            for level, title in titles:
+                section = None if level <= 2 else section
                 exercise = 0 if level <= exercise else exercise
-                if title.startswith("Deeper"):
-                    deeper, section = level, title
                 if title.startswith("Exercise"):
                     exercise = level
+                if stated := EXERCISE.fullmatch(title):
+                    found.exercises += int(stated[1])
+            if notebooks.deeper(cell):
+                section = titles[0][1]
         tagged = {"exercise", "check"} & set(notebooks.tags(cell))
         if not exercise and not tagged:
-            if deeper:
+            if section:
                 found.sections[section] = found.sections.get(section, 0.0) + reading(cell)
             else:
                 found.core += reading(cell)
@@ -103,7 +103,8 @@ def measured(nb: NotebookNode) -> Minutes:
 
 def card(nb: NotebookNode) -> Card:
     """Return the minutes that the row **Time** of a lesson's card states."""
-    row = next((r for r in nb.cells[0].source.splitlines() if r.startswith("| **Time** |")), "")
+    rows = [row for cell in nb.cells[:1] for row in cell.source.splitlines()]
+    row = next((row for row in rows if row.startswith("| **Time** |")), "")
     stated = [re.search(rf"\b{kind} (\d+) min", row) for kind in ("core", "deeper", "exercises")]
     return Card(*(int(match[1]) if match else None for match in stated))
 
@@ -119,6 +120,8 @@ def shown(minutes: float | None) -> str:
 
 def complaints(nb: NotebookNode) -> list[str]:
     """Return a sentence for each statement of minutes in a lesson that is off."""
+    if not nb.cells:
+        return ["the notebook has no cells"]
     true, stated, found = measured(nb), card(nb), []
     for part in ("core", "deeper"):
         said, minutes = getattr(stated, part), getattr(true, part)
@@ -162,18 +165,23 @@ def duration(minutes: int) -> str:
 
 def pages() -> dict[Path, str]:
     """Return {file: its text, with the minutes of all cards and their sums} of README, map and
-    plans. A lesson whose card states no minutes keeps its row."""
+    plans. Raises ValueError if a card states no minutes, or a linked lesson or plan is missing."""
     stated = {path.stem: card(notebooks.read(path)) for path in notebooks.lessons()}
+    if silent := [stem for stem, one in stated.items() if one.core is None]:
+        raise ValueError(f"the card of {silent[0]} does not say its minutes, as in core 30 min")
     totals = {"All": sum(stated_minutes(one, "all") for one in stated.values())}
 
+    def linked(stem: str) -> Card:
+        if stem not in stated:
+            raise ValueError(f"a table links {stem}.ipynb, and there is no such lesson")
+        return stated[stem]
+
     def row(found: re.Match) -> str:
-        one = stated[found[2]]
-        numbers = f" {one.core} | {one.deeper or 0} | {one.exercises or 0} |"
-        return found[0] if one.core is None else found[1] + numbers
+        one = linked(found[2])
+        return f"{found[1]} {one.core} | {one.deeper or 0} | {one.exercises or 0} |"
 
     def planned(found: re.Match) -> str:
-        one = stated[found[2]]
-        return found[0] if one.core is None else f"{found[1]} {stated_minutes(one, found[3])} |"
+        return f"{found[1]} {stated_minutes(linked(found[2]), found[3])} |"
 
     def plan(part: str) -> str:
         part = PLAN.sub(planned, part)
@@ -182,6 +190,8 @@ def pages() -> dict[Path, str]:
         return TOGETHER.sub(rf"\1 **{together}**", part)
 
     def path(found: re.Match) -> str:
+        if found[2] not in totals:
+            raise ValueError(f"{PLANS.name} has no heading '### {found[2]}: …'")
         return found[1] + duration(totals[found[2]])
 
     texts = {file: file.read_text(encoding="utf-8") for file in (README, MAP, PLANS)}
@@ -216,7 +226,12 @@ def main(argv: list[str] | None = None) -> int:
     text, off = table(notebooks.lessons(given.lesson))
     print(f"{text}\ncards that are off: {off}")
     if given.write:
-        for file, page in pages().items():
+        try:
+            written = pages()
+        except ValueError as error:
+            print(f"nothing is written: {error}")
+            return 1
+        for file, page in written.items():
             file.write_text(page, encoding="utf-8", newline="\n")
     return 1 if off else 0
 

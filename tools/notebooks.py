@@ -4,6 +4,7 @@ import argparse
 import ast
 import copy
 import os
+import re
 import sys
 import tempfile
 import time
@@ -44,6 +45,10 @@ MODULES = {
 # Of an output with sliders a page without a kernel shows the other forms, and this one has an id
 # that is drawn anew each time.
 WIDGET = "application/vnd.jupyter.widget-view+json"
+
+# A block of code in markdown, to its end or to that of the cell, and a heading outside of blocks.
+FENCED = re.compile(r"^[ \t]*(`{3,}|~{3,})[^`\n]*\n.*?(?:^[ \t]*\1|\Z)", re.S | re.M)
+HEADING = re.compile(r"^ {0,3}(#{1,6})[ \t]+(\S.*?)\s*$", re.M)
 
 CLEAN_METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -156,15 +161,20 @@ def execute(nb: NotebookNode, cwd: Path, env: dict[str, str]) -> NotebookNode:
     return nb
 
 
+def headings(cell: NotebookNode) -> list[tuple[int, str]]:
+    """Return (level, title) of each heading in a markdown cell."""
+    return [(len(marks), title) for marks, title in HEADING.findall(FENCED.sub("", cell.source))]
+
+
 def deeper(cell: NotebookNode) -> bool:
     """Return whether a cell begins a section that goes beyond the core of its lesson."""
-    return cell.cell_type == "markdown" and cell.source.startswith("## Deeper")
+    return cell.cell_type == "markdown" and cell.source.startswith("## Deeper · ")
 
 
 def cell_metadata(nb: NotebookNode) -> list[dict]:
     """Return the metadata of each cell: its tags, and what JupyterLab folds. That is the section
-    below a heading "## Deeper …", the source of a cell tagged plumbing, and the first output after
-    "Predict before you run"."""
+    below a heading "## Deeper · …", the source of a cell tagged plumbing, and the first output
+    after "Predict before you run"."""
     found, predict = [], False
     for cell in nb.cells:
         own = {"tags": tags(cell)} if tags(cell) else {}

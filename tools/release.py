@@ -50,7 +50,7 @@ if "COLAB_RELEASE_TAG" in os.environ:  # in Colab only, once a session
     import sys; sys.path.insert(0, "/content/course")"""
 
 
-COLAB_TITLE = "#@title Drawing and tables: double-click to see the code"
+COLAB_TITLE = "#@title Code in the background: double-click to see it"
 
 
 def folded_in_colab(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:

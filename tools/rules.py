@@ -11,10 +11,13 @@ from nbformat import NotebookNode
 from tools.environment import ROOT
 from tools.notebooks import (
     CLEAN_METADATA,
+    FENCED,
     MODULES,
     cell_metadata,
     code_cells,
+    deeper,
     definitions,
+    headings,
     is_check_of,
     python,
     read_solutions,
@@ -267,9 +270,8 @@ def solutions_match_stubs(nb: NotebookNode, path: Path) -> Complaints:
 
 
 def _prose(cell: NotebookNode) -> str:
-    """Markdown without code, in which # and ( mean other things."""
-    text = re.sub(r"^(```|~~~).*?^\1", "", cell.source, flags=re.S | re.M)
-    return re.sub(r"`[^`\n]*`", "", text)
+    """Markdown without code, in which $ means other things."""
+    return re.sub(r"`[^`\n]*`", "", FENCED.sub("", cell.source))
 
 
 def formulas_are_escaped_once(nb: NotebookNode, path: Path) -> Complaints:
@@ -295,10 +297,12 @@ def tables_have_headers(nb: NotebookNode, path: Path) -> Complaints:
 def headings_in_order(nb: NotebookNode, path: Path) -> Complaints:
     found, levels = [], []
     for label, cell in _numbered(nb, "markdown"):
-        for marks in re.findall(r"^ {0,3}(#{1,6})\s+\S", _prose(cell), flags=re.M):
-            if levels and len(marks) > levels[-1] + 1:
-                found.append(f"{label}: a heading of level {len(marks)} under one of {levels[-1]}")
-            levels.append(len(marks))
+        for place, (level, title) in enumerate(headings(cell)):
+            if levels and level > levels[-1] + 1:
+                found.append(f"{label}: a heading of level {level} under one of {levels[-1]}")
+            if title.startswith("Deeper") and (place or not deeper(cell)):
+                found.append(f"{label}: {title!r} must begin its cell, as in '## Deeper · Title'")
+            levels.append(level)
     if levels[:1] != [1] or levels.count(1) != 1:
         found.append("the notebook has one title of level 1, before all other headings")
     if not nb.cells or nb.cells[0].cell_type != "markdown":

@@ -28,6 +28,8 @@ def _branch(leading, out, in_, rank, alpha, dtype=torch.float32):
         Case(lambda: _branch((7,), 96, 48, 8, 4.0)),
         Case(lambda: _branch((2, 3, 4), 32, 32, 6, 9), note="a square weight"),
         Case(lambda: _branch((3,), 24, 40, 4, 10, torch.float64)),
+        Case(lambda: _branch((1, 3), 24, 40, 1, 3), note="rank 1, and one text"),
+        Case(lambda: _branch((), 40, 24, 4, 10), note="a single vector x"),
     ],
     gradients=("x", "A", "B"),
     causes=mistakes(
@@ -41,8 +43,10 @@ def _branch(leading, out, in_, rank, alpha, dtype=torch.float32):
         alpha is left out: only 1 / r scales
             alpha / r → 1 / r
         {scaling_mistakes("alpha / r")}
-        alpha is divided by a width: the rank is A.shape[0]
+        alpha is divided by the input width: the rank is A.shape[0]
             A.shape[0] → A.shape[1]
+        alpha is divided by the output width: the rank is A.shape[0]
+            A.shape[0] → B.shape[0]
         the base's path is not asked for: return the branch alone
             x @ A.T → x @ A.T; W = B @ A
             return alpha / r * (low @ B.T) → return x @ W.T + alpha / r * (low @ B.T)
@@ -68,6 +72,7 @@ def _mergeable(out, in_, rank, alpha, dtype=torch.float32):
         Case(lambda: _mergeable(96, 48, 8, 4.0)),
         Case(lambda: _mergeable(32, 32, 6, 9), note="a square weight"),
         Case(lambda: _mergeable(24, 40, 4, 10, torch.float64)),
+        Case(lambda: _mergeable(24, 40, 1, 3), note="rank 1"),
     ],
     causes=mistakes(
         """
@@ -81,8 +86,10 @@ def _mergeable(out, in_, rank, alpha, dtype=torch.float32):
         {scaling_mistakes("alpha / r")}
         the update is subtracted, not added
             weight + → weight -
-        alpha is divided by a width: the rank is A.shape[0]
+        alpha is divided by the input width: the rank is A.shape[0]
             A.shape[0] → A.shape[1]
+        alpha is divided by the output width: the rank is A.shape[0]
+            A.shape[0] → B.shape[0]
         this is the update alone: add it to the weight
             weight + → ∅
         the update is transposed, which a square weight lets pass
@@ -107,6 +114,7 @@ def merge_lora(weight, A, B, alpha):
         Case(lambda: _mergeable(96, 48, 8, 4.0)),
         Case(lambda: _mergeable(32, 32, 6, 9), note="a square weight"),
         Case(lambda: _mergeable(24, 40, 4, 10, torch.float64)),
+        Case(lambda: _mergeable(24, 40, 1, 3), note="rank 1"),
     ],
     causes=mistakes(
         """
@@ -120,8 +128,10 @@ def merge_lora(weight, A, B, alpha):
         {scaling_mistakes("alpha / r")}
         the update is added again, not subtracted
             merged_weight - → merged_weight +
-        alpha is divided by a width: the rank is A.shape[0]
+        alpha is divided by the input width: the rank is A.shape[0]
             A.shape[0] → A.shape[1]
+        alpha is divided by the output width: the rank is A.shape[0]
+            A.shape[0] → B.shape[0]
         this is the update alone: subtract it from the merged weight
             merged_weight - → ∅
         """,

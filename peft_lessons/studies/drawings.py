@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -216,13 +216,15 @@ class _Map:
         self.linear(504, 222, "down", side=1)
 
 
-def block_map(*lit: str, caption: str = "", targets: Sequence[str] = LINEAR_MAPS) -> None:
+def block_map(*lit: str, caption: str = "", targets: Iterable[str] = LINEAR_MAPS) -> None:
     """Show a transformer block with the named places lit: what trains is coloured and labelled, the
     rest is grey. Without a name all places are lit, as a map of the course.
 
     Places: "prompt", "prefix", "LoRA", "adapter", "IA3", "BitFit", "norms" and "head". `targets`
     names the linear maps that LoRA is beside, all unless given. Raises ValueError for another
-    name."""
+    name, or for targets that are a string or empty."""
+    if isinstance(targets, str) or not (targets := tuple(targets)):
+        raise ValueError(f"targets={targets!r} must be a sequence, such as ('query', 'value')")
     if other := [name for name in targets if name not in LINEAR_MAPS]:
         raise ValueError(f"targets: {other[0]!r} must be one of {', '.join(LINEAR_MAPS)}")
     if unknown := [name for name in lit if name not in PLACES]:
@@ -246,6 +248,8 @@ def block_map(*lit: str, caption: str = "", targets: Sequence[str] = LINEAR_MAPS
     key = "Colour: trains. Grey: the frozen base."
     if set(PLACES) - set(_BASE) - set(chosen):
         key += " Dashed: where other methods add something."
+    elif set(targets) != set(LINEAR_MAPS):
+        key += " Dashed: where LoRA could also be added."
     ax.text(88, 16, key, va="center", size=8, color=INK)
     told = "; ".join(PLACES[place][2] for place in chosen)
     if set(targets) != set(LINEAR_MAPS):

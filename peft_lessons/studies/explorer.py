@@ -30,11 +30,11 @@ def _forms(shown: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         if "text/html" in data:
             return {"text/plain": repr(shown)} | data, metadata
-    elif hasattr(shown, "_repr_html_"):
-        return {"text/html": shown._repr_html_(), "text/plain": repr(shown)}, {}
+    elif hasattr(shown, "_repr_html_") and (page := shown._repr_html_()) is not None:
+        return {"text/html": page, "text/plain": repr(shown)}, {}
     raise TypeError(
-        f"explore: show returned {type(shown).__name__}, which has no HTML. Return a still "
-        "(plots.still), a table or a string of HTML"
+        f"explore: show returned {type(shown).__name__}, which has no HTML. Return "
+        "plots.still(fig, ...), a table or a string of HTML"
     )
 
 
@@ -122,12 +122,19 @@ def explore(
         choices: the values of each keyword: a slider for numbers, a menu for anything else.
 
     Without ipywidgets or a kernel the start is shown. Raises ValueError for no keyword, a keyword
-    without values, or a start that is not among them; TypeError if `show` returns no HTML."""
+    without a sequence of values, NaN among them, or a start that is not among them; TypeError if
+    `show` returns no HTML."""
+    for name, given in choices.items():
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ValueError(f"explore: {name}={given!r} must be a sequence, as in {name}=(1, 2)")
     values = {name: tuple(given) for name, given in choices.items()}
     if not values:
         raise ValueError("explore: name at least one choice, such as rank=(1, 2, 4, 8)")
     if empty := [name for name, given in values.items() if not given]:
         raise ValueError(f"explore: {empty[0]} has no values to choose from")
+    for name, given in values.items():
+        if any(_is_number(value) and value != value for value in given):
+            raise ValueError(f"explore: {name} has NaN among its values, which no slider can find")
     if start is None:
         start = {}
     elif not isinstance(start, Mapping):

@@ -1,11 +1,13 @@
 """The map of a block, the growing chart, and explorers: what they say, and what they refuse."""
 
 import itertools
+import math
 import re
 import sys
 
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from peft_lessons import plots, table
@@ -70,10 +72,30 @@ def test_lora_is_lit_beside_its_targets_alone(drawn):
     plots.block_map("LoRA", targets=("query", "value"))
     ((fig, alt, _),) = drawn
     assert texts(fig).count("LoRA") == 2 and "A and B beside query and value." in alt
-    with pytest.raises(
-        ValueError, match="'gate' must be one of query, key"
-    ):
-        plots.block_map("LoRA", targets=("query", "gate"))
+    plots.block_map("LoRA", targets=(name for name in ("query", "value")))
+    assert texts(drawn[1][0]) == texts(fig)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (("query", "gate"), "'gate' must be one of query, key"),
+        ("query", "targets='query' must be a sequence"),
+        ((), r"targets=\(\) must be a sequence"),
+    ],
+)
+def test_targets_that_are_no_linear_maps_are_refused(targets, told, drawn):
+    with pytest.raises(ValueError, match=told):
+        plots.block_map("LoRA", targets=targets)
+    assert not drawn
+
+
+def test_the_key_says_what_is_dashed(drawn):
+    for lit, targets in (((), drawings.LINEAR_MAPS), ((), ["key"]), (["LoRA"], ["key"])):
+        plots.block_map(*lit, targets=targets)
+    keys = [next(t for t in texts(fig) if t.startswith("Colour")) for fig, *_ in drawn]
+    assert "Dashed" not in keys[0] and "Dashed: where LoRA could" in keys[1]
+    assert "Dashed: where other methods" in keys[2]
 
 
 def test_the_picture_of_lora_names_its_parts(drawn):
@@ -189,6 +211,14 @@ def test_an_error_while_a_slider_moves_is_shown_and_forgotten():
     [
         ({}, ValueError, "name at least one choice"),
         ({"rank": ()}, ValueError, "rank has no values"),
+        ({"rank": 8}, ValueError, "rank=8 must be a sequence"),
+        ({"init": "zero"}, ValueError, "init='zero' must be a sequence"),
+        ({"rank": (1, 2), "rate": (1.0, math.nan)}, ValueError, "rate has NaN among its values"),
+        (
+            {"fig": (Figure(),)},
+            TypeError,
+            "show returned Figure, which has no HTML. Return plots.s",
+        ),
         ({"rank": (1, 2), "start": 4}, ValueError, "start=4 of rank must be one of 1, 2"),
         ({"rank": (1,), "start": {"rang": 1}}, ValueError, "start names 'rang', the choices are r"),
         ({"rank": (1, 2), "scale": (1, 2), "start": 2}, ValueError, "start=2 names no choice"),

@@ -28,6 +28,17 @@ def through_the_product(x, A, B, alpha):
     return x @ (B @ A).mT * alpha / len(A)
 
 
+@wrong("lora_forward", "(rank 1, and one text)")
+def squeezed(x, A, B, alpha):
+    low = (x @ A.T).squeeze()
+    return low @ B.T * alpha / len(A)
+
+
+@wrong("lora_forward", "(a single vector x)")
+def batches_only(x, A, B, alpha):
+    return torch.einsum("bi...,oi->bo...", x.movedim(-1, 1), B @ A).movedim(1, -1) * alpha / len(A)
+
+
 @wrong("lora_forward", "shape")
 def only_down(x, A, B, alpha):
     return x @ A.T * alpha / len(A)
@@ -45,6 +56,11 @@ def by_addmm(weight, A, B, alpha):
 @torch.no_grad()
 def in_double(weight, A, B, alpha):
     return weight.double() + alpha * torch.einsum("or,ri->oi", B.double(), A.double()) / len(A)
+
+
+@wrong("merge_lora", "(rank 1)")
+def squeezed_factors(weight, A, B, alpha):
+    return weight + alpha / len(A) * (B.squeeze() @ A.squeeze())
 
 
 @wrong("merge_lora", "the argument weight was changed")
@@ -65,6 +81,11 @@ def einsum(merged_weight, A, B, alpha):
 @torch.no_grad()
 def in_double_without_gradients(merged_weight, A, B, alpha):
     return merged_weight.double() - alpha * (B.double() @ A.double()) / len(A)
+
+
+@wrong("unmerge_lora", "(rank 1)")
+def squeezed_update(merged_weight, A, B, alpha):
+    return merged_weight - alpha / len(A) * (B.squeeze() @ A.squeeze())
 
 
 # ------------------------------------------------------------------ compress_lora

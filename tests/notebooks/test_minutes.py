@@ -62,6 +62,27 @@ def test_the_parts_of_a_lesson_are_told_apart():
     assert found.deeper == sum(found.sections.values())
 
 
+def test_what_is_a_heading():
+    nb = lesson(
+        new_markdown_cell("### Exercise 2.1 · One  ★ 5 min \r\n\n" + WORDS),
+        new_markdown_cell(
+            "## Part\n\n```\n## Exercise 9 · No 90 min\n## Deeper · No\n```\n" + WORDS
+        ),
+        new_markdown_cell("## Deeper · First (2 min) \r\n\n```sh\n# install\n```"),
+        new_markdown_cell("    ```\n    # not closed\n\n" + WORDS),
+    )
+    found = minutes.measured(nb)
+    assert found.exercises == 5 and found.core == pytest.approx(1, abs=0.2)
+    assert found.sections == {"Deeper · First (2 min)": pytest.approx(1, abs=0.1)}
+
+
+def test_minutes_and_folds_agree_on_what_is_deeper():
+    for source in ("Text.\n\n## Deeper · A (1 min)", "### Deeper · A (1 min)", "## Deeper still"):
+        nb = lesson(new_markdown_cell(source))
+        assert not minutes.measured(nb).sections
+        assert notebooks.cell_metadata(nb) == [{}, {}]
+
+
 SECTION = [new_markdown_cell("## Deeper · Long (10 min)"), code(150)]
 EXERCISE = new_markdown_cell("### Exercise 2.1 · One  ★ 5 min")
 
@@ -133,7 +154,7 @@ def test_tables_and_plans_state_the_minutes_of_the_cards():
     assert set(rows(minutes.MAP)) >= {path.stem for path in LESSONS[1:]}
 
 
-def test_the_sums_of_plans_and_paths(monkeypatch, tmp_path):
+def test_the_sums_of_plans_and_paths(monkeypatch, tmp_path, capsys):
     row = "| [**02 LoRA**](02_lora.ipynb) | question | 1 | | 3 |\n"
     path = "**Half a day** (02): 9 h 9 min. **All** of it takes 1 h.\n"
     plan = (
@@ -149,6 +170,20 @@ def test_the_sums_of_plans_and_paths(monkeypatch, tmp_path):
     nb = lesson(time="core 30 min, deeper 25 min, exercises 65 min")
     monkeypatch.setattr(notebooks, "read", lambda path: nb)
     monkeypatch.setattr(notebooks, "lessons", lambda selection=None: [LESSONS[2]])
+    for file, there, new, told in (
+        ("README", "02_lora.ipynb", "99_none.ipynb", "links 99_none.ipynb, and there is no such"),
+        ("PLANS", "day:", "day", "PLANS has no heading '### Half a day: …'"),
+    ):
+        text = (tmp_path / file).read_text("utf-8")
+        (tmp_path / file).write_text(text.replace(there, new), encoding="utf-8")
+        assert minutes.main(["--write"]) == 1 and told in capsys.readouterr().out
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    for silent in (lesson(time="an hour"), new_notebook()):
+        monkeypatch.setattr(notebooks, "read", lambda path, silent=silent: silent)
+        assert minutes.main(["--write"]) == 1
+        assert "nothing is written: the card of 02_lora" in capsys.readouterr().out
+    assert (tmp_path / "MAP").read_text("utf-8").startswith(row)
+    monkeypatch.setattr(notebooks, "read", lambda path: nb)
     minutes.main(["--write"])
     readme, start, plans = ((tmp_path / n).read_text("utf-8") for n in ("README", "MAP", "PLANS"))
     assert readme == "| [**02 LoRA**](02_lora.ipynb) | question | 30 | 25 | 65 |\n"

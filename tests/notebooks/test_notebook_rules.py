@@ -43,6 +43,9 @@ def good():
         code("import base64\n%matplotlib inline"),
         new_markdown_cell("| a | |\n|:---|---|\n| b | c |\n| | |"),
         new_markdown_cell("## Part\n\n```\n# no heading\n```\n\n### Subpart"),
+        new_markdown_cell(
+            "## Deeper · Beyond (3 min)", metadata={"jp-MarkdownHeadingCollapsed": True}
+        ),
         code("print('https://example.org/tmp/x')", text("https://example.org/tmp/x\n")),
         code("show()", picture(ALT)),
         code(
@@ -166,6 +169,9 @@ BAD = {
         "no title": change(lambda nb: nb.cells[0].update(source="Title")),
         "two titles": add(new_markdown_cell("# Another")),
         "jump": change(lambda nb: nb.cells.insert(1, new_markdown_cell("### Too deep"))),
+        "deeper below text": add(new_markdown_cell("Text.\n\n## Deeper · Beyond (3 min)")),
+        "deeper of level 3": add(new_markdown_cell("### Deeper · Beyond (3 min)")),
+        "deeper without its dot": add(new_markdown_cell("## Deeper: beyond (3 min)")),
     },
     "clean_metadata": {
         "kernel": change(lambda nb: nb.metadata.kernelspec.update(name="venv")),
