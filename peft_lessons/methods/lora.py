@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..engine import AdapterLayer, Method, PeftFiles, inject, validate
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-040
+# %% ../../notebooks/02_lora.ipynb #02-lora-042
 class LoRALayer(nn.Module):
     """Compute the low-rank update x -> s · B A x, with s = alpha / rank (rsLoRA: alpha / √rank).
 
@@ -41,7 +41,7 @@ class LoRALayer(nn.Module):
         """Return s · BA, (out, in)."""
         return self.lora_B @ self.lora_A * self.scaling   # (out, in)
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-042
+# %% ../../notebooks/02_lora.ipynb #02-lora-044
 class LinearWithLoRA(AdapterLayer):
     """Add LoRA to a frozen Linear: y = x Wᵀ + b + s · (x Aᵀ) Bᵀ, with B = 0 at the start."""
 
@@ -66,7 +66,7 @@ class LinearWithLoRA(AdapterLayer):
     def delta_weight(self) -> torch.Tensor:
         return self.lora.delta_weight()                              # s · BA (out, in)
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-044
+# %% ../../notebooks/02_lora.ipynb #02-lora-046
 @dataclass(frozen=True)
 class LoRA(Method):
     """Apply LoRA (Hu et al. 2021) to every Linear in `targets`; settings as in `LoRALayer`."""
@@ -82,7 +82,7 @@ class LoRA(Method):
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithLoRA:
         return LinearWithLoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-045
+# %% ../../notebooks/02_lora.ipynb #02-lora-047
 # How Hugging Face PEFT's files call all this: (their name, their default).
 LoRA.files = PeftFiles(
     "LORA",
@@ -92,7 +92,7 @@ LoRA.files = PeftFiles(
     others=("ensure_weight_tying", "megatron_core", "qalora_group_size"),  # of other options
     off={"init_lora_weights": (True, False, "gaussian")})  # others change the base
 
-# %% ../../notebooks/02_lora.ipynb #02-lora-091
+# %% ../../notebooks/02_lora.ipynb #02-lora-093
 def apply_lora_to_model(model: nn.Module, rank: int = 8, alpha: float = 16.0,
                         target_modules: tuple[str, ...] = ("q_proj", "v_proj")) -> nn.Module:
     """Freeze `model`, apply LoRA to the named layers, and return the model. Errors as `inject`."""
