@@ -17,7 +17,7 @@ from PIL import Image
 # in both themes of JupyterLab: transparent ones would lose their black text in the dark one.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#767676"  # with enough contrast for small text
-SHARP = 200  # dpi of a drawing, which has fine lines and small text
+SHARP = 150  # dpi of a drawing, which has fine lines and small text
 STYLE = {
     "axes.prop_cycle": cycler(color=COLORS),
     "axes.spines.top": False,
