@@ -8,6 +8,14 @@ from ..methods.lora import LinearWithLoRA
 from .kit import Case, Forbid, check_for, refused
 from .mistakes import mistakes, scaling_mistakes
 
+# The rank is not a width; the same mistakes for the branch, the merge and its inverse.
+_WIDTHS = """
+alpha is divided by the input width: the rank is A.shape[0]
+    A.shape[0] → A.shape[1]
+alpha is divided by the output width: the rank is A.shape[0]
+    A.shape[0] → B.shape[0]
+"""
+
 
 def _factors(out, in_, rank):
     """A and B of a trained adapter: neither is zero."""
@@ -43,10 +51,7 @@ def _branch(leading, out, in_, rank, alpha, dtype=torch.float32):
         alpha is left out: only 1 / r scales
             alpha / r → 1 / r
         {scaling_mistakes("alpha / r")}
-        alpha is divided by the input width: the rank is A.shape[0]
-            A.shape[0] → A.shape[1]
-        alpha is divided by the output width: the rank is A.shape[0]
-            A.shape[0] → B.shape[0]
+        {_WIDTHS}
         the base's path is not asked for: return the branch alone
             x @ A.T → x @ A.T; W = B @ A
             return alpha / r * (low @ B.T) → return x @ W.T + alpha / r * (low @ B.T)
@@ -66,14 +71,18 @@ def _mergeable(out, in_, rank, alpha, dtype=torch.float32):
     return [tensor.to(dtype) for tensor in (torch.randn(out, in_) * 3, A, B)] + [alpha]
 
 
+# A weight, merged or to be merged, with its factors.
+_MERGES = [
+    Case(lambda: _mergeable(48, 96, 4, 10)),
+    Case(lambda: _mergeable(96, 48, 8, 4.0)),
+    Case(lambda: _mergeable(32, 32, 6, 9), note="a square weight"),
+    Case(lambda: _mergeable(24, 40, 4, 10, torch.float64)),
+    Case(lambda: _mergeable(24, 40, 1, 3), note="rank 1"),
+]
+
+
 @check_for(
-    cases=[
-        Case(lambda: _mergeable(48, 96, 4, 10)),
-        Case(lambda: _mergeable(96, 48, 8, 4.0)),
-        Case(lambda: _mergeable(32, 32, 6, 9), note="a square weight"),
-        Case(lambda: _mergeable(24, 40, 4, 10, torch.float64)),
-        Case(lambda: _mergeable(24, 40, 1, 3), note="rank 1"),
-    ],
+    cases=_MERGES,
     causes=mistakes(
         """
         def merge_lora(weight, A, B, alpha):
@@ -86,10 +95,7 @@ def _mergeable(out, in_, rank, alpha, dtype=torch.float32):
         {scaling_mistakes("alpha / r")}
         the update is subtracted, not added
             weight + → weight -
-        alpha is divided by the input width: the rank is A.shape[0]
-            A.shape[0] → A.shape[1]
-        alpha is divided by the output width: the rank is A.shape[0]
-            A.shape[0] → B.shape[0]
+        {_WIDTHS}
         this is the update alone: add it to the weight
             weight + → ∅
         the update is transposed, which a square weight lets pass
@@ -109,13 +115,7 @@ def merge_lora(weight, A, B, alpha):
 
 
 @check_for(
-    cases=[
-        Case(lambda: _mergeable(48, 96, 4, 10)),
-        Case(lambda: _mergeable(96, 48, 8, 4.0)),
-        Case(lambda: _mergeable(32, 32, 6, 9), note="a square weight"),
-        Case(lambda: _mergeable(24, 40, 4, 10, torch.float64)),
-        Case(lambda: _mergeable(24, 40, 1, 3), note="rank 1"),
-    ],
+    cases=_MERGES,
     causes=mistakes(
         """
         def unmerge_lora(merged_weight, A, B, alpha):
@@ -128,10 +128,7 @@ def merge_lora(weight, A, B, alpha):
         {scaling_mistakes("alpha / r")}
         the update is added again, not subtracted
             merged_weight - → merged_weight +
-        alpha is divided by the input width: the rank is A.shape[0]
-            A.shape[0] → A.shape[1]
-        alpha is divided by the output width: the rank is A.shape[0]
-            A.shape[0] → B.shape[0]
+        {_WIDTHS}
         this is the update alone: subtract it from the merged weight
             merged_weight - → ∅
         """,
