@@ -23,6 +23,7 @@ GUIDES = (
     "README.md",
     "docs/instructors.md",
     "docs/hub.md",
+    "docs/devices.md",
     "docs/wrong_answers.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",

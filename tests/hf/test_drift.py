@@ -20,12 +20,13 @@ import peft
 import pytest
 import torch
 import transformers
+import trl
 from packaging.requirements import Requirement
 from packaging.version import Version
 from tiny import TinyText, batch_of, by_hand, greedy, perturb, rewrite, tiny_bert, tiny_llama
 from transformers import Trainer, TrainingArguments
 
-from peft_lessons import load_model
+from peft_lessons import load_model, load_tokenizer
 from tools.environment import ROOT
 
 # ------------------------------------------------------------------ the machinery
@@ -286,6 +287,62 @@ def combined() -> dict:
     return found
 
 
+def sum_of_two(kind: str) -> float:
+    """The distance of a combination from the mean of two changes, relative to that mean."""
+    model = two_adapters()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    wanted = (layer.get_delta_weight("one") + layer.get_delta_weight("two")) / 2
+    model.add_weighted_adapter(["one", "two"], [0.5, 0.5], kind, kind, density=1.0)
+    return ((layer.get_delta_weight(kind) - wanted).norm() / wanted.norm()).item()
+
+
+def experts_reached(family: str) -> dict:
+    """Whether "all-linear" reaches the experts of a mixture, and how many warnings name them."""
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    kinds = {"qwen3_moe": dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
+             "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2)}  # fmt: skip
+    config = transformers.AutoConfig.for_model(family, **sizes, **heads, **kinds[family])
+    base, made = transformers.AutoModelForCausalLM.from_config(config), []
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", **TASK)
+    texts = said(lambda: made.append(peft.get_peft_model(base, lora)))
+    reached = any("experts" in name for name in made[0].targeted_parameter_names)
+    return {"reached": reached, "warned": any("expert" in text for text in texts)}
+
+
+def dora_as_lora() -> bool:
+    """Whether a DoRA converted to a LoRA of full rank answers as the DoRA does."""
+    model = model_with(peft.LoraConfig(**LORA, **TASK, use_dora=True))
+    with tempfile.TemporaryDirectory() as folder:
+        peft.tuners.lora.save_as_lora(folder, model, 32)
+        return apart(logits(opened(folder)), logits(model)) < 1e-3
+
+
+def types_of_a_half(**options) -> tuple[str, str]:
+    """The types of a factor and of a copied module in a bfloat16 base."""
+    config = peft.LoraConfig(**LORA, **TASK, modules_to_save=["lm_head"])
+    model = peft.get_peft_model(tiny_llama().bfloat16(), config, **options)
+    kinds = {n: str(p.dtype) for n, p in model.named_parameters() if p.requires_grad}
+    return tuple(
+        next(kind for name, kind in kinds.items() if part in name)
+        for part in ("lora_A", "modules_to_save")
+    )
+
+
+def labels_of_the_padding_token() -> list[int]:
+    tokenizer = load_tokenizer("tinylm")
+    ids = [5, 6, tokenizer.pad_token_id]
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return collate([{"input_ids": ids}])["labels"][0].tolist()
+
+
+def sft_defaults() -> dict:
+    named = ("learning_rate", "bf16", "gradient_checkpointing", "max_length", "packing",
+             "completion_only_loss", "assistant_only_loss")  # fmt: skip
+    made = trl.SFTConfig("unused", use_cpu=True, bf16=None)
+    return {name: getattr(made, name) for name in named}
+
+
 def one_of_two_merged() -> dict:
     model = two_adapters()
     model.base_model.set_adapter(["one", "two"])
@@ -404,6 +461,23 @@ ROWS = [
         lambda: {t: fresh_head(t) for t in (None, "SEQ_CLS")}, {None: False, "SEQ_CLS": True}),
     Row("12", "a linear combination is not the weighted sum, cat is, at the sum of the ranks",
         combined, {"linear": (4, False), "svd": (4, False), "cat": (8, True)}),
+    Row("12", "ties acts on the factors, and is further from the mean of two changes than ties_svd, "
+        "which acts on the changes",
+        lambda: [sum_of_two("ties") > 0.3, sum_of_two("ties_svd") < sum_of_two("ties")],
+        [True, True]),
+    Row("12", "all-linear reaches the experts of Qwen3-MoE and, without a warning, none of gpt-oss",
+        lambda: [experts_reached(family) for family in ("qwen3_moe", "gpt_oss")],
+        [{"reached": True, "warned": False}, {"reached": False, "warned": False}],
+        "peft+transformers"),
+    Row("12", "save_as_lora takes a DoRA and drops its magnitudes", dora_as_lora, False),
+    Row("12", "what PEFT adds to a bfloat16 base is float32 by default; a copied head is not",
+        lambda: [types_of_a_half(), types_of_a_half(autocast_adapter_dtype=False)],
+        [("torch.float32", "torch.bfloat16"), ("torch.bfloat16", "torch.bfloat16")]),
+    Row("12", "DataCollatorForLanguageModeling gives every padding token the label -100",
+        labels_of_the_padding_token, [5, 6, -100], "transformers"),
+    Row("12", "what TRL's SFTConfig says if it is not told otherwise", sft_defaults,
+        dict(learning_rate=2e-5, bf16=True, gradient_checkpointing=True, max_length=1024,
+             packing=False, completion_only_loss=None, assistant_only_loss=False), "trl"),
     Row("12", "one of two active adapters merged: the other is left out silently",
         one_of_two_merged, {"only the merged one": True, "warnings": 0}),
     Row("12", "merge_and_unload takes NaN, unless safe_merge=True",
