@@ -461,8 +461,8 @@ ROWS = [
         lambda: {t: fresh_head(t) for t in (None, "SEQ_CLS")}, {None: False, "SEQ_CLS": True}),
     Row("12", "a linear combination is not the weighted sum, cat is, at the sum of the ranks",
         combined, {"linear": (4, False), "svd": (4, False), "cat": (8, True)}),
-    Row("12", "ties acts on the factors, and is further from the mean of two changes than ties_svd, "
-        "which acts on the changes",
+    Row("12", "ties acts on the factors, and is further from the mean of two changes than "
+        "ties_svd, which acts on the changes",
         lambda: [sum_of_two("ties") > 0.3, sum_of_two("ties_svd") < sum_of_two("ties")],
         [True, True]),
     Row("12", "all-linear reaches the experts of Qwen3-MoE and, without a warning, none of gpt-oss",
