@@ -214,15 +214,15 @@ _TEMPLATE = """\
 def _speaker():
     """Return tinylm's tokenizer, taught ChatML."""
     tokenizer = copy.deepcopy(load_tokenizer("tinylm"))
-    tokens = {"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"]}
-    tokenizer.add_special_tokens(tokens)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # as the assistant has it
     tokenizer.chat_template = _TEMPLATE
     return tokenizer
 
 
 @cache
 def _base() -> nn.Module:
-    return tiny_llama(vocab_size=len(_speaker()), max_position_embeddings=512)
+    return tiny_llama(vocab_size=len(_speaker()), num_hidden_layers=1)
 
 
 @cache
@@ -235,11 +235,12 @@ def _policy() -> nn.Module:
 
 def _pair(prompt, chosen, rejected, beta):
     pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return [copy.deepcopy(_policy()), copy.deepcopy(_speaker()), pair, beta]
+    settings = _policy().config  # copying them takes longer than copying the model
+    return [copy.deepcopy(_policy(), {id(settings): settings}), _speaker(), pair, beta]
 
 
 _FAULTS = (
-    "the prompt is among the labels",
+    "the end token is masked as if it were padding",
     "the prompt goes through the chat template twice",
     "the reference is computed with the adapter on",
     "log-probabilities are averaged: DPO takes their sum",
@@ -252,7 +253,7 @@ def _prompt(question: str) -> str:
 
 def _step(*faults: str) -> Callable:
     """Make a preference_step with some of the faults. Its reference is the base itself."""
-    labels, twice, adapted, mean = (fault in faults for fault in _FAULTS)
+    masked, twice, adapted, mean = (fault in faults for fault in _FAULTS)
 
     def preference_step(model, tokenizer, pair, beta):
         prompt = _prompt(pair["prompt"])
@@ -261,7 +262,8 @@ def _step(*faults: str) -> Callable:
         def logprob(network, answer):
             ids = torch.tensor(prompt + tokenizer(f"{answer}<|im_end|>").input_ids)
             choices = torch.distributions.Categorical(logits=network(ids[None]).logits[0, :-1])
-            each = choices.log_prob(ids[1:])[0 if labels else len(prompt) - 1 :]
+            each = choices.log_prob(ids[1:])[len(prompt) - 1 :]
+            each = each[:-1] if masked else each
             return each.mean() if mean else each.sum()
 
         def margin(network):

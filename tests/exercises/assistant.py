@@ -130,7 +130,7 @@ def compared(policy, reference, beta):
     return assistant.dpo_loss(*sums, *fixed, beta)[0]
 
 
-@wrong("preference_step", "Still wrong: the prompt is among the labels; the prompt goes through")
+@wrong("preference_step", "Still wrong: the end token is masked as if it were padding; the prompt")
 def as_it_is_in_the_lesson(model, tokenizer, pair, beta):
     chat = [{"role": "user", "content": pair["prompt"]}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -139,7 +139,8 @@ def as_it_is_in_the_lesson(model, tokenizer, pair, beta):
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text + answer + tokenizer.eos_token, return_tensors="pt").input_ids
-        labels = ids.clone()
+        labels = assistant.answer_labels(ids[0], len(tokenizer(text).input_ids)).unsqueeze(0)
+        labels[ids == tokenizer.pad_token_id] = -100
         return -model(ids, labels=labels).loss
 
     chosen, rejected = logprob(pair["chosen"]), logprob(pair["rejected"])
@@ -186,9 +187,27 @@ def by_a_base_of_its_own(model, tokenizer, pair, beta):
 
 
 @wrong("preference_step", "no gradient reaches model")
-def by_the_base_alone(model, tokenizer, pair, beta):
+@torch.no_grad()
+def without_gradients(model, tokenizer, pair, beta):
     base = unload(copy.deepcopy(model))
-    return by_whole_chats(model, tokenizer, pair, base, base, beta) + beta - beta
+    return by_whole_chats(model, tokenizer, pair, model, base, beta)
+
+
+@right("preference_step")
+def the_prompt_cancels(model, tokenizer, pair, beta):
+    """Where log-probabilities are summed, the prompt's are the same in both answers."""
+    prompt = prompt_of(tokenizer, pair["prompt"])
+
+    def logprob(which):
+        text = prompt + pair[which] + tokenizer.eos_token
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        return assistant.sequence_logprob(model(ids).logits, ids)
+
+    def reference(which):
+        with disabled(model):
+            return logprob(which)
+
+    return compared(logprob, reference, beta)
 
 
 @right("preference_step")
