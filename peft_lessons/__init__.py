@@ -16,7 +16,17 @@ from .costs.recommend import recommend_peft_method
 from .data.base_models import load_model, load_tokenizer
 from .data.environment import check_environment
 from .data.tasks import load_task
-from .engine import freeze, inject, load_adapter, merge, report, save_adapter, unload, unmerge
+from .engine import (
+    disabled,
+    freeze,
+    inject,
+    load_adapter,
+    merge,
+    report,
+    save_adapter,
+    unload,
+    unmerge,
+)
 from .hf.setup import load_and_merge_adapter, setup_peft_training, setup_qlora
 from .methods.adalora import AdaLoRA
 from .methods.adapters import Adapter, BottleneckAdapter
@@ -62,6 +72,7 @@ __all__ = [
     "apply_lora_to_model",
     "check",
     "check_environment",
+    "disabled",
     "evaluate",
     "fit",
     "freeze",

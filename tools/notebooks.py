@@ -40,6 +40,7 @@ MODULES = {
     "12_hf_peft": "hf_peft",
     "13_choosing": "choosing",
     "14_beyond_lora": "beyond",
+    "15_assistant": "assistant",
 }
 
 # Of an output with sliders a page without a kernel shows the other forms, and this one has an id

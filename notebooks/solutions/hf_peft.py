@@ -36,7 +36,7 @@ def mixed_batch(
     model: PeftModel, inputs: dict[str, torch.Tensor], adapters: list[str | None]
 ) -> torch.Tensor:
     """The logits of a batch in which each row has its own adapter, or none."""
-    active, training = model.active_adapter, model.training
+    active = model.active_adapter
     model.eval()
     logits = {}
     for name in set(adapters):
@@ -51,7 +51,6 @@ def mixed_batch(
                 answers = model(**part).logits
         logits |= dict(zip(rows, answers, strict=True))
     model.set_adapter(active)
-    model.train(training)
     return torch.stack([logits[i] for i in range(len(adapters))])
 
 

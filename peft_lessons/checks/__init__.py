@@ -3,6 +3,7 @@
 from . import (
     adalora,
     adapters,
+    assistant,
     beyond,
     choosing,
     dora,
@@ -24,6 +25,7 @@ __all__ = [
     "WrongAnswer",
     "adalora",
     "adapters",
+    "assistant",
     "beyond",
     "choosing",
     "dora",

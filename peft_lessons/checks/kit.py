@@ -107,6 +107,8 @@ class Check:
         learner's function must return it too, and no copy.
     exact_dtype: whether the dtype is the point, so that a wider float is refused."""
 
+    lead = "Likely cause"  # of the sentence that names a cause
+
     def __init__(
         self,
         reference: Callable,
@@ -330,7 +332,7 @@ class Check:
             for name, arg in zip(self.names, self._arguments(number), strict=False):
                 if isinstance(arg, torch.Tensor) and not difference(got, arg):
                     return [f"Your result equals the argument {name}."]
-        return [f"Likely cause: {', or '.join(named)}."] if named else []
+        return [f"{self.lead}: {', or '.join(named)}."] if named else []
 
     def _same_result(self, yours: "_Runs", theirs: "_Runs", right: "_Runs", number: int) -> bool:
         (got, error), (wrong, wrong_error) = yours.result(number), theirs.result(number)

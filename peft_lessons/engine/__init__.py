@@ -19,6 +19,7 @@ from .files import (
 from .injection import (
     Report,
     attached_to,
+    disabled,
     fingerprint,
     freeze,
     inject,
@@ -26,6 +27,7 @@ from .injection import (
     injection_of,
     merge,
     refuse_injected,
+    refuse_off,
     report,
     require_injection,
     unload,

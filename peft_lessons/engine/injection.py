@@ -11,8 +11,10 @@ import hashlib
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +38,17 @@ def require_injection(model: nn.Module, verb: str, method: type[Method] | None =
     if injection is None or (method and injection.method.files.kind != method.files.kind):
         what = method.__name__ if method else "method"
         raise ValueError(f"{verb}: the model holds no {what}; inject(model, ...) one first")
+    refuse_off(injection, verb)
     return injection
+
+
+def refuse_off(injection: Injection, verb: str) -> None:
+    """Raise RuntimeError while `disabled` has switched the method off: the model then holds the
+    base's values in place of the trained ones."""
+    if injection.off and verb != "disabled":
+        raise RuntimeError(
+            f"{verb}: disabled(model) has switched the method off; call {verb} after the with block"
+        )
 
 
 def attached_to(model: nn.Module, kind: type[nn.Module], verb: str) -> nn.Module:
@@ -354,3 +366,64 @@ def unload(model: nn.Module) -> nn.Module:
     _restore(model, injection.were_trainable)
     del model._peft_injection
     return model
+
+
+# ------------------------------------------------------------------ the base for a moment
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch the method off inside `with disabled(model):`, so that the model computes exactly
+    what the base computed before `inject`. A method that quantises the base leaves the base in
+    4 bits.
+
+    Wrapped layers call their base alone, hooks of prompts and prefixes do nothing, and trained
+    parameters of the base itself (BitFit, partial fine-tuning, a new head) have their values from
+    before the training. The block may be nested. Everything is switched on again after the block,
+    even after an exception; train or eval mode and gradients stay as they are.
+
+    Raises TypeError for a model of Hugging Face PEFT, ValueError if the model holds no method or
+    one that changes the base's weights (LoftQ), RuntimeError while the method is merged."""
+    if hasattr(model, "disable_adapter"):
+        raise TypeError(
+            f"disabled: {type(model).__name__} is a model of Hugging Face PEFT: write "
+            "with model.disable_adapter():"
+        )
+    injection = require_injection(model, "disabled")
+    if injection.merged:
+        raise RuntimeError(
+            "disabled: the method is merged into the base's weights; unmerge(model) first"
+        )
+    if why := injection.method.moves_base:
+        raise ValueError(
+            f"disabled: {type(injection.method).__name__} {why}, so the base alone is another "
+            "model: load the base again for comparison"
+        )
+    if injection.off:  # an outer block switches it on again
+        yield model
+        return
+    with ExitStack() as on_again:
+        injection.off = True
+        on_again.callback(setattr, injection, "off", False)
+        for wrapper in injection.wrappers.values():
+            _swap(vars(wrapper), "forward", wrapper.base.__call__, on_again)
+        for handle in injection.handles:
+            _swap(handle.hooks_dict_ref(), handle.id, lambda *_: None, on_again)
+        old = injection.whole | injection.frozen
+        names = {p: name for name, p in model.named_parameters() if name in old}
+        for module in model.modules():
+            # Tied parameters stand in several modules.
+            for leaf, p in list(module._parameters.items()):
+                if p in names:
+                    before = nn.Parameter(old[names[p]].to(p), requires_grad=False)
+                    _swap(module._parameters, leaf, before, on_again)
+        yield model
+
+
+def _swap(place: dict, key: Any, value: Any, undo: ExitStack) -> None:
+    """Set `place[key]`, and have `undo` restore the entry or its absence at its old position."""
+    if key in place:
+        undo.callback(place.__setitem__, key, place[key])
+    else:
+        undo.callback(place.pop, key)
+    place[key] = value

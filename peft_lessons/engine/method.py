@@ -85,6 +85,8 @@ class Method:
         ranks:          the fields that are a rank: at most min(in, out) of a layer
         learning_rate:  the default of `fit`
         rate_factors:   {parameter of the wrapping or attached module: factor of its learning rate}
+        moves_base:     how the method changes the base's own weights, in words for an error; None
+                        if the base without what is added computes as before `inject`
         design:         the method as a change of a hidden state: one or several `Design`"""
 
     files: ClassVar[PeftFiles]
@@ -93,6 +95,7 @@ class Method:
     ranks: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 1e-3
     rate_factors: ClassVar[Mapping[str, float]] = {}
+    moves_base: ClassVar[str | None] = None
     design: ClassVar[Any] = None
 
     def __init_subclass__(cls, **options):
@@ -190,6 +193,7 @@ class Injection:
     size: int  # parameters of the base; a method that quantises it leaves fewer to count
     shapes: dict[str, tuple[int, ...]]  # of the wrapped layers' weights, for the same reason
     kept: bool = False  # whether merge made what trained of the base part of it
+    off: bool = False  # whether `disabled` has switched the method off
 
     @property
     def merged(self) -> bool:

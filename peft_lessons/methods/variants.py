@@ -139,6 +139,7 @@ class LoftQ(QLoRA):
     iterations: int = 5
     principal: bool = False
     learning_rate = 1e-3
+    moves_base = "stores W − BA in 4 bits, not W"
 
     def __post_init__(self):
         super().__post_init__()

@@ -29,7 +29,7 @@ INTRODUCED: dict[str, tuple[str, str, tuple[float, float]]] = {
     "diff": ("10", "diff pruning", _LEFT),
     "mixed": ("11", "adapter and prefix", _RIGHT),
 }
-LESSONS = tuple(f"{n:02d}" for n in range(15))
+LESSONS = tuple(f"{n:02d}" for n in range(16))
 FULL = "full fine-tuning"
 _TICKS = {1e3: "1,000", 1e4: "10,000", 1e5: "100,000", 1e6: "1 million", 1e7: "10 million"}
 

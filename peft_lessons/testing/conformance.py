@@ -30,6 +30,7 @@ from ..engine import (
     Injection,
     Method,
     PeftFiles,
+    disabled,
     inject,
     injection_of,
     load_adapter,
@@ -688,6 +689,18 @@ def _as_unloaded(method: Method, bench: Bench) -> str:
     return "unload gives the base back bit by bit"
 
 
+def _as_disabled(method: Method, bench: Bench) -> str:
+    """Switched off, the model computes the base's logits, and afterwards its own again."""
+    if not bench.keeps_base:
+        return "the base itself is changed, so nothing is compared with it"
+    model = bench.perturbed(method, head=True)
+    expected = bench.logits(model)
+    with disabled(model):
+        bench.require(model, bench.plain, "switched off, the model is not the base")
+    bench.require(model, expected, "switched off and on again, it computes something else")
+    return "switched off, it is the base bit by bit"
+
+
 def _as_listed(method: Method, bench: Bench) -> str:
     """It has rows in the table of all methods, which has those of `check_design`."""
     for row in check_design(type(method), bench.model(), bench.batch):
@@ -828,6 +841,7 @@ CHECKS: dict[Callable[[Method, Bench], str], str] = {
     _as_merged: "when it was merged it",
     _as_unloaded: "when it was taken out it",
     _as_listed: "when it was looked up in the table it",
+    _as_disabled: "when it was switched off it",
     _as_copied: "when the model was copied it",
     _as_cast: "when it was put into a base in 16 or 64 bits it",
     _as_counted: "when it was put into a base on the meta device it",

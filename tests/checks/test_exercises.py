@@ -122,7 +122,7 @@ def test_wrong_answer_is_told_its_cause(lesson, name, answer, told):
 @pytest.mark.parametrize(("one", "sentence", "wrong"), CAUSES)
 def test_a_cause_is_named_alone(one, sentence, wrong):
     """The wrong function behind every cause is refused, with this cause and no other."""
-    assert refusal(one, wrong).splitlines()[-1].strip() == f"Likely cause: {sentence}."
+    assert refusal(one, wrong).splitlines()[-1].strip() == f"{one.lead}: {sentence}."
 
 
 @pytest.mark.parametrize(

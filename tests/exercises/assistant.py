@@ -1,0 +1,248 @@
+"""Answers to the exercises of lesson 15."""
+
+import copy
+
+import torch
+from torch.nn import functional as F
+
+from peft_lessons import disabled, unload
+from peft_lessons.methods import assistant
+
+from . import Answers
+
+answers = Answers()
+wrong, right = answers.wrong, answers.right
+
+
+# ------------------------------------------------------------------ answer_labels
+
+
+@right("answer_labels")
+def by_position(ids, answer_start):
+    return torch.where(torch.arange(len(ids)) < answer_start, -100, ids)
+
+
+@right("answer_labels")
+def joined(ids, answer_start):
+    return torch.cat([ids.new_full((answer_start,), -100), ids[answer_start:]])
+
+
+@wrong("answer_labels", "the argument ids was changed")
+def in_place(ids, answer_start):
+    ids[:answer_start] = -100
+    return ids
+
+
+@wrong("answer_labels", "shape")
+def answer_alone(ids, answer_start):
+    return ids[answer_start:]
+
+
+# ------------------------------------------------------------------ sequence_logprob
+
+
+@right("sequence_logprob")
+def by_cross_entropy(logits, labels):
+    pairs = zip(logits[:, :-1], labels[:, 1:], strict=True)
+    return torch.stack([-F.cross_entropy(a, b, reduction="sum") for a, b in pairs])
+
+
+@right("sequence_logprob")
+def token_by_token(logits, labels):
+    sums = []
+    for row, tokens in zip(logits, labels.tolist(), strict=True):
+        sums.append(row.new_zeros(()))
+        for scores, token in zip(row, tokens[1:], strict=False):
+            if token != -100:
+                sums[-1] = sums[-1] + scores[token] - scores.logsumexp(0)
+    return torch.stack(sums)
+
+
+@wrong("sequence_logprob", "your function raised")
+def no_index(logits, labels):
+    logprobs = logits[:, :-1].log_softmax(-1)
+    return logprobs.gather(-1, labels[:, 1:, None]).squeeze(-1).sum(1)
+
+
+@wrong("sequence_logprob", "shape (), expected (3,)")
+def over_the_batch(logits, labels):
+    return assistant.sequence_logprob(logits, labels).sum()
+
+
+@wrong("sequence_logprob", "no gradient reaches logits")
+@torch.no_grad()
+def without_a_graph(logits, labels):
+    return assistant.sequence_logprob(logits, labels)
+
+
+# ------------------------------------------------------------------ dpo_loss
+
+
+@right("dpo_loss")
+def by_softplus(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+    policy, reference = policy_chosen - policy_rejected, reference_chosen - reference_rejected
+    with torch.no_grad():
+        rewards = policy_chosen - reference_chosen, policy_rejected - reference_rejected
+    return F.softplus(beta * (reference - policy)).mean(), beta * rewards[0], beta * rewards[1]
+
+
+@right("dpo_loss")
+def by_cross_entropy_of_two(
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta
+):
+    """The chosen answer is the right class of two."""
+    policy = torch.stack([policy_chosen, policy_rejected], dim=1)
+    reference = torch.stack([reference_chosen, reference_rejected], dim=1)
+    rewards = beta * (policy - reference)
+    first = torch.zeros(len(rewards), dtype=torch.long)
+    return F.cross_entropy(rewards, first), *rewards.unbind(1)
+
+
+@wrong("dpo_loss", "use F.logsigmoid")
+def exponential(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+    chosen = beta * (policy_chosen - reference_chosen)
+    rejected = beta * (policy_rejected - reference_rejected)
+    return torch.log(1 + torch.exp(rejected - chosen)).mean(), chosen, rejected
+
+
+@wrong("dpo_loss", "no gradient reaches policy_chosen")
+def rewards_detached_before_the_loss(
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta
+):
+    chosen = beta * (policy_chosen - reference_chosen).detach()
+    rejected = beta * (policy_rejected - reference_rejected).detach()
+    return -F.logsigmoid(chosen - rejected).mean(), chosen, rejected
+
+
+# ------------------------------------------------------------------ preference_step
+
+
+def prompt_of(tokenizer, question):
+    chat = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+def compared(policy, reference, beta):
+    """The loss of two functions, each from an answer's name to its log-probability."""
+    sums = policy("chosen"), policy("rejected")
+    with torch.no_grad():
+        fixed = reference("chosen"), reference("rejected")
+    return assistant.dpo_loss(*sums, *fixed, beta)[0]
+
+
+@wrong("preference_step", "Still wrong: the end token is masked as if it were padding; the prompt")
+def as_it_is_in_the_lesson(model, tokenizer, pair, beta):
+    chat = [{"role": "user", "content": pair["prompt"]}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+    def logprob(answer):
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text + answer + tokenizer.eos_token, return_tensors="pt").input_ids
+        labels = assistant.answer_labels(ids[0], len(tokenizer(text).input_ids)).unsqueeze(0)
+        labels[ids == tokenizer.pad_token_id] = -100
+        return -model(ids, labels=labels).loss
+
+    chosen, rejected = logprob(pair["chosen"]), logprob(pair["rejected"])
+    with torch.no_grad():
+        reference = logprob(pair["chosen"]), logprob(pair["rejected"])
+    loss, _, _ = assistant.dpo_loss(chosen, rejected, *reference, beta)
+    return loss
+
+
+@wrong("preference_step", "Still wrong: the reference is computed with the adapter on; log-prob")
+def half_repaired(model, tokenizer, pair, beta):
+    prompt = prompt_of(tokenizer, pair["prompt"])
+    start = len(tokenizer(prompt).input_ids)
+
+    def logprob(which):
+        text = prompt + pair[which] + tokenizer.eos_token
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        return -model(ids, labels=assistant.answer_labels(ids[0], start)[None]).loss
+
+    return compared(logprob, logprob, beta)
+
+
+def by_whole_chats(model, tokenizer, pair, policy, reference, beta):
+    """Render question and answer in one chat."""
+    chat = [{"role": "user", "content": pair["prompt"]}]
+    start = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+
+    def logprob(network):
+        def of(which):
+            whole = [*chat, {"role": "assistant", "content": pair[which]}]
+            tokens = tokenizer.apply_chat_template(whole, return_tensors="pt", return_dict=True)
+            labels = assistant.answer_labels(tokens["input_ids"][0], start)[None]
+            return assistant.sequence_logprob(network(**tokens).logits, labels)
+
+        return of
+
+    return compared(logprob(policy), logprob(reference), beta)
+
+
+@right("preference_step")
+def by_a_base_of_its_own(model, tokenizer, pair, beta):
+    base = unload(copy.deepcopy(model))
+    return by_whole_chats(model, tokenizer, pair, model, base, beta)
+
+
+@wrong("preference_step", "no gradient reaches model")
+@torch.no_grad()
+def without_gradients(model, tokenizer, pair, beta):
+    base = unload(copy.deepcopy(model))
+    return by_whole_chats(model, tokenizer, pair, model, base, beta)
+
+
+@right("preference_step")
+def the_prompt_cancels(model, tokenizer, pair, beta):
+    """Where log-probabilities are summed, the prompt's are the same in both answers."""
+    prompt = prompt_of(tokenizer, pair["prompt"])
+
+    def logprob(which):
+        text = prompt + pair[which] + tokenizer.eos_token
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        return assistant.sequence_logprob(model(ids).logits, ids)
+
+    def reference(which):
+        with disabled(model):
+            return logprob(which)
+
+    return compared(logprob, reference, beta)
+
+
+@right("preference_step")
+def one_padded_batch(model, tokenizer, pair, beta):
+    prompt = tokenizer(prompt_of(tokenizer, pair["prompt"])).input_ids
+    texts = [pair["chosen"], pair["rejected"]]
+    rows = [prompt + tokenizer(text + tokenizer.eos_token).input_ids for text in texts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : len(prompt)] = -100
+
+    def logprobs():
+        return assistant.sequence_logprob(model(input_ids=ids, attention_mask=mask).logits, labels)
+
+    policy = logprobs()
+    with disabled(model):
+        margin = policy - logprobs().detach()
+    return F.softplus(beta * (margin[1] - margin[0]))
+
+
+@right("preference_step")
+def through_the_models_loss(model, tokenizer, pair, beta):
+    """The model's loss is a mean: times the number of labels it is the sum."""
+    prompt = tokenizer(prompt_of(tokenizer, pair["prompt"])).input_ids
+
+    def logprob(which):
+        answer = tokenizer(pair[which] + tokenizer.eos_token).input_ids
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        return -model(ids, labels=labels).loss * len(answer)
+
+    def reference(which):
+        with disabled(model):
+            return logprob(which)
+
+    return compared(logprob, reference, beta)
