@@ -12,6 +12,7 @@ import difflib
 import errno
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -46,12 +47,12 @@ OFFLINE = {
     "MKL_NUM_THREADS": "1",
 }
 
-# As measured, in GB: (to download, on disk).
+# As measured, in GB, packages and assistant: (to download, on disk).
 SIZES = {
-    ("cpu", "[dev]"): (0.5, 2.0),
-    ("cpu", ""): (0.4, 1.6),
-    ("cuda", "[dev]"): (3.0, 6.0),
-    ("cuda", ""): (2.9, 5.6),
+    ("cpu", "[dev]"): (0.6, 2.5),
+    ("cpu", ""): (0.5, 2.1),
+    ("cuda", "[dev]"): (3.2, 6.5),
+    ("cuda", ""): (3.1, 6.1),
 }
 
 
@@ -66,6 +67,7 @@ OWN = {
     "lab": ("[LESSON]", "open lesson 00, or the one named, in JupyterLab"),
     "setup": ("", "set up .venv, where it is missing or out of date"),
     "here": ("", "install into this Python instead: for hubs, Colab, containers"),
+    "assistant": ("", "fetch the assistant, 93 MB to download and 260 MiB on disk"),
     "clean": ("", "remove caches and what was built; .venv stays"),
     "help": ("", "show this list"),
 }
@@ -201,6 +203,15 @@ def lab(given):
     return wait([python, "-m", "jupyterlab"] + root + given + [found[0]], folder, threads)
 
 
+def assistant():
+    """Fetch the assistant where it is missing or damaged; return the status of the attempt.
+
+    A Python into which `here` or conda installed the course does it itself."""
+    packages = ("gguf", "tokenizers", "transformers")
+    own = not os.path.exists(STAMP) and all(map(importlib.util.find_spec, packages))
+    return fetch(sys.executable if own else ready())
+
+
 def clean():
     """Remove caches and what was built; the environment stays."""
     for name in ("build", ".pytest_cache", ".ruff_cache", "notebooks/.ipynb_checkpoints"):
@@ -247,9 +258,10 @@ def ready():
         return PYTHON
     anew = found.get("root") != ROOT or not runs
     set_up(anew)
-    # Last, so that a set-up cut short begins anew.
+    # After the packages, so that a set-up cut short begins anew.
     with open(STAMP, "w", encoding="utf-8") as stamp:
         json.dump(wanted, stamp)
+    fetch(PYTHON)
     return PYTHON
 
 
@@ -309,6 +321,15 @@ def here():
     print("Installing into {}.".format(sys.executable))
     announce("")
     install(sys.executable, shutil.which("uv"), "")
+    fetch(sys.executable)
+
+
+def fetch(python):
+    """Fetch the assistant with an interpreter that has the packages; return 0, or what failed.
+
+    The program says itself what it did, or what is missing and how to try again."""
+    print("The assistant of lessons 12 and 15: 93 MB to download where it is missing.", flush=True)
+    return wait([python, "-m", "peft_lessons.data.assistant"], ROOT, OFFLINE)
 
 
 def announce(extra):
@@ -500,6 +521,8 @@ def main(given):
         return 0
     if command == "lab":
         return lab(given)
+    if command == "assistant":
+        return assistant()
     if command in ("setup", "here", "clean"):
         {"setup": ready, "here": here, "clean": clean}[command]()
         return 0

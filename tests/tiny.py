@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_lessons import DoRA, LoRA, inject
+from peft_lessons import DoRA, LoRA, inject, load_tokenizer
 from peft_lessons.engine import CONFIG, WEIGHTS, injection_of, read_adapter
 from peft_lessons.testing.tiny import (  # noqa: F401 - tests import all from here
     FEED_FORWARD,
@@ -97,6 +97,29 @@ def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
 
 
 # ------------------------------------------------------------------ what stays as it was
+
+
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}be brief{{ eos_token }}\n{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None = TEMPLATE):
+    """Return the bundled decoder's tokenizer with a chat template, and its end token as padding."""
+    tokenizer = load_tokenizer("tinylm")
+    tokenizer.chat_template = template
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def assistant_tokenizer():
+    """Return the assistant's tokenizer; skip the test where the set-up has not fetched it."""
+    try:
+        return load_tokenizer("smollm2")
+    except (FileNotFoundError, ValueError) as error:
+        pytest.skip(str(error))
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

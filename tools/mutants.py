@@ -125,6 +125,12 @@ peft_lessons/train/loop.py: training
 peft_lessons/data/base_models.py: models
     end[0] if isinstance(end, list) else end → end
     attention_mask[:, -states.shape[1] :] → attention_mask[:, : states.shape[1]]
+peft_lessons/data/assistant.py: assistant
+    if (found := sha256_of(gguf)) != GGUF_SHA256: → if False:
+    not psutil.pid_exists(int(owner)) → True
+    if not _whole():  # nor was → if False:  # nor was
+peft_lessons/data/bundled.py: assistant
+    return verify and sha256_of(file) != entry["sha256"] → return False
 peft_lessons/checks/compare.py: kit
     if gap.max() <= tolerance → if gap.mean() <= tolerance
     if not _serves(got.dtype, expected.dtype, form): → if False:

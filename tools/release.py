@@ -15,13 +15,15 @@ from pathlib import Path
 
 import nbformat
 
+from peft_lessons.data.bundled import ASSISTANT
 from tools import notebooks
 from tools.environment import ROOT
 
 COPIED = (".gitattributes", "LICENSE", "NOTICE", "Makefile", "course.py", "pyproject.toml")
 COPIED += ("peft_lessons", "data", "benchmarks", "configs")
 STUDENT = ROOT / "docs" / "student"  # what is only in the copy, a README
-LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part")
+# The assistant is 260 MiB, and the copy's own set-up fetches it.
+LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part", Path(ASSISTANT).name)
 STAMP = ".students-copy"
 
 

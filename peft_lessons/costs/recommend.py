@@ -58,13 +58,17 @@ FACTORS = {"rank": 8, "alpha": 16}
 
 @dataclass(frozen=True)
 class Candidate:
-    """Describe a method that may be recommended: its name in the study, the method for a Llama, and
-    the name and settings of its configuration in PEFT."""
+    """Describe a method that may be recommended: its name in the study, the method for a Llama, the
+    name and settings of its configuration in PEFT, its name in `setup_peft_training`, and whether
+    it trains with gradient checkpointing (a prefix needs the cache, which checkpointing switches
+    off)."""
 
     study: str
     method: Method | None
     config: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trainer: str = ""
+    checkpointing: bool = True
 
 
 _LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -74,23 +78,29 @@ _VIRTUAL = {"num_virtual_tokens": TOKENS}
 
 # In the order in which they come where the study has no rows.
 CANDIDATES: dict[str, Candidate] = {
-    "LoRA": Candidate("lora, all linear", LoRA(**FACTORS), "LoraConfig", _LORA),
-    "QLoRA": Candidate("qlora", QLoRA(**FACTORS), "LoraConfig", _LORA),
-    "DoRA": Candidate("dora, all linear", DoRA(**FACTORS), "LoraConfig", _DORA),
+    "LoRA": Candidate("lora, all linear", LoRA(**FACTORS), "LoraConfig", _LORA, "lora"),
+    "QLoRA": Candidate("qlora", QLoRA(**FACTORS), "LoraConfig", _LORA, "qlora"),
+    "DoRA": Candidate("dora, all linear", DoRA(**FACTORS), "LoraConfig", _DORA, "dora"),
     "AdaLoRA": Candidate(
         "adalora",
         AdaLoRA(12, 8, 16, "all-linear", tinit=100, tfinal=300, delta=10, total_steps=1000),
         "AdaLoraConfig",
         _ADALORA | {"tinit": 100, "tfinal": 300, "deltaT": 10, "total_step": 1000},
+        "adalora",
     ),
     FULL: Candidate("full", None),
-    "(IA)³": Candidate("ia3", IA3(("k_proj", "v_proj", "down_proj"), ("down_proj",)), "IA3Config"),
-    "prefix tuning": Candidate("prefix", Prefix(TOKENS), "PrefixTuningConfig", _VIRTUAL),
+    "(IA)³": Candidate(
+        "ia3", IA3(("k_proj", "v_proj", "down_proj"), ("down_proj",)), "IA3Config", {}, "ia3"
+    ),
+    "prefix tuning": Candidate(
+        "prefix", Prefix(TOKENS), "PrefixTuningConfig", _VIRTUAL, "prefix", False
+    ),
     "prompt tuning": Candidate(
         "prompt",
         Prompt(TOKENS, init="normal"),
         "PromptTuningConfig",
         _VIRTUAL | {"prompt_tuning_init": "SAMPLE_VOCAB"},
+        "prompt",
     ),
 }
 NAMES = (*CANDIDATES, NOTHING)  # all that can be recommended
@@ -208,7 +218,7 @@ def needs_of(
     more = {"batch": batch, "context": context, "labels": labels}
     return {
         name: training_memory(
-            shape, c.method, checkpointing=checkpointing and name != "prefix tuning", **more
+            shape, c.method, checkpointing=checkpointing and c.checkpointing, **more
         )
         for name, c in CANDIDATES.items()
     }
@@ -262,6 +272,19 @@ class Advice(str):
 
         kind = getattr(peft, candidate.config)
         return kind(task_type=self._peft_task, **candidate.settings)
+
+    @property
+    def arguments(self) -> dict[str, Any] | None:
+        """Return the arguments of `setup_peft_training` with which the method takes the memory that
+        is counted here, None for full fine-tuning and "does not fit".
+
+        PEFT keeps an adapter in float32, at 16 bytes a parameter with its gradient and Adam; the
+        bfloat16 adapter counted here takes as much together with its master copy."""
+        candidate = CANDIDATES.get(self)
+        if candidate is None or not candidate.trainer:
+            return None
+        rank = {} if candidate.trainer in ("ia3", "prefix", "prompt") else {"rank": FACTORS["rank"]}
+        return {"method": candidate.trainer, "checkpointing": candidate.checkpointing} | rank
 
     @property
     def quantization(self) -> Any:

@@ -1,6 +1,7 @@
 """Load the base models: the bundled ones from data/, any other by its Hub id or folder.
 
-Bundled models need neither network nor cache. `PEFT_LESSONS_DATA` names another data folder;
+Bundled models need neither network nor cache; the assistant, which the set-up fetches, is loaded as
+they are. `PEFT_LESSONS_DATA` names another data folder;
 `PEFT_LESSONS_BASE` (a Hub id or a folder) takes the place of the bundled encoder in every lesson.
 """
 
@@ -30,7 +31,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 
-from .bundled import bundled_path, data_folder, records
+from .bundled import ASSISTANT, assistant_folder, bundled_path, data_folder, records
 
 
 class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
@@ -118,6 +119,12 @@ BUNDLED = {
         base=(LlamaForCausalLM, {}),
         classifier=LlamaForSequenceClassification,
     ),
+    "smollm2": Bundled(
+        folder=ASSISTANT,
+        published_as="HuggingFaceTB/SmolLM2-135M-Instruct",
+        base=(LlamaForCausalLM, {}),
+        classifier=LlamaForSequenceClassification,
+    ),
 }
 
 
@@ -125,6 +132,8 @@ def _bundled_model_folder(bundled: Bundled, verify: bool) -> Path:
     """Check the files of a bundled model (with `verify` their sha256) and return its folder.
 
     Its licence and notice may be missing or edited: no model is loaded from them."""
+    if bundled.folder == ASSISTANT:
+        return assistant_folder(verify)
     listed = [
         path
         for path in records()
@@ -209,20 +218,21 @@ def load_model(
     """Load a base model in eval mode; with `labels=n` it gets a new classification head.
 
     `name` is a bundled name (`BUNDLED`), a local folder or a Hub id. Weights come in `dtype`. The
-    bundled encoder gives token states (batch, tokens, hidden), or logits (batch, n) from the mean
-    over the mask; the bundled decoder logits (batch, tokens, vocabulary), or (batch, n) from each
-    text's last token. `model.fresh_modules` names the modules with newly initialised weights, which
-    depend on `seed`; the global random state is unchanged. `verify` checks the bundled files'
-    sha256.
+    encoder "minilm" gives token states (batch, tokens, hidden), or logits (batch, n) from the mean
+    over the mask; the decoders "tinylm" and "smollm2" give logits (batch, tokens, vocabulary), or
+    (batch, n) from each text's last token. `model.fresh_modules` names the modules with newly
+    initialised weights, which depend on `seed`; the global random state is unchanged. `verify`
+    checks the sha256 of a bundled model's files, and of the assistant's.
 
     `four_bit` stores the linear layers inside the model in NF4 with doubly quantised scales, to
     compute in `dtype`; heads, embeddings and norms stay in `dtype`. Such a model is loaded onto the
     GPU if there is one, any other onto the CPU.
 
-    Raises FileNotFoundError for a missing bundled file, ValueError for a damaged one, an unknown
-    name, labels below 2, incomplete weights, or in four bits a layer whose inputs are no multiple
-    of 64, a dtype of other than 16 or 32 bits or weights already quantised, and TypeError for
-    arguments of a wrong type."""
+    Raises FileNotFoundError for a missing bundled file, and for "smollm2" where the set-up could
+    not fetch the assistant; ValueError for a damaged file, an unknown name, labels below 2,
+    incomplete weights, or in four bits a layer whose inputs are no multiple of 64, a dtype of other
+    than 16 or 32 bits or weights already quantised; and TypeError for arguments of a wrong
+    type."""
     if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int)):
         raise TypeError(f"labels must be an integer of at least 2 or None, got {labels!r}")
     if labels is not None and labels < 2:

@@ -1,6 +1,7 @@
 """Find the files in data/ and compare them with their recorded checksums.
 
-`PEFT_LESSONS_DATA` names another data folder.
+One model is not bundled: the assistant, whose folder is made by the set-up (`assistant.py`) and has
+a list of checksums of its own. `PEFT_LESSONS_DATA` names another data folder.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def records() -> dict[str, dict]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Return the sha256 of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -64,7 +66,7 @@ def bundled_files() -> list[BundledFile]:
     for path, entry in records().items():
         file = data_folder() / path
         present = file.is_file()
-        intact = present and _sha256(file) == entry["sha256"]
+        intact = present and sha256_of(file) == entry["sha256"]
         states.append(BundledFile(path, present, file.stat().st_size if present else 0, intact))
     return states
 
@@ -95,6 +97,36 @@ def bundled_path(path: str, verify: bool = False) -> Path:
         raise ValueError(
             f"the bundled file {file} is damaged: {size} bytes, not {entry['bytes']}. {remedy}"
         )
-    if verify and _sha256(file) != entry["sha256"]:
+    if verify and sha256_of(file) != entry["sha256"]:
         raise ValueError(f"the bundled file {file} is damaged: its sha256 is wrong. {remedy}")
     return file
+
+
+ASSISTANT, ASSISTANT_RECORD = "models/smollm2", "checksums.json"
+ASSISTANT_COMMAND = "python course.py assistant"
+
+
+def assistant_folder(verify: bool = False) -> Path:
+    """Return the folder of the assistant, a checkpoint that the set-up fetches once.
+
+    Its own checksums.json lists {file: bytes and sha256}. Raises FileNotFoundError if the folder is
+    missing, ValueError if the list or a file is missing or a size or, with `verify`, a sha256
+    differs; both name the command that fetches the assistant."""
+    folder = data_folder() / ASSISTANT
+    fetch = f"Fetch it with a network, from the top of the course's folder: {ASSISTANT_COMMAND}"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the assistant is missing: there is no folder {folder}. {fetch}")
+    try:
+        listed = json.loads((folder / ASSISTANT_RECORD).read_text(encoding="utf-8"))
+        damaged = [name for name, entry in listed.items() if _differs(folder / name, entry, verify)]
+    except (OSError, ValueError, AttributeError):
+        damaged = [ASSISTANT_RECORD]
+    if damaged:
+        raise ValueError(f"the assistant in {folder} is damaged: {', '.join(damaged)}. {fetch}")
+    return folder
+
+
+def _differs(file: Path, entry: dict, verify: bool) -> bool:
+    if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        return True
+    return verify and sha256_of(file) != entry["sha256"]

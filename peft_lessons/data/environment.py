@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from . import limits
-from .bundled import bundled_files
+from .bundled import ASSISTANT_COMMAND, assistant_folder, bundled_files
 
 _MARKS = {True: "✓", False: "✗", None: "·"}
 # A machine sold with 4 GB. The largest kernel of a lesson took 3.3 GiB, JupyterLab takes 0.2.
@@ -91,6 +91,19 @@ def _files() -> Row:
     return Row("bundled models and data", found, not broken)
 
 
+def _assistant() -> Row:
+    """Report the size of the assistant; it may be missing, not damaged."""
+    what = "assistant of lessons 12 and 15"
+    try:
+        files = [*assistant_folder(verify=True).iterdir()]
+    except FileNotFoundError:
+        return Row(what, f"missing: {ASSISTANT_COMMAND}", None)
+    except ValueError as error:
+        return Row(what, str(error), False)
+    size = sum(file.stat().st_size for file in files) / 2**20
+    return Row(what, f"SmolLM2-135M-Instruct, {size:.0f} MiB, checksums right", True)
+
+
 def _processor() -> Row:
     """Report the cores this process may use; fail if PyTorch starts more threads than cores."""
     machine, allowed, threads = platform.machine(), limits.cores(), torch.get_num_threads()
@@ -118,5 +131,5 @@ def check_environment() -> Readiness:
     rows = [Row("Python", _needs(platform.python_version(), fits, "3.11 or newer"), fits)]
     rows += [*_packages(), _processor(), *_memory()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (none is needed)"
-    rows += [Row("GPU", gpu, None), _files()]
+    rows += [Row("GPU", gpu, None), _files(), _assistant()]
     return Readiness(rows)

@@ -5,12 +5,13 @@ import csv
 import itertools
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
 import torch
 
+from . import chat
 from .base_models import load_tokenizer
 from .bundled import bundled_path
 
@@ -28,10 +29,33 @@ class Split:
 
     def pick(self, indices) -> "Split":
         """Return a split of only these examples, in this order."""
-        labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
-        return Split(
-            tuple(self.texts[i] for i in indices), tuple(self.tokens[i] for i in indices), labels
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(
+            **{
+                name: column and tuple(column[i] for i in indices)
+                for name, column in columns.items()
+            }
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSplit(Split):
+    """Hold the examples of one split of a `ChatTask`: `texts` in the chat template, `targets` the
+    labels of `tokens`, and the messages of each prompt and its completion."""
+
+    targets: tuple[tuple[int, ...], ...]
+    prompts: tuple[list[dict], ...]
+    completions: tuple[list[dict], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSplit(ChatSplit):
+    """Hold the examples of one split of a `PreferenceTask`: as a `ChatSplit` for the chosen
+    completion, and the same for the rejected one."""
+
+    rejected: tuple[list[dict], ...]
+    rejected_tokens: tuple[tuple[int, ...], ...]
+    rejected_targets: tuple[tuple[int, ...], ...]
 
 
 class Summary(str):
@@ -258,14 +282,7 @@ class LanguageTask(Task):
         """Return the task with only the first `n` blocks of a split; other splits stay whole.
 
         Raises ValueError for an unknown split, or an n below 1 or above the number of blocks."""
-        limited = copy(self)
-        limited._splits = dict(self._splits)
-        for split, n in sizes.items():
-            size = self.size(split)
-            if _at_least(split, n, 1) > size:
-                raise ValueError(f"{split}={n} is too many; there are {size} blocks")
-            limited._splits[split] = self._split(split).pick(range(n))
-        return limited
+        return _first(self, sizes, "blocks")
 
     def _collate(self, examples: Split) -> dict[str, torch.Tensor]:
         batch = self._pad(examples.tokens)
@@ -280,6 +297,124 @@ class LanguageTask(Task):
             tokens, characters = (sum(map(len, x)) for x in (examples.tokens, examples.texts))
             lines.append(f"{split:12}{len(examples.texts):>8,}{tokens:>12,}{characters:>13,}")
         return Summary("\n".join([*lines, f"source: {self.source}"]))
+
+
+class ChatTask(Task):
+    """Hold prompts and completions in a chat template, to train an assistant on its answers.
+
+    Batches have `input_ids`, `attention_mask` and `labels`, all (size, tokens); the labels are the
+    ids in the answer and the token that ends it, and -100 on the template, the prompt and the
+    padding. A template may add a system message of its own. With `label_names` each example also
+    has a class."""
+
+    def __init__(self, name, splits, tokenizer, max_length, source="", label_names=()):
+        super().__init__(name, splits, label_names, tokenizer, max_length, source)
+
+    @staticmethod
+    def _check(split: str, examples: Split, classes: int) -> None:
+        if classes:
+            Task._check(split, examples, classes)
+
+    def _kind(self) -> str:
+        return super()._kind() if self.label_names else "prompts and answers"
+
+    def labels(self, split: str) -> torch.Tensor:
+        """Return the class indices (size,) of a split in stored order.
+
+        Raises ValueError for an unknown split, and for a task without classes."""
+        if not self.label_names:
+            self._split(split)
+            raise ValueError(
+                f"{self.name!r} has no classes: the tokens of an answer are its labels, which "
+                f"batches({split!r}) gives"
+            )
+        return super().labels(split)
+
+    def examples(self, split: str) -> list[dict]:
+        """Return [{"prompt": [message, ...], "completion": [message]}, ...] of a split in stored
+        order, TRL's conversational format. Raises ValueError for an unknown split."""
+        given = self._split(split)
+        return [
+            {"prompt": prompt, "completion": completion}
+            for prompt, completion in zip(given.prompts, given.completions, strict=True)
+        ]
+
+    def render(self, example: dict) -> str:
+        """Return an example as text in the chat template. Without a completion the text ends where
+        the assistant is to answer. ValueError for wrong messages."""
+        prompt, completion = example["prompt"], example.get("completion", [])
+        chat.refuse_messages([*prompt, *completion], "example")
+        return chat.chat_text(self._tokenizer, [*prompt, *completion], ask=not completion)
+
+    def limit(self, **sizes: int) -> "ChatTask":
+        """Return the task with only the first `n` examples of a split, balanced by class if it has
+        classes; other splits stay whole. Raises ValueError as `Task.limit`."""
+        return super().limit(**sizes) if self.label_names else _first(self, sizes, "examples")
+
+    def encode(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Return a padded batch, without labels, of your own texts, each as a user's message in the
+        chat template up to where the assistant is to answer. Errors as `Task.encode`."""
+        if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
+            texts = [chat.chat_text(self._tokenizer, [chat.user(text)], ask=True) for text in texts]
+        return super().encode(texts)
+
+    def _collate(self, examples: ChatSplit) -> dict[str, torch.Tensor]:
+        return self._labelled(examples.tokens, examples.targets)
+
+    def _labelled(self, tokens: tuple, targets: tuple) -> dict[str, torch.Tensor]:
+        batch = self._pad(tokens)
+        labels = torch.full_like(batch["input_ids"], -100)  # (size, tokens)
+        # By the mask: the padding may be the token that ends an answer.
+        labels[batch["attention_mask"] == 1] = torch.tensor([*itertools.chain(*targets)])
+        return batch | {"labels": labels}
+
+    def describe(self) -> Summary:
+        """Return a table of the splits: examples, and mean tokens and labels of an example."""
+        lines = [f"{'split':12}{'examples':>10}{'mean tokens':>13}{'of these learned':>18}"]
+        for split, examples in self._splits.items():
+            tokens = np.mean([len(ids) for ids in examples.tokens])
+            learned = np.mean([sum(i != -100 for i in row) for row in examples.targets])
+            lines.append(f"{split:12}{len(examples.texts):>10,}{tokens:>13.1f}{learned:>18.1f}")
+        return Summary("\n".join([*lines, f"source: {self.source}"]))
+
+
+class PreferenceTask(ChatTask):
+    """Hold prompts, each with a chosen and a rejected answer, for preference training.
+
+    Batches have `input_ids`, `attention_mask` and `labels`, all (2 · size, tokens): first the
+    chosen answers of all prompts, then the rejected ones, in TRL's order; labels as in a
+    `ChatTask`."""
+
+    def _kind(self) -> str:
+        return "prompts with a chosen and a rejected answer"
+
+    def examples(self, split: str) -> list[dict]:
+        """Return [{"prompt": [message], "chosen": [message], "rejected": [message]}, ...] of a
+        split in stored order, TRL's conversational preference format. Raises ValueError for an
+        unknown split."""
+        given = self._split(split)
+        columns = zip(given.prompts, given.completions, given.rejected, strict=True)
+        return [
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            for prompt, chosen, rejected in columns
+        ]
+
+    def _collate(self, examples: PreferenceSplit) -> dict[str, torch.Tensor]:
+        return self._labelled(
+            examples.tokens + examples.rejected_tokens, examples.targets + examples.rejected_targets
+        )
+
+
+def _first(task: Task, sizes: dict[str, int], what: str) -> Task:
+    """Return a task with only the first n examples of a split. ValueError for too large an n."""
+    limited = copy(task)
+    limited._splits = dict(task._splits)
+    for split, n in sizes.items():
+        size = task.size(split)
+        if _at_least(split, n, 1) > size:
+            raise ValueError(f"{split}={n} is too many; there are {size} {what}")
+        limited._splits[split] = task._split(split).pick(range(n))
+    return limited
 
 
 def _lengths(examples: Split) -> np.ndarray:
@@ -313,7 +448,14 @@ def sentiment_label(rating: float) -> int | None:
     return 1 if rating > 1 else 0 if rating < -1 else None
 
 
-def _load_sentiment(name, tokenizer, max_length, domain: str) -> Task:
+SENTIMENT_SOURCE = (
+    "Hutto & Gilbert (2014), vaderSentiment 3.3.2 (ratings: MIT); labels |mean rating| > 1"
+)
+WORDNET_SOURCE = "WordNet 3.0, Princeton University (2006), WordNet licence; definitions of nouns"
+
+
+def _rated(domain: str) -> dict[str, tuple[list[str], list[int]]]:
+    """Read {split: (texts, labels)} of a domain of the sentiment data."""
     file = bundled_path(f"tasks/sentiment/{domain}.csv")
     rows = {split: ([], []) for split in SPLITS}
     with file.open(encoding="utf-8", newline="") as stream:
@@ -322,26 +464,33 @@ def _load_sentiment(name, tokenizer, max_length, domain: str) -> Task:
             if label is not None:
                 rows[row["split"]][0].append(row["text"])
                 rows[row["split"]][1].append(label)
+    return rows
+
+
+def _nouns() -> dict[str, list[dict[str, str]]]:
+    """Read {split: rows} of the nouns of WordNet, with category, word and definition."""
+    with bundled_path("tasks/wordnet/nouns.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+
+
+def _load_sentiment(name, tokenizer, max_length, domain: str) -> Task:
     splits = {
         split: _tokenise(texts, tokenizer, max_length, tuple(labels))
-        for split, (texts, labels) in rows.items()
+        for split, (texts, labels) in _rated(domain).items()
     }
-    source = "Hutto & Gilbert (2014), vaderSentiment 3.3.2 (ratings: MIT); labels |mean rating| > 1"
-    return Task(name, splits, LABEL_NAMES, tokenizer, max_length, source)
+    return Task(name, splits, LABEL_NAMES, tokenizer, max_length, SENTIMENT_SOURCE)
 
 
 def _load_wordnet(name, tokenizer, max_length) -> Task:
-    with bundled_path("tasks/wordnet/nouns.csv").open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    names = sorted({row["category"] for row in rows})
+    nouns = _nouns()
+    names = sorted({row["category"] for rows in nouns.values() for row in rows})
     splits = {}
-    for split in SPLITS:
-        mine = [row for row in rows if row["split"] == split]
+    for split, mine in nouns.items():
         labels = tuple(names.index(row["category"]) for row in mine)
         texts = [row["definition"] for row in mine]
         splits[split] = _tokenise(texts, tokenizer, max_length, labels)
-    source = "WordNet 3.0, Princeton University (2006), WordNet licence; definitions of nouns"
-    return Task(name, splits, names, tokenizer, max_length, source)
+    return Task(name, splits, names, tokenizer, max_length, WORDNET_SOURCE)
 
 
 def _load_austen(name, tokenizer, max_length) -> LanguageTask:
@@ -397,13 +546,117 @@ def _blocks(chapters: list[list[str]], tokenizer, length: int) -> Split:
     return Split(tuple(texts), tuple(tokens))
 
 
+# ------------------------------------------------------------------ conversations
+
+
+def chat_split(tokenizer, pairs, max_length: int, where: str, labels=None) -> ChatSplit:
+    """Return the split of [(prompt, completion), ...], two lists of messages each.
+
+    Raises ValueError for a tokenizer without a chat template, wrong messages, or an answer that
+    does not fit into `max_length` tokens; `where` and the number name the example."""
+    chat.refuse_no_template(tokenizer)
+    rows = []
+    for number, (prompt, completion) in enumerate(pairs):
+        place = f"{where}[{number}]"
+        text, *made = chat.pair_tokens(tokenizer, prompt, completion, place)
+        ids, targets = chat.fitted(*made, max_length, place)
+        rows.append((text, tuple(ids), tuple(targets), prompt, completion))
+    texts, tokens, targets, prompts, completions = zip(*rows, strict=True) if rows else [()] * 5
+    return ChatSplit(
+        texts, tokens, labels, targets=targets, prompts=prompts, completions=completions
+    )
+
+
+REVIEW = "Is this movie review positive or negative? Answer with one word.\n\n{}"
+
+
+def _load_reviews(name, tokenizer, max_length) -> ChatTask:
+    rows, splits = _rated("movies"), {}
+    for split, (texts, labels) in rows.items():
+        pairs = [
+            ([chat.user(REVIEW.format(text))], [chat.assistant(LABEL_NAMES[label])])
+            for text, label in zip(texts, labels, strict=True)
+        ]
+        splits[split] = chat_split(tokenizer, pairs, max_length, f"{name} {split}", tuple(labels))
+    return ChatTask(name, splits, tokenizer, max_length, SENTIMENT_SOURCE, LABEL_NAMES)
+
+
+def question(word: str) -> str:
+    """Return the question that the definition of a noun answers. An article would be wrong for
+    many nouns ("What is an unrest?"), and the data does not say for which."""
+    word = word.replace("_", " ")
+    return f"Who or what is {word}?" if word[0].isupper() else f'What does "{word}" mean?'
+
+
+def sentence(definition: str) -> str:
+    """Return a definition with a capital letter and a full stop."""
+    first = next(i for i, character in enumerate(definition) if character.isalnum())
+    text = definition[:first] + definition[first].upper() + definition[first + 1 :]
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _load_definitions(name, tokenizer, max_length) -> ChatTask:
+    splits = {}
+    for split, rows in _nouns().items():
+        pairs = [
+            (
+                [chat.user(question(row["word"]))],
+                [chat.assistant(sentence(row["definition"]))],
+            )
+            for row in rows
+        ]
+        splits[split] = chat_split(tokenizer, pairs, max_length, f"{name} {split}")
+    return ChatTask(name, splits, tokenizer, max_length, WORDNET_SOURCE)
+
+
+PREFERENCES = "tasks/preferences/pairs.csv"
+
+
+def _load_preferences(name, tokenizer, max_length) -> PreferenceTask:
+    with bundled_path(PREFERENCES).open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    columns, found = ("split", "prompt", "chosen", "rejected"), [*rows[0]] if rows else []
+    if missing := [column for column in columns if column not in found]:
+        raise ValueError(f"{PREFERENCES} lacks the columns {', '.join(missing)}: it has {found}")
+    for number, row in enumerate(rows):
+        if row["split"] not in SPLITS:
+            raise ValueError(
+                f"{PREFERENCES}, row {number}: split {row['split']!r} must be one of {SPLITS}"
+            )
+        if row["chosen"] == row["rejected"]:
+            raise ValueError(
+                f"{PREFERENCES}, row {number}: chosen and rejected are equal, so nothing is "
+                f"preferred: {row['chosen']!r:.60}"
+            )
+    splits = {}
+    for split in SPLITS:
+        mine = [row for row in rows if row["split"] == split]
+        chosen, rejected = (
+            chat_split(
+                tokenizer,
+                [([chat.user(row["prompt"])], [chat.assistant(row[answer])]) for row in mine],
+                max_length,
+                f"{name} {split}, {answer}",
+            )
+            for answer in ("chosen", "rejected")
+        )
+        splits[split] = PreferenceSplit(
+            **{f.name: getattr(chosen, f.name) for f in fields(chosen)},
+            rejected=rejected.completions,
+            rejected_tokens=rejected.tokens,
+            rejected_targets=rejected.targets,
+        )
+    return PreferenceTask(name, splits, tokenizer, max_length, "")
+
+
 @dataclass(frozen=True)
 class Loader:
-    """Describe how to load a task: a function of (name, tokenizer, max_length), and the model whose
-    tokenizer is the default."""
+    """Describe how to load a task: a function of (name, tokenizer, max_length), and the defaults:
+    the model whose tokenizer it takes, and its max_length."""
 
     load: Callable[..., Task]
     model: str = "minilm"
+    max_length: int = 128
 
 
 LOADERS = {
@@ -411,23 +664,33 @@ LOADERS = {
     "sentiment-tweets": Loader(partial(_load_sentiment, domain="tweets")),
     "wordnet": Loader(_load_wordnet),
     "austen": Loader(_load_austen, model="tinylm"),
+    "reviews": Loader(_load_reviews, model="smollm2", max_length=256),
+    "definitions": Loader(_load_definitions, model="smollm2", max_length=256),
+    "preferences": Loader(_load_preferences, model="smollm2", max_length=512),
 }
 
 
-def load_task(name: str, tokenizer=None, max_length: int = 128) -> Task:
+def load_task(name: str, tokenizer=None, max_length: int | None = None) -> Task:
     """Load a bundled task, its texts truncated to `max_length` tokens; `LOADERS` has the names.
 
     The sentiment tasks have two classes, "wordnet" 26 in alphabetical order: the category of a noun
     from its definition. "austen" is a `LanguageTask`: running text in blocks of `max_length`.
 
+    "reviews" (the sentences of "sentiment") and "definitions" (of "wordnet") are `ChatTask`s, and
+    "preferences" a `PreferenceTask`: questions and answers in the chat template of an assistant, in
+    which no answer is ever truncated.
+
     `tokenizer` is the model's, by default the bundled encoder's, for "austen" the bundled
-    decoder's. Raises ValueError for an unknown name, a max_length that leaves no room for text or
-    exceeds the model's positions, or a tokenizer without the token that a task needs; TypeError if
-    `tokenizer` is not a tokenizer; FileNotFoundError for a missing file."""
+    decoder's, for chats the assistant's. `max_length` None is 128, for chats 256, for preferences
+    512. Raises ValueError for an unknown name, a max_length that leaves no room for text, exceeds
+    the model's positions or would cut an answer, or a tokenizer without the token or the chat
+    template that a task needs; TypeError if `tokenizer` is not a tokenizer; FileNotFoundError for a
+    missing file."""
     if name not in LOADERS:
         raise ValueError(f"there is no task {name!r}; known are {', '.join(sorted(LOADERS))}")
-    if tokenizer is None:
-        tokenizer = load_tokenizer(LOADERS[name].model)
+    loader = LOADERS[name]
+    tokenizer = load_tokenizer(loader.model) if tokenizer is None else tokenizer
+    max_length = loader.max_length if max_length is None else max_length
     if not hasattr(tokenizer, "num_special_tokens_to_add"):
         raise TypeError(
             f"tokenizer must be a tokenizer, got {tokenizer!r}; load_tokenizer(name) gives one"
@@ -439,4 +702,4 @@ def load_task(name: str, tokenizer=None, max_length: int = 128) -> Task:
         )
     if tokenizer.pad_token_id is None:
         raise ValueError("tokenizer has no padding token; load_tokenizer(name) gives one that has")
-    return LOADERS[name].load(name, tokenizer, max_length)
+    return loader.load(name, tokenizer, max_length)

@@ -33,10 +33,16 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         default="austen",
-        help="a bundled task, or a file with one JSON object a line: text, and label if it has",
+        help="a bundled task, or a file with one JSON object a line: text, and label if it has; "
+        "messages; or prompt and completion",
     )
     parser.add_argument("--labels", type=int, help="classes of a classifier")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="compute each block again in the backward pass; by default for qlora alone",
+    )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=8, help="over all devices together")
     parser.add_argument("--learning-rate", type=float)
@@ -67,7 +73,8 @@ def examples(data: str) -> list:
 def main(given: list[str] | None = None) -> dict:
     """Train, and print the results as JSON in the first process."""
     options = vars(arguments(given))
-    set_up = {name: options.pop(name) for name in ("labels", "rank")} | {"seed": options["seed"]}
+    names = ("labels", "rank", "checkpointing")
+    set_up = {name: options.pop(name) for name in names} | {"seed": options["seed"]}
     place = [options.pop(name) for name in ("model", "method", "output")]
     # Joins the other processes, and takes this one's device.
     state = PartialState(cpu=not torch.cuda.is_available())

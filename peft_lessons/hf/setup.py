@@ -51,13 +51,15 @@ def setup_qlora(model_name: str, rank: int = 64):
     return model
 
 
-def _prepared(model):
-    """Make a 4-bit model ready to train: all else in float32, and gradient checkpointing on."""
+# The reentrant kind gives a block no gradient if its inputs need none, as those of a frozen base.
+_NON_REENTRANT = {"use_reentrant": False}
+
+
+def _prepared(model, checkpointing: bool = True):
+    """Make a 4-bit model ready to train: all else in float32, gradient checkpointing if asked."""
     from peft import prepare_model_for_kbit_training
 
-    return prepare_model_for_kbit_training(
-        model, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
+    return prepare_model_for_kbit_training(model, checkpointing, _NON_REENTRANT)
 
 
 def _refuse_wide(model: nn.Module, rank: int, owner: str) -> None:
@@ -153,21 +155,63 @@ def _norms(model: nn.Module, rank: int) -> dict:
     return {"target_modules": sorted({path.rpartition(".")[2] for path in paths})}
 
 
-# {method: (PEFT's config class, its settings, a learning rate)}. The rates lie near the best ones
-# of this course's studies; what is best for a task of yours, a few runs on it must say.
-_CONFIGS: dict[str, tuple[str, _Settings, float]] = {
-    "lora": ("LoraConfig", _lora, 1e-3),
-    "rslora": ("LoraConfig", lambda *a: _lora(*a) | {"use_rslora": True}, 1e-3),
-    "dora": ("LoraConfig", lambda *a: _lora(*a) | {"use_dora": True}, 1e-3),
-    "qlora": ("LoraConfig", _lora, 1e-3),
-    "adalora": ("AdaLoraConfig", _adalora, 3e-3),
-    "ia3": ("IA3Config", _ia3, 3e-2),
-    "prefix": ("PrefixTuningConfig", lambda *_: _PREFIX, 3e-2),
-    "prompt": ("PromptTuningConfig", lambda *_: _PROMPT, 1e-1),
-    "norms": ("LNTuningConfig", _norms, 1e-2),
+# {method: (PEFT's config class, its settings)}
+_CONFIGS: dict[str, tuple[str, _Settings]] = {
+    "lora": ("LoraConfig", _lora),
+    "rslora": ("LoraConfig", lambda *a: _lora(*a) | {"use_rslora": True}),
+    "dora": ("LoraConfig", lambda *a: _lora(*a) | {"use_dora": True}),
+    "qlora": ("LoraConfig", _lora),
+    "adalora": ("AdaLoraConfig", _adalora),
+    "ia3": ("IA3Config", _ia3),
+    "prefix": ("PrefixTuningConfig", lambda *_: _PREFIX),
+    "prompt": ("PromptTuningConfig", lambda *_: _PROMPT),
+    "norms": ("LNTuningConfig", _norms),
 }
 HF_METHODS = tuple(_CONFIGS)
-_RATES = {kind: rate for kind, _, rate in _CONFIGS.values()}
+
+_TRL = "TRL's documentation, PEFT Integration"
+_COMPARISON = "PEFT's method_comparison (MetaMathQA, Llama-3.2-3B)"
+# {method: (rate for a small model, rate for a language model, source of the latter)}. The small
+# rates lie near the best ones of this course's studies on its two small models.
+_RATES: dict[str, tuple[float, float, str]] = {
+    "lora": (1e-3, 2e-4, f"{_TRL}: 2e-4 for SFT; Unsloth's hyperparameters guide: 2e-4"),
+    "rslora": (1e-3, 1e-4, f"{_COMPARISON}, lora/llama-3.2-3B-rank64-rslora: 1e-4"),
+    "dora": (1e-3, 1e-4, f"{_COMPARISON}, lora/llama-3.2-3B-rank32-dora: 1e-4"),
+    "qlora": (1e-3, 2e-4, f"{_TRL}: 2e-4 for SFT; Unsloth's hyperparameters guide: 2e-4"),
+    "adalora": (3e-3, 1e-3, "PEFT's example peft_adalora_seq2seq.py (BART-base): 1e-3"),
+    "ia3": (3e-2, 5e-3, f"{_COMPARISON}, ia3/llama-3.2-3B-all-attn-5k-lr0.005: 5e-3"),
+    "prefix": (3e-2, 1e-3, f"{_COMPARISON}, prefixtuning/llama-3.2-3B-lr_0.001: 1e-3"),
+    "prompt": (1e-1, 2e-2, f"{_TRL}: 1e-2 to 3e-2, 2e-2 in its example"),
+    "norms": (1e-2, 1e-3, "no published default: start with a sweep"),
+}
+
+
+def learning_rates() -> list[dict]:
+    """Return a row for each method of `HF_METHODS`: "method", the default learning rates of
+    `train_with_peft` for "small models" and for "language models", and the "source" of the latter.
+
+    All rates are starting points. A few runs on your task must tell you which one to keep."""
+    return [
+        {"method": method, "small models": small, "language models": language, "source": source}
+        for method, (small, language, source) in _RATES.items()
+    ]
+
+
+def rate_of(model) -> float:
+    """Return the default learning rate of `train_with_peft` for a model of PEFT, a starting point.
+
+    A model that generates text counts as a language model, except tinylm. Classifiers, encoders and
+    tinylm get the rates of small models. A method beside `HF_METHODS` gets LoRA's rate."""
+    config, base = model.active_peft_config, model.get_base_model()
+    kind = type(config).__name__
+    method = next((m for m, (name, _) in _CONFIGS.items() if name == kind), "lora")
+    for variant, flag in {"rslora": "use_rslora", "dora": "use_dora"}.items():
+        method = variant if getattr(config, flag, False) else method
+    small, language, _ = _RATES[method]
+    speaks = base.can_generate() and Path(base.name_or_path).name != "tinylm"
+    return language if speaks else small
+
+
 _OURS_ALONE = {
     "adapter": "BottleneckAdapter",
     "bitfit": "BitFit",
@@ -190,11 +234,6 @@ def _known(method: str) -> str:
     return method
 
 
-def rate_of(config) -> float:
-    """Return the default learning rate of `train_with_peft` for a PEFT config."""
-    return _RATES.get(type(config).__name__, 1e-3)
-
-
 # ------------------------------------------------------------------ set up
 
 
@@ -206,6 +245,7 @@ def setup_peft_training(
     labels: int | None = None,
     rank: int = 8,
     dtype: torch.dtype | None = None,
+    checkpointing: bool | None = None,
     seed: int = 0,
 ):
     """Load a model with its tokenizer and put one of PEFT's methods into it, ready to train.
@@ -220,20 +260,25 @@ def setup_peft_training(
         labels: None for a model that generates text, n for a classifier with n classes, whose new
             head, and new pooler if it has one, is trained and saved too.
         rank: of the low-rank methods; α is twice as large.
-        dtype: of the base. None is bfloat16 on a GPU that has it, else float32. What trains stays
-            in float32, but for norms, which have the base's dtype.
+        dtype: of the base. None is bfloat16 on a GPU that has it, else float32. Adapters are in
+            float32, PEFT's default (`autocast_adapter_dtype=True`); norms have the base's dtype.
+        checkpointing: whether each block is computed again in the backward pass (gradient
+            checkpointing), which saves the memory of its activations and costs about a third more
+            time. None is True for qlora, False for all other methods.
         seed: decides the head and what the method draws.
 
     Returns (model in train mode, tokenizer with a padding token; it pads on the left for a prompt
     before a decoder's classifier, which reads the last place).
-    Raises ValueError for an unknown method (lists the known), an encoder without `labels`, a model
+    Raises TypeError for a `checkpointing` that is no bool; ValueError for an unknown method (lists
+    the known), checkpointing with a prefix, an encoder without `labels`, a model
     with an encoder and a decoder, a rank below 1 or above a layer's width, float16 on a CPU, an
     `output_dir` that is a file, a tokenizer with neither padding nor end token, a prompt or prefix
     for a base with a fresh pooler, and as `load_model`."""
     import peft
 
-    kind, settings, _ = _CONFIGS[_known(method)]
+    kind, settings = _CONFIGS[_known(method)]
     validate("setup_peft_training", rank=rank, seed=seed)
+    checkpointing = _checkpoints(method, checkpointing)
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file; name a folder")
@@ -255,7 +300,9 @@ def setup_peft_training(
     if kind in ("LoraConfig", "AdaLoraConfig"):
         _refuse_wide(model, math.ceil(1.5 * rank) if method == "adalora" else rank, method)
     if method == "qlora":
-        model = _prepared(model)
+        model = _prepared(model, checkpointing)
+    elif checkpointing:
+        model.gradient_checkpointing_enable(_NON_REENTRANT)
     task = "CAUSAL_LM" if labels is None else "SEQ_CLS"
     chosen = settings(model, rank)
     stands_before = kind in ("PrefixTuningConfig", "PromptTuningConfig")
@@ -276,6 +323,21 @@ def setup_peft_training(
         tokenizer.padding_side = "left"
     model.output_dir = output_dir
     return model.train(), tokenizer
+
+
+def _checkpoints(method: str, wanted: bool | None) -> bool:
+    """Return whether gradient checkpointing is on. TypeError for what is no bool, ValueError for a
+    prefix."""
+    if wanted is None:
+        return method == "qlora"
+    if not isinstance(wanted, bool):
+        raise TypeError(f"checkpointing must be True, False or None, got {wanted!r}")
+    if wanted and method == "prefix":
+        raise ValueError(
+            "checkpointing=True: gradient checkpointing switches off the cache, which holds the "
+            "prefix: set checkpointing=False, or take method='prompt'"
+        )
+    return wanted
 
 
 def classifies(config) -> bool:

@@ -30,6 +30,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from .._quiet import errors_only
 from ..data.base_models import padded
+from ..data.chat import chat_tokens, fitted, pair_tokens
 from ..engine import WEIGHTS, validate
 from ..engine.virtual_tokens import positions_of
 from ..train.loop import TrainingDiverged, progress
@@ -63,12 +64,18 @@ def train_with_peft(
         train_dataset, eval_dataset: any finite collection of texts, or of dicts with "text" or
             "input_ids"; for a classifier with "label" or "labels" too. Of running text each token
             is the label of the one before it, padding of none. What an "attention_mask" hides
-            is left out.
+            is left out. Or conversations in TRL's formats: {"prompt": [message, ...],
+            "completion": [message, ...]} or {"messages": [message, ...]}, a message being
+            {"role": ..., "content": ...}. They go through the tokenizer's chat template, and only
+            the answers of the assistant are learned, each with its end token; answers in a prompt
+            are not.
         output_dir: for checkpoints and the adapter; None is the folder given at set-up.
         epochs, steps: how long; `steps` counts where both are given.
         batch_size: texts a step, over all devices together.
-        learning_rate: falls to 0 after a rise over a tenth of the steps; None is `rate_of(config)`.
-        max_length: longer texts are cut; None is 256, or what the model has positions for.
+        learning_rate: falls to 0 after a rise over a tenth of the steps; None is a starting point
+            for the method and the kind of model, see `setup.learning_rates`.
+        max_length: longer texts are cut, but an answer of a conversation is never cut; None is 256,
+            or what the model has positions for.
         checkpoint_every: steps between checkpoints, the last one at the end; None for none.
         resume: go on from the newest complete checkpoint in `output_dir`; without one, begin. Give
             the same model, data and settings again: Trainer does not compare them.
@@ -82,7 +89,9 @@ def train_with_peft(
 
     Raises TypeError for a model that is not PEFT's; ValueError if nothing in it trains, it is
     merged or holds several adapters, for an empty data set, texts without a token, tokens or labels
-    that are missing or out of range, a batch size that the processes cannot share, a tokenizer that
+    that are missing or out of range, a conversation without an answer, with an answer that is empty
+    or longer than `max_length` allows, or with a role that is unknown, a tokenizer without a chat
+    template, a batch size that the processes cannot share, a tokenizer that
     cannot pad or pads on the wrong side, an `output_dir` that is a file or holds a finished run, or
     checkpoints without `resume`, and for `resume` with a method that Trainer cannot resume
     (AdaLoRA, P-tuning, a prefix with an MLP); TrainingDiverged for a loss that is NaN or
@@ -107,7 +116,7 @@ def train_with_peft(
         )
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError(f"{owner}: the adapter is merged; model.unmerge_adapter() first")
-    rate = rate_of(model.active_peft_config) if learning_rate is None else learning_rate
+    rate = rate_of(model) if learning_rate is None else learning_rate
     validate(owner, batch_size=batch_size, lr=rate, epochs=epochs, seed=seed)
     counts = {"steps": steps, "checkpoint_every": checkpoint_every}
     validate(owner, **{name: value for name, value in counts.items() if value is not None})
@@ -204,8 +213,13 @@ def prepare(model, tokenizer, data: Iterable, max_length: int, name: str = "data
 
 def _example(item, tokenizer, max_length: int, classes: int | None, rows: int, where: str) -> dict:
     given = {"text": item} if isinstance(item, str) else item
+    if isinstance(given, Mapping) and {"messages", "prompt", "completion"} & given.keys():
+        given = _conversation(given, tokenizer, max_length, classes, where)
     if not isinstance(given, Mapping) or not {"text", "input_ids"} & given.keys():
-        raise ValueError(f'{where} has neither "text" nor "input_ids": {item!r:.80}')
+        raise ValueError(
+            f'{where} has neither "text" nor "input_ids", "messages", or "prompt" and "completion":'
+            f" {item!r:.80}"
+        )
     label = given.get("labels", given.get("label"))
     mask = None
     if "input_ids" in given:
@@ -244,6 +258,23 @@ def _example(item, tokenizer, max_length: int, classes: int | None, rows: int, w
             f"predicted, and one at least must be: {labels!r:.80}"
         )
     return example | {"labels": labels}
+
+
+def _conversation(given, tokenizer, max_length: int, classes: int | None, where: str) -> dict:
+    """Return the ids and labels of a conversation. Errors as `train_with_peft`."""
+    if classes is not None:
+        raise ValueError(
+            f"{where} is a conversation, and the model is a classifier: set it up without labels, "
+            'or give "text" and "label"'
+        )
+    if "messages" in given:
+        _, *made = chat_tokens(tokenizer, given["messages"], where=where)
+    elif missing := {"prompt", "completion"} - given.keys():
+        raise ValueError(f'{where} has no "{missing.pop()}", which belongs to a prompt\'s example')
+    else:
+        _, *made = pair_tokens(tokenizer, given["prompt"], given["completion"], where)
+    ids, labels = fitted(*made, max_length, where)
+    return {"input_ids": ids, "labels": labels}
 
 
 def _whole_numbers(values, what: str) -> list[int]:

@@ -1,10 +1,18 @@
 """Labels of a chat, the log-probability of an answer, and the loss of direct preference
 optimization (DPO)."""
 
+import re
+
 import torch
 import torch.nn.functional as F
 
-__all__ = ["answer_labels", "dpo_loss", "sequence_logprob"]
+__all__ = ["answer_labels", "dpo_loss", "keeps_rule", "sequence_logprob"]
+
+
+def keeps_rule(text: str, ended: bool, most: int = 25) -> bool:
+    """Return whether an answer that the model ended itself is one sentence of 5 to `most` words."""
+    sentences = re.findall(r"[^.!?]+[.!?](?=\s|$)", text)
+    return ended and sentences == [text] and 5 <= len(text.split()) <= most
 
 
 def answer_labels(ids: torch.Tensor, answer_start: int) -> torch.Tensor:

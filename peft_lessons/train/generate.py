@@ -1,4 +1,4 @@
-"""Let a language model continue a text."""
+"""Let a language model continue a text, or an assistant answer questions."""
 
 import torch
 
@@ -15,3 +15,32 @@ def generate_text(model, tokenizer, opening: str, seed: int = 0, tokens: int = 4
             **ids, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=tokens
         )
     return tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+def answer_questions(
+    model, tokenizer, questions: list[str], tokens: int = 64, size: int = 16
+) -> list[tuple[str, bool]]:
+    """Return the assistant's most likely answer to each question, of up to `tokens` tokens, and
+    whether the assistant ended it itself.
+
+    Each question is a chat of its own, in the tokenizer's chat template; `size` questions are
+    answered at a time. Raises ValueError for a tokenizer without a chat template."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template, so its model is no assistant: take one that was "
+            "trained to chat, such as load_tokenizer('smollm2')"
+        )
+    answers = []
+    for k in range(0, len(questions), size):
+        chats = [[{"role": "user", "content": question}] for question in questions[k : k + size]]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        # On the left: an answer continues the last place of its row.
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        batch = batch.to(model.device)
+        with torch.no_grad():
+            rows = model.generate(**batch, do_sample=False, max_new_tokens=tokens)
+        new = rows[:, batch["input_ids"].shape[1] :]  # (size, tokens)
+        ended = (new == tokenizer.eos_token_id).any(dim=1).tolist()
+        written = tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers += [(text.strip(), end) for text, end in zip(written, ended, strict=True)]
+    return answers

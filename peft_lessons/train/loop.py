@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.std import tqdm
 
-from ..engine import Injection, injection_of, validate
+from ..engine import Injection, injection_of, refuse_off, validate
 
 FULL_LEARNING_RATE = 1e-4  # without a method, all that is not frozen trains at this rate
 
@@ -101,15 +103,42 @@ def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
     return output
 
 
+def _refuse_batches(owner: str, batches: list) -> None:
+    """Raise ValueError for a list without batches, or for a batch without a label to learn."""
+    if not batches:
+        raise ValueError(f"{owner}: the list of batches is empty: give at least one batch")
+    for number, batch in enumerate(batches):
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, torch.Tensor):
+            has = f"has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else repr(batch)
+            raise ValueError(
+                f"{owner}: batch {number} must be a dict with a tensor of labels, and {has:.80}: "
+                "add labels, the token ids with -100 where nothing is to be learned"
+            )
+        # A language model has no prediction of the first token.
+        learned = labels[:, 1:] if labels.dim() == 2 else labels
+        if not (learned != -100).any():
+            raise ValueError(
+                f"{owner}: all labels of batch {number} are -100, so its loss would be NaN: leave "
+                "the batch out, or keep the labels of the answer's tokens"
+            )
+
+
 def evaluate(model: nn.Module, task, split: str = "test", batch_size: int = 64) -> Scores:
     """Return mean loss and accuracy of a classifier on a split, or the mean loss per token of a
-    language model. Mode and random state do not change. ValueError for an empty split."""
+    language model. Mode and random state do not change.
+
+    `task` is a task, or a list of batches as for `fit`; a list has no splits and keeps its batches.
+    ValueError for an empty split, and for a list as `fit`."""
+    listed = isinstance(task, list)
+    if listed:
+        _refuse_batches("evaluate", task)
     was_training, device = model.training, _device(model)
     model.eval()
     loss, right, n, by_row = 0.0, 0, 0, True
     try:
         with torch.no_grad():
-            for batch in task.batches(split, batch_size, by_length=True):
+            for batch in task if listed else task.batches(split, batch_size, by_length=True):
                 batch = {k: v.to(device) for k, v in batch.items()}
                 by_row = batch["labels"].dim() == 1
                 if not by_row:
@@ -146,6 +175,14 @@ def _groups(trainable: dict[str, nn.Parameter], injection: Injection | None) -> 
     return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
 
+def _stream(task, batch_size: int, seed: int) -> Iterable[dict]:
+    """Return the endless batches of a training on a task, or on a list of batches."""
+    if not isinstance(task, list):
+        return task.stream(batch_size, seed)
+    _refuse_batches("fit", task)
+    return itertools.cycle(task)
+
+
 def fit(
     model: nn.Module,
     task,
@@ -161,17 +198,23 @@ def fit(
 ) -> History:
     """Train the trainable parameters of `model` on the training split of `task`, in place.
 
+    `task` is a task, or a list of batches: dicts of tensors with `labels`, which are -100 where
+    nothing is to be learned. The batches of a list are taken in order, again and again.
+
     The optimizer is AdamW; the learning rate rises linearly over the first `warmup` share of the
     steps, then falls linearly. The same seed gives the same run on one machine; the global random
     state does not change.
 
     Args:
         lr: peak learning rate; None is the method's default, or 1e-4 without a method.
+        batch_size: examples a step; the batches of a list stay as they are.
+        seed: of the order of the examples, and of dropout.
         clip: maximal norm of the gradient over all parameters, None for no clipping.
         show: whether to draw a progress bar.
 
-    Raises ValueError for a wrong argument or a model without anything to train; RuntimeError while
-    a method is merged; `TrainingDiverged` at a NaN or infinite loss or gradient, before it reaches
+    Raises ValueError for a wrong argument, a model without anything to train, an empty list, or a
+    batch in it without labels or with -100 alone; RuntimeError while a method is merged or switched
+    off by `disabled`; `TrainingDiverged` at a NaN or infinite loss or gradient, before it reaches
     the weights."""
     injection = injection_of(model)
     for path, inner in model.named_modules():
@@ -184,6 +227,8 @@ def fit(
         lr = injection.method.learning_rate if injection else FULL_LEARNING_RATE
     validate("fit", steps=steps, lr=lr, batch_size=batch_size, warmup=warmup, clip=clip)
     validate("fit", weight_decay=weight_decay)
+    if injection:
+        refuse_off(injection, "fit")
     if injection and injection.merged:
         raise RuntimeError("fit: the method is merged, nothing it added is used; unmerge(model)")
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -192,6 +237,7 @@ def fit(
             "fit: nothing in the model trains, all is frozen (an adapter loads frozen: "
             "load_adapter(..., trainable=True) trains on)"
         )
+    batches = _stream(task, batch_size, seed)
     if injection:
         injection.method.before_fit(injection, steps)
     history, device, was_training = History(), _device(model), model.training
@@ -207,7 +253,7 @@ def fit(
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             bar = progress(range(steps), "training", show=show)
-            for step, batch in zip(bar, task.stream(batch_size, seed), strict=False):
+            for step, batch in zip(bar, batches, strict=False):
                 started = time.perf_counter()
                 rate = lr * _schedule(step, steps, round(warmup * steps))
                 for group in optimizer.param_groups:

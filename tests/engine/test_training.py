@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import TinyTask, refused, same, state, tiny_bert
+from tiny import TinyTask, refused, same, state, tiny_bert, tiny_llama
 from torch import nn
 
 from peft_lessons import LoRA, evaluate, fit, freeze, inject, merge
 from peft_lessons.engine import AdapterLayer, Method, PeftFiles, injection_of
+from peft_lessons.testing import padded_batch
 from peft_lessons.train.loop import History, TrainingDiverged
 
 QV = LoRA(rank=4, alpha=6, targets=("query", "value"), dropout=0.1)
@@ -165,6 +166,65 @@ def test_evaluate_restores_the_mode_and_counts_right():
     assert scores.loss == pytest.approx(output.loss.item(), rel=1e-5)
     assert scores.accuracy == (output.logits.argmax(-1) == batch["labels"]).float().mean().item()
     assert "±" in repr(scores) and f"{100 * scores.accuracy:.1f} %" in repr(scores)
+
+
+# ------------------------------------------------------------------ a list of batches
+
+
+def masked(model, lengths):
+    """Return a batch whose labels are -100 but for the last two tokens of each row."""
+    batch = padded_batch(model, lengths)
+    return batch | {"labels": batch["labels"].index_fill(1, torch.arange(max(lengths) - 2), -100)}
+
+
+def test_a_list_of_batches_is_taken_in_order_again_and_again():
+    model, other = tiny_llama(), tiny_llama()
+    batches = [masked(model, [8, 5]), masked(model, [6, 6, 4])]
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    history = fit(model, batches, 5, lr=1e-3, show=False)
+    assert seen == [8, 6, 8, 6, 8] and history.loss[4] < history.loss[0]
+    stream = SimpleNamespace(stream=lambda *_: iter([*batches, *batches, *batches]))
+    assert fit(other, stream, 5, lr=1e-3, show=False).loss == history.loss
+    assert all((batch["labels"] != -100).sum() == 2 * len(batch["labels"]) for batch in batches)
+
+
+def test_evaluate_takes_a_list_too():
+    model = tiny_llama().eval()
+    batches = [masked(model, [8, 5]), masked(model, [6, 6, 4])]
+    with torch.no_grad():
+        losses = [model(**batch).loss.item() for batch in batches]
+    scores = evaluate(model, batches)
+    assert scores.n == 10 and scores.accuracy is None
+    assert scores.loss == pytest.approx((4 * losses[0] + 6 * losses[1]) / 10, rel=1e-5)
+    classifier = tiny_bert().eval()
+    assert evaluate(classifier, [*TASK.batches("test", 16)]).n == 64
+    assert (
+        evaluate(classifier, [*TASK.batches("test", 16)]).accuracy
+        == evaluate(classifier, TASK).accuracy
+    )
+
+
+def test_a_list_in_which_nothing_is_learned_is_refused():
+    model = tiny_llama()
+    good = masked(model, [8, 5])
+    nothing = good | {"labels": torch.full_like(good["labels"], -100)}
+    nothing["labels"][:, 0] = 5  # a label of the first token, which nothing predicts
+    unlabelled = {k: v for k, v in good.items() if k != "labels"}
+    for verb, call in {
+        "fit": lambda data: train(model, 3, data),
+        "evaluate": lambda data: evaluate(model, data),
+    }.items():
+        for data, message in (
+            ([], f"{verb}: the list of batches is empty"),
+            ([good, nothing], f"{verb}: all labels of batch 1 are -100, .*NaN: leave the batch"),
+            ([good, unlabelled], f"{verb}: batch 1 .*has input_ids, attention_mask: add labels"),
+            (["a text"], f"{verb}: batch 0 must be a dict .*'a text'"),
+        ):
+            with refused(model, message):
+                call(data)
 
 
 # ------------------------------------------------------------------ a method's part in training

@@ -1,0 +1,126 @@
+"""The preference study: the bundled assistant learns by DPO to answer in one short sentence.
+
+    python benchmarks/preference_study.py       # two to three hours on one core
+
+Adds a row for each run to data/results/preference_study.csv: learning rates and values of beta with
+three seeds each, log-probabilities summed and averaged, and supervised fine-tuning on the preferred
+answers alone. The base computes in bfloat16, what trains is in float32.
+"""
+
+import sys
+
+import torch
+from common import SEEDS, Results, fill, missing
+
+from peft_lessons import LoRA, disabled, evaluate, inject, load_model, load_task, load_tokenizer
+from peft_lessons.methods.assistant import dpo_loss, keeps_rule, sequence_logprob
+from peft_lessons.train.generate import answer_questions
+
+STEPS, PAIRS, HELD_OUT, TOKENS = 40, 4, 64, 48
+RATES, BETAS = (1e-4, 3e-4, 1e-3, 3e-3), (0.01, 0.1, 0.5, 2.0)
+RATE, BETA = 1e-3, 0.1
+STORIES = ["cat", "lantern", "river", "soldier", "garden", "clock", "letter", "bridge"]
+KEY = ("method", "beta", "lr", "seed")
+POINTS = [
+    *(("dpo", BETA, lr, seed) for seed in SEEDS for lr in RATES),
+    *(("dpo", beta, RATE, seed) for seed in SEEDS for beta in BETAS if beta != BETA),
+    # A mean is some thirty times smaller than a sum; beta makes up for it.
+    *(("dpo, mean", 30 * BETA, RATE, seed) for seed in SEEDS),
+    *(("sft", 0.0, RATE, seed) for seed in SEEDS),
+]
+
+
+def logprobs(model, batch: dict, mean: bool) -> torch.Tensor:
+    """Return the log-probability of each answer, (2 · pairs,), as a sum or a mean over tokens."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    sums = sequence_logprob(logits.float(), batch["labels"])
+    return sums / (batch["labels"][:, 1:] != -100).sum(dim=1) if mean else sums
+
+
+def compared(model, batch: dict, beta: float, mean: bool) -> tuple[torch.Tensor, ...]:
+    """Return DPO's loss, the rewards (pairs,) of both answers, and the log-ratios (2 · pairs,)."""
+    with torch.no_grad(), disabled(model):
+        reference = logprobs(model, batch, mean)
+    policy = logprobs(model, batch, mean)
+    loss, chosen, rejected = dpo_loss(*policy.chunk(2), *reference.chunk(2), beta)
+    return loss, chosen, rejected, (policy - reference).detach()
+
+
+def perplexity(model) -> float:
+    """Return the perplexity on Jane Austen's novels, which no step has seen."""
+    task = load_task("austen", load_tokenizer("smollm2"))
+    return evaluate(model, task.limit(validation=32), "validation", batch_size=8).perplexity
+
+
+def scores(model, task, method: str, beta: float) -> dict[str, str]:
+    """Return what a row says of a model: answers to held-out questions, pairs, and other text."""
+    tokenizer = load_tokenizer("smollm2")
+    questions = [example["prompt"][0]["content"] for example in task.examples("test")[:HELD_OUT]]
+    answers = answer_questions(model, tokenizer, questions, tokens=TOKENS)
+    requests = [f"Tell me a story about a {thing}." for thing in STORIES]
+    stories = answer_questions(model, tokenizer, requests, tokens=64)
+    margins, ratios = [], []
+    with torch.no_grad():
+        for batch in task.limit(test=HELD_OUT).batches("test", 8):
+            _, chosen, rejected, ratio = compared(model, batch, beta, method == "dpo, mean")
+            margins += [chosen - rejected]
+            ratios += [torch.stack(ratio.chunk(2))]
+    margin, ratio = torch.cat(margins), torch.cat(ratios, dim=1).mean(dim=1)
+    found = {
+        "kept": sum(keeps_rule(*answer) for answer in answers) / len(answers),
+        "ended": sum(ended for _, ended in answers) / len(answers),
+        "words": sum(len(text.split()) for text, _ in answers) / len(answers),
+        "story_words": sum(len(text.split()) for text, _ in stories) / len(stories),
+        "pairs_right": (margin > 0).double().mean().item(),
+        "margin": margin.mean().item(),
+        "chosen_ratio": ratio[0].item(),
+        "rejected_ratio": ratio[1].item(),
+        "perplexity": perplexity(model),
+    }
+    return {name: f"{value:.5f}" for name, value in found.items()}
+
+
+def run(method: str, beta: float, lr: float, seed: int, steps: int = STEPS) -> dict:
+    """Train one point and return its measured columns."""
+    model = load_model("smollm2", dtype=torch.bfloat16)
+    torch.manual_seed(seed)
+    inject(model, LoRA(rank=8, alpha=16))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    task = load_task("preferences")
+    training = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(training, lr=lr, weight_decay=0.0)
+    batches, losses = task.batches("train", PAIRS, seed=seed), []
+    for step, batch in zip(range(steps), batches, strict=False):
+        for group in optimizer.param_groups:  # a tenth of warm-up, then down to 0
+            group["lr"] = lr * min((step + 1) / (steps / 10), (steps - step) / (0.9 * steps))
+        if method == "sft":
+            chosen = {name: rows[:PAIRS] for name, rows in batch.items()}
+            loss = model(**chosen).loss
+        else:
+            loss = compared(model, batch, beta, method == "dpo, mean")[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(training, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    row = scores(model, task, method, beta or BETA)
+    ends = {"first_loss": losses[0], "last_loss": sum(losses[-10:]) / 10} if losses else {}
+    return {"steps": steps} | {k: f"{v:.5f}" for k, v in ends.items()} | row
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    columns = ("steps", "first_loss", "last_loss", "kept", "ended", "words", "story_words")
+    columns += ("pairs_right", "margin", "chosen_ratio", "rejected_ratio", "perplexity")
+    results = Results("preference_study", (*KEY, *columns))
+    points = [("none", 0.0, 0.0, 0), *POINTS]
+
+    def left() -> list[tuple]:
+        return missing(results, KEY, points)
+
+    def one(method, beta, lr, seed):
+        return run(method, beta, lr, seed, steps=STEPS if lr else 0)
+
+    fill(results, KEY, left, one, "--backwards" in sys.argv)

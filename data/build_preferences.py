@@ -1,0 +1,107 @@
+"""Rebuild data/tasks/preferences/: two answers of the bundled assistant to each question.
+
+The rule that prefers: a complete answer of one sentence and at most 25 words beats a longer one.
+Both answers are the assistant's own. For the short one it was asked for one short sentence, and
+that request is then taken out of the question.
+Samples depend on the processor's rounding: another machine gives other pairs of the same kind.
+Run: python data/build_preferences.py (half an hour on one core)
+"""
+
+import csv
+import re
+
+import torch
+from build_common import DATA, record
+from build_wordnet import UNFIT
+
+from peft_lessons import load_model, load_tokenizer
+from peft_lessons.train.loop import progress
+
+FOLDER = "tasks/preferences"
+CATEGORIES = ("animal", "artifact", "body", "food", "object", "plant")
+SIZES = {"train": 192, "validation": 32, "test": 64}
+QUESTION = 'What does the word "{}" mean?'
+REQUEST = " Answer in one short sentence."
+MOST_WORDS, MOST_TOKENS = 25, 64
+SHORT, LONG = 40, 64  # new tokens that are sampled
+TRIES, BATCH, SEED = 2, 64, 0
+
+
+def sentences(text: str) -> list[str]:
+    """Split at sentence ends; what is not ended by a full stop is left out."""
+    return re.findall(r"[^.!?]+[.!?](?=\s|$)", text)
+
+
+def answers(model, tokenizer, questions: list[str], tokens: int) -> list[tuple[str, bool]]:
+    """Sample one answer to each question: (its text, whether the assistant ended it itself)."""
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    with torch.no_grad():
+        written = model.generate(**batch, do_sample=True, temperature=0.8, max_new_tokens=tokens)
+    new = written[:, batch["input_ids"].shape[1] :]
+    ended = (new == tokenizer.eos_token_id).any(dim=1).tolist()
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
+
+
+def short(text: str, ended: bool) -> str | None:
+    """Return an answer that keeps the rule, or None."""
+    one = len(sentences(text)) == 1 and sentences(text)[0] == text
+    return text if ended and one and 5 <= len(text.split()) <= MOST_WORDS else None
+
+
+def long(text: str, ended: bool) -> str | None:
+    """Return the whole sentences of an answer that breaks the rule, or None."""
+    whole = "".join(sentences(text)).strip()
+    return whole if len(sentences(whole)) > 1 and len(whole.split()) > MOST_WORDS else None
+
+
+def words_of(split: str) -> list[str]:
+    """List the nouns of a split that have one of the concrete categories, in stored order."""
+    with (DATA / "tasks/wordnet/nouns.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["category"] in CATEGORIES]
+    return [
+        row["word"]
+        for row in rows
+        if row["split"] == split and re.fullmatch(r"[a-z]{4,}( [a-z]{4,})?", row["word"])
+    ]
+
+
+def main() -> None:
+    torch.manual_seed(SEED)
+    model = load_model("smollm2", dtype=torch.bfloat16)
+    tokenizer = load_tokenizer("smollm2")
+    rows = []
+    for split, size in SIZES.items():
+        words = iter(dict.fromkeys(words_of(split)))
+        found = []
+        bar = progress(range(size), split)
+        while len(found) < size:
+            batch = [word for word, _ in zip(words, range(BATCH), strict=False)]
+            if not batch:
+                raise RuntimeError(f"{split}: {len(found)} pairs of {size} found")
+            questions = [QUESTION.format(word) for word in batch]
+            rejected = [long(*a) for a in answers(model, tokenizer, questions, LONG)]
+            chosen = [None] * len(batch)
+            for _ in range(TRIES):
+                asked = [question + REQUEST for question in questions]
+                tried = answers(model, tokenizer, asked, SHORT)
+                chosen = [old or short(*new) for old, new in zip(chosen, tried, strict=True)]
+            for triple in zip(questions, chosen, rejected, strict=True):
+                if all(triple) and not UNFIT.search(" ".join(triple)) and len(found) < size:
+                    found.append((split, *triple))
+                    bar.update()
+        bar.close()
+        rows += found
+    folder = DATA / FOLDER
+    folder.mkdir(exist_ok=True)
+    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("split", "prompt", "chosen", "rejected"))
+        writer.writerows(rows)
+    record(FOLDER, "python data/build_preferences.py")
+
+
+if __name__ == "__main__":
+    main()
