@@ -1,6 +1,6 @@
 """The preference study: the bundled assistant learns by DPO to answer in one short sentence.
 
-    python benchmarks/preference_study.py       # two to three hours on one core
+    python benchmarks/preference_study.py       # an hour on one core
 
 Adds a row for each run to data/results/preference_study.csv: learning rates and values of beta with
 three seeds each, log-probabilities summed and averaged, and supervised fine-tuning on the preferred
@@ -16,17 +16,17 @@ from peft_lessons import LoRA, disabled, evaluate, inject, load_model, load_task
 from peft_lessons.methods.assistant import dpo_loss, keeps_rule, sequence_logprob
 from peft_lessons.train.generate import answer_questions
 
-STEPS, PAIRS, HELD_OUT, TOKENS = 40, 4, 64, 48
-RATES, BETAS = (1e-4, 3e-4, 1e-3, 3e-3), (0.01, 0.1, 0.5, 2.0)
-RATE, BETA = 1e-3, 0.1
-STORIES = ["cat", "lantern", "river", "soldier", "garden", "clock", "letter", "bridge"]
+STEPS, PAIRS, HELD_OUT, TOKENS = 24, 4, 48, 48
+RATES, BETAS = (1e-4, 3e-4, 1e-3), (0.01, 0.1, 1.0)
+RATE, BETA = 3e-4, 0.1
+THINGS = ("cat", "lantern", "river", "soldier", "garden", "clock", "letter", "bridge")
 KEY = ("method", "beta", "lr", "seed")
-POINTS = [
-    *(("dpo", BETA, lr, seed) for seed in SEEDS for lr in RATES),
-    *(("dpo", beta, RATE, seed) for seed in SEEDS for beta in BETAS if beta != BETA),
-    # A mean is some thirty times smaller than a sum; beta makes up for it.
-    *(("dpo, mean", 30 * BETA, RATE, seed) for seed in SEEDS),
-    *(("sft", 0.0, RATE, seed) for seed in SEEDS),
+SETTINGS = [
+    *(("dpo", BETA, lr) for lr in RATES),
+    *(("dpo", beta, RATE) for beta in BETAS if beta != BETA),
+    # A mean over tokens is some thirty times smaller than a sum; beta makes up for it.
+    ("dpo, mean", 30 * BETA, RATE),
+    ("sft", 0.0, RATE),
 ]
 
 
@@ -57,7 +57,7 @@ def scores(model, task, method: str, beta: float) -> dict[str, str]:
     tokenizer = load_tokenizer("smollm2")
     questions = [example["prompt"][0]["content"] for example in task.examples("test")[:HELD_OUT]]
     answers = answer_questions(model, tokenizer, questions, tokens=TOKENS)
-    requests = [f"Tell me a story about a {thing}." for thing in STORIES]
+    requests = [f"Tell me a story about a {thing}." for thing in THINGS]
     stories = answer_questions(model, tokenizer, requests, tokens=64)
     margins, ratios = [], []
     with torch.no_grad():
@@ -91,7 +91,7 @@ def run(method: str, beta: float, lr: float, seed: int, steps: int = STEPS) -> d
     task = load_task("preferences")
     training = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(training, lr=lr, weight_decay=0.0)
-    batches, losses = task.batches("train", PAIRS, seed=seed), []
+    batches, losses = task.stream(PAIRS, seed), []
     for step, batch in zip(range(steps), batches, strict=False):
         for group in optimizer.param_groups:  # a tenth of warm-up, then down to 0
             group["lr"] = lr * min((step + 1) / (steps / 10), (steps - step) / (0.9 * steps))
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     columns = ("steps", "first_loss", "last_loss", "kept", "ended", "words", "story_words")
     columns += ("pairs_right", "margin", "chosen_ratio", "rejected_ratio", "perplexity")
     results = Results("preference_study", (*KEY, *columns))
-    points = [("none", 0.0, 0.0, 0), *POINTS]
+    points = [("none", 0.0, 0.0, 0), *((*s, seed) for seed in SEEDS for s in SETTINGS)]
 
     def left() -> list[tuple]:
         return missing(results, KEY, points)

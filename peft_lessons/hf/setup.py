@@ -180,7 +180,7 @@ _RATES: dict[str, tuple[float, float, str]] = {
     "qlora": (1e-3, 2e-4, f"{_TRL}: 2e-4 for SFT; Unsloth's hyperparameters guide: 2e-4"),
     "adalora": (3e-3, 1e-3, "PEFT's example peft_adalora_seq2seq.py (BART-base): 1e-3"),
     "ia3": (3e-2, 5e-3, f"{_COMPARISON}, ia3/llama-3.2-3B-all-attn-5k-lr0.005: 5e-3"),
-    "prefix": (3e-2, 1e-3, f"{_COMPARISON}, prefixtuning/llama-3.2-3B-lr_0.001: 1e-3"),
+    "prefix": (3e-2, 1e-3, f"{_COMPARISON}, prefixtuning/llama-3.2-3B-lr_0.001: 1e-3, 5,000 steps"),
     "prompt": (1e-1, 2e-2, f"{_TRL}: 1e-2 to 3e-2, 2e-2 in its example"),
     "norms": (1e-2, 1e-3, "no published default: start with a sweep"),
 }
