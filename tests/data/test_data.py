@@ -3,6 +3,7 @@
 import bz2
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -35,15 +36,20 @@ def number(cell: str) -> int:
     return int(cell.replace(",", ""))
 
 
+def unpacked(table: str) -> io.StringIO:
+    """Open a compressed table of data/tasks as text, with its line ends as they are stored."""
+    content = bz2.decompress((DATA / f"tasks/{table}.csv.bz2").read_bytes())
+    return io.StringIO(content.decode(), newline="")
+
+
 @pytest.fixture(scope="module")
 def rows():
     """Every row of every domain: (domain, split, rating, text)."""
     result = []
     for domain in DOMAINS:
-        with (DATA / f"tasks/sentiment/{domain}.csv").open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            assert reader.fieldnames == ["split", "rating", "text"]
-            result += [(domain, r["split"], float(r["rating"]), r["text"]) for r in reader]
+        reader = csv.DictReader(unpacked(f"sentiment/{domain}"))
+        assert reader.fieldnames == ["split", "rating", "text"]
+        result += [(domain, r["split"], float(r["rating"]), r["text"]) for r in reader]
     return result
 
 
@@ -124,7 +130,8 @@ def test_sentences_rebuild_byte_for_byte_from_the_archive():
         "print(json.dumps({name: sha256(content) for name, content in files.items()}))",
     )
     built = json.loads(run.stdout.decode().splitlines()[-1])
-    assert built == {name: CHECKSUMS[f"tasks/sentiment/{name}.csv"]["sha256"] for name in DOMAINS}
+    stored = {name: unpacked(f"sentiment/{name}").read().encode() for name in DOMAINS}
+    assert built == {name: hashlib.sha256(text).hexdigest() for name, text in stored.items()}
 
 
 def test_weights_rebuild_byte_for_byte_from_the_archive():
@@ -198,8 +205,7 @@ def test_readme_counts_of_the_novels(chapters, split):
 @pytest.fixture(scope="module")
 def nouns():
     """Every row of the noun definitions: (split, category, word, definition)."""
-    with (DATA / "tasks/wordnet/nouns.csv").open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
+    header, *rows = csv.reader(unpacked("wordnet/nouns"))
     assert header == ["split", "category", "word", "definition"]
     return rows
 
@@ -227,6 +233,13 @@ def test_definitions_have_26_categories_in_each_split(nouns):
         assert mine.keys() == counts.keys()
         numbers = sum(mine.values()), min(mine.values()), max(mine.values())
         assert table_rows("wordnet", split) == [["wordnet", split, *(f"{n:,}" for n in numbers)]]
+
+
+@pytest.mark.parametrize("table", ["sentiment/movies", "sentiment/tweets", "wordnet/nouns"])
+def test_compressed_tables_have_level_9_and_lf_line_ends(table):
+    assert (DATA / f"tasks/{table}.csv.bz2").read_bytes().startswith(b"BZh9")
+    text = unpacked(table).read()
+    assert text.endswith("\n") and "\r" not in text
 
 
 def test_the_decoder_is_what_the_readme_says():
