@@ -453,6 +453,10 @@ SENTIMENT_SOURCE = (
     "Hutto & Gilbert (2014), vaderSentiment 3.3.2 (ratings: MIT); labels |mean rating| > 1"
 )
 WORDNET_SOURCE = "WordNet 3.0, Princeton University (2006), WordNet licence; definitions of nouns"
+PREFERENCE_SOURCE = (
+    "answers sampled from SmolLM2-135M-Instruct (Apache-2.0) on nouns of WordNet 3.0; "
+    "the chosen answer is one sentence of at most 25 words, the rejected answer is longer"
+)
 
 
 def _unpacked(path: str) -> str:
@@ -663,7 +667,7 @@ def _load_preferences(name, tokenizer, max_length) -> PreferenceTask:
             rejected_tokens=rejected.tokens,
             rejected_targets=rejected.targets,
         )
-    return PreferenceTask(name, splits, tokenizer, max_length, "")
+    return PreferenceTask(name, splits, tokenizer, max_length, PREFERENCE_SOURCE)
 
 
 @dataclass(frozen=True)

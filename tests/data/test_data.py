@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_lessons.data.bundled import ASSISTANT
+from peft_lessons.methods.assistant import keeps_rule
 from tools.environment import ROOT
 
 DATA = ROOT / "data"
@@ -240,6 +241,45 @@ def test_compressed_tables_have_level_9_and_lf_line_ends(table):
     assert (DATA / f"tasks/{table}.csv.bz2").read_bytes().startswith(b"BZh9")
     text = unpacked(table).read()
     assert text.endswith("\n") and "\r" not in text
+
+
+def sentences(text: str) -> int:
+    """Count the sentences of an answer by the ends that are followed by a space or by nothing."""
+    return len(re.findall(r"[.!?](?=\s|$)", text))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Every row of the preferences: a prompt with a chosen and a rejected answer."""
+    with (DATA / "tasks/preferences/pairs.csv").open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        assert reader.fieldnames == ["split", "prompt", "chosen", "rejected"]
+        return list(reader)
+
+
+def test_every_preference_keeps_the_rule(pairs):
+    for pair in pairs:
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        assert keeps_rule(chosen, ended=True), chosen
+        assert not keeps_rule(rejected, ended=True) and chosen != rejected
+        assert len(rejected.split()) > 25 and sentences(rejected) > 1, rejected
+
+
+def test_every_prompt_is_there_once_and_asks_for_a_noun_of_its_split(pairs, nouns):
+    assert len({pair["prompt"] for pair in pairs}) == len(pairs)
+    known = {(split, f'What does the word "{word}" mean?') for split, _, word, _ in nouns}
+    assert {(pair["split"], pair["prompt"]) for pair in pairs} <= known
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_readme_counts_of_the_preferences(pairs, split):
+    mine = [pair for pair in pairs if pair["split"] == split]
+    words = (
+        sum(len(pair[answer].split()) for pair in mine) / len(mine)
+        for answer in ("chosen", "rejected")
+    )
+    counts = str(len(mine)), *(f"{mean:.1f}" for mean in words)
+    assert table_rows("preferences", split) == [["preferences", split, *counts]]
 
 
 def test_the_decoder_is_what_the_readme_says():
