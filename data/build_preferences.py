@@ -7,6 +7,7 @@ Samples depend on the processor's rounding: another machine gives other pairs of
 Run: python data/build_preferences.py (half an hour on one core)
 """
 
+import bz2
 import csv
 import re
 
@@ -59,7 +60,8 @@ def long(text: str, ended: bool) -> str | None:
 
 def words_of(split: str) -> list[str]:
     """List the nouns of a split that have one of the concrete categories, in stored order."""
-    with (DATA / "tasks/wordnet/nouns.csv").open(encoding="utf-8", newline="") as file:
+    packed = DATA / "tasks/wordnet/nouns.csv.bz2"
+    with bz2.open(packed, "rt", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["category"] in CATEGORIES]
     return [
         row["word"]

@@ -6,6 +6,7 @@ still reads all four, because duplicates are looked for across all of them: the 
 out as a copy of an Amazon review. Run: python data/build_sentiment.py [--archive PATH]
 """
 
+import bz2
 import csv
 import html
 import io
@@ -35,9 +36,9 @@ CITATION = """\
 The CSV files in this folder are derived from the data sets that come with vaderSentiment 3.3.2
 (additional_resources/hutto_ICWSM_2014.tar.gz). The licence above covers C.J. Hutto's compilation
 and its ratings. The sentences are quotations by other authors, whom the source does not name:
-movies.csv quotes movie reviews from Rotten Tomatoes, which Pang & Lee (2004) collected; tweets.csv
-has texts after tweets, with user names and web addresses taken out by the compilers. The course
-uses them for research and teaching. Please cite:
+movies.csv.bz2 quotes movie reviews from Rotten Tomatoes, which Pang & Lee (2004) collected;
+tweets.csv.bz2 has texts after tweets, with user names and web addresses taken out by the compilers.
+The course uses them for research and teaching. Please cite:
 
 Hutto, C.J. & Gilbert, E.E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis
 of Social Media Text. Eighth International Conference on Weblogs and Social Media (ICWSM-14).
@@ -128,7 +129,7 @@ def main() -> None:
         with tarfile.open(fileobj=inner) as source:
             files = build(source)
     for domain, content in files.items():
-        (folder / f"{domain}.csv").write_bytes(content)
+        (folder / f"{domain}.csv.bz2").write_bytes(bz2.compress(content))
     (folder / "LICENSE").write_text(licence.rstrip() + CITATION, encoding="utf-8")
     print()
     record(FOLDER, "python data/build_sentiment.py")

@@ -4,6 +4,7 @@ WordNet's editors sorted its nouns into 26 files, one a subject: animal, food, s
 Run on Debian: python data/build_wordnet.py [--archive PATH]
 """
 
+import bz2
 import csv
 import io
 import re
@@ -108,7 +109,7 @@ def main() -> None:
     csv.writer(buffer, lineterminator="\n").writerows(
         [("split", "category", "word", "definition"), *rows]
     )
-    (folder / "nouns.csv").write_text(buffer.getvalue(), encoding="utf-8", newline="")
+    (folder / "nouns.csv.bz2").write_bytes(bz2.compress(buffer.getvalue().encode()))
     (folder / "LICENSE").write_text(licence, encoding="utf-8")
     sizes = Counter(split for split, *_ in rows)
     print(f"{len(nouns):,} noun synsets read, {len(rows):,} kept: {dict(sizes)}, {dict(counts)}")

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import io
 import itertools
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -452,25 +453,46 @@ SENTIMENT_SOURCE = (
     "Hutto & Gilbert (2014), vaderSentiment 3.3.2 (ratings: MIT); labels |mean rating| > 1"
 )
 WORDNET_SOURCE = "WordNet 3.0, Princeton University (2006), WordNet licence; definitions of nouns"
+PREFERENCE_SOURCE = (
+    "answers sampled from SmolLM2-135M-Instruct (Apache-2.0) on nouns of WordNet 3.0; "
+    "the chosen answer is one sentence of at most 25 words, the rejected answer is longer"
+)
+
+
+def _unpacked(path: str) -> str:
+    """Return the text of a bundled file that bzip2 compressed.
+
+    Raises ValueError if the content is not UTF-8 text compressed by bzip2."""
+    file = bundled_path(path)
+    try:
+        return bz2.decompress(file.read_bytes()).decode()
+    except (OSError, ValueError) as error:
+        bundled_path(path, verify=True)  # refuses a damaged file, and names its remedy
+        raise ValueError(
+            f"{file} is not UTF-8 text compressed by bzip2: {error}. Save your text in UTF-8, "
+            "compress it with bzip2 and record its checksum again, as data/README.md describes"
+        ) from error
+
+
+def _table(path: str) -> list[dict[str, str]]:
+    """Read the rows of a bundled CSV file that bzip2 compressed."""
+    return list(csv.DictReader(io.StringIO(_unpacked(path), newline="")))
 
 
 def _rated(domain: str) -> dict[str, tuple[list[str], list[int]]]:
     """Read {split: (texts, labels)} of a domain of the sentiment data."""
-    file = bundled_path(f"tasks/sentiment/{domain}.csv")
     rows = {split: ([], []) for split in SPLITS}
-    with file.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            label = sentiment_label(float(row["rating"]))
-            if label is not None:
-                rows[row["split"]][0].append(row["text"])
-                rows[row["split"]][1].append(label)
+    for row in _table(f"tasks/sentiment/{domain}.csv.bz2"):
+        label = sentiment_label(float(row["rating"]))
+        if label is not None:
+            rows[row["split"]][0].append(row["text"])
+            rows[row["split"]][1].append(label)
     return rows
 
 
 def _nouns() -> dict[str, list[dict[str, str]]]:
     """Read {split: rows} of the nouns of WordNet, with category, word and definition."""
-    with bundled_path("tasks/wordnet/nouns.csv").open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = _table("tasks/wordnet/nouns.csv.bz2")
     return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
 
 
@@ -507,8 +529,7 @@ def _load_austen(name, tokenizer, max_length) -> LanguageTask:
         )
     splits = {}
     for split in SPLITS:
-        packed = bundled_path(f"tasks/austen/{split}.txt.bz2").read_bytes()
-        text = bz2.decompress(packed).decode()
+        text = _unpacked(f"tasks/austen/{split}.txt.bz2")
         chapters = []
         for line in text.removesuffix("\n").split("\n"):
             if line.startswith("# "):
@@ -646,7 +667,7 @@ def _load_preferences(name, tokenizer, max_length) -> PreferenceTask:
             rejected_tokens=rejected.tokens,
             rejected_targets=rejected.targets,
         )
-    return PreferenceTask(name, splits, tokenizer, max_length, "")
+    return PreferenceTask(name, splits, tokenizer, max_length, PREFERENCE_SOURCE)
 
 
 @dataclass(frozen=True)

@@ -257,6 +257,7 @@ def test_preferences_hold_the_chosen_answers_first(preferences, tokenizer):
     assert len(next(task.stream(1, seed=0))["labels"]) == 2
     assert task.limit(train=1).examples("train") == task.examples("train")[:1]
     assert "train 2" in repr(task) and "learned" in task.describe()
+    assert "SmolLM2-135M-Instruct (Apache-2.0)" in task.describe()
 
 
 @pytest.mark.parametrize(

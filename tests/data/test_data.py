@@ -3,6 +3,7 @@
 import bz2
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_lessons.data.bundled import ASSISTANT
+from peft_lessons.methods.assistant import keeps_rule
 from tools.environment import ROOT
 
 DATA = ROOT / "data"
@@ -35,15 +37,20 @@ def number(cell: str) -> int:
     return int(cell.replace(",", ""))
 
 
+def unpacked(table: str) -> io.StringIO:
+    """Open a compressed table of data/tasks as text, with its line ends as they are stored."""
+    content = bz2.decompress((DATA / f"tasks/{table}.csv.bz2").read_bytes())
+    return io.StringIO(content.decode(), newline="")
+
+
 @pytest.fixture(scope="module")
 def rows():
     """Every row of every domain: (domain, split, rating, text)."""
     result = []
     for domain in DOMAINS:
-        with (DATA / f"tasks/sentiment/{domain}.csv").open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            assert reader.fieldnames == ["split", "rating", "text"]
-            result += [(domain, r["split"], float(r["rating"]), r["text"]) for r in reader]
+        reader = csv.DictReader(unpacked(f"sentiment/{domain}"))
+        assert reader.fieldnames == ["split", "rating", "text"]
+        result += [(domain, r["split"], float(r["rating"]), r["text"]) for r in reader]
     return result
 
 
@@ -124,7 +131,8 @@ def test_sentences_rebuild_byte_for_byte_from_the_archive():
         "print(json.dumps({name: sha256(content) for name, content in files.items()}))",
     )
     built = json.loads(run.stdout.decode().splitlines()[-1])
-    assert built == {name: CHECKSUMS[f"tasks/sentiment/{name}.csv"]["sha256"] for name in DOMAINS}
+    stored = {name: unpacked(f"sentiment/{name}").read().encode() for name in DOMAINS}
+    assert built == {name: hashlib.sha256(text).hexdigest() for name, text in stored.items()}
 
 
 def test_weights_rebuild_byte_for_byte_from_the_archive():
@@ -198,8 +206,7 @@ def test_readme_counts_of_the_novels(chapters, split):
 @pytest.fixture(scope="module")
 def nouns():
     """Every row of the noun definitions: (split, category, word, definition)."""
-    with (DATA / "tasks/wordnet/nouns.csv").open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
+    header, *rows = csv.reader(unpacked("wordnet/nouns"))
     assert header == ["split", "category", "word", "definition"]
     return rows
 
@@ -227,6 +234,52 @@ def test_definitions_have_26_categories_in_each_split(nouns):
         assert mine.keys() == counts.keys()
         numbers = sum(mine.values()), min(mine.values()), max(mine.values())
         assert table_rows("wordnet", split) == [["wordnet", split, *(f"{n:,}" for n in numbers)]]
+
+
+@pytest.mark.parametrize("table", ["sentiment/movies", "sentiment/tweets", "wordnet/nouns"])
+def test_compressed_tables_have_level_9_and_lf_line_ends(table):
+    assert (DATA / f"tasks/{table}.csv.bz2").read_bytes().startswith(b"BZh9")
+    text = unpacked(table).read()
+    assert text.endswith("\n") and "\r" not in text
+
+
+def sentences(text: str) -> int:
+    """Count the sentences of an answer by the ends that are followed by a space or by nothing."""
+    return len(re.findall(r"[.!?](?=\s|$)", text))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Every row of the preferences: a prompt with a chosen and a rejected answer."""
+    with (DATA / "tasks/preferences/pairs.csv").open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        assert reader.fieldnames == ["split", "prompt", "chosen", "rejected"]
+        return list(reader)
+
+
+def test_every_preference_keeps_the_rule(pairs):
+    for pair in pairs:
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        assert keeps_rule(chosen, ended=True), chosen
+        assert not keeps_rule(rejected, ended=True) and chosen != rejected
+        assert len(rejected.split()) > 25 and sentences(rejected) > 1, rejected
+
+
+def test_every_prompt_is_there_once_and_asks_for_a_noun_of_its_split(pairs, nouns):
+    assert len({pair["prompt"] for pair in pairs}) == len(pairs)
+    known = {(split, f'What does the word "{word}" mean?') for split, _, word, _ in nouns}
+    assert {(pair["split"], pair["prompt"]) for pair in pairs} <= known
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_readme_counts_of_the_preferences(pairs, split):
+    mine = [pair for pair in pairs if pair["split"] == split]
+    words = (
+        sum(len(pair[answer].split()) for pair in mine) / len(mine)
+        for answer in ("chosen", "rejected")
+    )
+    counts = str(len(mine)), *(f"{mean:.1f}" for mean in words)
+    assert table_rows("preferences", split) == [["preferences", split, *counts]]
 
 
 def test_the_decoder_is_what_the_readme_says():

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from peft_lessons.data.base_models import load_tokenizer
-from peft_lessons.data.bundled import bundled_files
-from peft_lessons.data.tasks import load_task
+from peft_lessons.data.bundled import bundled_files, bundled_path
 from tools.environment import ROOT
 
 CONVERT = ("-c", "core.autocrlf=true")  # what git for Windows proposes when it is installed
@@ -43,17 +42,16 @@ def test_a_clone_that_converts_line_ends_has_every_bundled_file(tmp_path, monkey
 
 def test_the_error_names_line_ends_and_commands_that_restore_the_files(tmp_path, monkeypatch):
     source, clone = tmp_path / "source", tmp_path / "clone"
-    for folder in ("models/tinylm", "tasks/sentiment"):
+    for folder in ("models/tinylm", "tasks/preferences"):
         shutil.copytree(ROOT / "data" / folder, source / "data" / folder)
     shutil.copy(ROOT / "data/checksums.json", source / "data")
     git(source, "init", "-q")
     git(source, "add", "-A")
     git(source, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "-m", "x")
     git(tmp_path, "clone", "-q", *CONVERT, source.as_uri(), "clone")
-    tokenizer = load_tokenizer("minilm")
     monkeypatch.setenv("PEFT_LESSONS_DATA", str(clone / "data"))
-    with pytest.raises(ValueError, match=r"tweets\.csv is damaged: .* converted from LF to CRLF"):
-        load_task("sentiment-tweets", tokenizer)
+    with pytest.raises(ValueError, match=r"pairs\.csv is damaged: .* converted from LF to CRLF"):
+        bundled_path("tasks/preferences/pairs.csv")
     with pytest.raises(ValueError, match=r"json is damaged: .* converted from LF to CRLF") as error:
         load_tokenizer("tinylm")
     commands = [line for line in str(error.value).splitlines() if line.startswith("    git ")]
@@ -61,5 +59,5 @@ def test_the_error_names_line_ends_and_commands_that_restore_the_files(tmp_path,
     for command in commands:
         git(clone, *command.split()[1:])
     load_tokenizer("tinylm")
-    load_task("sentiment-tweets", tokenizer)
+    bundled_path("tasks/preferences/pairs.csv", verify=True)
     assert "w/crlf" not in git(clone, "ls-files", "--eol", "data/models", "data/tasks")

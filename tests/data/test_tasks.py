@@ -1,7 +1,9 @@
 """Tasks: batches, streams that resume, balanced subsets, and every refusal."""
 
 import bz2
+import hashlib
 import itertools
+import json
 import math
 import random
 
@@ -35,6 +37,24 @@ def austen():
 @pytest.fixture(scope="module")
 def wordnet(tokenizer):
     return load_task("wordnet", tokenizer)
+
+
+@pytest.fixture
+def own_tweets(tmp_path, monkeypatch, tokenizer):
+    """Load "sentiment-tweets" from a data folder whose file of tweets has this content."""
+
+    def load(content: bytes, sha256: str | None = None):
+        path = "tasks/sentiment/tweets.csv.bz2"
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        sha256 = sha256 or hashlib.sha256(content).hexdigest()
+        entry = {"bytes": len(content), "sha256": sha256, "rebuild": "python build.py"}
+        (tmp_path / "checksums.json").write_text(json.dumps({path: entry}), encoding="utf-8")
+        monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
+        return load_task("sentiment-tweets", tokenizer)
+
+    return load
 
 
 def ids_of(batches) -> list[tuple]:
@@ -248,6 +268,36 @@ def test_bad_max_length():
     ):
         with pytest.raises(ValueError, match=f"max_length must {told}"):
             load_task(name, max_length=length)
+
+
+TWEETS = """split,rating,text
+train,2.5,"Größe, with a comma
+and a second line"
+validation,-3.0,Bad.
+train,0.2,Neither.
+test,1.5,Good.
+"""
+
+
+def test_a_compressed_table_of_your_own_is_read(own_tweets):
+    task = own_tweets(bz2.compress(TWEETS.encode()))
+    assert task.texts("train") == ["Größe, with a comma\nand a second line"]
+    assert [task.labels(split).tolist() for split in task.splits] == [[1], [0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (TWEETS.encode(), "Invalid data stream"),
+        (bz2.compress(TWEETS.encode())[:-1], "ended before"),
+        (bz2.compress(TWEETS.encode("latin-1")), "can't decode byte"),
+    ],
+)
+def test_a_table_that_cannot_be_unpacked_is_refused_with_the_remedy(own_tweets, content, told):
+    with pytest.raises(ValueError, match=rf"tweets\.csv\.bz2 is not UTF-8 .*{told}.*README\.md"):
+        own_tweets(content)
+    with pytest.raises(ValueError, match=r"damaged: its sha256 is wrong.*python build\.py"):
+        own_tweets(content, sha256="0" * 64)
 
 
 def test_an_unknown_task_and_a_bad_tokenizer_are_refused():
