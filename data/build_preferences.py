@@ -16,6 +16,7 @@ from build_common import DATA, record
 from build_wordnet import UNFIT
 
 from peft_lessons import load_model, load_tokenizer
+from peft_lessons.methods.assistant import keeps_rule
 from peft_lessons.train.loop import progress
 
 FOLDER = "tasks/preferences"
@@ -44,12 +45,6 @@ def answers(model, tokenizer, questions: list[str], tokens: int) -> list[tuple[s
     ended = (new == tokenizer.eos_token_id).any(dim=1).tolist()
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
-
-
-def short(text: str, ended: bool) -> str | None:
-    """Return an answer that keeps the rule, or None."""
-    one = len(sentences(text)) == 1 and sentences(text)[0] == text
-    return text if ended and one and 5 <= len(text.split()) <= MOST_WORDS else None
 
 
 def long(text: str, ended: bool) -> str | None:
@@ -89,7 +84,8 @@ def main() -> None:
             for _ in range(TRIES):
                 asked = [question + REQUEST for question in questions]
                 tried = answers(model, tokenizer, asked, SHORT)
-                chosen = [old or short(*new) for old, new in zip(chosen, tried, strict=True)]
+                tried = [text if keeps_rule(text, ended) else None for text, ended in tried]
+                chosen = [old or new for old, new in zip(chosen, tried, strict=True)]
             for triple in zip(questions, chosen, rejected, strict=True):
                 if all(triple) and not UNFIT.search(" ".join(triple)) and len(found) < size:
                     found.append((split, *triple))

@@ -50,3 +50,8 @@ def dpo_loss(
     reward_rejected = beta * (policy_rejected - reference_rejected)
     loss = -F.logsigmoid(reward_chosen - reward_rejected).mean()
     return loss, reward_chosen, reward_rejected
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """Return each reward (groups, size) minus the mean reward of its group."""
+    return rewards - rewards.mean(dim=1, keepdim=True)

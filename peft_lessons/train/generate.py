@@ -2,6 +2,8 @@
 
 import torch
 
+from ..data.chat import refuse_no_template
+
 
 def generate_text(model, tokenizer, opening: str, seed: int = 0, tokens: int = 40) -> str:
     """Continue `opening` by up to `tokens` tokens, with temperature 0.7 and top-p 0.9.
@@ -25,11 +27,7 @@ def answer_questions(
 
     Each question is a chat of its own, in the tokenizer's chat template; `size` questions are
     answered at a time. Raises ValueError for a tokenizer without a chat template."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template, so its model is no assistant: take one that was "
-            "trained to chat, such as load_tokenizer('smollm2')"
-        )
+    refuse_no_template(tokenizer)
     answers = []
     for k in range(0, len(questions), size):
         chats = [[{"role": "user", "content": question}] for question in questions[k : k + size]]

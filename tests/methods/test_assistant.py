@@ -4,9 +4,17 @@ import math
 
 import pytest
 import torch
-from tiny import close, tiny_llama
+from tiny import chat_tokenizer, close, tiny_llama
 
-from peft_lessons.methods.assistant import answer_labels, dpo_loss, sequence_logprob
+from peft_lessons import load_model
+from peft_lessons.methods.assistant import (
+    answer_labels,
+    dpo_loss,
+    group_advantages,
+    keeps_rule,
+    sequence_logprob,
+)
+from peft_lessons.train.generate import answer_questions
 
 
 def test_only_the_answer_is_labelled():
@@ -40,3 +48,36 @@ def test_dpo_starts_at_log_2_and_falls_as_the_margin_grows():
     better, chosen, rejected = dpo_loss(same + 3, same - 2, same, same, 0.1)
     assert better.item() == pytest.approx(math.log(1 + math.exp(-0.5)))
     close(torch.stack([chosen, rejected]), torch.tensor([[0.3, 0.3], [-0.2, -0.2]]))
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "kept"),
+    [
+        ("A lantern is a lamp that you can carry.", True, True),
+        ("A lantern is a lamp that you can carry.", False, False),
+        ("A lantern is a lamp that you can carry", True, False),
+        ("A lantern is a lamp. You can carry it.", True, False),
+        ("A lamp.", True, False),
+        ("word " * 25 + "more.", True, False),
+        ("word " * 24 + "more.", True, True),
+        ("", True, False),
+    ],
+)
+def test_the_rule_is_one_sentence_that_ends(text, ended, kept):
+    assert keeps_rule(text, ended) is kept
+
+
+def test_advantages_compare_within_a_group():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    wanted = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(group_advantages(rewards), wanted)
+
+
+def test_questions_are_answered_together_as_each_alone():
+    model, tokenizer = load_model("tinylm"), chat_tokenizer()
+    questions = ["What is a lantern?", "Why?", "Who wrote this long and winding question?"]
+    together = answer_questions(model, tokenizer, questions, tokens=6)
+    alone = [answer_questions(model, tokenizer, [q], tokens=6)[0] for q in questions]
+    assert together == alone == answer_questions(model, tokenizer, questions, tokens=6, size=2)
+    with pytest.raises(ValueError, match="no chat template"):
+        answer_questions(model, chat_tokenizer(template=None), questions)

@@ -1,4 +1,4 @@
-"""Solutions of lesson 15."""
+"""Solutions of lesson 16."""
 
 
 def affordable_rank(matrices: int, budget: int) -> int:

@@ -1,4 +1,4 @@
-"""Checks of lesson 15."""
+"""Checks of lesson 16."""
 
 import math
 
