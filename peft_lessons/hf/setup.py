@@ -381,11 +381,13 @@ def load_and_merge_adapter(
         dtype: of the merged model.
         four_bit: True for an adapter that was trained on a base in 4 bits. It is merged into the
             dequantised weights, with which it was trained.
-        check_base: False accepts an adapter of a base with another name.
+        check_base: False accepts an adapter of a base with another name or chat template.
 
-    Raises FileNotFoundError for a missing file; ValueError for a broken one, another base, keys
-    that do not fit it, NaN in the adapter or after merging, a method that cannot be merged
-    (prompts, prefixes), a `save_to` that is not empty; and as `load_model`."""
+    The tokenizer is the one that was saved with the adapter, otherwise the base's.
+
+    Raises FileNotFoundError for a missing file; ValueError for a broken one, another base or chat
+    template, keys that do not fit the base, NaN in the adapter or after merging, a method that
+    cannot be merged (prompts, prefixes), a `save_to` that is not empty; and as `load_model`."""
     import peft
 
     adapter_path = Path(adapter_path)
@@ -409,6 +411,7 @@ def load_and_merge_adapter(
         base.config.pad_token_id = load_tokenizer(base_model_name).pad_token_id
     if check_base:
         refuse_other_base(base, entries, header)
+        _refuse_other_template(base_model_name, adapter_path)
     if four_bit:
         with errors_only("transformers.integrations.bitsandbytes"):  # it reports the dtype
             base = base.dequantize()
@@ -422,8 +425,27 @@ def load_and_merge_adapter(
         if not weight.isfinite().all():
             raise ValueError(f"merging gave NaN or infinite weights in {dtype}, first in {path!r}")
     if target is not None:
-        _save_whole(merged.eval(), load_tokenizer(base_model_name), target)
+        owner = adapter_path if _has_tokenizer(adapter_path) else base_model_name
+        _save_whole(merged.eval(), load_tokenizer(owner), target)
     return merged.eval()
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def _refuse_other_template(base_model_name: str, folder: Path) -> None:
+    """Raise ValueError if the adapter was saved with another chat template than the base has."""
+    if not _has_tokenizer(folder):
+        return
+    theirs = load_tokenizer(folder).chat_template
+    if theirs and theirs != load_tokenizer(base_model_name).chat_template:
+        raise ValueError(
+            f"the adapter in {str(folder)!r} was trained with another chat template than "
+            f"{base_model_name!r} has: in the base's template its answers would be worse. Name the "
+            "base that it was trained on, or take check_base=False, which keeps the adapter's "
+            "template"
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -5,7 +5,12 @@ import json
 import pytest
 from tiny import chat_tokenizer, tiny_llama
 
-from peft_lessons import load_tokenizer, setup_peft_training, train_with_peft
+from peft_lessons import (
+    load_and_merge_adapter,
+    load_tokenizer,
+    setup_peft_training,
+    train_with_peft,
+)
 from peft_lessons.costs import recommend
 from peft_lessons.costs.recommend import CANDIDATES, Advice, needs_of
 from peft_lessons.data.chat import assistant, chat_tokens, pair_tokens, user
@@ -204,3 +209,18 @@ def test_the_adviser_counts_what_the_trainer_switches_on(name, folder, monkeypat
 
 def test_what_does_not_fit_has_no_arguments():
     assert Advice("does not fit").arguments is None
+
+
+def test_an_adapter_of_another_chat_template_is_refused(folder, tmp_path):
+    model, tokenizer = made(folder)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    load_and_merge_adapter(folder, tmp_path / "adapter")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    with pytest.raises(ValueError, match="another chat template"):
+        load_and_merge_adapter(folder, tmp_path / "adapter", save_to=merged)
+    assert not merged.exists()
+    load_and_merge_adapter(folder, tmp_path / "adapter", save_to=merged, check_base=False)
+    assert load_tokenizer(merged).chat_template == tokenizer.chat_template
