@@ -16,7 +16,7 @@ from peft import (
 
 
 def config_for(method: str, model: nn.Module) -> PeftConfig:
-    """PEFT's config of a method by its name, for a causal model or a classifier."""
+    """Return PEFT's config of a method by its name, for a causal model or a classifier."""
     second = r".*\.(down_proj|layer\.\d+\.output\.dense)"    # not attention.output.dense
     scaled = rf".*\.(k_proj|v_proj|key|value)|{second}"
     linear = {"target_modules": "all-linear", "lora_alpha": 16}
