@@ -16,7 +16,7 @@ from peft import (
 
 
 def config_for(method: str, model: nn.Module) -> PeftConfig:
-    """PEFT's config of a method by its name, for a causal model or a classifier."""
+    """Return PEFT's config of a method by its name, for a causal model or a classifier."""
     second = r".*\.(down_proj|layer\.\d+\.output\.dense)"    # not attention.output.dense
     scaled = rf".*\.(k_proj|v_proj|key|value)|{second}"
     linear = {"target_modules": "all-linear", "lora_alpha": 16}
@@ -35,7 +35,7 @@ def config_for(method: str, model: nn.Module) -> PeftConfig:
 def mixed_batch(
     model: PeftModel, inputs: dict[str, torch.Tensor], adapters: list[str | None]
 ) -> torch.Tensor:
-    """The logits of a batch in which each row has its own adapter, or none."""
+    """Return the logits of a batch in which each row has its own adapter, or none."""
     active = model.active_adapter
     model.eval()
     logits = {}
@@ -57,7 +57,7 @@ def mixed_batch(
 def resume(
     base: nn.Module, path: str, data: Iterable[dict[str, torch.Tensor]], lr: float = 1e-2
 ) -> PeftModel:
-    """Go on with the training of the adapter in `path`, and save it there again."""
+    """Continue the training of the adapter in `path`, and save it there again."""
     model = PeftModel.from_pretrained(base, path, is_trainable=True).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for batch in data:
