@@ -12,6 +12,7 @@ from tools.environment import ROOT
 
 LESSONS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUOTED = README.partition("**A real assistant")[2].partition("## ")[0]
 COMMANDS = {*course.OWN, *course.COMMANDS}
 GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "docs/hub.md", "data/README.md"]
 PAGES = ["README.md", "CHANGELOG.md", "docs/site/start.md", "docs/student/README.md", *GUIDES]
@@ -39,6 +40,24 @@ def test_every_command_named_in_a_guide_exists(page):
     named = set(re.findall(r"\bcourse\.py ([a-z]+)", text))
     assert made | named or page in ("data/README.md", "docs/site/start.md")
     assert (made | named) - COMMANDS == ({".venv"} if page == "CHANGELOG.md" else set())
+
+
+def printed(notebook):
+    """Return what the code cells of a lesson print, in one line, without escapes or quotes."""
+    cells = json.loads((ROOT / "notebooks" / notebook).read_text(encoding="utf-8"))["cells"]
+    texts = [text for c in cells for o in c.get("outputs", []) for text in o.get("text", [])]
+    return " ".join("".join(texts).replace("\\n", " ").replace("'", " ").split())
+
+
+def test_the_answers_quoted_in_the_readme_are_those_that_lesson_12_prints():
+    shown = printed("12_hf_peft.ipynb")
+    *answers, (_, *shares) = re.findall(r"(?m)^\| (.+?) \| (.+?) \| (.+?) \|$", QUOTED)[1:]
+    for review, *replies in answers:
+        either = "|".join(map(re.escape, replies))
+        asked = re.escape(review) + r" \[(?:positive|negative)\] "
+        assert re.findall(f"{asked}({either}) ", shown) == replies
+    assert len(answers) == 2
+    assert re.findall(r"(?:before|after) first token is the right word: (\d+ %)", shown) == shares
 
 
 def test_the_list_of_wrong_answers_is_that_of_the_checks():
