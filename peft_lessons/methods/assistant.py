@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['keeps_rule', 'answer_labels', 'sequence_logprob', 'dpo_loss', 'group_advantages']
 
-# %% ../../notebooks/15_assistant.ipynb #8fad32a2
+# %% ../../notebooks/15_assistant.ipynb #7bb5bc66
 import re
 
 import torch
 import torch.nn.functional as F
 
-# %% ../../notebooks/15_assistant.ipynb #49fa3849
+# %% ../../notebooks/15_assistant.ipynb #c2a66a08
 def keeps_rule(text: str, ended: bool, most: int = 25) -> bool:
     """Return whether an answer that the model ended itself is one sentence of 5 to `most` words."""
     sentences = re.findall(r"[^.!?]+[.!?](?=\s|$)", text)
     return ended and sentences == [text] and 5 <= len(text.split()) <= most
 
-# %% ../../notebooks/15_assistant.ipynb #50e3d7b3
+# %% ../../notebooks/15_assistant.ipynb #b6e334fb
 def answer_labels(ids: torch.Tensor, answer_start: int) -> torch.Tensor:
     """Return labels (T,) for the tokens of a chat (T,): -100 before `answer_start`, and from there
     on the tokens themselves, with the end token. The model shifts them by itself."""
@@ -25,7 +25,7 @@ def answer_labels(ids: torch.Tensor, answer_start: int) -> torch.Tensor:
     labels[:answer_start] = -100
     return labels
 
-# %% ../../notebooks/15_assistant.ipynb #3a7b9186
+# %% ../../notebooks/15_assistant.ipynb #3b91de4a
 def sequence_logprob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the summed log-probability (batch,) of the labels (batch, T) that are not -100.
 
@@ -37,7 +37,7 @@ def sequence_logprob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     picked = logits.log_softmax(-1).gather(-1, ids).squeeze(-1)
     return picked.where(learned, 0.0).sum(1)
 
-# %% ../../notebooks/15_assistant.ipynb #2d26ba1e
+# %% ../../notebooks/15_assistant.ipynb #e07743c1
 def dpo_loss(
     policy_chosen: torch.Tensor,
     policy_rejected: torch.Tensor,
@@ -54,7 +54,7 @@ def dpo_loss(
     loss = -F.logsigmoid(reward_chosen - reward_rejected).mean()
     return loss, reward_chosen, reward_rejected
 
-# %% ../../notebooks/15_assistant.ipynb #ad9a8910
+# %% ../../notebooks/15_assistant.ipynb #4d70af08
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """Return each reward (groups, size) minus the mean reward of its group.
 
