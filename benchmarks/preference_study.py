@@ -3,8 +3,9 @@
     python benchmarks/preference_study.py       # an hour on one core
 
 Adds a row for each run to data/results/preference_study.csv: learning rates and values of beta with
-three seeds each, log-probabilities summed and averaged, and supervised fine-tuning on the preferred
-answers alone. The base computes in bfloat16, what trains is in float32.
+three seeds each, log-probabilities summed and averaged, supervised fine-tuning on the preferred
+answers alone, and the untrained assistant, asked for a short sentence or not. The base computes in
+bfloat16, what trains is in float32.
 """
 
 import sys
@@ -54,7 +55,9 @@ def perplexity(model) -> float:
 def scores(model, task, method: str, beta: float) -> dict[str, str]:
     """Return what a row says of a model: answers to held-out questions, pairs, and other text."""
     tokenizer = load_tokenizer("smollm2")
-    questions = [example["prompt"][0]["content"] for example in task.examples("test")[:HELD_OUT]]
+    request = " Answer in one short sentence." if method == "asked" else ""
+    examples = task.examples("test")[:HELD_OUT]
+    questions = [example["prompt"][0]["content"] + request for example in examples]
     answers = answer_questions(model, tokenizer, questions, tokens=TOKENS)
     requests = [f"Tell me a story about a {thing}." for thing in THINGS]
     stories = answer_questions(model, tokenizer, requests, tokens=64)
@@ -115,7 +118,8 @@ if __name__ == "__main__":
     columns = ("steps", "first_loss", "last_loss", "kept", "ended", "words", "story_words")
     columns += ("pairs_right", "margin", "chosen_ratio", "rejected_ratio", "perplexity")
     results = Results("preference_study", (*KEY, *columns))
-    points = [("none", 0.0, 0.0, 0), *((*s, seed) for seed in SEEDS for s in SETTINGS)]
+    untrained = [(method, 0.0, 0.0, 0) for method in ("none", "asked")]
+    points = [*untrained, *((*s, seed) for seed in SEEDS for s in SETTINGS)]
 
     def left() -> list[tuple]:
         return missing(results, KEY, points)

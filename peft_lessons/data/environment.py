@@ -16,8 +16,8 @@ from . import limits
 from .bundled import ASSISTANT_COMMAND, assistant_folder, bundled_files
 
 _MARKS = {True: "✓", False: "✗", None: "·"}
-# A machine sold with 4 GB. The largest kernel of a lesson took 3.3 GiB, JupyterLab takes 0.2.
-_NEEDED_GIB = 3.5
+# A machine sold with 4 GB. The largest kernel of a lesson took 3.4 GiB, JupyterLab takes 0.2.
+_NEEDED_GIB = 3.6
 
 
 @dataclass(frozen=True)

@@ -5,39 +5,37 @@
 # %% auto #0
 __all__ = ['keeps_rule', 'answer_labels', 'sequence_logprob', 'dpo_loss', 'group_advantages']
 
-# %% ../../notebooks/15_assistant.ipynb #7bb5bc66
+# %% ../../notebooks/15_assistant.ipynb #dc1ba38d
 import re
 
 import torch
 import torch.nn.functional as F
 
-# %% ../../notebooks/15_assistant.ipynb #c2a66a08
+# %% ../../notebooks/15_assistant.ipynb #e6274866
 def keeps_rule(text: str, ended: bool, most: int = 25) -> bool:
     """Return whether an answer that the model ended itself is one sentence of 5 to `most` words."""
     sentences = re.findall(r"[^.!?]+[.!?](?=\s|$)", text)
     return ended and sentences == [text] and 5 <= len(text.split()) <= most
 
-# %% ../../notebooks/15_assistant.ipynb #b6e334fb
+# %% ../../notebooks/15_assistant.ipynb #78edc302
 def answer_labels(ids: torch.Tensor, answer_start: int) -> torch.Tensor:
     """Return labels (T,) for the tokens of a chat (T,): -100 before `answer_start`, and from there
     on the tokens themselves, with the end token. The model shifts them by itself."""
-    labels = ids.clone()
-    labels[:answer_start] = -100
-    return labels
+    positions = torch.arange(len(ids), device=ids.device)
+    return torch.where(positions < answer_start, -100, ids)
 
-# %% ../../notebooks/15_assistant.ipynb #3b91de4a
+# %% ../../notebooks/15_assistant.ipynb #b07e66df
 def sequence_logprob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the summed log-probability (batch,) of the labels (batch, T) that are not -100.
 
     logits: (batch, T, V). The logits at position t predict the label at position t + 1, so the
     first label has no prediction and does not count."""
     logits, labels = logits[:, :-1], labels[:, 1:]
-    learned = labels != -100
-    ids = labels.where(learned, 0).unsqueeze(-1)
-    picked = logits.log_softmax(-1).gather(-1, ids).squeeze(-1)
-    return picked.where(learned, 0.0).sum(1)
+    log_probs = logits.log_softmax(-1)                                   # (batch, T-1, V)
+    chosen = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return chosen.where(labels != -100, 0.0).sum(dim=1)
 
-# %% ../../notebooks/15_assistant.ipynb #e07743c1
+# %% ../../notebooks/15_assistant.ipynb #57d2622e
 def dpo_loss(
     policy_chosen: torch.Tensor,
     policy_rejected: torch.Tensor,
@@ -51,10 +49,9 @@ def dpo_loss(
     The first four arguments are log-probabilities (batch,), as `sequence_logprob` returns them."""
     reward_chosen = beta * (policy_chosen - reference_chosen)
     reward_rejected = beta * (policy_rejected - reference_rejected)
-    loss = -F.logsigmoid(reward_chosen - reward_rejected).mean()
-    return loss, reward_chosen, reward_rejected
+    return -F.logsigmoid(reward_chosen - reward_rejected).mean(), reward_chosen, reward_rejected
 
-# %% ../../notebooks/15_assistant.ipynb #4d70af08
+# %% ../../notebooks/15_assistant.ipynb #f6685968
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """Return each reward (groups, size) minus the mean reward of its group.
 
