@@ -98,7 +98,7 @@ peft_lessons/methods/variants.py: variants
     "lora.lora_B": self.lr_ratio → "lora.lora_A": self.lr_ratio
     torch.cat([B, -B0], dim=1) → torch.cat([B, B0], dim=1)
     return S - S.mT → return S + S.mT
-peft_lessons/methods/assistant.py: test_preferences
+peft_lessons/methods/assistant.py: preferences
     logits[:, :-1], labels[:, 1:] → logits[:, 1:], labels[:, :-1]
     -F.logsigmoid(reward_chosen - reward_rejected) → -F.logsigmoid(reward_rejected - reward_chosen)
 peft_lessons/engine/injection.py: inject every_method

@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['keeps_rule', 'answer_labels', 'sequence_logprob', 'dpo_loss', 'group_advantages']
 
-# %% ../../notebooks/15_assistant.ipynb #dc1ba38d
+# %% ../../notebooks/15_assistant.ipynb #08bc97eb
 import re
 
 import torch
 import torch.nn.functional as F
 
-# %% ../../notebooks/15_assistant.ipynb #e6274866
+# %% ../../notebooks/15_assistant.ipynb #90ab7c75
 def keeps_rule(text: str, ended: bool, most: int = 25) -> bool:
     """Return whether an answer that the model ended itself is one sentence of 5 to `most` words."""
     sentences = re.findall(r"[^.!?]+[.!?](?=\s|$)", text)
     return ended and sentences == [text] and 5 <= len(text.split()) <= most
 
-# %% ../../notebooks/15_assistant.ipynb #78edc302
+# %% ../../notebooks/15_assistant.ipynb #6083fee0
 def answer_labels(ids: torch.Tensor, answer_start: int) -> torch.Tensor:
     """Return labels (T,) for the tokens of a chat (T,): -100 before `answer_start`, and from there
     on the tokens themselves, with the end token. The model shifts them by itself."""
     positions = torch.arange(len(ids), device=ids.device)
     return torch.where(positions < answer_start, -100, ids)
 
-# %% ../../notebooks/15_assistant.ipynb #b07e66df
+# %% ../../notebooks/15_assistant.ipynb #4f2ec5a4
 def sequence_logprob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the summed log-probability (batch,) of the labels (batch, T) that are not -100.
 
@@ -35,7 +35,7 @@ def sequence_logprob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     chosen = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return chosen.where(labels != -100, 0.0).sum(dim=1)
 
-# %% ../../notebooks/15_assistant.ipynb #57d2622e
+# %% ../../notebooks/15_assistant.ipynb #8c04e44f
 def dpo_loss(
     policy_chosen: torch.Tensor,
     policy_rejected: torch.Tensor,
@@ -51,7 +51,7 @@ def dpo_loss(
     reward_rejected = beta * (policy_rejected - reference_rejected)
     return -F.logsigmoid(reward_chosen - reward_rejected).mean(), reward_chosen, reward_rejected
 
-# %% ../../notebooks/15_assistant.ipynb #f6685968
+# %% ../../notebooks/15_assistant.ipynb #be6b1b79
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """Return each reward (groups, size) minus the mean reward of its group.
 
