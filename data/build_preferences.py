@@ -10,6 +10,7 @@ Run: python data/build_preferences.py (half an hour on one core)
 import bz2
 import csv
 import re
+from functools import partial
 
 import torch
 from build_common import DATA, record
@@ -17,6 +18,7 @@ from build_wordnet import UNFIT
 
 from peft_lessons import load_model, load_tokenizer
 from peft_lessons.methods.assistant import keeps_rule
+from peft_lessons.train.generate import answer_questions
 from peft_lessons.train.loop import progress
 
 FOLDER = "tasks/preferences"
@@ -24,7 +26,7 @@ CATEGORIES = ("animal", "artifact", "body", "food", "object", "plant")
 SIZES = {"train": 192, "validation": 32, "test": 64}
 QUESTION = 'What does the word "{}" mean?'
 REQUEST = " Answer in one short sentence."
-MOST_WORDS, MOST_TOKENS = 25, 64
+MOST_WORDS = 25
 SHORT, LONG = 40, 64  # new tokens that are sampled
 TRIES, BATCH, SEED = 2, 64, 0
 
@@ -32,19 +34,6 @@ TRIES, BATCH, SEED = 2, 64, 0
 def sentences(text: str) -> list[str]:
     """Split at sentence ends; what is not ended by a full stop is left out."""
     return re.findall(r"[^.!?]+[.!?](?=\s|$)", text)
-
-
-def answers(model, tokenizer, questions: list[str], tokens: int) -> list[tuple[str, bool]]:
-    """Sample one answer to each question: (its text, whether the assistant ended it itself)."""
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-    with torch.no_grad():
-        written = model.generate(**batch, do_sample=True, temperature=0.8, max_new_tokens=tokens)
-    new = written[:, batch["input_ids"].shape[1] :]
-    ended = (new == tokenizer.eos_token_id).any(dim=1).tolist()
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
 
 
 def long(text: str, ended: bool) -> str | None:
@@ -69,6 +58,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     model = load_model("smollm2", dtype=torch.bfloat16)
     tokenizer = load_tokenizer("smollm2")
+    sampled = partial(answer_questions, model, tokenizer, size=BATCH, temperature=0.8)
     rows = []
     for split, size in SIZES.items():
         words = iter(dict.fromkeys(words_of(split)))
@@ -79,11 +69,11 @@ def main() -> None:
             if not batch:
                 raise RuntimeError(f"{split}: {len(found)} pairs of {size} found")
             questions = [QUESTION.format(word) for word in batch]
-            rejected = [long(*a) for a in answers(model, tokenizer, questions, LONG)]
+            rejected = [long(*answer) for answer in sampled(questions, LONG)]
             chosen = [None] * len(batch)
             for _ in range(TRIES):
                 asked = [question + REQUEST for question in questions]
-                tried = answers(model, tokenizer, asked, SHORT)
+                tried = sampled(asked, SHORT)
                 tried = [text if keeps_rule(text, ended) else None for text, ended in tried]
                 chosen = [old or new for old, new in zip(chosen, tried, strict=True)]
             for triple in zip(questions, chosen, rejected, strict=True):

@@ -20,14 +20,22 @@ def generate_text(model, tokenizer, opening: str, seed: int = 0, tokens: int = 4
 
 
 def answer_questions(
-    model, tokenizer, questions: list[str], tokens: int = 64, size: int = 16
+    model,
+    tokenizer,
+    questions: list[str],
+    tokens: int = 64,
+    size: int = 16,
+    temperature: float | None = None,
 ) -> list[tuple[str, bool]]:
-    """Return the assistant's most likely answer to each question, of up to `tokens` tokens, and
-    whether the assistant ended it itself.
+    """Return the assistant's answer to each question, of up to `tokens` tokens, and whether the
+    assistant ended it itself. The answer takes the most likely token at each place, or is sampled
+    with a temperature from torch's global random state.
 
     Each question is a chat of its own, in the tokenizer's chat template; `size` questions are
     answered at a time. Raises ValueError for a tokenizer without a chat template."""
     refuse_no_template(tokenizer)
+    greedy = {"do_sample": False}
+    how = greedy if temperature is None else {"do_sample": True, "temperature": temperature}
     answers = []
     for k in range(0, len(questions), size):
         chats = [[{"role": "user", "content": question}] for question in questions[k : k + size]]
@@ -36,7 +44,7 @@ def answer_questions(
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         batch = batch.to(model.device)
         with torch.no_grad():
-            rows = model.generate(**batch, do_sample=False, max_new_tokens=tokens)
+            rows = model.generate(**batch, **how, max_new_tokens=tokens)
         new = rows[:, batch["input_ids"].shape[1] :]  # (size, tokens)
         ended = (new == tokenizer.eos_token_id).any(dim=1).tolist()
         written = tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -79,5 +79,8 @@ def test_questions_are_answered_together_as_each_alone():
     together = answer_questions(model, tokenizer, questions, tokens=6)
     alone = [answer_questions(model, tokenizer, [q], tokens=6)[0] for q in questions]
     assert together == alone == answer_questions(model, tokenizer, questions, tokens=6, size=2)
+    torch.manual_seed(0)
+    sampled = answer_questions(model, tokenizer, questions, tokens=6, temperature=1.5)
+    assert sampled != together
     with pytest.raises(ValueError, match="no chat template"):
         answer_questions(model, chat_tokenizer(template=None), questions)
