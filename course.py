@@ -114,7 +114,7 @@ COMMANDS = {
     "results": (
         "[OPTIONS]",
         "run what the measured tables lack; many hours if they are empty",
-        ["benchmarks/*_study.py", "benchmarks/dora_analysis.py"],
+        ["benchmarks/*_study.py", "benchmarks/dora_analysis.py", "benchmarks/qlora_[abl]*.py"],
     ),
     "costs": (
         "",
