@@ -1,0 +1,124 @@
+"""One trained adapter on several bases: what rounding a base before, after or twice costs.
+
+    python benchmarks/qlora_bases.py       # half an hour on one core
+
+Trains LoRA and QLoRA on tinylm and Jane Austen's novels, as `qlora_study.py` does. Then it puts
+each trained adapter on other bases, without training again: the base in float32, the base in NF4
+with double quantisation, and merged weights that are rounded to NF4. Adds a row for each to
+data/results/qlora_bases.csv. `difference` is the test loss minus that of the model as it was
+trained, in nats per token, and `standard_error` that of the mean paired difference over the test
+blocks. `changed` is the share of 4-bit codes that differ from those of the base.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import SEEDS, STEPS, Results, base_of, load, missing, plain
+
+from peft_lessons import inject, load_model
+from peft_lessons.engine import injection_of
+from peft_lessons.methods.qlora import NF4Linear
+from peft_lessons.studies.catalogue import setting
+
+# The best learning rate of the study, and one ten times lower, at which updates are smaller.
+TRAINED = (("lora", 3e-2), ("qlora", 3e-2), ("qlora", 3e-3))
+OURS = {"lora": "lora, all linear", "qlora": "qlora"}
+KEY = ("task", "method", "lr", "seed")
+COLUMNS = ("validation", "test", "difference", "standard_error", "changed")
+
+
+def nf4(weight: torch.Tensor) -> NF4Linear:
+    """A weight in NF4 with double quantisation."""
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    linear.weight.data.copy_(weight)
+    return NF4Linear(linear)
+
+
+def codes(layer: NF4Linear) -> torch.Tensor:
+    return torch.stack([layer.packed >> 4, layer.packed & 15], dim=-1)
+
+
+# What becomes of a weight W of the base and an update ΔW, by the base that the update was trained
+# on. `as trained` is that model with the branch merged into the weight that it was trained beside.
+BASES: dict[str, dict[str, Callable]] = {
+    "lora": {
+        "": lambda W, update: W + update,
+        ", base quantised after": lambda W, update: nf4(W).weight + update,
+        ", merged and rounded": lambda W, update: nf4(W + update).weight,
+    },
+    "qlora": {
+        "": lambda W, update: nf4(W).weight + update,
+        ", on the float base": lambda W, update: W + update,
+        ", merged and rounded": lambda W, update: nf4(nf4(W).weight + update).weight,
+    },
+}
+
+
+def losses(model: torch.nn.Module, task, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss in nats and the number of predicted tokens of every block of a split."""
+    sums, tokens = [], []
+    with torch.no_grad():
+        for batch in task.batches(split, 64):
+            logits = model.eval()(input_ids=batch["input_ids"]).logits[:, :-1]
+            labels = batch["labels"][:, 1:]
+            each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            sums.append(each.view_as(labels).sum(dim=1))  # 0 where a label is ignored
+            tokens.append((labels != -100).sum(dim=1))
+    return torch.cat(sums).double(), torch.cat(tokens)
+
+
+def compared(test: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor) -> dict[str, str]:
+    """The difference of two losses per token, and its standard error over the blocks."""
+    gaps, n = test - reference, tokens.sum()
+    mean = gaps.sum() / n
+    error = (gaps - mean * tokens).square().sum().sqrt() / n
+    return {"difference": f"{mean:.6f}", "standard_error": f"{error:.6f}"}
+
+
+def changed(weights: dict[str, torch.Tensor], original: dict[str, torch.Tensor]) -> float:
+    """The share of codes in per cent that a weight has other than the base."""
+    pairs = [(codes(nf4(weight)), codes(nf4(original[p]))) for p, weight in weights.items()]
+    differ = sum(int((new != old).sum()) for new, old in pairs)
+    return 100 * differ / sum(old.numel() for _, old in pairs)
+
+
+def run(task, method: str, lr: float, seed: int) -> dict[str, dict]:
+    """Train one adapter and return the measured columns of it on every base."""
+    trained = base_of("austen", seed)
+    inject(trained, setting(OURS[method], "austen"))
+    plain(trained, task, STEPS["austen"], lr, seed)
+    updates = {p: w.lora.delta_weight().detach() for p, w in injection_of(trained).wrappers.items()}
+    base = load_model("tinylm")
+    original = {p: base.get_submodule(p).weight.detach().clone() for p in updates}
+    found, reference = {}, None
+    for suffix, make in BASES[method].items():
+        model = copy.deepcopy(base)
+        with torch.no_grad():
+            weights = {p: make(original[p], update) for p, update in updates.items()}
+            for path, weight in weights.items():
+                model.get_submodule(path).weight.copy_(weight)
+        valid, predicted = losses(model, task, "validation")
+        test, tokens = losses(model, task, "test")
+        reference = test if reference is None else reference
+        found[suffix] = compared(test, reference, tokens) | {
+            "validation": f"{(valid.sum() / predicted.sum()).exp():.4f}",
+            "test": f"{(test.sum() / tokens.sum()).exp():.4f}",
+            "changed": f"{changed(weights, original):.2f}" if "rounded" in suffix else "",
+        }
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results, task = Results("qlora_bases", (*KEY, *COLUMNS)), load("austen")
+    points = [("austen", method, lr, seed) for seed in SEEDS for method, lr in TRAINED]
+    for _, method, lr, seed in missing(results, KEY, points):
+        for suffix, row in run(task, method, lr, seed).items():
+            results.add(task="austen", method=method + suffix, lr=lr, seed=seed, **row)
+            print(method + suffix, lr, seed, row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
