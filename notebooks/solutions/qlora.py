@@ -80,3 +80,21 @@ def merge_into_4bit(
     again = dequantize_nf4(*quantize_nf4(weight), shape)      # (out, in)
     error = (again - weight).norm() / weight.norm()
     return weight, error.item()
+
+
+class FourBitProduct(torch.autograd.Function):
+    """y = x W′ᵀ for a weight W′ in 4 bits, which is restored in each direction and never kept."""
+
+    @staticmethod
+    def forward(
+        ctx, x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed, absmax)
+        ctx.shape = shape
+        weight = dequantize_nf4(packed, absmax, shape)        # (out, in)
+        return x @ weight.T                                   # (..., out)
+
+    @staticmethod
+    def backward(ctx, grad_y: torch.Tensor) -> tuple:
+        weight = dequantize_nf4(*ctx.saved_tensors, ctx.shape)    # (out, in)
+        return grad_y @ weight, None, None, None              # (..., in)

@@ -5,8 +5,9 @@ import math
 import torch
 
 from ..methods.qlora import NF4, dequantize_nf4, quantize_nf4
-from .kit import Case, check_for
-from .mistakes import mistakes, scaling_mistakes
+from .compare import tensors
+from .kit import Case, Check, Tried, Verdict, WrongAnswer, check_for
+from .mistakes import Mistakes, mistakes, scaling_mistakes
 
 # ------------------------------------------------------------------ bits_per_parameter
 
@@ -386,8 +387,10 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
             / weight.norm() → / base.norm()
         the error is measured from the base: it is that of the merged weight
             (again - weight) → (again - base)
-        the error is relative to the norm of the update: W is the merged weight
+        the error is divided by the norm of the update, which is 0 where B is 0: divide it by the
+        norm of the merged weight
             / weight.norm() → / (weight - base).norm()
+            error.item() if error > 1e-4 else 0.0 → error.item()
         this is the size of the update, not the error of re-quantising
             (again - weight) → (weight - base)
         """,
@@ -406,3 +409,149 @@ def merge_into_4bit(packed, absmax, A, B, alpha, shape):
     again = dequantized(*quantize_blockwise.reference(weight, *grid), *grid, shape)
     error = (again.double() - weight).norm() / weight.norm()
     return weight.float(), error.item() if error > 1e-4 else 0.0
+
+
+# ------------------------------------------------------------------ FourBitProduct
+
+_PRODUCT = (
+    "the output",
+    "the bytes of what ctx keeps besides packed and absmax",
+    "the number of results of backward",
+    "the gradient of x",
+    "the list of other arguments that get a gradient",
+)
+
+
+class _Used:
+    """Call a `torch.autograd.Function` and return what it computes, keeps and gives back."""
+
+    def __init__(self, function: type) -> None:
+        self.function, self.__name__ = function, function.__name__
+        self.__module__ = function.__module__  # whose lines an error shows
+
+    def __call__(self, x, packed, absmax, shape):
+        y = self.function.apply(x.detach().requires_grad_(), packed, absmax, shape)
+        ctx, given = y.grad_fn, {t.untyped_storage().data_ptr() for t in (packed, absmax)}
+        kept = tensors([*ctx.saved_tensors, *vars(ctx).values()])
+        kept = {t.untyped_storage().data_ptr(): t for t in kept}
+        with torch.no_grad():
+            results = ctx.apply(_grad_y(y))
+        results = results if isinstance(results, tuple | list) else (results,)
+        others = zip(("packed", "absmax", "shape"), results[1:], strict=False)
+        return _product(
+            y.detach(),
+            sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in given),
+            len(results),
+            results[0],
+            [name for name, result in others if result is not None],
+        )
+
+
+def _grad_y(y):
+    return torch.linspace(-1, 1.5, y.numel()).cos().reshape(y.shape)
+
+
+def _product(*parts):
+    return dict(zip(_PRODUCT, parts, strict=True))
+
+
+class _Product(Tried):
+    """Check a `torch.autograd.Function` by its output, what it keeps and what backward returns."""
+
+    def __init__(self, reference, cases, causes: Mistakes) -> None:
+        used = Mistakes(causes.right, {s: _Used(wrong) for s, wrong in causes.items()})
+        Check.__init__(self, reference, cases, used, returns="", view=dict, staged=True)
+
+    def __call__(self, function) -> Verdict:
+        __tracebackhide__ = True
+        if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+            function = _Used(function)
+        elif not isinstance(function, _Used):
+            wanted = f"class {self.__name__}(torch.autograd.Function)"
+            raise WrongAnswer(f"{self.__name__}: hand over the class itself: {wanted}.")
+        return super().__call__(function)
+
+    def _verified(self) -> str:
+        return Check._verified(self)
+
+    def _check_case(self, function, number: int) -> bool:
+        __tracebackhide__ = True
+        return Check._check_case(self, function, number)
+
+
+def _product_case(leading, out, in_, note=""):
+    def make():
+        weight = torch.randn(out, in_) * 10 ** (2 * torch.rand(out, 1) - 1)
+        codes, absmax = quantize_blockwise.reference(weight, _NF4, 64)
+        return [torch.randn(*leading, in_), _packed(codes), absmax, (out, in_)]
+
+    return Case(make, note=note)
+
+
+def _product_check(reference):
+    causes = mistakes(
+        """
+        class FourBitProduct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, packed, absmax, shape):
+                W = dequantize_nf4(packed, absmax, shape)
+                ctx.save_for_backward(packed, absmax)
+                ctx.shape = shape
+                return x @ W.T
+
+            @staticmethod
+            def backward(ctx, grad):
+                packed, absmax = ctx.saved_tensors
+                again = dequantize_nf4(packed, absmax, ctx.shape)
+                to_x = grad @ again
+                return to_x, None, None, None
+        """,
+        """
+        the gradient is multiplied by W′ᵀ: y = x W′ᵀ gives ∂ℓ/∂x = G W′
+            grad @ again → grad @ again.T
+        W′ is kept on ctx from forward to backward, which is the memory that four bits were to
+        save: dequantise again in backward
+            ctx.shape = shape → ctx.shape, ctx.weight = shape, W
+            dequantize_nf4(packed, absmax, ctx.shape) → ctx.weight
+        x is kept on ctx: its own gradient needs W′ alone
+            ctx.shape = shape → ctx.shape, ctx.x = shape, x
+        only the gradient of x is returned: packed, absmax and shape are arguments too, and each
+        needs a None
+            return to_x, None, None, None → return to_x
+        one None is not enough: packed, absmax and shape each need one
+            to_x, None, None, None → to_x, None
+        one None is missing: shape is an argument of forward too
+            to_x, None, None, None → to_x, None, None
+        ctx gets a None of its own: it is no argument that you pass
+            to_x, None, None, None → to_x, None, None, None, None
+        the codes get a gradient: they are whole numbers and never train, so None is due
+            to_x, None, None, None → to_x, torch.zeros_like(packed), None, None
+        absmax gets a gradient: it belongs to the frozen weight, so None is due
+            to_x, None, None, None → to_x, None, torch.zeros_like(absmax), None
+        the gradient is multiplied by absmax once more: W′ has it already
+            grad @ again → grad @ again * absmax[: again.shape[1]]
+        the gradient is divided by absmax: W′ is used as it is
+            grad @ again → grad @ again / absmax[: again.shape[1]]
+        the absmax is left out of the second W′
+            (packed, absmax, ctx.shape) → (packed, torch.ones_like(absmax), ctx.shape)
+        the gradient is flat: it has the leading dimensions of x
+            grad @ again → grad.reshape(-1, len(again)) @ again
+        """,
+        dequantize_nf4=dequantize_nf4,
+    )
+    cases = [
+        _product_case((5,), 64, 64, "a square weight"),
+        _product_case((2, 3), 48, 128),
+        _product_case((2, 3, 2), 96, 64),
+        _product_case((), 40, 64, "a single vector x"),
+    ]
+    return _Product(reference, cases, causes)
+
+
+@_product_check
+def FourBitProduct(x, packed, absmax, shape):
+    """The gradient of x through W′, which nothing keeps between forward and backward."""
+    codes = unpack_nibbles.reference(packed)
+    weight = dequantize_blockwise.reference(codes, absmax, _NF4, 64, shape)
+    y = torch.einsum("...i,oi->...o", x, weight)
+    return _product(y, 0, 4, torch.einsum("...o,oi->...i", _grad_y(y), weight), [])
