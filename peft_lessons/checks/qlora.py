@@ -6,7 +6,7 @@ import torch
 
 from ..methods.qlora import NF4, dequantize_nf4, quantize_nf4
 from .compare import tensors
-from .kit import Case, Check, Tried, Verdict, WrongAnswer, check_for
+from .kit import Case, Check, Refused, Tried, Verdict, WrongAnswer, check_for, outcome
 from .mistakes import Mistakes, mistakes, scaling_mistakes
 
 # ------------------------------------------------------------------ bits_per_parameter
@@ -555,3 +555,145 @@ def FourBitProduct(x, packed, absmax, shape):
     weight = dequantize_blockwise.reference(codes, absmax, _NF4, 64, shape)
     y = torch.einsum("...i,oi->...o", x, weight)
     return _product(y, 0, 4, torch.einsum("...o,oi->...i", _grad_y(y), weight), [])
+
+
+# ------------------------------------------------------------------ kmeans_levels
+
+
+def _normal(blocks=128):
+    """Normal weights divided by the absmax of their block of 64, flat."""
+    weights = torch.randn(blocks, 64)
+    return (weights / weights.abs().amax(dim=1, keepdim=True)).flatten()
+
+
+def _pruned():
+    """Half of the weights are zero, so that several quantiles are."""
+    return _normal() * (torch.arange(128 * 64) % 2)
+
+
+def _error(levels, ratios):
+    """The relative error of rounding to the nearest of the levels, in per cent."""
+    levels, ratios = levels.double(), ratios.double()
+    nearest = levels[torch.bucketize(ratios, (levels[1:] + levels[:-1]) / 2)]
+    return 100 * ((nearest - ratios).norm() / ratios.norm()).item()
+
+
+class _Levels(Tried):
+    """Check levels by their error on some weights, not by their values."""
+
+    def __init__(self, reference, weights, causes: Mistakes) -> None:
+        self.all_causes = causes
+        trials = {self._trial(*given): "your function" for given in weights}
+        super().__init__(reference, [Case(lambda: [_normal(), 16])], trials, {})
+        self.causes, self.right = dict(causes), causes.right
+
+    def _trial(self, make, count, margin, what):
+        """Make a trial: `count` levels for these weights, the error within a margin of ours."""
+
+        def trial(function) -> str:
+            ratios = make()
+            given = ratios.clone()
+            got = function(given, count)
+            told = f"Called with: ratios {tuple(ratios.shape)}, count={count} ({what})"
+
+            def refuse(problem: str) -> None:
+                raise Refused(problem, told, *self._named(got, ratios, count))
+
+            if got is None:
+                refuse("the result is None: is a return statement missing?")
+            if not isinstance(got, torch.Tensor) or not got.is_floating_point():
+                refuse("the result is no tensor of floating-point numbers")
+            if tuple(got.shape) != (count,):
+                refuse(f"the levels have shape {tuple(got.shape)}, expected {(count,)}")
+            if not torch.equal(given, ratios):
+                raise Refused("the argument ratios was changed: leave it as it was", told)
+            if not got.isfinite().all():
+                refuse(f"{(~got.isfinite()).sum()} of {count} levels are NaN or infinite")
+            best, levels = self.reference(ratios, count), got.detach().sort().values
+            yours, due = _error(levels, ratios), _error(best, ratios)
+            if yours > (1 + margin) * due:
+                refuse(f"the error of your levels is {yours:.2f} %, where {due:.2f} % is possible")
+            if not torch.equal(levels, got):
+                raise Refused(
+                    "The idea is right. Still missing: ascending order of the levels", told
+                )
+            beaten = f", where NF4 has {_error(NF4, ratios):.1f} %" if count == len(NF4) else ""
+            return f"{count} levels for {what} have an error of {yours:.1f} %{beaten}"
+
+        return trial
+
+    def _named(self, got, ratios, count) -> list[str]:
+        """The causes whose wrong function gives these levels."""
+        named = []
+        for sentence, wrong in self.all_causes.items():
+            levels, _ = outcome(wrong, [ratios.clone(), count])
+            if _alike(got, levels):
+                named.append(sentence)
+        return [f"{self.lead}: {', or '.join(named)}."] if named else []
+
+
+def _alike(got, levels) -> bool:
+    if not (isinstance(got, torch.Tensor) and isinstance(levels, torch.Tensor)):
+        return False
+    if got.shape != levels.shape or got.isnan().any() or levels.isnan().any():
+        return got.shape == levels.shape and bool(got.isnan().any() and levels.isnan().any())
+    return bool((got.double().sort().values - levels.double().sort().values).abs().max() < 1e-3)
+
+
+def _levels_check(reference):
+    weights = [
+        (_normal, 16, 0.01, "normal weights in blocks of 64"),
+        (_normal, 4, 0.01, "the same weights"),
+        # Where a level starts without weights, equally good answers differ more.
+        (_pruned, 8, 0.15, "weights of which half are 0"),
+    ]
+    causes = mistakes(
+        """
+        def kmeans_levels(ratios, count, rounds=50):
+            levels = torch.quantile(ratios, (torch.arange(count) + 0.5) / count)
+            for _ in range(rounds):
+                nearest = (ratios[:, None] - levels).abs().argmin(dim=1)
+                for k in range(count):
+                    cell = ratios[nearest == k]
+                    levels[k] = cell.mean() if len(cell) else levels[k]
+            return levels.sort().values
+        """,
+        """
+        no round is done: the quantiles are only where you start
+            range(rounds) → range(0)
+        the weights are assigned to levels only once: assign them again in each round
+            range(rounds) → range(1)
+        a level moves to the median of its weights, which makes the absolute error small: the mean
+        makes the squared error small
+            cell.mean() → cell.median()
+        a level moves to the middle between its smallest and its largest weight: move it to their
+        mean
+            cell.mean() → (cell.min() + cell.max()) / 2
+        a weight goes to the next level above it: assign it to the nearest
+            (ratios[:, None] - levels).abs().argmin(dim=1) →
+                torch.bucketize(ratios, levels).clamp(max=count - 1)
+        the levels are divided by the largest, so that they end at ±1: leave them at the means
+            levels.sort().values → levels.sort().values / levels.abs().max()
+        a level without weights has no mean, and 0 / 0 is NaN: leave the level where it is
+            cell.mean() if len(cell) else levels[k] → cell.mean()
+        levels without weights are dropped: return as many as were asked for
+            nearest = (ratios → levels = levels.unique(); nearest = (ratios
+            in range(count): → in range(len(levels)):
+        """,
+    )
+    return _Levels(reference, weights, causes)
+
+
+@_levels_check
+def kmeans_levels(ratios, count, rounds=50):
+    """Levels that make the squared error small, also where a level starts without weights."""
+    # The cells of sorted weights are runs: their sums are differences of running sums.
+    x = ratios.double().sort().values
+    sums = torch.cat([x.new_zeros(1), x.cumsum(dim=0)])
+    levels = x[((torch.arange(count) + 0.5) / count * len(x)).long()]
+    for _ in range(rounds):
+        inner = torch.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
+        edges = torch.cat([torch.tensor([0]), inner, torch.tensor([len(x)])])
+        means = sums[edges].diff() / edges.diff()
+        levels = torch.where(edges.diff() > 0, means, levels)
+    return levels.float()
