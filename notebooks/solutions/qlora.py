@@ -80,3 +80,33 @@ def merge_into_4bit(
     again = dequantize_nf4(*quantize_nf4(weight), shape)      # (out, in)
     error = (again - weight).norm() / weight.norm()
     return weight, error.item()
+
+
+class FourBitProduct(torch.autograd.Function):
+    """y = x W′ᵀ for a weight W′ in 4 bits, which is restored in each direction and never kept."""
+
+    @staticmethod
+    def forward(
+        ctx, x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed, absmax)
+        ctx.shape = shape
+        weight = dequantize_nf4(packed, absmax, shape)        # (out, in)
+        return x @ weight.T                                   # (..., out)
+
+    @staticmethod
+    def backward(ctx, grad_y: torch.Tensor) -> tuple:
+        weight = dequantize_nf4(*ctx.saved_tensors, ctx.shape)    # (out, in)
+        return grad_y @ weight, None, None, None              # (..., in)
+
+
+def kmeans_levels(ratios: torch.Tensor, count: int, rounds: int = 50) -> torch.Tensor:
+    """`count` levels, ascending, that make the squared error on `ratios` (n,) small."""
+    levels = ratios.quantile((torch.arange(count) + 0.5) / count)     # (count,)
+    for _ in range(rounds):
+        midpoints = (levels[1:] + levels[:-1]) / 2
+        cell = torch.bucketize(ratios, midpoints)                     # (n,), the nearest level
+        sums = torch.zeros(count).index_add_(0, cell, ratios)
+        weights = cell.bincount(minlength=count)
+        levels = torch.where(weights > 0, sums / weights, levels)     # an empty cell stays
+    return levels.sort().values

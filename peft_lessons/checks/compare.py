@@ -27,8 +27,8 @@ def difference(
     """Return the first difference in type, shape, dtype, finiteness and, if asked, values; or None.
 
     Equal numbers are equal: 5480.0 or a 0-dimensional tensor for 5480, a list for a tuple. Only a
-    bool must be a bool. `form` says which dtypes serve: the "same"; a "wider" float too; or "any",
-    where a list may also hold a tensor's numbers.
+    bool must be a bool. `form` says which dtypes serve: the "same"; a "wider" float or any dtype of
+    whole numbers too; or "any", where a list may also hold a tensor's numbers.
     `tolerance` is relative to the largest expected entry, and is widened for half precision. `what`
     names the result, or each part of a tuple; where it is empty, a dict's keys are the names."""
     if got is None and expected is not None:
@@ -159,8 +159,14 @@ def _tensor_difference(got, expected, what, tolerance, values, form) -> str | No
 def _serves(got: torch.dtype, expected: torch.dtype, form: str) -> bool:
     if got == expected or (form == "any" and got.is_complex == expected.is_complex):
         return True
+    if _is_whole(got) and _is_whole(expected):
+        return form == "wider"
     floats = got.is_floating_point and expected.is_floating_point
     return form == "wider" and floats and torch.finfo(got).bits > torch.finfo(expected).bits
+
+
+def _is_whole(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _pattern(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:

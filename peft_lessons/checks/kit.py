@@ -105,7 +105,7 @@ class Check:
     forbid: shapes that must not be computed; the last sentence counts if a shape occurs twice.
     changes: the arguments that may be changed in place; if the reference returns one of them, the
         learner's function must return it too, and no copy.
-    exact_dtype: whether the dtype is the point, so that a wider float is refused."""
+    exact_dtype: whether the dtype is the point, so that no other is accepted."""
 
     lead = "Likely cause"  # of the sentence that names a cause
 

@@ -5,8 +5,9 @@ import math
 import torch
 
 from ..methods.qlora import NF4, dequantize_nf4, quantize_nf4
-from .kit import Case, check_for
-from .mistakes import mistakes, scaling_mistakes
+from .compare import tensors
+from .kit import Case, Check, Refused, Tried, Verdict, WrongAnswer, check_for, outcome
+from .mistakes import Mistakes, mistakes, scaling_mistakes
 
 # ------------------------------------------------------------------ bits_per_parameter
 
@@ -386,8 +387,10 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
             / weight.norm() → / base.norm()
         the error is measured from the base: it is that of the merged weight
             (again - weight) → (again - base)
-        the error is relative to the norm of the update: W is the merged weight
+        the error is divided by the norm of the update, which is 0 where B is 0: divide it by the
+        norm of the merged weight
             / weight.norm() → / (weight - base).norm()
+            error.item() if error > 1e-4 else 0.0 → error.item()
         this is the size of the update, not the error of re-quantising
             (again - weight) → (weight - base)
         """,
@@ -406,3 +409,291 @@ def merge_into_4bit(packed, absmax, A, B, alpha, shape):
     again = dequantized(*quantize_blockwise.reference(weight, *grid), *grid, shape)
     error = (again.double() - weight).norm() / weight.norm()
     return weight.float(), error.item() if error > 1e-4 else 0.0
+
+
+# ------------------------------------------------------------------ FourBitProduct
+
+_PRODUCT = (
+    "the output",
+    "the bytes of what ctx keeps besides packed and absmax",
+    "the number of results of backward",
+    "the gradient of x",
+    "the list of other arguments that get a gradient",
+)
+
+
+class _Used:
+    """Call a `torch.autograd.Function` and return what it computes, keeps and gives back."""
+
+    def __init__(self, function: type) -> None:
+        self.function, self.__name__ = function, function.__name__
+        self.__module__ = function.__module__  # whose lines an error shows
+
+    def __call__(self, x, packed, absmax, shape):
+        y = self.function.apply(x.detach().requires_grad_(), packed, absmax, shape)
+        ctx, given = y.grad_fn, {t.untyped_storage().data_ptr() for t in (packed, absmax)}
+        kept = tensors([*ctx.saved_tensors, *vars(ctx).values()])
+        kept = {t.untyped_storage().data_ptr(): t for t in kept}
+        with torch.no_grad():
+            results = ctx.apply(_grad_y(y))
+        results = results if isinstance(results, tuple | list) else (results,)
+        others = zip(("packed", "absmax", "shape"), results[1:], strict=False)
+        return _product(
+            y.detach(),
+            sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in given),
+            len(results),
+            results[0],
+            [name for name, result in others if result is not None],
+        )
+
+
+def _grad_y(y):
+    return torch.linspace(-1, 1.5, y.numel()).cos().reshape(y.shape)
+
+
+def _product(*parts):
+    return dict(zip(_PRODUCT, parts, strict=True))
+
+
+class _Product(Tried):
+    """Check a `torch.autograd.Function` by its output, what it keeps and what backward returns."""
+
+    def __init__(self, reference, cases, causes: Mistakes) -> None:
+        used = Mistakes(causes.right, {s: _Used(wrong) for s, wrong in causes.items()})
+        Check.__init__(self, reference, cases, used, returns="", view=dict, staged=True)
+
+    def __call__(self, function) -> Verdict:
+        __tracebackhide__ = True
+        if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+            function = _Used(function)
+        elif not isinstance(function, _Used):
+            wanted = f"class {self.__name__}(torch.autograd.Function)"
+            raise WrongAnswer(f"{self.__name__}: hand over the class itself: {wanted}.")
+        return super().__call__(function)
+
+    def _verified(self) -> str:
+        return Check._verified(self)
+
+    def _check_case(self, function, number: int) -> bool:
+        __tracebackhide__ = True
+        return Check._check_case(self, function, number)
+
+
+def _product_case(leading, out, in_, note=""):
+    def make():
+        weight = torch.randn(out, in_) * 10 ** (2 * torch.rand(out, 1) - 1)
+        codes, absmax = quantize_blockwise.reference(weight, _NF4, 64)
+        return [torch.randn(*leading, in_), _packed(codes), absmax, (out, in_)]
+
+    return Case(make, note=note)
+
+
+def _product_check(reference):
+    causes = mistakes(
+        """
+        class FourBitProduct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, packed, absmax, shape):
+                W = dequantize_nf4(packed, absmax, shape)
+                ctx.save_for_backward(packed, absmax)
+                ctx.shape = shape
+                return x @ W.T
+
+            @staticmethod
+            def backward(ctx, grad):
+                packed, absmax = ctx.saved_tensors
+                again = dequantize_nf4(packed, absmax, ctx.shape)
+                to_x = grad @ again
+                return to_x, None, None, None
+        """,
+        """
+        the gradient is multiplied by W′ᵀ: y = x W′ᵀ gives ∂ℓ/∂x = G W′
+            grad @ again → grad @ again.T
+        W′ is kept on ctx from forward to backward, which is the memory that four bits were to
+        save: dequantise again in backward
+            ctx.shape = shape → ctx.shape, ctx.weight = shape, W
+            dequantize_nf4(packed, absmax, ctx.shape) → ctx.weight
+        x is kept on ctx: its own gradient needs W′ alone
+            ctx.shape = shape → ctx.shape, ctx.x = shape, x
+        only the gradient of x is returned: packed, absmax and shape are arguments too, and each
+        needs a None
+            return to_x, None, None, None → return to_x
+        one None is not enough: packed, absmax and shape each need one
+            to_x, None, None, None → to_x, None
+        one None is missing: shape is an argument of forward too
+            to_x, None, None, None → to_x, None, None
+        ctx gets a None of its own: it is no argument that you pass
+            to_x, None, None, None → to_x, None, None, None, None
+        the codes get a gradient: they are whole numbers and never train, so None is due
+            to_x, None, None, None → to_x, torch.zeros_like(packed), None, None
+        absmax gets a gradient: it belongs to the frozen weight, so None is due
+            to_x, None, None, None → to_x, None, torch.zeros_like(absmax), None
+        the gradient is multiplied by absmax once more: W′ has it already
+            grad @ again → grad @ again * absmax[: again.shape[1]]
+        the gradient is divided by absmax: W′ is used as it is
+            grad @ again → grad @ again / absmax[: again.shape[1]]
+        the absmax is left out of the second W′
+            (packed, absmax, ctx.shape) → (packed, torch.ones_like(absmax), ctx.shape)
+        the gradient is flat: it has the leading dimensions of x
+            grad @ again → grad.reshape(-1, len(again)) @ again
+        """,
+        dequantize_nf4=dequantize_nf4,
+    )
+    cases = [
+        _product_case((5,), 64, 64, "a square weight"),
+        _product_case((2, 3), 48, 128),
+        _product_case((2, 3, 2), 96, 64),
+        _product_case((), 40, 64, "a single vector x"),
+    ]
+    return _Product(reference, cases, causes)
+
+
+@_product_check
+def FourBitProduct(x, packed, absmax, shape):
+    """The gradient of x through W′, which nothing keeps between forward and backward."""
+    codes = unpack_nibbles.reference(packed)
+    weight = dequantize_blockwise.reference(codes, absmax, _NF4, 64, shape)
+    y = torch.einsum("...i,oi->...o", x, weight)
+    return _product(y, 0, 4, torch.einsum("...o,oi->...i", _grad_y(y), weight), [])
+
+
+# ------------------------------------------------------------------ kmeans_levels
+
+
+def _normal(blocks=128):
+    """Normal weights divided by the absmax of their block of 64, flat."""
+    weights = torch.randn(blocks, 64)
+    return (weights / weights.abs().amax(dim=1, keepdim=True)).flatten()
+
+
+def _pruned():
+    """Half of the weights are zero, so that several quantiles are."""
+    return _normal() * (torch.arange(128 * 64) % 2)
+
+
+def _error(levels, ratios):
+    """The relative error of rounding to the nearest of the levels, in per cent."""
+    levels, ratios = levels.double(), ratios.double()
+    nearest = levels[torch.bucketize(ratios, (levels[1:] + levels[:-1]) / 2)]
+    return 100 * ((nearest - ratios).norm() / ratios.norm()).item()
+
+
+class _Levels(Tried):
+    """Check levels by their error on some weights, not by their values."""
+
+    def __init__(self, reference, weights, causes: Mistakes) -> None:
+        self.all_causes = causes
+        trials = {self._trial(*given): "your function" for given in weights}
+        super().__init__(reference, [Case(lambda: [_normal(), 16])], trials, {})
+        self.causes, self.right = dict(causes), causes.right
+
+    def _trial(self, make, count, margin, what):
+        """Make a trial: `count` levels for these weights, the error within a margin of ours."""
+
+        def trial(function) -> str:
+            ratios = make()
+            given = ratios.clone()
+            got = function(given, count)
+            told = f"Called with: ratios {tuple(ratios.shape)}, count={count} ({what})"
+
+            def refuse(problem: str) -> None:
+                raise Refused(problem, told, *self._named(got, ratios, count))
+
+            if got is None:
+                refuse("the result is None: is a return statement missing?")
+            if not isinstance(got, torch.Tensor) or not got.is_floating_point():
+                refuse("the result is no tensor of floating-point numbers")
+            if tuple(got.shape) != (count,):
+                refuse(f"the levels have shape {tuple(got.shape)}, expected {(count,)}")
+            if not torch.equal(given, ratios):
+                raise Refused("the argument ratios was changed: leave it as it was", told)
+            if not got.isfinite().all():
+                refuse(f"{(~got.isfinite()).sum()} of {count} levels are NaN or infinite")
+            best, levels = self.reference(ratios, count), got.detach().sort().values
+            yours, due = _error(levels, ratios), _error(best, ratios)
+            if yours > (1 + margin) * due:
+                refuse(f"the error of your levels is {yours:.2f} %, where {due:.2f} % is possible")
+            if not torch.equal(levels, got):
+                raise Refused(
+                    "The idea is right. Still missing: ascending order of the levels", told
+                )
+            beaten = f", where NF4 has {_error(NF4, ratios):.1f} %" if count == len(NF4) else ""
+            return f"{count} levels for {what} have an error of {yours:.1f} %{beaten}"
+
+        return trial
+
+    def _named(self, got, ratios, count) -> list[str]:
+        """The causes whose wrong function gives these levels."""
+        named = []
+        for sentence, wrong in self.all_causes.items():
+            levels, _ = outcome(wrong, [ratios.clone(), count])
+            if _alike(got, levels):
+                named.append(sentence)
+        return [f"{self.lead}: {', or '.join(named)}."] if named else []
+
+
+def _alike(got, levels) -> bool:
+    if not (isinstance(got, torch.Tensor) and isinstance(levels, torch.Tensor)):
+        return False
+    if got.shape != levels.shape or got.isnan().any() or levels.isnan().any():
+        return got.shape == levels.shape and bool(got.isnan().any() and levels.isnan().any())
+    return bool((got.double().sort().values - levels.double().sort().values).abs().max() < 1e-3)
+
+
+def _levels_check(reference):
+    weights = [
+        (_normal, 16, 0.01, "normal weights in blocks of 64"),
+        (_normal, 4, 0.01, "the same weights"),
+        # Where a level starts without weights, equally good answers differ more.
+        (_pruned, 8, 0.15, "weights of which half are 0"),
+    ]
+    causes = mistakes(
+        """
+        def kmeans_levels(ratios, count, rounds=50):
+            levels = torch.quantile(ratios, (torch.arange(count) + 0.5) / count)
+            for _ in range(rounds):
+                nearest = (ratios[:, None] - levels).abs().argmin(dim=1)
+                for k in range(count):
+                    cell = ratios[nearest == k]
+                    levels[k] = cell.mean() if len(cell) else levels[k]
+            return levels.sort().values
+        """,
+        """
+        no round is done: the quantiles are only where you start
+            range(rounds) → range(0)
+        the weights are assigned to levels only once: assign them again in each round
+            range(rounds) → range(1)
+        a level moves to the median of its weights, which makes the absolute error small: the mean
+        makes the squared error small
+            cell.mean() → cell.median()
+        a level moves to the middle between its smallest and its largest weight: move it to their
+        mean
+            cell.mean() → (cell.min() + cell.max()) / 2
+        a weight goes to the next level above it: assign it to the nearest
+            (ratios[:, None] - levels).abs().argmin(dim=1) →
+                torch.bucketize(ratios, levels).clamp(max=count - 1)
+        the levels are divided by the largest, so that they end at ±1: leave them at the means
+            levels.sort().values → levels.sort().values / levels.abs().max()
+        a level without weights has no mean, and 0 / 0 is NaN: leave the level where it is
+            cell.mean() if len(cell) else levels[k] → cell.mean()
+        levels without weights are dropped: return as many as were asked for
+            nearest = (ratios → levels = levels.unique(); nearest = (ratios
+            in range(count): → in range(len(levels)):
+        """,
+    )
+    return _Levels(reference, weights, causes)
+
+
+@_levels_check
+def kmeans_levels(ratios, count, rounds=50):
+    """Levels that make the squared error small, also where a level starts without weights."""
+    # The cells of sorted weights are runs: their sums are differences of running sums.
+    x = ratios.double().sort().values
+    sums = torch.cat([x.new_zeros(1), x.cumsum(dim=0)])
+    levels = x[((torch.arange(count) + 0.5) / count * len(x)).long()]
+    for _ in range(rounds):
+        inner = torch.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
+        edges = torch.cat([torch.tensor([0]), inner, torch.tensor([len(x)])])
+        means = sums[edges].diff() / edges.diff()
+        levels = torch.where(edges.diff() > 0, means, levels)
+    return levels.float()

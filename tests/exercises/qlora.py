@@ -58,7 +58,7 @@ def not_shifted(packed):
     return codes
 
 
-@wrong("unpack_nibbles", "codes have dtype int64, expected uint8")
+@right("unpack_nibbles")
 def long_codes(packed):
     packed = packed.long()
     return torch.stack([packed >> 4, packed & 15], dim=1).flatten()
@@ -142,7 +142,7 @@ def no_short_block(x, levels, block):
     return codes.flatten().to(torch.uint8), absmax
 
 
-@wrong("quantize_blockwise", "codes have dtype int64, expected uint8")
+@right("quantize_blockwise")
 def long_code(x, levels, block):
     scaled, absmax = scale_by_absmax(x, block)
     return torch.bucketize(scaled, middles(levels)), absmax
@@ -238,6 +238,15 @@ wrong("merge_into_4bit", "the nibbles are swapped: the first number is in the hi
 wrong("merge_into_4bit", "the scaling alpha / r is left out")(hunted(1))
 wrong("merge_into_4bit", "the weight is re-quantised before its error is measured")(hunted(2))
 wrong("merge_into_4bit", "the error is relative to the norm of the base")(hunted(3))
+
+
+@wrong("merge_into_4bit", "the error is divided by the norm of the update")
+def relative_to_the_update(packed, absmax, A, B, alpha, shape):
+    update = B @ A * (alpha / len(A))
+    weight = dequantize_nf4(packed, absmax, shape) + update
+    return weight, ((requantized(weight) - weight).norm() / update.norm()).item()
+
+
 right("merge_into_4bit")(hunted(4))
 
 
@@ -255,3 +264,88 @@ def in_double_and_by_einsum(packed, absmax, A, B, alpha, shape):
     update = torch.einsum("or,ri->oi", B.double(), A.double()) * alpha / len(A)
     weight = (base + update).float()
     return weight, torch.dist(requantized(weight), weight).item() / weight.norm().item()
+
+
+# ------------------------------------------------------------------ FourBitProduct
+
+
+def product(results, keep=lambda ctx, weight: None):
+    """An answer whose backward returns results(grad_y, weight), and whose forward may keep more."""
+
+    class FourBitProduct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, packed, absmax, shape):
+            ctx.save_for_backward(packed, absmax)
+            ctx.shape = shape
+            weight = dequantize_nf4(packed, absmax, shape)
+            keep(ctx, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            packed, absmax = ctx.saved_tensors
+            return results(grad_y, dequantize_nf4(packed, absmax, ctx.shape))
+
+    return FourBitProduct
+
+
+def keep_a_copy(ctx, weight):
+    ctx.weight = weight.half()
+
+
+wrong("FourBitProduct", "the bytes of what ctx keeps besides packed and absmax are 8,192")(
+    product(lambda grad, weight: (grad @ weight, None, None, None), keep_a_copy)
+)
+wrong("FourBitProduct", "only the gradient of x is returned")(product(torch.matmul))
+wrong("FourBitProduct", "your function raised RuntimeError: mat1 and mat2 shapes cannot be")(
+    product(lambda grad, weight: (grad @ weight.repeat(2, 1), None, None, None))
+)
+wrong("FourBitProduct", "hand over the class itself: class FourBitProduct(torch.autograd")(
+    product(torch.matmul).apply
+)
+right("FourBitProduct")(
+    product(lambda grad, weight: [torch.einsum("...o,oi->...i", grad, weight), *[None] * 3])
+)
+
+
+# ------------------------------------------------------------------ kmeans_levels
+
+
+@wrong("kmeans_levels", "The idea is right. Still missing: ascending order of the levels")
+def in_the_order_of_the_start(ratios, count, rounds=50):
+    levels = ratios.quantile((torch.arange(count) + 0.5) / count).flip(0)
+    return moved(ratios, levels, rounds)
+
+
+def moved(ratios, levels, rounds):
+    """Levels after rounds of k-means by whole matrices."""
+    for _ in range(rounds):
+        nearest = (ratios[:, None] - levels).abs().argmin(dim=1)
+        chosen = F.one_hot(nearest, len(levels)).to(ratios.dtype)
+        counts = chosen.sum(dim=0)
+        levels = torch.where(counts > 0, (ratios @ chosen) / counts.clamp(min=1), levels)
+    return levels
+
+
+@right("kmeans_levels")
+def from_even_levels(ratios, count, rounds=50):
+    return moved(ratios, torch.linspace(-1, 1, count), rounds).sort().values
+
+
+@right("kmeans_levels")
+def from_nf4(ratios, count, rounds=50):
+    start = NF4[:: len(NF4) // count] if count <= len(NF4) else torch.linspace(-1, 1, count)
+    levels = moved(ratios.double(), start.double(), rounds)
+    return levels.sort().values
+
+
+@right("kmeans_levels")
+def level_by_level(ratios, count, rounds=50):
+    ordered = sorted(ratios.tolist())
+    levels = [ordered[(2 * k + 1) * len(ordered) // (2 * count)] for k in range(count)]
+    for _ in range(rounds):
+        cells = torch.bucketize(ratios, torch.tensor(levels[1:]).add(torch.tensor(levels[:-1])) / 2)
+        for k in range(count):
+            if (cells == k).any():
+                levels[k] = ratios[cells == k].mean().item()
+    return torch.tensor(levels)
