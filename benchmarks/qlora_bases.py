@@ -105,7 +105,7 @@ def run(task, method: str, lr: float, seed: int) -> dict[str, dict]:
         found[suffix] = compared(test, reference, tokens) | {
             "validation": f"{(valid.sum() / predicted.sum()).exp():.4f}",
             "test": f"{(test.sum() / tokens.sum()).exp():.4f}",
-            "changed": f"{changed(weights, original):.2f}" if "rounded" in suffix else "",
+            "changed": f"{changed(weights, original):.2f}" if "rounded" in suffix else "nan",
         }
     return found
 
