@@ -114,12 +114,15 @@ COMMANDS = {
     "results": (
         "[OPTIONS]",
         "run what the measured tables lack; many hours if they are empty",
-        ["benchmarks/*_study.py", "benchmarks/dora_analysis.py"],
+        ["benchmarks/*_study.py", "benchmarks/dora_analysis.py", "benchmarks/qlora_bases.py"],
     ),
     "costs": (
         "",
         "measure times and bytes anew, on an idle machine: half an hour",
-        ["benchmarks/costs.py", "benchmarks/choosing_costs.py", "benchmarks/qlora_cost.py"],
+        [
+            *("benchmarks/costs.py", "benchmarks/choosing_costs.py"),
+            *("benchmarks/qlora_cost.py", "benchmarks/qlora_assistant.py"),
+        ],
     ),
     "browser": (
         "[OPTIONS]",

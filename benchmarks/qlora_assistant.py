@@ -11,9 +11,10 @@ AdamW's states, the additional peak memory of a step in bytes, and its median se
 """
 
 import gc
+import itertools
 
 import torch
-from common import Results, missing
+from common import Results
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
@@ -23,7 +24,6 @@ TEXTS, TOKENS, RANK = 4, 64, 8
 BASES = ("bfloat16", "NF4", "NF4, prepared")
 PARTS = ("embedding", "linear", "norms", "adapter")
 COLUMNS = (*PARTS, "gradients", "optimizer", "peak", "seconds", "trainable")
-KEY = ("base", "checkpointing")
 
 
 def loaded(base: str) -> nn.Module:
@@ -69,9 +69,8 @@ def measured(base: str, checkpointing: bool) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    results = Results("qlora_assistant", (*KEY, *COLUMNS))
-    points = [(base, checkpointing) for base in BASES for checkpointing in (False, True)]
-    for base, checkpointing in missing(results, KEY, points):
+    results = Results("qlora_assistant", ("base", "checkpointing", *COLUMNS), anew=True)
+    for base, checkpointing in itertools.product(BASES, (False, True)):
         row = measured(base, checkpointing)
         results.add(base=base, checkpointing=checkpointing, **row)
         print(base, checkpointing, row, flush=True)
