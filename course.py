@@ -114,14 +114,21 @@ COMMANDS = {
     "results": (
         "[OPTIONS]",
         "run what the measured tables lack; many hours if they are empty",
-        ["benchmarks/*_study.py", "benchmarks/dora_analysis.py", "benchmarks/qlora_bases.py"],
+        [
+            "benchmarks/*_study.py",
+            "benchmarks/dora_analysis.py",
+            "benchmarks/qlora_bases.py",
+            "benchmarks/qlora_levels.py",
+        ],
     ),
     "costs": (
         "",
         "measure times and bytes anew, on an idle machine: half an hour",
         [
-            *("benchmarks/costs.py", "benchmarks/choosing_costs.py"),
-            *("benchmarks/qlora_cost.py", "benchmarks/qlora_assistant.py"),
+            "benchmarks/costs.py",
+            "benchmarks/choosing_costs.py",
+            "benchmarks/qlora_cost.py",
+            "benchmarks/qlora_assistant.py",
         ],
     ),
     "browser": (

@@ -1,0 +1,100 @@
+"""Which sixteen levels: the error of tinylm's weights, and its perplexity on Jane Austen's novels.
+
+    python benchmarks/qlora_levels.py       # ten minutes on one core
+
+Rounds all linear layers of the untrained decoder to the nearest level, in blocks of 64 with the
+absmax in float32. One row for each set of levels to data/results/qlora_levels.csv: the relative
+error of the weights and of the weights divided by their absmax, in per cent, the test perplexity,
+and the test loss minus NF4's, in nats per token, with the standard error of the mean paired
+difference over the test blocks. k-means starts from quantiles and takes 50 rounds. `weighted`
+counts each weight by its squared absmax, which makes its error that of the weights themselves.
+"""
+
+import copy
+
+import torch
+from common import Results, load, missing
+from qlora_bases import compared, losses
+from torch import nn
+
+from peft_lessons import load_model
+from peft_lessons.methods.qlora import NF4
+
+COLUMNS = ("levels", "error", "scaled_error", "test", "difference", "standard_error")
+BLOCK, COUNT, ROUNDS = 64, 16, 50
+
+
+def kmeans(ratios: torch.Tensor, importance: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
+    """Levels by Lloyd's algorithm in one dimension: the cells are runs of the sorted ratios."""
+    x, order = ratios.double().sort()
+    mass = torch.cat([x.new_zeros(1), importance.double()[order].cumsum(0)])
+    sums = torch.cat([x.new_zeros(1), (importance.double()[order] * x).cumsum(0)])
+    levels = x[((torch.arange(COUNT) + 0.5) / COUNT * len(x)).long()]
+    for _ in range(rounds):
+        inner = torch.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
+        edges = torch.cat([torch.tensor([0]), inner, torch.tensor([len(x)])])
+        filled = mass[edges].diff() > 0
+        levels = torch.where(filled, sums[edges].diff() / mass[edges].diff(), levels)
+    return levels
+
+
+def rounded(weight: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The weight after rounding, and its ratios before and after (blocks, 64)."""
+    blocks = weight.reshape(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1, keepdim=True)
+    ratios = blocks / absmax
+    near = levels[torch.bucketize(ratios, (levels[1:] + levels[:-1]) / 2)]
+    return (near * absmax).view_as(weight), ratios, near
+
+
+def relative(errors: list[torch.Tensor], values: list[torch.Tensor]) -> str:
+    squares = (sum(t.double().square().sum() for t in given) for given in (errors, values))
+    return f"{100 * (next(squares) / next(squares)).sqrt():.3f}"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results, task = Results("qlora_levels", COLUMNS), load("austen")
+    base = load_model("tinylm")
+    layers = {p: m.weight.detach() for p, m in base.model.named_modules() if type(m) is nn.Linear}
+    blocks = torch.cat([weight.reshape(-1, BLOCK) for weight in layers.values()])
+    absmax = blocks.abs().amax(dim=1, keepdim=True)
+    ratios, squared = (blocks / absmax).flatten(), absmax.square().expand_as(blocks).flatten()
+    even = torch.ones_like(ratios)
+    found = kmeans(ratios, even)
+    every = {
+        "NF4": NF4,
+        "NF4, mirrored": -NF4.flip(0),
+        "k-means": found,
+        "k-means, weighted": kmeans(ratios, squared),
+        "k-means, ends at ±1": torch.cat([-found.new_ones(1), found[1:-1], found.new_ones(1)]),
+        "int4": torch.arange(-7, 8) / 7,
+        "quantiles": kmeans(ratios, even, rounds=0),
+    }
+    left, reference = missing(results, ("levels",), [(name,) for name in every]), None
+    for name, levels in every.items():
+        if (name,) not in left and (name != "NF4" or not left):
+            continue  # all others are compared with NF4
+        model = copy.deepcopy(base)
+        parts = {p: rounded(w, levels.float()) for p, w in layers.items()}
+        with torch.no_grad():
+            for path, (weight, *_) in parts.items():
+                model.model.get_submodule(path).weight.copy_(weight)
+        test, tokens = losses(model, task, "test")
+        reference = test if reference is None else reference
+        row = compared(test, reference, tokens) | {
+            "levels": name,
+            "error": relative([parts[p][0] - w for p, w in layers.items()], [*layers.values()]),
+            "scaled_error": relative(
+                [near - ratio for _, ratio, near in parts.values()],
+                [ratio for _, ratio, _ in parts.values()],
+            ),
+            "test": f"{(test.sum() / tokens.sum()).exp():.4f}",
+        }
+        if (name,) in left:
+            results.add(**row)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
