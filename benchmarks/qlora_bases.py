@@ -40,8 +40,9 @@ def codes(layer: NF4Linear) -> torch.Tensor:
     return torch.stack([layer.packed >> 4, layer.packed & 15], dim=-1)
 
 
-# What becomes of a weight W of the base and an update ΔW, by the base that the update was trained
-# on. `as trained` is that model with the branch merged into the weight that it was trained beside.
+# The weight that a model computes with, from a weight W of the base and the trained update ΔW. The
+# first line of each is the model as it was trained: QLoRA's merged into the dequantised weight is
+# the same function as its branch beside the 4-bit weight.
 BASES: dict[str, dict[str, Callable]] = {
     "lora": {
         "": lambda W, update: W + update,

@@ -350,6 +350,17 @@ def test_a_wider_float_is_right_where_the_dtype_is_not_the_point():
     assert "wrong values" in refusal(divide, lambda x, k: divided(x.bfloat16(), k).double())
 
 
+def test_whole_numbers_of_any_dtype_are_right_and_a_float_is_not():
+    @check_for(cases=[Case(lambda: [torch.arange(20, dtype=torch.uint8)])])
+    def halves(codes):
+        return codes // 2
+
+    assert halves(lambda codes: codes.long() // 2).status == "right"
+    assert "the result has dtype float32" in refusal(halves, lambda codes: (codes // 2).float())
+    assert "the result has dtype bool" in refusal(halves, lambda codes: codes > 1)
+    assert "wrong values" in refusal(halves, lambda codes: (codes.long() + 1) // 2)
+
+
 # ------------------------------------------------------------------ settings
 
 
