@@ -27,7 +27,7 @@ from peft_lessons.studies.catalogue import setting
 STEPS, EVERY, TARGETS = 200, 50, ("query", "value")
 RUNS = {"full": (1e-4,), "lora": (1e-3, 3e-3), "dora": (1e-3, 3e-3)}
 SIZES = torch.logspace(-2.4, -0.4, 12).tolist()  # of a random change, as a share of the weight
-NORM_RUNS = {"lora": (1e-2, 3e-3), "dora": (1e-2, 3e-3), "dora, m frozen": (1e-2,)}
+NORM_RATE = 1e-2  # which breaks LoRA
 NORM_EVERY = 10
 NORM_COLUMNS = ("method", "lr", "seed", "step", "norm", "length", "turned", "turn", "loss")
 COLUMNS = ("method", "lr", "seed", "step", "layer", "module", "delta_m", "delta_d")
@@ -100,13 +100,8 @@ def directions(model) -> dict[str, torch.Tensor]:
 
 def norms(task) -> None:
     results = Results("dora_norms", NORM_COLUMNS)
-    runs = [
-        (method, lr, seed)
-        for rate in (0, 1)
-        for seed in SEEDS
-        for method, rates in NORM_RUNS.items()
-        for lr in rates[rate : rate + 1]
-    ]
+    runs = [(method, NORM_RATE, seed) for seed in SEEDS for method in ("lora", "dora")]
+    runs += [("dora, m frozen", NORM_RATE, seed) for seed in SEEDS]
     for method, lr, seed in missing(results, ("method", "lr", "seed"), runs):
         model, rows, seen = base_of("sentiment", seed), [], {}
         base = weights(model)

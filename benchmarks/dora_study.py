@@ -1,6 +1,6 @@
 """The DoRA study: DoRA against LoRA with slightly fewer and slightly more parameters.
 
-    python benchmarks/dora_study.py        # half an hour on one core
+    python benchmarks/dora_study.py        # an hour on one core
 
 Trains minilm on movie sentiment and adds a row for each run to data/results/dora_study.csv. A
 magnitude vector weighs as much as half a rank here, so DoRA of rank r stands between LoRA of rank r
