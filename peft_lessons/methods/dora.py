@@ -136,7 +136,7 @@ DoRA.files = replace(
     tensors={"dora.lora_A": "lora_A.weight", "dora.lora_B": "lora_B.weight",
              "dora.magnitude": "lora_magnitude_vector"})
 
-# %% ../../notebooks/04_dora.ipynb #04-dora-080
+# %% ../../notebooks/04_dora.ipynb #04-dora-084
 @contextmanager
 def cached_norms(model: nn.Module) -> Iterator[nn.Module]:
     """Compute every ‖V‖ once for the inference inside `with cached_norms(model):`.
