@@ -103,8 +103,9 @@ def _adapted(shape, out, in_, rank, alpha, bias=True, trained=True, dtype=torch.
     forbid=[
         Forbid(
             lambda x, weight, bias, A, B, alpha, magnitude: [tuple(weight.shape)],
-            "V, weight ** 2 and a copy of the weight are as large as the weight. x Vᵀ is a sum of "
-            "two products, ‖V‖² one of three terms; weight.T and weight.norm(dim=1) make no copy.",
+            "That is as large as the weight: V, weight ** 2, or a copy of the weight, as "
+            ".contiguous(), .clone() and .double() make. weight.T and weight.norm(dim=1) make no "
+            "copy; x Vᵀ is a sum of two products, ‖V‖² one of three terms.",
         ),
         Forbid(
             lambda x, weight, bias, A, B, alpha, magnitude: [(len(weight), len(weight))],

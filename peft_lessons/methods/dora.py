@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMS', 'refuse_rows', 'start', 'DoRALayer', 'row_ratios', 'rescaled', 'LinearWithDoRA', 'DoRA', 'cached_norms']
 
-# %% ../../notebooks/04_dora.ipynb #6a75969d
+# %% ../../notebooks/04_dora.ipynb #04-dora-002
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..engine import AdapterLayer, Injection, refuse_entries, validate
 from .lora import LoRA, LoRALayer
 
-# %% ../../notebooks/04_dora.ipynb #e31e4c10
+# %% ../../notebooks/04_dora.ipynb #04-dora-030
 def refuse_rows(owner: str, norms: torch.Tensor) -> None:
     """Raise ValueError if one of the row norms (out,) is 0 or not finite: no direction."""
     refuse_entries(owner, norms.isfinite() & (norms > 0), norms, "length of row {at}{more} is "
@@ -33,7 +33,7 @@ def start(layer: "DoRALayer", weight: torch.Tensor) -> None:
     layer.magnitude.copy_(norms)
     layer.started.fill_(True)
 
-# %% ../../notebooks/04_dora.ipynb #bc914f70
+# %% ../../notebooks/04_dora.ipynb #04-dora-031
 class DoRALayer(LoRALayer):
     """Compute x (c ⊙ V)ᵀ without the bias; V = W + s · BA, c = m / ‖V‖ (Liu et al. 2024, eq. 5).
     m starts as ‖W‖, by `start` or in the first forward. Errors as `LoRALayer` and `start`."""
@@ -60,8 +60,8 @@ class DoRALayer(LoRALayer):
         V = c[:, None] * self.adapted(original_weight)                       # (out, in)
         return F.linear(x.to(V.dtype), V).to(x.dtype)                        # (..., out)
 
-# %% ../../notebooks/04_dora.ipynb #de8cfb6f
-NORMS = {}  # {layer: its ‖V‖ (out,)}: full only inside `with cached_norms(model)`, section 6
+# %% ../../notebooks/04_dora.ipynb #04-dora-033
+NORMS = {}  # {layer: its ‖V‖ (out,)}: full only inside `with cached_norms(model)`
 
 
 def row_ratios(layer: "LinearWithDoRA") -> torch.Tensor:
@@ -71,7 +71,7 @@ def row_ratios(layer: "LinearWithDoRA") -> torch.Tensor:
         norms = layer.dora.row_norms(layer.base.weight)
     return layer.dora.magnitude / norms
 
-# %% ../../notebooks/04_dora.ipynb #fa67fd26
+# %% ../../notebooks/04_dora.ipynb #04-dora-034
 def rescaled(layer: "LinearWithDoRA", x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return x (c ⊙ V)ᵀ + b (..., out) from x (..., in) and y = x Wᵀ + b (..., out), without
     building the matrix c ⊙ V."""
@@ -85,7 +85,7 @@ def rescaled(layer: "LinearWithDoRA", x: torch.Tensor, y: torch.Tensor) -> torch
     # Where c = 1 and B = 0, what is added to y is 0 to the last bit.
     return (y + (row_ratios(layer) * (plain + branch) - plain)).to(y.dtype)  # (..., out)
 
-# %% ../../notebooks/04_dora.ipynb #0db0ad3c
+# %% ../../notebooks/04_dora.ipynb #04-dora-035
 class LinearWithDoRA(AdapterLayer):
     """Wrap a frozen Linear and learn magnitude and direction of its rows: y = x (c ⊙ V)ᵀ + b."""
 
@@ -112,7 +112,7 @@ class LinearWithDoRA(AdapterLayer):
     def unmerged_tensors(self) -> tuple[torch.Tensor, None]:
         return self.base.weight / self.merged_c[:, None] - self.dora.delta_weight(), None
 
-# %% ../../notebooks/04_dora.ipynb #fd4a9963
+# %% ../../notebooks/04_dora.ipynb #04-dora-036
 @dataclass(frozen=True)
 class DoRA(LoRA):
     """Apply DoRA (Liu et al. 2024) to every Linear in `targets`; settings as in `LoRA`."""
@@ -136,7 +136,7 @@ DoRA.files = replace(
     tensors={"dora.lora_A": "lora_A.weight", "dora.lora_B": "lora_B.weight",
              "dora.magnitude": "lora_magnitude_vector"})
 
-# %% ../../notebooks/04_dora.ipynb #44472ea8
+# %% ../../notebooks/04_dora.ipynb #04-dora-084
 @contextmanager
 def cached_norms(model: nn.Module) -> Iterator[nn.Module]:
     """Compute every ‖V‖ once for the inference inside `with cached_norms(model):`.

@@ -42,6 +42,11 @@ def with_a_floor(weight):
 
 
 @right("decompose")
+def normalised(weight):
+    return weight.norm(dim=1), F.normalize(weight, dim=1)
+
+
+@right("decompose")
 def by_diagonal(weight):
     magnitude = (weight @ weight.T).diagonal() ** 0.5
     return magnitude, torch.diag(1 / magnitude) @ weight
@@ -80,16 +85,24 @@ def base_twice(x, weight, bias, A, B, alpha, magnitude):
     return F.linear(x, weight, bias) + c * plain + c * branch
 
 
-@wrong("dora_output", "V, weight ** 2 and a copy of the weight are as large as the weight")
+@wrong("dora_output", "That is as large as the weight: V, weight ** 2, or a copy")
 def directly(x, weight, bias, A, B, alpha, magnitude):
     V = weight + alpha / len(A) * (B @ A)
     return F.linear(x, magnitude[:, None] * V / V.norm(dim=1, keepdim=True).detach(), bias)
 
 
-@wrong("dora_output", "weight.T and weight.norm(dim=1) make no copy")
+@wrong("dora_output", "a copy of the weight, as .contiguous(), .clone() and .double() make")
 def transposed_copy(x, weight, bias, A, B, alpha, magnitude):
     _, branch, c = steps(x, weight, A, B, alpha, magnitude)
     return plus(c * (x @ weight.transpose(0, 1).contiguous() + branch), bias)
+
+
+@wrong("dora_output", "a copy of the weight, as .contiguous(), .clone() and .double() make")
+def in_double_precision(x, weight, bias, A, B, alpha, magnitude):
+    plain, branch, _ = steps(x, weight, A, B, alpha, magnitude)
+    s, W, a, b = alpha / len(A), weight.double(), A.detach().double(), B.detach().double()
+    square = W.norm(dim=1) ** 2 + 2 * s * ((W @ a.T) * b).sum(1) + s**2 * (b @ (a @ a.T) * b).sum(1)
+    return plus(magnitude / square.sqrt().to(x.dtype) * (plain + branch), bias)
 
 
 @wrong("dora_output", "gives all pairs of outputs")
@@ -257,6 +270,15 @@ class NoGradient(Repaired):
     @torch.no_grad()
     def forward(self, x):
         return super().forward(x)
+
+
+@wrong("DoRALinear", "lora_A starts at zero as lora_B does, so that no gradient reaches either")
+class DeadStart(Repaired):
+    """All four faults mended, and a start that never learns."""
+
+    def __init__(self, linear, rank=8, alpha=16.0):
+        super().__init__(linear, rank, alpha)
+        nn.init.zeros_(self.lora_A)
 
 
 @wrong("DoRALinear", "the argument linear was changed")
