@@ -86,8 +86,8 @@ def pytest_collection_modifyitems(config, items):
     def order(item):
         lesson = _lesson(item.nodeid)
         if lesson is None:
-            # A browser test is as long as a lesson; the rest fills the gaps at the end.
-            return 0 if item.get_closest_marker("browser") else 1
+            # What takes as long as a lesson comes first; the rest fills the gaps at the end.
+            return 0 if item.get_closest_marker("browser") or item.path.name in TOGETHER else 1
         return -durations.get(" ".join(lesson), 1e6)
 
     items.sort(key=order)

@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+from tools import warm
 from tools.environment import ROOT, offline_environment
 from tools.names import needed
 
@@ -214,9 +215,12 @@ def store_outputs(path: Path) -> None:
 
 
 def run_solved(path: Path, cwd: Path, log: Path | None = None) -> NotebookNode:
-    """Run a lesson with its solutions and strict checks, in a folder that isn't the lesson's."""
+    """Run a lesson with its solutions and strict checks, in a folder that isn't the lesson's, and
+    return what ran. Raises RuntimeError at the first cell that fails."""
     nb = solved(read(path), read_solutions(path))
-    return execute(nb, cwd, offline_environment(log=log, strict=True))
+    cells = [(cell.source, "raises-exception" in tags(cell)) for cell in nb.cells]
+    warm.run(cells, cwd, offline_environment(log=log, strict=True), 2 * CELL_SECONDS)
+    return nb
 
 
 def exports(nb: NotebookNode) -> str | None:
@@ -255,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 with tempfile.TemporaryDirectory() as folder:
                     run_solved(path, Path(folder))
-        except (CellExecutionError, ValueError) as error:
+        except (CellExecutionError, RuntimeError, ValueError) as error:
             failed.append(path.stem)
             print(f"{path.stem}: {error}", file=sys.stderr)
         else:

@@ -90,17 +90,12 @@ def test_checks_solutions_and_answers_belong_together(lesson):
 
 
 @pytest.mark.parametrize(("lesson", "name"), EXERCISES)
-def test_solution_is_right(lesson, name, monkeypatch):
+def test_solution_is_right_and_the_notebooks_random_numbers_stay(lesson, name, monkeypatch):
     monkeypatch.setenv("PEFT_LESSONS_STRICT", "1")
+    before = torch.get_rng_state()
     verdict = CHECKS[lesson][name](SOLUTIONS[lesson][name])
     assert verdict.status == "right"
     assert repr(verdict).startswith(f"✓ {name}: right.\n")
-
-
-@pytest.mark.parametrize(("lesson", "name"), EXERCISES)
-def test_a_check_leaves_the_notebooks_random_numbers_alone(lesson, name):
-    before = torch.get_rng_state()
-    CHECKS[lesson][name](SOLUTIONS[lesson][name])
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -1,6 +1,6 @@
 """What a learner sees: each lesson in JupyterLab, in a real browser, and an exercise done in it.
 
-`make test` opens the shortest lesson, `make browser` all of them.
+`make test` opens the shortest lesson without its long cells, `make browser` all lessons.
 """
 
 import builtins
@@ -33,12 +33,10 @@ IMPORTS = "import math, torch\nfrom torch import nn\nfrom torch.nn import functi
 BAR = re.compile(r"([\d.]+\w?)/([\d.]+\w?) \|")
 SHORTEST = "01"  # in seconds
 LESSONS = [
-    pytest.param(
-        path,
-        id=path.stem,
-        marks=[] if path.stem.startswith(SHORTEST) else [pytest.mark.every_lesson],
-    )
+    pytest.param(path, whole, id=path.stem if whole else f"{path.stem}, short", marks=marks)
     for path in notebooks.lessons()
+    for whole, marks in ((True, pytest.mark.every_lesson), (False, ()))
+    if whole or path.stem.startswith(SHORTEST)
 ]
 
 
@@ -57,7 +55,7 @@ def wrong_answer(lesson):
     raise AssertionError(f"no wrong answer of {lesson} stands by itself")
 
 
-@pytest.mark.parametrize("lesson", [lesson.values[0].stem for lesson in LESSONS])
+@pytest.mark.parametrize("lesson", [path.stem for path in notebooks.lessons()])
 def test_each_lesson_has_a_wrong_answer_to_show(lesson):
     exercise, source, told = wrong_answer(lesson)
     assert f"def {exercise}(" in source and told
@@ -129,10 +127,13 @@ def test_folded_cells_run_and_unfold(tmp_path):
 
 
 @pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")
-@pytest.mark.parametrize("path", LESSONS)
-def test_a_lesson_runs_and_an_exercise_is_judged(path):
+@pytest.mark.parametrize(("path", "whole"), LESSONS)
+def test_a_lesson_runs_and_an_exercise_is_judged(path, whole, tmp_path):
     exercise, wrong, told = wrong_answer(path.stem)
-    with open_lab(path) as lab:
+    nb = notebooks.read(path)
+    nb.cells = [cell for cell in nb.cells if whole or "long" not in notebooks.tags(cell)]
+    nbformat.write(nb, tmp_path / path.name)
+    with open_lab(tmp_path / path.name) as lab:
         lab.run_all()
         cells = lab.cells()
         code = [cell for cell in cells if cell["type"] == "code" and cell["source"].strip()]

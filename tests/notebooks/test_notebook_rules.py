@@ -1,5 +1,6 @@
 """Each rule complains about a notebook that breaks it, and about nothing in one that doesn't."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools import notebooks, rules
+from tools import notebooks, rules, warm
 from tools.environment import ROOT, offline_environment
 from tools.names import needed
 
@@ -270,19 +271,38 @@ def test_a_name_that_a_cell_binds_itself_is_not_needed():
     assert needed(["a = 1"], []) == []
 
 
-def test_execution_is_strict_and_guarded(tmp_path):
+TRIES_THE_NETWORK = """import os, urllib.request
+try:
+    urllib.request.urlopen('http://192.0.2.1', timeout=1)
+except OSError:
+    pass
+assert os.environ['PEFT_LESSONS_STRICT'] == '1'"""
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_execution_is_strict_and_guarded(kernel, tmp_path):
     """A failing cell fails the run, and a connection that the lesson hides is noticed."""
     log = tmp_path / "network.log"
-    source = (
-        "import os, urllib.request\n"
-        "try:\n    urllib.request.urlopen('http://192.0.2.1', timeout=1)\n"
-        "except OSError:\n    pass\n"
-        "assert os.environ['PEFT_LESSONS_STRICT'] == '1'"
-    )
-    nb = new_notebook(cells=[code(source), code("1 / 0")])
-    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
-        notebooks.execute(nb, tmp_path, offline_environment(log=log, strict=True))
+    env = offline_environment(log=log, strict=True)
+    sources = [TRIES_THE_NETWORK, "1 / 0"]
+    with pytest.raises((CellExecutionError, RuntimeError), match="ZeroDivisionError"):
+        if kernel:
+            nb = new_notebook(cells=[code(source) for source in sources])
+            notebooks.execute(nb, tmp_path, env)
+        else:
+            warm.run([(source, False) for source in sources], tmp_path, env, 60)
     assert "192.0.2.1" in log.read_text(encoding="utf-8")
+
+
+def test_a_run_is_fresh_and_ends_in_time(tmp_path):
+    env = offline_environment()
+    fails = "import peft_lessons, sys\nprint('before')\nassert not hasattr(peft_lessons, 'mark')"
+    marks = "import os\npeft_lessons.mark = os.environ['MARK'] = os.getcwd()"
+    for _ in range(2):
+        warm.run([("1 / 0", True), (fails, False), (marks, False)], tmp_path, env, 60)
+    assert "MARK" not in os.environ
+    with pytest.raises(RuntimeError, match="longer than 0.5 s"):
+        warm.run([("import time\ntime.sleep(9)", False)], tmp_path, env, 0.5)
 
 
 def test_stored_outputs_are_the_same_twice(tmp_path):
