@@ -5,7 +5,8 @@
 Trains minilm on movie sentiment and adds a row for each run to data/results/dora_study.csv. A
 magnitude vector weighs as much as half a rank here, so DoRA of rank r stands between LoRA of rank r
 (in lora_study.csv) and of rank r + 1. DoRA runs at the highest rate with all seeds as well, also
-with lengths that do not train.
+with lengths that do not train. On all linear layers, DoRA and LoRA run with all seeds at the rate
+that choosing_study.csv has with all seeds for the other method.
 
 Then DoRA of rank 8 is paired with LoRA, seed by seed: data/results/dora_pairs.csv counts
 the test sentences that both, only the first, only the second or neither gets right.
@@ -32,6 +33,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 SETTINGS = dict.fromkeys((("dora", 8), ("lora", 9), ("dora", 1), ("lora", 2)), RATES)
 # Too large a rate breaks LoRA; with all seeds, to see what it does to DoRA.
 SURVIVE = (("dora", 8), ("dora", 1), ("dora, m frozen", 8), ("dora, m frozen", 1))
+SAME_RATE = ({("dora, all linear", 8): (1e-3,)}, {("lora, all linear", 8): (3e-3,)})
 PAIRED, OTHERS = "DoRA, rank 8", ("LoRA, rank 8", "LoRA, rank 9")
 BEST = 3e-3  # the best learning rate of all three by validation
 COUNTS = ("both", "only_first", "only_second", "neither")
@@ -40,7 +42,7 @@ COUNTS = ("both", "only_first", "only_second", "neither")
 def run(task, method: str, rank: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
     model = base_of(task.name, seed)
-    inject(model, setting(method.partition(",")[0], task.name, rank=rank))
+    inject(model, setting(method.removesuffix(", m frozen"), task.name, rank=rank))
     if method == "dora, m frozen":
         for wrapper in injection_of(model).wrappers.values():
             wrapper.dora.magnitude.requires_grad_(False)
@@ -69,6 +71,6 @@ def pair(task) -> None:
 
 if __name__ == "__main__":
     columns, tasks = ("steps", "trainable", *MEASURED), {"sentiment": load("sentiment")}
-    for settings in (SETTINGS, dict.fromkeys(SURVIVE, RATES[-1:])):
+    for settings in (SETTINGS, dict.fromkeys(SURVIVE, RATES[-1:]), *SAME_RATE):
         study("dora_study", ("method", "rank"), columns, settings, run, tasks)
     pair(tasks["sentiment"])
