@@ -9,6 +9,7 @@ stopped and started at will; `--backwards` lets a second process help from the e
 import csv
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -159,6 +160,28 @@ def measured(
         "test": test,
         "test_loss": test_loss,
         "seconds_per_step": f"{history.seconds / max(1, len(history.loss)):.4f}",
+    }
+
+
+@torch.no_grad()
+def right_answers(model: torch.nn.Module, task, split: str = "test") -> list[bool]:
+    """Return for each sentence of a split whether the classifier is right. The order of the
+    sentences is the same for every model, so that two lists can be paired."""
+    model.eval()
+    right = []
+    for batch in task.batches(split, 64, by_length=True):
+        right += (model(**batch).logits.argmax(-1) == batch["labels"]).tolist()
+    return right
+
+
+def paired_counts(first: list[bool], second: list[bool]) -> dict[str, int]:
+    """Count the sentences that both models get right, only one of them, or neither."""
+    pairs = Counter(zip(first, second, strict=True))
+    return {
+        "both": pairs[True, True],
+        "only_first": pairs[True, False],
+        "only_second": pairs[False, True],
+        "neither": pairs[False, False],
     }
 
 
