@@ -10,6 +10,7 @@ averaging; `adalora, γ 0.1` has another weight of the regulariser than PEFT's d
 map` gives each matrix the rank that AdaLoRA's run with seed 0 left it.
 """
 
+import itertools
 from functools import partial
 from unittest import mock
 
@@ -139,12 +140,25 @@ def run(ranks, runs, task, method, initial, rank, steps, lr, seed, again=False) 
     return row | {"kept": kept}
 
 
-def answers(runs: Results, method: str, seed: int) -> list[bool]:
-    """Return the sentences that a run at the best learning rate of its method gets right."""
-    key = (method, str(BEST[method]), str(seed))
-    row = next(r for r in runs.rows() if (r["method"], r["lr"], r["seed"]) == key)
-    flags = int(row["right"], 16)
-    return [bool(flags >> i & 1) for i in range(int(row["sentences"]))]
+def answers(runs: Results) -> dict[tuple[str, int], list[bool]]:
+    """Return {(method, seed): the sentences that its run at its best learning rate gets right}."""
+    found = {}
+    for row in runs.rows():
+        method, flags = row["method"], int(row["right"], 16)
+        if BEST.get(method) == float(row["lr"]):
+            right = [bool(flags >> i & 1) for i in range(int(row["sentences"]))]
+            found[method, int(row["seed"])] = right
+    return found
+
+
+def count_pairs(runs: Results) -> None:
+    """Write adalora_pairs.csv, for the seeds that both of two methods were run with."""
+    pairs = Results("adalora_pairs", ("first", "second", "seed", *paired_counts([], [])), anew=True)
+    found = answers(runs)
+    for (first, second), seed in itertools.product(PAIRS, SEEDS):
+        if (first, seed) in found and (second, seed) in found:
+            counts = paired_counts(found[first, seed], found[second, seed])
+            pairs.add(first=first, second=second, seed=seed, **counts)
 
 
 if __name__ == "__main__":
@@ -161,13 +175,8 @@ if __name__ == "__main__":
     go(WEIGHTED)
     MAP = map_of(ranks, "adalora", 1e-2, 0)
     go(BY_HAND)
-    compared = [(m, *{"adalora": (6, 4), "adalora, sums": (6, 4), "lora": (4, 4)}[m], 200)
-                for m in ("adalora", "lora", "adalora, sums")]
+    compared = (("adalora", 6, 4, 200), ("lora", 4, 4, 200), ("adalora, sums", 6, 4, 200))
     points = [(*setting, BEST[setting[0]], seed) for seed in SEEDS for setting in compared]
     for point in missing(runs, (*NAMES, "lr", "seed"), points):
         one(tasks["sentiment"], *point, again=True)
-    pairs = Results("adalora_pairs", ("first", "second", "seed", *paired_counts([], [])), anew=True)
-    for first, second in PAIRS:
-        for seed in SEEDS:
-            counts = paired_counts(answers(runs, first, seed), answers(runs, second, seed))
-            pairs.add(first=first, second=second, seed=seed, **counts)
+    count_pairs(runs)
