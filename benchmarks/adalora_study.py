@@ -12,6 +12,7 @@ map` gives each matrix the rank that AdaLoRA's run with seed 0 left it.
 
 import itertools
 from functools import partial
+from typing import ClassVar
 from unittest import mock
 
 import torch
@@ -63,8 +64,10 @@ def by_sums(branch):
 class ByMap(LoRA):
     """LoRA with a rank of its own in each matrix, and the same scaling α/r in all of them."""
 
+    kept: ClassVar[dict[tuple[str, str], int]] = {}  # {(layer, module): rank}
+
     def wrap(self, path, layer):
-        rank = MAP[tuple(path.partition(".layer.")[2].split(".", 1))]
+        rank = self.kept[tuple(path.partition(".layer.")[2].split(".", 1))]
         return LinearWithLoRA(layer, rank, self.alpha / self.rank * rank)
 
 
@@ -173,7 +176,7 @@ if __name__ == "__main__":
 
     go(SETTINGS)
     go(WEIGHTED)
-    MAP = map_of(ranks, "adalora", 1e-2, 0)
+    ByMap.kept = map_of(ranks, "adalora", 1e-2, 0)
     go(BY_HAND)
     compared = (("adalora", 6, 4, 200), ("lora", 4, 4, 200), ("adalora, sums", 6, 4, 200))
     points = [(*setting, BEST[setting[0]], seed) for seed in SEEDS for setting in compared]
