@@ -60,3 +60,13 @@ def adalora_step(
     allocator.update(step)           # after the step, while the gradients are there
     optimizer.zero_grad()
     return loss.detach()
+
+
+def spend_by_hand(ranks: dict[str, int], scaling: float) -> dict:
+    """Return target_modules, rank_pattern and alpha_pattern for a LoraConfig."""
+    kept = {path: rank for path, rank in ranks.items() if rank > 0}
+    return {
+        "target_modules": list(kept),
+        "rank_pattern": kept,
+        "alpha_pattern": {path: scaling * rank for path, rank in kept.items()},
+    }

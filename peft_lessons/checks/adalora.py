@@ -396,3 +396,60 @@ def adalora_step(model, batch, optimizer, allocator, step):
     for p in trained:
         p.grad = None
     return loss.detach()
+
+
+# ------------------------------------------------------------------ spend_by_hand
+
+
+def _map(*kept):
+    stem = "bert.encoder.layer."
+    names = ("attention.self.query", "attention.output.dense", "output.dense", "intermediate.dense")
+    return {f"{stem}{i // 4}.{names[i % 4]}": rank for i, rank in enumerate(kept)}
+
+
+@check_for(
+    cases=[
+        Case(lambda: [_map(4, 1, 6, 2), 4.0], note="every layer keeps something"),
+        Case(lambda: [_map(3, 0, 6, 5, 0, 2), 2.5], note="two layers have rank 0"),
+        Case(lambda: [_map(1, 8, 8), 1], note="scaling 1: α = r"),
+        Case(lambda: [_map(0, 0, 7), 0.5], note="one layer is left"),
+    ],
+    causes=mistakes(
+        """
+        def spend_by_hand(ranks, scaling):
+            kept = {path: rank for path, rank in ranks.items() if rank > 0}
+            alphas = {path: scaling * rank for path, rank in kept.items()}
+            targets = list(kept)
+            return dict(target_modules=targets, rank_pattern=kept, alpha_pattern=alphas)
+        """,
+        """
+        layers of rank 0 are kept: LoRA has no rank 0, so leave them out of all three
+            if rank > 0 → ∅
+        layers of rank 0 are still among the target modules: there they get the default rank
+            list(kept) → list(ranks)
+        layers of rank 0 are still in the rank pattern
+            rank_pattern=kept → rank_pattern=ranks
+        layers of rank 0 are still in the alpha pattern
+            in kept.items() → in ranks.items()
+        every branch has the same α, so α/r differs: α is the scaling times the rank
+            scaling * rank → scaling
+        α is the rank itself: multiply by the scaling
+            scaling * rank → rank
+        α is the scaling divided by the rank: α/r is the scaling, so multiply
+            scaling * rank → scaling / rank
+        α is the rank divided by the scaling: multiply
+            scaling * rank → rank / scaling
+        every branch has the α of the mean rank, so α/r differs from layer to layer
+            scaling * rank → scaling * sum(kept.values()) / len(kept)
+        """,
+    ),
+)
+def spend_by_hand(ranks, scaling):
+    """Every layer that keeps something gets its rank, all with the same scaling α/r."""
+    found = {"target_modules": [], "rank_pattern": {}, "alpha_pattern": {}}
+    for path, rank in ranks.items():
+        if rank:
+            found["target_modules"].append(path)
+            found["rank_pattern"][path] = rank
+            found["alpha_pattern"][path] = rank * scaling
+    return found

@@ -265,3 +265,47 @@ def with_a_closure(model, batch, optimizer, allocator, step):
     allocator.update(step)
     optimizer.zero_grad()
     return loss.detach()
+
+
+# ------------------------------------------------------------------ spend_by_hand
+
+
+@wrong("spend_by_hand", "layers of rank 0 are still among the target modules")
+def all_are_targets(ranks, scaling):
+    entries = one_layer_at_a_time(ranks, scaling)
+    return {**entries, "target_modules": [*ranks]}
+
+
+@wrong("spend_by_hand", "every branch has the same α")
+def alpha_of_lora(ranks, scaling):
+    entries = one_layer_at_a_time(ranks, scaling)
+    return entries | {"alpha_pattern": dict.fromkeys(entries["rank_pattern"], scaling)}
+
+
+@wrong("spend_by_hand", "the keys of the result differ: missing 'target_modules'")
+def without_targets(ranks, scaling):
+    entries = one_layer_at_a_time(ranks, scaling)
+    del entries["target_modules"]
+    return entries
+
+
+@right("spend_by_hand")
+def one_layer_at_a_time(ranks, scaling):
+    targets, rank_pattern, alpha_pattern = [], {}, {}
+    for path in ranks:
+        if ranks[path] != 0:
+            targets.append(path)
+            rank_pattern[path] = ranks[path]
+            alpha_pattern[path] = float(ranks[path] * scaling)
+    return dict(target_modules=targets, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+
+
+@right("spend_by_hand")
+def filtered(ranks, scaling):
+    kept = dict(filter(lambda item: item[1], ranks.items()))
+    alphas = torch.tensor(list(kept.values())) * scaling
+    return {
+        "alpha_pattern": dict(zip(kept, alphas.tolist(), strict=True)),
+        "rank_pattern": kept,
+        "target_modules": tuple(kept),
+    }
