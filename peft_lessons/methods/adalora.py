@@ -18,7 +18,7 @@ import torch.nn as nn
 from ..engine import AdapterLayer, Injection, Method, PeftFiles, injection_of
 from ..engine import require_injection, validate
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-041
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-039
 class AdaLoRALayer(nn.Module):
     """Compute the update alone: x -> α / r · P Λ Q x, with PEFT's names: Q is lora_A, the diagonal
     of Λ is lora_E, P is lora_B. Source: Zhang et al. 2023, eq. 3.
@@ -42,7 +42,7 @@ class AdaLoRALayer(nn.Module):
         low = x @ (self.lora_A * self.lora_E).T                      # (..., kept)
         return low @ self.lora_B.T * self.alpha / self.divisor       # (..., out)
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-042
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-040
 def delta_weight(ada: AdaLoRALayer) -> torch.Tensor:
     """Return α / r · P Λ Q, (out, in)."""
     return ada.lora_B @ (ada.lora_A * ada.lora_E) * ada.alpha / ada.divisor
@@ -62,7 +62,7 @@ def remembered(ada: AdaLoRALayer) -> Iterator[tuple[torch.Tensor, torch.Tensor, 
     for name, p in ada.named_parameters():
         yield p, getattr(ada, f"sensitivity_{name}"), getattr(ada, f"uncertainty_{name}")
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-043
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-041
 class LinearWithAdaLoRA(AdapterLayer):
     """Add AdaLoRA to a frozen Linear: y = x Wᵀ + b + α / r · x (ΛQ)ᵀ Pᵀ, Λ = 0 at the start."""
 
@@ -84,7 +84,7 @@ class LinearWithAdaLoRA(AdapterLayer):
     def delta_weight(self) -> torch.Tensor:
         return delta_weight(self.ada)                                # (out, in)
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-045
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-043
 def orthogonality(branches: Sequence[AdaLoRALayer]) -> torch.Tensor:
     """Return the mean of ‖QQᵀ − I‖ and ‖PᵀP − I‖ over all layers, a scalar. The Frobenius norms are
     PEFT's; the paper (Zhang et al. 2023, eq. 4) squares them."""
@@ -95,7 +95,7 @@ def orthogonality(branches: Sequence[AdaLoRALayer]) -> torch.Tensor:
             total = total + (gram - identity).norm()
     return total / (2 * len(branches))                                           # ()
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-046
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-044
 @torch.no_grad()
 def observe(ada: AdaLoRALayer, beta1: float, beta2: float) -> None:
     """Update sensitivity and uncertainty from the gradients of a step, in place (Zhang et al. 2023,
@@ -115,7 +115,7 @@ def triplet_scores(ada: AdaLoRALayer) -> torch.Tensor:
     a, e, b = (sensitivity * uncertainty for _, sensitivity, uncertainty in remembered(ada))
     return e.flatten() + (a.mean(dim=1) + b.mean(dim=0))                         # (kept,)
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-047
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-045
 def budget_after(step: int, method: Method, layers: int) -> int:
     """Return the number of triplets, over all `layers`, that remain after a step (counted from 1).
     Source: Zhang et al. 2023, appendix A."""
@@ -141,7 +141,7 @@ def prune(branches: Sequence[AdaLoRALayer], masks: Sequence[torch.Tensor]) -> No
     for ada, mask in zip(branches, masks, strict=True):
         ada.lora_E.masked_fill_(~mask[:, None], 0.0)
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-049
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-047
 class RankAllocator:
     """Choose after each step the triplets that remain; its state is in the layers' buffers."""
 
@@ -166,7 +166,7 @@ class RankAllocator:
         # The optimiser's momentum may have moved pruned triplets away from zero.
         prune(self.branches, [ada.mask for ada in self.branches])
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-050
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-048
 @torch.no_grad()
 def run_schedule(branches: Sequence[AdaLoRALayer], method: Method, step: int) -> None:
     """Update the importance, prune if it is due, and fix the masks at the end. RuntimeError without
@@ -190,7 +190,7 @@ def run_schedule(branches: Sequence[AdaLoRALayer], method: Method, step: int) ->
             for ada, mask in zip(branches, masks, strict=True):
                 ada.mask.copy_(mask)
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-052
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-050
 @dataclass(frozen=True)
 class AdaLoRASettings(Method):
     """Hold the settings of AdaLoRA. Raises ValueError for a schedule that cannot work."""
@@ -216,7 +216,7 @@ class AdaLoRASettings(Method):
         if self.kept is None:
             refuse_idle(self)
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-053
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-051
 def refuse_idle(m: AdaLoRASettings) -> None:
     """Raise ValueError for a schedule that never prunes, or prunes before any score is known."""
     if m.target_rank >= m.initial_rank:
@@ -232,7 +232,7 @@ def refuse_idle(m: AdaLoRASettings) -> None:
             f"AdaLoRA: total_steps − tfinal = {m.end} prunes before any importance is known: make "
             "total_steps larger or tfinal smaller")
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-054
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-052
 def allocator_of(injection: Injection) -> RankAllocator:
     """Return an allocator for all layers of a model with AdaLoRA."""
     return RankAllocator([w.ada for w in injection.wrappers.values()], injection.method)
@@ -246,7 +246,7 @@ def kept_of(m: AdaLoRASettings, path: str) -> int | None:
         raise ValueError(f"AdaLoRA: the ranks of a loaded adapter say nothing of {path!r}")
     return counts.get(path)
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-055
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-053
 def refuse_fit(m: AdaLoRASettings, allocator: RankAllocator, steps: int) -> None:
     """Raise ValueError if the schedule is not over and does not fit a training of `steps` steps, or
     the layers are in 16 bits."""
@@ -263,7 +263,7 @@ def refuse_fit(m: AdaLoRASettings, allocator: RankAllocator, steps: int) -> None
             f"fit: a branch of AdaLoRA is in {min(map(str, narrow))}, in which scores round to "
             "zero: convert the base before inject, or take model.float()")
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-056
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-054
 class AdaLoRA(AdaLoRASettings):
     """Apply AdaLoRA (Zhang et al. 2023): prune, every `delta` steps from `tinit` on, from
     `initial_rank` triplets per layer to `target_rank` on average; train on for `tfinal` steps."""
@@ -286,13 +286,13 @@ class AdaLoRA(AdaLoRASettings):
     def after_step(self, injection: Injection, step: int) -> None:
         allocator_of(injection).update(step)
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-057
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-055
 def ranks(model: nn.Module) -> dict[str, int]:
     """Return {path: number of triplets with λ ≠ 0}. ValueError if the model has no AdaLoRA."""
     wrappers = require_injection(model, "ranks", AdaLoRA).wrappers.items()
     return {path: int(w.ada.lora_E.count_nonzero()) for path, w in wrappers}
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-117
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-116
 PARTS = ("lora_A", "lora_E", "lora_B")
 
 
@@ -311,7 +311,7 @@ def to_file(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
     settled = any(not all(flags) for flags in pattern.values())
     return entries | {"rank_pattern": pattern if settled else None}, tensors
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-118
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-117
 def settled_ranks(pattern: dict, rank: int, tensors: dict) -> tuple:
     """Return ((path, flags), ...) from a file's rank_pattern. ValueError if it does not fit."""
     if not isinstance(pattern, dict):
@@ -336,7 +336,7 @@ def from_file(cls: type[Method], config: dict, tensors: dict) -> tuple[Method, d
     except ValueError:  # PEFT's smallest file has no schedule: its ranks stay as they are
         return cls(**values, kept=kept), tensors | masks
 
-# %% ../../notebooks/05_adalora.ipynb #05-adalora-119
+# %% ../../notebooks/05_adalora.ipynb #05-adalora-118
 AdaLoRA.files = PeftFiles(
     "ADALORA", write=to_file, read=from_file,
     fields={

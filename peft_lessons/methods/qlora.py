@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..engine import AdapterLayer, find_targets, matches, validate
 from .lora import LoRA, LoRALayer
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-021
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-022
 OUTERMOST = 0.9677083                                               # the mean of 1-1/32 and 1-1/30
 
 
@@ -34,7 +34,7 @@ def normal_quantiles(count: int) -> list[float]:
 NF4 = torch.tensor(sorted([-z for z in normal_quantiles(7)] + [0.0] + normal_quantiles(8)))
 NF4 = NF4 / NF4.max()                                               # (16,), from -1 to 1
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-045
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-049
 def in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     """Flatten `x` and cut it into rows (blocks, block); zeros pad the last row."""
     flat, short = x.flatten(), -x.numel() % block
@@ -56,7 +56,7 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
         raise ValueError("pack_nibbles: codes must be an even number of uint8 between 0 and 15")
     return (codes[0::2] << 4) | codes[1::2]                               # (n/2,)
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-046
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-050
 MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2                                      # (15,)
 PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1)   # (256, 2)
 
@@ -83,7 +83,7 @@ def quantize_nf4(weight: torch.Tensor, block: int = 64) -> tuple[torch.Tensor, t
     codes = torch.bucketize(scaled, MIDPOINTS.to(scaled.device), out_int32=True)
     return pack_nibbles(codes.to(torch.uint8)), absmax
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-047
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-051
 def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...],
                    block: int = 64) -> torch.Tensor:
     """Return the float32 weight of the given shape that packed codes (n/2,) and absmax (blocks,)
@@ -99,7 +99,7 @@ def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int,
     values = table.index_select(0, packed.int()).view(torch.float32)      # (n,)
     return in_blocks(values, block).mul_(absmax[:, None]).flatten()[:n].view(shape)
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-052
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-056
 def dynamic_levels() -> torch.Tensor:
     """Return the levels (256,) of the signed dynamic 8-bit map, sorted (Dettmers et al. 2021)."""
     positive = []
@@ -116,7 +116,7 @@ CELLS = torch.bucketize(
     torch.arange(65536) / 65535 * 2 - 1, (DYNAMIC[1:] + DYNAMIC[:-1]) / 2
 ).to(torch.uint8)
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-053
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-057
 def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the absmax values (blocks,) in 8 bits (double quantisation, Dettmers et al. 2023,
     section 3): codes, uint8 (blocks,); second-level absmax (blocks/256,); offset ()."""
@@ -132,7 +132,7 @@ def dequantize_absmax(codes: torch.Tensor, second: torch.Tensor,
     values = DYNAMIC.to(codes.device)[codes.long()]                       # (blocks,)
     return in_blocks(values, 256).mul(second[:, None]).flatten()[: len(codes)] + offset
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-054
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-058
 BUFFERS = ("packed", "absmax", "second", "offset")  # the last two with double quantisation only
 
 
@@ -151,7 +151,7 @@ class DequantizedProduct(torch.autograd.Function):
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return to_x, to_bias, None
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-055
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-059
 class NF4Linear(nn.Module):
     """Store a Linear's weight in 4 bits, outside the state dict: y = x W'ᵀ + b, x (..., in).
     Raises TypeError for anything but a plain nn.Linear, ValueError as `quantize_nf4`."""
@@ -178,7 +178,7 @@ class NF4Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return DequantizedProduct.apply(x, self.bias, self)
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-056
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-060
 def restored_weight(layer: NF4Linear) -> torch.Tensor:
     """Dequantise the weight W' (out, in) of an `NF4Linear`, in the model's dtype."""
     buffers = [getattr(layer, name) for name in BUFFERS if hasattr(layer, name)]
@@ -186,7 +186,7 @@ def restored_weight(layer: NF4Linear) -> torch.Tensor:
     absmax = dequantize_absmax(*parts) if len(parts) == 3 else parts[0]   # (blocks,)
     return dequantize_nf4(packed, absmax, layer.shape, layer.block).to(layer.like.dtype)
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-057
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-061
 class QLoRALinear(AdapterLayer):
     """Quantise a Linear to 4 bits and add LoRA: y = x W'ᵀ + b + s · (x Aᵀ) Bᵀ.
     With lora=None the layer is quantised only."""
@@ -207,7 +207,7 @@ class QLoRALinear(AdapterLayer):
                             "rounded away in part: dequantize(model) first, or keep the adapter")
         return 0 if self.lora is None else self.lora.delta_weight()       # (out, in)
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-058
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-062
 @dataclass(frozen=True)
 class QLoRA(LoRA):
     """Apply QLoRA (Dettmers et al. 2023): all Linears but the head in 4 bits, LoRA on `targets`."""
@@ -234,14 +234,14 @@ class QLoRA(LoRA):
         lora = super().wrap(path, layer).lora if self.adapts(path) else None
         return QLoRALinear(layer, lora, self.block, self.double_quant)
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-110
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-114
 QLoRA.files = replace(
     LoRA.files, constants={"quantised_base": "nf4"},
     fields=LoRA.files.fields | {
         "block": ("quantised_block", 64), "double_quant": ("quantised_double", True)},
     own=("quantised_base", "quantised_block", "quantised_double"))
 
-# %% ../../notebooks/03_qlora.ipynb #03-qlora-111
+# %% ../../notebooks/03_qlora.ipynb #03-qlora-115
 @torch.inference_mode(False)  # under a caller's inference mode the weights could never train
 def dequantize(model: nn.Module) -> nn.Module:
     """Replace every 4-bit layer by a plain frozen Linear with the weight W', in place, and return
