@@ -328,7 +328,7 @@ def fetch(python):
     """Fetch the assistant with an interpreter that has the packages; return 0, or what failed.
 
     The program says itself what it did, or what is missing and how to try again."""
-    print("The assistant of lessons 12 and 15: 93 MB to download where it is missing.", flush=True)
+    print("The assistant (lessons 03, 12, 15): 93 MB to download where it is missing.", flush=True)
     return wait([python, "-m", "peft_lessons.data.assistant"], ROOT, OFFLINE)
 
 

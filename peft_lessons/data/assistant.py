@@ -297,7 +297,7 @@ def main() -> int:
         print(fetch_assistant(), flush=True)
     except NotFetched as reason:
         print(
-            f"The assistant was not fetched: {reason}.\nLessons 12 and 15 need it; everything else "
+            f"The assistant was not fetched: {reason}.\nLessons 03, 12 and 15 need it; all else "
             f"works without. Try again with: {ASSISTANT_COMMAND}",
             file=sys.stderr,
         )

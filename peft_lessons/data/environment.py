@@ -93,7 +93,7 @@ def _files() -> Row:
 
 def _assistant() -> Row:
     """Report the size of the assistant; it may be missing, not damaged."""
-    what = "assistant of lessons 12 and 15"
+    what = "assistant of lessons 03, 12 and 15"
     try:
         files = [*assistant_folder(verify=True).iterdir()]
     except FileNotFoundError:
