@@ -1,11 +1,11 @@
 """Checks of lesson 05."""
 
 from contextlib import suppress
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..engine import inject, injection_of
 from ..methods.adalora import AdaLoRA, allocator_of
@@ -187,6 +187,8 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
             int( → round(
         the result is not rounded: triplets are whole, so round down
             int( → (
+        the share that is left is rounded down by //, so it is 0 on the whole way
+            / (end - tinit) → // (end - tinit)
         the way ends at total: it ends tfinal steps earlier
             (end - step) / (end - tinit) → (total - step) / (total - tinit)
         tfinal is taken for a step: it is how many steps come after the way
@@ -232,6 +234,7 @@ def _ties():
         Case(lambda: [_scores(4, 9, 2), 7], note="layers of 4, 9 and 2 triplets"),
         Case(lambda: [_scores(5, 5), 10], note="all may stay"),
         Case(lambda: [_scores(8), 1], note="one layer, one triplet"),
+        Case(lambda: [[1e-8 * s for s in _scores(6, 5)], 4], note="scores around 1e-8"),
         Case(lambda: [_ties(), 5], note="of four scores 2.0 the first two may stay"),
         Case(lambda: [[torch.zeros(30), torch.zeros(40)], 50], note="the first 50 zeros stay"),
     ],
@@ -303,7 +306,7 @@ class _Net(nn.Module):
 
     def forward(self, x, labels):
         y = self.down(self.up(x).tanh())
-        return SimpleNamespace(loss=F.mse_loss(y, labels), logits=y)
+        return SequenceClassifierOutput(loss=F.mse_loss(y, labels), logits=y)
 
 
 _SCHEDULE = AdaLoRA(4, 2, 24.0, ("up", "down"), tinit=1, tfinal=3, delta=2, total_steps=9)

@@ -18,6 +18,8 @@ from .mistakes import Mistakes, mistakes, scaling_mistakes
         (4, 64, 32, 256),
         (8, 12, 32),
         (4, 128, 16, 64, 6),
+        (3, 32, 16),
+        (8, 64, 32, 128, 6),
     ],
     returns="the number of bits",
     causes=mistakes(
