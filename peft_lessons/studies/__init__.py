@@ -20,6 +20,7 @@ from .study import (
     best_lr,
     load_results,
     mean_and_range,
+    paired_answers,
     paired_difference,
     pareto_front,
     provenance,

@@ -99,10 +99,12 @@ class Spread:
     high: float
     n: int
     sign: ClassVar[str] = ""
+    of: ClassVar[str] = "seed"
 
     def __repr__(self) -> str:
         mean, low, high = (f"{x:{self.sign}.1f}" for x in (self.mean, self.low, self.high))
-        return f"{mean} (1 seed)" if self.n == 1 else f"{mean} ({low} to {high}, {self.n} seeds)"
+        n = f"{self.n:,} {self.of}"
+        return f"{mean} ({n})" if self.n == 1 else f"{mean} ({low} to {high}, {n}s)"
 
 
 class Difference(Spread):
@@ -115,6 +117,12 @@ class Difference(Spread):
     def is_clear(self) -> bool:
         """Return whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
+
+
+class AnswerDifference(Difference):
+    """Hold a mean paired difference over n test sentences and its 95 % confidence interval."""
+
+    of = "sentence"
 
 
 def _by_seed(runs: DataFrame, column: str, scale: float) -> dict[int, float]:
@@ -159,6 +167,32 @@ def paired_difference(
     known = n > 1 and math.isfinite(mean)
     half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n) if known else math.inf
     return Difference(mean, mean - half, mean + half, n)
+
+
+def _shares(runs: DataFrame) -> list[float]:
+    """Return for each test sentence the share of the runs that get it right, in percent."""
+    if runs.empty:
+        raise ValueError("no runs to pair: the filter matches nothing")
+    if len(sizes := set(runs["sentences"])) > 1:
+        raise ValueError(f"runs on {sorted(sizes)} sentences cannot be paired")
+    flags = [int(bits, 16) for bits in runs["right"]]
+    return [100 * statistics.fmean(f >> i & 1 for f in flags) for i in range(sizes.pop())]
+
+
+def paired_answers(runs: DataFrame, others: DataFrame) -> AnswerDifference:
+    """Return by how many points of accuracy `runs` are ahead of `others` on the same test
+    sentences, with a 95 % interval over the sentences.
+
+    Each sentence counts with the share of the runs that get it right; `n` is the number of
+    sentences. The rows have the columns `sentences` and `right` of additive_answers.csv. Raises
+    ValueError for no rows, or for other numbers of sentences."""
+    ours, theirs = _shares(runs), _shares(others)
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} and {len(theirs)} sentences cannot be paired")
+    gaps = [mine - other for mine, other in zip(ours, theirs, strict=True)]
+    mean, n = statistics.fmean(gaps), len(gaps)
+    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
+    return AnswerDifference(mean, mean - half, mean + half, n)
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -14,6 +14,7 @@ from peft_lessons.studies import (
     catalogue,
     load_results,
     mean_and_range,
+    paired_answers,
     paired_difference,
     pareto_front,
     provenance,
@@ -130,6 +131,32 @@ def test_a_difference_is_paired_by_seed():
     assert not one.is_clear and one.high == math.inf and repr(one) == "+0.0 (1 seed)"
     with pytest.raises(ValueError, match="no seed in common"):
         paired_difference(a, b[3:])
+
+
+def answers(*flags):
+    """Runs that get these sentences right, the first sentence being the last bit."""
+    return pd.DataFrame([{"sentences": 4, "right": f"{int(each, 2):x}"} for each in flags])
+
+
+def test_answers_are_paired_sentence_by_sentence():
+    # Shares of 100, 50, 0, 100 % against 0, 50, 0, 100 %: gaps of 100, 0, 0, 0.
+    found = paired_answers(answers("1011", "1001"), answers("1010", "1000"))
+    half = student_t(3) * 50 / 2
+    assert (found.mean, found.n) == (25, 4)
+    assert found.low == pytest.approx(25 - half)
+    assert repr(found) == "+25.0 (-54.6 to +104.6, 4 sentences)"
+    assert paired_answers(answers("0111"), answers("0111")).mean == 0
+
+
+def test_answers_of_other_sentences_are_not_paired():
+    more = answers("1011").assign(sentences=5)
+    for first, second, said in (
+        (answers("1011"), more, "4 and 5"),
+        (answers("1011")[:0], more, "matches nothing"),
+        (pd.concat([answers("1011"), more]), more, r"\[4, 5\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            paired_answers(first, second)
 
 
 def test_the_front_is_what_nothing_dominates():
