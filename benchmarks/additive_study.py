@@ -3,16 +3,13 @@ learning rate, which lies inside the tried ones.
 
     python benchmarks/additive_study.py    # three hours on one core
 
-Adds a row for each run on either task to data/results/additive_study.csv. The losses of the runs on
-Austen, averaged over ten steps, go to additive_curves.csv. On Austen a LoRA of rank 1 has about the
-size of (IA)³, of a prompt and of a prefix.
+Adds a row for each run on either task to data/results/additive_study.csv. On Austen a LoRA of rank
+1 has about the size of (IA)³, of a prompt and of a prefix.
 
 Then the methods, and LoRA, the head alone and full fine-tuning beside them, are trained once more
 on movie sentiment at their best learning rates: data/results/additive_answers.csv holds which test
 sentences each run gets right, as bits, so that any two runs can be paired.
 """
-
-from functools import partial
 
 import torch
 from common import (
@@ -93,8 +90,8 @@ def described(task: str, method: str, variant: str, size: int) -> Method:
     return setting(name if name in NAMED else method, task)
 
 
-def run(curves: Results, task, *point) -> dict:
-    """Train one point and return its measured columns; its loss on Austen goes to the curves."""
+def run(task, *point) -> dict:
+    """Train one point and return its measured columns."""
     name, _, variant, size, lr, seed = point
     model = base_of(name, seed)
     if variant == "context":  # the keys and values of the training text's first tokens
@@ -106,15 +103,7 @@ def run(curves: Results, task, *point) -> dict:
     if variant == "context":
         init_prefix(model, pairs)
 
-    def train(*settings):
-        history = plain(*settings)
-        if name == "austen":
-            for first in range(0, len(history.loss), 10):
-                loss = f"{sum(history.loss[first : first + 10]) / 10:.4f}"
-                curves.add(**dict(zip(POINT, point, strict=True)), step=first + 10, loss=loss)
-        return history
-
-    return measured(model, task, lr, seed, train, before=True)
+    return measured(model, task, lr, seed, before=True)
 
 
 def answers(task, method: str, variant: str, size: int, lr: float, seed: int) -> list[bool]:
@@ -142,7 +131,6 @@ def answer(task) -> None:
 
 
 if __name__ == "__main__":
-    run = partial(run, Results("additive_curves", (*POINT, "step", "loss")))
     tasks = {task: load(task) for task in BASES}
     study("additive_study", NAMES, BEFORE_TOO, SETTINGS, run, tasks)
     study("additive_study", NAMES, BEFORE_TOO, HAIR, run, {"sentiment": tasks["sentiment"]})
