@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ..engine import AdapterLayer, Method, PeftFiles, validate
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-028
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-032
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 
 
@@ -41,7 +41,7 @@ class Bottleneck(nn.Module):
         low = self.activation(self.down(t.to(self.down.weight.dtype)))     # (..., m)
         return self.up(low)                                                # (..., d)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-029
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-033
 class Adapter(nn.Module):
     """Compute x + s · a(x) (..., d) from x (..., d), the identity at step 0; s = `adapter_scalar`.
     The module adds x itself: insert it where no other residual does. Raises ValueError for a size
@@ -57,7 +57,7 @@ class Adapter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x + self.adapter_scalar * self.adapter(x)).to(x.dtype)     # (..., d)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-031
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-035
 class Place(AdapterLayer):
     """Wrap the end of a sublayer with an adapter that adds to the output h (..., d) of `linear`."""
 
@@ -81,11 +81,11 @@ class Place(AdapterLayer):
     def delta_weight(self) -> torch.Tensor:
         raise TypeError(NO_MERGE)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-032
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-036
 # Between the two matrices stands f: for no weight W' is x W'ᵀ = h + a(h).
 NO_MERGE = "an adapter cannot be merged: it is not linear, so no weight computes it; leave it in"
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-033
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-037
 class PostNormPlace(Place):
     """Compute LN(x + h + s · a(t)) at the end of a BERT sublayer, from the dense layer's input
     u (..., in), its output h (..., d) and the residual x (..., d). Source: He et al. 2022, table 1;
@@ -99,7 +99,7 @@ class PostNormPlace(Place):
         h = output.dropout(output.dense(u))                                # (..., d)
         return output.LayerNorm(self.added_to(h, x, output.LayerNorm) + x) # (..., d)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-034
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-038
 STREAM = local()  # .x: the residual of the sublayer that is being computed, in this thread
 
 
@@ -113,7 +113,7 @@ class Tap(AdapterLayer):
     def delta_weight(self) -> torch.Tensor:
         raise TypeError(NO_MERGE)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-035
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-039
 def taken() -> torch.Tensor:
     """Take the residual (..., d) that the `Tap` stored. RuntimeError if there is none."""
     if "x" not in vars(STREAM):
@@ -133,7 +133,7 @@ class PreNormPlace(Place):
         x = None if self.kind == "houlsby" else taken()                    # (..., d)
         return self.added_to(self.base(u), x, nn.Identity())               # (..., d)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-037
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-041
 # In a block of this class: what ends attention and feed-forward, and the norm before the latter.
 BERT = "attention.output", "output", None
 LLAMA = "self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm"
@@ -153,7 +153,7 @@ def last_linear(path: str, layer: nn.Module) -> nn.Module | None:
     A 4-bit layer may lack the attributes of a Linear, hence the test by name."""
     return None if path.rpartition(".")[2] in NORMS else getattr(layer, "dense", layer)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-038
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-042
 def places(model: nn.Module, kind: str) -> dict[str, nn.Module]:
     """Return {path: module} of all modules to wrap for adapters of a kind, block by block.
     ValueError for an OPT block with post-norm."""
@@ -178,7 +178,7 @@ def refuse_width(owner: str, linear: nn.Module, width: int) -> None:
     if width >= linear.out_features:
         raise ValueError(f"{owner}: {width} numbers are no bottleneck for {linear.out_features}")
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-039
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-043
 @dataclass(frozen=True)
 class BottleneckAdapter(Method):
     """Insert adapters of inner `width` m into every block; `kind` gives their position and input:
@@ -204,7 +204,7 @@ class BottleneckAdapter(Method):
             return Tap(layer)
         return PreNormPlace(layer, self) if linear is layer else PostNormPlace(layer, self)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-096
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-109
 BottleneckAdapter.files = PeftFiles(
     "BOTTLENECK_ADAPTER",
     fields={"width": ("bottleneck_size", None), "kind": ("kind", "pfeiffer"),
