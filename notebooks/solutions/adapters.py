@@ -14,7 +14,7 @@ def adapter_forward(
     w_up: torch.Tensor,
     b_up: torch.Tensor,
 ) -> torch.Tensor:
-    """h + GELU(h W_downᵀ + b_down) W_upᵀ + b_up, of shape (..., d)."""
+    """h plus what the adapter computes from h, of shape (..., d)."""
     low = F.gelu(h @ w_down.T + b_down)                       # (..., m)
     return h + low @ w_up.T + b_up                            # (..., d)
 
