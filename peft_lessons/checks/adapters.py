@@ -33,6 +33,7 @@ def _forward_case(shape, m, dtype=torch.float32, note=""):
         _forward_case((2, 3, 4, 12), 5, torch.float64),
         _forward_case((3, 6, 8), 8, note="m = d"),
     ],
+    tolerance=2e-3,  # GELU's tanh approximation will do
     causes=mistakes(
         """
         def adapter_forward(h, w_down, b_down, w_up, b_up):
@@ -136,6 +137,10 @@ def _reading_case(shape, m, kind, note=""):
         Pfeiffer's adapter is added to x + h, not to LN(x + h): the norm is used once to read
         and once at the end
             return norm( → return norm(t + adapter(t)) if kind == "pfeiffer" else norm(
+        Pfeiffer's adapter is added to LN(x + h): add it to x + h, and apply the norm at the end
+            return norm( → return t + adapter(t) if kind == "pfeiffer" else norm(
+        the parallel adapter is added to LN(x + h): add it to x + h, and apply the norm once
+            return norm( → return norm(norm(x + h) + adapter(t)) if kind == "parallel" else norm(
         """,
     ),
 )

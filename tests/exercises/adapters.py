@@ -43,6 +43,12 @@ def by_einsum(h, w_down, b_down, w_up, b_up):
 
 
 @right("adapter_forward")
+def approximated(h, w_down, b_down, w_up, b_up):
+    low = F.gelu(F.linear(h, w_down, b_down), approximate="tanh")
+    return (F.linear(low, w_up, b_up) + h).double()
+
+
+@right("adapter_forward")
 def by_layers(h, w_down, b_down, w_up, b_up):
     """Modules that hold the given tensors, and no gradient."""
     with torch.no_grad():
@@ -66,6 +72,14 @@ def after_the_sum(x, h, adapter, norm, kind):
         y = norm(x + h)
         return norm(y + adapter(y))
     return norm(x + h + adapter(h if kind == "houlsby" else x))
+
+
+@wrong("adapted_output", "Pfeiffer's adapter is added to LN(x + h)")
+def norm_first(x, h, adapter, norm, kind):
+    if kind == "pfeiffer":
+        y = norm(x + h)
+        return y + adapter(y)
+    return branches(x, h, adapter, norm, kind)
 
 
 @wrong("adapted_output", "the adapter's output is added after the norm")
