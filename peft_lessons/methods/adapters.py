@@ -204,7 +204,7 @@ class BottleneckAdapter(Method):
             return Tap(layer)
         return PreNormPlace(layer, self) if linear is layer else PostNormPlace(layer, self)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-106
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-107
 BottleneckAdapter.files = PeftFiles(
     "BOTTLENECK_ADAPTER",
     fields={"width": ("bottleneck_size", None), "kind": ("kind", "pfeiffer"),
