@@ -82,7 +82,6 @@ class Place(AdapterLayer):
         raise TypeError(NO_MERGE)
 
 # %% ../../notebooks/06_adapters.ipynb #06-adapters-036
-# f lies between the two matrices: no weight W' satisfies u W'ᵀ = h + a(h) for every input u.
 NO_MERGE = "an adapter cannot be merged: it is not linear, so no weight computes it; leave it in"
 
 # %% ../../notebooks/06_adapters.ipynb #06-adapters-037
@@ -188,7 +187,7 @@ class BottleneckAdapter(Method):
     kind: str = "pfeiffer"
     activation: str = "gelu"
     scale: float = 1.0
-    learning_rate = 3e-3  # section 8 measures it
+    learning_rate = 3e-3  # Deeper, "Learning rate", compares four
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         if not (found := places(model, self.kind)):
@@ -204,7 +203,7 @@ class BottleneckAdapter(Method):
             return Tap(layer)
         return PreNormPlace(layer, self) if linear is layer else PostNormPlace(layer, self)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-107
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-110
 BottleneckAdapter.files = PeftFiles(
     "BOTTLENECK_ADAPTER",
     fields={"width": ("bottleneck_size", None), "kind": ("kind", "pfeiffer"),
