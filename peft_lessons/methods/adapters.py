@@ -44,8 +44,8 @@ class Bottleneck(nn.Module):
 # %% ../../notebooks/06_adapters.ipynb #06-adapters-033
 class Adapter(nn.Module):
     """Compute h + s · a(h) (..., d) from h (..., d), the identity at step 0; s = `adapter_scalar`.
-    The module adds its own input: let it replace h, and never add it to h. Raises ValueError for a size
-    below 1, or a scalar that is not above 0. Source: Houlsby et al. 2019, fig. 2."""
+    The module adds its own input: let it replace h, and never add it to h. Raises ValueError for
+    a size below 1, or a scalar that is not above 0. Source: Houlsby et al. 2019, fig. 2."""
 
     def __init__(self, hidden_size: int, bottleneck_size: int, adapter_scalar: float = 1.0):
         validate("Adapter", hidden_size=hidden_size, bottleneck_size=bottleneck_size,
