@@ -7,32 +7,24 @@ import torch.nn.functional as F
 from peft_lessons import Adapter
 
 
-def adapter_parameters(d: int, m: int, layers: int, kind: str) -> int:
-    """How many parameters the adapters of a model have, biases included."""
-    places = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}     # of every layer
-    return layers * places[kind] * (2 * d * m + m + d)
-
-
-def parallel_adapter(
-    x: torch.Tensor,
-    sublayer_output: torch.Tensor,
+def adapter_forward(
+    h: torch.Tensor,
     w_down: torch.Tensor,
     b_down: torch.Tensor,
     w_up: torch.Tensor,
     b_up: torch.Tensor,
-    scale: float,
 ) -> torch.Tensor:
-    """sublayer_output + scale · (ReLU(x W_downᵀ + b_down) W_upᵀ + b_up), of shape (..., d)."""
-    low = F.relu(F.linear(x, w_down, b_down))                 # (..., m)
-    return sublayer_output + scale * F.linear(low, w_up, b_up)  # (..., d)
+    """h plus what the adapter computes from h, of shape (..., d)."""
+    low = F.gelu(h @ w_down.T + b_down)                       # (..., m)
+    return h + low @ w_up.T + b_up                            # (..., d)
 
 
-def identity_gap(adapter: nn.Module, h: torch.Tensor) -> float:
-    """‖adapter(h) − h‖ / ‖h‖ in eval mode; 0 for the identity."""
-    adapter.eval()                                            # dropout off
-    with torch.no_grad():
-        change = adapter(h) - h                               # (..., d)
-    return (change.norm() / h.norm()).item()
+def adapted_output(
+    x: torch.Tensor, h: torch.Tensor, adapter: nn.Module, norm: nn.Module, kind: str
+) -> torch.Tensor:
+    """The output (..., d) of a BERT sublayer with an adapter of this kind."""
+    t = {"houlsby": h, "parallel": x, "pfeiffer": norm(x + h)}[kind]
+    return norm(x + h + adapter(t))                           # (..., d)
 
 
 def fold_linear_adapter(
@@ -56,3 +48,15 @@ def insert_adapters(layer: nn.Module, width: int) -> nn.Module:
         adapter = Adapter(output.dense.out_features, width)   # h -> h + a(h)
         output.dense = nn.Sequential(output.dense, adapter)
     return layer
+
+
+def adapter_parameters(d: int, m: int, layers: int, kind: str) -> int:
+    """How many parameters the adapters of a model have, biases included."""
+    places = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}     # of every layer
+    return layers * places[kind] * (2 * d * m + m + d)
+
+
+def identity_gap(adapter: nn.Module, h: torch.Tensor) -> float:
+    """‖adapter(h) − h‖ / ‖h‖, 0 for the identity."""
+    change = adapter(h) - h                                   # (..., d)
+    return (change.norm() / h.norm()).item()

@@ -17,95 +17,92 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
-# ------------------------------------------------------------------ adapter_parameters
-
-PLACES = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}
+# ------------------------------------------------------------------ adapter_forward
 
 
-@wrong("adapter_parameters", "both biases are counted with d parameters")
-def biases_of_d(d, m, layers, kind):
-    return 2 * layers * PLACES[kind] * d * (m + 1)
+@wrong("adapter_forward", "h is missing: the adapter adds its output to h")
+def without_the_residual(h, w_down, b_down, w_up, b_up):
+    return F.linear(F.gelu(F.linear(h, w_down, b_down)), w_up, b_up)
 
 
-@right("adapter_parameters")
-def built(d, m, layers, kind):
-    """Build one and count."""
-    places = 2 * layers if kind == "houlsby" else layers
-    return places * sum(p.numel() for p in Bottleneck(d, m).parameters())
+@wrong("adapter_forward", "your function raised RuntimeError")
+def not_transposed(h, w_down, b_down, w_up, b_up):
+    return h + F.gelu(h @ w_down + b_down) @ w_up + b_up
 
 
-@right("adapter_parameters")
-def factored(d, m, layers, kind):
-    return ((2 * m + 1) * d + m) * layers * (1 + (kind == "houlsby"))
+@wrong("adapter_forward", "the argument h was changed")
+def in_place(h, w_down, b_down, w_up, b_up):
+    h += F.gelu(h @ w_down.T + b_down) @ w_up.T + b_up
+    return h
 
 
-# ------------------------------------------------------------------ parallel_adapter
+@right("adapter_forward")
+def by_einsum(h, w_down, b_down, w_up, b_up):
+    low = F.gelu(torch.einsum("...d,md->...m", h, w_down) + b_down)
+    return torch.einsum("...m,dm->...d", low, w_up) + (h + b_up)
 
 
-@wrong("parallel_adapter", "the scale does not reach b_up")
-def scaled_inside(x, sublayer_output, w_down, b_down, w_up, b_up, scale):
-    low = scale * F.relu(F.linear(x, w_down, b_down))
-    return sublayer_output + F.linear(low, w_up, b_up)
+@right("adapter_forward")
+def approximated(h, w_down, b_down, w_up, b_up):
+    low = F.gelu(F.linear(h, w_down, b_down), approximate="tanh")
+    return (F.linear(low, w_up, b_up) + h).double()
 
 
-@wrong("parallel_adapter", "no gradient reaches sublayer_output")
-def frozen_base(x, sublayer_output, w_down, b_down, w_up, b_up, scale):
-    return einsum(x, sublayer_output.data, w_down, b_down, w_up, b_up, scale)
-
-
-@wrong("parallel_adapter", "your function raised RuntimeError")
-def not_transposed(x, sublayer_output, w_down, b_down, w_up, b_up, scale):
-    return sublayer_output + scale * (F.relu(x @ w_down + b_down) @ w_up + b_up)
-
-
-@right("parallel_adapter")
-def einsum(x, sublayer_output, w_down, b_down, w_up, b_up, scale):
-    low = (torch.einsum("...d,md->...m", x, w_down) + b_down).clamp(min=0)
-    return torch.einsum("...m,dm->...d", low, w_up * scale) + scale * b_up + sublayer_output
-
-
-@right("parallel_adapter")
-def scaled_through(x, sublayer_output, w_down, b_down, w_up, b_up, scale):
-    """ReLU(s·t) = s · ReLU(t) for s > 0; the bias gets the scale by itself."""
-    low = torch.relu(scale * (x @ w_down.mT + b_down))
-    return torch.add(sublayer_output, low @ w_up.mT) + b_up * scale
-
-
-# ------------------------------------------------------------------ identity_gap
-
-
-@wrong("identity_gap", "both sizes are squared")
-def ratio_of_variances(adapter, h):
-    return by_means(adapter, h) ** 2
-
-
-@wrong("identity_gap", "dropout is on: measure in eval mode")
-def in_the_mode_it_came_in(adapter, h):
-    with torch.inference_mode():
-        return torch.dist(adapter(h), h).item() / h.square().sum().sqrt().item()
-
-
-@right("identity_gap")
-def left_in_eval_mode(adapter, h):
-    adapter.eval()
+@right("adapter_forward")
+def by_layers(h, w_down, b_down, w_up, b_up):
+    """Modules that hold the given tensors, and no gradient."""
     with torch.no_grad():
-        return ((adapter(h) - h).norm() / h.norm()).item()
+        down, up = nn.Linear(*w_down.T.shape), nn.Linear(*w_up.T.shape)
+        down.weight, down.bias, up.weight, up.bias = map(nn.Parameter, (w_down, b_down, w_up, b_up))
+        return nn.Sequential(down, nn.GELU(), up)(h).add(h)
 
 
-@right("identity_gap")
-def by_dist(adapter, h):
-    mode = adapter.training
-    try:
-        return float(torch.dist(adapter.eval()(h), h) / torch.linalg.vector_norm(h))
-    finally:
-        adapter.train(mode)
+# ------------------------------------------------------------------ adapted_output
 
 
-@right("identity_gap")
-def by_means(adapter, h):
-    """Root mean squares: the number of entries cancels."""
-    change = (deepcopy(adapter).eval()(h) - h).detach().double()
-    return math.sqrt(change.pow(2).mean().item() / h.double().pow(2).mean().item())
+@wrong("adapted_output", "what the adapter reads is added once more")
+def residual_inside(x, h, adapter, norm, kind):
+    t = {"houlsby": h, "pfeiffer": norm(x + h), "parallel": x}[kind]
+    return norm(x + h + (t + adapter(t)))
+
+
+@wrong("adapted_output", "Pfeiffer's adapter is added to x + h, not to LN(x + h)")
+def after_the_sum(x, h, adapter, norm, kind):
+    if kind == "pfeiffer":
+        y = norm(x + h)
+        return norm(y + adapter(y))
+    return norm(x + h + adapter(h if kind == "houlsby" else x))
+
+
+@wrong("adapted_output", "Pfeiffer's adapter is added to LN(x + h)")
+def norm_first(x, h, adapter, norm, kind):
+    if kind == "pfeiffer":
+        y = norm(x + h)
+        return y + adapter(y)
+    return branches(x, h, adapter, norm, kind)
+
+
+@wrong("adapted_output", "the adapter's output is added after the norm")
+def outside(x, h, adapter, norm, kind):
+    t = {"houlsby": h, "pfeiffer": norm(x + h), "parallel": x}[kind]
+    return norm(x + h) + adapter(t)
+
+
+@right("adapted_output")
+def branches(x, h, adapter, norm, kind):
+    total = x + h
+    if kind == "pfeiffer":
+        return norm(total + adapter(norm(total)))
+    if kind == "parallel":
+        return norm(total + adapter(x))
+    return norm(total + adapter(h))
+
+
+@right("adapted_output")
+@torch.no_grad()
+def chosen(x, h, adapter, norm, kind):
+    read = dict(houlsby=lambda: h, parallel=lambda: x, pfeiffer=lambda: norm(h + x))
+    return norm(torch.stack([x, h, adapter(read[kind]())]).sum(0))
 
 
 # ------------------------------------------------------------------ fold_linear_adapter
@@ -239,3 +236,58 @@ def all_in_one_list(layer, width):
 
 def called(adapter, module, args, h):
     return adapter(h)
+
+
+# ------------------------------------------------------------------ adapter_parameters
+
+PLACES = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}
+
+
+@wrong("adapter_parameters", "both biases are counted with d parameters")
+def biases_of_d(d, m, layers, kind):
+    return 2 * layers * PLACES[kind] * d * (m + 1)
+
+
+@right("adapter_parameters")
+def built(d, m, layers, kind):
+    """Build one and count."""
+    places = 2 * layers if kind == "houlsby" else layers
+    return places * sum(p.numel() for p in Bottleneck(d, m).parameters())
+
+
+@right("adapter_parameters")
+def factored(d, m, layers, kind):
+    return ((2 * m + 1) * d + m) * layers * (1 + (kind == "houlsby"))
+
+
+# ------------------------------------------------------------------ identity_gap
+
+
+@wrong("identity_gap", "both sizes are squared")
+def ratio_of_variances(adapter, h):
+    return by_means(adapter, h) ** 2
+
+
+@wrong("identity_gap", "the ratio is taken of each vector and then averaged")
+def averaged(adapter, h):
+    return (F.pairwise_distance(adapter(h), h, eps=0) / h.norm(dim=-1)).mean().item()
+
+
+@right("identity_gap")
+def left_in_eval_mode(adapter, h):
+    adapter.eval()
+    with torch.no_grad():
+        return ((adapter(h) - h).norm() / h.norm()).item()
+
+
+@right("identity_gap")
+def by_dist(adapter, h):
+    with torch.inference_mode():
+        return torch.dist(adapter(h), h) / torch.linalg.vector_norm(h)
+
+
+@right("identity_gap")
+def by_means(adapter, h):
+    """Root mean squares: the number of entries cancels."""
+    change = (deepcopy(adapter).eval()(h) - h).detach().double()
+    return math.sqrt(change.pow(2).mean().item() / h.double().pow(2).mean().item())
