@@ -91,7 +91,7 @@ class IA3(Method):
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithIA3:
         return LinearWithIA3(layer, feedforward=matches(path, self.feedforward))
 
-# %% ../../notebooks/07_ia3.ipynb #07-ia3-081
+# %% ../../notebooks/07_ia3.ipynb #07-ia3-078
 class IA3Layer(nn.Module):
     """Hold the three vectors of one transformer block, all ones at the start.
     Keys and values are (..., kv_dim), n_kv · d_h wide under grouped-query attention; the inner
@@ -118,7 +118,7 @@ class IA3Layer(nn.Module):
         """Return h ⊙ l_ff."""
         return rescaled(h, self.l_ff)                                # (..., ff_dim)
 
-# %% ../../notebooks/07_ia3.ipynb #07-ia3-100
+# %% ../../notebooks/07_ia3.ipynb #07-ia3-101
 def to_file(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
     """Convert to PEFT's entries: each name of feedforward_modules is in target_modules too."""
     keys = [key for key in tensors if key.endswith(".ia3_l")]
@@ -135,7 +135,7 @@ def to_file(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
         entries["feedforward_modules"] = [n for n in names if matches(n, inner)]
     return entries, tensors
 
-# %% ../../notebooks/07_ia3.ipynb #07-ia3-101
+# %% ../../notebooks/07_ia3.ipynb #07-ia3-102
 IA3.files = PeftFiles(
     "IA3", write=to_file, tensors={"l": "ia3_l"},
     fields={"targets": ("target_modules", None), "feedforward": ("feedforward_modules", None)},
