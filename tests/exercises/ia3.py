@@ -271,7 +271,7 @@ class Stub(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__(q_proj, k_proj, v_proj, n_heads)
         for name in ("l_q", "l_k", "l_v"):
-            setattr(self, name, nn.Parameter(torch.zeros(q_proj.out_features)))
+            setattr(self, name, nn.Parameter(torch.ones(q_proj.out_features)))
 
 
 @wrong("IA3Attention", "(that of the base) has wrong values")
