@@ -6,25 +6,37 @@ import torch.nn.functional as F
 
 
 def ia3_sizes(config) -> dict[str, int]:
-    """How many entries l_k, l_v and l_ff of one block have, {"k": ..., "v": ..., "ff": ...}."""
+    """Return the widths of l_k, l_v and l_ff of one block, {"k": ..., "v": ..., "ff": ...}."""
     n_h = config.num_attention_heads
     n_kv = getattr(config, "num_key_value_heads", None) or n_h
     d_h = getattr(config, "head_dim", None) or config.hidden_size // n_h
     return {"k": n_kv * d_h, "v": n_kv * d_h, "ff": config.intermediate_size}
 
 
+def ia3_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    vector: torch.Tensor,
+    feedforward: bool,
+) -> torch.Tensor:
+    """Return the output (..., out) of a linear layer whose output, or input, is scaled."""
+    if feedforward:
+        return F.linear(x * vector, weight, bias)             # the input
+    return F.linear(x, weight, bias) * vector                 # the output, bias included
+
+
 def merge_ia3(
     weight: torch.Tensor, bias: torch.Tensor | None, vector: torch.Tensor, feedforward: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight (out, in) and bias of a layer that needs no vector any more."""
+    """Return the weight (out, in) and bias of a layer that needs no vector any more."""
     if feedforward:
-        return (weight * vector).to(weight.dtype), bias       # columns
-    weight = (weight * vector[:, None]).to(weight.dtype)      # rows
-    return weight, None if bias is None else (bias * vector).to(bias.dtype)
+        return weight * vector, bias                          # columns
+    return weight * vector[:, None], None if bias is None else bias * vector    # rows
 
 
 def ia3_as_lora(weight: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B (out, r) with W + BA = l ⊙ W by rows, of rank r = min(out, in)."""
+    """Return A (r, in) and B (out, r) with W + BA = l ⊙ W by rows, r = min(out, in)."""
     out, in_ = weight.shape
     change = vector - 1                                       # (out,)
     if out <= in_:

@@ -106,18 +106,88 @@ def ia3_sizes(config):
     return dict(_measured(config.to_json_string(use_diff=False)))
 
 
+# ------------------------------------------------------------------ ia3_linear
+
+
+def _scaled_linear(out, in_, feedforward, bias=True, leading=(2, 5), dtype=torch.float32):
+    vector = 1 + 0.6 * torch.randn(in_ if feedforward else out)
+    offset = torch.randn(out).to(dtype) if bias else None
+    x, weight = torch.randn(*leading, in_).to(dtype), torch.randn(out, in_).to(dtype)
+    return [x, weight, offset, vector.to(dtype), feedforward]
+
+
+@check_for(
+    cases=[
+        # Square ones first: there a vector on the wrong side gives numbers, and can be named.
+        Case(lambda: _scaled_linear(16, 16, False), note="a square weight"),
+        Case(lambda: _scaled_linear(16, 16, True), note="a square weight"),
+        Case(lambda: _scaled_linear(12, 20, False)),
+        Case(lambda: _scaled_linear(12, 20, True)),
+        Case(lambda: _scaled_linear(20, 12, False, leading=(7,))),
+        Case(lambda: _scaled_linear(20, 12, True, leading=(7,))),
+        Case(lambda: _scaled_linear(9, 14, False, bias=False), note="a layer without a bias"),
+        Case(lambda: _scaled_linear(9, 14, True, bias=False), note="a layer without a bias"),
+        Case(lambda: _scaled_linear(10, 15, True, dtype=torch.float64)),
+    ],
+    causes=mistakes(
+        """
+        def ia3_linear(x, weight, bias, vector, feedforward):
+            if feedforward:
+                return F.linear(x * vector, weight, bias)
+            return F.linear(x, weight, bias) * vector
+        """,
+        """
+        the flag is read the wrong way round: with feedforward the input is scaled
+            if feedforward → if not feedforward
+        the output is scaled in both cases: with feedforward it is the input
+            if feedforward → if False
+        the input is scaled in both cases: for keys and values it is the output
+            if feedforward → if True
+        the bias of k and v is added after the scaling: the output that is scaled includes it
+            F.linear(x, weight, bias) * vector →
+                F.linear(x, weight) * vector + (0 if bias is None else bias)
+        with feedforward the bias is scaled too: only the input is
+            F.linear(x * vector, weight, bias) →
+                F.linear(x * vector, weight, None if bias is None else bias * vector)
+        the bias is left out
+            F.linear(x * vector, weight, bias) → F.linear(x * vector, weight)
+            F.linear(x, weight, bias) → F.linear(x, weight)
+        the vector is left out with feedforward
+            x * vector → x
+        the vector is left out for keys and values
+            bias) * vector → bias)
+        the vector is added: it is multiplied, entry by entry
+            x * vector → x + vector
+            bias) * vector → bias) + vector
+        1 is added to the vector: it starts at ones, not at zeros
+            x * vector → x * (1 + vector)
+            bias) * vector → bias) * (1 + vector)
+        the weight is not transposed: y = x Wᵀ + b
+            F.linear(x * vector, weight, bias) → F.linear(x * vector, weight.T, bias)
+            F.linear(x, weight, bias) → F.linear(x, weight.T, bias)
+        """,
+    ),
+)
+def ia3_linear(x, weight, bias, vector, feedforward):
+    """The output is scaled for keys and values, the input for the feed-forward."""
+    scale = vector.double()
+    inputs = x.double() * scale if feedforward else x.double()
+    columns = [inputs @ row for row in weight.double()]
+    if bias is not None:
+        columns = [y + b for y, b in zip(columns, bias.double(), strict=True)]
+    if not feedforward:
+        columns = [y * s for y, s in zip(columns, scale, strict=True)]
+    return torch.stack(columns, dim=-1).to(x.dtype)
+
+
 # ------------------------------------------------------------------ merge_ia3
 
 
 def _layer(out, in_, feedforward, bias=True, dtype=torch.float32):
-    vector = 1 + 0.6 * torch.randn(in_ if feedforward else out)
-    weight, offset = torch.randn(out, in_).to(dtype), torch.randn(out).to(dtype)
-    vector = vector.to(torch.promote_types(dtype, torch.float32))
-    return [weight, offset if bias else None, vector, feedforward]
+    return _scaled_linear(out, in_, feedforward, bias, dtype=dtype)[1:]
 
 
 @check_for(
-    exact_dtype=True,
     cases=[
         # Square ones first: there a mistake of rows and columns gives numbers, and can be named.
         Case(lambda: _layer(16, 16, False), note="a square weight"),
@@ -129,28 +199,19 @@ def _layer(out, in_, feedforward, bias=True, dtype=torch.float32):
         Case(lambda: _layer(9, 14, False, bias=False), note="a layer without a bias"),
         Case(lambda: _layer(9, 14, True, bias=False), note="a layer without a bias"),
         Case(lambda: _layer(10, 15, True, dtype=torch.float64)),
-        Case(
-            lambda: _layer(10, 15, False, dtype=torch.bfloat16),
-            note="a 16-bit layer, its vector in float32",
-        ),
-        Case(
-            lambda: _layer(10, 15, True, dtype=torch.bfloat16),
-            note="a 16-bit layer, its vector in float32",
-        ),
     ],
     returns=("the weight", "the bias"),
     causes=mistakes(
         """
         def merge_ia3(weight, bias, vector, feedforward):
             scale = vector if feedforward else vector[:, None]
-            merged = (scale * weight).to(weight.dtype)
             if bias is not None and not feedforward:
-                bias = (vector * bias).to(bias.dtype)
-            return merged, bias
+                bias = vector * bias
+            return scale * weight, bias
         """,
         """
         the bias of k and v is left as it is: what is scaled is x Wᵀ + b, bias included
-            bias = (vector * bias).to(bias.dtype) → pass
+            bias = vector * bias → pass
         the bias of the feed-forward is scaled: it is added after the vector has acted
             and not feedforward → ∅
         columns are scaled where the outputs are: an output is a row of W

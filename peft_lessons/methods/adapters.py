@@ -187,7 +187,7 @@ class BottleneckAdapter(Method):
     kind: str = "pfeiffer"
     activation: str = "gelu"
     scale: float = 1.0
-    learning_rate = 3e-3  # Deeper, "Learning rate", compares four
+    learning_rate = 3e-3  # Deeper, "Learning rate", compares it
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         if not (found := places(model, self.kind)):

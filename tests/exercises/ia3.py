@@ -68,6 +68,14 @@ def from_the_model(config):
 
 
 @right("ia3_sizes")
+def with_true_division(config):
+    n_h = config.num_attention_heads
+    d_h = getattr(config, "head_dim", None) or config.hidden_size / n_h
+    width = getattr(config, "num_key_value_heads", n_h) * d_h
+    return {"k": width, "v": width, "ff": config.intermediate_size}
+
+
+@right("ia3_sizes")
 def by_the_share(config):
     if hasattr(config, "head_dim"):
         wide = config.num_attention_heads * config.head_dim
@@ -76,6 +84,55 @@ def by_the_share(config):
     kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = wide * kv // config.num_attention_heads
     return dict(k=width, v=width, ff=config.intermediate_size)
+
+
+# ------------------------------------------------------------------ ia3_linear
+
+
+@wrong("ia3_linear", "the output is scaled in both cases")
+def always_after(x, weight, bias, vector, feedforward):
+    return F.linear(x, weight, bias).mul(vector)
+
+
+@wrong("ia3_linear", "the bias of k and v is added after the scaling")
+def rows_without_bias(x, weight, bias, vector, feedforward):
+    return F.linear(x, weight * (vector if feedforward else vector[:, None]), bias)
+
+
+@wrong("ia3_linear", "your function raised TypeError")
+def bias_is_always_there(x, weight, bias, vector, feedforward):
+    return x * vector @ weight.T + bias if feedforward else (x @ weight.T + bias) * vector
+
+
+@wrong("ia3_linear", "the argument x was changed")
+def in_place(x, weight, bias, vector, feedforward):
+    if feedforward:
+        return F.linear(x.mul_(vector), weight, bias)
+    return F.linear(x, weight, bias).mul_(vector)
+
+
+@right("ia3_linear")
+@torch.no_grad()
+def without_a_graph(x, weight, bias, vector, feedforward):
+    before, after = (vector, 1) if feedforward else (1, vector)
+    return F.linear(before * x, weight, bias) * after
+
+
+@right("ia3_linear")
+def through_the_weight(x, weight, bias, vector, feedforward):
+    if feedforward:
+        return torch.einsum("...i,i,oi->...o", x, vector, weight) + (0 if bias is None else bias)
+    y = torch.einsum("...i,oi,o->...o", x, weight, vector)
+    return y if bias is None else y + vector * bias
+
+
+@right("ia3_linear")
+def with_a_layer(x, weight, bias, vector, feedforward):
+    layer = nn.Linear(*weight.T.shape, bias=bias is not None, dtype=weight.dtype)
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias.data = bias
+    return layer(vector * x) if feedforward else vector * layer(x)
 
 
 # ------------------------------------------------------------------ merge_ia3
@@ -106,11 +163,11 @@ def bias_dropped(weight, bias, vector, feedforward):
     return weight * (vector if feedforward else vector[:, None]), None
 
 
-@wrong("merge_ia3", "the weight has dtype float32, expected bfloat16")
-def dtype_lost(weight, bias, vector, feedforward):
-    if feedforward:
-        return weight * vector, bias
-    return weight * vector[:, None], None if bias is None else (bias * vector).to(bias.dtype)
+@right("merge_ia3")
+def in_double(weight, bias, vector, feedforward):
+    scale = vector.double() if feedforward else vector.double()[:, None]
+    moved = bias is not None and not feedforward
+    return [weight * scale, bias * vector.double() if moved else bias]
 
 
 @right("merge_ia3")
@@ -214,7 +271,7 @@ class Stub(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__(q_proj, k_proj, v_proj, n_heads)
         for name in ("l_q", "l_k", "l_v"):
-            setattr(self, name, nn.Parameter(torch.zeros(q_proj.out_features)))
+            setattr(self, name, nn.Parameter(torch.ones(q_proj.out_features)))
 
 
 @wrong("IA3Attention", "(that of the base) has wrong values")
