@@ -20,7 +20,7 @@ from ..engine import Method, PeftFiles, attached_to, validate
 from ..engine.virtual_tokens import by_name, refuse_cache, refuse_long, refuse_mask
 from ..engine.virtual_tokens import refuse_model, rows_of, seen_in, text_of
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-024
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-026
 def prepend(prompt: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     """Return [P; E(x)] (batch, p + T, d) from embeddings (batch, T, d) and a prompt (p, d), or one
     per sequence (batch, p, d), in the embeddings' dtype. Source: Lester et al. 2021, section 2."""
@@ -34,7 +34,7 @@ def lengthen(entries: torch.Tensor, tokens: int, value: float) -> torch.Tensor:
     """Pad each sequence (batch, T) on the left with `value`: (batch, tokens + T)."""
     return torch.cat([entries.new_full((len(entries), tokens), value), entries], 1)
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-025
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-027
 class PromptTuning(nn.Module):
     """Prepend p learned virtual tokens to a text: (batch, T, d) -> (batch, p + T, d). They start
     from N(0, 1), or as `num_tokens` different rows of `vocab_embeddings` (V, d). Raises ValueError
@@ -60,7 +60,7 @@ class PromptTuning(nn.Module):
         """Extend labels (batch, T) to (batch, p + T) by -100: the loss ignores the prompt."""
         return lengthen(labels, len(self.prompt_embeddings), -100)
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-026
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-028
 def sampled_rows(table: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
     """Sample rows of a table (V, d) without replacement and return a copy (tokens, d). ValueError
     unless d is `width` and V at least `tokens`."""
@@ -73,7 +73,7 @@ def sampled_rows(table: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
     rows = torch.randperm(shape[0], device=table.device)[:tokens]    # (tokens,)
     return table.detach()[rows].clone()                              # (tokens, d)
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-030
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-032
 def initial_prompt(method: "Prompt", table: torch.Tensor) -> torch.Tensor:
     """Return the initial prompt (p, d) for the base's embeddings `table` (V, d). ValueError if the
     tokenizer of a text gives no ids, or ids that the table does not have."""
@@ -90,7 +90,7 @@ def initial_prompt(method: "Prompt", table: torch.Tensor) -> torch.Tensor:
                 f"{vocabulary - 1}: give a text, and the model's own tokenizer")
         return rows_of(ids, table, method.tokens).float()            # (p, d)
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-031
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-033
 class PromptPerSequence(PromptTuning):
     """Prepend one prompt to all sequences of a batch, or a prompt of its own to each."""
 
@@ -110,7 +110,7 @@ def refuse_count(prompts: torch.Tensor, embeddings: torch.Tensor) -> None:
             f"prompts_for_rows: {len(prompts)} prompts for a batch of {len(embeddings)} texts: "
             "give each text its own, prompts[which] with one number per text")
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-032
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-034
 class PromptHook(PromptPerSequence):
     """Insert the prompt into every call of a model, by two hooks."""
 
@@ -135,7 +135,7 @@ class PromptHook(PromptPerSequence):
             if hasattr(value, "get_seq_length"):
                 value.begun_by = "Prompt"
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-033
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-035
 def put_first(prompt: PromptTuning, model: nn.Module, inputs: dict) -> None:
     """Prepend the prompt to all inputs with one entry per token, in place (in `inputs`)."""
     text, p = text_of(inputs), len(prompt.prompt_embeddings)         # (batch, T, d), or ids
@@ -152,7 +152,7 @@ def put_first(prompt: PromptTuning, model: nn.Module, inputs: dict) -> None:
         if isinstance(places := inputs.get(name), torch.Tensor):
             inputs[name] = places.where(places < 0, places + p)
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-034
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-036
 def refuse_last_place(model: nn.Module, inputs: dict, text: torch.Tensor) -> None:
     """Raise ValueError for right padding in a classifier that finds a text's last token by its id:
     embeddings have no ids, so it would read the last position, which is padding."""
@@ -166,7 +166,7 @@ def refuse_last_place(model: nn.Module, inputs: dict, text: torch.Tensor) -> Non
             "Prompt: the mask ends with 0 for some text: this classifier reads the last position, "
             "and cannot see that it is padding: pad on the left (padding_side='left')")
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-035
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-037
 @dataclass(frozen=True)
 class Prompt(Method):
     """Apply prompt tuning (Lester et al. 2021): prepend `tokens` learned embeddings to every text,
@@ -193,7 +193,7 @@ class Prompt(Method):
         before = model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
         return prompt, [before, model.register_forward_hook(prompt.after_forward)]
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-036
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-038
 def prompt_of(model: nn.Module) -> PromptTuning:
     """Return the module that `inject(model, Prompt(...))` attached. ValueError if there is none."""
     return attached_to(model, PromptTuning, "prompt_of")
