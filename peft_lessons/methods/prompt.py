@@ -213,7 +213,7 @@ def prompts_for_rows(model: nn.Module, prompts: torch.Tensor) -> Iterator[nn.Mod
     finally:
         prompt.each = before
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-096
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-098
 STARTS = {"normal": "RANDOM", "vocab": "SAMPLE_VOCAB"}
 
 
