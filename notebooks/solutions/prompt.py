@@ -13,8 +13,6 @@ def nearest_tokens(prompt: torch.Tensor, embeddings: torch.Tensor, k: int) -> to
 
 def init_from_text(ids: torch.Tensor, embeddings: torch.Tensor, p: int) -> torch.Tensor:
     """The embeddings (p, d) of a text's tokens (n,), repeated or cut off to p of them."""
-    if len(ids) == 0:
-        raise ValueError("a text of no tokens gives no start")
     return embeddings[ids[torch.arange(p) % len(ids)]]                         # (p, d)
 
 
@@ -31,12 +29,12 @@ def prepend_prompt(
     labels: torch.Tensor | None,
     prompt: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """A batch's embeddings, mask and labels with the same prompt (p, d) before every row."""
+    """A batch's embeddings, mask and labels with the same prompt (p, d) before every text."""
     batch, p = len(embeddings), len(prompt)
-    rows = prompt.to(embeddings.dtype).expand(batch, -1, -1)                   # (batch, p, d)
+    virtual = prompt.to(embeddings.dtype).expand(batch, -1, -1)                # (batch, p, d)
     if mask is not None:
         mask = torch.cat([mask.new_ones(batch, p), mask], dim=1)               # (batch, p + T)
     if labels is not None:
         ignored = labels.new_full((batch, p), -100)                            # (batch, p)
-        labels = torch.cat([ignored, labels], dim=1)                           # (batch, p + T)
-    return torch.cat([rows, embeddings], dim=1), mask, labels                  # (batch, p + T, d)
+        labels = torch.cat([ignored, labels], dim=1)       # the model shifts them: (batch, p + T)
+    return torch.cat([virtual, embeddings], dim=1), mask, labels               # (batch, p + T, d)

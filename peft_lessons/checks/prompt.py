@@ -32,7 +32,7 @@ def _moved(p, vocabulary, width, k, **settings):
 @check_for(
     cases=[
         Case(lambda: _moved(3, 40, 12, 4)),
-        Case(lambda: _moved(7, 30, 9, 1), note="one token a row"),
+        Case(lambda: _moved(7, 30, 9, 1), note="one token per row"),
         Case(lambda: _moved(8, 8, 8, 5), note="as many virtual tokens as tokens"),
         Case(lambda: _moved(5, 25, 6, 25, zero=0), note="the row of the padding token is zero"),
         Case(lambda: _moved(4, 33, 10, 6, dtype=torch.float64)),
@@ -47,7 +47,7 @@ def _moved(p, vocabulary, width, k, **settings):
             return best.indices
         """,
         """
-        this is a dot product, which prefers long rows: divide them by their lengths
+        this is a dot product, which prefers rows with a large norm: divide them by their norms
             F.normalize(prompt), F.normalize(embeddings) → prompt, embeddings
         this is the Euclidean distance: a row that training stretched has other neighbours
             (P @ E.T) → (-torch.cdist(prompt, embeddings))
@@ -62,18 +62,18 @@ def _moved(p, vocabulary, width, k, **settings):
             best.indices → best.values
         the cosine has lost its sign: the opposite of a token is not near it
             (P @ E.T) → (P @ E.T).abs()
-        a row of zeros has no direction: divided by its length it is NaN, which topk takes for the
+        a row of zeros has no direction: divided by its norm it is NaN, which topk takes for the
         largest; its cosine is 0
             F.normalize(embeddings) → embeddings / embeddings.norm(dim=1, keepdim=True)
-        the result is transposed: one row a virtual token
+        the result is transposed: one row per virtual token
             best.indices → best.indices.T
-        one token a row is a column too: keep the shape (p, k)
+        one token per row is a column too: keep the shape (p, k)
             best.indices → best.indices.squeeze(1)
         """,
     ),
 )
 def nearest_tokens(prompt, embeddings, k):
-    """Each virtual token is read as the k tokens of the smallest angle to it, nearest first."""
+    """The result has the k tokens with the smallest angle to each virtual token, nearest first."""
     rows = []
     for row in prompt.double():
         angles = []
@@ -98,14 +98,11 @@ def _text(n, vocabulary, width, p):
         Case(lambda: _text(5, 20, 5, 5), note="the text has p tokens"),
         Case(lambda: _text(3, 20, 7, 9), note="the text fits three times"),
         Case(lambda: _text(1, 20, 7, 3), note="a text of one token"),
-        refused(lambda: _text(0, 9, 4, 3), "", "a text of no tokens"),
     ],
     returns="the prompt",
     causes=mistakes(
         """
         def init_from_text(ids, embeddings, p):
-            if not ids.numel():
-                raise ValueError("a text of no tokens")
             times = math.ceil(p / len(ids))
             chosen = ids.repeat(times)[:p]
             return embeddings[chosen]
@@ -134,8 +131,6 @@ def _text(n, vocabulary, width, p):
 )
 def init_from_text(ids, embeddings, p):
     """The start is the text's embeddings, repeated or cut off as PEFT does."""
-    if not len(ids):
-        raise ValueError("ids is empty")
     rows = []
     while len(rows) < p:
         for token in ids.tolist():
@@ -222,7 +217,7 @@ def _seen(result):
     cases=[
         Case(lambda: _batch(3, 5, 4, 2), note="padded on the left"),
         Case(lambda: _batch(4, 3, 6, 5, left=False), note="padded on the right"),
-        Case(lambda: _batch(1, 6, 6, 6), note="a single row"),
+        Case(lambda: _batch(1, 6, 6, 6), note="a single text"),
         Case(lambda: _batch(3, 4, 3, 1, mask=False), note="no mask"),
         Case(lambda: _batch(2, 4, 5, 3, labels=False), note="no labels"),
         Case(lambda: _batch(3, 4, 5, 2, dtype=torch.float64), note="another dtype than the prompt"),
@@ -243,26 +238,33 @@ def _seen(result):
             return torch.cat([rows, embeddings], 1), mask, labels
         """,
         """
-        the mask is not lengthened: p ones belong before each of its rows
+        the mask is not extended: p ones belong before each of its rows
             mask = F.pad(mask, (p, 0), value=1) → pass
-        the mask's ones are put behind the text: the prompt stands before it
+        the mask's ones are put behind the text: the prompt comes before the text
             F.pad(mask, (p, 0) → F.pad(mask, (0, p)
-        the mask hides the prompt: its places get ones
+        the mask hides the prompt: its positions get ones
             value=1) → value=0)
-        the mask is all ones: the padding of the text is seen
+        the mask is all ones: now the padding of the text is seen
             F.pad(mask, (p, 0), value=1) → F.pad(mask, (p, 0)).fill_(1)
-        the labels are shifted against the text: -100 belongs before them, not behind
+        the labels of the prompt are put behind the text: the p times -100 come first
             F.pad(labels, (p, 0) → F.pad(labels, (0, p)
-        the labels are shifted by one, so that the last virtual token has the text's first label:
-        the model itself shifts them
-            F.pad(labels, (p, 0) → F.pad(labels, (p - 1, 1)
-        the text's labels are shifted by one: the model itself shifts them
+        the labels are shifted by hand, so that each position holds the next token: a Hugging Face
+        model shifts labels itself, and these would be shifted twice
             F.pad(labels, (p, 0) → F.pad(labels[:, 1:], (p, 1)
+        the labels are shifted by hand, so that the last virtual token holds the first token of the
+        text: a Hugging Face model shifts labels itself, and these would be shifted twice
+            F.pad(labels, (p, 0) → F.pad(labels, (p - 1, 1)
+        the labels are rolled by hand, so that the first token becomes the label of the last
+        position: a Hugging Face model shifts labels itself
+            F.pad(labels, (p, 0) → F.pad(labels.roll(-1, 1), (p, 0)
+        the labels are shifted to the right by one position, and the last one is lost: each label
+        belongs to the position of its own token
+            F.pad(labels, (p, 0) → F.pad(labels[:, :-1], (p + 1, 0)
         the prompt's labels are 0, a token of the vocabulary: -100 leaves them out
             value=-100 → value=0
         the prompt is put behind the text
             [rows, embeddings] → [embeddings, rows]
-        rows with padding get a weaker prompt: each row gets it as it is
+        texts with padding get a weaker prompt: each text gets the prompt as it is
             mask = F → rows = rows * mask.to(rows).mean(1)[:, None, None]; mask = F
         a write into expanded rows reaches all of them, for they are one and the same memory: that
         of prompt
@@ -274,7 +276,7 @@ def _seen(result):
     ),
 )
 def prepend_prompt(embeddings, mask, labels, prompt):
-    """The same prompt before every row, seen by all and a label of none."""
+    """Every text comes after the prompt and sees all of it, and no label is a virtual token."""
     joined, p = [], len(prompt)
     for row in embeddings:
         joined.append(torch.stack([*prompt.to(row.dtype), *row]))

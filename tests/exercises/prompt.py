@@ -1,7 +1,6 @@
 """Answers to the exercises of lesson 08."""
 
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ def cosines(prompt, embeddings):
     return F.cosine_similarity(prompt[:, None], embeddings[None], dim=-1)
 
 
-@wrong("nearest_tokens", "this is a dot product, which prefers long rows")
+@wrong("nearest_tokens", "this is a dot product, which prefers rows with a large norm")
 def only_the_prompt_normalised(prompt, embeddings, k):
     unit = prompt / prompt.norm(dim=1, keepdim=True)
     return torch.topk(unit @ embeddings.T, k, dim=-1)[1]
@@ -63,29 +62,27 @@ def rounded_down(ids, embeddings, p):
     return embeddings[ids[:p]]
 
 
-@wrong("init_from_text", "nothing was raised, where ValueError was due")
-def empty_is_zero(ids, embeddings, p):
-    if len(ids) == 0:
-        return embeddings.new_zeros(p, embeddings.shape[1])
-    return embeddings[ids[torch.arange(p) % len(ids)]]
+@wrong("init_from_text", "each token is repeated by itself")
+def interleaved(ids, embeddings, p):
+    times = -(-p // len(ids))
+    return embeddings[ids].repeat_interleave(times, dim=0)[:p]
 
 
-@wrong("init_from_text", "raised ZeroDivisionError: division by zero, where ValueError was due")
-def empty_divides(ids, embeddings, p):
-    return embeddings[ids.repeat(math.ceil(p / len(ids)))[:p]]
+@wrong("init_from_text", "what the text leaves empty is zero")
+def rest_is_zero(ids, embeddings, p):
+    rows = torch.zeros(p, embeddings.shape[1])
+    n = min(p, len(ids))
+    rows[:n] = embeddings[ids[:n]]
+    return rows
 
 
 @right("init_from_text")
 def by_cycle(ids, embeddings, p):
-    if not ids.tolist():
-        raise ValueError
     return torch.stack([embeddings[i] for i in itertools.islice(itertools.cycle(ids.tolist()), p)])
 
 
 @right("init_from_text")
 def by_embedding(ids, embeddings, p):
-    if ids.numel() < 1:
-        raise ValueError("an empty text")
     while len(ids) < p:
         ids = torch.cat([ids, ids])
     return F.embedding(ids[:p], embeddings)
@@ -123,33 +120,66 @@ def by_matmul(prompts, weights):
 # ------------------------------------------------------------------ prepend_prompt
 
 
-def hunted(mask=False, labels=False, write=True):
+def hunted(mask=False, labels=False, learns=False):
     """The stub, with some of its faults mended."""
     mask_fixed, labels_fixed = mask, labels
 
     def prepend_prompt(embeddings, mask, labels, prompt):
         batch, p = len(embeddings), len(prompt)
-        rows = prompt.to(embeddings.dtype).expand(batch, -1, -1)
-        if write and mask is not None:
-            with torch.no_grad():
-                for row, kept in zip(rows, mask, strict=True):
-                    row.mul_(kept.float().mean())
-        if mask_fixed and mask is not None:
-            mask = torch.cat([mask.new_ones(batch, p), mask], dim=1)
+        given = prompt if learns else prompt.data
+        virtual = given.to(embeddings.dtype).expand(batch, -1, -1)
+        if mask is not None:
+            ones = mask.new_ones(batch, p)
+            mask = torch.cat([ones, mask] if mask_fixed else [mask, ones], dim=1)
         if labels is not None:
             ignored = labels.new_full((batch, p), -100)
-            parts = [ignored, labels] if labels_fixed else [labels, ignored]
-            labels = torch.cat(parts, dim=1)
-        return torch.cat([rows, embeddings], dim=1), mask, labels
+            if not labels_fixed:
+                labels = torch.cat([labels[:, 1:], ignored[:, :1]], dim=1)
+            labels = torch.cat([ignored, labels], dim=1)
+        return torch.cat([virtual, embeddings], dim=1), mask, labels
 
     return prepend_prompt
 
 
-mended = hunted(mask=True, labels=True, write=False)
+mended = hunted(mask=True, labels=True, learns=True)
 right("prepend_prompt")(mended)
-wrong("prepend_prompt", "the mask is not lengthened")(hunted())  # the stub as it is given
-wrong("prepend_prompt", "the labels are shifted against the text")(hunted(mask=True))
-wrong("prepend_prompt", "a write into expanded rows reaches all")(hunted(mask=True, labels=True))
+wrong("prepend_prompt", "the mask's ones are put behind the text")(hunted())  # the stub as given
+wrong("prepend_prompt", "each position holds the next token: a Hugging")(hunted(mask=True))
+wrong("prepend_prompt", "the prompt is cut off and learns nothing")(hunted(mask=True, labels=True))
+
+
+@wrong("prepend_prompt", "the labels are rolled by hand")
+def rolled(embeddings, mask, labels, prompt):
+    labels = labels if labels is None else labels.roll(-1, dims=1)
+    return mended(embeddings, mask, labels, prompt)
+
+
+@wrong("prepend_prompt", "the labels are shifted to the right by one position")
+def shifted_right(embeddings, mask, labels, prompt):
+    joined, mask, labels = mended(embeddings, mask, labels, prompt)
+    if labels is not None:
+        labels = F.pad(labels, (1, 0), value=-100)[:, :-1]
+    return joined, mask, labels
+
+
+@wrong("prepend_prompt", "the last virtual token holds the first token of the text")
+def first_token_too(embeddings, mask, labels, prompt):
+    joined, mask, labels = mended(embeddings, mask, labels, prompt)
+    if labels is not None:
+        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return joined, mask, labels
+
+
+@wrong("prepend_prompt", "a write into expanded rows reaches all of them")
+def weaker_in_place(embeddings, mask, labels, prompt):
+    joined, longer, labels = mended(embeddings, mask, labels, prompt)
+    if mask is not None:
+        virtual = prompt.to(embeddings.dtype).expand(len(mask), -1, -1)
+        with torch.no_grad():
+            for one, kept in zip(virtual, mask, strict=True):
+                one.mul_(kept.float().mean())
+        joined = torch.cat([virtual, embeddings], dim=1)
+    return joined, longer, labels
 
 
 @wrong("prepend_prompt", "no gradient reaches")

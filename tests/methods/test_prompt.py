@@ -261,7 +261,7 @@ def test_each_row_with_a_prompt_of_its_own(name):
             prompt_of(one).prompt_embeddings.copy_(prompts[i])
         close(one(**batch).logits[row], got[row], 2e-6)
     assert not torch.equal(got, before)
-    with refused(ours, "2 prompts for a batch of 3 rows"), prompts_for_rows(ours, prompts):
+    with refused(ours, "2 prompts for a batch of 3 texts"), prompts_for_rows(ours, prompts):
         ours(**batch)
     assert torch.equal(ours(**batch).logits, before), "the block is left, whatever happened"
     block = prompts_for_rows(ours, torch.zeros(3, P + 1, 64))
