@@ -21,7 +21,7 @@ from ..engine.virtual_tokens import refuse_layers, refuse_long, refuse_mask
 from ..engine.virtual_tokens import refuse_reader, refuse_recomputing, seen_in, text_of
 from .prompt import lengthen
 
-# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-042
+# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-041
 class PrefixTuning(nn.Module):
     """Return keys and values, each (L, batch, n_kv, p, d_h), of p virtual tokens before the text.
     `num_heads` is n_kv. An MLP of `hidden_size` computes them from p vectors of `width`; with None
@@ -46,7 +46,7 @@ class PrefixTuning(nn.Module):
         P = P.permute(2, 1, 3, 0, 4).unsqueeze(2)                        # (2, L, 1, n_kv, p, d_h)
         return tuple(P.expand(-1, -1, batch_size, -1, -1, -1))           # keys, values
 
-# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-043
+# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-042
 MLP = {name: name for name in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")}
 
 
@@ -54,7 +54,7 @@ def flat_prefix(prefix: PrefixTuning) -> torch.Tensor:
     """Return all keys and values of a `PrefixTuning` as PEFT stores them, (p, 2·L·n_kv·d_h)."""
     return prefix.embedding if prefix.mlp is None else prefix.mlp(prefix.embedding)
 
-# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-045
+# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-044
 def fill(cache: DynamicCache, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
     """Write keys and values (L, batch, n_kv, p, d_h) into an empty cache, without RoPE."""
     for layer, (k, v) in enumerate(zip(keys.to(dtype), values.to(dtype), strict=True)):
@@ -71,7 +71,7 @@ def make_room(inputs: dict, p: int) -> dict:
         changed["position_ids"] = positions + p                          # None: the cache tells
     return changed
 
-# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-046
+# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-045
 class PrefixInCache(PrefixTuning):
     """Insert the prefix by two hooks; as methods, so that a copied model uses its own prefix."""
 
@@ -95,7 +95,7 @@ class PrefixInCache(PrefixTuning):
             return tuple(value for value in output if not isinstance(value, DynamicCache))
         return type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
 
-# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-047
+# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-046
 def refuse_call(prefix: PrefixTuning, reader: nn.Module, inputs: dict) -> None:
     """Raise ValueError for a call that would use the prefix wrongly, or not at all."""
     p, seen = len(prefix.embedding), seen_in(inputs)
@@ -120,7 +120,7 @@ def attach_prefix(model: nn.Module, method: "Prefix") -> tuple[nn.Module, list]:
     before = reader.register_forward_pre_hook(prefix.before, with_kwargs=True)
     return prefix, [before, reader.register_forward_hook(prefix.after, with_kwargs=True)]
 
-# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-048
+# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-047
 @dataclass(frozen=True)
 class Prefix(Method):
     """Apply prefix tuning (Li & Liang 2021): `tokens` learned keys and values in every layer. With
@@ -147,7 +147,7 @@ Prefix.files = PeftFiles(
     others=("num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules",
             "encoder_hidden_size", "prefix_projection", "init_weights"))
 
-# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-049
+# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-048
 @torch.no_grad()
 def init_prefix(model: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Set the prefix of `model` to `pairs`: (key, value) for each layer, each (n_kv, p, d_h).
@@ -164,7 +164,7 @@ def init_prefix(model: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]
                          f"than the prefix, {tuple(prefix.embedding.shape)}")
     prefix.embedding.copy_(flat)
 
-# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-081
+# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-084
 @torch.no_grad()
 def bake_reparameterization(model: nn.Module) -> None:
     """Replace the prefix's MLP by its result, in place; the model computes the same as before.
