@@ -56,7 +56,7 @@ def flat_prefix(prefix: PrefixTuning) -> torch.Tensor:
 
 # %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-044
 def fill(cache: DynamicCache, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
-    """Write keys and values (L, batch, n_kv, p, d_h) into an empty cache, without RoPE."""
+    """Write keys and values (L, batch, n_kv, p, d_h) into an empty cache, as they are."""
     for layer, (k, v) in enumerate(zip(keys.to(dtype), values.to(dtype), strict=True)):
         cache.update(k, v, layer)                                        # (batch, n_kv, p, d_h)
     cache.begun_by = "Prefix"
@@ -128,7 +128,7 @@ class Prefix(Method):
 
     tokens: int
     projection: int | None = None
-    learning_rate = 1e-2  # no rate suits all: section 5
+    learning_rate = 1e-2  # no rate suits all: Deeper, "What the learning rate does"
 
     def attach(self, model: nn.Module) -> tuple[nn.Module, list]:
         return attach_prefix(model, self)
@@ -164,7 +164,7 @@ def init_prefix(model: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]
                          f"than the prefix, {tuple(prefix.embedding.shape)}")
     prefix.embedding.copy_(flat)
 
-# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-084
+# %% ../../notebooks/09_prefix_tuning.ipynb #09-prefix-tuning-085
 @torch.no_grad()
 def bake_reparameterization(model: nn.Module) -> None:
     """Replace the prefix's MLP by its result, in place; the model computes the same as before.
