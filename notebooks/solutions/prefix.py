@@ -43,7 +43,7 @@ def attend(
     prefix_k: torch.Tensor,
     prefix_v: torch.Tensor,
 ) -> torch.Tensor:
-    """Causal attention over the text, and over all of the prefix: (heads, T, d_h)."""
+    """Attention of a text to all of a prefix, and to itself causally: (heads, T, d_h)."""
     K = torch.cat([prefix_k, k], dim=1)                       # (heads, p + T, d_h)
     V = torch.cat([prefix_v, v], dim=1)                       # (heads, p + T, d_h)
     scores = q @ K.mT / q.shape[-1] ** 0.5                    # (heads, T, p + T)

@@ -294,7 +294,7 @@ _TWO_SOFTMAXES = "torch.cat([scores[..., :p].softmax(-1), scores[..., p:].softma
         the prefix's keys and values are swapped
             [prefix_k, k] → [prefix_v, k]
             [prefix_v, v] → [prefix_k, v]
-        more than one fault is left: begin with what K and V are made of
+        the prefix's keys are among the values, and its values among the keys: repair that first
             [prefix_k, k] → [prefix_v, k]
             [prefix_v, v] → [prefix_k, v]
             triu(p + 1) → triu(1)

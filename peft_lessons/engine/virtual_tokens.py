@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 
 def by_name(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,3 +159,44 @@ def refuse_mask(owner: str, mask: torch.Tensor | None) -> None:
         f"{owner}: attention_mask {shown} cannot be lengthened by what stands before the text: "
         "give one of shape (batch, tokens), and generate without cache_implementation='static'"
     )
+
+
+# ------------------------------------------------------------------ where a prefix goes
+
+
+def reader_of(model: nn.Module) -> nn.Module:
+    """Return the module whose forward takes a cache: the model, or its backbone. OPT's language
+    model bypasses its backbone; of BERT's classifier only the backbone takes a cache."""
+    takes = {"past_key_values", "cache"} & set(inspect.signature(model.forward).parameters)
+    return model if takes else getattr(model, "base_model", model)
+
+
+def cache_shape(config: Any) -> tuple[int, int, int]:
+    """Return (L, n_kv, d_h) of the keys and values that a model with this config caches."""
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "multi_query", False):  # Falcon, whose newer layout repeats its heads
+        kv = heads if getattr(config, "new_decoder_architecture", False) else 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, kv, head_dim
+
+
+def refuse_layers(owner: str, reader: nn.Module) -> None:
+    """Raise ValueError if a layer of the reader's cache would forget what was put there first."""
+    layers = DynamicCache(config=reader.config).layers
+    kinds = tuple(sorted({type(layer).__name__ for layer in layers}))
+    if not {*kinds} <= {"DynamicLayer"}:
+        raise ValueError(
+            f"{owner}: layers={kinds} must be DynamicLayer only: a layer with a window or a state "
+            "would forget the prefix"
+        )
+
+
+def refuse_recomputing(owner: str, reader: nn.Module) -> None:
+    """Raise ValueError while gradient checkpointing switches the cache off."""
+    modules = reader.modules() if reader.training else ()
+    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        raise ValueError(
+            f"{owner}: gradient checkpointing switches the cache off, and the prefix with it: "
+            "model.gradient_checkpointing_disable()"
+        )

@@ -155,7 +155,7 @@ def in_two_parts(model, ids):
 # ------------------------------------------------------------------ attend
 
 
-@wrong("attend", "more than one fault is left: begin with what K and V are made of")
+@wrong("attend", "the prefix's keys are among the values, and its values among the keys")
 def the_stub(q, k, v, prefix_k, prefix_v):
     if not prefix_k.any():
         prefix_k, prefix_v = prefix_k[:, :0], prefix_v[:, :0]
