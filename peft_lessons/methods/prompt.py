@@ -146,7 +146,7 @@ def put_first(prompt: PromptTuning, model: nn.Module, inputs: dict) -> None:
     if kinds is not None:
         inputs["token_type_ids"] = lengthen(kinds, p, 0)
     by_token = labels is not None and not labels.is_floating_point()     # floats: several per text
-    if by_token and labels.shape == text.shape[:2]:                  # a label per token, not per text
+    if by_token and labels.shape == text.shape[:2]:                  # one per token, not per text
         inputs["labels"] = prompt.extend_labels(labels)              # (batch, p + T)
     for name in ("start_positions", "end_positions", "logits_to_keep"):  # positions in the text
         if isinstance(places := inputs.get(name), torch.Tensor):
@@ -213,7 +213,7 @@ def prompts_for_rows(model: nn.Module, prompts: torch.Tensor) -> Iterator[nn.Mod
     finally:
         prompt.each = before
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-099
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-100
 STARTS = {"normal": "RANDOM", "vocab": "SAMPLE_VOCAB"}
 
 
