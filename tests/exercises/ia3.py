@@ -204,7 +204,7 @@ def roots_of_negatives(weight, vector):
     return torch.eye(weight.shape[1]), (root * root)[:, None] * weight
 
 
-@wrong("ia3_as_lora", "A has shape (20, 12), expected (12, 12)")
+@wrong("ia3_as_lora", "r is the smaller of out and in: where there are more rows")
 def always_rank_out(weight, vector):
     return weight.clone(), torch.diag(vector - 1)
 
@@ -219,7 +219,7 @@ def rank_one(weight, vector):
     return weight.mean(0, keepdim=True), (vector - 1)[:, None]
 
 
-@wrong("ia3_as_lora", "dtype float32, expected float64")
+@right("ia3_as_lora")
 def eye_in_float32(weight, vector):
     change, eye = (vector - 1)[:, None] * weight, torch.eye(min(weight.shape))
     return (eye, change) if len(weight) > weight.shape[1] else (change, eye)
@@ -288,7 +288,7 @@ class NoGradient(ByHand):
         return super().forward(x)
 
 
-@wrong("IA3Attention", "missing 'l_k', 'l_v'")
+@wrong("IA3Attention", "l_k and l_v are plain tensors")
 class NoParameters(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__(q_proj, k_proj, v_proj, n_heads)
@@ -296,7 +296,7 @@ class NoParameters(ByHand):
         self.l_k, self.l_v = torch.ones(k_proj.out_features), torch.ones(v_proj.out_features)
 
 
-@wrong("IA3Attention", "the list of what trains differs: too many 'bias', 'weight'")
+@wrong("IA3Attention", "the base trains too")
 class BaseTrains(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__(q_proj, k_proj, v_proj, n_heads)
