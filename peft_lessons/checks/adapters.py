@@ -348,6 +348,10 @@ def _inserted(layer):
         both places use the adapter that was made last: a function made in a loop looks up
         its names when it is called
             args, h, a=a: → args, h:
+        no gradient reaches the adapters: detach(), .data and no_grad() cut it off
+            a=a: a(h) → a=a: a(h).detach()
+        the adapter's input is detached, so no gradient reaches what comes before it
+            a=a: a(h) → a=a: a(h.detach())
         the adapters are made but nothing calls them
             a=a: a(h) → a=a: h
         """,
@@ -397,7 +401,7 @@ def insert_adapters(layer, width):
         the bias of the way up has d parameters, not m
             m * d + d → m * d + m
         one matrix is counted: an adapter has two
-            (down + up) → down
+            d * m + m, m * d + d → d * m + m, d
         the biases are counted once: each adapter has its own
             places[kind] * (down + up) * layers → places[kind] * 2 * d * m * layers + m + d
         houlsby has two adapters a layer

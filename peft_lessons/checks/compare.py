@@ -258,6 +258,8 @@ def state(value: Any, name: str = "module") -> Any:
         return {key: state(v) for key, v in value.items()}
     if value is None or isinstance(value, torch.Tensor | bool | str | Real):
         return value
+    if not isinstance(value, type) and callable(getattr(value, "to_dict", None)):  # a config
+        return state(value.to_dict())
     return type(value).__name__
 
 

@@ -116,6 +116,8 @@ _BY_HAND = "weights[..., :p].sum(-1) → weights[..., :p].sum(-1) / weights.sum(
             .tril(p) → .tril(p - 1)
         each token sees the next one too: the mask begins one position too late
             .tril(p) → .tril(p + 1)
+        the prefix is put behind the text, and the mask and the sum have it before
+            [prefix_k, k] → [k, prefix_k]
         this is the mean weight of the prefix: λ is the sum of the p weights
             weights[..., :p].sum(-1) → weights[..., :p].mean(-1)
         this is the largest weight of the prefix: λ is the sum of the p weights
@@ -308,6 +310,10 @@ _TWO_SOFTMAXES = "torch.cat([scores[..., :p].softmax(-1), scores[..., p:].softma
         f"""
         the causal mask covers the prefix: every token sees all of the prefix
             triu(p + 1) → triu(1)
+        the prefix's keys are among the values too
+            [prefix_v, v] → [prefix_k, v]
+        the prefix's values are among the keys too
+            [prefix_k, k] → [prefix_v, k]
         the prefix's keys and values are swapped
             [prefix_k, k] → [prefix_v, k]
             [prefix_v, v] → [prefix_k, v]

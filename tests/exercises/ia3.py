@@ -49,6 +49,15 @@ def other_keys(config):
     return {"l_k": d, "l_v": d, "l_ff": config.intermediate_size}
 
 
+@wrong("ia3_sizes", "the argument config was changed")
+def head_dim_written_down(config):
+    n_h = config.num_attention_heads
+    if getattr(config, "head_dim", None) is None:
+        config.head_dim = config.hidden_size // n_h
+    width = getattr(config, "num_key_value_heads", n_h) * config.head_dim
+    return {"k": width, "v": width, "ff": config.intermediate_size}
+
+
 @right("ia3_sizes")
 def from_the_model(config):
     from transformers import AutoModel
@@ -226,6 +235,14 @@ def eye_in_float32(weight, vector):
 
 
 @right("ia3_as_lora")
+def as_the_hint_says(weight, vector):
+    out, in_ = weight.shape
+    if out <= in_:
+        return weight, torch.diag(vector - 1)
+    return torch.eye(in_), (vector - 1)[:, None] * weight
+
+
+@right("ia3_as_lora")
 def by_svd(weight, vector):
     U, S, V = torch.linalg.svd(weight * vector[:, None] - weight, full_matrices=False)
     return S[:, None] * V, U
@@ -272,6 +289,45 @@ class Stub(ByHand):
         super().__init__(q_proj, k_proj, v_proj, n_heads)
         for name in ("l_q", "l_k", "l_v"):
             setattr(self, name, nn.Parameter(torch.ones(q_proj.out_features)))
+
+
+@right("IA3Attention")
+class InHeads(ByHand):
+    """Vectors of another shape, (n_kv, d_h) and (1, n_kv · d_h)."""
+
+    def __init__(self, q_proj, k_proj, v_proj, n_heads):
+        super().__init__(q_proj, k_proj, v_proj, n_heads)
+        self.l_k = nn.Parameter(self.l_k.detach().view(-1, q_proj.out_features // n_heads))
+        self.l_v = nn.Parameter(self.l_v.detach()[None])
+
+    def forward(self, x):
+        d_h = self.q.out_features // self.n_heads
+        k = (self.k(x) * self.l_k.flatten()).unflatten(-1, (-1, d_h)).transpose(1, 2)
+        v = (self.v(x) * self.l_v).unflatten(-1, (-1, d_h)).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (-1, d_h)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+@wrong("IA3Attention", "scaled after the heads are repeated")
+class NarrowVectors(ByHand):
+    """The hunt after its vectors are narrowed."""
+
+    def forward(self, x):
+        def heads(t):
+            return t.unflatten(-1, (-1, self.q.out_features // self.n_heads)).transpose(1, 2)
+
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        k, v = k * heads(self.l_k[None, None]), v * heads(self.l_v[None, None])
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+@wrong("IA3Attention", "(that of the base) is None, expected a tensor")
+class NoReturn(ByHand):
+    def forward(self, x):
+        super().forward(x)
 
 
 @wrong("IA3Attention", "(that of the base) has wrong values")
