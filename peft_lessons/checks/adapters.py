@@ -15,12 +15,11 @@ from .mistakes import mistakes
 # ------------------------------------------------------------------ adapter_forward
 
 
-def _forward_case(shape, m, dtype=torch.float32, note=""):
+def _forward_case(shape, m, note=""):
     def make():
         d = shape[-1]
         w_down, w_up = torch.randn(m, d) / math.sqrt(d), torch.randn(d, m) / math.sqrt(m)
-        args = torch.randn(shape), w_down, 0.5 * torch.randn(m), w_up, torch.randn(d)
-        return [t.to(dtype) for t in args]
+        return [torch.randn(shape), w_down, 0.5 * torch.randn(m), w_up, torch.randn(d)]
 
     return Case(make, note)
 
@@ -30,7 +29,7 @@ def _forward_case(shape, m, dtype=torch.float32, note=""):
         _forward_case((2, 5, 24), 7),
         _forward_case((9, 16), 3),
         _forward_case((32,), 8, note="a single vector"),
-        _forward_case((2, 3, 4, 12), 5, torch.float64),
+        _forward_case((2, 3, 4, 12), 5),
         _forward_case((3, 6, 8), 8, note="m = d"),
     ],
     tolerance=2e-3,  # GELU's tanh approximation will do
@@ -48,6 +47,9 @@ def _forward_case(shape, m, dtype=torch.float32, note=""):
             + b_up → ∅
         b_down is missing
             + b_down → ∅
+        both biases are missing
+            + b_down → ∅
+            + b_up → ∅
         the GELU between the two matrices is missing
             F.gelu( → (
         the GELU comes after the second matrix: apply it between the two
@@ -59,6 +61,10 @@ def _forward_case(shape, m, dtype=torch.float32, note=""):
             h + up → h + F.gelu(up)
         this is a ReLU: the exercise has a GELU
             F.gelu( → F.relu(
+        this is SiLU: the exercise has a GELU
+            F.gelu( → F.silu(
+        this is tanh: the exercise has a GELU
+            F.gelu( → torch.tanh(
         b_down is added after the GELU: add it before
             F.gelu(h @ w_down.T + b_down) → F.gelu(h @ w_down.T) + b_down
         h is added twice
@@ -122,6 +128,17 @@ def _reading_case(shape, m, kind, note=""):
         one x
             "houlsby": h → "houlsby": x
             "parallel": x → "parallel": h
+        every kind reads x: the three kinds differ in what the adapter reads
+            "houlsby": h, "pfeiffer": norm(x + h) → "houlsby": x, "pfeiffer": x
+        every kind reads LN(x + h): only Pfeiffer's adapter does
+            "houlsby": h → "houlsby": norm(x + h)
+            "parallel": x → "parallel": norm(x + h)
+        Houlsby's adapter reads h, not x
+            "houlsby": h → "houlsby": x
+        Houlsby's adapter reads h, not LN(x + h)
+            "houlsby": h → "houlsby": norm(x + h)
+        Houlsby's adapter reads h alone, not the sum
+            "houlsby": h → "houlsby": x + h
         every kind reads h: the three kinds differ in what the adapter reads
             norm(x + h), "parallel": x → h, "parallel": h
         the parallel adapter reads x, not the sum
@@ -158,9 +175,9 @@ def adapted_output(x, h, adapter, norm, kind):
 # ------------------------------------------------------------------ fold_linear_adapter
 
 
-def _foldable(d, in_, m, dtype=torch.float32):
+def _foldable(d, in_, m):
     shapes = (m, d), (m,), (d, m), (d,), (d, in_), (d,)
-    return [torch.randn(shape).to(dtype) / math.sqrt(shape[-1]) for shape in shapes]
+    return [torch.randn(shape) / math.sqrt(shape[-1]) for shape in shapes]
 
 
 @check_for(
@@ -168,7 +185,7 @@ def _foldable(d, in_, m, dtype=torch.float32):
         # A square one first: there a wrong order of the matrices is not stopped by their shapes.
         Case(lambda: _foldable(16, 16, 4), note="a square weight"),
         Case(lambda: _foldable(12, 20, 5)),
-        Case(lambda: _foldable(10, 33, 4, dtype=torch.float64)),
+        Case(lambda: _foldable(10, 33, 4)),
     ],
     returns=("weight", "bias"),
     causes=mistakes(
@@ -197,6 +214,13 @@ def _foldable(d, in_, m, dtype=torch.float32):
             + b_down → ∅
         b_up is missing
             + b_up → ∅
+        the adapter reads the layer's input u, in the weight and in the bias: it reads the output h
+            w_up @ w_down @ weight → w_up @ w_down
+            (w_down @ bias + b_down) → b_down
+        W_down and W_up are transposed and in the wrong order: an output is W_up (W_down h)
+            w_up @ w_down @ weight → w_down.T @ w_up.T @ weight
+        the weight is transposed: a layer stores it as (out, in), here (d, in)
+            return W, b → return W.T, b
         the order is turned: return the weight first
             return W, b → return b, W
         """,
@@ -307,12 +331,27 @@ def _inserted(layer):
             a=a: a(h) → a=a: a.adapter(h)
         the adapter comes after the layer norm: place it right after the dense layer
             output.dense.register → output.register
+        the adapter comes after the layer norm, and the residual is added twice: place it right
+        after the dense layer, and add no h to what an Adapter returns
+            output.dense.register → output.register
+            a=a: a(h) → a=a: h + a(h)
+        the adapter reads x + h before the layer norm: it reads h alone
+            output.dense.register_forward_hook → output.LayerNorm.register_forward_pre_hook
+            module, args, h, a=a: a(h) → norm, s, a=a: a(s[0])
+        in a hook of dense, `module` is dense itself, and the adapter is not an attribute of it
+            a=a: a(h) → a=a: module.adapter(h)
+        the dense layers train with their adapters: only the adapters may train
+            output.adapter = a = → output.dense.requires_grad_(); output.adapter = a =
         the adapter reads LN(x + h), as Pfeiffer's: Houlsby's reads h
             output.dense.register_forward_hook → output.LayerNorm.register_forward_pre_hook
             module, args, h, a=a: a(h) → norm, s, a=a: s[0] + a.adapter(norm.forward(s[0]))
         both places use the adapter that was made last: a function made in a loop looks up
         its names when it is called
             args, h, a=a: → args, h:
+        no gradient reaches the adapters: detach(), .data and no_grad() cut it off
+            a=a: a(h) → a=a: a(h).detach()
+        the adapter's input is detached, so no gradient reaches what comes before it
+            a=a: a(h) → a=a: a(h.detach())
         the adapters are made but nothing calls them
             a=a: a(h) → a=a: h
         """,
@@ -359,10 +398,18 @@ def insert_adapters(layer, width):
             d * m + m → d * m
         both biases are counted with d parameters: that of the way down has m
             d * m + m → d * m + d
+        the bias of the way up has d parameters, not m
+            m * d + d → m * d + m
+        one matrix is counted: an adapter has two
+            d * m + m, m * d + d → d * m + m, d
+        the biases are counted once: each adapter has its own
+            places[kind] * (down + up) * layers → places[kind] * 2 * d * m * layers + m + d
         houlsby has two adapters a layer
             "houlsby": 2 → "houlsby": 1
         pfeiffer and parallel have one adapter a layer
             "pfeiffer": 1, "parallel": 1 → "pfeiffer": 2, "parallel": 2
+        parallel has one adapter a layer
+            "parallel": 1 → "parallel": 2
         the layers are left out: this is one layer's count
             * layers → ∅
         """,
@@ -429,6 +476,10 @@ def _near(shape, m, std, dtype=torch.float32):
             (out - h).norm() / h.norm() → (out - h).norm() ** 2 / h.norm() ** 2
         the ratio is taken of each vector and then averaged: take one ratio of all of h
             (out - h).norm() / h.norm() → ((out - h).norm(dim=-1) / h.norm(dim=-1)).mean()
+        this is one ratio for each vector: take one norm over all entries of h
+            float((out - h).norm() / h.norm()) → (out - h).norm(dim=-1) / h.norm(dim=-1)
+        the gap is in percent: return the ratio itself
+            / h.norm() → / h.norm() * 100
         this is the mean squared change
             (out - h).norm() / h.norm() → F.mse_loss(out, h)
         h is taken away from a(h) once more: `adapter` has the residual in it

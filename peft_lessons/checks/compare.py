@@ -26,7 +26,7 @@ def difference(
 ) -> str | None:
     """Return the first difference in type, shape, dtype, finiteness and, if asked, values; or None.
 
-    Equal numbers are equal: 5480.0 or a 0-dimensional tensor for 5480, a list for a tuple. Only a
+    Equal numbers are equal: 5480.0 or a tensor of one entry for 5480, a list for a tuple. Only a
     bool must be a bool. `form` says which dtypes serve: the "same"; a "wider" float or any dtype of
     whole numbers too; or "any", where a list may also hold a tensor's numbers.
     `tolerance` is relative to the largest expected entry, and is widened for half precision. `what`
@@ -41,7 +41,9 @@ def _difference(got, expected, what, tolerance, values, form) -> str | None:
     what = "the result" if names else what
     got = _equivalent(got, expected, form)
     if not _same_type(got, expected):
-        return f"{_clause(what, 'is')} {kind(got)}, expected {kind(expected)}"
+        several = isinstance(got, torch.Tensor) and isinstance(expected, Real)
+        shape = f" of shape {tuple(got.shape)}" if several and not own_rules(got) else ""
+        return f"{_clause(what, 'is')} {kind(got)}{shape}, expected {kind(expected)}"
     if isinstance(expected, torch.Tensor):
         return _tensor_difference(bare(got), bare(expected), what, tolerance, values, form)
     if isinstance(expected, nn.Module):
@@ -71,7 +73,7 @@ def _difference(got, expected, what, tolerance, values, form) -> str | None:
 def _equivalent(got: Any, expected: Any, form: str) -> Any:
     """Return a value in the expected type if that changes no number, else unchanged."""
     if isinstance(expected, Real) and isinstance(got, torch.Tensor) and not own_rules(got):
-        return bare(got).item() if bare(got).ndim == 0 and not bare(got).is_meta else got
+        return bare(got).item() if bare(got).numel() == 1 and not bare(got).is_meta else got
     if form == "any":
         if isinstance(expected, torch.Tensor) and not isinstance(got, torch.Tensor):
             with suppress(Exception):  # not of numbers, or ragged
@@ -256,6 +258,8 @@ def state(value: Any, name: str = "module") -> Any:
         return {key: state(v) for key, v in value.items()}
     if value is None or isinstance(value, torch.Tensor | bool | str | Real):
         return value
+    if not isinstance(value, type) and callable(getattr(value, "to_dict", None)):  # a config
+        return state(value.to_dict())
     return type(value).__name__
 
 

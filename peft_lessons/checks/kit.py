@@ -228,7 +228,9 @@ class Check:
         if self.view and problem is None:
             seen, unusable = outcome(self.view, [got])
             if unusable:
-                refuse(f"what it returned cannot be used: {summary(unusable)}")
+                lines = own_lines(traceback.walk_tb(unusable.__traceback__), module)[-2:]
+                facts = *lines, *self._likely(function, number)
+                refuse(f"what it returned cannot be used: {summary(unusable)}", *facts)
             with _seeded(_CALLS):
                 problem = self._view_difference(seen, self.view(expected))
         if problem:
@@ -342,7 +344,7 @@ class Check:
             # A result so wrong that it has no view is known by its parts' types and shapes.
             (got, error), (wrong, wrong_error) = yours.view(number), theirs.view(number)
             if error and wrong_error:
-                return type(error) is type(wrong_error)
+                return (type(error), str(error)) == (type(wrong_error), str(wrong_error))
             if self.staged and not (error or wrong_error):
                 return self._same_stages(got, wrong, right.view(number)[0])
         return not difference(got, wrong, tolerance=self.tolerance, form=self.form)

@@ -9,8 +9,8 @@ from .mistakes import mistakes
 # ------------------------------------------------------------------ split_prefix
 
 
-def _flat(p, layers, n_kv, d_h, dtype=torch.float32):
-    return [torch.randn(p, 2 * layers * n_kv * d_h, dtype=dtype), layers, n_kv, d_h]
+def _flat(p, layers, n_kv, d_h):
+    return [torch.randn(p, 2 * layers * n_kv * d_h), layers, n_kv, d_h]
 
 
 @check_for(
@@ -19,10 +19,9 @@ def _flat(p, layers, n_kv, d_h, dtype=torch.float32):
         Case(lambda: _flat(4, 2, 4, 4), note="p = n_kv = d_h"),
         Case(lambda: _flat(1, 2, 3, 5), note="a single virtual token"),
         Case(lambda: _flat(6, 1, 1, 8), note="one layer, one head"),
-        Case(lambda: _flat(3, 2, 2, 2, torch.float64)),
+        Case(lambda: _flat(3, 2, 2, 2)),
     ],
     returns="the list",
-    gradients=("flat",),
     causes=mistakes(
         """
         def split_prefix(flat, layers, n_kv, d_h):
@@ -33,6 +32,11 @@ def _flat(p, layers, n_kv, d_h, dtype=torch.float32):
         """
         keys and values are swapped: the key of a layer comes first
             parts[::2], parts[1::2] → parts[1::2], parts[::2]
+        the keys are there twice: a pair is a key and a value
+            parts[::2], parts[1::2] → parts[::2], parts[::2]
+        the head is taken to come before key and value: a layer has all heads of its key first
+            flat.reshape(len(flat), 2 * layers, n_kv, d_h) →
+                flat.reshape(len(flat), layers, n_kv, 2, d_h).transpose(2, 3).flatten(1, 2)
         all keys are taken to come before all values: each layer has its key and its value
             parts[::2], parts[1::2] → parts[:layers], parts[layers:]
         heads and their width are swapped in the view: d_h is the last
@@ -91,11 +95,10 @@ _BY_HAND = "weights[..., :p].sum(-1) → weights[..., :p].sum(-1) / weights.sum(
         Case(lambda: _heads(6, 1, 4, 9, 4), note="a prefix longer than the text"),
         Case(lambda: _heads(4, 2, 1, 2, 8), note="a single token"),
         Case(lambda: _levels(100.0), note="large scores"),
-        Case(lambda: _levels(64.0, -64.0), note="large scores of either sign"),
+        Case(lambda: _levels(64.0, -160.0), note="large scores of either sign"),
         Case(lambda: _levels(1.0, last=128.0), note="a large score of the last token"),
     ],
     returns="the gate",
-    gradients=("q", "k", "prefix_k"),
     causes=mistakes(
         """
         def prefix_gate(q, k, prefix_k):
@@ -111,6 +114,16 @@ _BY_HAND = "weights[..., :p].sum(-1) → weights[..., :p].sum(-1) / weights.sum(
             .tril(p) → ∅
         a token does not see itself: the mask begins one place too early
             .tril(p) → .tril(p - 1)
+        each token sees the next one too: the mask begins one position too late
+            .tril(p) → .tril(p + 1)
+        the prefix is put behind the text, and the mask and the sum have it before
+            [prefix_k, k] → [k, prefix_k]
+        this is the mean weight of the prefix: λ is the sum of the p weights
+            weights[..., :p].sum(-1) → weights[..., :p].mean(-1)
+        this is the largest weight of the prefix: λ is the sum of the p weights
+            weights[..., :p].sum(-1) → weights[..., :p].amax(-1)
+        what is masked is filled with −100, and scores that are seen may lie below: fill with −∞
+            -torch.inf → -100.0
         the causal mask covers the prefix too: every token sees all of the prefix
             .tril(p) → .tril()
         the scores are not divided by √d_h
@@ -158,7 +171,7 @@ def prefix_gate(q, k, prefix_k):
 
 
 def _llama(train=False, heads=2, **changes):
-    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=heads, max_position_embeddings=64)
     # Larger weights than at the start of a training, so that each layer does something.
     model = LlamaForCausalLM(LlamaConfig(**(sizes | dict(initializer_range=0.2) | changes)))
@@ -187,12 +200,6 @@ def _ids(n):
     return torch.randint(2, 40, (n,))
 
 
-def _prefix_parts(pairs):
-    """Values, and whether a graph hangs on them."""
-    graph = [t.requires_grad for pair in pairs for t in pair]
-    return {"the list": pairs, "whether gradients are tracked": any(graph)}
-
-
 @check_for(
     cases=[
         Case(lambda: [_llama(), _ids(6)]),
@@ -206,7 +213,6 @@ def _prefix_parts(pairs):
         Case(lambda: [_opt(train=True), _ids(3)], note="in train mode, with dropout"),
     ],
     returns="the list",
-    view=_prefix_parts,
     causes=mistakes(
         """
         def context_to_prefix(model, ids):
@@ -219,12 +225,19 @@ def _prefix_parts(pairs):
         """
         the model is in train mode and drops out: read in eval mode, then set the mode back
             model.eval() → model
-        the cache hangs on the graph of the forward: read under torch.no_grad()
-            no_grad → enable_grad
         keys and values are swapped
             (x.keys.squeeze(0), x.values.squeeze(0)) → (x.values.squeeze(0), x.keys.squeeze(0))
         there is one context: drop the dimension of the batch
             (x.keys.squeeze(0), x.values.squeeze(0)) → (x.keys, x.values)
+        the ids are taken for p texts of one token: they are one text, of shape (1, p)
+            ids[None] → ids[:, None]
+            (x.keys.squeeze(0), x.values.squeeze(0)) → (x.keys[0], x.values[0])
+        each of them is (p, n_kv, d_h): the heads come first
+            (x.keys.squeeze(0), x.values.squeeze(0)) →
+                (x.keys[0].transpose(0, 1), x.values[0].transpose(0, 1))
+        these are the keys of all layers and the values of all layers: give one pair for each layer
+            [(x.keys.squeeze(0), x.values.squeeze(0)) for x in cache.layers] →
+                [[x.keys[0] for x in cache.layers], [x.values[0] for x in cache.layers]]
         the keys are not rotated: the prefix must hold what attention sees
             = projected
         the last token is missing
@@ -247,9 +260,16 @@ def context_to_prefix(model, ids):
 # ------------------------------------------------------------------ attend
 
 
-def _text(heads, T, p, d_h, dtype=torch.float32):
+def _text(heads, T, p, d_h):
     shapes = [(heads, T, d_h)] * 3 + [(heads, p, d_h)] * 2
-    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+    return [torch.randn(shape) for shape in shapes]
+
+
+def _low(heads, T, p, d_h):
+    """All scores are 160 lower, which changes no weight."""
+    q, k, v, prefix_k, prefix_v = _text(heads, T, p, d_h)
+    q[..., -1], k[..., -1], prefix_k[..., -1] = -160 * d_h**0.5, 1.0, 1.0
+    return [q, k, v, prefix_k, prefix_v]
 
 
 def _zero_keys(heads, T, p, d_h):
@@ -274,10 +294,9 @@ _TWO_SOFTMAXES = "torch.cat([scores[..., :p].softmax(-1), scores[..., p:].softma
         Case(lambda: _text(2, 1, 3, 8), note="a single token"),
         Case(lambda: _zero_keys(2, 5, 3, 8), note="prefix keys of zeros"),
         Case(lambda: _zero(2, 5, 3, 8), note="a prefix of zeros"),
-        Case(lambda: _text(2, 5, 2, 16, torch.float64)),
+        Case(lambda: _low(2, 5, 2, 16), note="large negative scores"),
     ],
     returns="the output",
-    gradients=("q", "k", "v", "prefix_k", "prefix_v"),
     causes=mistakes(
         """
         def attend(q, k, v, prefix_k, prefix_v):
@@ -291,6 +310,10 @@ _TWO_SOFTMAXES = "torch.cat([scores[..., :p].softmax(-1), scores[..., p:].softma
         f"""
         the causal mask covers the prefix: every token sees all of the prefix
             triu(p + 1) → triu(1)
+        the prefix's keys are among the values too
+            [prefix_v, v] → [prefix_k, v]
+        the prefix's values are among the keys too
+            [prefix_k, k] → [prefix_v, k]
         the prefix's keys and values are swapped
             [prefix_k, k] → [prefix_v, k]
             [prefix_v, v] → [prefix_k, v]
@@ -317,6 +340,18 @@ _TWO_SOFTMAXES = "torch.cat([scores[..., :p].softmax(-1), scores[..., p:].softma
             scores.softmax(-1) → {_TWO_SOFTMAXES} / 2
         what is masked is filled with 0, and a score of 0 has a weight: fill with −∞
             -torch.inf → 0
+        what is masked is filled with −100, and scores that are seen may lie below: fill with −∞
+            -torch.inf → -100.0
+        each token sees the next one too
+            triu(p + 1) → triu(p + 2)
+        the scores are divided by d_h: by its root
+            math.sqrt(q.shape[-1]) → q.shape[-1]
+        the prefix is put behind the text, but the mask has it before: put it before the text
+            [prefix_k, k] → [k, prefix_k]
+            [prefix_v, v] → [v, prefix_v]
+        the mask comes after the softmax, so the weights do not sum to 1: mask the scores
+            .masked_fill(hidden, -torch.inf) → ∅
+            scores.softmax(-1) → scores.softmax(-1).masked_fill(hidden, 0)
         """,
     ),
 )

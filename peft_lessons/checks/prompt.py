@@ -62,6 +62,8 @@ def _moved(p, vocabulary, width, k, **settings):
             best.indices → best.values
         the cosine has lost its sign: the opposite of a token is not near it
             (P @ E.T) → (P @ E.T).abs()
+        a row of zeros comes last: its cosine is 0, which is larger than a negative one
+            (P @ E.T) → (P @ E.T).masked_fill((embeddings == 0).all(1), -torch.inf)
         a row of zeros has no direction: divided by its norm it is NaN, which topk takes for the
         largest; its cosine is 0
             F.normalize(embeddings) → embeddings / embeddings.norm(dim=1, keepdim=True)
@@ -116,6 +118,10 @@ def _text(n, vocabulary, width, p):
             ids.repeat(times)[:p] → ids[torch.arange(p).clamp(max=len(ids) - 1)]
         a long text keeps its last p tokens: PEFT keeps the first p
             ids.repeat(times) → ids[-p:].repeat(times)
+        the text begins with its second token: row 0 is the first token
+            ids.repeat(times)[:p] → ids[(torch.arange(p) + 1) % len(ids)]
+        the first token is repeated to the end: repeat the whole text
+            ids.repeat(times)[:p] → torch.cat([ids, ids[:1].expand(p)])[:p]
         the repeated text loses its beginning: cut off its end
             [:p] → [-p:]
         the text is repeated but not cut off to p
@@ -152,6 +158,7 @@ def _prompts(weights, p, width):
         Case(lambda: _prompts([1.0, 2.0, 5.0], 5, 3), note="weights that do not sum to 1"),
         Case(lambda: _prompts([2, 0, 1, 4], 4, 4), note="one weight is 0"),
         Case(lambda: _prompts([3.0], 2, 7), note="a single prompt"),
+        Case(lambda: _prompts([2.0, -0.5, 1.0], 3, 5), note="one weight is negative"),
         refused(lambda: [_prompts([1, 1], 3, 4)[0], [1.0]], "", "one weight for two prompts"),
         refused(lambda: [_prompts([1], 3, 4)[0], [1.0, 2.0]], "", "two weights for one prompt"),
     ],
@@ -172,6 +179,9 @@ def _prompts(weights, p, width):
             / sum(weights) → / len(weights)
         the weights are not used: this is the plain mean
             (shares[:, None, None] * torch.stack(prompts)).sum(0) → torch.stack(prompts).mean(0)
+        the weights lose their sign: a single one may be negative, if the sum is positive
+            torch.tensor(weights) / sum(weights) →
+                torch.tensor(weights).abs() / sum(map(abs, weights))
         the weights go through a softmax: 1 and 2 must count as one third and two thirds
             torch.tensor(weights) / sum(weights) → torch.tensor(weights).float().softmax(0)
         the prompts are put one after the other: the mean has p rows
@@ -193,24 +203,38 @@ def prompt_ensemble(prompts, weights):
 # ------------------------------------------------------------------ prepend_prompt
 
 
-def _batch(batch, length, width, p, left=True, dtype=torch.float32, mask=True, labels=True):
+def _batch(batch, length, width, p, left=True, mask=True, labels=True):
     """A padded batch; its labels are no copy of anything else."""
     kept = torch.ones(batch, length)  # floats, so that ones of any dtype fit before them
     for row in range(batch):
         kept[row, : row % length] = 0
     kept = kept if left else kept.flip(1)
     ids = torch.randint(3, 99, (batch, length)).masked_fill(kept == 0, -100)
-    embeddings = torch.randn(batch, length, width).to(dtype)
+    embeddings = torch.randn(batch, length, width)
     prompt = 2 * torch.randn(p, width)
     return [embeddings, kept if mask else None, ids if labels else None, prompt]
 
 
-_PARTS = ("the mask", "the labels", "the embeddings")
+# The embeddings first: they tell where the prompt is.
+_PARTS = ("the embeddings", "the mask", "the labels")
 
 
 def _seen(result):
-    embeddings, mask, labels = result
-    return dict(zip(_PARTS, (mask, labels, embeddings), strict=True))
+    return dict(zip(_PARTS, result, strict=True))
+
+
+def _between(embeddings, mask, labels, prompt):
+    """With the prompt behind the padding on the left."""
+    found, p = [], len(prompt)
+    for i, row in enumerate(embeddings):
+        at = 0 if mask is None else int(mask[i].argmax())
+        inserted = [(row, prompt.to(row.dtype))]
+        inserted += [
+            (t[i], t.new_full((p,), v)) for t, v in ((mask, 1), (labels, -100)) if t is not None
+        ]
+        found.append([torch.cat([t[:at], new, t[at:]]) for t, new in inserted])
+    joined, *longer = map(torch.stack, zip(*found, strict=True))
+    return joined, *(None if t is None else longer.pop(0) for t in (mask, labels))
 
 
 @check_for(
@@ -220,7 +244,6 @@ def _seen(result):
         Case(lambda: _batch(1, 6, 6, 6), note="a single text"),
         Case(lambda: _batch(3, 4, 3, 1, mask=False), note="no mask"),
         Case(lambda: _batch(2, 4, 5, 3, labels=False), note="no labels"),
-        Case(lambda: _batch(3, 4, 5, 2, dtype=torch.float64), note="another dtype than the prompt"),
     ],
     returns=("embeddings", "mask", "labels"),
     view=_seen,
@@ -262,6 +285,12 @@ def _seen(result):
             F.pad(labels, (p, 0) → F.pad(labels[:, :-1], (p + 1, 0)
         the prompt's labels are 0, a token of the vocabulary: -100 leaves them out
             value=-100 → value=0
+        the first label of the text is -100 too: only the p virtual tokens have none
+            F.pad(labels, (p, 0) → F.pad(labels[:, 1:], (p + 1, 0)
+        the order is turned: the mask comes before the labels
+            1), mask, labels → 1), labels, mask
+        the prompt is put between the padding and the text: it comes before both
+            = between
         the prompt is put behind the text
             [rows, embeddings] → [embeddings, rows]
         texts with padding get a weaker prompt: each text gets the prompt as it is
@@ -273,6 +302,7 @@ def _seen(result):
         the prompt is cut off and learns nothing: detach(), .data and no_grad() do that
             prompt.to( → prompt.detach().to(
         """,
+        between=_between,
     ),
 )
 def prepend_prompt(embeddings, mask, labels, prompt):

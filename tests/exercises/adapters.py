@@ -88,6 +88,18 @@ def outside(x, h, adapter, norm, kind):
     return norm(x + h) + adapter(t)
 
 
+@wrong("adapted_output", "every kind reads x")
+def other_names(x, h, adapter, norm, kind):
+    t = {"Houlsby": h, "Pfeiffer": norm(x + h)}.get(kind, x)
+    return norm(x + h + adapter(t))
+
+
+@wrong("adapted_output", "houlsby and parallel have changed places")
+def changed_places(x, h, adapter, norm, kind):
+    t = {"parallel": h, "pfeiffer": norm(x + h), "houlsby": x}[kind]
+    return norm(x + h + adapter(t))
+
+
 @right("adapted_output")
 def branches(x, h, adapter, norm, kind):
     total = x + h
@@ -124,6 +136,18 @@ def factor_first(w_down, b_down, w_up, b_up, weight, bias):
     """(I + W_up W_down) is what the adapter does to a vector."""
     whole = torch.eye(len(weight), dtype=weight.dtype) + w_up @ w_down
     return whole @ weight, whole @ bias + (w_up @ b_down + b_up)
+
+
+@right("fold_linear_adapter")
+def probed(w_down, b_down, w_up, b_up, weight, bias):
+    """By the unit vectors, in float32."""
+
+    def both(u):
+        h = F.linear(u, weight, bias)
+        return h + F.linear(F.linear(h, w_down, b_down), w_up, b_up)
+
+    b = both(torch.zeros(weight.shape[1]))
+    return (both(torch.eye(weight.shape[1])) - b).T, b
 
 
 @right("fold_linear_adapter")
@@ -175,12 +199,31 @@ def one_for_both(layer, width):
     return sequential(layer, width, make=lambda d, m: adapter)
 
 
+@wrong("insert_adapters", "the adapter comes after the layer norm, and the residual is added twice")
+def frozen_first(layer, width):
+    """The hunt after the first repair."""
+    layer.requires_grad_(False)
+    for output in outputs(layer):
+        output.adapter = Adapter(output.dense.out_features, width)
+        output.register_forward_hook(lambda module, args, h: h + module.adapter(h))
+    return layer
+
+
+@wrong("insert_adapters", "in a hook of dense, `module` is dense itself")
+def adapter_of_dense(layer, width):
+    layer.requires_grad_(False)
+    for output in outputs(layer):
+        output.adapter = Adapter(output.dense.out_features, width)
+        output.dense.register_forward_hook(lambda module, args, h: module.adapter(args[0]))
+    return layer
+
+
 class Detached(Adapter):
     def forward(self, h):
         return h + (super().forward(h) - h).detach()
 
 
-@wrong("insert_adapters", "the gradients of the adapters, by their shape")
+@wrong("insert_adapters", "no gradient reaches the adapters")
 def cut_off(layer, width):
     return sequential(layer, width, make=Detached)
 
@@ -278,6 +321,16 @@ def left_in_eval_mode(adapter, h):
     adapter.eval()
     with torch.no_grad():
         return ((adapter(h) - h).norm() / h.norm()).item()
+
+
+@wrong("identity_gap", "is a tensor of shape (2, 5), expected the float")
+def one_of_each_vector(adapter, h):
+    return (adapter(h) - h).norm(dim=-1) / h.norm()
+
+
+@right("identity_gap")
+def of_shape_one(adapter, h):
+    return (adapter(h) - h).flatten()[None].norm(dim=1) / h.norm()
 
 
 @right("identity_gap")

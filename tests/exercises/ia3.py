@@ -49,6 +49,15 @@ def other_keys(config):
     return {"l_k": d, "l_v": d, "l_ff": config.intermediate_size}
 
 
+@wrong("ia3_sizes", "the argument config was changed")
+def head_dim_written_down(config):
+    n_h = config.num_attention_heads
+    if getattr(config, "head_dim", None) is None:
+        config.head_dim = config.hidden_size // n_h
+    width = getattr(config, "num_key_value_heads", n_h) * config.head_dim
+    return {"k": width, "v": width, "ff": config.intermediate_size}
+
+
 @right("ia3_sizes")
 def from_the_model(config):
     from transformers import AutoModel
@@ -204,7 +213,7 @@ def roots_of_negatives(weight, vector):
     return torch.eye(weight.shape[1]), (root * root)[:, None] * weight
 
 
-@wrong("ia3_as_lora", "A has shape (20, 12), expected (12, 12)")
+@wrong("ia3_as_lora", "r is the smaller of out and in: where there are more rows")
 def always_rank_out(weight, vector):
     return weight.clone(), torch.diag(vector - 1)
 
@@ -219,10 +228,18 @@ def rank_one(weight, vector):
     return weight.mean(0, keepdim=True), (vector - 1)[:, None]
 
 
-@wrong("ia3_as_lora", "dtype float32, expected float64")
+@right("ia3_as_lora")
 def eye_in_float32(weight, vector):
     change, eye = (vector - 1)[:, None] * weight, torch.eye(min(weight.shape))
     return (eye, change) if len(weight) > weight.shape[1] else (change, eye)
+
+
+@right("ia3_as_lora")
+def as_the_hint_says(weight, vector):
+    out, in_ = weight.shape
+    if out <= in_:
+        return weight, torch.diag(vector - 1)
+    return torch.eye(in_), (vector - 1)[:, None] * weight
 
 
 @right("ia3_as_lora")
@@ -274,6 +291,45 @@ class Stub(ByHand):
             setattr(self, name, nn.Parameter(torch.ones(q_proj.out_features)))
 
 
+@right("IA3Attention")
+class InHeads(ByHand):
+    """Vectors of another shape, (n_kv, d_h) and (1, n_kv · d_h)."""
+
+    def __init__(self, q_proj, k_proj, v_proj, n_heads):
+        super().__init__(q_proj, k_proj, v_proj, n_heads)
+        self.l_k = nn.Parameter(self.l_k.detach().view(-1, q_proj.out_features // n_heads))
+        self.l_v = nn.Parameter(self.l_v.detach()[None])
+
+    def forward(self, x):
+        d_h = self.q.out_features // self.n_heads
+        k = (self.k(x) * self.l_k.flatten()).unflatten(-1, (-1, d_h)).transpose(1, 2)
+        v = (self.v(x) * self.l_v).unflatten(-1, (-1, d_h)).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (-1, d_h)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+@wrong("IA3Attention", "scaled after the heads are repeated")
+class NarrowVectors(ByHand):
+    """The hunt after its vectors are narrowed."""
+
+    def forward(self, x):
+        def heads(t):
+            return t.unflatten(-1, (-1, self.q.out_features // self.n_heads)).transpose(1, 2)
+
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        k, v = k * heads(self.l_k[None, None]), v * heads(self.l_v[None, None])
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+@wrong("IA3Attention", "(that of the base) is None, expected a tensor")
+class NoReturn(ByHand):
+    def forward(self, x):
+        super().forward(x)
+
+
 @wrong("IA3Attention", "(that of the base) has wrong values")
 class Random(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
@@ -288,7 +344,7 @@ class NoGradient(ByHand):
         return super().forward(x)
 
 
-@wrong("IA3Attention", "missing 'l_k', 'l_v'")
+@wrong("IA3Attention", "l_k and l_v are plain tensors")
 class NoParameters(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__(q_proj, k_proj, v_proj, n_heads)
@@ -296,7 +352,7 @@ class NoParameters(ByHand):
         self.l_k, self.l_v = torch.ones(k_proj.out_features), torch.ones(v_proj.out_features)
 
 
-@wrong("IA3Attention", "the list of what trains differs: too many 'bias', 'weight'")
+@wrong("IA3Attention", "the base trains too")
 class BaseTrains(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__(q_proj, k_proj, v_proj, n_heads)

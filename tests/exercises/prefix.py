@@ -1,5 +1,6 @@
 """Answers to the exercises of lesson 09."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -33,6 +34,12 @@ def a_tensor(flat, layers, n_kv, d_h):
 def by_einsum(flat, layers, n_kv, d_h):
     P = torch.einsum("plkhd->lkhpd", flat.reshape(-1, layers, 2, n_kv, d_h))
     return [(k, v) for k, v in P]
+
+
+@right("split_prefix")
+@torch.no_grad()
+def without_a_graph(flat, layers, n_kv, d_h):
+    return by_einsum(flat, layers, n_kv, d_h)
 
 
 @right("split_prefix")
@@ -85,6 +92,16 @@ def by_groups(q, k, prefix_k):
     prefix = torch.einsum("ngtd,npd->ngtp", q, prefix_k)
     both = torch.stack([prefix.logsumexp(-1), text.logsumexp(-1)])
     return both.softmax(0)[0].flatten(0, 1)
+
+
+@right("prefix_gate")
+def by_numpy(q, k, prefix_k):
+    q, k, prefix_k = (t.double().numpy() for t in (q, k, prefix_k))
+    K = np.concatenate([prefix_k, k], 1).repeat(len(q) // len(k), 0)
+    scores = q @ K.transpose(0, 2, 1) / q.shape[-1] ** 0.5
+    scores[:, ~np.tri(*scores.shape[1:], prefix_k.shape[1], dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return torch.from_numpy(weights[..., : prefix_k.shape[1]].sum(-1) / weights.sum(-1))
 
 
 @right("prefix_gate")
@@ -141,6 +158,14 @@ def with_a_cache_of_its_own(model, ids):
 
 
 @right("context_to_prefix")
+def with_a_graph(model, ids):
+    was = model.training
+    cache = model.eval()(ids[None]).past_key_values
+    model.train(was)
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+@right("context_to_prefix")
 @torch.no_grad()
 def in_two_parts(model, ids):
     was = model.training
@@ -173,6 +198,24 @@ def added(q, k, v, prefix_k, prefix_v):
 def queries_for_the_prefix(q, k, v, prefix_k, prefix_v):
     q, K, V = (torch.cat(pair, 1) for pair in ((prefix_k, q), (prefix_k, k), (prefix_v, v)))
     return F.scaled_dot_product_attention(q, K, V, is_causal=True)
+
+
+@right("attend")
+@torch.no_grad()
+def in_loops(q, k, v, prefix_k, prefix_v):
+    out = torch.zeros(q.shape)
+    for h, t in np.ndindex(*q.shape[:2]):
+        K = torch.cat([prefix_k[h], k[h, : t + 1]])
+        V = torch.cat([prefix_v[h], v[h, : t + 1]])
+        out[h, t] = (K @ q[h, t] / q.shape[-1] ** 0.5).softmax(0) @ V
+    return out
+
+
+@wrong("attend", "filled with −100")
+def filled_with_a_number(q, k, v, prefix_k, prefix_v):
+    prefix, text = scores_of(q, k, prefix_k)
+    weights = torch.cat([prefix, text.masked_fill(text == -torch.inf, -1e2)], -1).softmax(-1)
+    return weights @ torch.cat([prefix_v, v], 1)
 
 
 @right("attend")

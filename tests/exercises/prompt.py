@@ -76,6 +76,11 @@ def rest_is_zero(ids, embeddings, p):
     return rows
 
 
+@wrong("init_from_text", "the text begins with its second token")
+def one_too_far(ids, embeddings, p):
+    return torch.stack([embeddings[ids[(i + 1) % len(ids)]] for i in range(p)])
+
+
 @right("init_from_text")
 def by_cycle(ids, embeddings, p):
     return torch.stack([embeddings[i] for i in itertools.islice(itertools.cycle(ids.tolist()), p)])
@@ -89,6 +94,12 @@ def by_embedding(ids, embeddings, p):
 
 
 # ------------------------------------------------------------------ prompt_ensemble
+
+
+@wrong("prompt_ensemble", "the weights lose their sign")
+def absolute(prompts, weights):
+    weights = [abs(w) for w in weights]
+    return by_zip(prompts, weights)
 
 
 @wrong("prompt_ensemble", "nothing was raised, where ValueError was due")
