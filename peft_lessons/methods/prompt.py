@@ -37,8 +37,8 @@ def lengthen(entries: torch.Tensor, tokens: int, value: float) -> torch.Tensor:
 # %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-027
 class PromptTuning(nn.Module):
     """Prepend p learned virtual tokens to a text: (batch, T, d) -> (batch, p + T, d). They start
-    from N(0, 1), or as `num_tokens` different rows of `vocab_embeddings` (V, d). Raises ValueError
-    for an invalid setting. Source: Lester et al. 2021, sections 2 and 3.2."""
+    from N(0, 1) as in PEFT, or as `num_tokens` different rows of `vocab_embeddings` (V, d). Raises
+    ValueError for an invalid setting. Source: Lester et al. 2021, sections 2 and 3.2."""
 
     def __init__(self, num_tokens: int, embed_dim: int, init_from_vocab: bool = False,
                  vocab_embeddings: torch.Tensor | None = None):
@@ -124,7 +124,7 @@ class PromptHook(PromptPerSequence):
         for name in ("position_ids", "cache_position"):  # the model counts on from its cache
             inputs.pop(name, None)
         if mask is not None:  # `generate` drops a mask of ones, and the model needs none then
-            inputs["attention_mask"] = self.extend_mask(mask)        # (batch, p + seen + T)
+            inputs["attention_mask"] = self.extend_mask(mask)        # p more on the left
         if not seen:  # later the cache holds the prompt's keys and values
             put_first(self, model, inputs)
         return (), inputs
@@ -213,7 +213,7 @@ def prompts_for_rows(model: nn.Module, prompts: torch.Tensor) -> Iterator[nn.Mod
     finally:
         prompt.each = before
 
-# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-100
+# %% ../../notebooks/08_prompt_tuning.ipynb #08-prompt-tuning-099
 STARTS = {"normal": "RANDOM", "vocab": "SAMPLE_VOCAB"}
 
 
