@@ -294,7 +294,7 @@ def _product(factors):
         r is the smaller of out and in: where there are more rows than columns, r is in
             return (eye, update) if len(weight) > weight.shape[1] else (update, eye) →
                 return weight, torch.diag(vector - 1)
-        the two cases have changed places: r is the smaller of out and in
+        r is the smaller of out and in: where there are more columns than rows, r is out
             min(weight.shape) → max(weight.shape)
             if len(weight) > → if len(weight) <=
         """,
