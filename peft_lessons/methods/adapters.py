@@ -203,7 +203,7 @@ class BottleneckAdapter(Method):
             return Tap(layer)
         return PreNormPlace(layer, self) if linear is layer else PostNormPlace(layer, self)
 
-# %% ../../notebooks/06_adapters.ipynb #06-adapters-110
+# %% ../../notebooks/06_adapters.ipynb #06-adapters-111
 BottleneckAdapter.files = PeftFiles(
     "BOTTLENECK_ADAPTER",
     fields={"width": ("bottleneck_size", None), "kind": ("kind", "pfeiffer"),
