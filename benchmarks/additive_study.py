@@ -102,7 +102,6 @@ def run(task, *point) -> dict:
     inject(model, described(*point[:4]))
     if variant == "context":
         init_prefix(model, pairs)
-
     return measured(model, task, lr, seed, before=True)
 
 
