@@ -4,6 +4,9 @@
 
 Adds a row for each run on either task to data/results/selective_study.csv.
 
+`sparse` trains as many entries of each linear layer as a LoRA of rank `size` has numbers, chosen
+before training: at random, or the largest weights.
+
 `diff` is diff pruning in two halves: the first finds where to keep one number in `size`, by the
 gates or by the magnitude of a difference that trains without them, the second trains these alone.
 `trainable` counts what trains in the first half. The path of the gates goes to diff_path.csv.
@@ -20,15 +23,17 @@ from peft_lessons.methods.selective import prune_diff
 from peft_lessons.studies.catalogue import setting
 
 LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
-DIFFS = ("gates", "magnitude")
-SETTINGS = {  # (task, method, variant, blocks or one in how many numbers): rates
+DIFFS, SPARSE = ("gates", "magnitude"), ("random", "largest")
+SETTINGS = {  # (task, method, variant, blocks, one in how many numbers, or rank): rates
     ("sentiment", "bitfit", "", 0): MIDDLE,
     ("sentiment", "norms", "", 0): MIDDLE,
     **{("sentiment", "last", "", k): LOW for k in (1, 2)},
     **{("sentiment", "diff", kind, 200): (*MIDDLE, 3e-2) for kind in DIFFS},
+    **{("sentiment", "sparse", kind, 8): (*MIDDLE, 3e-2) for kind in SPARSE},
     ("austen", "norms", "", 0): HIGH,
     ("austen", "last", "", 2): MIDDLE,
     **{("austen", "diff", kind, 200): (*HIGH, 1e-1) for kind in DIFFS},
+    **{("austen", "sparse", kind, 8): HIGH for kind in SPARSE},
 }
 PATH = (*NAMES, "lr", "seed", "step", "expected", "nonzero", "task_loss")
 
@@ -73,7 +78,7 @@ def run(paths: Results, task, name: str, method: str, variant: str, size: int, l
     elif method == "last":
         inject(model, setting("last two", name, last=size))
     else:
-        inject(model, setting(method, name))
+        inject(model, setting(f"{method}, {variant}" if variant else method, name))
     row = measured(model, task, lr, seed, train, before=True)
     point = dict(zip((*NAMES, "lr", "seed"), (name, method, variant, size, lr, seed), strict=True))
     # Now, not step by step: a run that is stopped begins anew, and must leave no rows behind.

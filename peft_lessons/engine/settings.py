@@ -122,6 +122,7 @@ SETTINGS: dict[str, Rule] = {
     # What bitsandbytes takes; a power of two also keeps pairs of codes within a block.
     "block": one_of(*(2**k for k in range(5, 13))),
     "kind": one_of("houlsby", "pfeiffer", "parallel"),
+    "positions": one_of("random", "largest"),
     "activation": one_of("gelu", "relu", "silu", "tanh"),
     "init": needs(
         lambda v: isinstance(v, str) and v.strip(),

@@ -22,6 +22,7 @@ from .study import (
     mean_and_range,
     paired_answers,
     paired_difference,
+    paired_losses,
     pareto_front,
     provenance,
     stamp,

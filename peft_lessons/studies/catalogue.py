@@ -22,7 +22,7 @@ from ..methods.lora import LoRA
 from ..methods.prefix import Prefix
 from ..methods.prompt import Prompt
 from ..methods.qlora import QLoRA
-from ..methods.selective import BitFit, DiffPruning, PartialFineTuning
+from ..methods.selective import BitFit, DiffPruning, PartialFineTuning, SparseTuning
 from ..methods.unified import MixAndMatch
 from ..methods.variants import OFT, LoftQ, LoRAPlus, PiSSA, VeRA
 
@@ -53,6 +53,8 @@ SETTINGS: dict[str, tuple[Callable[..., Method], dict[str, Any]]] = {
     "last two": (PartialFineTuning, {"last": 2}),
     "diff": (DiffPruning, {}),
     "diff, fixed": (DiffPruning, {"gates": False}),
+    "sparse, random": (SparseTuning, {}),
+    "sparse, largest": (SparseTuning, {"positions": "largest"}),
     "lora": (LoRA, _ON_QV),
     "lora, all linear": (LoRA, _FACTORS),
     "qlora": (QLoRA, _FACTORS),

@@ -8,7 +8,7 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # pandas is imported where a table is read: it takes a third 
 TASKS: dict[str, tuple[str, str, float, Callable]] = {
     "sentiment": ("minilm, movie sentiment, 200 steps", "test accuracy, %", 100, max),
     "austen": ("tinylm, Austen, 100 steps", "test perplexity", 1, min),
+    "definitions": ("SmolLM2-135M, definitions, 40 steps", "test loss, nats × 100", 100, min),
 }
 # What every method is compared with: {task: (study, filter, {way: its values})}. The first of them
 # is the least that can train.
@@ -125,6 +126,13 @@ class AnswerDifference(Difference):
     of = "sentence"
 
 
+class LossDifference(Difference):
+    """Hold a mean paired difference over n answers, in hundredths of a nat per token, and its 95 %
+    confidence interval."""
+
+    of = "answer"
+
+
 def _by_seed(runs: DataFrame, column: str, scale: float) -> dict[int, float]:
     seeds = runs["seed"].tolist()
     if not seeds:
@@ -169,14 +177,24 @@ def paired_difference(
     return Difference(mean, mean - half, mean + half, n)
 
 
-def _shares(runs: DataFrame) -> list[float]:
-    """Return for each test sentence the share of the runs that get it right, in percent."""
+def _by_example(runs: DataFrame, values: Callable[[Any], list[float]], what: str) -> list[float]:
+    """Return for each example the mean over the runs of `values(row)`, one value an example."""
     if runs.empty:
         raise ValueError("no runs to pair: the filter matches nothing")
-    if len(sizes := set(runs["sentences"])) > 1:
-        raise ValueError(f"runs on {sorted(sizes)} sentences cannot be paired")
-    flags = [int(bits, 16) for bits in runs["right"]]
-    return [100 * statistics.fmean(f >> i & 1 for f in flags) for i in range(sizes.pop())]
+    columns = [values(row) for row in runs.itertuples()]
+    if len(sizes := {len(column) for column in columns}) > 1:
+        raise ValueError(f"runs on {sorted(sizes)} {what} cannot be paired")
+    return [statistics.fmean(example) for example in zip(*columns, strict=True)]
+
+
+def _paired(kind: type, ours: list[float], theirs: list[float]) -> Any:
+    """Return the mean of ours minus theirs over the examples, with its 95 % interval."""
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} and {len(theirs)} {kind.of}s cannot be paired")
+    gaps = [mine - other for mine, other in zip(ours, theirs, strict=True)]
+    mean, n = statistics.fmean(gaps), len(gaps)
+    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
+    return kind(mean, mean - half, mean + half, n)
 
 
 def paired_answers(runs: DataFrame, others: DataFrame) -> AnswerDifference:
@@ -184,15 +202,31 @@ def paired_answers(runs: DataFrame, others: DataFrame) -> AnswerDifference:
     sentences, with a 95 % interval over the sentences.
 
     Each sentence counts with the share of the runs that get it right; `n` is the number of
-    sentences. The rows have the columns `sentences` and `right` of additive_answers.csv. Raises
+    sentences. The rows have the columns `sentences` and `right` of sentiment_answers.csv. Raises
     ValueError for no rows, or for other numbers of sentences."""
-    ours, theirs = _shares(runs), _shares(others)
-    if len(ours) != len(theirs):
-        raise ValueError(f"{len(ours)} and {len(theirs)} sentences cannot be paired")
-    gaps = [mine - other for mine, other in zip(ours, theirs, strict=True)]
-    mean, n = statistics.fmean(gaps), len(gaps)
-    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
-    return AnswerDifference(mean, mean - half, mean + half, n)
+
+    def right(row) -> list[float]:
+        bits = int(row.right, 16)
+        return [100.0 * (bits >> i & 1) for i in range(row.sentences)]
+
+    ours, theirs = (_by_example(rows, right, "sentences") for rows in (runs, others))
+    return _paired(AnswerDifference, ours, theirs)
+
+
+def paired_losses(runs: DataFrame, others: DataFrame) -> LossDifference:
+    """Return by how many hundredths of a nat per token the loss of `runs` is above that of `others`
+    on the same test answers, with a 95 % interval over the answers. A hundredth of a nat is about
+    one percent of the perplexity.
+
+    Each answer counts with its mean over the runs; `n` is the number of answers. The rows have the
+    column `losses` of assistant_study.csv. Raises ValueError for no rows, or for other numbers of
+    answers."""
+
+    def losses(row) -> list[float]:
+        return [100 * float(loss) for loss in row.losses.split()]
+
+    ours, theirs = (_by_example(rows, losses, "answers") for rows in (runs, others))
+    return _paired(LossDifference, ours, theirs)
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -16,6 +16,7 @@ from peft_lessons.studies import (
     mean_and_range,
     paired_answers,
     paired_difference,
+    paired_losses,
     pareto_front,
     provenance,
     stored_costs,
@@ -157,6 +158,17 @@ def test_answers_of_other_sentences_are_not_paired():
     ):
         with pytest.raises(ValueError, match=said):
             paired_answers(first, second)
+
+
+def test_losses_are_paired_answer_by_answer():
+    mine = pd.DataFrame({"losses": ["1.000 2.000 3.000", "1.200 2.000 3.000"]})
+    theirs = pd.DataFrame({"losses": ["1.000 1.900 3.100"]})
+    found = paired_losses(mine, theirs)  # gaps of 10, 10 and -10 hundredths
+    half = student_t(2) * math.sqrt(400 / 3) / math.sqrt(3)
+    assert (found.mean, found.high) == pytest.approx((10 / 3, 10 / 3 + half))
+    assert repr(found) == "+3.3 (-25.4 to +32.0, 3 answers)"
+    with pytest.raises(ValueError, match="3 and 2 answers"):
+        paired_losses(mine, pd.DataFrame({"losses": ["1.000 2.000"]}))
 
 
 def test_the_front_is_what_nothing_dominates():

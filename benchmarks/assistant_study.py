@@ -1,0 +1,148 @@
+"""The study of a real language model: the bundled assistant learns to write definitions.
+
+    python benchmarks/assistant_study.py    # two hours on one core
+
+The assistant (SmolLM2-135M-Instruct) trains on 320 questions and answers of the task "definitions",
+once through, in 40 steps of 8; only the answer and its end token count in the loss. Adds a row for
+each run to data/results/assistant_study.csv. The learning rate is chosen by the validation split,
+and more are tried as long as the best lies at the edge of those that were tried.
+
+What is frozen is in bfloat16, or in 4 bits, what trains in float32, and products are in bfloat16.
+`validation` and `test` are means, over answers, of the loss per token of an answer, in nats;
+`losses` holds those of the test split, so that any two runs can be paired. `memory` is the
+perplexity of Jane Austen's novels, of which no step has seen anything.
+"""
+
+import sys
+from functools import partial
+
+import torch
+from choosing_study import widened
+from common import Results, fill, to_do
+from peft import LoraConfig, get_peft_model
+
+from peft_lessons import (
+    evaluate,
+    fit,
+    freeze,
+    inject,
+    load_model,
+    load_task,
+    load_tokenizer,
+    measure,
+)
+from peft_lessons.engine import Method
+from peft_lessons.methods.dora import DoRA
+from peft_lessons.methods.ia3 import IA3
+from peft_lessons.methods.lora import LoRA
+from peft_lessons.methods.prompt import Prompt
+from peft_lessons.methods.selective import PartialFineTuning
+from peft_lessons.train.loop import History
+
+STEPS, SIZES = 40, {"validation": 96, "test": 192}
+LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4), (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
+RATES = {
+    "base": (0.0,),
+    "lora": MIDDLE,
+    "full": LOW,
+    "qlora": MIDDLE,
+    "dora": MIDDLE,
+    "rslora": (1e-4, 3e-4, 1e-3),
+    "ia3": HIGH,
+    "last two": (1e-4, 3e-4, 1e-3),
+    "prompt": HIGH,
+    "lora, query and value": MIDDLE,
+    "lora, rank 64": MIDDLE,
+}
+COLUMNS = ("steps", "trainable", "validation", "test", "memory", "seconds_per_step", "losses")
+TASK, NAMES = "definitions", ("task", "method")
+
+
+def described(method: str) -> Method:
+    """Return the description of a method on the assistant."""
+    tokenizer, text = load_tokenizer("smollm2"), "Answer as a dictionary would, with a definition."
+    return {
+        "lora": LoRA(rank=8, alpha=16),
+        "dora": DoRA(rank=8, alpha=16),
+        "rslora": LoRA(rank=64, alpha=16, rslora=True),
+        "lora, query and value": LoRA(rank=8, alpha=16, targets=("q_proj", "v_proj")),
+        "lora, rank 64": LoRA(rank=64, alpha=16),
+        "ia3": IA3(("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+        "last two": PartialFineTuning(last=2),
+        "prompt": Prompt(16, init=text, tokenizer=tokenizer),
+    }[method]
+
+
+def build(method: str, seed: int) -> torch.nn.Module:
+    """Return the assistant with a method in it, what trains in float32, ready to train."""
+    model = load_model("smollm2", dtype=torch.bfloat16, four_bit=method == "qlora")
+    torch.manual_seed(seed)
+    if method == "base":
+        freeze(model)
+    elif method == "qlora":  # bitsandbytes' layers, which the course's methods do not take
+        config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+        model = get_peft_model(model, config)
+    elif method != "full":
+        inject(model, described(method))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model
+
+
+@torch.no_grad()
+def answer_losses(model: torch.nn.Module, task, split: str) -> list[float]:
+    """Return for each answer of a split its mean loss per token, in nats. The order of the answers
+    is the same for every model."""
+    model.eval()
+    found = []
+    for batch in task.batches(split, 16, by_length=True):
+        labels = batch.pop("labels")  # (answers, tokens)
+        logits = model(**batch).logits[:, -labels.shape[1] :].float()  # behind a prompt, if any
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
+        )
+        learned = labels[:, 1:] != -100
+        found += (losses.sum(dim=1) / learned.sum(dim=1)).tolist()
+    return found
+
+
+def run(task, austen, name: str, method: str, lr: float, seed: int) -> dict:
+    """Train one point and return its measured columns."""
+    model = build(method, seed)
+    trainable = measure.parameters(model).trainable
+    history = History()
+    if lr:
+        history = fit(model, task, STEPS, lr=lr, batch_size=8, seed=seed, show=False)
+    losses, chosen = (answer_losses(model, task, split) for split in ("test", "validation"))
+    return {
+        "steps": STEPS if lr else 0,
+        "trainable": trainable,
+        "validation": f"{sum(chosen) / len(chosen):.5f}",
+        "test": f"{sum(losses) / len(losses):.5f}",
+        "memory": f"{evaluate(model, austen, 'validation', batch_size=8).perplexity:.4f}",
+        "seconds_per_step": f"{history.seconds / STEPS:.3f}",
+        "losses": " ".join(f"{loss:.3f}" for loss in losses),
+    }
+
+
+def main(backwards: bool) -> None:
+    torch.set_num_threads(1)
+    results = Results("assistant_study", (*NAMES, "lr", "seed", *COLUMNS))
+    task = load_task(TASK).limit(train=8 * STEPS, **SIZES)
+    austen = load_task("austen", load_tokenizer("smollm2")).limit(validation=24)
+
+    def left() -> list[tuple]:
+        rates = {}
+        for method, start in RATES.items():
+            rows = [r for r in results.rows() if (r["method"], r["seed"]) == (method, "0")]
+            tried = {float(row["lr"]): float(row["validation"]) for row in rows}
+            rates[TASK, method] = widened(start, tried, min) if any(start) else start
+        return to_do(results, NAMES, rates, min)
+
+    fill(results, (*NAMES, "lr", "seed"), left, partial(run, task, austen), backwards)
+
+
+if __name__ == "__main__":
+    main("--backwards" in sys.argv)
