@@ -1,15 +1,18 @@
 """The study of what can be done to trained adapters: take intruder dimensions out, and combine two.
 
-    python benchmarks/after_study.py    # half an hour on one core
+    python benchmarks/after_study.py    # an hour on one core
 
 tinylm learns Jane Austen's novels and sentences of movie reviews, a LoRA of rank 8 on all linear
 layers for each, and a third one on both, in twice as many steps. Adds a row for each way to
 data/results/after_study.csv; what changes the adapters is PEFT's own.
 
+The rows `austen`, `reviews` and `both` are the trained adapters, with the learning rate as
+`factor`; `validation`, the mean loss per token of the texts they learn, chooses it with seed 0.
 `reduced` scales the intruder dimensions of the Austen adapter by `factor`
-(`reduce_intruder_dimension`); `scaled` scales all of the adapter, the control. The other ways are
+(`reduce_intruder_dimension`), which PEFT cuts back to rank 8; `reduced, any rank` leaves that out.
+`scaled` scales all of the adapter, the control. The other ways are
 combination types of `add_weighted_adapter`, with `factor` as the weight of both adapters; those
-that drop entries keep half of them. `sum` and `mean` add the changes of the weights themselves.
+that drop entries keep half of them. `cat` adds the changes of the weights themselves.
 
 `austen`, `reviews` and `definitions` are perplexities of held-out text; on definitions tinylm was
 pretrained. `intruders` counts as variants_study.py does.
@@ -24,66 +27,113 @@ import torch
 from choosing_study import definitions
 from common import SEEDS, Results, base_of, load, missing
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from variants_study import cosines
+from variants_study import EPSILON, K, cosines
 
-from peft_lessons import evaluate, fit, inject, load_task, load_tokenizer, save_adapter
+from peft_lessons import (
+    evaluate,
+    fit,
+    inject,
+    load_task,
+    load_tokenizer,
+    merge,
+    save_adapter,
+    unload,
+)
 from peft_lessons.data.tasks import LanguageTask, Split
 from peft_lessons.studies.catalogue import setting
 
-STEPS, LR, EPSILON, DENSITY = 100, 3e-2, 0.5, 0.5
-FACTORS = (1.0, 0.75, 0.5, 0.25, 0.0)
-TYPES = ("linear", "ties", "ties_svd", "dare_linear", "dare_linear_svd")
+STEPS, DENSITY = {"austen": 100, "reviews": 100, "both": 200}, 0.5
+RATES = {"austen": (3e-2,), "reviews": (3e-3, 1e-2, 3e-2), "both": (3e-3, 1e-2, 3e-2)}
+TYPES = ("cat", "linear", "ties", "ties_svd", "dare_linear", "dare_linear_svd")
 WAYS = [
     ("base", 0.0),
-    *((name, 1.0) for name in ("austen", "reviews", "both")),
-    *(("reduced", factor) for factor in FACTORS[1:]),
+    *((way, factor) for way in ("reduced", "reduced, any rank") for factor in (0.75, 0.5, 0.25)),
     *(("scaled", factor) for factor in (0.9, 0.8, 0.7, 0.6, 0.5)),
-    *((way, factor) for way in ("cat", *TYPES) for factor in (1.0, 0.5)),
+    *((way, factor) for way in TYPES for factor in (1.0, 0.5)),
 ]
 KEY = ("way", "factor", "seed")
-COLUMNS = ("austen", "reviews", "definitions", "intruders")
+COLUMNS = ("validation", "austen", "reviews", "definitions", "intruders")
 
 
 def reviews() -> LanguageTask:
     """Return sentences of movie reviews as running text, each a piece of its own."""
     task, tokenizer = load_task("sentiment"), load_tokenizer("tinylm")
     splits = {}
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         texts = tuple(task.texts(split))
         tokens = (tokenizer(text)["input_ids"] for text in texts)
         splits[split] = Split(texts, tuple((*ids, tokenizer.eos_token_id)[:128] for ids in tokens))
     return LanguageTask("reviews", splits, tokenizer, 128)
 
 
-def adapters(tasks: dict, seed: int, folder: Path) -> None:
-    """Train the three adapters and save them in folders of their names."""
-    streams = [tasks[name].stream(16, seed) for name in ("austen", "reviews")]
-    mixed = list(itertools.islice(itertools.chain.from_iterable(zip(*streams, strict=True)), 200))
-    for name, data in {
-        "austen": tasks["austen"],
-        "reviews": tasks["reviews"],
-        "both": mixed,
-    }.items():
-        model = base_of("austen", seed)
-        inject(model, setting("lora, all linear", "austen"))
-        steps = 2 * STEPS if name == "both" else STEPS
-        fit(model, data, steps, lr=LR, seed=seed, show=False)
-        save_adapter(model, folder / name)
-
-
-def opened(folder: Path) -> peft.PeftModel:
-    """Return tinylm in PEFT with the three adapters."""
-    model = peft.PeftModel.from_pretrained(base_of("austen", 0), folder / "austen", "austen")
-    for name in ("reviews", "both"):
-        model.load_adapter(folder / name, name)
+def trained(tasks: dict, name: str, lr: float, seed: int) -> torch.nn.Module:
+    """Return tinylm with an adapter that learned one kind of text, or both."""
+    streams = [tasks[text].stream(16, seed) for text in ("austen", "reviews")]
+    mixed = itertools.chain.from_iterable(zip(*streams, strict=True))
+    data = tasks[name] if name in tasks else list(itertools.islice(mixed, STEPS[name]))
+    model = base_of("austen", seed)
+    inject(model, setting("lora, all linear", "austen"))
+    fit(model, data, STEPS[name], lr=lr, seed=seed, show=False)
     return model
 
 
-def changed(model: peft.PeftModel, way: str, factor: float, seed: int) -> torch.nn.Module:
+def measured(model: torch.nn.Module, tasks: dict, base: torch.nn.Module) -> dict:
+    """Return what a row says of a plain model."""
+    row = {task: f"{evaluate(model, tasks[task]).perplexity:.4f}" for task in tasks}
+    return row | {"intruders": intruders(base, model)}
+
+
+def train_all(
+    results: Results, tasks: dict, base: torch.nn.Module, seed: int, folder: Path
+) -> None:
+    """Train the three adapters, each at every learning rate with the first seed and at the best one
+    with others, add rows that are missing, and save the best ones in folders of their names."""
+    for name, rates in RATES.items():
+        first = {
+            float(r["factor"]): float(r["validation"])
+            for r in results.rows()
+            if (r["way"], r["seed"]) == (name, "0")
+        }
+        if seed != SEEDS[0] or len(first) == len(rates):
+            rates = (min(first, key=first.get),)
+        if name == "both" and not missing(results, KEY, [(name, lr, seed) for lr in rates]):
+            continue  # nothing else is made of it
+        losses = {}
+        for lr in rates:
+            model = trained(tasks, name, lr, seed)
+            learned = [name] if name in tasks else ["austen", "reviews"]
+            losses[lr] = sum(evaluate(model, tasks[t], "validation").loss for t in learned)
+            if losses[lr] == min(losses.values()):
+                save_adapter(model, folder / name)
+            if missing(results, KEY, [(name, lr, seed)]):
+                merge(model)
+                unload(model)
+                row = {"validation": f"{losses[lr] / len(learned):.5f}"}
+                row |= measured(model, tasks, base)
+                results.add(way=name, factor=lr, seed=seed, **row)
+                print(name, lr, seed, row, flush=True)
+
+
+def opened(folder: Path) -> peft.PeftModel:
+    """Return tinylm in PEFT with the adapters of both texts."""
+    model = peft.PeftModel.from_pretrained(base_of("austen", 0), folder / "austen", "austen")
+    model.load_adapter(folder / "reviews", "reviews")
+    return model
+
+
+@torch.no_grad()
+def reduce(base: torch.nn.Module, model: torch.nn.Module, factor: float) -> None:
+    """Scale the intruder dimensions of a plain model's linear layers, in place."""
+    for path in layers_of(base):
+        before, weight = base.get_submodule(path).weight, model.get_submodule(path).weight
+        U, S, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        S[:K] *= torch.where(cosines(before, weight) < EPSILON, factor, 1.0)
+        weight.copy_(U * S @ Vt)
+
+
+def changed(model: peft.PeftModel, base, way: str, factor: float, seed: int) -> torch.nn.Module:
     """Return the plain model that a way makes of the adapters."""
-    if way in ("austen", "reviews", "both"):
-        model.set_adapter(way)
-    elif way == "reduced":
+    if way == "reduced":
         reduce_intruder_dimension(
             model,
             "austen",
@@ -92,6 +142,11 @@ def changed(model: peft.PeftModel, way: str, factor: float, seed: int) -> torch.
             mitigation_lambda=factor,
             logging_sink=None,
         )
+    elif way == "reduced, any rank":
+        model.set_adapter("austen")
+        plain = model.merge_and_unload()
+        reduce(base, plain, factor)
+        return plain
     elif way == "scaled":
         model.add_weighted_adapter(["austen"], [factor], way, "cat")
         model.set_adapter(way)
@@ -106,15 +161,18 @@ def changed(model: peft.PeftModel, way: str, factor: float, seed: int) -> torch.
     return model.merge_and_unload()
 
 
+def layers_of(model: torch.nn.Module) -> list[str]:
+    """Return the paths of the linear layers of all blocks."""
+    named = model.named_modules()
+    return [path for path, m in named if isinstance(m, torch.nn.Linear) and "layers" in path]
+
+
 def intruders(before: torch.nn.Module, after: torch.nn.Module) -> int:
-    """Count the intruder dimensions of all linear layers of the blocks."""
-    layers = [path for path, m in before.named_modules() if isinstance(m, torch.nn.Linear)]
-    pairs = [(before.get_submodule(p).weight, after.get_submodule(p).weight) for p in layers]
-    return sum(
-        int((cosines(*pair) < EPSILON).sum())
-        for p, pair in zip(layers, pairs, strict=True)
-        if "layers" in p
+    """Count the intruder dimensions of the linear layers of all blocks."""
+    weights = (
+        [m.get_submodule(path).weight for m in (before, after)] for path in layers_of(before)
     )
+    return sum(int((cosines(*pair) < EPSILON).sum()) for pair in weights)
 
 
 def main() -> None:
@@ -126,11 +184,11 @@ def main() -> None:
         left = missing(results, KEY, [(*way, seed) for way in WAYS])
         with tempfile.TemporaryDirectory() as name:
             if left:
-                adapters(tasks, seed, Path(name))
+                train_all(results, tasks, base, seed, Path(name))
             for way, factor, _ in left:
-                model = changed(opened(Path(name)), way, factor, seed).eval()
-                row = {task: f"{evaluate(model, tasks[task]).perplexity:.4f}" for task in tasks}
-                row["intruders"] = intruders(base, model)
+                row = measured(
+                    changed(opened(Path(name)), base, way, factor, seed).eval(), tasks, base
+                )
                 results.add(way=way, factor=factor, seed=seed, **row)
                 print(way, factor, seed, row, flush=True)
 

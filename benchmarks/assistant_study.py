@@ -51,8 +51,6 @@ RATES = {
     "ia3": HIGH,
     "last two": (1e-4, 3e-4, 1e-3),
     "prompt": HIGH,
-    "lora, query and value": MIDDLE,
-    "lora, rank 64": MIDDLE,
 }
 COLUMNS = ("steps", "trainable", "validation", "test", "memory", "seconds_per_step", "losses")
 TASK, NAMES = "definitions", ("task", "method")
@@ -65,8 +63,6 @@ def described(method: str) -> Method:
         "lora": LoRA(rank=8, alpha=16),
         "dora": DoRA(rank=8, alpha=16),
         "rslora": LoRA(rank=64, alpha=16, rslora=True),
-        "lora, query and value": LoRA(rank=8, alpha=16, targets=("q_proj", "v_proj")),
-        "lora, rank 64": LoRA(rank=64, alpha=16),
         "ia3": IA3(("k_proj", "v_proj", "down_proj"), ("down_proj",)),
         "last two": PartialFineTuning(last=2),
         "prompt": Prompt(16, init=text, tokenizer=tokenizer),

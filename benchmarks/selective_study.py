@@ -33,7 +33,7 @@ SETTINGS = {  # (task, method, variant, blocks, one in how many numbers, or rank
     ("austen", "norms", "", 0): HIGH,
     ("austen", "last", "", 2): MIDDLE,
     **{("austen", "diff", kind, 200): (*HIGH, 1e-1) for kind in DIFFS},
-    **{("austen", "sparse", kind, 8): HIGH for kind in SPARSE},
+    **{("austen", "sparse", kind, 8): (1e-2, 3e-2, 1e-1) for kind in SPARSE},
 }
 PATH = (*NAMES, "lr", "seed", "step", "expected", "nonzero", "task_loss")
 
