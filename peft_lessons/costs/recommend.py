@@ -135,6 +135,7 @@ SPARE, CONTEXT = 0.05, 0.75 * GIB  # of a GPU: its part lost to fragments, bytes
 LARGEST = 10_000  # billions of parameters; a size above is not in billions
 LEAN = "bfloat16, 8-bit Adam"  # the leanest recipe of full fine-tuning
 FEW, MANY = 500, 100_000  # examples
+TIGHT = GB  # bytes left
 FULL_RATES = (2e-4, 2e-5)  # minilm's best, and the default of TRL's SFTConfig
 # {task: from so many billions of parameters the learning rates are those of language models}
 SPEAKS = {"classification": 0.5, "generation": 0.05}
@@ -407,9 +408,10 @@ def _decision(chosen: str, needs: Mapping[str, Memory], asked: _Asked) -> str:
             f"{short:.1f} GB. {_at_most(most)}. Or take a larger GPU or several{texts}."
         )
     took = needs[chosen].total
+    tight = " That is tight, so try the longest text first." if usable - took < TIGHT else ""
     return (
         f"{chosen} takes {took / GB:.1f} GB for a model of {asked.size:g} billion, and {room}: "
-        f"{(usable - took) / GB:.1f} GB are left."
+        f"{(usable - took) / GB:.1f} GB are left.{tight}"
     )
 
 
