@@ -277,8 +277,10 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
 
 @check_for(
     cases=[
-        *(_called(_EIGHT_BILLION, gpu_gb) for gpu_gb in (24, 160, 16, 8, 20.7, 19.5)),
-        _called(_THREE_BILLION, 80),
+        *(_called(_EIGHT_BILLION, gpu, noise=0.2) for gpu in (24, 160, 16, 8, 20.7, 19.5)),
+        _called(_THREE_BILLION, 80, noise=0.2),
+        _called(_THREE_BILLION, 80, note="; noisier seeds"),
+        _called(_EIGHT_BILLION, 160, note="; noisier seeds"),
         _called(_NO_BETTER, 80),
         _called(_PERPLEXITIES, 48, 5, 1.2, "; scores are perplexities, negated; five seeds"),
         _called(_SEVENTY_BILLION, 24),
@@ -304,7 +306,7 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
             if fitting:
                 best = max(fitting, key=lambda name: statistics.mean(scores[name]))
                 behind = {n: gap(scores[best], scores[n]) for n in fitting if n != best}
-                good = [name for name in fitting if name == best or behind[name][1] <= 0]
+                good = [name for name in fitting if name == best or behind[name][2] <= 1]
                 method = min(good, key=needs.get)
                 took = needs[method]
             left = room - took
@@ -315,18 +317,19 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
             if needs[name] <= room → ∅
         the whole GPU is used: an eighth stays free
             * 7 / 8 → ∅
+        the lower end decides nothing: too few seeds would then excuse any method
+            behind[name][2] <= 1 → behind[name][1] <= 0
+        the mean is within a point, and the upper end is not: the upper end decides
+            behind[name][2] <= 1 → behind[name][0] <= 1
         it is dominated: the cheapest that fits is taken, though another is clearly better
             good, key → fitting, key
-        two intervals that overlap are taken for no difference: that of the differences decides
-            behind[name][1] <= 0 →
-                gap(scores[best], [0] * 99)[1] <= gap(scores[name], [0] * 99)[2]
-        the difference is within noise: the best mean is taken, though a cheaper one is as good
+        the best mean is taken, though a cheaper one is surely within a point
             min(good, key=needs.get) → best
         the best of all is the measure, though it does not fit
             max(fitting → max(needs
         `behind` has the sign turned: it is the best less the other
             x - y → y - x
-            behind[name][1] <= 0 → behind[name][2] >= 0
+            behind[name][2] <= 1 → -behind[name][1] <= 1
         `left` is counted for the best: it is what the chosen method leaves
             needs[method] → needs[best]
         `behind` is counted from the method chosen: it is the best less the other
@@ -354,5 +357,5 @@ def defend_choice(needs, gpu_gb, scores):
         return {"method": "does not fit", "left": left, "behind": {}}
     best = max(cheap, key=lambda name: math.fsum(scores[name]))
     behind = {n: paired_difference.reference(scores[best], scores[n]) for n in cheap if n != best}
-    method = next(name for name in cheap if name == best or behind[name][1] <= 0)
+    method = next(name for name in cheap if name == best or behind[name][2] <= 1)
     return {"method": method, "left": usable - needs[method], "behind": behind}

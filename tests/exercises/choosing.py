@@ -152,19 +152,15 @@ def in_a_loop(scores_a, scores_b):
 # ------------------------------------------------------------------ defend_choice
 
 
-def interval(values):
-    half = student_t(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
-
-
-@wrong("defend_choice", "two intervals that overlap are taken for no difference")
-def overlapping(needs, gpu_gb, scores):
+@wrong("defend_choice", "too few seeds would then excuse any method")
+def not_clearly_worse(needs, gpu_gb, scores):
     answer = with_a_sweep(needs, gpu_gb, scores)
+    behind = answer["behind"]
     names = [name for name in needs if needs[name] <= 0.875 * gpu_gb]
     if names:
-        lowest, _ = interval(scores[max(names, key=lambda name: sum(scores[name]))])
-        method = min((n for n in names if interval(scores[n])[1] >= lowest), key=needs.get)
-        answer["method"], answer["left"] = method, 0.875 * gpu_gb - needs[method]
+        good = [name for name in names if name not in behind or not behind[name][1] > 0]
+        answer["method"] = method = min(good, key=needs.get)
+        answer["left"] = 0.875 * gpu_gb - needs[method]
     return answer
 
 
@@ -198,7 +194,7 @@ def with_a_sweep(needs, gpu_gb, scores):
         if name != best:
             behind[name] = in_a_loop(scores[best], scores[name])
     for name in names:
-        if name == best or not behind[name][1] > 0:
+        if name == best or not behind[name][2] > 1:
             break
     return {"behind": behind, "left": room - needs[name], "method": name}
 
@@ -218,6 +214,6 @@ def with_torch(needs, gpu_gb, scores):
         for n, one in zip(names, fit, strict=True)
         if one and n != best
     }
-    good = [n == best or (n in behind and behind[n][1] <= 0) for n in names]
+    good = [n == best or (n in behind and behind[n][2] <= 1) for n in names]
     i = int(need.where(torch.tensor(good), torch.inf).argmin())
     return {"method": names[i], "left": usable - need[i].item(), "behind": behind}
