@@ -256,7 +256,7 @@ def test_what_full_fine_tuning_takes_by_the_leanest_recipe():
 
 
 def test_little_room_is_called_tight():
-    for size, gpu, tight in ((7, 16, True), (8, 24, False)):
+    for size, gpu, tight in ((6.9, 16, True), (8, 24, False)):
         advice = recommend_peft_method(size, gpu, "generation", 1000, context=2048)
         assert ("That is tight" in advice.sentences[0]) == tight
 
