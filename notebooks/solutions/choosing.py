@@ -7,7 +7,7 @@ from peft_lessons.studies import student_t
 
 
 def pareto_front(costs: list[float], scores: list[float]) -> list[int]:
-    """Indices of the points that no other dominates, the cheapest first."""
+    """Return the indices of the points that no other dominates, the cheapest first."""
     points = list(zip(costs, scores, strict=True))
 
     def dominates(j: int, i: int) -> bool:
@@ -20,8 +20,8 @@ def pareto_front(costs: list[float], scores: list[float]) -> list[int]:
 
 
 def fits(n_params: int, n_trainable: int, gpu_gb: float, bits: int) -> bool:
-    """Whether weights and what trains take at most seven eighths of the card."""
-    stored = 16 if bits == 16 else 4 + 8 / 64 + 32 / (64 * 256)   # bits a frozen number
+    """Return whether weights and what trains take at most seven eighths of a GPU."""
+    stored = 16 if bits == 16 else 4 + 8 / 64 + 32 / (64 * 256)   # bits of a frozen weight
     frozen = (n_params - n_trainable) * stored / 8                # bytes
     return frozen + 16 * n_trainable <= 7 / 8 * gpu_gb * 2**30
 
@@ -29,9 +29,9 @@ def fits(n_params: int, n_trainable: int, gpu_gb: float, bits: int) -> bool:
 def paired_difference(
     scores_a: list[float], scores_b: list[float]
 ) -> tuple[float, float, float]:
-    """The mean of a − b over the seeds, and the ends of its 95 % interval."""
+    """Return the mean of a − b and the ends of its 95 % interval."""
     if len(scores_a) != len(scores_b) or len(scores_a) < 2:
-        raise ValueError("the scores must be pairs, of two seeds at least")
+        raise ValueError("the scores must be pairs, at least two")
     gaps = [a - b for a, b in zip(scores_a, scores_b, strict=True)]
     n, mean = len(gaps), statistics.fmean(gaps)
     half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
@@ -41,7 +41,7 @@ def paired_difference(
 def defend_choice(
     needs: dict[str, float], gpu_gb: float, scores: dict[str, list[float]]
 ) -> dict:
-    """The cheapest of what fits and is as good as the best that fits, with the numbers."""
+    """Return the cheapest method that fits and is as good as the best, with the numbers."""
 
     def paired(a: list[float], b: list[float]) -> tuple[float, float, float]:
         gaps = [x - y for x, y in zip(a, b, strict=True)]
@@ -49,15 +49,12 @@ def defend_choice(
         half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
         return mean, mean - half, mean + half
 
-    usable = 7 / 8 * gpu_gb * 2**30
+    usable = 7 / 8 * gpu_gb
     fitting = [name for name in needs if needs[name] <= usable]
     if not fitting:
-        least = min(needs.values())
-        return {"method": "does not fit", "takes": least / 2**30,
-                "left": (usable - least) / 2**30, "behind": {}}
+        return {"method": "does not fit", "left": usable - min(needs.values()), "behind": {}}
     best = max(fitting, key=lambda name: statistics.fmean(scores[name]))
     behind = {name: paired(scores[best], scores[name]) for name in fitting if name != best}
-    as_good = [best, *(name for name, (_, low, _) in behind.items() if low <= 0)]
+    as_good = [best, *(name for name, (_, _, high) in behind.items() if high <= 1)]
     chosen = min(as_good, key=needs.get)
-    return {"method": chosen, "takes": needs[chosen] / 2**30,
-            "left": (usable - needs[chosen]) / 2**30, "behind": behind}
+    return {"method": chosen, "left": usable - needs[chosen], "behind": behind}

@@ -121,11 +121,11 @@ _N, _T = 7_000_000_000, 40_000_000
             return need <= gpu_gb * 2**30 * 7 / 8
         """,
         """
-        the card's GB are taken for 10⁹ bytes: a card of 24 GB has 24 · 2³⁰
+        the GPU's GB are taken for 10⁹ bytes: a GPU of 24 GB has 24 · 2³⁰
             2**30 → 10**9
-        a number in 4 bits has its share of the statistics: 4.127 bits, not 4
+        a weight in 4 bits has its share of the statistics: 4.127 bits, not 4
             bits += 8 / 64 + 32 / 64 / 256 → pass
-        the statistics are quantised too: 4.127 bits a number, not 4.5
+        the statistics are quantised too: 4.127 bits a weight, not 4.5
             8 / 64 + 32 / 64 / 256 → 32 / 64
         the second level is left out: each 256 blocks have one statistic of 32 bits
             + 32 / 64 / 256 → ∅
@@ -145,9 +145,9 @@ _N, _T = 7_000_000_000, 40_000_000
         weights alone are counted: what trains has gradients and moments
             n_params - n_trainable → n_params
             + (2 + 2 + 4 + 8) * n_trainable → ∅
-        the whole card is used: an eighth stays free
+        the whole GPU is used: an eighth stays free
             * 7 / 8 → ∅
-        an eighth of the need is added: an eighth of the card stays free
+        an eighth of the need is added: an eighth of the GPU stays free
             return need → return need * 9 / 8
             * 7 / 8 → ∅
         what takes exactly seven eighths fits
@@ -243,7 +243,7 @@ def paired_difference(scores_a, scores_b):
 
 
 def _situation(gpu_gb, seeds=3, noise=0.4, **given):
-    """{method: (GB, mean score)} as the arguments of a call, with scores that rise and fall
+    """{method: (GiB, mean score)} as the arguments of a call, with scores that rise and fall
     together, and a little apart."""
 
     def wave(value: Callable) -> list[float]:
@@ -253,7 +253,7 @@ def _situation(gpu_gb, seeds=3, noise=0.4, **given):
     shared = wave(lambda s: 2.0 * math.cos(3.1 * (s - 1)))
     needs, scores = {}, {}
     for i, (name, (size, score)) in enumerate(given.items()):
-        needs[name] = size * _GB
+        needs[name] = size
         own = wave(lambda s, i=i: math.sin(7.3 * i * s + s))
         scores[name] = [score + a + noise * b for a, b in zip(shared, own, strict=True)]
     return [needs, gpu_gb, scores]
@@ -271,14 +271,16 @@ _SEVENTY_BILLION = {"lora": (133.2, 77.0), "qlora": (40.0, 76.0), "prompt": (131
 def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
     """The case of a situation; the note names what the dicts hold."""
     sizes = ", ".join(f"{name} {size:g} and {score:g}" for name, (size, score) in given.items())
-    told = f"GB and mean score: {sizes}{note}"
+    told = f"GiB and mean score: {sizes}{note}"
     return Case(lambda: _situation(gpu_gb, seeds, noise, **given), note=told)
 
 
 @check_for(
     cases=[
-        *(_called(_EIGHT_BILLION, gpu_gb) for gpu_gb in (24, 160, 16, 8, 20.7, 19.5)),
-        _called(_THREE_BILLION, 80),
+        *(_called(_EIGHT_BILLION, gpu, noise=0.2) for gpu in (24, 160, 16, 8, 20.7, 19.5)),
+        _called(_THREE_BILLION, 80, noise=0.2),
+        _called(_THREE_BILLION, 80, note="; noisier seeds"),
+        _called(_EIGHT_BILLION, 160, note="; noisier seeds"),
         _called(_NO_BETTER, 80),
         _called(_PERPLEXITIES, 48, 5, 1.2, "; scores are perplexities, negated; five seeds"),
         _called(_SEVENTY_BILLION, 24),
@@ -298,50 +300,47 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
                 half = student_t(len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d))
                 return mean, mean - half, mean + half
 
-            GB = 2**30
-            room = gpu_gb * GB * 7 / 8
+            room = gpu_gb * 7 / 8
             fitting = [name for name in needs if needs[name] <= room]
             method, took, behind = "does not fit", min(needs.values()), {}
             if fitting:
                 best = max(fitting, key=lambda name: statistics.mean(scores[name]))
                 behind = {n: gap(scores[best], scores[n]) for n in fitting if n != best}
-                good = [name for name in fitting if name == best or behind[name][1] <= 0]
+                good = [name for name in fitting if name == best or behind[name][2] <= 1]
                 method = min(good, key=needs.get)
                 took = needs[method]
-            left = (room - took) / GB
-            return {"method": method, "takes": took / GB, "left": left, "behind": behind}
+            left = room - took
+            return {"method": method, "left": left, "behind": behind}
         """,
         """
         it does not fit: the best score is taken, whatever it takes
             if needs[name] <= room → ∅
-        the card's GB are taken for 10⁹ bytes: a card of 24 GB has 24 · 2³⁰
-            GB = 2**30 → GB = 10**9
-        `takes` and `left` are in units of 10⁹ bytes: the card's unit is 2³⁰
-            (room - took) / GB → (room - took) / 10**9
-            took / GB, → took / 10**9,
-        the whole card is used: an eighth stays free
+        the whole GPU is used: an eighth stays free
             * 7 / 8 → ∅
+        the lower end decides nothing: too few seeds would then excuse any method
+            behind[name][2] <= 1 → behind[name][1] <= 0
+        the mean is within a point, and the upper end is not: the upper end decides
+            behind[name][2] <= 1 → behind[name][0] <= 1
         it is dominated: the cheapest that fits is taken, though another is clearly better
             good, key → fitting, key
-        two intervals that overlap are taken for no difference: that of the differences decides
-            behind[name][1] <= 0 →
-                gap(scores[best], [0] * 99)[1] <= gap(scores[name], [0] * 99)[2]
-        the difference is within noise: the best mean is taken, though a cheaper one is as good
+        the best mean is taken, though a cheaper one is surely within a point
             min(good, key=needs.get) → best
         the best of all is the measure, though it does not fit
             max(fitting → max(needs
         `behind` has the sign turned: it is the best less the other
             x - y → y - x
-            behind[name][1] <= 0 → behind[name][2] >= 0
-        `takes` is that of the best: it is that of the method chosen
+            behind[name][2] <= 1 → -behind[name][1] <= 1
+        `left` is counted for the best: it is what the chosen method leaves
             needs[method] → needs[best]
         `behind` is counted from the method chosen: it is the best less the other
             left = →
                 behind = {n: gap(scores[method], scores[n]) for n in fitting if n != method}; left =
         `behind` has what does not fit, too
             n in fitting if → n in needs if
-        `left` is counted from the whole card: an eighth of it stays free
-            (room - took) → (gpu_gb * GB - took)
+        `left` is counted from the whole GPU: an eighth of it stays free
+            room - took → gpu_gb - took
+        the sizes come in GiB already: nothing is to be divided
+            room = gpu_gb * 7 / 8 → room = gpu_gb * 7 / 8 * 2**30
         nothing fits, and the smallest is named all the same
             "does not fit" → min(needs, key=needs.get)
         """,
@@ -350,20 +349,13 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
     ),
 )
 def defend_choice(needs, gpu_gb, scores):
-    """What fits, is as good as the best that fits and takes least, with the numbers that decide."""
-    usable = 7 * gpu_gb * _GB / 8
+    """What fits, is as good as the best that fits and takes least, with what decides."""
+    usable = 7 * gpu_gb / 8
     cheap = sorted((name for name in needs if needs[name] <= usable), key=needs.get)
     if not cheap:
-        least = min(needs.values())
-        left = (usable - least) / _GB
-        return {"method": "does not fit", "takes": least / _GB, "left": left, "behind": {}}
+        left = usable - min(needs.values())
+        return {"method": "does not fit", "left": left, "behind": {}}
     best = max(cheap, key=lambda name: math.fsum(scores[name]))
     behind = {n: paired_difference.reference(scores[best], scores[n]) for n in cheap if n != best}
-    method = next(name for name in cheap if name == best or behind[name][1] <= 0)
-    took = needs[method]
-    return {
-        "method": method,
-        "takes": took / _GB,
-        "left": (usable - took) / _GB,
-        "behind": behind,
-    }
+    method = next(name for name in cheap if name == best or behind[name][2] <= 1)
+    return {"method": method, "left": usable - needs[method], "behind": behind}

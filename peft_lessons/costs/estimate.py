@@ -23,13 +23,18 @@ e bytes a number of the base and a of an adapter:
 | LoRA: x Aᵀ, and x once more for each layer | a r, and a in if a is not e | the layer is adapted |
 | DoRA, as PEFT has it: two outputs more, and BA once | 2 e out, and e in · out in all | likewise |
 
-Attention is taken as fused: of its scores one number a row is kept. Behind the last block stand a
+Attention is taken as fused: of its scores one number a row is kept. After the last block come a
 norm and the logarithm of the probabilities, 4 V. With gradient checkpointing a block keeps e d only
-and is computed anew in the backward pass, one block at a time.
+and is computed again in the backward pass, one block at a time.
+
+The logits cost 12 V bytes per token: the 4 V that are kept, and 8 V for two float32 gradients at
+the start of the backward pass. With a chunked loss the head keeps its input only, e d, and computes
+logits, loss and gradients for `CHUNK` tokens at a time: 12 V bytes per token of one chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -37,6 +42,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -57,6 +64,7 @@ from ..methods.qlora import QLoRA
 from . import measure
 
 GB, GIB = 10**9, 2**30  # what a byte count is given in, and what a card is sold in
+CHUNK = 256  # tokens of which a chunked loss has the logits at a time
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight: its code, and its share of the statistics
 
 _QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
@@ -261,6 +269,7 @@ def activations(
     labels: bool = False,
     fused: bool = True,
     checkpointing: bool = False,
+    chunked: bool = False,
 ) -> dict[str, float]:
     """Return the bytes kept for the backward pass by what keeps them, {"norms": ..., "attention":
     ...}, by the formula at the top of this file.
@@ -269,7 +278,8 @@ def activations(
     batch texts of `context` tokens. weight: bytes of a number of the base, and of what flows (2 or
     4); adapter: of a number of LoRA's factors, as many unless said. labels: a classifier, whose
     head keeps next to nothing. fused=False: attention that writes its scores out. checkpointing:
-    each block keeps its input only. Dropout, and the mask of a padded batch, are not counted.
+    each block keeps its input only. chunked: the head keeps its input and no logits; a classifier
+    has none. Dropout, and the mask of a padded batch, are not counted.
 
     Raises ValueError for a shape or a method without a formula, or a size below 1."""
     validate("activations", batch=batch, context=context)
@@ -336,8 +346,8 @@ def activations(
     if checkpointing:
         kept = {"inputs of blocks": e * d * shape.layers * tokens, "norms": 0.0, "head": 0.0}
     kept["norms"] += norm * tokens
-    read = e * d if full or labels else 0  # a classifier's head trains in any case
-    kept["head"] += (read + (0 if labels else 4 * shape.vocabulary)) * tokens
+    read = e * d if full or labels or chunked else 0  # a classifier's head trains in any case
+    kept["head"] += (read + (0 if labels or chunked else 4 * shape.vocabulary)) * tokens
     return kept
 
 
@@ -355,6 +365,7 @@ def traced_activations(
     labels: bool = False,
     fused: bool = True,
     checkpointing: bool = False,
+    chunked: bool = False,
 ) -> int:
     """Run a model without values, in training mode, and return the bytes that it keeps for the
     backward pass.
@@ -372,8 +383,29 @@ def traced_activations(
             model.config.use_cache = False  # which it would be, with a notice
             model.gradient_checkpointing_enable({"use_reentrant": False})
         ids = torch.zeros(batch, context, dtype=torch.long)
+        if chunked and not labels:
+            return measure.activation_bytes(model, _chunked_loss(model, ids))
         wanted = ids[:, 0] if labels else ids
         return measure.activation_bytes(model, lambda: model(input_ids=ids, labels=wanted).loss)
+
+
+def _chunked_loss(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return a function that computes the loss from `CHUNK` tokens' logits at a time."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.whole_head = base.get_output_embeddings()  # stays one of the model's own modules
+    base.set_output_embeddings(nn.Identity())  # so that the model returns its hidden states
+
+    def of_chunk(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        logits = base.whole_head(hidden).float()
+        return functional.cross_entropy(logits, wanted, reduction="sum")
+
+    def loss() -> torch.Tensor:
+        hidden = model(input_ids=ids).logits.flatten(0, 1)
+        wanted = ids.new_zeros(len(hidden))  # shapes count here, not values
+        parts = zip(hidden.split(CHUNK), wanted.split(CHUNK), strict=True)
+        return sum(checkpoint(of_chunk, *part, use_reentrant=False) for part in parts)
+
+    return loss
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, labels: bool, fused: bool) -> nn.Module:
@@ -465,13 +497,15 @@ def training_memory(
     context: int = 2048,
     labels: bool = False,
     checkpointing: bool = False,
+    chunked: bool = False,
 ) -> Memory:
     """Return the memory of fine-tuning a model by component; arguments as in `activations`.
 
     With `QLoRA` the linear layers of the blocks are in NF4 with double quantisation, 4.127 bits per
     weight, and all else has the recipe's bytes; one matrix at a time is unpacked. `at_work` is the
-    larger of two float32 gradients of the logits' size, and input, output and both gradients of the
-    widest layer (with checkpointing plus one recomputed block).
+    larger of two float32 gradients of the logits' size (with a chunked loss the logits and both
+    gradients of one chunk), and input, output and both gradients of the widest layer (with
+    checkpointing plus one recomputed block).
 
     The components add up if gradients are accumulated over batches. Otherwise the gradients of full
     fine-tuning replace the activations, and the peak is lower by the smaller of the two.
@@ -490,7 +524,7 @@ def training_memory(
     weights = packed * NF4_BITS / 8 + (shape.parameters - head - packed) * recipe.frozen
     sizes = {"batch": batch, "context": context, "weight": e, "labels": labels}
     sizes |= {"adapter": e if full else int(recipe.weight)}
-    kept = activations(shape, method, checkpointing=checkpointing, **sizes)
+    kept = activations(shape, method, checkpointing=checkpointing, chunked=chunked, **sizes)
     tokens = batch * (context + (method.tokens if isinstance(method, Prompt) else 0))
     at_work = 2 * e * tokens * (shape.width + shape.feedforward)
     if checkpointing:
@@ -499,7 +533,8 @@ def training_memory(
     if packed:
         at_work += e * max(i * o for i, o in shape.linears.values())
     if not labels:
-        at_work = max(at_work, 8 * shape.vocabulary * tokens)
+        logits = 12 * min(tokens, CHUNK) if chunked else 8 * tokens
+        at_work = max(at_work, shape.vocabulary * logits)
     return Memory(
         weights=trains * recipe.weight if full else weights,
         adapter=0 if full else trains * recipe.weight,

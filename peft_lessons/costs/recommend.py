@@ -1,17 +1,14 @@
-"""Recommend a method: the first that fits by `estimate`, in the order of the study.
+"""Recommend a method: LoRA, or QLoRA where LoRA's 16-bit base does not fit.
 
     recommend_peft_method(8, 24, "generation", 5_000)
 
-returns a name of `NAMES` and shows why: the first of a ranking that fits. The ranking depends only
-on the task and the number of examples, so more memory never makes the advice worse, and a method
-that does not fit is never recommended.
+returns a name of `NAMES` that shows a configuration to paste, a learning rate to start with, what
+fits by `estimate`, which servers load the result, and what was measured nearest in size. The order
+is fixed: it depends neither on the GPU nor on a ranking of small models. So more memory never makes
+the advice worse, and a method that does not fit is never recommended.
 
-Candidates are the methods that Hugging Face PEFT has a configuration for, and full fine-tuning. The
-study has more: PEFT has no configuration for bottleneck adapters, BitFit, diff pruning and the last
-blocks, and a Llama no bias for BitFit; norms and the head alone are for the lesson to show. Once
-the base is frozen none of them saves memory. For the frozen base is what costs, and so QLoRA, with
-its base in 4 bits, takes less than all others; what the study ranks below QLoRA is therefore named
-as an alternative, and never recommended.
+Candidates are the methods that Hugging Face PEFT has a configuration for, and full fine-tuning.
+Full fine-tuning and the relatives of LoRA are alternatives, each with the reason to take it.
 """
 
 from __future__ import annotations
@@ -21,13 +18,13 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..data.base_models import nf4
 from ..engine import Method, validate
+from ..hf.setup import learning_rates
 from ..methods.adalora import AdaLoRA
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
@@ -35,25 +32,15 @@ from ..methods.lora import LoRA
 from ..methods.prefix import Prefix
 from ..methods.prompt import Prompt
 from ..methods.qlora import QLoRA
-from ..studies import (
-    Explorer,
-    Table,
-    best_lr,
-    explore,
-    load_results,
-    mean_and_range,
-    paired_difference,
-    provenance,
-    table,
-)
+from ..studies import Explorer, Table, explore, table
 from .estimate import GB, GIB, Memory, Shape, training_memory
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from .evidence import evidence
 
 FULL, NOTHING = "full fine-tuning", "does not fit"
 TOKENS = 16  # of a prompt or a prefix, as in the study
-FACTORS = {"rank": 8, "alpha": 16}
+# The rank of TRL's command line, and the largest that vLLM loads by default.
+FACTORS = {"rank": 16, "alpha": 32}
+STEP = 16  # texts in a step of the optimizer
 
 
 @dataclass(frozen=True)
@@ -71,12 +58,12 @@ class Candidate:
     checkpointing: bool = True
 
 
-_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 _DORA = _LORA | {"use_dora": True}
 _ADALORA = {"init_r": 12, "target_r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 _VIRTUAL = {"num_virtual_tokens": TOKENS}
 
-# In the order in which they come where the study has no rows.
+# In the order in which they are recommended: the first that fits.
 CANDIDATES: dict[str, Candidate] = {
     "LoRA": Candidate("lora, all linear", LoRA(**FACTORS), "LoraConfig", _LORA, "lora"),
     "QLoRA": Candidate("qlora", QLoRA(**FACTORS), "LoraConfig", _LORA, "qlora"),
@@ -88,7 +75,6 @@ CANDIDATES: dict[str, Candidate] = {
         _ADALORA | {"tinit": 100, "tfinal": 300, "deltaT": 10, "total_step": 1000},
         "adalora",
     ),
-    FULL: Candidate("full", None),
     "(IA)³": Candidate(
         "ia3", IA3(("k_proj", "v_proj", "down_proj"), ("down_proj",)), "IA3Config", {}, "ia3"
     ),
@@ -102,93 +88,59 @@ CANDIDATES: dict[str, Candidate] = {
         _VIRTUAL | {"prompt_tuning_init": "SAMPLE_VOCAB"},
         "prompt",
     ),
+    FULL: Candidate("full", None),
 }
 NAMES = (*CANDIDATES, NOTHING)  # all that can be recommended
 
-TASKS = {  # what is asked for: (its task in the study, PEFT's name, other names)
-    "classification": ("sentiment", "SEQ_CLS", ("sequence classification", "text classification")),
+# The reason to take a method that is named as an alternative.
+REASONS = {
+    "LoRA": "one base in 16 bits",
+    "QLoRA": "the smallest base, and a slower step",
+    "DoRA": "not ahead of LoRA in our evidence, and slower",
+    "AdaLoRA": "where layers should differ in rank",
+    "(IA)³": "for the smallest files",
+    "prefix tuning": "for many tasks on an untouched base",
+    "prompt tuning": "for many tasks on an untouched base",
+    FULL: "if it beats LoRA on your task",
+}
+_SERVED = "vLLM, SGLang and llama.cpp"
+_REFUSED = f"{_SERVED} refuse this adapter (November 2026)"
+SERVERS = {  # whether a server loads what is trained
+    "LoRA": f"{_SERVED} load the adapter (November 2026).",
+    "QLoRA": f"{_SERVED} load the adapter (November 2026). It was trained beside a 4-bit base, so "
+    "test it on the base that you serve.",
+    FULL: "It is a plain model, which every server loads.",
+    "prefix tuning": f"{_REFUSED}, and a prefix cannot be merged.",
+    "prompt tuning": f"{_REFUSED}, and a prompt cannot be merged. vLLM takes its vectors as input "
+    "with --enable-prompt-embeds.",
+}
+
+# A classifier's new head is saved with its adapter, in `modules_to_save`.
+_HEAD = (
+    "vLLM loads the adapter with its new head; SGLang leaves the head out and llama.cpp refuses it "
+    "(November 2026)."
+)
+# As the course loads a base in 4 bits, see `Advice.quantization`.
+_NF4 = (
+    'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+    "bnb_4bit_compute_dtype=torch.bfloat16"
+)
+
+TASKS = {  # what is asked for: (PEFT's name, other names)
+    "classification": ("SEQ_CLS", ("sequence classification", "text classification")),
     "generation": (
-        "austen",
         "CAUSAL_LM",
         ("text generation", "language modeling", "language modelling"),
     ),
 }
-# A method is as good as another if their scores lie so near each other, and the seeds do not say
-# otherwise: about a standard error of an accuracy on the test sentences; a hundredth of a
-# perplexity. Without it, three seeds that scatter would make a much worse method as good.
-NEAR = {"sentiment": 0.01, "austen": 0.01}
-SPARE, CONTEXT = 0.05, 0.75 * GIB  # of a card: its part lost to fragments, bytes of CUDA itself
+SPARE, CONTEXT = 0.05, 0.75 * GIB  # of a GPU: its part lost to fragments, bytes of CUDA itself
 LARGEST = 10_000  # billions of parameters; a size above is not in billions
-
-
-# ------------------------------------------------------------------ the study
-
-
-def study(task: str, runs: DataFrame | None = None) -> dict[int, dict[str, DataFrame]]:
-    """Return {examples: {method: its runs at its best learning rate}} of "sentiment" or "austen".
-
-    runs: those of data/results/choosing_study.csv unless given. A method without a run of seed 0 is
-    left out, and one of which a run at its rate diverged. Raises ValueError for another task."""
-    if task not in NEAR:
-        raise ValueError(f"task={task!r} must be one of {', '.join(map(repr, NEAR))}")
-    runs = load_results("choosing_study") if runs is None else runs
-    sizes: dict[int, dict[str, DataFrame]] = {}
-    for (size, name), tried in runs[runs["task"] == task].groupby(["examples", "method"]):
-        methods = sizes.setdefault(size, {})
-        first = tried.loc[tried["seed"] == 0, "validation"]
-        if any(map(math.isfinite, first)):
-            at_best = best_lr(tried)[1]
-            if all(map(math.isfinite, at_best["test"])):
-                methods[name] = at_best
-    return sizes
-
-
-_stored = cache(study)  # one recommendation after another reads the same table
-
-
-def nearest_size(sizes: Sequence[int], examples: int) -> int:
-    """Return the size of the study with the nearest ratio to `examples`; of two, the smaller."""
-    return min(sorted(sizes), key=lambda size: max(size, examples) / min(size, examples))
-
-
-def _scored(task: str, runs: DataFrame) -> DataFrame:
-    """Return the seeds and a `score` of which more is better: accuracy, or minus the logarithm of
-    perplexity, so that a difference of 0.01 is one of a hundredth."""
-    test = runs["test"].tolist()
-    score = test if task == "sentiment" else [-math.log(x) for x in test]
-    return runs[["seed"]].assign(score=score)
-
-
-def as_good(task: str, runs: DataFrame, best: DataFrame) -> bool:
-    """Return whether some `_scored` runs are as good as the best: nearer than `NEAR` in the mean,
-    and no 95 % interval over the common seeds that leaves zero out."""
-    gap = paired_difference(runs, best, "score")
-    return abs(gap.mean) <= NEAR[task] and not gap.is_clear
-
-
-def ranking(task: str, examples: int, runs: DataFrame | None = None) -> list[str]:
-    """Return the names of the candidates, the first choice first, for "sentiment" or "austen".
-
-    From the study at the nearest size: the best score first, but of those that are as good as the
-    best of the rest, the cheapest comes first: that which trains fewest numbers, and of two such
-    the one whose base is not in 4 bits, which must be unpacked in every step and cannot be merged
-    as it is. A method that has no runs at this size comes behind, in the order of CANDIDATES."""
-    sizes = _stored(task) if runs is None else study(task, runs)
-    found = sizes[nearest_size(list(sizes), examples)]
-    known = {name: found[c.study] for name, c in CANDIDATES.items() if c.study in found}
-    scored = {name: _scored(task, runs) for name, runs in known.items()}
-
-    def cost(name: str) -> tuple[int, bool]:
-        trainable = known[name]["trainable"].iloc[0]
-        return trainable, isinstance(CANDIDATES[name].method, QLoRA)
-
-    rest = sorted(known, key=lambda name: scored[name]["score"].mean(), reverse=True)
-    order = []
-    while rest:
-        equals = [name for name in rest if as_good(task, scored[name], scored[rest[0]])]
-        order.append(min(equals, key=cost))
-        rest.remove(order[-1])
-    return order + [name for name in CANDIDATES if name not in known]
+LEAN = "bfloat16, 8-bit Adam"  # the leanest recipe of full fine-tuning
+FEW, MANY = 500, 100_000  # examples
+TIGHT = GB  # bytes left
+FULL_RATES = (2e-4, 2e-5)  # minilm's best, and the default of TRL's SFTConfig
+# {task: from so many billions of parameters the learning rates are those of language models}
+SPEAKS = {"classification": 0.5, "generation": 0.05}
 
 
 # ------------------------------------------------------------------ what fits
@@ -210,12 +162,13 @@ def needs_of(
     batch: int = 1,
     *,
     checkpointing: bool = True,
+    chunked: bool = True,
 ) -> dict[str, Memory]:
     """Return {name: peak memory} of every candidate, for a Llama-3 of so many billions of
-    parameters in mixed precision, with or without gradient checkpointing: always without for a
-    prefix, which needs the cache that checkpointing switches off."""
+    parameters in mixed precision, with or without gradient checkpointing and a chunked loss: always
+    without checkpointing for a prefix, which needs the cache that checkpointing switches off."""
     shape = Shape.of_size(model_size_b * 1e9, tied=labels)
-    more = {"batch": batch, "context": context, "labels": labels}
+    more = {"batch": batch, "context": context, "labels": labels, "chunked": chunked}
     return {
         name: training_memory(
             shape, c.method, checkpointing=checkpointing and c.checkpointing, **more
@@ -224,12 +177,13 @@ def needs_of(
     }
 
 
-def _largest(gpu_memory_gb: float, labels: bool, context: int, batch: int) -> float:
+def _largest(usable: float, labels: bool, context: int, batch: int, chunked: bool) -> float:
     """Return the largest number of billions of parameters at which some candidate fits."""
-    low, high, usable = 0.0, float(LARGEST), usable_bytes(gpu_memory_gb)
+    low, high = 0.0, float(LARGEST)
     for _ in range(40):
         middle = (low + high) / 2
-        least = min(m.total for m in needs_of(middle, labels, context, batch).values())
+        needs = needs_of(middle, labels, context, batch, chunked=chunked)
+        least = min(m.total for m in needs.values())
         low, high = (middle, high) if least <= usable else (low, middle)
     return low
 
@@ -241,25 +195,29 @@ def _task(task_type: Any) -> str:
     """Return the key of TASKS for a name of a task. ValueError for an unknown name."""
     text = str(getattr(task_type, "value", task_type))
     plain = text.strip().lower().replace("_", " ").replace("-", " ")
-    for name, (_, peft_name, others) in TASKS.items():
+    for name, (peft_name, others) in TASKS.items():
         if plain in (name, peft_name.lower().replace("_", " "), *others):
             return name
-    known = ", ".join(repr(n) for name, (_, theirs, _) in TASKS.items() for n in (name, theirs))
+    known = ", ".join(repr(n) for name, (theirs, _) in TASKS.items() for n in (name, theirs))
     raise ValueError(f"recommend_peft_method: task_type={task_type!r} must be one of {known}")
 
 
 class Advice(str):
     """Hold a name of `NAMES` and the reasons for it; made by `recommend_peft_method`.
 
-    fits: a table of all candidates in their order, with bytes by component and the bytes left.
-    evidence: a table of the study's results for this kind of task and this amount of data.
+    learning_rate: to start with, None for "does not fit".
+    sentences: memory, alternatives, server, data and evidence.
+    fits: a table of LoRA, QLoRA, full fine-tuning and the alternatives, with bytes by component.
+    evidence: a table of what was measured nearest in size.
     alternatives: two other names."""
 
+    learning_rate: float | None
     fits: Table
     evidence: Table
     alternatives: tuple[str, str]
     sentences: tuple[str, ...]
     _peft_task: str
+    _sizes: tuple[int, int]  # tokens, texts per step
 
     @property
     def config(self) -> Any:
@@ -274,9 +232,42 @@ class Advice(str):
         return kind(task_type=self._peft_task, **candidate.settings)
 
     @property
+    def code(self) -> str:
+        """Return lines to paste into a script with PEFT and TRL, or transformers' Trainer for a
+        classifier; "" for "does not fit"."""
+        candidate, (tokens, texts) = CANDIDATES.get(self), self._sizes
+        if candidate is None:
+            return ""
+        lines = []
+        if candidate.config:
+            settings = {"task_type": self._peft_task, **candidate.settings}
+            inside = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+            lines.append(f"peft_config = {candidate.config}({inside})")
+        if self == "QLoRA":
+            lines.append(f"quantization_config = BitsAndBytesConfig({_NF4})")
+        # TRL and bf16=True load a base in float32 unless told otherwise. All that trains in full
+        # fine-tuning stays in float32: 16 bytes a parameter with its gradient and Adam.
+        load = f'"dtype": "{"float32" if self == FULL else "bfloat16"}"'
+        given = f"learning_rate={self.learning_rate:g}, per_device_train_batch_size={texts}"
+        given += f", gradient_accumulation_steps={max(1, round(STEP / texts))}"
+        given += f", gradient_checkpointing={candidate.checkpointing}, bf16=True"
+        if self._peft_task == "CAUSAL_LM":
+            lines.append(
+                f"args = SFTConfig({given}, max_length={tokens}, model_init_kwargs={{{load}}})"
+            )
+        else:
+            if self == "QLoRA":
+                load += ', "quantization_config": quantization_config'
+            lines.append(f"args = TrainingArguments({given})")
+            lines.append(
+                f"load = {{{load}}}  # AutoModelForSequenceClassification, from_pretrained"
+            )
+        return "\n".join(lines)
+
+    @property
     def arguments(self) -> dict[str, Any] | None:
         """Return the arguments of `setup_peft_training` with which the method takes the memory that
-        is counted here, None for full fine-tuning and "does not fit".
+        is counted with `chunked=False`, None for full fine-tuning and "does not fit".
 
         PEFT keeps an adapter in float32, at 16 bytes a parameter with its gradient and Adam; the
         bfloat16 adapter counted here takes as much together with its master copy."""
@@ -297,13 +288,45 @@ class Advice(str):
         told = (textwrap.fill(sentence, 100) for sentence in self.sentences)
         return "\n".join((*told, repr(self.fits), repr(self.evidence)))
 
+    @property
+    def _first(self) -> str:
+        rate = self.learning_rate
+        return str(self) if rate is None else f"{self!s}, learning rate {rate:g} to start with"
+
     def __repr__(self) -> str:
-        return f"{self!s}\n{self.why}"
+        lines = (part for line in self.code.splitlines() for part in textwrap.wrap(line, 100))
+        return "\n".join((self._first, *lines, self.why))
 
     def _repr_html_(self) -> str:
         told = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
+        code = f"<pre>{html.escape(self.code)}</pre>" if self.code else ""
         shown = self.fits._repr_html_() + self.evidence._repr_html_()
-        return f"<p><strong>{html.escape(str(self))}</strong></p>{told}{shown}"
+        return f"<p><strong>{html.escape(self._first)}</strong></p>{code}{told}{shown}"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Hold what was asked for."""
+
+    size: float
+    gpu: float
+    kind: str
+    examples: int
+    context: int
+    batch: int
+    chunked: bool
+
+    @property
+    def labels(self) -> bool:
+        return self.kind == "classification"
+
+    @property
+    def usable(self) -> float:
+        return usable_bytes(self.gpu)
+
+    def needs(self, **more: bool) -> dict[str, Memory]:
+        sizes = (self.context, self.batch)
+        return needs_of(self.size, self.labels, *sizes, chunked=self.chunked, **more)
 
 
 def recommend_peft_method(
@@ -314,6 +337,7 @@ def recommend_peft_method(
     *,
     context: int = 1024,
     batch: int = 1,
+    chunked: bool = True,
 ) -> Advice:
     """Recommend a method for fine-tuning a model: a name of `NAMES` that explains itself.
 
@@ -324,130 +348,177 @@ def recommend_peft_method(
         task_type: "classification" or "generation", or PEFT's SEQ_CLS or CAUSAL_LM.
         num_examples: in the training set.
         context, batch: tokens per text, texts per step. Gradients can be accumulated over steps.
+        chunked: whether the loss is computed in chunks of tokens, without whole logits, as TRL and
+            Unsloth do and `train_with_peft` does not.
 
-    The result is the first name of `ranking` whose `needs_of` is at most `usable_bytes`, so it
-    always fits, and more memory never leads to a lower rank.
+    The result is the first of `CANDIDATES` whose `needs_of` is at most `usable_bytes`: LoRA, then
+    QLoRA. It always fits, and more memory never leads to a later one.
     Raises ValueError for an unknown task (lists the known ones), and for a size that is not a
     finite number above 0, or not an int where one is needed."""
     own = "recommend_peft_method"
     validate(own, model_size_b=model_size_b, gpu_memory_gb=gpu_memory_gb)
     validate(own, num_examples=num_examples, context=context, batch=batch)
     kind = _task(task_type)
-    task, peft_task, _ = TASKS[kind]
-    needs = needs_of(model_size_b, kind == "classification", context, batch)
-    usable, order = usable_bytes(gpu_memory_gb), ranking(task, num_examples)
-    fitting = [name for name in order if needs[name].total <= usable]
+    asked = _Asked(model_size_b, gpu_memory_gb, kind, num_examples, context, batch, bool(chunked))
+    needs = asked.needs()
+    fitting = [name for name in CANDIDATES if needs[name].total <= asked.usable]
     chosen = fitting[0] if fitting else NOTHING
-    others = [name for name in order if name != chosen]
-    others.sort(key=lambda name: (name not in fitting, name not in fitting and needs[name].total))
     advice = Advice(chosen)
-    advice._peft_task, advice.alternatives = peft_task, tuple(others[:2])
-    plain = needs_of(model_size_b, kind == "classification", context, batch, checkpointing=False)
-    told = f"{kind}, {batch} × {context:,} tokens"
-    advice.fits = _fits(order, needs, plain, usable, told)
-    advice.evidence = _evidence(task, num_examples, order)
-    advice.sentences = (
-        _decision(chosen, needs, usable, model_size_b, gpu_memory_gb, kind, context, batch),
-        _others(advice.alternatives, needs, usable),
-        _data(task, num_examples),
+    advice._peft_task, advice._sizes = TASKS[kind][0], (context, batch)
+    advice.alternatives = _alternatives(chosen, fitting)
+    advice.learning_rate = _rate(chosen, asked)
+    measured, advice.evidence = evidence(
+        kind, model_size_b, num_examples, {name: c.study for name, c in CANDIDATES.items()}
     )
+    advice.fits = _fits(list(dict.fromkeys((*_SHOWN, *advice.alternatives))), needs, asked)
+    sentences = (
+        _decision(chosen, needs, asked),
+        _others(advice.alternatives, needs, asked.usable),
+        _full(needs, asked),
+        _server(chosen, kind),
+        _data(num_examples),
+        measured,
+    )
+    advice.sentences = tuple(filter(None, sentences))
     return advice
 
 
-def _decision(chosen, needs, usable, size, card, kind, context, batch) -> str:
-    room = f"of {card:g} GiB ({card * GIB / GB:.1f} GB) {usable / GB:.1f} GB can be used"
+_SHOWN = ("LoRA", "QLoRA", FULL)
+_PREFERRED = (FULL, "LoRA", "QLoRA", "DoRA", "(IA)³", "prompt tuning", "prefix tuning", "AdaLoRA")
+
+
+def _alternatives(chosen: str, fitting: Sequence[str]) -> tuple[str, str]:
+    """Return two other names: those that fit first, and of the others full fine-tuning last."""
+    others = [name for name in _PREFERRED if name != chosen]
+    others.sort(key=lambda name: (name not in fitting, name == FULL and name not in fitting))
+    return tuple(others[:2])
+
+
+def _rate(chosen: str, asked: _Asked) -> float | None:
+    if chosen == NOTHING:
+        return None
+    speaks = asked.size >= SPEAKS[asked.kind]
+    if chosen == FULL:
+        return FULL_RATES[speaks]
+    column = "language models" if speaks else "small models"
+    return next(
+        row[column] for row in learning_rates() if row["method"] == CANDIDATES[chosen].trainer
+    )
+
+
+def _decision(chosen: str, needs: Mapping[str, Memory], asked: _Asked) -> str:
+    usable = asked.usable
+    room = f"of {asked.gpu:g} GiB ({asked.gpu * GIB / GB:.1f} GB) {usable / GB:.1f} GB can be used"
     if chosen == NOTHING:
         least = min(needs, key=lambda name: needs[name].total)
-        most = _largest(card, kind == "classification", context, batch)
+        most = _largest(usable, asked.labels, asked.context, asked.batch, asked.chunked)
         need = needs[least]
         short = (need.total - usable) / GB
         shorter = need.total - need.activations - need.at_work < usable
         texts = ", or shorter texts" if shorter else ""
         return (
-            f"Nothing fits a model of {size:g} billion: {room}, and even {least} lacks "
-            f"{short:.1f} GB. {_at_most(most)}. Or take a larger card or several{texts}."
+            f"Nothing fits a model of {asked.size:g} billion: {room}, and even {least} lacks "
+            f"{short:.1f} GB. {_at_most(most)}. Or take a larger GPU or several{texts}."
         )
     took = needs[chosen].total
+    tight = " That is tight, so try the longest text first." if usable - took < TIGHT else ""
     return (
-        f"{chosen} takes {took / GB:.1f} GB for a model of {size:g} billion, and {room}: "
-        f"{(usable - took) / GB:.1f} GB are left. It is the first that fits in the order below."
+        f"{chosen} takes {took / GB:.1f} GB for a model of {asked.size:g} billion, and {room}: "
+        f"{(usable - took) / GB:.1f} GB are left.{tight}"
     )
 
 
 def _at_most(size: float) -> str:
     if size < 1e-3:
-        return "On this card no language model of this kind fits"
+        return "On this GPU no language model of this kind fits"
     unit = 10 ** (math.floor(math.log10(size)) - 1)  # rounded down to two digits, so that it fits
-    return f"On this card a model of at most {math.floor(size / unit) * unit:.3g} billion fits"
+    return f"On this GPU a model of at most {math.floor(size / unit) * unit:.3g} billion fits"
 
 
-def _others(alternatives, needs, usable) -> str:
+def _others(alternatives: Sequence[str], needs: Mapping[str, Memory], usable: float) -> str:
     left = {name: (usable - needs[name].total) / GB for name in alternatives}
-    fitting = [f"{name} (leaves {room:.1f} GB)" for name, room in left.items() if room >= 0]
+    fitting = [
+        f"{name} (leaves {room:.1f} GB; {REASONS[name]})"
+        for name, room in left.items()
+        if room >= 0
+    ]
     lacking = [f"{name} (lacks {-room:.1f} GB)" for name, room in left.items() if room < 0]
     told = {"Alternatives": fitting, "Too large": lacking}
-    return " ".join(f"{what}: {', '.join(names)}." for what, names in told.items() if names)
+    lines = [f"{what}: {', '.join(names)}." for what, names in told.items() if names]
+    if set(alternatives) & {"DoRA", FULL}:
+        lines.append(
+            "If LoRA falls short, first try a third and three times its learning rate, rank 64 and "
+            "more data."
+        )
+    return " ".join(lines)
 
 
-def _data(task: str, examples: int) -> str:
-    size = nearest_size(list(_stored(task)), examples)
-    base, more = {
-        "sentiment": ("an encoder of 22.6 million parameters", "sentences of movie reviews"),
-        "austen": ("a language model of 3.2 million parameters", "pieces of Jane Austen's novels"),
-    }[task]
+def _full(needs: Mapping[str, Memory], asked: _Asked) -> str:
+    """Say what full fine-tuning lacks, and what a leaner recipe would take."""
+    lacks = (needs[FULL].total - asked.usable) / GB
+    if lacks <= 0:
+        return ""
+    shape = Shape.of_size(asked.size * 1e9, tied=asked.labels)
+    sizes = {"context": asked.context, "batch": asked.batch, "labels": asked.labels}
+    lean = training_memory(shape, None, LEAN, checkpointing=True, chunked=asked.chunked, **sizes)
     return (
-        f"The order is that of the study at {size:,} examples, the nearest to {examples:,}. It was "
-        f"measured on {base} with {more}: far from yours, so a reason to try this first, and no "
-        "more. Every method there has its own learning rate; take care of yours."
+        f"Full fine-tuning lacks {lacks:,.0f} GB on one such GPU with 16 bytes a parameter. With "
+        f"bfloat16 weights and 8-bit Adam it takes {lean.total / GB:,.0f} GB in all, and several "
+        "GPUs can share it (FSDP)."
     )
 
 
-def _fits(order, needs, plain, usable, told) -> Table:
+def _server(chosen: str, kind: str) -> str:
+    if chosen == NOTHING:
+        return ""
+    if kind == "classification" and chosen in ("LoRA", "QLoRA"):
+        return _HEAD
+    return SERVERS.get(chosen, f"{_REFUSED}, so merge it before serving.")
+
+
+def _data(examples: int) -> str:
+    if examples < FEW:
+        return (
+            f"{examples:,} examples are few. Keep some for a test, and compare with the base that "
+            "reads a few of them in its prompt."
+        )
+    if examples >= MANY:
+        return (
+            f"{examples:,} examples are many. LoRA falls behind full fine-tuning where the data "
+            "exceed its capacity (Schulman et al. 2025), so try a higher rank."
+        )
+    return ""
+
+
+def _fits(names: Sequence[str], needs: Mapping[str, Memory], asked: _Asked) -> Table:
+    plain, usable = asked.needs(checkpointing=False), asked.usable
+
     def left(m: Memory) -> str:
         gigabytes = (usable - m.total) / GB
         return f"{gigabytes:.1f} GB" if gigabytes >= 0 else f"lacks {-gigabytes:.1f} GB"
 
     rows = []
-    for name in order:
+    for name in names:
         m = needs[name]
         rows.append(
             {
-                "in order": name,
+                "method": name,
                 "base": m.weights / GB,
-                "what trains": (m.adapter + m.gradients + m.optimizer) / GB,
+                "trained": (m.adapter + m.gradients + m.optimizer) / GB,
                 "in a step": (m.activations + m.at_work) / GB,
                 "in all": m.total / GB,
                 "left": left(m),
-                "left without checkpointing": left(plain[name]),
+                "without checkpointing": left(plain[name]),
             }
         )
     formats = dict.fromkeys(("base", "in all", "in a step"), "{:.1f} GB")
+    loss = "" if asked.labels else ", chunked loss" if asked.chunked else ", whole logits"
     return table(
         rows,
-        formats | {"what trains": "{:.2f} GB"},
-        note=f"{told}, bfloat16, master copy and Adam in float32, gradient checkpointing\n"
-        "(not with a prefix); where it fits without, it is faster without\n"
-        "in a step: activations, and what the backward pass holds for a moment",
+        formats | {"trained": "{:.2f} GB"},
+        note=f"{asked.kind}, {asked.batch} × {asked.context:,} tokens (longer texts are cut), "
+        f"bfloat16, Adam in float32,\ngradient checkpointing{loss}",
     )
-
-
-def _evidence(task: str, examples: int, order: Sequence[str]) -> Table:
-    sizes = _stored(task)
-    size = nearest_size(list(sizes), examples)
-    found, lines, shown = sizes[size], [], []
-    scale, heading = (100, "accuracy, %") if task == "sentiment" else (1, "perplexity")
-    for name in order:
-        if (best := found.get(CANDIDATES[name].study)) is None:
-            continue
-        shown.append(best)
-        lines.append(
-            {
-                f"the study, {size:,} examples": name,
-                "trains there": best["trainable"].iloc[0],
-                f"test {heading}": mean_and_range(best, "test", scale),
-            }
-        )
-    return table(lines, note=provenance(*shown))
 
 
 # ------------------------------------------------------------------ sliders
@@ -455,7 +526,7 @@ def _evidence(task: str, examples: int, order: Sequence[str]) -> Table:
 
 # Sizes of models (billions of parameters), of GPUs (GiB) and of data sets that one meets.
 SIZES = (0.1, 0.25, 0.5, 1, 1.5, 3, 4, 7, 8, 14, 24, 32, 70, 120, 235, 405)
-CARDS = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
+GPUS = (4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
 EXAMPLES = (*(n * 10**power for power in range(1, 6) for n in (1, 2, 5)), 10**6)
 
 
@@ -474,7 +545,7 @@ def adviser(
         "task": _task(task_type),
         "examples": num_examples,
     }
-    lists = (SIZES, CARDS, TASKS, EXAMPLES)
+    lists = (SIZES, GPUS, TASKS, EXAMPLES)
     choices = {name: tuple(values) for name, values in zip(start, lists, strict=True)}
     for name, value in start.items():
         if value not in choices[name]:

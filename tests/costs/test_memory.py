@@ -128,7 +128,20 @@ def test_formula_is_what_a_big_model_keeps(name, method):
     assert total(config, method, **sizes) == pytest.approx(kept, rel=0.01)
 
 
-@pytest.mark.parametrize("more", [{"checkpointing": True}, {"labels": True}, {"fused": False}])
+CHUNKED = {"chunked": True}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"checkpointing": True},
+        {"labels": True},
+        {"fused": False},
+        CHUNKED,
+        CHUNKED | {"checkpointing": True},
+        CHUNKED | {"labels": True},
+    ],
+)
 def test_formula_is_what_a_big_model_keeps_otherwise(more):
     for method in (None, LoRA()):
         kept = estimate.traced_activations(shallow("LLaMA-7B"), method, **more)
@@ -207,6 +220,38 @@ def test_what_is_at_work():
     block = (sum(kept.values()) - kept["head"]) / 32
     saving = training_memory("LLaMA-7B", LoRA(), checkpointing=True, **more)
     assert saving.at_work == pytest.approx(plain + block)
+
+
+def test_a_chunked_loss_takes_the_logits_out():
+    long = {"context": 32_768, "checkpointing": True}
+    whole, chunked = (
+        training_memory("Llama-3-8B", LoRA(), **long, chunked=on) for on in (False, True)
+    )
+    logits = 4 * 128_256 * 32_768
+    assert whole.activations - chunked.activations == logits - 2 * 4096 * 32_768
+    assert whole.at_work == 2 * logits > chunked.at_work
+    assert whole.total / GB == pytest.approx(76.0, abs=0.1)
+    assert chunked.total / GB == pytest.approx(34.3, abs=0.1)
+    # One chunk at work, where the blocks take less.
+    short = training_memory("Llama-3-8B", LoRA(), context=512, chunked=True)
+    assert short.at_work == 12 * 128_256 * estimate.CHUNK
+    least = training_memory("Llama-3-8B", LoRA(), context=100, chunked=True)
+    assert least.at_work == 12 * 128_256 * 100
+    # A classifier has no logits of tokens.
+    both = [training_memory("LLaMA-7B", labels=True, chunked=on) for on in (False, True)]
+    assert both[0].at_work == both[1].at_work
+
+
+def test_a_chunked_loss_is_traced_with_a_prompt_and_with_peft():
+    from peft import LoraConfig
+
+    config = shallow("Llama-3-8B")
+    sizes = {"batch": 2, "context": 600, "chunked": True}
+    prompt = estimate.traced_activations(config, LLAMA["prompt"], **sizes)
+    assert total(config, LLAMA["prompt"], **sizes) == pytest.approx(prompt, rel=0.01)
+    theirs = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    traced = estimate.traced_activations(config, theirs, **sizes)
+    assert total(config, LoRA(), **sizes) == pytest.approx(traced, rel=0.01)
 
 
 # Measured: 0.93 to 1.04.

@@ -61,7 +61,7 @@ def with_numpy(costs, scores):
 # ------------------------------------------------------------------ fits
 
 
-@wrong("fits", "the whole card is used")
+@wrong("fits", "the whole GPU is used")
 def whole_card(n_params, n_trainable, gpu_gb, bits):
     frozen = 2 if bits == 16 else NF4_BITS / 8
     return frozen * (n_params - n_trainable) + 16 * n_trainable <= gpu_gb * GIB
@@ -152,27 +152,24 @@ def in_a_loop(scores_a, scores_b):
 # ------------------------------------------------------------------ defend_choice
 
 
-def interval(values):
-    half = student_t(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
-
-
-@wrong("defend_choice", "two intervals that overlap are taken for no difference")
-def overlapping(needs, gpu_gb, scores):
+@wrong("defend_choice", "too few seeds would then excuse any method")
+def not_clearly_worse(needs, gpu_gb, scores):
     answer = with_a_sweep(needs, gpu_gb, scores)
-    names = [name for name in needs if needs[name] <= 0.875 * gpu_gb * GIB]
+    behind = answer["behind"]
+    names = [name for name in needs if needs[name] <= 0.875 * gpu_gb]
     if names:
-        lowest, _ = interval(scores[max(names, key=lambda name: sum(scores[name]))])
-        method = min((n for n in names if interval(scores[n])[1] >= lowest), key=needs.get)
-        answer["method"], answer["takes"] = method, needs[method] / GIB
-        answer["left"] = (0.875 * gpu_gb * GIB - needs[method]) / GIB
+        good = [name for name in names if name not in behind or not behind[name][1] > 0]
+        answer["method"] = method = min(good, key=needs.get)
+        answer["left"] = 0.875 * gpu_gb - needs[method]
     return answer
 
 
-@wrong("defend_choice", "`takes` and `left` are in units of 10⁹ bytes")
-def in_decimal_units(needs, gpu_gb, scores):
-    answer = with_a_sweep(needs, gpu_gb, scores)
-    return answer | {part: answer[part] * GIB / 1e9 for part in ("takes", "left")}
+@wrong("defend_choice", "the sizes come in GiB already")
+def in_bytes(needs, gpu_gb, scores):
+    room, method = 0.875 * gpu_gb * GIB, min(needs, key=needs.get)
+    if needs[method] <= room:
+        return with_a_sweep(needs, gpu_gb * GIB, scores)
+    return {"method": "does not fit", "left": room - needs[method], "behind": {}}
 
 
 @wrong("defend_choice", "the keys of the answer differ: missing 'behind'")
@@ -184,13 +181,10 @@ def undefended(needs, gpu_gb, scores):
 
 @right("defend_choice")
 def with_a_sweep(needs, gpu_gb, scores):
-    room = 0.875 * gpu_gb * 1024**3
+    room = 0.875 * gpu_gb
     names = [n for n in sorted(needs, key=needs.get) if needs[n] <= room]
     if not names:
-        least = sorted(needs.values())[0]
-        return {"method": "does not fit", "takes": least / GIB, "left": (room - least) / GIB} | {
-            "behind": {}
-        }
+        return {"method": "does not fit", "left": room - min(needs.values()), "behind": {}}
     best = names[0]
     for name in names[1:]:
         if statistics.mean(scores[name]) > statistics.mean(scores[best]):
@@ -200,24 +194,18 @@ def with_a_sweep(needs, gpu_gb, scores):
         if name != best:
             behind[name] = in_a_loop(scores[best], scores[name])
     for name in names:
-        if name == best or not behind[name][1] > 0:
+        if name == best or not behind[name][2] > 1:
             break
-    return {
-        "behind": behind,
-        "left": room / GIB - needs[name] / GIB,
-        "takes": needs[name] / GIB,
-        "method": name,
-    }
+    return {"behind": behind, "left": room - needs[name], "method": name}
 
 
 @right("defend_choice")
 def with_torch(needs, gpu_gb, scores):
-    need = torch.tensor(list(needs.values()), dtype=torch.float64) / GIB
+    need = torch.tensor(list(needs.values()), dtype=torch.float64)
     usable = gpu_gb * 7 / 8
     fit = need <= usable
     if not fit.any():
-        least = need.min().item()
-        return dict(method="does not fit", takes=least, left=usable - least, behind={})
+        return dict(method="does not fit", left=usable - need.min().item(), behind={})
     names = list(needs)
     mean = torch.tensor([np.mean(scores[n]) for n in names]).where(fit, -torch.inf)
     best = names[int(mean.argmax())]
@@ -226,7 +214,6 @@ def with_torch(needs, gpu_gb, scores):
         for n, one in zip(names, fit, strict=True)
         if one and n != best
     }
-    good = [n == best or (n in behind and behind[n][1] <= 0) for n in names]
+    good = [n == best or (n in behind and behind[n][2] <= 1) for n in names]
     i = int(need.where(torch.tensor(good), torch.inf).argmin())
-    took = need[i].item()
-    return {"method": names[i], "takes": took, "left": usable - took, "behind": behind}
+    return {"method": names[i], "left": usable - need[i].item(), "behind": behind}
