@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['START', 'TENSORS', 'own_parameters', 'BitFit', 'blocks_of', 'last_blocks', 'chosen_by', 'PartialFineTuning',
-           'LinearWithSparse', 'SparseTuning', 'read_seed', 'gate', 'LinearWithDiff', 'diff', 'expected_open',
-           'DiffPruning', 'largest', 'prune_diff', 'to_sparse', 'from_sparse']
+           'LinearWithSparse', 'positions_in', 'SparseTuning', 'read_seed', 'gate', 'LinearWithDiff', 'diff',
+           'expected_open', 'DiffPruning', 'largest', 'prune_diff', 'to_sparse', 'from_sparse']
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-003
 from dataclasses import dataclass, replace
@@ -147,6 +147,16 @@ class LinearWithSparse(AdapterLayer):
         weight = (self.base.weight + self.delta_weight()).to(x.dtype)         # (out, in)
         return F.linear(x, weight, self.base.bias)                            # (..., out)
 
+# %% ../../notebooks/10_selective.ipynb #10-selective-300
+def positions_in(weight: torch.Tensor, entries: int, method: "SparseTuning") -> torch.Tensor:
+    """Return the flat positions (entries) in a weight that `method` chooses, in ascending order."""
+    if method.positions == "largest":
+        chosen = weight.detach().abs().flatten().topk(entries).indices
+    else:
+        generator = torch.Generator().manual_seed(method.seed)
+        chosen = torch.randperm(weight.numel(), generator=generator)[:entries]
+    return chosen.sort().values                                               # (entries)
+
 # %% ../../notebooks/10_selective.ipynb #10-selective-sparse-1
 @dataclass(frozen=True)
 class SparseTuning(Method):
@@ -170,13 +180,8 @@ class SparseTuning(Method):
                              f"{layer.weight.numel():,}: choose a lower rank")
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithSparse:
-        entries, generator = self.rank * sum(layer.weight.shape), torch.Generator()
-        if self.positions == "largest":
-            positions = layer.weight.detach().abs().flatten().topk(entries).indices
-        else:
-            generator.manual_seed(self.seed)
-            positions = torch.randperm(layer.weight.numel(), generator=generator)[:entries]
-        return LinearWithSparse(layer, positions.sort().values)
+        entries = self.rank * sum(layer.weight.shape)
+        return LinearWithSparse(layer, positions_in(layer.weight, entries, self))
 
 # %% ../../notebooks/10_selective.ipynb #10-selective-233
 def read_seed(cls: type[Method], config: dict, tensors: dict) -> tuple[Method, dict]:
