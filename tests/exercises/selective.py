@@ -181,17 +181,8 @@ def by_a_contiguous_copy(before, diff):
 
 
 def unfreeze(model, names):
-    """Freeze all but what has one of the names, by any of the names that it has."""
-    model.requires_grad_(False)
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if name in names:
-            p.requires_grad_(True)
-
-
-def set_modes(model):
-    """By each module's own parameters, so that all dropout is off: it has none."""
-    for module in model.modules():
-        module.training = any(p.requires_grad for p in module.parameters())
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names)
 
 
 def trained(model):
@@ -206,35 +197,23 @@ def adamw(parameters):
 def a_group_without_decay(model, names):
     model.zero_grad()
     unfreeze(model, names)
-    set_modes(model)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     groups = [{"params": trained(model)}, {"params": frozen, "lr": 0.0, "weight_decay": 0.0}]
     return adamw(groups)
 
 
 @right("make_optimizer")
-def by_recursion(model, names):
+def a_group_each(model, names):
     model.zero_grad()
     unfreeze(model, names)
-
-    def visit(module, training):
-        own = list(module.parameters())
-        module.training = any(p.requires_grad for p in own) if own else training
-        for child in module.children():
-            visit(child, module.training)
-
-    visit(model, True)
     return adamw([{"params": [p]} for p in trained(model)])
 
 
 @right("make_optimizer")
-def layers_only(model, names):
-    """The containers' own mode is left alone: they only hold what acts."""
-    model.zero_grad()
-    unfreeze(model, names)
-    for module in model.modules():
-        for child in module.children():
-            own = list(child.parameters()) or list(module.parameters())
-            if not list(child.children()):
-                child.train(any(p.requires_grad for p in own))
-    return torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.1, foreach=True)
+def by_what_is_named(model, names):
+    """The mode of the layers is left open, and may be set."""
+    chosen = [model.get_parameter(name) for name in names]
+    model.eval().requires_grad_(False).zero_grad()
+    for p in chosen:
+        p.requires_grad = True
+    return torch.optim.AdamW(chosen, lr=1e-2, weight_decay=0.1, foreach=True)

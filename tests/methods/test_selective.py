@@ -45,11 +45,10 @@ from peft_lessons import (
     save_adapter,
     unload,
 )
-from peft_lessons.engine import WEIGHTS, fingerprint, injection_of
+from peft_lessons.engine import WEIGHTS, blocks_of, fingerprint, injection_of
 from peft_lessons.methods.selective import (
     LinearWithDiff,
     LinearWithSparse,
-    blocks_of,
     expected_open,
     gate,
     prune_diff,
