@@ -13,6 +13,18 @@ def select_bitfit(model: nn.Module) -> list[str]:
     return biases
 
 
+def sparse_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """A linear layer whose weight has a trained difference at k positions: (..., out)."""
+    changed = weight.flatten().scatter_add(0, indices, values)      # (out · in)
+    return x @ changed.view(weight.shape).T + bias                  # (..., out)
+
+
 def hard_concrete(
     log_alpha: torch.Tensor,
     u: torch.Tensor,
@@ -65,17 +77,9 @@ def apply_sparse_diff(
 
 
 def make_optimizer(model: nn.Module, names: list[str]) -> torch.optim.AdamW:
-    """AdamW over the parameters in `names`; the others are frozen, and so are their layers."""
+    """AdamW over the parameters in `names`; the others are frozen."""
     model.zero_grad()                                               # to None, not to zeros
-    model.requires_grad_(False)
-    for name, p in model.named_parameters(remove_duplicate=False):  # a tied one has two names
-        if name in names:
-            p.requires_grad_(True)
-    for module in model.modules():                                  # before what is in it
-        trains = [p.requires_grad for p in module.parameters()]
-        if trains:
-            module.training = any(trains)
-        for child in module.children():                             # dropout goes with its layer
-            child.training = module.training
-    chosen = [p for p in model.parameters() if p.requires_grad]     # each of them once
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names)
+    chosen = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(chosen, lr=1e-2, weight_decay=0.1)

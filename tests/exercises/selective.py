@@ -33,6 +33,45 @@ def by_a_walk(model):
     raise ValueError("nothing would train")
 
 
+# ------------------------------------------------------------------ sparse_linear
+
+
+@wrong("sparse_linear", "weight")
+def in_place(x, weight, bias, indices, values):
+    weight.view(-1)[indices] += values.detach()
+    return nn.functional.linear(x, weight, bias)
+
+
+@wrong("sparse_linear", "cut off from the graph")
+def with_data(x, weight, bias, indices, values):
+    S = torch.zeros_like(weight)
+    S.view(-1).data[indices] = values.data
+    return nn.functional.linear(x, weight + S, bias)
+
+
+@wrong("sparse_linear", "index")
+def divided_by_rows(x, weight, bias, indices, values):
+    rows = len(weight)
+    S = torch.zeros_like(weight).index_put((indices // rows, indices % rows), values)
+    return nn.functional.linear(x, weight + S, bias)
+
+
+@right("sparse_linear")
+def by_a_sparse_tensor(x, weight, bias, indices, values):
+    at = torch.stack([indices // weight.shape[1], indices % weight.shape[1]])
+    S = torch.sparse_coo_tensor(at, values, weight.shape, check_invariants=True)
+    return (x @ (weight.T + S.to_dense().T)) + bias
+
+
+@right("sparse_linear")
+def entry_by_entry(x, weight, bias, indices, values):
+    y = list(nn.functional.linear(x.double(), weight.double(), bias.double()).unbind(-1))
+    for p, v in zip(indices.tolist(), values, strict=True):
+        row, column = divmod(p, weight.shape[1])
+        y[row] = y[row] + x[..., column].double() * v
+    return torch.stack(y, -1)
+
+
 # ------------------------------------------------------------------ hard_concrete
 
 
@@ -104,7 +143,7 @@ def refuse(before, diff):
         raise ValueError("out of range")
 
 
-@wrong("apply_sparse_diff", "transposed views: reshape(-1) gives a copy")
+@wrong("apply_sparse_diff", "written into reshape(-1) goes into a copy")
 def by_a_view(before, diff):
     after = {name: old.clone() for name, old in before.items()}
     for name, (at, values) in diff.items():
@@ -142,17 +181,8 @@ def by_a_contiguous_copy(before, diff):
 
 
 def unfreeze(model, names):
-    """Freeze all but what has one of the names, by any of the names that it has."""
-    model.requires_grad_(False)
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if name in names:
-            p.requires_grad_(True)
-
-
-def set_modes(model):
-    """By each module's own parameters, so that all dropout is off: it has none."""
-    for module in model.modules():
-        module.training = any(p.requires_grad for p in module.parameters())
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names)
 
 
 def trained(model):
@@ -167,35 +197,23 @@ def adamw(parameters):
 def a_group_without_decay(model, names):
     model.zero_grad()
     unfreeze(model, names)
-    set_modes(model)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     groups = [{"params": trained(model)}, {"params": frozen, "lr": 0.0, "weight_decay": 0.0}]
     return adamw(groups)
 
 
 @right("make_optimizer")
-def by_recursion(model, names):
+def a_group_each(model, names):
     model.zero_grad()
     unfreeze(model, names)
-
-    def visit(module, training):
-        own = list(module.parameters())
-        module.training = any(p.requires_grad for p in own) if own else training
-        for child in module.children():
-            visit(child, module.training)
-
-    visit(model, True)
     return adamw([{"params": [p]} for p in trained(model)])
 
 
 @right("make_optimizer")
-def layers_only(model, names):
-    """The containers' own mode is left alone: they only hold what acts."""
-    model.zero_grad()
-    unfreeze(model, names)
-    for module in model.modules():
-        for child in module.children():
-            own = list(child.parameters()) or list(module.parameters())
-            if not list(child.children()):
-                child.train(any(p.requires_grad for p in own))
-    return torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.1, foreach=True)
+def by_what_is_named(model, names):
+    """The mode of the layers is left open, and may be set."""
+    chosen = [model.get_parameter(name) for name in names]
+    model.eval().requires_grad_(False).zero_grad()
+    for p in chosen:
+        p.requires_grad = True
+    return torch.optim.AdamW(chosen, lr=1e-2, weight_decay=0.1, foreach=True)

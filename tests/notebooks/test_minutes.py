@@ -9,8 +9,6 @@ from tools import minutes, notebooks
 from tools.environment import ROOT
 
 LESSONS = notebooks.lessons()
-# The cores of these lessons are still too long. A lesson that gets a short core leaves the list.
-STILL_LONG = {"10", "11", "14"}
 WORDS = "word " * 150
 TABLE = new_output("display_data", {"text/html": "<table>", "image/png": "aGk="})
 LONG, SHORT = (new_output("stream", text="a\n" * lines) for lines in (4, 3))
@@ -124,7 +122,7 @@ def test_a_card_states_what_is_measured(path):
 
 def test_the_core_of_a_lesson_is_read_in_one_sitting():
     cores = {path.stem[:2]: minutes.measured(notebooks.read(path)).core for path in LESSONS}
-    assert {number for number, core in cores.items() if core > minutes.SITTING} == STILL_LONG
+    assert not {number for number, core in cores.items() if core > minutes.SITTING}
 
 
 def test_the_table_marks_what_is_off(monkeypatch, capsys):
