@@ -27,6 +27,16 @@ def root_of_an_int(alpha, rank):
     return alpha / torch.sqrt(rank)
 
 
+@wrong("rslora_scaling", "which suits Adam's first step")
+def as_in_lora(alpha, rank):
+    return alpha / rank
+
+
+@right("rslora_scaling")
+def as_a_tensor(alpha, rank):
+    return alpha / torch.tensor(float(rank)).sqrt()
+
+
 @right("rslora_scaling")
 def by_power(alpha, rank):
     return alpha * rank**-0.5
@@ -129,6 +139,13 @@ def by_numpy_svd(weight, rank):
 
 
 @right("pissa_init")
+@torch.no_grad()
+def in_float64(weight, rank):
+    A, B = leading(weight.double(), rank)
+    return A, B, weight - B @ A
+
+
+@right("pissa_init")
 def one_by_one(weight, rank):
     U, S, V = svd(weight)
     rest, rows, columns = weight.clone(), [], []
@@ -197,13 +214,13 @@ def recursive(weight, rank, quantize, steps):
 # ------------------------------------------------------------------ intruder_dimensions
 
 
-@wrong("intruder_dimensions", "each vector is compared with the one of its own place")
+@wrong("intruder_dimensions", "each vector is compared with the one at its own place only")
 def place_by_place(w0, w1, k, eps):
     U0, U1 = svd(w0)[0], svd(w1)[0]
     return sum(abs(torch.dot(U0[:, j], U1[:, j])) < eps for j in range(k)).item()
 
 
-@wrong("intruder_dimensions", "0.25")
+@wrong("intruder_dimensions", "the result is 0.1")
 def share(w0, w1, k, eps):
     return ((svd(w0)[0].T @ svd(w1)[0][:, :k]).abs().amax(0) < eps).float().mean().item()
 
@@ -227,6 +244,13 @@ def by_loops(w0, w1, k, eps):
         if max(abs(F.cosine_similarity(u, U1[:, j], dim=0).item()) for u in U0.T) < eps:
             count += 1
     return count
+
+
+@right("intruder_dimensions")
+def with_the_full_matrices(w0, w1, k, eps):
+    """No output lies beyond the singular vectors, so the full matrices are the same."""
+    U0, U1 = torch.linalg.svd(w0)[0], torch.linalg.svd(w1)[0]
+    return ((U0.mT @ U1[:, :k]).abs().max(0).values < eps).sum()
 
 
 @right("intruder_dimensions")
