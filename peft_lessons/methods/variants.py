@@ -32,7 +32,7 @@ def leading(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
     root = S[:rank].sqrt()                                           # (rank,)
     return root[:, None] * V[:rank], U[:, :rank] * root              # (rank, in), (out, rank)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-062
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-063
 class LinearWithPiSSA(LinearWithLoRA):
     """Compute y = x W_resᵀ + b + s · (x Aᵀ) Bᵀ with W_res = W − s · B₀A₀, where A₀, B₀ are the
     initial A, B. W is unchanged: s · x (B₀A₀)ᵀ is subtracted from the output."""
@@ -58,7 +58,7 @@ class LinearWithPiSSA(LinearWithLoRA):
     def delta_weight(self) -> torch.Tensor:
         return self.lora.delta_weight() - self.start_B @ self.start_A * self.lora.scaling
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-064
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-065
 @dataclass(frozen=True)
 class PiSSA(LoRA):
     """Apply PiSSA (Meng et al. 2024): LoRA initialised with the r largest singular values of W, on
@@ -84,7 +84,7 @@ class PiSSA(LoRA):
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithPiSSA:
         return LinearWithPiSSA(layer, self.rank, self.alpha, self.dropout, self.rslora)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-065
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-066
 def as_plain_lora(method: PiSSA, entries: dict, tensors: dict) -> tuple[dict, dict]:
     """Convert to the entries and tensors of the LoRA [B, −B₀] [A; A₀]; a head stays as it is."""
     doubled = {}
@@ -103,7 +103,7 @@ PiSSA.files = replace(
     LoRA.files, write=as_plain_lora, readable=False,  # what is read is a LoRA
     tensors=LoRA.files.tensors | {"start_A": "start_A", "start_B": "start_B"})
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-074
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-075
 @dataclass(frozen=True)
 class LoRAPlus(LoRA):
     """Apply LoRA+ (Hayou et al. 2024): LoRA with `lr_ratio` times the learning rate for B. The
@@ -117,7 +117,7 @@ class LoRAPlus(LoRA):
         """Return the factor of the learning rate for B."""
         return {"lora.lora_B": self.lr_ratio}
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-085
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-086
 def alternate(weight: torch.Tensor, rank: int, quantize: Callable[[torch.Tensor], torch.Tensor],
               iterations: int, principal: bool = False) -> tuple[torch.Tensor, ...]:
     """Return A (rank, in), B (out, rank) and a quantised Q (out, in) with Q + BA near the weight
@@ -129,7 +129,7 @@ def alternate(weight: torch.Tensor, rank: int, quantize: Callable[[torch.Tensor]
         A, B = leading(weight - Q, rank)
     return A, B, Q
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-087
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-088
 @dataclass(frozen=True)
 class LoftQ(QLoRA):
     """Apply LoftQ (Li et al. 2023): QLoRA with A and B initialised from the quantisation error.
@@ -153,7 +153,7 @@ class LoftQ(QLoRA):
             start_from_loss(wrapper, layer, self)
         return wrapper
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-088
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-089
 def start_from_loss(wrapper: nn.Module, linear: nn.Linear, method: LoftQ) -> None:
     """Set Q, A and B of a `QLoRALinear` to the result of `alternate` for a Linear, each factor
     divided by √s, so that s · BA is their product."""
@@ -172,14 +172,14 @@ def start_from_loss(wrapper: nn.Module, linear: nn.Linear, method: LoftQ) -> Non
     wrapper.lora.lora_A.data.copy_(A / root)
     wrapper.lora.lora_B.data.copy_(B / root)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-090
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-091
 LoftQ.files = replace(
     QLoRA.files, constants={"quantised_base": "loftq"},
     fields=QLoRA.files.fields | {
         "iterations": ("quantised_iterations", 5), "principal": ("quantised_principal", False)},
     own=(*QLoRA.files.own, "quantised_iterations", "quantised_principal"))
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-095
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-096
 class Projections(nn.Module):
     """Hold VeRA's frozen random A (rank, in) and B (out, rank), one pair for all layers, drawn from
     the seed as in PEFT. A smaller layer uses the first columns of A and rows of B."""
@@ -192,7 +192,7 @@ class Projections(nn.Module):
             values = torch.empty(shape, device="cpu", dtype=torch.float32)
             self.register_buffer(name, values.uniform_(-bound, bound, generator=generator))
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-096
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-097
 class LinearWithVeRA(AdapterLayer):
     """Add VeRA to a frozen Linear: y = x Wᵀ + b + λ_b ⊙ (λ_d ⊙ (x Aᵀ)) Bᵀ, with trained λ."""
     def __init__(self, linear: nn.Linear, shared: Projections, dropout: float = 0.0,
@@ -219,7 +219,7 @@ class LinearWithVeRA(AdapterLayer):
         A, B = self.factors
         return (self.lambda_b[:, None] * B) @ (self.lambda_d[:, None] * A)   # (out, in)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-097
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-098
 @dataclass(frozen=True)
 class VeRA(Method):
     """Apply VeRA (Kopiczko et al. 2024) to every Linear in `targets`."""
@@ -239,7 +239,7 @@ class VeRA(Method):
         return {path: LinearWithVeRA(layer, shared, self.dropout, self.d_initial)
                 for path, layer in layers.items()}
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-099
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-100
 SHARED = ("vera_A", "vera_B")
 
 
@@ -258,7 +258,7 @@ def shared_by_all(cls: type[Method], config: dict, tensors: dict) -> tuple[Metho
     copies = {path + name: pair[name] for path in paths for name in SHARED}
     return cls(**cls.files.settings(config)), own | copies
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-100
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-101
 VeRA.files = PeftFiles(
     "VERA", write=shared_once, read=shared_by_all, constants={"save_projection": True},
     fields={"rank": ("r", 256), "targets": ("target_modules", None),
@@ -268,7 +268,7 @@ VeRA.files = PeftFiles(
              "shared.vera_A": "vera_A", "shared.vera_B": "vera_B"},
     others=("init_weights",))
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-103
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-104
 def skew(entries: torch.Tensor, size: int) -> torch.Tensor:
     """Return S (blocks, size, size) with Sᵀ = −S, from its entries above the diagonal row by row,
     (blocks, size (size − 1) / 2)."""
@@ -290,7 +290,7 @@ def cayley_neumann(S: torch.Tensor) -> torch.Tensor:
     S3 = S2 @ S
     return torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) + 2 * S + 2 * S2 + 2 * S3 + S3 @ S
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-107
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-108
 def rotated(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     """Multiply each block of x (..., in) by its matrix of R (blocks, size, size), in R's dtype."""
     blocks = x.to(R.dtype).unflatten(-1, R.shape[:2])                # (..., blocks, size)
@@ -307,7 +307,7 @@ def refuse_far(R: torch.Tensor, dtype: torch.dtype) -> None:
             "would magnify what merge rounds away; model.float() before merge, or keep the adapter "
             "beside the base")
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-108
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-109
 class LinearWithOFT(AdapterLayer):
     """Rotate the input of a frozen Linear, block by block: y = (x R) Wᵀ + b."""
 
@@ -334,7 +334,7 @@ class LinearWithOFT(AdapterLayer):
     def unmerged_tensors(self) -> tuple[torch.Tensor, None]:         # the series is no rotation
         return rotated(self.base.weight, torch.linalg.inv(self.rotation().mT)), None
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-109
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-110
 @dataclass(frozen=True)
 class OFT(Method):
     """Apply OFT (Qiu et al. 2023) to every Linear in `targets`. With neumann=False R is exactly
@@ -354,7 +354,7 @@ class OFT(Method):
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithOFT:
         return LinearWithOFT(layer, self.block_size, self.neumann)
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-110
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-111
 def with_version(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
     """Add the version of PEFT that has the same series for R."""
     return entries | {"peft_version": "0.18.0"}, tensors
@@ -375,7 +375,7 @@ OFT.files = PeftFiles(
             "neumann": ("use_cayley_neumann", True)},
     others=("eps", "init_weights"), off={"num_cayley_neumann_terms": (5,), "r": (0,)})
 
-# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-114
+# %% ../../notebooks/14_beyond_lora.ipynb #14-beyond-115
 def through_projections(site: Site) -> torch.Tensor:
     """Return λ_b ⊙ (λ_d ⊙ (x Aᵀ)) Bᵀ (VeRA)."""
     layer, (A, B) = site.module, site.module.factors

@@ -225,7 +225,7 @@ def share(w0, w1, k, eps):
     return ((svd(w0)[0].T @ svd(w1)[0][:, :k]).abs().amax(0) < eps).float().mean().item()
 
 
-@wrong("intruder_dimensions", "the result is a list of 5")
+@wrong("intruder_dimensions", "the result is a list of 2")
 def which(w0, w1, k, eps):
     nearest = (svd(w0)[0].T @ svd(w1)[0][:, :k]).abs().amax(0)
     return [j for j in range(k) if nearest[j] < eps]
