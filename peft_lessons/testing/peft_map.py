@@ -102,11 +102,11 @@ def _family(model: peft.PeftModel) -> tuple[str, int | None]:
 def _row(kind: str, ids: torch.Tensor) -> dict[str, Any]:
     """Return the row of one type; what it reports if it does not run is its note."""
     row = {"type": kind, "changes": _UNKNOWN, "trainable": None, "rank of ΔW": None}
-    row |= {"merges": "no", "note": ""}
+    row |= {"merges": "no", "as LoRA": "no", "note": ""}
     try:
         cls = {k.value: c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
         if cls is None:
-            return row | {"merges": "", "note": "PEFT lists no config for it"}
+            return row | {"merges": "", "as LoRA": "", "note": "PEFT lists no config for it"}
         model = peft.get_peft_model(_model(), _config(kind, cls)).eval()
         trainable = [p for p in model.parameters() if p.requires_grad]
         row["trainable"] = sum(p.numel() for p in trainable)
@@ -114,9 +114,10 @@ def _row(kind: str, ids: torch.Tensor) -> dict[str, Any]:
             p.add_(0.05 * torch.randn_like(p))
         logits = model(ids).logits
         row["changes"], row["rank of ΔW"] = _family(model)
+        row["as LoRA"] = "yes" if model.supports_lora_conversion() else "no"
     except Exception as error:
         note = f"{type(error).__name__}: {error}".split("\n")[0]
-        return row | {"changes": _MORE, "merges": "", "note": note}
+        return row | {"changes": _MORE, "merges": "", "as LoRA": "", "note": note}
     with contextlib.suppress(Exception):
         gap = (model.merge_and_unload()(ids).logits - logits).abs().max()
         row["merges"] = "yes" if gap < 1e-4 else f"off by {gap:.1g}"
@@ -125,7 +126,8 @@ def _row(kind: str, ids: torch.Tensor) -> dict[str, Any]:
 
 def peft_map() -> list[dict[str, Any]]:
     """Return a row for each member of `peft.PeftType`, ordered by family: what it changes, its
-    trainable parameters, the rank of its ΔW, whether the merged model computes the same."""
+    trainable parameters, the rank of its ΔW, whether the merged model computes the same, and
+    whether PEFT says that it can convert the adapter to a LoRA."""
     rows, order = [], list(FAMILIES)
     logging.disable(logging.WARNING)
     try:

@@ -52,6 +52,14 @@ def test_known_types(rows, kind, changes, trainable, rank, merges):
     assert rank is None or row["rank of ΔW"] == rank
 
 
+def test_what_can_become_a_lora(rows):
+    become = {kind: rows[kind]["as LoRA"] for kind in ("LORA", "LOHA", "VERA", "OFT", "IA3", "HIRA")}
+    assert become == dict.fromkeys(("LORA", "LOHA", "VERA"), "yes") | dict.fromkeys(
+        ("OFT", "IA3", "HIRA"), "no"
+    )
+    assert rows["PROMPT_TUNING"]["as LoRA"] == "no" and rows["POLY"]["as LoRA"] == ""
+
+
 def test_vera_has_a_high_rank(rows):
     assert rows["VERA"]["changes"] == "adds a ΔW of high rank"
     assert rows["VERA"]["rank of ΔW"] > WIDTH / 2
