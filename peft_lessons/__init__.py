@@ -36,7 +36,7 @@ from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model
 from .methods.prefix import Prefix, PrefixTuning
 from .methods.prompt import Prompt, PromptTuning
 from .methods.qlora import QLoRA
-from .methods.selective import BitFit, DiffPruning, PartialFineTuning
+from .methods.selective import BitFit, DiffPruning, PartialFineTuning, SparseTuning
 from .methods.unified import MixAndMatch
 from .methods.variants import OFT, LoftQ, LoRAPlus, PiSSA, VeRA
 from .studies import Study, plots, table
@@ -67,6 +67,7 @@ __all__ = [
     "Prompt",
     "PromptTuning",
     "QLoRA",
+    "SparseTuning",
     "Study",
     "VeRA",
     "apply_lora_to_model",

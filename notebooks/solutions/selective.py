@@ -13,6 +13,18 @@ def select_bitfit(model: nn.Module) -> list[str]:
     return biases
 
 
+def sparse_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """A linear layer whose weight has a trained difference at k positions: (..., out)."""
+    changed = weight.flatten().scatter_add(0, indices, values)      # (out · in)
+    return x @ changed.view(weight.shape).T + bias                  # (..., out)
+
+
 def hard_concrete(
     log_alpha: torch.Tensor,
     u: torch.Tensor,
@@ -72,10 +84,6 @@ def make_optimizer(model: nn.Module, names: list[str]) -> torch.optim.AdamW:
         if name in names:
             p.requires_grad_(True)
     for module in model.modules():                                  # before what is in it
-        trains = [p.requires_grad for p in module.parameters()]
-        if trains:
-            module.training = any(trains)
-        for child in module.children():                             # dropout goes with its layer
-            child.training = module.training
+        module.train(any(p.requires_grad for p in module.parameters()))
     chosen = [p for p in model.parameters() if p.requires_grad]     # each of them once
     return torch.optim.AdamW(chosen, lr=1e-2, weight_decay=0.1)

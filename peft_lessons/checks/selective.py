@@ -96,6 +96,59 @@ def select_bitfit(model):
     return names
 
 
+# ------------------------------------------------------------------ sparse_linear
+
+
+def _layer(rows, columns, *batch, k):
+    """x, weight, bias, k positions in no order, and the values there."""
+    positions = torch.randperm(rows * columns)[:k]
+    weight, bias = torch.randn(rows, columns), torch.randn(rows)
+    return [torch.randn(*batch, columns), weight, bias, positions, torch.randn(k)]
+
+
+@check_for(
+    cases=[
+        Case(lambda: _layer(6, 9, 4, k=11)),
+        Case(lambda: _layer(10, 4, 2, 3, k=7), note="a batch of texts"),
+        Case(lambda: _layer(5, 5, 3, k=25), note="a square weight, all entries chosen"),
+    ],
+    returns="the output",
+    gradients=("x", "values"),
+    causes=mistakes(
+        """
+        def sparse_linear(x, weight, bias, indices, values):
+            S = torch.zeros(weight.numel())
+            S = S.index_put((indices,), values)
+            S = S.view(weight.shape)
+            return x @ (weight + S).T + bias
+        """,
+        """
+        the frozen weight is left out: S is added to it
+            (weight + S).T → S.T
+        the values take the place of the entries: they are added to them
+            S = torch.zeros(weight.numel()) → S = weight.flatten()
+            weight + S → S
+        the values are added twice
+            weight + S → weight + 2 * S
+        the positions run row after row: p is in row p // in, column p % in
+            S.view(weight.shape) → S.view(weight.T.shape).T
+        the values stand at the first k positions: the indices are not used
+            (indices,) → (torch.arange(len(indices)),)
+        the order of the values is that of the indices, which need not be sorted
+            (indices,) → (indices.sort().values,)
+        the bias is left out
+            + bias → ∅
+        the values are cut off from the graph, and learn nothing
+            (indices,), values) → (indices,), values.detach())
+        """,
+    ),
+)
+def sparse_linear(x, weight, bias, indices, values):
+    """The output with W + S, gradients of x and of the values, and a weight that stays."""
+    rows, columns = indices // weight.shape[1], indices % weight.shape[1]
+    return F.linear(x, weight, bias).index_add(-1, rows, x[..., columns] * values)
+
+
 # ------------------------------------------------------------------ hard_concrete
 
 
@@ -341,7 +394,10 @@ def _overwrites_the_first(apply, before, diff):
 @check_for(
     cases=[
         Case(lambda: _to_apply("some")),
-        Case(lambda: _to_apply("transposed"), note="transposed views: reshape(-1) gives a copy"),
+        Case(
+            lambda: _to_apply("transposed"),
+            note="transposed views: what is written into reshape(-1) goes into a copy",
+        ),
         Case(lambda: _to_apply("numbers of other kinds"), note="counter, mask, empty tensor"),
         Case(
             lambda: _to_apply("some"),

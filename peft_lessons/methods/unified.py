@@ -6,8 +6,8 @@
 __all__ = ['CHOICES', 'LINEAR', 'SUM', 'SCALED', 'SCHEDULE', 'INNER', 'ON_BERT', 'OWN', 'Site', 'calls_of', 'linears', 'ends',
            'only', 'heads', 'attention_scores', 'virtual', 'attention', 'gated', 'of_head', 'values_before',
            'standardised', 'own_layers', 'Design', 'designs_of', 'moved', 'gap', 'row_of', 'check_design',
-           'unified_table', 'low_rank', 'weight_decomposed', 'triplets', 'sparse', 'rescaled_output', 'rescaled_input',
-           'bottleneck', 'normed_sum', 'adapter_design', 'own_change', 'MixAndMatch']
+           'unified_table', 'low_rank', 'weight_decomposed', 'triplets', 'sparse', 'masked', 'rescaled_output',
+           'rescaled_input', 'bottleneck', 'normed_sum', 'adapter_design', 'own_change', 'MixAndMatch']
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-003
 import copy
@@ -27,7 +27,7 @@ from .lora import LoRA
 from .prefix import Prefix, flat_prefix
 from .prompt import Prompt
 from .qlora import QLoRA
-from .selective import BitFit, DiffPruning, PartialFineTuning
+from .selective import BitFit, DiffPruning, PartialFineTuning, SparseTuning
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-010
 @dataclass(frozen=True)
@@ -312,6 +312,14 @@ def sparse(site: Site) -> torch.Tensor:
     return site.x @ (z * layer.w).T                                        # (..., out)
 
 
+def masked(site: Site) -> torch.Tensor:
+    """Return x Sᵀ, with the trained values of S at their rows and columns (sparse masks)."""
+    layer = site.module
+    S = torch.zeros_like(layer.base.weight)                                # (out, in)
+    S[tuple(layer.indices.long())] = layer.values
+    return site.x @ S.T                                                    # (..., out)
+
+
 SCHEDULE = dict(tinit=1, tfinal=1, delta=1, total_steps=10)
 DESIGNS[AdaLoRA] = Design(
     form="((x Qᵀ) ⊙ λ) Pᵀ", **SCALED, delta=triplets,
@@ -319,6 +327,9 @@ DESIGNS[AdaLoRA] = Design(
 DESIGNS[DiffPruning] = Design(
     form="x (z ⊙ w)ᵀ", insertion="parallel", modified=LINEAR, composition=SUM,
     delta=sparse, example=DiffPruning(structured=True, targets=("query", "value")))
+DESIGNS[SparseTuning] = Design(
+    form="x Sᵀ", insertion="parallel", modified=LINEAR, composition=SUM, delta=masked,
+    example=SparseTuning(rank=8, targets=("query", "value")))
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-037
 def rescaled_output(site: Site) -> torch.Tensor:

@@ -33,6 +33,45 @@ def by_a_walk(model):
     raise ValueError("nothing would train")
 
 
+# ------------------------------------------------------------------ sparse_linear
+
+
+@wrong("sparse_linear", "weight")
+def in_place(x, weight, bias, indices, values):
+    weight.view(-1)[indices] += values.detach()
+    return nn.functional.linear(x, weight, bias)
+
+
+@wrong("sparse_linear", "cut off from the graph")
+def with_data(x, weight, bias, indices, values):
+    S = torch.zeros_like(weight)
+    S.view(-1).data[indices] = values.data
+    return nn.functional.linear(x, weight + S, bias)
+
+
+@wrong("sparse_linear", "index")
+def divided_by_rows(x, weight, bias, indices, values):
+    rows = len(weight)
+    S = torch.zeros_like(weight).index_put((indices // rows, indices % rows), values)
+    return nn.functional.linear(x, weight + S, bias)
+
+
+@right("sparse_linear")
+def by_a_sparse_tensor(x, weight, bias, indices, values):
+    at = torch.stack([indices // weight.shape[1], indices % weight.shape[1]])
+    S = torch.sparse_coo_tensor(at, values, weight.shape, check_invariants=True)
+    return (x @ (weight.T + S.to_dense().T)) + bias
+
+
+@right("sparse_linear")
+def entry_by_entry(x, weight, bias, indices, values):
+    y = list(nn.functional.linear(x.double(), weight.double(), bias.double()).unbind(-1))
+    for p, v in zip(indices.tolist(), values, strict=True):
+        row, column = divmod(p, weight.shape[1])
+        y[row] = y[row] + x[..., column].double() * v
+    return torch.stack(y, -1)
+
+
 # ------------------------------------------------------------------ hard_concrete
 
 
@@ -104,7 +143,7 @@ def refuse(before, diff):
         raise ValueError("out of range")
 
 
-@wrong("apply_sparse_diff", "transposed views: reshape(-1) gives a copy")
+@wrong("apply_sparse_diff", "written into reshape(-1) goes into a copy")
 def by_a_view(before, diff):
     after = {name: old.clone() for name, old in before.items()}
     for name, (at, values) in diff.items():

@@ -1,5 +1,6 @@
 """Check every method of the course on every family of models: a new method is a row here."""
 
+import warnings
 from dataclasses import replace
 
 import peft
@@ -35,6 +36,7 @@ from peft_lessons import (
     Prefix,
     Prompt,
     QLoRA,
+    SparseTuning,
     VeRA,
     fit,
     inject,
@@ -66,6 +68,8 @@ METHODS = {  # {row: the method for a model of this name}
     "diff": lambda name: DiffPruning(targets=TARGETS[name]),
     "diff, structured": lambda name: DiffPruning(structured=True, targets=TARGETS[name]),
     "diff, no gates": lambda name: DiffPruning(gates=False, targets=TARGETS[name]),
+    "sparse": lambda name: SparseTuning(4, seed=5, targets=TARGETS[name]),
+    "sparse, largest": lambda name: SparseTuning(4, "largest", targets=TARGETS[name]),
     "mixed": lambda name: MixAndMatch(5, 6),
     "lora+": lambda name: LoRAPlus(4, 6.0, TARGETS[name], dropout=0.1),
     "pissa": lambda name: PiSSA(4, 6.0, TARGETS[name], dropout=0.1),
@@ -86,6 +90,20 @@ def lora(name, **changed):
 
 def prefixed(**more):
     return peft.PrefixTuningConfig(num_virtual_tokens=5, **more)
+
+
+def largest_shira(name):
+    """PEFT's SHiRA with the entries of largest magnitude."""
+
+    def mask_fn(layer, r, **_):
+        flat = layer.weight.detach().abs().flatten()
+        chosen = flat.topk(r * sum(layer.weight.shape)).indices
+        return torch.zeros_like(flat).index_fill(0, chosen, 1.0).view_as(layer.weight)
+
+    with warnings.catch_warnings(action="ignore"):  # it doubts a mask_type of our own
+        config = peft.ShiraConfig(r=4, target_modules=list(TARGETS[name]), mask_type="largest")
+    config.mask_fn = mask_fn
+    return config
 
 
 PEFT = {  # {row: PEFT's config of the same method}
@@ -115,6 +133,8 @@ PEFT = {  # {row: PEFT's config of the same method}
     "prefix": lambda name: prefixed(),
     "prefix, mlp": lambda name: prefixed(prefix_projection=True, encoder_hidden_size=24),
     "norms": lambda name: peft.LNTuningConfig(target_modules=NORMS),
+    "sparse": lambda name: peft.ShiraConfig(r=4, target_modules=list(TARGETS[name]), random_seed=5),
+    "sparse, largest": lambda name: largest_shira(name),
     "lora+": lora,
     "pissa": lambda name: lora(name, r=8, lora_alpha=12),  # a LoRA of twice the rank
     "pissa, √r": lambda name: lora(name, lora_alpha=3 * 2**0.5, use_rslora=True),
@@ -137,6 +157,8 @@ WIDE = {  # every width a multiple of 64, as four bits need it
     "llama": lambda: tiny_llama(intermediate_size=128),
     "opt": lambda: tiny_opt(ffn_dim=128),
 }
+# Without gates the settings of gates say nothing, and of the largest entries none is drawn.
+NO_FIELDS = ("diff, no gates", "sparse, largest")
 # A Llama has no biases.
 CASES = [
     (row, name)
@@ -187,7 +209,7 @@ def test_it_does_all_that_a_method_does(row, name):
         rounding=1e-5 if isinstance(method, PiSSA) or row == "prefix, mlp" else 0.0,
         own_type=method.files.kind != "LORA",
         keeps_base=row not in IN_4_BITS,
-        fields=name == ("llama" if row in IN_4_BITS else "bert") and row != "diff, no gates",
+        fields=name == ("llama" if row in IN_4_BITS else "bert") and row not in NO_FIELDS,
         peft=PEFT[row](name) if row in PEFT else None,
         steps=STEPS if isinstance(method, AdaLoRA) else 30,
     )

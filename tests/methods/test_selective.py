@@ -4,8 +4,10 @@ import math
 from copy import deepcopy
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tiny import (
     MODELS,
@@ -26,13 +28,14 @@ from tiny import (
 )
 from torch import nn
 from torch.nn import functional as F
-from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_lessons import (
     BitFit,
     DiffPruning,
+    LoRA,
     PartialFineTuning,
     QLoRA,
+    SparseTuning,
     check,
     fit,
     inject,
@@ -45,6 +48,7 @@ from peft_lessons import (
 from peft_lessons.engine import WEIGHTS, fingerprint, injection_of
 from peft_lessons.methods.selective import (
     LinearWithDiff,
+    LinearWithSparse,
     blocks_of,
     expected_open,
     gate,
@@ -201,33 +205,86 @@ def test_bitfit_chooses_what_the_exercise_asks_for():
 # ------------------------------------------------------------------ PartialFineTuning
 
 
-def test_the_blocks_are_the_longest_list_of_one_class_that_is_in_no_other():
-    def linears(n):
-        return nn.ModuleList([nn.Linear(3, 3) for _ in range(n)])
+def linears(n):
+    return nn.ModuleList([nn.Linear(3, 3) for _ in range(n)])
 
+
+def test_the_blocks_are_the_one_list_that_is_in_no_other():
     for k in (1, 2):
         model = injected("llama", PartialFineTuning(last=k))
         of_blocks = {n for n, _ in model.named_parameters() if ".layers." in n}
         assert training(model) == {n for n in of_blocks if k == 2 or ".layers.1." in n}
-    mixed = nn.ModuleList([*linears(7), nn.LayerNorm(3)])
-    model = nn.ModuleDict({"heads": linears(2), "blocks": linears(5), "mixed": mixed})
+    model = nn.ModuleDict({"blocks": linears(5), "none": nn.ModuleList()})
     told = inject(model, PartialFineTuning(last=1))
     assert told.whole == ("blocks.4.weight", "blocks.4.bias")
+    assert list(blocks_of(linears(2))) == ["0", "1"]
     blocks = [nn.ModuleDict({"experts": linears(8)}) for _ in range(3)]
     model = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
     assert list(blocks_of(model)) == ["layers.0", "layers.1", "layers.2"]
     assert inject(model, PartialFineTuning(last=1)).whole_parameters == 8 * 12
+    blocks = [nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)]  # as in a hybrid
+    model = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+    assert inject(model, PartialFineTuning(last=2)).whole_parameters == 6 + 12
+
+
+TEXT = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=64)
+TEXT |= dict(num_attention_heads=2, num_key_value_heads=1)
+IMAGE = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
+IMAGE |= dict(image_size=16, patch_size=8)
+
+
+def qwen2_vl():
+    text = TEXT | dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]})
+    image = dict(depth=3, embed_dim=16, num_heads=2, hidden_size=32, mlp_ratio=2)
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=image)
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def llava():
+    image, text = transformers.CLIPVisionConfig(**IMAGE), transformers.LlamaConfig(**TEXT)
+    config = transformers.LlavaConfig(vision_config=image, text_config=text)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def gemma3():
+    text = TEXT | dict(head_dim=16)
+    config = transformers.Gemma3Config(text_config=text, vision_config=IMAGE)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [qwen2_vl, llava, gemma3])
+def test_the_text_stack_of_a_multimodal_model_is_found_and_not_the_longest(make):
+    with torch.device("meta"):
+        model = make()
+    lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    assert sorted(lists.values()) == [2, 3]
+    stack = "model.language_model.layers"
+    assert list(blocks_of(model)) == [f"{stack}.0", f"{stack}.1"]
+    assert all(n.startswith(f"{stack}.1.") for n in PartialFineTuning(last=1).select(model))
+
+
+def test_a_stack_of_two_classes_of_blocks_is_one_stack():
+    config = transformers.JambaConfig(**TEXT | dict(num_hidden_layers=8), num_experts=2)
+    with torch.device("meta"):
+        model = transformers.JambaForCausalLM(config)
+    assert len({type(block) for block in model.model.layers}) == 2
+    assert list(blocks_of(model)) == [f"model.layers.{i}" for i in range(8)]
 
 
 def t5():
     sizes = dict(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    return T5ForConditionalGeneration(T5Config(**sizes))
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
 
 
 REFUSED = [
     (tiny_llama, dict(last=3), "last.*3.* 2"),
     (lambda: nn.Sequential(nn.Linear(3, 3)), dict(last=1), "Sequential has no one stack of blocks"),
     (t5, dict(last=1), "no one stack of blocks"),
+    (
+        lambda: nn.ModuleDict({"text": linears(3), "image": linears(4)}),
+        dict(last=1),
+        "several stacks of blocks, 'text', 'image'; name the parts in patterns",
+    ),
     (tiny_llama, dict(patterns=("q_proj", "rm")), "'rm' matches no parameter"),
     (tiny_llama, dict(patterns="q_proj"), "'q_proj' matches no parameter"),
     (tiny_llama, dict(patterns=("q_porj",)), "did you mean 'q_proj'"),
@@ -273,6 +330,115 @@ def test_a_name_is_the_end_of_a_path_and_a_string_matches_a_whole_one():
     }
     for patterns, expected in chosen.items():
         assert training(injected("llama", PartialFineTuning(patterns=patterns))) == expected
+
+
+# ------------------------------------------------------------------ sparse masks
+
+SPARSE = pytest.mark.parametrize("positions", ["random", "largest"])
+
+
+def flat(wrapper):
+    """The flat positions of a layer's values."""
+    rows, columns = wrapper.indices.long()
+    return rows * wrapper.base.weight.shape[1] + columns
+
+
+@SPARSE
+def test_a_sparse_layer_computes_its_definition(positions):
+    method = SparseTuning(2, positions, targets=("down_proj",))
+    wrapper = layers(injected("llama", method))["model.layers.1.mlp.down_proj"]
+    wrapper.values.data.normal_()
+    W, x = wrapper.base.weight, torch.randn(3, 5, 96)
+    changed = W.detach().clone().flatten()
+    for p, v in zip(flat(wrapper).tolist(), wrapper.values.tolist(), strict=True):
+        changed[p] += v
+    close(wrapper(x), F.linear(x, changed.view(W.shape)), 2e-6)
+    wrapper(x).square().sum().backward()
+    weight = changed.view(W.shape).requires_grad_()
+    F.linear(x, weight).square().sum().backward()
+    close(wrapper.values.grad, weight.grad.flatten()[flat(wrapper)], 1e-4, relative=True)
+    assert W.grad is None
+
+
+@SPARSE
+def test_as_many_entries_train_as_a_lora_of_this_rank_has_and_each_is_another(positions):
+    model = injected("llama", SparseTuning(3, positions))
+    lora = injected("llama", LoRA(3, 6.0, "all-linear"))
+    assert report(model).trainable == report(lora).trainable
+    for path, wrapper in layers(model).items():
+        at = flat(wrapper)
+        assert len(at) == len(at.unique()) == 3 * sum(wrapper.base.weight.shape), path
+        assert torch.equal(at, at.sort().values)
+        if positions == "largest":
+            size = wrapper.base.weight.abs().flatten()
+            rest = torch.ones(len(size), dtype=torch.bool).index_fill(0, at, False)
+            assert size[at].min() >= size[rest].max()
+
+
+def test_a_seed_draws_the_positions_and_the_global_random_state_stays():
+    drawn = [layers(injected("llama", SparseTuning(2, seed=seed))) for seed in (1, 1, 2)]
+    one, again, other = ([flat(w) for w in found.values()] for found in drawn)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    model = tiny_llama()
+    before = torch.get_rng_state()
+    inject(model, SparseTuning(2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (dict(rank=0), "rank=0"),
+        (dict(rank=2.0), "rank=2.0"),
+        (dict(rank=65), "rank=65 is above"),
+        (dict(rank=33), "rank=33 takes .* entries of '.*', which has .*: choose a lower rank"),
+        (dict(positions="smallest"), "positions='smallest' must be"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(targets=("query",)), "query"),
+    ],
+)
+def test_a_sparse_mask_that_does_not_fit_is_refused(fields, told):
+    with refused(model := tiny_llama(), told):
+        inject(model, SparseTuning(**fields))
+
+
+@SPARSE
+def test_values_of_a_16_bit_base_are_float32_and_a_meta_model_gets_them_too(positions):
+    model = tiny_llama().to(torch.bfloat16)
+    inject(model, SparseTuning(2, positions))
+    assert {w.values.dtype for w in layers(model).values()} == {torch.float32}
+    assert model(torch.ones(1, 3).long()).logits.dtype == torch.bfloat16
+    with torch.device("meta"):
+        model = tiny_llama()
+    inject(model, SparseTuning(2, positions))
+    assert all(w.values.is_meta and w.indices.is_meta for w in layers(model).values())
+
+
+def test_a_sparse_file_holds_positions_and_values(tmp_path):
+    model = trained("llama", SparseTuning(2, "largest", targets=("q_proj", "down_proj")))
+    save_adapter(model, tmp_path)
+    file, stem = load_file(tmp_path / WEIGHTS), "base_model.model.model.layers.0.mlp.down_proj"
+    wrapper = layers(model)["model.layers.0.mlp.down_proj"]
+    assert isinstance(wrapper, LinearWithSparse)
+    assert torch.equal(file[f"{stem}.shira_indices"], wrapper.indices)
+    assert torch.equal(file[f"{stem}.shira_weight"], wrapper.values)
+    back = tiny_llama()
+    load_adapter(back, tmp_path)
+    assert injection_of(back).method == injection_of(model).method
+    assert same(entries(back), entries(model))
+    assert sum(int((d != 0).sum()) for d in entries(back).values()) <= 4 * 2 * (64 + 96)
+
+
+def test_a_file_of_peft_s_that_names_no_seed_opens(tmp_path):
+    config = peft.ShiraConfig(r=2, target_modules=["q_proj"], init_weights=False)
+    theirs = peft.get_peft_model(tiny_llama(), config).eval()
+    theirs.save_pretrained(tmp_path)
+    assert read_config(tmp_path)["random_seed"] is None
+    ours = tiny_llama()
+    load_adapter(ours, tmp_path)
+    batch = batch_of("llama")
+    close(ours.eval()(**batch).logits, theirs(**batch).logits)
 
 
 # ------------------------------------------------------------------ the gate
