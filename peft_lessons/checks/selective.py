@@ -80,6 +80,8 @@ def _biasless():
             last == "bias" or last.endswith("_bias") → not last.endswith("weight")
         the last part alone is returned: the list has full names
             names.append(name) → names.append(last)
+        .bias is not the end of every bias's name: bias alone has no dot, and q_bias an underscore
+            last == "bias" or last.endswith("_bias") → name.endswith(".bias")
         a bias of the model itself, or of a layer alone, has no dot before its name
             last == "bias" or last.endswith("_bias") → name.endswith((".bias", "_bias"))
         norms have biases too
@@ -154,7 +156,8 @@ def _layer(rows, columns, *batch, k, within=False):
             weight + S → weight - S
         W is there twice: either S starts from zeros, or it starts from W and W is not added
             S = torch.zeros(weight.numel()) → S = weight.flatten()
-        S stays zero: index_put without the underscore returns a new tensor, so keep its result
+        S stays zero: index_put and its like return a new tensor without the underscore, so keep
+        the result
             S = S.index_put((indices,), values) → S.index_put((indices,), values)
         p is divided by the number of rows: divide it by in, which is weight.shape[1]
             torch.zeros(weight.numel()) → torch.zeros(weight.shape)
