@@ -7,7 +7,7 @@ import torch
 
 
 def rslora_scaling(alpha: float, rank: int) -> float:
-    """What the output of a branch is multiplied by in rsLoRA."""
+    """The scaling that makes the first step of gradient descent the same at every rank."""
     return alpha / math.sqrt(rank)
 
 

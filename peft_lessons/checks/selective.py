@@ -21,6 +21,7 @@ class _Called(nn.Module):
         super().__init__()
         self.offset, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
         self.relative_attention_bias = nn.Embedding(6, 2)  # a table, as T5 has one
+        self.bias_scale, self.q_bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
         self.up, self.norm = nn.Linear(4, 6), nn.LayerNorm(4)
         self.scores = nn.ModuleDict({"bias": nn.Linear(4, 3, bias=False)})
         self.bias_net = nn.Linear(4, 3)
@@ -43,7 +44,7 @@ def _biasless():
 
 @check_for(
     cases=[
-        Case(lambda: [_Called()], note="a table, a buffer and a dict have bias in their names"),
+        Case(lambda: [_Called()], note="a table, a buffer and a scale have bias in their names"),
         Case(lambda: [nn.TransformerEncoderLayer(8, 2, 12)], note="one of them is in_proj_bias"),
         Case(lambda: [nn.Linear(4, 3)], note="a layer alone"),
         Case(lambda: [_tied_biases()], note="a bias with two names, and a layer used twice"),
@@ -67,8 +68,20 @@ def _biasless():
             last == "bias" or last.endswith("_bias") → "bias" in name
         a module that is called bias is none: the last part of the name counts
             last == "bias" or last.endswith("_bias") → "bias" in name.split(".")
-        in_proj_bias is a bias too: the last part may also end in _bias
+        bias must stand at the end of the last part: bias_scale is none
+            last == "bias" or last.endswith("_bias") → "bias" in last
+        q_bias and in_proj_bias are biases too: the last part may also end in _bias
             or last.endswith("_bias") → ∅
+        q_bias is a bias too: every last part counts that ends in _bias, not in_proj_bias alone
+            last.endswith("_bias") → last == "in_proj_bias"
+        not every vector is a bias: the weights of norms are vectors too
+            last == "bias" or last.endswith("_bias") → p.dim() == 1
+        not all else than a weight is a bias: the last part of the name counts
+            last == "bias" or last.endswith("_bias") → not last.endswith("weight")
+        the last part alone is returned: the list has full names
+            names.append(name) → names.append(last)
+        .bias is not the end of every bias's name: bias alone has no dot, and q_bias an underscore
+            last == "bias" or last.endswith("_bias") → name.endswith(".bias")
         a bias of the model itself, or of a layer alone, has no dot before its name
             last == "bias" or last.endswith("_bias") → name.endswith((".bias", "_bias"))
         norms have biases too
@@ -86,7 +99,7 @@ def _biasless():
     ),
 )
 def select_bitfit(model):
-    """The biases of any model, each once and in its order; a model without any is refused."""
+    """The biases of a model, each once and in its order; a model without any is refused."""
     names, seen = [], set()
     for path, module in model.named_modules():
         for own, p in module.named_parameters(recurse=False):
@@ -99,15 +112,24 @@ def select_bitfit(model):
 # ------------------------------------------------------------------ sparse_linear
 
 
-def _layer(rows, columns, *batch, k):
-    """x, weight, bias, k positions in no order, and the values there."""
-    positions = torch.randperm(rows * columns)[:k]
+def _layer(rows, columns, *batch, k, within=False):
+    """x, weight, bias, k positions in no order, and the values there. `within`: also a position
+    that is divided by the wrong side of the weight, or the wrong way round, is one in it."""
+    positions = torch.randperm(rows * columns)
+    if within:
+        side = min(rows, columns)
+        positions = positions[(positions < side**2) & (positions % rows < side)]
+    positions = positions[:k]
     weight, bias = torch.randn(rows, columns), torch.randn(rows)
     return [torch.randn(*batch, columns), weight, bias, positions, torch.randn(k)]
 
 
 @check_for(
     cases=[
+        Case(
+            lambda: _layer(10, 6, 4, k=11, within=True),
+            note="flatten() and view() of this weight share its memory",
+        ),
         Case(lambda: _layer(6, 9, 4, k=11)),
         Case(lambda: _layer(10, 4, 2, 3, k=7), note="a batch of texts"),
         Case(lambda: _layer(5, 5, 3, k=25), note="a square weight, all entries chosen"),
@@ -130,6 +152,22 @@ def _layer(rows, columns, *batch, k):
             weight + S → S
         the values are added twice
             weight + S → weight + 2 * S
+        S is subtracted: add it to W
+            weight + S → weight - S
+        W is there twice: either S starts from zeros, or it starts from W and W is not added
+            S = torch.zeros(weight.numel()) → S = weight.flatten()
+        S stays zero: index_put and its like return a new tensor without the underscore, so keep
+        the result
+            S = S.index_put((indices,), values) → S.index_put((indices,), values)
+        p is divided by the number of rows: divide it by in, which is weight.shape[1]
+            torch.zeros(weight.numel()) → torch.zeros(weight.shape)
+            (indices,) → (indices // len(weight), indices % len(weight))
+        row and column have changed places: p is in row p // in, column p % in
+            torch.zeros(weight.numel()) → torch.zeros(weight.shape)
+            (indices,) → (indices % weight.shape[1], indices // weight.shape[1])
+        the column is p % in, and not p % out
+            torch.zeros(weight.numel()) → torch.zeros(weight.shape)
+            (indices,) → (indices // weight.shape[1], indices % len(weight))
         the positions run row after row: p is in row p // in, column p % in
             S.view(weight.shape) → S.view(weight.T.shape).T
         the values stand at the first k positions: the indices are not used
@@ -138,6 +176,8 @@ def _layer(rows, columns, *batch, k):
             (indices,) → (indices.sort().values,)
         the bias is left out
             + bias → ∅
+        the bias is added twice: F.linear(x, weight, bias) has it already
+            + bias → + 2 * bias
         the values are cut off from the graph, and learn nothing
             (indices,), values) → (indices,), values.detach())
         """,
@@ -189,6 +229,14 @@ def _far(*settings):
             / temperature → ∅
         only the noise is divided by the temperature: log alpha is too
             (log_alpha + noise) / temperature → log_alpha + noise / temperature
+        only log alpha is divided by the temperature: the noise is too
+            (log_alpha + noise) / temperature → log_alpha / temperature + noise
+        the temperature multiplies: divide by it
+            / temperature → * temperature
+        the noise is subtracted: add it, so that a large u opens the gate
+            log_alpha + noise → log_alpha - noise
+        log u alone is added: its log-odds are log u − log(1 − u)
+            torch.logit(u) → torch.log(u)
         u is added as it is: add its log-odds, log u − log(1 − u)
             torch.logit(u) → u
         u is not used: this is the gate as it is without noise
@@ -199,6 +247,14 @@ def _far(*settings):
             low + (high - low) * s → s
         the stretch is too short: s is multiplied by high − low, not by high
             (high - low) * s → high * s
+        the stretch has the wrong width: s is multiplied by high − low
+            (high - low) * s → (high + low) * s
+        the stretch begins at −low: it begins at low, so add low
+            low + (high - low) → -low + (high - low)
+        low and high are not used: −1.5 and 1.5 are only what they are when left out
+            low + (high - low) * s → 3 * s - 1.5
+        every gate is 0 or 1, and has no gradient: z is kept where it is between them
+            z.clamp(0, 1) → (z > 0).to(z.dtype)
         the stretched gate must be cut off, at 0 and 1: between low and high it is anyway
             z.clamp(0, 1) → z
         exp of a large number is infinite, and the gradient of 1 / (1 + ∞) is 0 · ∞, which is NaN:
@@ -253,8 +309,13 @@ def _alphas(shape, *settings):
             temperature * → ∅
         the shift is divided by the temperature: multiply
             temperature * → 1 / temperature *
-        all is divided by the temperature: solve (log α + noise) / β > log(−low / high)
+        only log α is divided by the temperature: solve (log α + noise) / β > log(−low / high)
             log_alpha - shift → (log_alpha - shift) / temperature
+        all is divided by the temperature: solve (log α + noise) / β > log(−low / high)
+            temperature * → ∅
+            log_alpha - shift → (log_alpha - shift) / temperature
+        this is the logarithm of s: its log-odds are log(s / (1 − s)) = log(−low / high)
+            -low / high → -low / (high - low)
         these are the closed gates: 1 − σ is the chance of z = 0
             torch.sigmoid → 1 - torch.sigmoid
         this is the chance that a gate is fully open, z = 1: all with z > 0 count
@@ -264,6 +325,11 @@ def _alphas(shape, *settings):
                 (torch.sigmoid(log_alpha / temperature) * (high - low) + low).clamp(0, 1)
         this counts the gates that are open without noise, and has no gradient
             torch.sigmoid(log_alpha - shift) → (log_alpha > shift).to(log_alpha.dtype)
+        this counts the gates that are open without noise, a whole number, and has no gradient
+            torch.sigmoid(log_alpha - shift) → log_alpha > shift
+        this counts the open gates of one draw, and is not their mean: it has no gradient
+            torch.sigmoid(log_alpha - shift) →
+                (log_alpha + torch.rand_like(log_alpha).logit() > shift).to(log_alpha.dtype)
         the chances are averaged: add them up
             chances.sum() → chances.mean()
         exp of a large number is infinite, and the gradient of 1 / (1 + ∞) is 0 · ∞, which is NaN:
@@ -289,9 +355,10 @@ def _trained(kind):
         return before | kept, {"steps": torch.tensor(8), "on": torch.eye(2).bool()} | kept
     if kind == "zeros and NaN":
         nan, inf = math.nan, math.inf
-        before = {"w": torch.tensor([[0.0, -0.0, 1.0], [nan, nan, inf]]), "kept": torch.zeros(2)}
-        after = {"w": torch.tensor([[-0.0, -0.0, nan], [nan, 2.0, -inf]]), "kept": torch.zeros(2)}
-        return before, after
+        kept = {"kept": torch.zeros(2), "nan": torch.tensor([nan, 1.0])}
+        before = {"w": torch.tensor([[0.0, -0.0, 1.0], [nan, nan, inf]]), "minus": torch.zeros(3)}
+        after = {"w": torch.tensor([[-0.0, -0.0, nan], [nan, 2.0, -inf]]), "minus": -torch.zeros(3)}
+        return before | kept, after | kept
     before = {
         "embed.weight": torch.randn(4, 5),
         "fc.weight": torch.randn(6, 7),
@@ -343,10 +410,24 @@ def _trained(kind):
         the values are differences, and before + (after − before) is not always after: give the new
         values
             new.flatten()[at] → new.flatten()[at] - old.flatten()[at]
+        the values are those of before: give those of after
+            new.flatten()[at] → old.flatten()[at]
+        int32 reads two entries of bfloat16 at once: entries of two bytes need int16
+            view(torch.uint8) → view(torch.int32)
+            (a != b).view(-1, new.element_size()).any(dim=1) → a != b
+        an entry is there once for each byte that has changed: it belongs there once
+            (a != b).view(-1, new.element_size()).any(dim=1) → a != b
+            at = changed.nonzero().flatten() →
+                at = changed.nonzero().flatten() // new.element_size()
         names whose tensors did not change are in it too
             if len(at) → if True
         isclose takes a small change for none
             changed.nonzero() → (~torch.isclose(old, new)).flatten().nonzero()
+        torch.equal takes −0.0 for 0.0: where nothing else changed, the tensor is passed over
+            name in after: → name in (n for n in after if not torch.equal(before[n], after[n])):
+        torch.equal takes −0.0 for 0.0, and a NaN that stayed for a change: compare the bits
+            name in after: → name in (n for n in after if not torch.equal(before[n], after[n])):
+            if len(at) → if True
         != takes −0.0 for 0.0, and a NaN that stayed for a change: compare the bits
             changed.nonzero() → (old != new).flatten().nonzero()
         != takes −0.0 for 0.0, and its sign is lost: compare the bits
@@ -377,10 +458,10 @@ def _to_apply(kind):
     return [before, sparse_diff.reference(before, after)]
 
 
-def _misplaced(place, name="fc.weight"):
-    """A diff with a wrong index, or for a wrong name."""
+def _misplaced(place, at=0, name="fc.weight"):
+    """A diff with a wrong index among right ones, or for a wrong name."""
     before, diff = _to_apply("some")
-    diff["fc.weight"][0][0] = place
+    diff["fc.weight"][0][at] = place
     return [before, {name: diff["fc.weight"]}]
 
 
@@ -404,8 +485,8 @@ def _overwrites_the_first(apply, before, diff):
             note="a second time, after all of the first result was set to 0",
             earlier=_overwrites_the_first,
         ),
-        refused(lambda: _misplaced(0, "head.weight"), "", "a name that before does not have"),
-        refused(lambda: _misplaced(42), "", "an index of 42 among 42 entries"),
+        refused(lambda: _misplaced(0, name="head.weight"), "", "a name that before does not have"),
+        refused(lambda: _misplaced(42, at=-1), "", "an index of 42 among 42 entries"),
         refused(lambda: _misplaced(-1), "", "an index of −1"),
     ],
     returns="the result",
@@ -430,6 +511,8 @@ def _overwrites_the_first(apply, before, diff):
             flat[at] = values → flat[at] += values
         what did not change is 0: begin with the tensor of before
             after[name].flatten() → torch.zeros_like(after[name]).flatten()
+        all that did not change is 0: begin with copies of the tensors of before
+            old.clone() → torch.zeros_like(old)
         only what changed is in the result: all other names belong to it too
             old.clone() for name, old in before.items() → before[name].clone() for name in diff
         flatten() and reshape() of such a tensor give a copy, and what is written there is lost:

@@ -27,6 +27,31 @@ def root_of_an_int(alpha, rank):
     return alpha / torch.sqrt(rank)
 
 
+@wrong("rslora_scaling", "which suits Adam's first step")
+def as_in_lora(alpha, rank):
+    return alpha / rank
+
+
+@wrong("rslora_scaling", "alpha is left out")
+def without_alpha(alpha, rank):
+    return 1 / math.sqrt(rank)
+
+
+@wrong("rslora_scaling", "this is the exponent p")
+def the_exponent(alpha, rank):
+    return 0.5
+
+
+@wrong("rslora_scaling", "the result is cut to a whole number")
+def cut(alpha, rank):
+    return int(alpha / math.sqrt(rank))
+
+
+@right("rslora_scaling")
+def as_a_tensor(alpha, rank):
+    return alpha / torch.tensor(float(rank)).sqrt()
+
+
 @right("rslora_scaling")
 def by_power(alpha, rank):
     return alpha * rank**-0.5
@@ -50,6 +75,39 @@ def as_peft(named_parameters, lr, ratio):
     ups = [p for n, p in rows if b(n) or p.ndim == 1]
     rest = [p for n, p in rows if not (b(n) or p.ndim == 1)]
     return [dict(params=rest, lr=lr), dict(params=ups, lr=lr * ratio)]
+
+
+def split(is_b):
+    """Two groups by the name alone, all else as it should be."""
+
+    def answer(named_parameters, lr, ratio):
+        groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr * ratio}]
+        for name, p in named_parameters:
+            if p.requires_grad:
+                groups[is_b(name)]["params"].append(p)
+        return groups
+
+    return answer
+
+
+capital = wrong("loraplus_groups", "other names have a capital B too")(split(lambda n: "B" in n))
+end_b = wrong("loraplus_groups", "other names have a capital B too")(split(lambda n: "_B" in n))
+any_lora = wrong("loraplus_groups", "A is in B's group too")(split(lambda n: "lora_" in n))
+small = wrong("loraplus_groups", "no B is found")(split(lambda n: "lora_b" in n))
+first = wrong("loraplus_groups", "no B is found")(split(lambda n: n.startswith("lora_B")))
+last = wrong("loraplus_groups", "at the end of its name")(split(lambda n: n.endswith("lora_B")))
+peft_only = wrong("loraplus_groups", "only PEFT's names are found")(
+    split(lambda n: n.endswith("lora_B.default.weight"))
+)
+not_b = wrong("loraplus_groups", "the lists have changed places")(split(lambda n: not b(n)))
+found = right("loraplus_groups")(split(lambda n: n.find("lora_B") >= 0))
+
+
+@wrong("loraplus_groups", "empty after the pass for B")
+def b_first(named_parameters, lr, ratio):
+    ups = [p for n, p in named_parameters if p.requires_grad and b(n)]
+    rest = [p for n, p in named_parameters if p.requires_grad and not b(n)]
+    return [{"params": rest, "lr": lr}, {"params": ups, "lr": lr * ratio}]
 
 
 @wrong("loraplus_groups", "is a string, expected a tensor")
@@ -106,7 +164,36 @@ def numpy_s_v(weight, rank):
     return A, B, weight - B @ A
 
 
-@wrong("pissa_init", "A has shape (12, 3), expected (3, 12)")
+@wrong("pissa_init", "the columns of Vᵀ are scaled")
+def without_none(weight, rank):
+    U, S, V = svd(weight)
+    root = S[:rank].sqrt()
+    A, B = root * V[:rank], U[:, :rank] * root
+    return A, B, weight - B @ A
+
+
+@wrong("pissa_init", "the singular values are in A")
+def all_in_a(weight, rank):
+    U, S, V = svd(weight)
+    A, B = S[:rank, None] * V[:rank], U[:, :rank]
+    return A, B, weight - B @ A
+
+
+@wrong("pissa_init", "the rows of U are taken")
+def rows_of_u(weight, rank):
+    U, S, V = svd(weight)
+    root = S[:rank].sqrt()
+    A, B = root[:, None] * V[:rank], U[:rank].T * root
+    return A, B, weight - B @ A
+
+
+@wrong("pissa_init", "A and B have changed places")
+def b_before_a(weight, rank):
+    A, B = leading(weight, rank)
+    return B, A, weight - B @ A
+
+
+@wrong("pissa_init", "A and B are transposed")
 def turned_round(weight, rank):
     A, B = leading(weight, rank)
     return A.T, B.T, weight - B @ A
@@ -126,6 +213,13 @@ def by_numpy_svd(weight, rank):
     A, B = -root[:, None] * V[:rank], -U[:, :rank] * root
     residual = weight.double().numpy() - B @ A
     return tuple(torch.from_numpy(t).to(weight.dtype) for t in (A, B, residual))
+
+
+@right("pissa_init")
+@torch.no_grad()
+def in_float64(weight, rank):
+    A, B = leading(weight.double(), rank)
+    return A, B, weight - B @ A
 
 
 @right("pissa_init")
@@ -167,6 +261,36 @@ def from_step_one(weight, rank, quantize, steps):
     return A, B, Q
 
 
+@wrong("loftq_init", "what Q and the old BA leave")
+def of_the_rest(weight, rank, quantize, steps):
+    rest = weight
+    for _ in range(steps):
+        Q = quantize(rest)
+        A, B = leading(rest - Q, rank)
+        rest = rest - B @ A
+    return A, B, Q
+
+
+@wrong("loftq_init", "the first step starts from W's own factors")
+def as_pissa(weight, rank, quantize, steps):
+    A, B = leading(weight, rank)
+    for _ in range(steps):
+        Q = quantize(weight - B @ A)
+        A, B = leading(weight - Q, rank)
+    return A, B, Q
+
+
+@wrong("loftq_init", "the singular values are in B")
+def unsplit(weight, rank, quantize, steps):
+    BA = 0
+    for _ in range(steps):
+        Q = quantize(weight - BA)
+        U, S, V = svd(weight - Q)
+        A, B = V[:rank], U[:, :rank] * S[:rank]
+        BA = B @ A
+    return A, B, Q
+
+
 @wrong("loftq_init", "A has shape (12, 12), expected (3, 12)")
 def full_rank(weight, rank, quantize, steps):
     return alternate(weight, min(weight.shape), quantize, steps)
@@ -197,18 +321,40 @@ def recursive(weight, rank, quantize, steps):
 # ------------------------------------------------------------------ intruder_dimensions
 
 
-@wrong("intruder_dimensions", "each vector is compared with the one of its own place")
+@wrong("intruder_dimensions", "each vector is compared with the one at its own place only")
 def place_by_place(w0, w1, k, eps):
     U0, U1 = svd(w0)[0], svd(w1)[0]
     return sum(abs(torch.dot(U0[:, j], U1[:, j])) < eps for j in range(k)).item()
 
 
-@wrong("intruder_dimensions", "0.25")
+@wrong("intruder_dimensions", "over the wrong axis")
+def other_axis(w0, w1, k, eps):
+    return ((svd(w0)[0].T @ svd(w1)[0][:, :k]).abs().amax(1) < eps).sum()
+
+
+@wrong("intruder_dimensions", "w0 and w1 have changed places")
+def who_is_lost(w0, w1, k, eps):
+    return sum(max((svd(w1)[0].T @ u).abs()) < eps for u in svd(w0)[0].T[:k])
+
+
+@wrong("intruder_dimensions", "one cosine below eps is not enough")
+def one_is_enough(w0, w1, k, eps):
+    U0, U1 = svd(w0)[0], svd(w1)[0]
+    return sum(any(abs(u @ U1[:, j]) < eps for u in U0.T) for j in range(k))
+
+
+@wrong("intruder_dimensions", "the rows of U are compared")
+def loops_over_rows(w0, w1, k, eps):
+    U0, U1 = svd(w0)[0], svd(w1)[0]
+    return sum(all(abs(u @ v) < eps for v in U0) for u in U1[:k])
+
+
+@wrong("intruder_dimensions", "the result is 0.1")
 def share(w0, w1, k, eps):
     return ((svd(w0)[0].T @ svd(w1)[0][:, :k]).abs().amax(0) < eps).float().mean().item()
 
 
-@wrong("intruder_dimensions", "the result is a list of 5")
+@wrong("intruder_dimensions", "the result is a list of 3")
 def which(w0, w1, k, eps):
     nearest = (svd(w0)[0].T @ svd(w1)[0][:, :k]).abs().amax(0)
     return [j for j in range(k) if nearest[j] < eps]
@@ -227,6 +373,13 @@ def by_loops(w0, w1, k, eps):
         if max(abs(F.cosine_similarity(u, U1[:, j], dim=0).item()) for u in U0.T) < eps:
             count += 1
     return count
+
+
+@right("intruder_dimensions")
+def with_the_full_matrices(w0, w1, k, eps):
+    """No output lies beyond the singular vectors, so the full matrices are the same."""
+    U0, U1 = torch.linalg.svd(w0)[0], torch.linalg.svd(w1)[0]
+    return ((U0.mT @ U1[:, :k]).abs().max(0).values < eps).sum()
 
 
 @right("intruder_dimensions")
