@@ -53,7 +53,8 @@ def test_known_types(rows, kind, changes, trainable, rank, merges):
 
 
 def test_what_can_become_a_lora(rows):
-    become = {kind: rows[kind]["as LoRA"] for kind in ("LORA", "LOHA", "VERA", "OFT", "IA3", "HIRA")}
+    kinds = ("LORA", "LOHA", "VERA", "OFT", "IA3", "HIRA")
+    become = {kind: rows[kind]["as LoRA"] for kind in kinds}
     assert become == dict.fromkeys(("LORA", "LOHA", "VERA"), "yes") | dict.fromkeys(
         ("OFT", "IA3", "HIRA"), "no"
     )
