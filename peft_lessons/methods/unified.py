@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'SUM', 'SCALED', 'CHOICES', 'SCHEDULE', 'ON_LINEAR', 'INNER', 'ON_BERT', 'OWN', 'Site', 'calls_of',
-           'linears', 'heads', 'attention_scores', 'gated', 'Design', 'designs_of', 'low_rank', 'weight_decomposed',
-           'gap', 'MixAndMatch', 'ends', 'only', 'virtual', 'attention', 'of_head', 'values_before', 'standardised',
-           'own_layers', 'perturbed', 'row_of', 'check_design', 'unified_table', 'triplets', 'gated_difference',
+           'linears', 'heads', 'attention_scores', 'gated', 'Design', 'designs_of', 'low_rank', 'gap', 'MixAndMatch',
+           'ends', 'only', 'virtual', 'attention', 'of_head', 'values_before', 'standardised', 'own_layers',
+           'perturbed', 'row_of', 'check_design', 'unified_table', 'weight_decomposed', 'triplets', 'gated_difference',
            'scattered', 'rescaled_output', 'rescaled_input', 'bottleneck', 'normed_sum', 'adapter_design', 'own_change']
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-003
@@ -128,18 +128,7 @@ def low_rank(site: Site) -> torch.Tensor:
     return lora.scaling * (site.x @ lora.lora_A.T @ lora.lora_B.T)         # (..., out)
 
 
-def weight_decomposed(site: Site) -> torch.Tensor:
-    """Return x (c ⊙ V)ᵀ − x Wᵀ, with V = W + s · BA and c = m / ‖V‖ (DoRA)."""
-    W, dora = site.module.base.weight, site.module.dora
-    V = W + dora.scaling * dora.lora_B @ dora.lora_A                       # (out, in)
-    c = dora.magnitude / V.pow(2).sum(1).sqrt()                            # (out,)
-    return site.x @ (c[:, None] * V - W).T                                 # (..., out)
-
-
 DESIGNS[LoRA] = Design(form="x Aᵀ Bᵀ", **SCALED, delta=low_rank, example=LoRA(rank=8, alpha=16))
-DESIGNS[DoRA] = Design(
-    form="x (c ⊙ (W + s · BA) − W)ᵀ", insertion="parallel", modified=LINEAR, composition=SUM,
-    delta=weight_decomposed, example=DoRA(rank=8, alpha=16))
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-028
 def gap(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> float:
@@ -326,13 +315,22 @@ def unified_table(model: nn.Module, batch: Mapping) -> list[dict]:
     return [row for kind in kinds for row in check_design(kind, model, batch)]
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-036
+def weight_decomposed(site: Site) -> torch.Tensor:
+    """Return x (c ⊙ V)ᵀ − x Wᵀ, with V = W + s · BA and c = m / ‖V‖ (DoRA)."""
+    W, dora = site.module.base.weight, site.module.dora
+    V = W + dora.scaling * dora.lora_B @ dora.lora_A                       # (out, in)
+    c = dora.magnitude / V.pow(2).sum(1).sqrt()                            # (out,)
+    return site.x @ (c[:, None] * V - W).T                                 # (..., out)
+
+
+
 def triplets(site: Site) -> torch.Tensor:
     """Return α / r · ((x Qᵀ) ⊙ λ) Pᵀ (AdaLoRA)."""
     ada = site.module.ada
     low = (site.x @ ada.lora_A.T) * ada.lora_E.T                           # (..., r)
     return ada.alpha / ada.divisor * (low @ ada.lora_B.T)                  # (..., out)
 
-
+# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-n26
 def gated_difference(site: Site) -> torch.Tensor:
     """Return x (z ⊙ w)ᵀ, with z the mask or the gates, the matrix's own included (diff pruning)."""
     layer = site.module
@@ -355,6 +353,9 @@ SCHEDULE = dict(tinit=1, tfinal=1, delta=1, total_steps=10)
 ON_LINEAR = dict(insertion="parallel", modified=LINEAR, composition=SUM)
 DESIGNS[QLoRA] = replace(
     DESIGNS[LoRA], form="x Aᵀ Bᵀ, where h has W in 4 bits", example=QLoRA(rank=8, alpha=16))
+DESIGNS[DoRA] = Design(
+    form="x (c ⊙ (W + s · BA) − W)ᵀ", **ON_LINEAR, delta=weight_decomposed,
+    example=DoRA(rank=8, alpha=16))
 DESIGNS[AdaLoRA] = Design(
     form="((x Qᵀ) ⊙ λ) Pᵀ", **SCALED, delta=triplets,
     example=AdaLoRA(initial_rank=12, target_rank=8, alpha=16, targets="all-linear", **SCHEDULE))

@@ -155,7 +155,7 @@ class _Map:
             self.part(place, x + 30 * n, y + 27 * side - 7, 28, 14, text=factor, size=7.5)
         if "DoRA" in self.lit and place in self.lit:
             color = PLACES["LoRA"][0]
-            box(self.ax, x + 59, y + 27 * side - 7, 11, 14, "m", color, lit=True, size=7)
+            box(self.ax, x + 59, y + 27 * side - 7, 9, 14, "m", color, lit=True, size=6.5)
         self.label(place, x + 29, y + 42 * side)
 
     def adapter(self, x: float) -> None:

@@ -305,6 +305,8 @@ def test_the_lesson_s_own_example_passes_the_check_of_the_exercise():
 
 
 def test_a_field_without_another_value_is_said_to_be_untried():
+    from exercises.unified import defined
+
     mine = defined(
         'rank: int = 4 → rank: int = 4; way: str = "plain"',
         '"rank": → "way": ("way", "plain"), "rank":',
