@@ -151,11 +151,11 @@ class _Map:
         box(self.ax, x, y - 17, 58, 34, name)
         self.part("BitFit", x + 58, y - 17, 12, 34, text="b")
         place = "LoRA" if text in self.targets else "LoRA elsewhere"
-        for n, factor in enumerate("AB"):
-            self.part(place, x + 30 * n, y + 27 * side - 7, 28, 14, text=factor, size=7.5)
+        parts = [(0, 28, "A"), (30, 28, "B")]
         if "DoRA" in self.lit and place in self.lit:
-            color = PLACES["LoRA"][0]
-            box(self.ax, x + 59, y + 27 * side - 7, 9, 14, "m", color, lit=True, size=6.5)
+            parts = [(0, 21, "A"), (23, 21, "B"), (46, 14, "m")]
+        for dx, width, factor in parts:
+            self.part(place, x + dx, y + 27 * side - 7, width, 14, text=factor, size=7.5)
         self.label(place, x + 29, y + 42 * side)
 
     def adapter(self, x: float) -> None:

@@ -54,8 +54,8 @@ from peft_lessons.methods.unified import (
     designs_of,
     gap,
     linears,
-    perturbed,
     own_layers,
+    perturbed,
     unified_table,
 )
 from tools import notebooks
