@@ -94,8 +94,8 @@ def _states(*shape, scale, heads=None, gate=None):
     cases=[
         Case(lambda: _states(2, 5, 8, scale=0.25), note="no gate"),
         Case(lambda: _states(2, 5, 8, scale=1.0), note="no gate"),
-        Case(lambda: _states(5, 8, scale=1.0, heads=4, gate=0.0), note="every λ is 0"),
-        Case(lambda: _states(5, 8, scale=3.0, heads=4, gate=1.0), note="every λ is 1"),
+        Case(lambda: _states(2, 5, 8, scale=1.0, heads=4, gate=0.0), note="every λ is 0"),
+        Case(lambda: _states(2, 5, 8, scale=3.0, heads=4, gate=1.0), note="every λ is 1"),
         Case(lambda: _states(2, 6, 9, scale=1.0, heads=1), note="one head"),
         Case(lambda: _states(2, 6, 9, scale=2.0, heads=1), note="one head"),
         Case(lambda: _states(2, 5, 12, scale=1.0, heads=3), note="three heads, four channels each"),
@@ -116,7 +116,7 @@ def _states(*shape, scale, heads=None, gate=None):
         """
         the scale is left out
             scale * → ∅
-        the scale is left out where there is a gate: where λ is 1 the result is s · Δh
+        with a gate the change is not scaled: where λ is 1 the result is s · Δh
             gate * change → gate * delta
         h is scaled too: only the change is
             change = scale * delta → change = delta
