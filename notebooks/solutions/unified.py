@@ -12,18 +12,19 @@ from peft_lessons.methods.unified import Design
 def prefix_as_adapter(
     x: torch.Tensor, w_q: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor
 ) -> torch.Tensor:
-    """softmax(x W_downᵀ) W_upᵀ, with the W_down and W_up that make it a prefix: (..., T, d_h)."""
+    """Return Δh = softmax(x W_downᵀ) W_upᵀ of a prefix in one head, (..., T, d_h)."""
     w_down = prefix_k @ w_q / w_q.shape[0] ** 0.5              # (p, d)
     return (x @ w_down.T).softmax(-1) @ prefix_v               # (..., T, d_h)
 
 
 def compose(
-    h: torch.Tensor, delta: torch.Tensor, scale: float, gate: float | torch.Tensor | None = None
+    h: torch.Tensor, delta: torch.Tensor, scale: float, gate: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """h + s · Δh, or with a gate (1 − λ) h + λ · s · Δh."""
+    """Return the new hidden state, (..., T, d)."""
     if gate is None:
-        return h + scale * delta                               # (..., T, d)
-    return (1 - gate) * h + gate * scale * delta               # (..., T, d)
+        return h + scale * delta                                           # (..., T, d)
+    share = gate.repeat_interleave(h.shape[-1] // gate.shape[-1], dim=-1)  # (..., T, d)
+    return (1 - share) * h + share * scale * delta                         # (..., T, d)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class MyMethod(Method):
         if not self.strength:
             raise ValueError("MyMethod: strength=0 switches it off; take another number")
 
-    # LoRA reads x, beside the layer. This one reads h, behind it: the cell that was empty.
+    # LoRA reads x, the input of the layer. This method reads h, the output of the layer.
     learning_rate = 3e-3
     files = PeftFiles("SEQUENTIAL_LORA", tensors={"A": "A", "B": "B"}, fields={
         "rank": ("rank", 8), "strength": ("strength", 2.0),
@@ -62,7 +63,7 @@ class MyMethod(Method):
             return h if self.merged else h + self.strength * (h @ self.A.T) @ self.B.T
 
         def turn(self):
-            """I + s · BA (out, out): what it does to h, and so to each column of W, and to b."""
+            """Return I + s · BA (out, out), which acts on h, so on each column of W, and on b."""
             return torch.eye(len(self.B)) + self.strength * self.B @ self.A
 
         def merged_tensors(self):

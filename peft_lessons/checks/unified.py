@@ -29,7 +29,6 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
         Case(lambda: _one_head(common=1000.0, dtype=torch.float64), note="large scores"),
     ],
     returns="Δh",
-    gradients=("x", "w_q", "prefix_k", "prefix_v"),
     causes=mistakes(
         """
         def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
@@ -47,8 +46,10 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
             w_q.shape[0] → w_q.shape[1]
         the softmax is taken over the tokens: over the p virtual ones
             softmax(-1) → softmax(-2)
-        the softmax is missing: this adapter's f is identity
+        the softmax is missing: this adapter's f is the identity
             scores.softmax(-1) → scores
+        exp overflows for large scores: a softmax subtracts the maximum first
+            scores.softmax(-1) → (scores.exp() / scores.exp().sum(-1, keepdim=True))
         f is ReLU here, as in an adapter: a prefix has softmax
             scores.softmax(-1) → scores.relu()
         the prefix's keys and values are swapped
@@ -80,71 +81,79 @@ def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
 # ------------------------------------------------------------------ compose
 
 
-def _states(*shape, scale, gate=None, dtype=torch.float32):
-    """h and Δ, and a gate: None, a number, or (a shape to draw one from)."""
-    h, delta = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    if isinstance(gate, tuple):
-        gate = torch.rand(gate).to(dtype)
-    return [h, delta, scale, gate]
+def _states(*shape, scale, heads=None, gate=None):
+    """h and Δh, and one λ for each token and head: all of them `gate`, if given."""
+    h, delta = torch.randn(shape), torch.randn(shape)
+    if heads is None:
+        return [h, delta, scale]
+    shares = torch.rand(*shape[:-1], heads)
+    return [h, delta, scale, shares if gate is None else torch.full_like(shares, gate)]
 
 
 @check_for(
     cases=[
         Case(lambda: _states(2, 5, 8, scale=0.25), note="no gate"),
         Case(lambda: _states(2, 5, 8, scale=1.0), note="no gate"),
-        Case(lambda: _states(2, 5, 8, scale=4.0, gate=0.3)),
-        Case(lambda: _states(5, 8, scale=0.5, gate=0.0), note="a gate that is shut"),
-        Case(lambda: _states(5, 8, scale=3.0, gate=1.0), note="a gate that is wide open"),
-        Case(lambda: _states(2, 6, 9, scale=2.0, gate=(2, 6, 1)), note="a gate for each token"),
-        Case(lambda: _states(2, 7, 7, scale=0.7, gate=(2, 7, 1)), note="T = d"),
-        Case(lambda: _states(2, 3, 4, 6, scale=1.5, gate=(2, 3, 4, 1)), note="heads"),
-        Case(lambda: _states(4, 6, scale=-1.0, gate=()), note="the gate is a tensor of one number"),
-        Case(lambda: _states(3, 4, 6, scale=2.0, gate=(3, 4, 1), dtype=torch.float64)),
+        Case(lambda: _states(2, 5, 8, scale=1.0, heads=4, gate=0.0), note="every λ is 0"),
+        Case(lambda: _states(2, 5, 8, scale=3.0, heads=4, gate=1.0), note="every λ is 1"),
+        Case(lambda: _states(2, 6, 9, scale=1.0, heads=1), note="one head"),
+        Case(lambda: _states(2, 6, 9, scale=2.0, heads=1), note="one head"),
+        Case(lambda: _states(2, 5, 12, scale=1.0, heads=3), note="three heads, four channels each"),
+        Case(lambda: _states(2, 5, 12, scale=2.0, heads=3), note="three heads, four channels each"),
+        Case(lambda: _states(6, 6, scale=-0.7, heads=6), note="a head for each channel, T = d"),
+        Case(lambda: _states(2, 3, 4, 16, scale=1.5, heads=4), note="two dimensions before (T, d)"),
     ],
     returns="the new h",
-    gradients=("h", "delta", "gate"),
     causes=mistakes(
         """
         def compose(h, delta, scale, gate=None):
             change = scale * delta
             if gate is None:
-                new = h + change
-            else:
-                new = (1 - gate) * h + gate * change
-            return new
+                return h + change
+            gate = gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1)
+            return (1 - gate) * h + gate * change
         """,
         """
         the scale is left out
             scale * → ∅
-        the scale is left out where there is a gate
+        with a gate the change is not scaled: where λ is 1 the result is s · Δh
             gate * change → gate * delta
         h is scaled too: only the change is
-            scale * → ∅
-            return new → return (scale * new)
+            change = scale * delta → change = delta
+            return h + change → return scale * (h + change)
+            return (1 - gate) * h + gate * change → return scale * ((1 - gate) * h + gate * change)
         the gate is not used
             (1 - gate) * h + gate * change → h + change
-        with a gate h goes on whole: it fades as the change comes in, (1 − λ) h
+        with a gate h goes on whole: h gives way, and where λ is 1 nothing of it is left
             (1 - gate) * h → h
-        the gate fades the sum of both: h alone fades, and the change comes in by λ
+        the gate fades the sum of both: where λ is 1 the result is s · Δh
             * h + gate * change → * (h + change)
-        the gate is turned round: λ is the share of the change
+        the gate is turned round: where λ is 0 the result is h
             (1 - gate) * h + gate * change → gate * h + (1 - gate) * change
-        the gate fades h alone: the change is multiplied by λ
+        the gate fades h alone: where λ is 0 nothing of the change comes in
             gate * change → change
-        the gate is scaled with the change, so h fades by 1 − λ s: by 1 − λ
+        the gate is scaled with the change, so h fades by λ s: by λ alone
             1 - gate → 1 - gate * scale
-        a gate of 0 is taken for none: ask `gate is None`
-            gate is None → gate is None or (isinstance(gate, float) and not gate)
-        the gate is laid along the channels: its last dimension is 1, one number a token
-            new = (1 → gate = gate.mT if h.shape[-1] == h.shape[-2] else gate; new = (1
+        the gates are repeated as a whole, so that neighbouring channels belong to different heads:
+        each head owns channels side by side (repeat_interleave)
+            gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1) →
+                gate.repeat(*[1] * (gate.dim() - 1), h.shape[-1] // gate.shape[-1])
+        one λ is used for all heads of a token: each head has its own
+            gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1) → gate.mean(-1, keepdim=True)
+        the gate of the first head is used for all heads: each head has its own
+            gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1) → gate[..., :1]
+        the gate of all zeros is taken for no gate: ask whether it is None
+            gate is None → gate is None or not gate.any()
         """,
     ),
 )
 def compose(h, delta, scale, gate=None):
-    """What a change does to a hidden state, added or mixed in."""
-    share = torch.as_tensor(1.0 if gate is None else gate).double().expand(*h.shape[:-1], 1)
-    kept = 1.0 if gate is None else 1 - share
-    return (kept * h.double() + (share * scale) * delta.double()).to(h.dtype)
+    """One function for simple, scaled and gated composition."""
+    if gate is None:
+        return torch.add(h, delta, alpha=scale)
+    n = gate.shape[-1]
+    heads = zip(h.chunk(n, -1), delta.chunk(n, -1), gate.split(1, -1), strict=True)
+    return torch.cat([torch.lerp(a, scale * b, share.expand_as(a)) for a, b, share in heads], -1)
 
 
 # ------------------------------------------------------------------ MyMethod

@@ -106,6 +106,11 @@ PLACES: dict[str, tuple[str, str, str]] = {
 _BASE = ("BitFit", "norms", "head")  # parts of the base; what other methods add is dashed until lit
 _GHOST, _FRAME = "#c4c4c4", "#b0b0b0"
 LINEAR_MAPS = ("query", "key", "value", "output", "up", "down")
+# What two children of LoRA do to each linear map; shown only where they are named.
+MARKS = {
+    "DoRA": ("m", "the magnitudes m of DoRA beside A and B"),
+    "QLoRA": ("4 bit", "the linear maps in 4 bits, as in QLoRA"),
+}
 
 
 class _Map:
@@ -141,12 +146,16 @@ class _Map:
 
     def linear(self, x: float, y: float, text: str, side: int = -1) -> None:
         """Draw a linear map around height y, its bias, and its LoRA factors below (side -1) or
-        above it (side 1)."""
-        box(self.ax, x, y - 17, 58, 34, text)
+        above it (side 1), with the marks that are lit."""
+        name = f"{text}\n4 bit" if "QLoRA" in self.lit else text
+        box(self.ax, x, y - 17, 58, 34, name)
         self.part("BitFit", x + 58, y - 17, 12, 34, text="b")
         place = "LoRA" if text in self.targets else "LoRA elsewhere"
-        for n, factor in enumerate("AB"):
-            self.part(place, x + 30 * n, y + 27 * side - 7, 28, 14, text=factor, size=7.5)
+        parts = [(0, 28, "A"), (30, 28, "B")]
+        if "DoRA" in self.lit and place in self.lit:
+            parts = [(0, 21, "A"), (23, 21, "B"), (46, 14, "m")]
+        for dx, width, factor in parts:
+            self.part(place, x + dx, y + 27 * side - 7, width, 14, text=factor, size=7.5)
         self.label(place, x + 29, y + 42 * side)
 
     def adapter(self, x: float) -> None:
@@ -170,7 +179,12 @@ class _Map:
         self.path((residual, 160), (residual, 286), (x + 18, 286), (x + 18, 205), color=GREY)
 
     def embeddings(self) -> None:
-        """Draw the text, and before it the virtual tokens of a prompt."""
+        """Draw the text, before it the virtual tokens of a prompt, and the line that joins them."""
+        rows = [182 - 22 * n for n in range(3)]
+        rows += [235, 213] if "prompt" in self.lit else []
+        for y in rows:
+            self.ax.plot((66, 76), (y, y), color=INK, linewidth=1)
+        self.ax.plot((76, 76), (min(rows), max(rows)), color=INK, linewidth=1)
         self.label("prompt", 37, 258)
         for n in range(2):
             self.part("prompt", 8, 226 - 22 * n, 58, 18, text="virtual", size=7.5)
@@ -183,12 +197,12 @@ class _Map:
         box(self.ax, 104, 44, 298, 228, color=_FRAME)
         self.ax.text(394, 258, "multi-head attention", ha="right", va="center", size=8, color=INK)
         for y, text in ((228, "query"), (160, "key"), (92, "value")):
-            self.path((66, 160), (111, 160), (111, y), (121, y))
+            self.path((76, 160), (111, 160), (111, y), (121, y))
             self.linear(121, y, text)
             arrow(self.ax, (191, y), (266, y))
         self.label("BitFit", 197, 253, ha="right")
         color = PLACES["prefix"][0] if "prefix" in self.lit else _GHOST
-        for y, text in ((160, "$P_K$"), (92, "$P_V$")):
+        for y, text in ((160, "$P_k$"), (92, "$P_v$")):
             self.scale(206, y)
             self.label("IA3", 206, y - 19)
             self.part("prefix", 221, y + 14, 30, 18, text=text, size=8)
@@ -220,18 +234,20 @@ def block_map(*lit: str, caption: str = "", targets: Iterable[str] = LINEAR_MAPS
     """Show a transformer block with the named places lit: what trains is coloured and labelled, the
     rest is grey. Without a name all places are lit, as a map of the course.
 
-    Places: "prompt", "prefix", "LoRA", "adapter", "IA3", "BitFit", "norms" and "head". `targets`
+    Places: "prompt", "prefix", "LoRA", "adapter", "IA3", "BitFit", "norms" and "head". Beside
+    "LoRA", the names "DoRA" and "QLoRA" mark its magnitudes m and the weights in 4 bits. `targets`
     names the linear maps that LoRA is beside, all unless given. Raises ValueError for another
     name, or for targets that are a string or empty."""
     if isinstance(targets, str) or not (targets := tuple(targets)):
         raise ValueError(f"targets={targets!r} must be a sequence, such as ('query', 'value')")
     if other := [name for name in targets if name not in LINEAR_MAPS]:
         raise ValueError(f"targets: {other[0]!r} must be one of {', '.join(LINEAR_MAPS)}")
-    if unknown := [name for name in lit if name not in PLACES]:
-        raise ValueError(f"block_map: {unknown[0]!r} must be one of {', '.join(PLACES)}")
+    if unknown := [name for name in lit if name not in {*PLACES, *MARKS}]:
+        raise ValueError(f"block_map: {unknown[0]!r} must be one of {', '.join([*PLACES, *MARKS])}")
     chosen = [place for place in PLACES if place in (lit or PLACES)]
+    marks = [mark for mark in MARKS if mark in lit]
     fig, ax = canvas(776, 326, 7.76)
-    draw = _Map(ax, chosen, targets)
+    draw = _Map(ax, [*chosen, *marks], targets)
     box(ax, 88, 36, 590, 266, color=_FRAME, dashed=True)
     ax.text(676, 306, "× L blocks", ha="right", va="bottom", size=9, color=INK)
     draw.embeddings()
@@ -250,13 +266,16 @@ def block_map(*lit: str, caption: str = "", targets: Iterable[str] = LINEAR_MAPS
         key += " Dashed: where other methods add something."
     elif set(targets) != set(LINEAR_MAPS):
         key += " Dashed: where LoRA could also be added."
+    for mark in marks:
+        key += f" {MARKS[mark][0]}: {mark} only."
     ax.text(88, 16, key, va="center", size=8, color=INK)
     told = "; ".join(PLACES[place][2] for place in chosen)
+    marked = f" Marked: {'; '.join(MARKS[mark][1] for mark in marks)}." if marks else ""
     if set(targets) != set(LINEAR_MAPS):
         told = told.replace("each linear map", " and ".join(targets))
     alt = (
         "A transformer block from left to right: token embeddings, multi-head attention, add and "
-        f"norm, feed-forward, add and norm, and then a head. Lit as trainable: {told}."
+        f"norm, feed-forward, add and norm, and then a head. Lit as trainable: {told}.{marked}"
     )
     show(fig, alt, caption, SHARP)
 

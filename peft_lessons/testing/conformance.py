@@ -42,7 +42,7 @@ from ..engine import (
     unload,
     unmerge,
 )
-from ..methods.unified import CHOICES, Design, Site, check_design, designs_of, gap, moved
+from ..methods.unified import CHOICES, Design, Site, check_design, designs_of, gap, perturbed
 from ..train.loop import TrainingDiverged, fit
 from .exchange import interoperability
 from .tiny import by_hand, greedy, padded_batch, perturb, tiny_bert
@@ -374,7 +374,7 @@ def _as_designed(method: Method, bench: Bench) -> str:
 
 def _compared(method: Method, bench: Bench) -> tuple[float, str | None, int]:
     """Return the largest gap of formula and model, its cause if it is too large, and the places."""
-    model, worst, places = moved(bench.model(), method), 0.0, 0
+    model, worst, places = perturbed(bench.model(), method), 0.0, 0
     for design in designs_of(type(method)):
         with torch.no_grad():
             if not (sites := design.sites(model, bench.batch)):
@@ -514,15 +514,22 @@ def _refuse_unreached(seen: dict[str, bool | None], starts: dict[str, bool], ste
 
 def _as_set(method: Method, bench: Bench) -> str:
     """Each field that the class itself declares has an effect."""
-    own = get_annotations(type(method))
+    own, tried = get_annotations(type(method)), []
     for name, value, changed in _variants(method, bench):
+        if name not in own:
+            continue
+        tried.append(name)
         both = zip(_seen(method, bench), _seen(changed, bench), strict=True)
-        if name in own and all(one == other for one, other in both):
+        if all(one == other for one, other in both):
             raise MethodError(
                 f"{name!r} has no effect: with {name}={value!r} it computes and learns the same",
                 "Use it, or leave the field out.",
             )
-    return "each of its fields has an effect"
+    left = [f.name for f in dataclasses.fields(method) if f.name in own and f.name not in tried]
+    if not bench.fields or not (tried or left):
+        return "no other value of a field is tried"
+    told = [f"another {' or '.join(tried)} has an effect"] if tried else []
+    return "; ".join(told + [f"no other {name} is tried" for name in left])
 
 
 def _shapes(method: Method, bench: Bench, base: nn.Module | None = None) -> list:

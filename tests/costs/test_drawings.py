@@ -112,6 +112,23 @@ def test_without_a_name_the_map_shows_all_places(drawn):
     assert all(told in alt for *_, told in PLACES.values())
 
 
+def test_the_marks_of_dora_and_qlora_are_shown_where_they_are_named(drawn):
+    for lit in ((), ("LoRA",), ("LoRA", "DoRA", "QLoRA"), ("DoRA",)):
+        plots.block_map(*lit)
+    assert [texts(fig).count("m") for fig, *_ in drawn] == [0, 0, 6, 0]
+    packed = [sum("4 bit" in text for text in texts(fig)) for fig, *_ in drawn]
+    assert packed == [0, 0, 7, 0]  # six linear maps and the key
+    assert "Marked: the magnitudes m of DoRA" in drawn[2][1] and "Marked" not in drawn[0][1]
+
+
+def test_the_virtual_tokens_of_a_prompt_are_read_with_the_text(drawn):
+    for lit in ("prompt", "head"):
+        plots.block_map(lit)
+    joined = [[line.get_ydata()[0] for line in fig.axes[0].lines
+               if list(line.get_xdata()) == [66, 76]] for fig, *_ in drawn]  # fmt: skip
+    assert [len(rows) for rows in joined] == [5, 3]
+
+
 def test_an_unknown_place_is_refused(drawn):
     with pytest.raises(ValueError, match="'lora' must be one of prompt, prefix, LoRA, adapter"):
         drawings.block_map("head", "lora")

@@ -20,7 +20,7 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ prefix_as_adapter
 
 
-@wrong("prefix_as_adapter", "Δh holds nan")
+@wrong("prefix_as_adapter", "exp overflows for large scores")
 def overflowing(x, w_q, prefix_k, prefix_v):
     weights = (x @ w_q.T @ prefix_k.T / len(w_q) ** 0.5).exp()
     return weights / weights.sum(-1, keepdim=True) @ prefix_v
@@ -33,6 +33,14 @@ def without_a_batch(x, w_q, prefix_k, prefix_v):
 
 
 @right("prefix_as_adapter")
+@torch.no_grad()
+def in_einsum_and_float64(x, w_q, prefix_k, prefix_v):
+    x, w_q, prefix_k, prefix_v = (t.double() for t in (x, w_q, prefix_k, prefix_v))
+    scores = torch.einsum("...td,hd,ph->...tp", x, w_q, prefix_k) / len(w_q) ** 0.5
+    return torch.einsum("...tp,ph->...th", scores.softmax(-1), prefix_v)
+
+
+@right("prefix_as_adapter")
 def as_attention(x, w_q, prefix_k, prefix_v):
     keys, values = (t.expand(*x.shape[:-2], *t.shape) for t in (prefix_k, prefix_v))
     return F.scaled_dot_product_attention(x @ w_q.T, keys, values)
@@ -41,19 +49,62 @@ def as_attention(x, w_q, prefix_k, prefix_v):
 # ------------------------------------------------------------------ compose
 
 
-@wrong("compose", "no gradient reaches gate")
-def a_number_of_the_gate(h, delta, scale, gate=None):
-    gate = gate.detach() if isinstance(gate, torch.Tensor) else gate
-    return in_float64(h, delta, scale, gate)
+@wrong("compose", "the gates are repeated as a whole")
+def heads_in_turn(h, delta, scale, gate=None):
+    """Channel c gets the gate of head c modulo n."""
+    if gate is None:
+        return h + scale * delta
+    own = gate[..., torch.arange(h.shape[-1]) % gate.shape[-1]]
+    return (1 - own) * h + own * scale * delta
+
+
+@wrong("compose", "your function raised RuntimeError")
+def laid_as_they_are(h, delta, scale, gate=None):
+    if gate is None:
+        return h + scale * delta
+    return (1 - gate) * h + gate * scale * delta
+
+
+@wrong("compose", "the result is h")
+def in_general(h, delta, scale, gate=None):
+    """A gate of one would also do where there is none, were it not for h."""
+    gate = torch.ones_like(h[..., :1]) if gate is None else gate
+    share = gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1)
+    return share * h + (1 - share) * scale * delta if (share < 1).any() else h + scale * delta
 
 
 @right("compose")
+@torch.no_grad()
 def in_float64(h, delta, scale, gate=None):
     kept, change = h.double().clone(), delta.double() * scale
     if gate is not None:
-        gate = torch.as_tensor(gate).double()
+        gate = gate.double()[..., None].expand(*gate.shape, h.shape[-1] // gate.shape[-1])
+        gate = gate.flatten(-2)
         kept, change = kept - gate * kept, change * gate
-    return kept.add(change).to(dtype=h.dtype)
+    return kept.add(change)
+
+
+@right("compose")
+def by_heads(h, delta, scale, gate=None):
+    if gate is None:
+        return scale * delta + h
+    heads = (gate.shape[-1], -1)
+    h, delta = h.unflatten(-1, heads), delta.unflatten(-1, heads)
+    return (
+        torch.einsum("...n,...nc->...nc", 1 - gate, h)
+        .add(gate[..., None] * delta * scale)
+        .flatten(-2)
+    )
+
+
+@right("compose")
+def head_after_head(h, delta, scale, gate=None):
+    out, n = h + scale * delta, 0 if gate is None else gate.shape[-1]
+    for i in range(n):
+        own = slice(i * h.shape[-1] // n, (i + 1) * h.shape[-1] // n)
+        share = gate[..., i : i + 1]
+        out[..., own] = h[..., own] + share * (scale * delta[..., own] - h[..., own])
+    return out
 
 
 # ------------------------------------------------------------------ MyMethod
@@ -220,6 +271,9 @@ far too slow: small: nothing moves
     learning_rate = 3e-3 → learning_rate = 1e-30
 uphill: large: the loss rises
     {FORWARD} → d = self.scale * (x @ self.A.T @ self.B.T); return h + 2 * d.detach() - d
+strength never used: 'strength' has no effect: with strength=3.0
+    scale: float = 1.5 → scale: float = 1.5; strength: float = 2.0
+    "rank": → "strength": ("strength", 2.0), "rank":
 field without effect: 'depth' has no effect: with depth=3
     scale: float = 1.5 → scale: float = 1.5; depth: int = 2
     "rank": → "depth": ("depth", 2), "rank":

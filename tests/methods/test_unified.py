@@ -46,6 +46,7 @@ from peft_lessons.engine import (
     registered_methods,
 )
 from peft_lessons.methods.prefix import fill, make_room
+from peft_lessons.methods.selective import SparseTuning
 from peft_lessons.methods.unified import (
     Design,
     attention,
@@ -53,8 +54,8 @@ from peft_lessons.methods.unified import (
     designs_of,
     gap,
     linears,
-    moved,
     own_layers,
+    perturbed,
     unified_table,
 )
 from tools import notebooks
@@ -93,19 +94,19 @@ def test_every_method_of_the_course_is_its_formula(kind):
         assert row["places"] > 0 and row["gap"] < EXACT
         assert all(row[c] for c in ("form", "insertion", "modified", "composition"))
         with torch.no_grad():
-            sites = design.sites(moved(BASE, design.example or kind()), BATCH)
+            sites = design.sites(perturbed(BASE, design.example or kind()), BATCH)
             off = gap(sites, lambda site, right=design.delta: 0.99 * right(site))
         assert off == pytest.approx(0.01)
     model = bert()
     told = inject(model, designs[0].example or kind())
     head = sum(p.numel() for p in model.classifier.parameters())
-    assert rows[0]["numbers"] == told.trainable - head
+    assert rows[0]["trainable"] == told.trainable - head
 
 
 def test_the_table_has_a_row_for_each_design_and_is_computed():
     rows = unified_table(BASE, BATCH)
     assert {tuple(row) for row in rows} == {
-        ("method", "form", "insertion", "modified", "composition", "places", "numbers", "gap")
+        ("method", "form", "insertion", "modified", "composition", "places", "trainable", "gap")
     }
     mine = {kind.__name__: len(designs_of(kind)) for kind in COURSE}
     found = [row["method"] for row in rows]
@@ -114,7 +115,7 @@ def test_the_table_has_a_row_for_each_design_and_is_computed():
     # Six layers in each of two blocks, and the pooler's; 8 · (in + out) numbers each.
     shapes = [m.weight.shape for n, m in BASE.named_modules() if type(m) is nn.Linear]
     assert one["places"] == 13 == len(shapes) - 1
-    assert one["numbers"] == 8 * sum(sum(shape) for shape in shapes[:-1])
+    assert one["trainable"] == 8 * sum(sum(shape) for shape in shapes[:-1])
 
 
 def test_looking_changes_nothing():
@@ -144,6 +145,8 @@ def test_an_observer_leaves_no_hook_even_if_the_model_fails():
         (LoRA(3, 5.0, ("key", "output.dense"), 0.2, rslora=True), "x Aᵀ Bᵀ"),
         (QLoRA(4, 8.0, ("query",)), "in 4 bits"),
         (DiffPruning(targets=("query",), gates=False), "x (z ⊙ w)ᵀ"),
+        (SparseTuning(2, "largest", targets=("query",)), "x Sᵀ"),
+        (SparseTuning(3, seed=5, targets=("output.dense",)), "x Sᵀ"),
         (Prefix(5, projection=12), ""),
         (PartialFineTuning(patterns=("key.weight", "LayerNorm")), ""),
         (MixAndMatch(3, 7, 0.5), ""),
@@ -163,7 +166,7 @@ def test_an_instance_stands_for_itself(method, places):
 
 @pytest.mark.parametrize("method", [Prefix(4), Prompt(4), MixAndMatch(4, 8)], ids=repr)
 def test_h_of_an_attention_is_what_the_base_s_own_module_gives(method):
-    plain, sites = deepcopy(BASE).double(), attention(moved(BASE, method), BATCH)
+    plain, sites = deepcopy(BASE).double(), attention(perturbed(BASE, method), BATCH)
     assert len(sites) == 2
     seen = BATCH["attention_mask"][:, None, None].bool()
     for site in sites:
@@ -177,7 +180,7 @@ def test_h_of_an_attention_is_what_the_base_s_own_module_gives(method):
 @pytest.mark.parametrize("method", [BitFit(), PartialFineTuning(last=2)], ids=repr)
 def test_h_of_an_own_layer_is_what_the_untrained_layer_gives(method):
     """Of a norm, x is x̂, so it is found by the bias and the scale that it had."""
-    plain, changed = deepcopy(BASE).double(), moved(BASE, method)
+    plain, changed = deepcopy(BASE).double(), perturbed(BASE, method)
     sites = own_layers(changed, BATCH)
     kinds = {type(site.module) for site in sites}
     assert kinds == {nn.Linear, nn.LayerNorm}
@@ -194,7 +197,7 @@ def test_h_of_an_own_layer_is_what_the_untrained_layer_gives(method):
 
 def test_h_beside_a_quantised_weight_is_that_of_the_quantised_weight():
     plain = deepcopy(BASE).double()
-    for site in linears(moved(BASE, QLoRA(4, 8.0)), BATCH):
+    for site in linears(perturbed(BASE, QLoRA(4, 8.0)), BATCH):
         layer = plain.get_submodule(site.path)
         assert (layer(site.x) - site.h).abs().max() > 1e-3 * site.h.abs().max()
 
@@ -218,7 +221,7 @@ def test_a_formula_that_is_right_at_the_start_alone_is_noticed():
     with torch.no_grad():
         assert all(torch.equal(s.new, s.h) for s in linears(model, BATCH))
         assert gap(linears(model, BATCH), lambda site: 0 * site.h) == float("inf")
-        assert gap(linears(moved(BASE, example), BATCH), lambda site: 0 * site.h) == 1.0
+        assert gap(linears(perturbed(BASE, example), BATCH), lambda site: 0 * site.h) == 1.0
 
 
 # ------------------------------------------------------------------ a method of one's own
@@ -251,7 +254,7 @@ def test_a_method_without_a_design_has_a_row_that_says_so():
     (row,) = check_design(mine, BASE, BATCH)
     assert row["form"] == "says no design"
     assert [row[c] for c in ("insertion", "modified", "composition")] == [""] * 3
-    assert [row[c] for c in ("places", "numbers", "gap")] == [None] * 3
+    assert [row[c] for c in ("places", "trainable", "gap")] == [None] * 3
     assert check_design(mine(), BASE, BATCH) == rows_of("AMethod") == [row]
     child = a_method(bases=(LoRA,), files=PeftFiles("TEST_CHILD"))  # it has not its parent's
     assert check_design(child, BASE, BATCH) == [row]
@@ -260,7 +263,7 @@ def test_a_method_without_a_design_has_a_row_that_says_so():
 def test_what_changes_nothing_has_no_finite_gap_and_no_place_none():
     mine = a_method(files=PeftFiles("TEST_STILL"), design=STILL)
     (row,) = check_design(mine, BASE, BATCH)
-    assert row["places"] == 2 and row["numbers"] == 6 and row["gap"] == float("inf")
+    assert row["places"] == 2 and row["trainable"] == 6 and row["gap"] == float("inf")
     unseen = replace(STILL, sites=lambda model, batch: [])
     mine = a_method(files=PeftFiles("TEST_UNSEEN"), design=unseen)
     (row,) = check_design(mine, BASE, BATCH)
@@ -292,12 +295,24 @@ def test_in_a_notebook_the_last_definition_of_a_name_counts():
 def test_the_lesson_s_own_example_passes_the_check_of_the_exercise():
     path = notebooks.NOTEBOOKS / "11_unified_view.ipynb"
     cells = [c.source for c in notebooks.code_cells(notebooks.read(path))]
-    (source,) = [c for c in cells if "class BentLoRA(Method)" in c]
+    (source,) = [c for c in cells if "class GeluLoRA(Method)" in c]
     here = (AdapterLayer, Design, Method, PeftFiles, dataclass)
     names = {thing.__name__: thing for thing in here}
     exec(source, names | {"F": F, "nn": nn, "torch": torch, "__name__": "__main__"}, names)
-    verdict = check.unified.MyMethod(names["BentLoRA"])
+    verdict = check.unified.MyMethod(names["GeluLoRA"])
     assert verdict.status == "right" and "step 0 is the base" in repr(verdict)
+    assert "another rank or scale or targets has an effect" in repr(verdict)
+
+
+def test_a_field_without_another_value_is_said_to_be_untried():
+    from exercises.unified import defined
+
+    mine = defined(
+        'rank: int = 4 → rank: int = 4; way: str = "plain"',
+        '"rank": → "way": ("way", "plain"), "rank":',
+    )
+    verdict = check.unified.MyMethod(mine)
+    assert "another rank or scale or targets has an effect; no other way is tried" in repr(verdict)
 
 
 # ------------------------------------------------------------------ the method made by mixing
