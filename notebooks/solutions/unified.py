@@ -12,7 +12,7 @@ from peft_lessons.methods.unified import Design
 def prefix_as_adapter(
     x: torch.Tensor, w_q: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor
 ) -> torch.Tensor:
-    """Return Δh = softmax(x W_downᵀ) W_upᵀ of a prefix in one head, (..., T, d_h)."""
+    """Return u = softmax(x W_downᵀ) W_upᵀ of a prefix in one head, (..., T, d_h)."""
     w_down = prefix_k @ w_q / w_q.shape[0] ** 0.5              # (p, d)
     return (x @ w_down.T).softmax(-1) @ prefix_v               # (..., T, d_h)
 
@@ -47,7 +47,7 @@ class MyMethod(Method):
         "targets": ("target_modules", ("query", "value"))})
     design = Design(
         form="h Aᵀ Bᵀ", insertion="sequential", modified="output of any linear layer",
-        composition="h + s · Δh",
+        composition="h + s · u",
         delta=lambda site: site.module.strength * site.h @ (site.module.B @ site.module.A).T)
 
     class Layer(AdapterLayer):

@@ -28,7 +28,7 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
         Case(lambda: _one_head(2, dtype=torch.float64)),
         Case(lambda: _one_head(common=1000.0, dtype=torch.float64), note="large scores"),
     ],
-    returns="Δh",
+    returns="u",
     causes=mistakes(
         """
         def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
@@ -63,7 +63,7 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
             scores.softmax → (scores + torch.full_like(scores, -torch.inf).triu(1)).softmax
         these are the weights of the virtual tokens: times their values
             weights @ prefix_v → weights
-        x is added: Δh is the change alone
+        x is added: u is what the virtual tokens give alone
             @ prefix_v → @ prefix_v + (x if x.shape[-1] == len(w_q) else 0)
         """,
     ),
@@ -82,7 +82,7 @@ def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
 
 
 def _states(*shape, scale, heads=None, gate=None):
-    """h and Δh, and one λ for each token and head: all of them `gate`, if given."""
+    """h and a change, and one λ for each token and head: all of them `gate`, if given."""
     h, delta = torch.randn(shape), torch.randn(shape)
     if heads is None:
         return [h, delta, scale]
@@ -116,7 +116,7 @@ def _states(*shape, scale, heads=None, gate=None):
         """
         the scale is left out
             scale * → ∅
-        with a gate the change is not scaled: where λ is 1 the result is s · Δh
+        with a gate the change is not scaled: where λ is 1 the result is s · delta
             gate * change → gate * delta
         h is scaled too: only the change is
             change = scale * delta → change = delta
@@ -126,7 +126,7 @@ def _states(*shape, scale, heads=None, gate=None):
             (1 - gate) * h + gate * change → h + change
         with a gate h goes on whole: h gives way, and where λ is 1 nothing of it is left
             (1 - gate) * h → h
-        the gate fades the sum of both: where λ is 1 the result is s · Δh
+        the gate fades the sum of both: where λ is 1 the result is s · delta
             * h + gate * change → * (h + change)
         the gate is turned round: where λ is 0 the result is h
             (1 - gate) * h + gate * change → gate * h + (1 - gate) * change

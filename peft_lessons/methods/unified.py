@@ -89,8 +89,8 @@ def gated(site: Site) -> torch.Tensor:
     to_prefix = attention_scores(q, site.more["keys"])                     # (batch, n_h, T, p)
     to_text = attention_scores(q, k, site.more["mask"])                    # (batch, n_h, T, T)
     gate = torch.sigmoid(to_prefix.logsumexp(-1) - to_text.logsumexp(-1))  # (batch, n_h, T)
-    f = to_prefix.softmax(-1) @ site.more["values"]                        # (batch, n_h, T, d_h)
-    return (gate[..., None] * (f - heads(site.h, d_h))).transpose(1, 2).flatten(2)
+    u = to_prefix.softmax(-1) @ site.more["values"]                        # (batch, n_h, T, d_h)
+    return (gate[..., None] * (u - heads(site.h, d_h))).transpose(1, 2).flatten(2)
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-025
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def designs_of(kind: type[Method]) -> tuple:
     return declared if isinstance(declared, tuple) else (declared,)
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-034
-LINEAR, SUM = "output of any linear layer", "h + Δh"
-SCALED = dict(insertion="parallel", modified=LINEAR, composition="h + s · Δh")
+LINEAR, SUM = "output of any linear layer", "h + u"
+SCALED = dict(insertion="parallel", modified=LINEAR, composition="h + s · u")
 
 
 def low_rank(site: Site) -> torch.Tensor:
@@ -325,7 +325,7 @@ def weight_decomposed(site: Site) -> torch.Tensor:
 
 
 def triplets(site: Site) -> torch.Tensor:
-    """Return α / r · ((x Qᵀ) ⊙ λ) Pᵀ (AdaLoRA)."""
+    """Return α / r · ((x Aᵀ) ⊙ e) Bᵀ (AdaLoRA: Q, λ and P are A, e and B here)."""
     ada = site.module.ada
     low = (site.x @ ada.lora_A.T) * ada.lora_E.T                           # (..., r)
     return ada.alpha / ada.divisor * (low @ ada.lora_B.T)                  # (..., out)
@@ -357,7 +357,7 @@ DESIGNS[DoRA] = Design(
     form="x (c ⊙ (W + s · BA) − W)ᵀ", **ON_LINEAR, delta=weight_decomposed,
     example=DoRA(rank=8, alpha=16))
 DESIGNS[AdaLoRA] = Design(
-    form="((x Qᵀ) ⊙ λ) Pᵀ", **SCALED, delta=triplets,
+    form="((x Aᵀ) ⊙ e) Bᵀ", **SCALED, delta=triplets,
     example=AdaLoRA(initial_rank=12, target_rank=8, alpha=16, targets="all-linear", **SCHEDULE))
 DESIGNS[DiffPruning] = Design(
     form="x (z ⊙ w)ᵀ", **ON_LINEAR, delta=gated_difference,
@@ -406,7 +406,7 @@ def adapter_design(kind: str, reads: Callable[[Site], torch.Tensor], t: str, ins
     """Return the `Design` of a kind of adapter that reads `t`."""
     return Design(
         form=f"f({t} W_downᵀ + b) W_upᵀ + b′", insertion=insertion, modified=modified,
-        composition="h + s · Δh", delta=bottleneck(reads),
+        composition="h + s · u", delta=bottleneck(reads),
         sites=only(ends, lambda place: place.kind == kind),
         example=BottleneckAdapter(16, kind, scale=2.0))
 
@@ -419,9 +419,9 @@ DESIGNS[BottleneckAdapter] = (
 )
 DESIGNS[Prefix] = Design(
     form="softmax(x W_qᵀ P_kᵀ / √d_h) P_v", insertion="parallel", modified="attention heads",
-    composition="(1 − λ) h + λ Δh", delta=gated, sites=attention, example=Prefix(8))
+    composition="(1 − λ) h + λ u", delta=gated, sites=attention, example=Prefix(8))
 DESIGNS[Prompt] = replace(
-    DESIGNS[Prefix], form="softmax(x W_qᵀ (P W_kᵀ)ᵀ / √d_h) P W_vᵀ", example=Prompt(8))
+    DESIGNS[Prefix], form="softmax(x W_qᵀ (H W_kᵀ)ᵀ / √d_h) H W_vᵀ", example=Prompt(8))
 DESIGNS[MixAndMatch] = tuple(
     replace(design, example=MixAndMatch(8, 16))
     for design in (DESIGNS[Prefix], DESIGNS[BottleneckAdapter][2]))

@@ -124,7 +124,7 @@ class MyMethod(Method):
     learning_rate = 3e-3
     design = Design(
         form="x Aᵀ Bᵀ", insertion="parallel", modified="queries and values",
-        composition="h + s · Δh",
+        composition="h + s · u",
         delta=lambda site: site.module.scale * (site.x @ site.module.A.T @ site.module.B.T),
     )
 
