@@ -55,6 +55,6 @@ def defend_choice(
         return {"method": "does not fit", "left": usable - min(needs.values()), "behind": {}}
     best = max(fitting, key=lambda name: statistics.fmean(scores[name]))
     behind = {name: paired(scores[best], scores[name]) for name in fitting if name != best}
-    as_good = [best, *(name for name, (_, low, _) in behind.items() if low <= 0)]
+    as_good = [best, *(name for name, (_, _, high) in behind.items() if high <= 1)]
     chosen = min(as_good, key=needs.get)
     return {"method": chosen, "left": usable - needs[chosen], "behind": behind}
