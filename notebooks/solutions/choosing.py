@@ -20,7 +20,7 @@ def pareto_front(costs: list[float], scores: list[float]) -> list[int]:
 
 
 def fits(n_params: int, n_trainable: int, gpu_gb: float, bits: int) -> bool:
-    """Return whether a training takes at most seven eighths of a GPU."""
+    """Return whether weights and what trains take at most seven eighths of a GPU."""
     stored = 16 if bits == 16 else 4 + 8 / 64 + 32 / (64 * 256)   # bits of a frozen weight
     frozen = (n_params - n_trainable) * stored / 8                # bytes
     return frozen + 16 * n_trainable <= 7 / 8 * gpu_gb * 2**30

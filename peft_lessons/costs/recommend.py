@@ -38,7 +38,9 @@ from .evidence import evidence
 
 FULL, NOTHING = "full fine-tuning", "does not fit"
 TOKENS = 16  # of a prompt or a prefix, as in the study
-FACTORS = {"rank": 8, "alpha": 16}
+# The rank of TRL's command line, and the largest that vLLM loads by default.
+FACTORS = {"rank": 16, "alpha": 32}
+STEP = 16  # texts in a step of the optimizer
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Candidate:
     checkpointing: bool = True
 
 
-_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 _DORA = _LORA | {"use_dora": True}
 _ADALORA = {"init_r": 12, "target_r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 _VIRTUAL = {"num_virtual_tokens": TOKENS}
@@ -94,7 +96,7 @@ NAMES = (*CANDIDATES, NOTHING)  # all that can be recommended
 REASONS = {
     "LoRA": "one base in 16 bits",
     "QLoRA": "the smallest base, and a slower step",
-    "DoRA": "where a tuned LoRA falls short; a slower step",
+    "DoRA": "not ahead of LoRA in our evidence, and slower",
     "AdaLoRA": "where layers should differ in rank",
     "(IA)³": "for the smallest files",
     "prefix tuning": "for many tasks on an untouched base",
@@ -243,12 +245,23 @@ class Advice(str):
             lines.append(f"peft_config = {candidate.config}({inside})")
         if self == "QLoRA":
             lines.append(f"quantization_config = BitsAndBytesConfig({_NF4})")
+        # TRL and bf16=True load a base in float32 unless told otherwise. All that trains in full
+        # fine-tuning stays in float32: 16 bytes a parameter with its gradient and Adam.
+        load = f'"dtype": "{"float32" if self == FULL else "bfloat16"}"'
         given = f"learning_rate={self.learning_rate:g}, per_device_train_batch_size={texts}"
-        given += f", gradient_checkpointing={candidate.checkpointing}"
+        given += f", gradient_accumulation_steps={max(1, round(STEP / texts))}"
+        given += f", gradient_checkpointing={candidate.checkpointing}, bf16=True"
         if self._peft_task == "CAUSAL_LM":
-            lines.append(f"args = SFTConfig({given}, max_length={tokens})")
+            lines.append(
+                f"args = SFTConfig({given}, max_length={tokens}, model_init_kwargs={{{load}}})"
+            )
         else:
-            lines.append(f"args = TrainingArguments({given}, bf16=True)")
+            if self == "QLoRA":
+                load += ', "quantization_config": quantization_config'
+            lines.append(f"args = TrainingArguments({given})")
+            lines.append(
+                f"load = {{{load}}}  # AutoModelForSequenceClassification, from_pretrained"
+            )
         return "\n".join(lines)
 
     @property
@@ -431,7 +444,13 @@ def _others(alternatives: Sequence[str], needs: Mapping[str, Memory], usable: fl
     ]
     lacking = [f"{name} (lacks {-room:.1f} GB)" for name, room in left.items() if room < 0]
     told = {"Alternatives": fitting, "Too large": lacking}
-    return " ".join(f"{what}: {', '.join(names)}." for what, names in told.items() if names)
+    lines = [f"{what}: {', '.join(names)}." for what, names in told.items() if names]
+    if set(alternatives) & {"DoRA", FULL}:
+        lines.append(
+            "If LoRA falls short, first try a third and three times its learning rate, rank 64 and "
+            "more data."
+        )
+    return " ".join(lines)
 
 
 def _full(needs: Mapping[str, Memory], asked: _Asked) -> str:
@@ -497,8 +516,8 @@ def _fits(names: Sequence[str], needs: Mapping[str, Memory], asked: _Asked) -> T
     return table(
         rows,
         formats | {"trained": "{:.2f} GB"},
-        note=f"{asked.kind}, {asked.batch} × {asked.context:,} tokens, bfloat16, Adam in float32, "
-        f"gradient checkpointing{loss}",
+        note=f"{asked.kind}, {asked.batch} × {asked.context:,} tokens (longer texts are cut), "
+        f"bfloat16, Adam in float32,\ngradient checkpointing{loss}",
     )
 
 
