@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'SUM', 'SCALED', 'CHOICES', 'SCHEDULE', 'ON_LINEAR', 'INNER', 'ON_BERT', 'OWN', 'Site', 'calls_of',
-           'linears', 'heads', 'attention_scores', 'gated', 'Design', 'designs_of', 'low_rank', 'gap', 'MixAndMatch',
+           'linears', 'gap', 'low_rank', 'heads', 'attention_scores', 'gated', 'Design', 'designs_of', 'MixAndMatch',
            'ends', 'only', 'virtual', 'attention', 'of_head', 'values_before', 'standardised', 'own_layers',
            'perturbed', 'row_of', 'check_design', 'unified_table', 'weight_decomposed', 'triplets', 'gated_difference',
            'scattered', 'rescaled_output', 'rescaled_input', 'bottleneck', 'normed_sum', 'adapter_design', 'own_change']
@@ -69,6 +69,21 @@ def linears(model: nn.Module, batch: Mapping) -> list[Site]:
     return [Site(path, layer, args[0], layer.base(*args), new)
             for path, layer, args, new in calls_of(model, batch, added)]
 
+# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-028
+def gap(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> float:
+    """Return max|new − h − Δh| / max|new − h| over all sites, infinite if new = h everywhere."""
+    ran = [site.new - site.h for site in sites]                            # (..., d) each
+    size = max(change.abs().max().item() for change in ran)
+    off = max((change - delta(site)).abs().max().item()
+              for change, site in zip(ran, sites, strict=True))
+    return off / size if size else float("inf")
+
+# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-m02
+def low_rank(site: Site) -> torch.Tensor:
+    """Return s · x Aᵀ Bᵀ (LoRA)."""
+    lora = site.module.lora
+    return lora.scaling * (site.x @ lora.lora_A.T @ lora.lora_B.T)         # (..., out)
+
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-018
 def heads(t: torch.Tensor, d_h: int) -> torch.Tensor:
     """Split (batch, T, n · d_h) into heads (batch, n, T, d_h)."""
@@ -120,24 +135,7 @@ def designs_of(kind: type[Method]) -> tuple:
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-034
 LINEAR, SUM = "output of any linear layer", "h + u"
 SCALED = dict(insertion="parallel", modified=LINEAR, composition="h + s · u")
-
-
-def low_rank(site: Site) -> torch.Tensor:
-    """Return s · x Aᵀ Bᵀ (LoRA)."""
-    lora = site.module.lora
-    return lora.scaling * (site.x @ lora.lora_A.T @ lora.lora_B.T)         # (..., out)
-
-
 DESIGNS[LoRA] = Design(form="x Aᵀ Bᵀ", **SCALED, delta=low_rank, example=LoRA(rank=8, alpha=16))
-
-# %% ../../notebooks/11_unified_view.ipynb #11-unified-view-028
-def gap(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> float:
-    """Return max|new − h − Δh| / max|new − h| over all sites, infinite if new = h everywhere."""
-    ran = [site.new - site.h for site in sites]                            # (..., d) each
-    size = max(change.abs().max().item() for change in ran)
-    off = max((change - delta(site)).abs().max().item()
-              for change, site in zip(ran, sites, strict=True))
-    return off / size if size else float("inf")
 
 # %% ../../notebooks/11_unified_view.ipynb #11-unified-view-048
 @dataclass(frozen=True)
@@ -321,7 +319,6 @@ def weight_decomposed(site: Site) -> torch.Tensor:
     V = W + dora.scaling * dora.lora_B @ dora.lora_A                       # (out, in)
     c = dora.magnitude / V.pow(2).sum(1).sqrt()                            # (out,)
     return site.x @ (c[:, None] * V - W).T                                 # (..., out)
-
 
 
 def triplets(site: Site) -> torch.Tensor:

@@ -27,7 +27,7 @@ INTRODUCED: dict[str, tuple[str, str, tuple[float, float]]] = {
     "bitfit": ("10", "BitFit", _RIGHT),
     "last two": ("10", "last two blocks", (0, -17)),
     "diff": ("10", "diff pruning", _LEFT),
-    "mixed": ("11", "adapter and prefix", _RIGHT),
+    "mixed": ("11", "mix-and-match", _RIGHT),
 }
 LESSONS = tuple(f"{n:02d}" for n in range(16))
 FULL = "full fine-tuning"
