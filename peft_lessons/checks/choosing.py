@@ -2,16 +2,34 @@
 
 import math
 import statistics
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 from ..studies import student_t
-from .kit import Case, check_for, refused
+from .compare import difference
+from .kit import Case, Check, WrongAnswer, outcome, refused
 from .mistakes import mistakes
+
+
+class _AnyForm(Check):
+    """Accept an array or a tensor of the right numbers for a list or a tuple of them."""
+
+    def __init__(self, reference: Callable, **settings: Any) -> None:
+        super().__init__(reference, **settings)
+        self.form = "any"
+
+
+def _check_by(kind: type[Check], **settings: Any) -> Callable[[Callable], Check]:
+    """Return a decorator that turns a reference function into a check of this kind."""
+    return lambda reference: kind(reference, **settings)
+
 
 # ------------------------------------------------------------------ pareto_front
 
 
-@check_for(
+@_check_by(
+    _AnyForm,
     cases=[
         Case(lambda: [[3.0, 1.0, 2.0, 4.0, 2.5], [80.0, 70.0, 79.0, 78.0, 75.0]]),
         Case(lambda: [[5, 2, 9, 4], [0.90, 0.70, 0.91, 0.89]], note="none dominates another"),
@@ -33,39 +51,68 @@ from .mistakes import mistakes
             return sorted(front, key=lambda i: costs[i])
         """,
         """
-        a lower score is taken for the better one
+        the lower score is taken for the better one
             t >= s → t <= s
-        a higher cost is taken for the better one
+        the higher cost is taken for the better one
             d <= c → d >= c
-        a point must be better in both to put another out: better in one, equal in the other is
-        enough
+        one point dominates another only if it is better in both: better in one and equal in the
+        other is enough
             d <= c and t >= s → d < c and t > s
-        of two points of equal cost the worse one stays
+        of two points of equal cost both stay: the one with the lower score is dominated
             d <= c → d < c
-        of two points of equal score the dearer one stays
+        of two points of equal score both stay: the one with the higher cost is dominated
             t >= s → t > s
-        equal points put each other out: neither is better than the other
+        one point dominates another if it is better in one of the two: in the other it must be no
+        worse
+            d <= c and t >= s and (d, t) != (c, s) → d < c or t > s
+        two equal points dominate each other: neither is better than the other
             and (d, t) != (c, s) → ∅
-        of equal points only one is kept
+        each point is compared with itself and dominates itself: it is no better than itself
+            others = points[:i] + points[i + 1 :] → others = points
+            and (d, t) != (c, s) → ∅
+        of equal points only the first is kept: keep all of them
             if not any( → if (c, s) not in points[:i] and not any(
-        the order is that of the lists: the cheapest comes first
+        of equal points only the last is kept: keep all of them
+            if not any( → if (c, s) not in points[i + 1 :] and not any(
+        the order is that of the lists: the cheapest point must come first
             sorted(front, key=lambda i: costs[i]) → front
-        these are costs: their indices are wanted
+        the dearest point comes first: the cheapest must
+            sorted(front, key=lambda i: costs[i]) →
+                sorted(front, key=lambda i: costs[i], reverse=True)
+        equal points have changed places: they must keep the order of the lists
+            sorted(front, → sorted(front[::-1],
+        the result holds costs: return the indices of these points
             sorted(front, key=lambda i: costs[i]) → sorted(costs[i] for i in front)
-        `index` finds the first of what is equal, whatever it was asked for
+        the result holds points: return their indices
+            sorted(front, key=lambda i: costs[i]) → sorted((costs[i], scores[i]) for i in front)
+        the result holds pairs of cost and index: return the indices alone
+            sorted(front, key=lambda i: costs[i]) → sorted((costs[i], i) for i in front)
+        the result is a mask with an entry for each point: return the indices of those on the front
+            sorted(front, key=lambda i: costs[i]) → [i in front for i in range(len(points))]
+        the indices begin at 1: the first is 0
+            sorted(front, key=lambda i: costs[i]) →
+                [i + 1 for i in sorted(front, key=lambda i: costs[i])]
+        the dominated points are returned: return the other ones
+            if not any( → if any(
+        `costs.index` finds the first of equal costs, whichever point was meant
             sorted(front → sorted([costs.index(costs[i]) for i in front]
-        the best score begins at 0: no negative one is above it
+        the best score begins at 0, which no negative score exceeds: begin at -math.inf
             if not any( → if s > 0 and not any(
-        among equal costs the first in the list decides: the sweep by cost must meet the better
-        score first, and keep its equals
+        the sweep by cost meets points of equal cost in the order of the lists: it must meet the
+        better score first, and keep its equals
             enumerate(points) → sorted(enumerate(points), key=lambda point: point[1][0])
             not any(d <= c and t >= s and (d, t) != (c, s) for d, t in others) →
                 all(s > scores[j] for j in front)
+        with >= the sweep by cost also keeps a dearer point that only equals the best score, and of
+        equal costs it must meet the better score first
+            enumerate(points) → sorted(enumerate(points), key=lambda point: point[1][0])
+            not any(d <= c and t >= s and (d, t) != (c, s) for d, t in others) →
+                all(s >= scores[j] for j in front)
         """,
     ),
 )
 def pareto_front(costs, scores):
-    """Those that no other point dominates, the cheapest first and equal ones all."""
+    """The front holds every point that no other point dominates, the cheapest first."""
     order = sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i], i))
     front = []
     for i in order:
@@ -88,7 +135,37 @@ _GB = 2**30
 _N, _T = 7_000_000_000, 40_000_000
 
 
-@check_for(
+def _bytes(n_params, n_trainable, bits):
+    """Return the bytes of the frozen weights and of the trainable parameters."""
+    return (n_params - n_trainable) * _BITS[bits] / 8, 16 * n_trainable
+
+
+class _Fits(Check):
+    """Show the bytes of a case: True or False alone says little."""
+
+    def _described(self, number: int) -> str:
+        n_params, n_trainable, gpu_gb, bits = self._arguments(number)
+        sizes = [*_bytes(n_params, n_trainable, bits), 7 / 8 * gpu_gb * _GB]
+        need, room = sum(sizes[:2]), sizes[2]
+        if abs(need - room) < 2**-10 * _GB:
+            frozen, trained, room = (f"{size:,.0f} bytes" for size in sizes)
+        else:
+            frozen, trained, room = (f"{size / _GB:.3f} GiB" for size in sizes)
+        note = self.cases[number].note
+        return (
+            f"n_params={n_params:_}, n_trainable={n_trainable:_}, gpu_gb={gpu_gb:.6g}, bits={bits}"
+            + (f" ({note})" if note else "")
+            + f". The frozen weights take {frozen} and the trainable parameters {trained}; seven "
+            f"eighths of the GPU are {room}"
+        )
+
+
+def _threshold(n_trainable, gpu_gb, bits, note="", n_params=70_000_000_000):
+    return Case(lambda: [n_params, n_trainable, gpu_gb, bits], note=note)
+
+
+@_check_by(
+    _Fits,
     cases=[
         (_N, _T, 24, 16),
         (_N, _T, 12, 16),
@@ -105,11 +182,22 @@ _N, _T = 7_000_000_000, 40_000_000
         Case(lambda: [_N, 300_000_000, 8.6, 4]),
         Case(lambda: [70_000_000_000, _T, 38.8, 4]),
         Case(lambda: [70_000_000_000, _T, 39.3, 4]),
-        Case(lambda: [70_000_000_000, _T, 39.085, 4], note="the statistics decide"),
-        Case(lambda: [1_000_000_000, 0, 2.15, 16], note="nothing trains"),
+        Case(lambda: [70_000_000_000, _T, 39.085, 4], note="the stored bits decide"),
+        Case(lambda: [1_000_000_000, 0, 2.15, 16], note="nothing is trained"),
+        # One weight after another stored in too many or too few bits crosses the room.
+        *(_threshold(0, gpu, 4) for gpu in (37.8, 38.426, 39.0, 40.7, 42.5, 44.7, 74.5)),
+        _threshold(0, 149.5, 16),
+        # The same for the bytes of a trainable parameter.
+        *(_threshold(10**9, 1.0644 * (k + 0.5), 16, n_params=10**9) for k in range(1, 21)),
+        _threshold(10**9, 1.0, 4, n_params=10**9),
+        _threshold(0, 80, 16, n_params=10**6),
+        _threshold(0, 160, 4, n_params=_N),
         Case(lambda: [7 * 2**30 // 2, 0, 8, 16], note="it takes exactly seven eighths"),
-        Case(lambda: [7 * 2**26, 7 * 2**26, 8, 16], note="the same, and all of it trains"),
-        Case(lambda: [7 * 2**26 + 1, 7 * 2**26 + 1, 8, 16], note="16 bytes more than these"),
+        Case(lambda: [7 * 2**26, 7 * 2**26, 8, 16], note="all parameters are trainable"),
+        Case(
+            lambda: [7 * 2**26 + 1, 7 * 2**26 + 1, 8, 16],
+            note="one parameter more than seven eighths hold",
+        ),
     ],
     causes=mistakes(
         """
@@ -121,42 +209,72 @@ _N, _T = 7_000_000_000, 40_000_000
             return need <= gpu_gb * 2**30 * 7 / 8
         """,
         """
-        the GPU's GB are taken for 10⁹ bytes: a GPU of 24 GB has 24 · 2³⁰
+        a GB of the GPU is taken for 10⁹ bytes: here it has 2³⁰
             2**30 → 10**9
-        a weight in 4 bits has its share of the statistics: 4.127 bits, not 4
+        a GB of the GPU is taken for 2²⁰ bytes: it has 2³⁰
+            2**30 → 2**20
+        gpu_gb is compared with bytes: multiply it by 2³⁰
+            2**30 → 1
+        the statistics of the blocks are left out: a weight in 4 bits takes 4.127 bits, not 4
             bits += 8 / 64 + 32 / 64 / 256 → pass
-        the statistics are quantised too: 4.127 bits a weight, not 4.5
+        a weight in 4 bits takes 4.127 bits, not 4.5: only every 256 blocks store 32 bits
             8 / 64 + 32 / 64 / 256 → 32 / 64
-        the second level is left out: each 256 blocks have one statistic of 32 bits
+        a weight in 4 bits takes 4.127 bits, not 4.625: a block stores 8 bits, and only every 256
+        blocks store 32 bits
+            8 / 64 + 32 / 64 / 256 → 40 / 64
+        the 32 bits that every 256 blocks store are left out
             + 32 / 64 / 256 → ∅
+        32 bits are divided by 256: they belong to 256 blocks of 64 weights, so divide by 64 · 256
+            32 / 64 / 256 → 32 / 256
+        8 + 32/256 bits belong to a whole block: divide them by its 64 weights
+            8 / 64 + 32 / 64 / 256 → 8 + 32 / 256
+        the 8 and 32 bits of the statistics are counted as bytes
+            8 / 64 + 32 / 64 / 256 → 8 * 8 / 64 + 8 * 32 / 64 / 256
+        a weight in 16 bits has no statistics: add them in 4 bits only
+            if bits == 4: → if bits:
+        bits are counted as bytes: divide them by 8
+            bits / 8 → bits
         4 // 8 is 0: divide by 8 with /
             bits += 8 / 64 + 32 / 64 / 256 → pass
             bits / 8 → (bits // 8)
-        what trains is counted twice: n_params includes n_trainable
+        the trainable parameters are counted twice: n_params includes them
             n_params - n_trainable → n_params
-        what trains is stored in 4 bits here: it never is
+        the trainable parameters are stored in `bits` bits here: their 16 bytes hold the weight
             n_params - n_trainable → n_params
             2 + 2 + 4 + 8 → 2 + 4 + 8
-        12 bytes are counted for what trains: its master copy, or one of Adam's moments, is left
-        out
+        a trainable parameter is counted with 12 bytes, not 16: its master copy, or one of Adam's
+        moments, is left out
             2 + 2 + 4 + 8 → 2 + 2 + 8
-        14 bytes are counted for what trains: its weight or its gradient is left out
+        a trainable parameter is counted with 14 bytes, not 16: its weight or its gradient is left
+        out
             2 + 2 + 4 + 8 → 2 + 4 + 8
-        weights alone are counted: what trains has gradients and moments
+        a trainable parameter is counted with 10 bytes, not 16
+            2 + 2 + 4 + 8 → 2 + 8
+        a trainable parameter is counted with 8 bytes, not 16
+            2 + 2 + 4 + 8 → 8
+        a trainable parameter is counted with 2 bytes, not 16
+            2 + 2 + 4 + 8 → 2
+        a trainable parameter is counted with 18 bytes, not 16
+            2 + 2 + 4 + 8 → 2 + 4 + 4 + 8
+        the weights alone are counted: a trainable parameter takes 16 bytes
             n_params - n_trainable → n_params
             + (2 + 2 + 4 + 8) * n_trainable → ∅
-        the whole GPU is used: an eighth stays free
+        the whole GPU is used: an eighth of it must stay free
             * 7 / 8 → ∅
-        an eighth of the need is added: an eighth of the GPU stays free
+        only an eighth of the GPU is used: seven eighths are there for weights
+            * 7 / 8 → / 8
+        an eighth of the need is added: an eighth of the GPU must stay free instead
             return need → return need * 9 / 8
             * 7 / 8 → ∅
-        what takes exactly seven eighths fits
+        the comparison is turned round: return True where it fits
+            need <= → need >=
+        exactly seven eighths are refused: compare with <=
             need <= → need <
         """,
     ),
 )
 def fits(n_params, n_trainable, gpu_gb, bits):
-    """Bytes of base and of what trains against seven eighths of the card, in 16 bits and in 4."""
+    """Frozen weights and trainable parameters are compared with seven eighths of the GPU."""
     free = 7 * gpu_gb * _GB - 8 * 16 * n_trainable  # eight times what is left for the base
     return bool((n_params - n_trainable) * _BITS[bits] <= free)
 
@@ -166,7 +284,8 @@ def fits(n_params, n_trainable, gpu_gb, bits):
 _SEEDS = "a and b rise and fall together from seed to seed"
 
 
-@check_for(
+@_check_by(
+    _AnyForm,
     cases=[
         Case(lambda: [[84.7, 85.6, 83.9], [84.1, 84.8, 83.4]], note=_SEEDS),
         Case(lambda: [[0.81, 0.79, 0.84, 0.80, 0.86], [0.83, 0.78, 0.83, 0.84, 0.85]]),
@@ -200,36 +319,54 @@ _SEEDS = "a and b rise and fall together from seed to seed"
             student_t(n - 1) → 1.96
         two, the rule of thumb, holds for many seeds: with few, Student's t is larger
             student_t(n - 1) → 2
-        the deviation is divided by n, not by n − 1
+        the squares are divided by n, not by n − 1 (statistics.stdev)
             stdev → pstdev
-        the two lists are taken for independent samples: seeds come in pairs
+        the two lists are taken for independent samples: the scores come in pairs
             student_t(n - 1) → student_t(2 * n - 2)
             statistics.stdev(gaps) →
                 math.hypot(statistics.stdev(scores_a), statistics.stdev(scores_b))
-        the spreads of the lists are added: take the spread of the pairs' differences
+        the spreads of the two lists are combined: take the spread of the pairs' differences
             statistics.stdev(gaps) →
                 math.hypot(statistics.stdev(scores_a), statistics.stdev(scores_b))
-        the deviation is not divided by √n: that is where one seed falls, not the mean
+        the spreads of the two lists are added: take the spread of the pairs' differences
+            statistics.stdev(gaps) → (statistics.stdev(scores_a) + statistics.stdev(scores_b))
+        the spread is not divided by √n: that is where one seed falls, not the mean
             / math.sqrt(n) → ∅
-        the deviation is divided by √(n − 1): divide it by √n
+        the spread is divided by n: divide it by √n
+            math.sqrt(n) → n
+        the spread is divided by √(n − 1): divide it by √n
             math.sqrt(n) → math.sqrt(n - 1)
-        the sign is turned: it is a − b
+        the sign is turned: subtract b from a
             a - b → b - a
+        the differences have lost their signs: leave out abs
+            a - b → abs(a - b)
+        the lists are sorted, and the pairs are lost
+            zip(scores_a, scores_b) → zip(sorted(scores_a), sorted(scores_b))
         n differences have n − 1 degrees of freedom, not n
             student_t(n - 1) → student_t(n)
+        n differences have n − 1 degrees of freedom, not n − 2
+            student_t(n - 1) → student_t(max(n - 2, 1))
+        n differences have n − 1 degrees of freedom: 2 n − 2 is for two independent samples
+            student_t(n - 1) → student_t(2 * n - 2)
         this is the standard error: t is missing
             student_t(n - 1) * → ∅
-        the variance is taken for the deviation: its square root is missing
+        the variance stands for the deviation: its square root is missing
             stdev → variance
-        the mean comes first, and then the ends
+        the ends are the smallest and the largest difference: compute them by the formula
+            mean - half, mean + half → min(gaps), max(gaps)
+        the ends have changed places: the lower one comes first
+            mean, mean - half, mean + half → mean, mean + half, mean - half
+        the mean comes first, and the two ends follow
             mean, mean - half, mean + half → mean - half, mean, mean + half
+        this is half the width of the interval: return its two ends
+            mean, mean - half, mean + half → mean, half
         """,
         statistics=statistics,
         student_t=student_t,
     ),
 )
 def paired_difference(scores_a, scores_b):
-    """The mean of the differences and its 95 % interval by Student's t, pair by pair."""
+    """The mean of the pairs' differences comes with its 95 % interval by Student's t."""
     n = len(scores_a)
     if n != len(scores_b) or n < 2:
         raise ValueError("pairs of two seeds at least are wanted")
@@ -269,26 +406,77 @@ _SEVENTY_BILLION = {"lora": (133.2, 77.0), "qlora": (40.0, 76.0), "prompt": (131
 
 
 def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
-    """The case of a situation; the note names what the dicts hold."""
-    sizes = ", ".join(f"{name} {size:g} and {score:g}" for name, (size, score) in given.items())
-    told = f"GiB and mean score: {sizes}{note}"
-    return Case(lambda: _situation(gpu_gb, seeds, noise, **given), note=told)
+    """Return the case of a situation."""
+    if min(size for size, _ in given.values()) > gpu_gb * 7 / 8:
+        note = "nothing fits"
+    return Case(lambda: _situation(gpu_gb, seeds, noise, **given), note=note)
 
 
-@check_for(
+class _Choice(_AnyForm):
+    """Check a choice, which may call the learner's `paired_difference`."""
+
+    def _described(self, number: int) -> str:
+        needs, gpu_gb, scores = self._arguments(number)
+        means = ", ".join(f"{name} {statistics.fmean(given):.4g}" for name, given in scores.items())
+        note = self.cases[number].note
+        told = f"needs={needs!r}, gpu_gb={gpu_gb}, scores with the means {means}"
+        return told + (f" ({note})" if note else "")
+
+    def _check_case(self, function: Callable, number: int) -> bool:
+        __tracebackhide__ = True
+        written = super()._check_case(function, number)
+        if not written:
+            _, error = outcome(function, self._arguments(number))
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            name = frame.f_code.co_name
+            if name == paired_difference.__name__:
+                raise WrongAnswer(
+                    f"{self.__name__}: your {name} is not written yet.",
+                    "Write exercise 13.2 first, or compute the interval here.",
+                ) from error
+            if name != self.__name__:
+                raise WrongAnswer(
+                    f"{self.__name__}: {name}, which your answer calls, is not written yet."
+                ) from error
+        return written
+
+    def _likely(self, function: Callable, number: int, gradients: bool = False) -> list[str]:
+        if told := super()._likely(function, number, gradients):
+            return told
+        got, _ = outcome(function, self._arguments(number))
+        expected = self.reference(*self._arguments(number))["behind"]
+        behind = got.get("behind") if isinstance(got, dict) else None
+
+        def off(values: bool) -> str | None:
+            return difference(behind, expected, "", self.tolerance, values, form="any")
+
+        if off(values=False) or not off(values=True):
+            return []
+        return ["Does your paired_difference pass its check in exercise 13.2?"]
+
+
+def _in_order(answer: dict) -> dict:
+    """Return the parts in the order in which a fault is named: the intervals decide the rest."""
+    first = {name: answer[name] for name in ("behind", "method", "left") if name in answer}
+    return first | dict(answer)
+
+
+@_check_by(
+    _Choice,
     cases=[
         *(_called(_EIGHT_BILLION, gpu, noise=0.2) for gpu in (24, 160, 16, 8, 20.7, 19.5)),
         _called(_THREE_BILLION, 80, noise=0.2),
-        _called(_THREE_BILLION, 80, note="; noisier seeds"),
-        _called(_EIGHT_BILLION, 160, note="; noisier seeds"),
+        _called(_THREE_BILLION, 80, note="noisier seeds"),
+        _called(_EIGHT_BILLION, 160, note="noisier seeds"),
         _called(_NO_BETTER, 80),
-        _called(_PERPLEXITIES, 48, 5, 1.2, "; scores are perplexities, negated; five seeds"),
+        _called(_PERPLEXITIES, 48, 5, 1.2, "scores are perplexities, negated; five seeds"),
         _called(_SEVENTY_BILLION, 24),
         _called({"qlora": (40.0, 76.0)}, 80),
+        _called({"full": (48.4, 90.0), "lora": (8.8, 85.0), "prompt": (8.5, 89.9)}, 80, noise=0.2),
         _called({"lora": (17.9, 85.4), "prompt": (15.5, 50.0)}, 24),
     ],
     returns="the answer",
-    view=dict,
+    view=_in_order,
     staged=True,
     tolerance=1e-3,
     causes=mistakes(
@@ -313,35 +501,77 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
             return {"method": method, "left": left, "behind": behind}
         """,
         """
-        it does not fit: the best score is taken, whatever it takes
+        methods that do not fit take part: leave them out first
             if needs[name] <= room → ∅
-        the whole GPU is used: an eighth stays free
+        the whole GPU is used: an eighth of it must stay free
             * 7 / 8 → ∅
-        the lower end decides nothing: too few seeds would then excuse any method
+        the lower end decides: too few seeds would then excuse any method
             behind[name][2] <= 1 → behind[name][1] <= 0
-        the mean is within a point, and the upper end is not: the upper end decides
+        the lower end is compared with one point: the upper end decides
+            behind[name][2] <= 1 → behind[name][1] <= 1
+        the mean is compared with one point: the upper end of the interval decides
             behind[name][2] <= 1 → behind[name][0] <= 1
-        it is dominated: the cheapest that fits is taken, though another is clearly better
+        the condition is turned round: methods behind by more than a point are taken
+            behind[name][2] <= 1 → behind[name][2] > 1
+        a difference below one standard deviation of the scores is allowed: the upper end decides
+            behind[name][2] <= 1 → behind[name][0] <= statistics.stdev(scores[best])
+        methods whose own intervals overlap are taken for equal: the interval of the differences
+        decides
+            behind[name][2] <= 1 →
+                gap(scores[best], [0] * 99)[1] <= gap(scores[name], [0] * 99)[2]
+        the cheapest method that fits is taken, though it may be behind by more than a point
             good, key → fitting, key
-        the best mean is taken, though a cheaper one is surely within a point
+        the best mean is taken, though a cheaper method is behind by at most a point
             min(good, key=needs.get) → best
-        the best of all is the measure, though it does not fit
+        the other methods are compared with the best of all, which does not fit: take the best that
+        fits
             max(fitting → max(needs
-        `behind` has the sign turned: it is the best less the other
+        the lowest mean is taken for the best: higher scores are better
+            max(fitting → min(fitting
+        the best method is found by its best seed: compare the means
+            statistics.mean(scores[name]) → max(scores[name])
+        `behind` has the sign turned: subtract the other method's scores from the best one's
             x - y → y - x
-            behind[name][2] <= 1 → -behind[name][1] <= 1
-        `left` is counted for the best: it is what the chosen method leaves
-            needs[method] → needs[best]
-        `behind` is counted from the method chosen: it is the best less the other
+        the interval in `behind` uses 1.96: with few seeds Student's t is larger (exercise 13.2)
+            student_t(len(d) - 1) → 1.96
+        the interval in `behind` uses 2: with few seeds Student's t is larger (exercise 13.2)
+            student_t(len(d) - 1) → 2
+        the interval in `behind` is not paired: take the spread of the differences (exercise 13.2)
+            statistics.stdev(d) → math.hypot(statistics.stdev(a), statistics.stdev(b))
+        the interval in `behind` takes two independent samples: the scores come in pairs (exercise
+        13.2)
+            student_t(len(d) - 1) → student_t(2 * len(d) - 2)
+            statistics.stdev(d) → math.hypot(statistics.stdev(a), statistics.stdev(b))
+        the interval in `behind` lacks the division by √n (exercise 13.2)
+            / math.sqrt(len(d)) → ∅
+        the interval in `behind` lacks Student's t (exercise 13.2)
+            student_t(len(d) - 1) * → ∅
+        the interval in `behind` divides the squares by n, not by n − 1 (exercise 13.2)
+            statistics.stdev(d) → statistics.pstdev(d)
+        `behind` is counted from the method chosen: count it from the best
             left = →
                 behind = {n: gap(scores[method], scores[n]) for n in fitting if n != method}; left =
-        `behind` has what does not fit, too
+        `behind` also holds methods that do not fit
             n in fitting if → n in needs if
-        `left` is counted from the whole GPU: an eighth of it stays free
+        `behind` also holds the best itself
+            for n in fitting if n != best → for n in fitting
+        `left` is counted for the best: count what the chosen method leaves
+            needs[method] → needs[best]
+        `left` is counted from the whole GPU: an eighth of it must stay free
             room - took → gpu_gb - took
-        the sizes come in GiB already: nothing is to be divided
+        `left` has the sign turned: subtract the need from seven eighths of the GPU
+            room - took → took - room
+        `left` is 0 where nothing fits: it is negative there, seven eighths minus the smallest need
+            room - took → room - took if fitting else 0
+        `left` is all seven eighths where nothing fits: subtract the smallest need
+            room - took → room - took if fitting else room
+        `left` has the sign turned where nothing fits: it is negative there
+            room - took → room - took if fitting else took - room
+        gpu_gb is turned into bytes: it is in GiB already, as needs is, so leave out 2³⁰
             room = gpu_gb * 7 / 8 → room = gpu_gb * 7 / 8 * 2**30
-        nothing fits, and the smallest is named all the same
+        gpu_gb is turned into units of 10⁹ bytes: it is in GiB, as needs is
+            room = gpu_gb * 7 / 8 → room = gpu_gb * 7 / 8 * 2**30 / 10**9
+        nothing fits, and the smallest method is named all the same
             "does not fit" → min(needs, key=needs.get)
         """,
         statistics=statistics,
@@ -349,13 +579,13 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
     ),
 )
 def defend_choice(needs, gpu_gb, scores):
-    """What fits, is as good as the best that fits and takes least, with what decides."""
+    """The choice is the cheapest method that fits and is surely within a point of the best."""
     usable = 7 * gpu_gb / 8
     cheap = sorted((name for name in needs if needs[name] <= usable), key=needs.get)
     if not cheap:
         left = usable - min(needs.values())
-        return {"method": "does not fit", "left": left, "behind": {}}
+        return {"behind": {}, "method": "does not fit", "left": left}
     best = max(cheap, key=lambda name: math.fsum(scores[name]))
     behind = {n: paired_difference.reference(scores[best], scores[n]) for n in cheap if n != best}
     method = next(name for name in cheap if name == best or behind[name][2] <= 1)
-    return {"method": method, "left": usable - needs[method], "behind": behind}
+    return {"behind": behind, "method": method, "left": usable - needs[method]}

@@ -178,7 +178,7 @@ def _as_declared(method: Method, bench: Bench) -> str:
     inherited = "__dataclass_params__" not in vars(cls)
     if settings is None or (inherited and get_annotations(cls)):
         raise MethodError(
-            "the class is no dataclass, so what looks like its fields is none",
+            "the class is no dataclass, so it has no fields",
             "Write @dataclass(frozen=True) above it.",
         )
     if not settings.frozen:
@@ -259,7 +259,7 @@ def _as_injected(method: Method, bench: Bench) -> str:
         start = f"step 0 is not the base (logits move by {moved_by:.2g})"
     if moved_by > bench.start * bench.plain.abs().max():
         raise MethodError(start, "Start one factor of the change at zero.")
-    return f"{numbers:,} numbers train, the base is frozen, {start}"
+    return f"{numbers:,} trainable parameters, the base is frozen, {start}"
 
 
 def _refuse_plain_tensors(injection: Injection) -> None:
@@ -383,7 +383,9 @@ def _compared(method: Method, bench: Bench) -> tuple[float, str | None, int]:
                 _refuse_no_state(design.delta(site), site)
             off, places = gap(sites, design.delta), places + len(sites)
             if not off <= _EXACT:
-                return off, _formula_cause(sites, design.delta), places
+                start = design.sites(bench.holding(method).double(), bench.batch)
+                return off, _formula_cause(sites, design.delta, start), places
+            _refuse_words(design, sites[0])
             worst = max(worst, off)
     return worst, None, places
 
@@ -400,8 +402,30 @@ def _refuse_no_state(change: Any, site: Site) -> None:
         ) from None
 
 
-def _formula_cause(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> str:
-    """In what way a formula is wrong: a regularity of its values, or how large they are."""
+def _refuse_words(design: Design, site: Site) -> None:
+    """Refuse an insertion that says parallel where a formula reads h alone, or the reverse."""
+
+    def reads(name: str) -> bool:
+        given = getattr(site, name)
+        other = dataclasses.replace(site, **{name: given + torch.randn_like(given)})
+        return not torch.equal(design.delta(other), design.delta(site))
+
+    x, h = reads("x"), reads("h")
+    if x == h or reads("new"):
+        return
+    word, state, what = ("parallel", "x", "input") if x else ("sequential", "h", "output")
+    if word not in design.insertion:
+        raise MethodError(
+            f"its insertion is {design.insertion!r}, but delta reads {state} alone",
+            f"A change that reads {state}, the {what} of the layer, is {word}.",
+        )
+
+
+def _formula_cause(
+    sites: list[Site], delta: Callable[[Site], torch.Tensor], start: list[Site]
+) -> str:
+    """In what way a formula is wrong: a regularity of its values, or how large they are. `start`
+    are the sites of the same model before its parameters are perturbed."""
 
     def flat(changes) -> torch.Tensor:
         shaped = [c.expand_as(site.h) for c, site in zip(changes, sites, strict=True)]
@@ -414,7 +438,13 @@ def _formula_cause(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> 
     if not ran.any():
         return "Running changes no state at these places: does it modify others?"
     if close(told, flat([s.new for s in sites])):
-        return "It gives the new state h + Δh: delta is the change alone."
+        whole = "delta gives the new state h + Δh: it must give the change alone."
+        alone = "forward returns the change alone: add h, which is self.base(x)."
+        if all(close(site.new, site.h) for site in start):
+            return whole[0].upper() + whole[1:]
+        if not any(site.new.any() for site in start):
+            return alone[0].upper() + alone[1:]
+        return f"Either {whole.rstrip('.')}; or {alone}"
     factor = (told @ ran) / (ran @ ran)
     if factor and close(told, factor * ran):
         if abs(factor + 1) < _EXACT:
@@ -666,7 +696,7 @@ def _as_merged(method: Method, bench: Bench) -> str:
     try:
         unmerge(model)
     except TypeError as error:
-        raise MethodError("it merges and cannot be taken out again", f"{summary(error)}.") from None
+        raise MethodError("it can be merged but not unmerged", f"{summary(error)}.") from None
     told = "merged and unmerged, the base is not what it was"
     hint = "unmerged_tensors must be the inverse of merged_tensors, for weight and bias."
     bench.require(model, expected, told, hint, tolerance=tolerance)

@@ -18,7 +18,7 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ pareto_front
 
 
-@wrong("pareto_front", "among equal costs the first in the list decides")
+@wrong("pareto_front", "the sweep by cost meets points of equal cost in the order of the lists")
 def sweep(costs, scores):
     front, best = [], -math.inf
     for i in sorted(range(len(costs)), key=lambda i: costs[i]):
@@ -28,12 +28,12 @@ def sweep(costs, scores):
     return front
 
 
-@wrong("pareto_front", "is a tuple of 2, expected")
+@wrong("pareto_front", "the result holds points")
 def the_points(costs, scores):
     return [(costs[i], scores[i]) for i in pareto_by_a_sweep(costs, scores)]
 
 
-@wrong("pareto_front", "has 5 items, expected 3")
+@wrong("pareto_front", "the result is a mask")
 def a_mask(costs, scores):
     front = pareto_by_a_sweep(costs, scores)
     return [i in front for i in range(len(costs))]
@@ -47,6 +47,26 @@ def pareto_by_a_sweep(costs, scores):
             best = costs[i], scores[i]
             front.append(i)
     return front
+
+
+@wrong("pareto_front", "with >= the sweep by cost also keeps a dearer point")
+def sweep_with_equals(costs, scores):
+    front, best = [], -math.inf
+    for i in sorted(range(len(costs)), key=lambda i: costs[i]):
+        if scores[i] >= best:
+            front.append(i)
+            best = scores[i]
+    return front
+
+
+@right("pareto_front")
+def as_an_array(costs, scores):
+    return np.array(with_numpy(costs, scores))
+
+
+@right("pareto_front")
+def as_a_tensor(costs, scores):
+    return torch.tensor(pareto_by_a_sweep(costs, scores))
 
 
 @right("pareto_front")
@@ -85,7 +105,7 @@ def guessed(trained=16, frozen=2, share=0.875):
 
 
 # A cause must not be named because True and False agree by chance.
-for wrongly in (guessed(trained=8), guessed(trained=20), guessed(frozen=4), guessed(share=0.9)):
+for wrongly in (guessed(trained=9), guessed(trained=20), guessed(frozen=4), guessed(share=0.9)):
     wrong("fits", "the result is")(wrongly)
 
 
@@ -136,6 +156,11 @@ def with_torch_and_a_table(scores_a, scores_b):
 
 
 @right("paired_difference")
+def as_one_tensor(scores_a, scores_b):
+    return torch.tensor(with_torch_and_a_table(scores_a, scores_b), dtype=torch.float64)
+
+
+@right("paired_difference")
 def in_a_loop(scores_a, scores_b):
     n = len(scores_a)
     if n != len(scores_b) or n == 1:
@@ -164,12 +189,53 @@ def not_clearly_worse(needs, gpu_gb, scores):
     return answer
 
 
-@wrong("defend_choice", "the sizes come in GiB already")
+@wrong("defend_choice", "it is in GiB already")
 def in_bytes(needs, gpu_gb, scores):
     room, method = 0.875 * gpu_gb * GIB, min(needs, key=needs.get)
     if needs[method] <= room:
         return with_a_sweep(needs, gpu_gb * GIB, scores)
     return {"method": "does not fit", "left": room - needs[method], "behind": {}}
+
+
+def paired_difference():
+    """A stub of another exercise."""
+    raise NotImplementedError
+
+
+@wrong("defend_choice", "your paired_difference is not written yet")
+def before_its_helper(needs, gpu_gb, scores):
+    answer = with_a_sweep(needs, gpu_gb, scores)
+    return answer | {"behind": {name: paired_difference() for name in answer["behind"]}}
+
+
+@wrong("defend_choice", "Does your paired_difference pass its check in exercise 13.2?")
+def rounded_intervals(needs, gpu_gb, scores):
+    answer = with_a_sweep(needs, gpu_gb, scores)
+    behind = {n: [round(v, 1) for v in interval] for n, interval in answer["behind"].items()}
+    return answer | {"behind": behind}
+
+
+@wrong("defend_choice", "`behind` has the sign turned")
+def other_minus_best(needs, gpu_gb, scores):
+    answer = with_a_sweep(needs, gpu_gb, scores)
+    behind = {n: (-mean, -high, -low) for n, (mean, low, high) in answer["behind"].items()}
+    good = [n for n in needs if n not in behind or behind[n][2] <= 1]
+    names = [n for n in good if needs[n] <= 0.875 * gpu_gb]
+    if names:
+        answer["method"] = min(names, key=needs.get)
+    return answer | {"behind": behind}
+
+
+@wrong("defend_choice", "(nothing fits)")
+def without_a_case_for_nothing(needs, gpu_gb, scores):
+    max(name for name in needs if needs[name] <= 0.875 * gpu_gb)
+    return with_a_sweep(needs, gpu_gb, scores)
+
+
+@right("defend_choice")
+def intervals_as_arrays(needs, gpu_gb, scores):
+    answer = with_a_sweep(needs, gpu_gb, scores)
+    return answer | {"behind": {n: np.array(v) for n, v in answer["behind"].items()}}
 
 
 @wrong("defend_choice", "the keys of the answer differ: missing 'behind'")

@@ -46,6 +46,11 @@ def as_attention(x, w_q, prefix_k, prefix_v):
     return F.scaled_dot_product_attention(x @ w_q.T, keys, values)
 
 
+@right("prefix_as_adapter")
+def as_an_array(x, w_q, prefix_k, prefix_v):
+    return as_attention(x, w_q, prefix_k, prefix_v).numpy()
+
+
 # ------------------------------------------------------------------ compose
 
 
@@ -82,6 +87,17 @@ def in_float64(h, delta, scale, gate=None):
         gate = gate.flatten(-2)
         kept, change = kept - gate * kept, change * gate
     return kept.add(change)
+
+
+@wrong("compose", "where λ is 1 nothing of it is left")
+def beside_the_whole(h, delta, scale, gate=None):
+    share = 1 if gate is None else gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1)
+    return h + share * scale * delta
+
+
+@right("compose")
+def as_an_array_of_numpy(h, delta, scale, gate=None):
+    return in_float64(h, delta, scale, gate).numpy()
 
 
 @right("compose")
@@ -238,9 +254,19 @@ without a scale of one: right with scale=1.0, but with scale=1.5 it is off
     {DELTA} → (site.x @ site.module.A.T @ site.module.B.T)
 a fixed scale: right with scale=1.5, but with scale=2.25
     {DELTA} → 1.5 * (site.x @ site.module.A.T @ site.module.B.T)
+forward without h: Forward returns the change alone: add h, which is self.base(x)
+    {FORWARD} → return self.scale * (x @ self.A.T @ self.B.T)
+a wrong word: its insertion is 'sequential', but delta reads x alone
+    insertion="parallel" → insertion="sequential"
+no word of the two: its insertion is 'around', but delta reads x alone
+    insertion="parallel" → insertion="around"
+parallel and reads h: its insertion is 'parallel', but delta reads h alone
+    linear.in_features → linear.out_features
+    {FORWARD} → return h + self.scale * (h @ self.A.T @ self.B.T)
+    {DELTA} → site.module.scale * (site.h @ site.module.A.T @ site.module.B.T)
 reads h: It is right with x and h exchanged
     site.x → site.h
-the new state: It gives the new state h + Δh
+the new state: Delta gives the new state h + Δh: it must give the change alone
     {DELTA} → site.h + {DELTA}
 turned sign: Its sign is turned
     {DELTA} → -{DELTA}
@@ -302,7 +328,7 @@ merged ignored: then counts twice
     if self.merged: → if False:
 merged without scale: the weights do not compute what forward did
     weight + self.scale * self.B @ self.A → weight + self.B @ self.A
-never unmerged: it merges and cannot be taken out again
+never unmerged: it can be merged but not unmerged
     def unmerged_tensors → def taken_out
 unmerged the wrong way: merged and unmerged, the base is not what it was
     weight - self.scale → weight + 0 * self.scale
