@@ -9,8 +9,9 @@ from .plots import log_axis
 from .study import Spread, Study
 
 _RIGHT, _LEFT = (6, 0), (-6, 0)
-# {method in choosing_study: (the lesson that introduces it, its name in the chart, where the name
-# stands: points to the right of its point, if negative to the left, and above it)}
+# {method in choosing_study, or in selective_study: (the lesson that introduces it, its name in the
+# chart, where the name stands: points to the right of its point, if negative to the left, and above
+# it)}
 INTRODUCED: dict[str, tuple[str, str, tuple[float, float]]] = {
     "head": ("01", "head alone", _RIGHT),
     "lora": ("02", "LoRA (q, v)", (-6, 5)),
@@ -26,7 +27,7 @@ INTRODUCED: dict[str, tuple[str, str, tuple[float, float]]] = {
     "norms": ("10", "norms", _LEFT),
     "bitfit": ("10", "BitFit", _RIGHT),
     "last two": ("10", "last two blocks", (0, -17)),
-    "diff": ("10", "diff pruning", _LEFT),
+    "sparse": ("10", "random entries", (-6, 4)),
     "mixed": ("11", "mix-and-match", _RIGHT),
 }
 LESSONS = tuple(f"{n:02d}" for n in range(16))
@@ -38,8 +39,9 @@ def growing_chart(lesson: str, title: str = "") -> None:
     """Show test accuracy against trainable parameters on movie sentiment for the methods up to a
     lesson, such as "02". Its own methods are coloured, those of earlier lessons grey.
 
-    From data/results/choosing_study.csv: all training sentences, three seeds at the learning rate
-    that is best on the validation split. Raises ValueError for an unknown lesson."""
+    From data/results/choosing_study.csv, and sparse masks from selective_study.csv: all training
+    sentences, three seeds at the learning rate that is best on the validation split. Raises
+    ValueError for an unknown lesson."""
     if lesson not in LESSONS:
         raise ValueError(f"growing_chart: {lesson!r} must be one of {', '.join(LESSONS)}")
     upto = max(lesson, "01")  # the head alone is there from the start
@@ -47,6 +49,8 @@ def growing_chart(lesson: str, title: str = "") -> None:
     lit = [name for own, name, _ in INTRODUCED.values() if own == upto]
     study = Study.read("choosing_study", task="sentiment")
     study = study.where(examples=int(study.runs["examples"].max()))
+    masks = {"task": "sentiment", "method": "sparse", "variant": "random"}
+    study += Study.read("selective_study", **masks)
     study = study.named(ways | {FULL: {"method": "full"}})
     scores = study.scores()
     points = {name: (int(study[name]["trainable"].iloc[0]), scores[name].mean) for name in scores}
