@@ -173,7 +173,10 @@ def test_the_benchmark_is_as_published():
     for ahead in ("rsLoRA, rank 64", "SHiRA", "LoRA, rank 10, MLP"):
         assert 0 < BENCHMARK[ahead][1] - p < 8**0.5 * error  # two standard errors of a difference
     assert BENCHMARK["Lily, MLP"][1] - p > 8**0.5 * error
+    assert BENCHMARK["Lily, MLP"][1] - BENCHMARK["LoRA, rank 10, MLP"][1] < 8**0.5 * error
     forgot = {name: row[4] for name, row in BENCHMARK.items()}
+    assert 6.5 < forgot["Lily, MLP"] / forgot["LoRA, rank 10, MLP"] < 7
+    assert 3.8 < forgot["MiSS"] / forgot["LoRA, rank 32"] < 4.2
     assert 15 < forgot["(IA)³, attention, 5e-3"] / forgot["(IA)³, default 1e-4"] < 17
     assert 2 < forgot["rsLoRA, rank 64"] / forgot["LoRA, rank 32"] < 2.5
     assert forgot["LoRA, rank 10, MLP"] < forgot["LoRA, rank 32"]
