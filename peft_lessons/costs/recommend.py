@@ -60,7 +60,7 @@ class Candidate:
 
 _LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 _DORA = _LORA | {"use_dora": True}
-_ADALORA = {"init_r": 12, "target_r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+_ADALORA = {"init_r": 24, "target_r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 _VIRTUAL = {"num_virtual_tokens": TOKENS}
 
 # In the order in which they are recommended: the first that fits.
@@ -70,7 +70,7 @@ CANDIDATES: dict[str, Candidate] = {
     "DoRA": Candidate("dora, all linear", DoRA(**FACTORS), "LoraConfig", _DORA, "dora"),
     "AdaLoRA": Candidate(
         "adalora",
-        AdaLoRA(12, 8, 16, "all-linear", tinit=100, tfinal=300, delta=10, total_steps=1000),
+        AdaLoRA(24, 16, 32, "all-linear", tinit=100, tfinal=300, delta=10, total_steps=1000),
         "AdaLoraConfig",
         _ADALORA | {"tinit": 100, "tfinal": 300, "deltaT": 10, "total_step": 1000},
         "adalora",
@@ -137,7 +137,7 @@ SPARE, CONTEXT = 0.05, 0.75 * GIB  # of a GPU: its part lost to fragments, bytes
 LARGEST = 10_000  # billions of parameters; a size above is not in billions
 LEAN = "bfloat16, 8-bit Adam"  # the leanest recipe of full fine-tuning
 FEW, MANY = 500, 100_000  # examples
-TIGHT = GB  # bytes left
+TIGHT = 0.1  # of a GPU's memory that is left
 FULL_RATES = (2e-4, 2e-5)  # minilm's best, and the default of TRL's SFTConfig
 # {task: from so many billions of parameters the learning rates are those of language models}
 SPEAKS = {"classification": 0.5, "generation": 0.05}
@@ -147,12 +147,19 @@ SPEAKS = {"classification": 0.5, "generation": 0.05}
 
 
 def usable_bytes(gpu_memory_gb: float) -> float:
-    """Return the usable bytes of a GPU: its GiB (a "24 GB" GPU has 24 · 2³⁰ bytes), less 0.75 GiB
-    for CUDA itself and 5 % for fragmentation.
+    """Return the usable bytes of a GPU: its GiB, less 0.75 GiB for CUDA itself and 5 % for
+    fragmentation.
 
+    The nominal size is only roughly the GiB: with error correction a GPU shows less, an L40S of
+    "48 GB" about 45. Give what `nvidia-smi` shows in MiB, divided by 1,024.
     Raises ValueError unless the size is a finite number above 0."""
     validate("usable_bytes", gpu_memory_gb=gpu_memory_gb)
     return max(0.0, (1 - SPARE) * gpu_memory_gb * GIB - CONTEXT)
+
+
+def is_tight(need: float, gpu_memory_gb: float) -> bool:
+    """Return whether a training of so many bytes leaves less than a tenth of the GPU."""
+    return usable_bytes(gpu_memory_gb) - need < TIGHT * gpu_memory_gb * GIB
 
 
 def needs_of(
@@ -205,19 +212,21 @@ def _task(task_type: Any) -> str:
 class Advice(str):
     """Hold a name of `NAMES` and the reasons for it; made by `recommend_peft_method`.
 
+    An Advice made by its name alone has `config`, `arguments` and `quantization`, and no reasons.
+
     learning_rate: to start with, None for "does not fit".
     sentences: memory, alternatives, server, data and evidence.
     fits: a table of LoRA, QLoRA, full fine-tuning and the alternatives, with bytes by component.
     evidence: a table of what was measured nearest in size.
     alternatives: two other names."""
 
-    learning_rate: float | None
-    fits: Table
-    evidence: Table
-    alternatives: tuple[str, str]
-    sentences: tuple[str, ...]
-    _peft_task: str
-    _sizes: tuple[int, int]  # tokens, texts per step
+    learning_rate: float | None = None
+    fits: Table | None = None
+    evidence: Table | None = None
+    alternatives: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()
+    _peft_task: str = "CAUSAL_LM"
+    _sizes: tuple[int, int] = (1024, 1)  # tokens, texts per step
 
     @property
     def config(self) -> Any:
@@ -234,9 +243,9 @@ class Advice(str):
     @property
     def code(self) -> str:
         """Return lines to paste into a script with PEFT and TRL, or transformers' Trainer for a
-        classifier; "" for "does not fit"."""
+        classifier; "" without a learning rate, as for "does not fit"."""
         candidate, (tokens, texts) = CANDIDATES.get(self), self._sizes
-        if candidate is None:
+        if candidate is None or self.learning_rate is None:
             return ""
         lines = []
         if candidate.config:
@@ -255,6 +264,9 @@ class Advice(str):
             lines.append(
                 f"args = SFTConfig({given}, max_length={tokens}, model_init_kwargs={{{load}}})"
             )
+            names = ["args", *(line.partition(" = ")[0] for line in lines[:-1])]
+            passed = ", ".join(f"{name}={name}" for name in names)
+            lines.append(f'trainer = SFTTrainer("MODEL", {passed}, train_dataset=dataset)')
         else:
             if self == "QLoRA":
                 load += ', "quantization_config": quantization_config'
@@ -286,7 +298,11 @@ class Advice(str):
     def why(self) -> str:
         """Return the sentences and both tables as text."""
         told = (textwrap.fill(sentence, 100) for sentence in self.sentences)
-        return "\n".join((*told, repr(self.fits), repr(self.evidence)))
+        return "\n".join((*told, *map(repr, self._tables)))
+
+    @property
+    def _tables(self) -> list[Table]:
+        return [shown for shown in (self.fits, self.evidence) if shown is not None]
 
     @property
     def _first(self) -> str:
@@ -295,12 +311,12 @@ class Advice(str):
 
     def __repr__(self) -> str:
         lines = (part for line in self.code.splitlines() for part in textwrap.wrap(line, 100))
-        return "\n".join((self._first, *lines, self.why))
+        return "\n".join(filter(None, (self._first, *lines, self.why)))
 
     def _repr_html_(self) -> str:
         told = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
         code = f"<pre>{html.escape(self.code)}</pre>" if self.code else ""
-        shown = self.fits._repr_html_() + self.evidence._repr_html_()
+        shown = "".join(each._repr_html_() for each in self._tables)
         return f"<p><strong>{html.escape(self._first)}</strong></p>{code}{told}{shown}"
 
 
@@ -344,7 +360,7 @@ def recommend_peft_method(
     Args:
         model_size_b: parameters in billions, 7 for a 7-billion model, treated as a Llama-3 of that
             size.
-        gpu_memory_gb: nominal memory of one GPU: a "24 GB" GPU has 24 · 2³⁰ bytes.
+        gpu_memory_gb: GiB of one GPU, roughly its nominal size; see `usable_bytes`.
         task_type: "classification" or "generation", or PEFT's SEQ_CLS or CAUSAL_LM.
         num_examples: in the training set.
         context, batch: tokens per text, texts per step. Gradients can be accumulated over steps.
@@ -421,7 +437,7 @@ def _decision(chosen: str, needs: Mapping[str, Memory], asked: _Asked) -> str:
             f"{short:.1f} GB. {_at_most(most)}. Or take a larger GPU or several{texts}."
         )
     took = needs[chosen].total
-    tight = " That is tight, so try the longest text first." if usable - took < TIGHT else ""
+    tight = " That is tight, so try the longest text first." if is_tight(took, asked.gpu) else ""
     return (
         f"{chosen} takes {took / GB:.1f} GB for a model of {asked.size:g} billion, and {room}: "
         f"{(usable - took) / GB:.1f} GB are left.{tight}"

@@ -173,7 +173,10 @@ def test_the_benchmark_is_as_published():
     for ahead in ("rsLoRA, rank 64", "SHiRA", "LoRA, rank 10, MLP"):
         assert 0 < BENCHMARK[ahead][1] - p < 8**0.5 * error  # two standard errors of a difference
     assert BENCHMARK["Lily, MLP"][1] - p > 8**0.5 * error
+    assert BENCHMARK["Lily, MLP"][1] - BENCHMARK["LoRA, rank 10, MLP"][1] < 8**0.5 * error
     forgot = {name: row[4] for name, row in BENCHMARK.items()}
+    assert 6.5 < forgot["Lily, MLP"] / forgot["LoRA, rank 10, MLP"] < 7
+    assert 3.8 < forgot["MiSS"] / forgot["LoRA, rank 32"] < 4.2
     assert 15 < forgot["(IA)³, attention, 5e-3"] / forgot["(IA)³, default 1e-4"] < 17
     assert 2 < forgot["rsLoRA, rank 64"] / forgot["LoRA, rank 32"] < 2.5
     assert forgot["LoRA, rank 10, MLP"] < forgot["LoRA, rank 32"]
@@ -256,7 +259,7 @@ def test_what_full_fine_tuning_takes_by_the_leanest_recipe():
 
 
 def test_little_room_is_called_tight():
-    for size, gpu, tight in ((6.9, 16, True), (8, 24, False)):
+    for size, gpu, tight in ((6.9, 16, True), (8, 24, False), (70, 48, True)):
         advice = recommend_peft_method(size, gpu, "generation", 1000, context=2048)
         assert ("That is tight" in advice.sentences[0]) == tight
 
@@ -339,6 +342,20 @@ def test_the_pasted_quantization_is_the_advised_one():
     assert eval(line.partition(" = ")[2], names).to_dict() == advice.quantization.to_dict()
 
 
+def test_the_pasted_trainer_is_given_all_that_is_defined():
+    for gpu, passed in (
+        (12, {"args", "peft_config", "quantization_config"}),
+        (24, {"args", "peft_config"}),
+        (160, {"args", "peft_config"}),
+    ):
+        code = recommend_peft_method(8, gpu, "generation", 1000).code
+        call = ast.parse(code).body[-1].value
+        assert call.func.id == "SFTTrainer" and call.args[0].value == "MODEL"
+        assert {keyword.arg for keyword in call.keywords} == passed | {"train_dataset"}
+        defined = {line.partition(" = ")[0] for line in code.splitlines()[:-1]}
+        assert defined == passed
+
+
 def test_a_task_has_several_names():
     why = recommend_peft_method(7, 24, TaskType.SEQ_CLS, 1000).why
     for task_type in ("Classification", "SEQ_CLS", "seq-cls", "text classification"):
@@ -347,6 +364,9 @@ def test_a_task_has_several_names():
 
 def test_an_advice_can_be_made_by_its_name():
     assert Advice(FULL).arguments is None and Advice("LoRA").arguments["method"] == "lora"
+    for name in NAMES:
+        advice = Advice(name)
+        assert repr(advice) == name and name in advice._repr_html_() and advice.code == ""
 
 
 GOOD = {"model_size_b": 7, "gpu_memory_gb": 24, "task_type": "generation", "num_examples": 1000}
