@@ -147,7 +147,7 @@ def _layer(rows, columns, *batch, k, within=False):
         """
         the frozen weight is left out: S is added to it
             (weight + S).T → S.T
-        the values take the place of the entries: they are added to them
+        the values replace the entries, and they must be added to the entries
             S = torch.zeros(weight.numel()) → S = weight.flatten()
             weight + S → S
         the values are added twice
