@@ -196,13 +196,14 @@ def merge(mine: Notebook, new: Notebook, before: dict[str, list[str]]) -> tuple[
     behind: dict[str | None, list[Cell]] = {None: []}  # the student's own cells, by what precedes
     place = None
     for cell, match in zip(mine["cells"], _matches(mine["cells"], fresh, before), strict=True):
+        removed = _id(cell) in before and _id(cell) not in fresh
         if match is not None:
             found[match] = cell
             place = match
-        elif before.get(_id(cell), [""])[0] == fingerprint(cell):
-            row.changed += 1  # the course removed what the student left as it was
+        elif removed and before[_id(cell)][0] == fingerprint(cell):
+            row.changed += 1  # the student left the cell as it was
         else:
-            own = _own(cell, _id(cell) in before)
+            own = _own(cell, removed)
             name = "" if _id(own) in fresh else _id(own)
             behind.setdefault(place, []).append(own | {"id": name})
             row.yours += bool(source(own))
@@ -482,14 +483,15 @@ def undo(copy: Path) -> bool:
         journal = json.loads((work / "journal.json").read_text(encoding="utf-8"))
         for name, checksum in journal.items():
             place, saved = copy / name, work / "old" / name
-            if (digest(place.read_bytes()) if place.is_file() else "") != checksum:
-                continue  # not replaced yet, or the student has worked on it since
-            if saved.is_file():
+            now = digest(place.read_bytes()) if place.is_file() else ""
+            # Another one was not replaced yet, or the student has worked on it since.
+            if now == checksum and saved.is_file():
                 _replace(saved, place)
-            else:
+            elif now == checksum:
                 place.unlink()
+            for folder in place.relative_to(copy).parents:
                 with suppress(OSError):  # not empty
-                    place.parent.rmdir()
+                    (copy / folder).rmdir()
         (work / UNDO).unlink()
     shutil.rmtree(work, ignore_errors=True)
     return unfinished
