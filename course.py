@@ -248,7 +248,10 @@ def script_of(new):
                 found = [name for name in archive.namelist() if name.endswith(inner)]
                 if found:
                     return archive.read(min(found, key=len))
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        # A damaged file can name a place before its own beginning: EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         told = "{} is no ZIP file, or it is not whole. Download the ZIP file again."
     raise Trouble(told.format(new) + " Nothing was changed.")
 

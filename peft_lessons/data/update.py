@@ -161,7 +161,9 @@ def read_new(path: Path) -> tuple[dict, dict[str, bytes]]:
                 data[name] = read(name)
     except (KeyError, FileNotFoundError, NotADirectoryError):
         raise Refused(f"{path} is not whole: {name} is missing. {again}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # a damaged file can name a place before its own beginning: EINVAL
         raise Refused(f"{path} is no ZIP file, or it is not whole. {again}") from None
     changed = [n for n, checksum in found["files"].items() if digest(data[n]) != checksum]
     if changed:

@@ -393,7 +393,7 @@ ARCHIVES = {
                 "not as it was released: README.md differs"),
     "no record": (lambda z: rewritten(z, lambda m: m.update({"peft-lessons/.students-copy": b""})),
                   "older than the command"),
-    "outside": (lambda z: rewritten(z, renamed("README.md", "../README.md")), "would write ../READ"),
+    "outside": (lambda z: rewritten(z, renamed("README.md", "../README.md")), "would write ../RE"),
     "absolute": (lambda z: rewritten(z, renamed("README.md", "/README.md")), "would write /READ"),
     "drive": (lambda z: rewritten(z, renamed("README.md", "C:/README.md")), "would write C:/READ"),
     "packages": (lambda z: rewritten(z, renamed("README.md", ".VENV/x.py")), "would write .VENV/x"),
