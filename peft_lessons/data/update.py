@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -31,10 +32,11 @@ from pathlib import Path
 
 COURSE = "peft-lessons"
 STAMP = ".students-copy"
+LESSONS = "notebooks"
 WORK = ".update"
 UNDO = "undo.py"  # this script, in WORK while the copy is half old and half new
 # These belong to the student's machine, whatever a record says.
-NEVER = (".venv", ".git", WORK, "data/models/smollm2")
+NEVER = (".venv", ".git", WORK, "/".join(("data", "models", "smollm2")))
 LARGEST = 1_000_000_000  # bytes of one file
 NAME = re.compile(r"\.?\w[\w.+-]*(?:/\w[\w.+-]*)*", re.ASCII)
 DEFINES = re.compile(r"^(?:def|class)\s+(\w+)", re.M)
@@ -355,12 +357,14 @@ def _with_ids(cells: list[Cell]) -> list[Cell]:
 class Plan:
     """List what an update does: {name: the new content, or the file to copy}, and what to remove.
 
-    `saved` is the folder for the student's files as they were, "" if the update changes none."""
+    `saved` is the folder for the student's files as they were, "" if the update changes none.
+    `recorded` says whether the copy had a record of itself."""
 
     write: dict[str, bytes | Path]
     remove: list[str]
     rows: dict[str, Row]
     saved: str
+    recorded: bool
 
 
 def notebook(data: bytes) -> Notebook | None:
@@ -389,7 +393,7 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
             f"This release is of {new['released'][:10]} and older than your copy, which is of "
             f"{old['released'][:10]}. Ask for the newest one."
         )
-    done = Plan({}, [], {}, _free(copy))
+    done = Plan({}, [], {}, _free(copy), bool(old["files"]))
     theirs = []  # what the student changed and the update replaces
     for name, fresh in data.items():
         file = copy / name
@@ -419,7 +423,7 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
         if not (copy / name).parent.resolve().is_relative_to(inside):
             raise Refused(f"{copy / name} lies behind a link that leaves your copy: remove it.")
     if theirs:
-        kept = {f"{done.saved}/{n.removeprefix('notebooks/')}": copy / n for n in theirs}
+        kept = {f"{done.saved}/{n.removeprefix(f'{LESSONS}/')}": copy / n for n in theirs}
         done.write = kept | done.write
     else:
         done.saved = ""
@@ -428,10 +432,8 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
 
 def _free(copy: Path) -> str:
     """Return the name of a folder for saved files that is not there yet."""
-    number = 1
-    while (copy / f"notebooks/before-update-{number}").exists():
-        number += 1
-    return f"notebooks/before-update-{number}"
+    names = (f"{LESSONS}/before-update-{number}" for number in itertools.count(1))
+    return next(name for name in names if not (copy / name).exists())
 
 
 def carry_out(copy: Path, todo: Plan) -> None:
@@ -506,7 +508,7 @@ def update(path: Path, copy: Path) -> Plan:
     """Update a student's copy from a new copy of the course, a folder or a ZIP file.
 
     Raises Refused if one of the two is not what it should be; then nothing was changed."""
-    parts = ("course.py", "notebooks", "peft_lessons")
+    parts = ("course.py", LESSONS, "peft_lessons")
     if not all((copy / name).exists() for name in parts) or (copy / "tools").exists():
         raise Refused(f"{copy} is no student's copy of the course.")
     if undo(copy):
@@ -523,7 +525,7 @@ def table(rows: dict[str, Row]) -> str:
     lines = [("lesson", "answers kept", "cells of yours kept", "changed by the course")]
     for name, row in rows.items():
         if row != Row():
-            stem = name.removeprefix("notebooks/").removesuffix(".ipynb")
+            stem = name.removeprefix(f"{LESSONS}/").removesuffix(".ipynb")
             lines.append((stem, str(row.answers), str(row.yours), str(row.changed)))
     return "\n".join(f"{a:24}{b:>14}{c:>21}{d:>23}" for a, b, c, d in lines)
 
@@ -538,6 +540,8 @@ def tell(todo: Plan) -> str:
         if todo.saved
         else "The update changed no file of yours."
     )
+    if todo.saved and not todo.recorded:
+        told.append("Cells of the course that you changed, other than exercises, are there only.")
     if "pyproject.toml" in todo.write:
         told.append("The next start updates the packages and needs a network.")
     told.append("If JupyterLab is open: File > Reload Notebook from Disk, before you go on.")
@@ -556,13 +560,13 @@ def main(argv: list[str]) -> int:
     except Refused as refused:
         print(f"{refused} Nothing was changed.", file=sys.stderr)
     except OSError as error:
-        reason = (
-            "The disk is full"
-            if error.errno == errno.ENOSPC
-            else f"{error.filename or argv[-1]}: {error.strerror or error}. Close JupyterLab and "
-            "other programs that use the file"
+        told = (
+            f"{error.filename or argv[-1]}: {error.strerror or error}. Close JupyterLab and other "
         )
-        print(f"{reason}, then try again. Nothing was changed.", file=sys.stderr)
+        told += "programs that use the file, and try again."
+        if error.errno == errno.ENOSPC:
+            told = "The disk is full: free some space and try again."
+        print(f"{told} Nothing was changed.", file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted: nothing was changed.", file=sys.stderr)
     else:

@@ -301,7 +301,7 @@ def test_a_folder_serves_as_a_zip_file_does_and_a_lesson_that_is_missing_comes(c
 
 def test_a_copy_without_a_record_keeps_the_answers(copy, new):
     (copy / update.STAMP).write_text("", encoding="utf-8")
-    update.update(new, copy)
+    assert "you changed, other than exercises, are there" in update.tell(update.update(new, copy))
     assert read_sources(copy)[3] == ANSWER and (copy / "peft_lessons/old.py").exists()
     assert read_sources(copy, "notebooks/before-update-1/02_lora.ipynb")[3] == ANSWER
     assert json.loads((copy / update.STAMP).read_bytes())["released"] == "2026-02-01"
@@ -518,7 +518,7 @@ def test_after_a_power_cut_the_next_command_puts_the_old_copy_back(copy, new):
 def test_a_full_disk_or_a_file_in_use_is_one_sentence(copy, new, monkeypatch, capsys):
     before = tree(copy)
     for error, told in (
-        (OSError(28, "No space left on device"), "The disk is full, then try again"),
+        (OSError(28, "No space left on device"), "The disk is full: free some space"),
         (PermissionError(13, "in use", "x.ipynb"), "x.ipynb: in use. Close JupyterLab"),
     ):
 
