@@ -168,8 +168,6 @@ def run(command, given):
             if named
             else "Which folder? python course.py grade FOLDER"
         )
-    if command == "grade" and not LINUX:
-        raise Trouble("Marking needs Linux, which isolates the notebooks. On Windows, use WSL.")
     python = ready()
     for line in lines(command, given):
         if len(COMMANDS[command][2]) > 1:
