@@ -109,6 +109,11 @@ COMMANDS = {
         "mark what students handed in",
         ["-m tools.grade"],
     ),
+    "gradescope": (
+        "LESSON [OPTIONS]",
+        "write an autograder for Gradescope to build/",
+        ["-m tools.gradescope"],
+    ),
     "guide": ("", "write docs/wrong_answers.md, what the checks recognise", ["-m tools.guide"]),
     "site": ("[FOLDER]", "build the course as web pages, to build/site", ["-m tools.site"]),
     "results": (

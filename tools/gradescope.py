@@ -80,7 +80,7 @@ def results(folder: Path, lesson: str, rules: Rules) -> dict:
                 "score": tidy(maxima[exercise]) if right else 0,
                 "max_score": tidy(maxima[exercise]),
                 "status": "passed" if right else "failed",
-                "output": f"{outcome}: {printable(told, kept=chr(10))}",
+                "output": outcome if right else f"{outcome}: {printable(told, kept=chr(10))}",
                 "visibility": "visible",
             }
         )

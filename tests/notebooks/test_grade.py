@@ -78,6 +78,16 @@ def {EXERCISE}(weight):
         return honest(weight)"""
 
 
+# It is right only if the check draws other numbers than in the notebook.
+SHOWN = float(getattr(check.start, EXERCISE)._arguments(0)[0].flatten()[0])
+OTHER = f"""{RIGHT.replace(f"def {EXERCISE}", "def honest")}
+
+
+def {EXERCISE}(weight):
+    assert abs(weight.flatten()[0] - {SHOWN}) > 1e-6
+    return honest(weight)"""
+
+
 def hand_in(path, answer="", before="", drop="", heading="### Exercise"):
     """A student's notebook: an answer in the place of the stub, before it a heading and a cell."""
     nb = notebooks.read(notebooks.NOTEBOOKS / f"{LESSON}.ipynb")
@@ -117,7 +127,7 @@ def marked(tmp_path_factory):
     (folder / "rules.toml").write_text(RULES, encoding="utf-8")
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
-    hand_in(folder / ANN, RIGHT, "import torch", drop="check")
+    hand_in(folder / ANN, OTHER, "import torch", drop="check")
     hand_in(folder / EVE / f"{LESSON}.ipynb", ASKS, FAKE)
     deeper = "## Deeper · Beyond (3 min)"
     hand_in(folder / GUS / f"{LESSON}.ipynb", RIGHT, "import torch", heading=deeper)
