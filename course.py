@@ -112,6 +112,11 @@ COMMANDS = {
         "mark what students handed in",
         ["-m tools.grade"],
     ),
+    "gradescope": (
+        "LESSON [OPTIONS]",
+        "write an autograder for Gradescope to build/",
+        ["-m tools.gradescope"],
+    ),
     "guide": ("", "write docs/wrong_answers.md, what the checks recognise", ["-m tools.guide"]),
     "site": ("[FOLDER]", "build the course as web pages, to build/site", ["-m tools.site"]),
     "results": (
@@ -171,8 +176,6 @@ def run(command, given):
             if named
             else "Which folder? python course.py grade FOLDER"
         )
-    if command == "grade" and not LINUX:
-        raise Trouble("Marking needs Linux, which isolates the notebooks. On Windows, use WSL.")
     python = ready()
     for line in lines(command, given):
         if len(COMMANDS[command][2]) > 1:
