@@ -207,14 +207,22 @@ def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
 # ------------------------------------------------------------------ pages
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
-  color-scheme: light dark }
+:root { color-scheme: light dark; background: Canvas; color: CanvasText }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
 table { border-collapse: collapse; margin-bottom: 2em; width: 100% }
 th, td { border-bottom: 1px solid #8886; padding: .3em .6em; text-align: left;
   vertical-align: top }
 td.told { white-space: pre-wrap; font-size: .9em; overflow-wrap: anywhere }
+td.points { white-space: nowrap }
+.scroll { overflow-x: auto }
 .right { color: light-dark(#1b7030, #6cc07e) }
 .wrong, .crashed, .timed-out { color: light-dark(#b3321f, #ff8b7a) }
+@media (max-width: 40em) {
+  .marks thead { display: none }
+  .marks tr { display: block; border-bottom: 1px solid #8886; padding: .5em 0 }
+  .marks td { display: inline-block; border: 0; padding: 0 .6em 0 0 }
+  .marks td.told { display: block }
+}
 """
 
 
@@ -234,7 +242,12 @@ def rows_of(rows: Iterable[Sequence[object]], head: Sequence[str]) -> str:
         "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return scrolled(f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def scrolled(table: str) -> str:
+    """Return a table that scrolls, also by keyboard, where it is wider than the page."""
+    return f"<div class='scroll' tabindex='0'>{table}</div>"
 
 
 def marks_of(marks: Sequence[Mark]) -> str:
@@ -244,11 +257,12 @@ def marks_of(marks: Sequence[Mark]) -> str:
     body = "".join(
         f"<tr><td>{m.lesson}</td><td>{m.exercise}</td>"
         f"<td class='{m.outcome.replace(' ', '-')}'>{m.outcome}</td>"
-        f"<td>{tidy(m.points)} of {tidy(m.maximum)}</td>"
-        f"<td class='told'>{html.escape(m.told)}</td></tr>"
+        f"<td class='points'>{tidy(m.points)} of {tidy(m.maximum)}</td>"
+        f"<td class='told'>{html.escape(m.told) if m.outcome != 'right' else ''}</td></tr>"
         for m in marks
     )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    head = f"<thead><tr>{top}</tr></thead>"
+    return f"<table class='marks'>{head}<tbody>{body}</tbody></table>"
 
 
 def lateness(marks: Sequence[Mark], rules: Rules) -> str:
@@ -285,7 +299,7 @@ def overview(
     )
     top = "".join(f"<th scope='col'>{name}</th>" for name in ("student", "points", *kinds))
     parts = [f"<p>{html.escape(note)}</p>" for note in notes]
-    parts.append(f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>")
+    parts.append(scrolled(f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>"))
     parts.append("<h2>Exercises</h2>" + rows_of(commonest(marks), EXERCISE_HEAD))
     for n, (student, found) in enumerate(students.items()):
         title = f"<h2 id='{n}'>{html.escape(called.get(student, student))}</h2>"
