@@ -4,17 +4,22 @@ The copy has the lessons, the package and the data, and it runs by itself. It ha
 tests, which hold the solutions too, and no outputs of exercises and checks. FOLDER, build/peft-
 lessons unless given, must be new or an earlier copy; a ZIP file of it is written beside it.
 
+The copy has a record of its files and cells. With it `python course.py update` brings an earlier
+copy, in which a student has worked, to the state of this one.
+
 For Colab, publish the copy as the GitHub repository OWNER/NAME, branch main. With --colab every
 lesson begins with a badge that opens it there, and a cell that installs the course there.
 """
 
 import argparse
+import json
 import re
 import shutil
 from pathlib import Path
 
 import nbformat
 
+from peft_lessons.data import update
 from peft_lessons.data.bundled import ASSISTANT
 from tools import notebooks
 from tools.environment import ROOT
@@ -24,7 +29,6 @@ COPIED += (".binder", "peft_lessons", "data", "benchmarks", "configs")
 STUDENT = ROOT / "docs" / "student"  # what is only in the copy, a README
 # The assistant is 260 MiB, and the copy's own set-up fetches it.
 LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part", Path(ASSISTANT).name)
-STAMP = ".students-copy"
 
 
 def clear(folder: Path, stamp: str) -> None:
@@ -108,9 +112,9 @@ def release(folder: Path, colab: str | None = None) -> Path:
     `colab` is the GitHub repository, OWNER/NAME or its address, where the copy will be published.
     Raises ValueError for a folder that holds something else, or for another form of repository."""
     colab = colab and owner_and_name(colab)
-    clear(folder, STAMP)
+    clear(folder, update.STAMP)
     (folder / "notebooks").mkdir(parents=True)
-    (folder / STAMP).touch()
+    (folder / update.STAMP).touch()
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -126,6 +130,8 @@ def release(folder: Path, colab: str | None = None) -> Path:
         if colab is not None:
             nb = for_colab(nb, colab, path.name)
         nbformat.write(nb, folder / "notebooks" / path.name)
+    stamp = json.dumps(update.record(folder), indent=0)
+    (folder / update.STAMP).write_text(stamp, encoding="utf-8")
     return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
 
 
