@@ -118,7 +118,11 @@ COMMANDS = {
         ["-m tools.gradescope"],
     ),
     "guide": ("", "write docs/wrong_answers.md, what the checks recognise", ["-m tools.guide"]),
-    "site": ("[FOLDER]", "build the course as web pages, to build/site", ["-m tools.site"]),
+    "site": (
+        "[FOLDER] [OPTIONS]",
+        "build the course as web pages, to build/site",
+        ["-m tools.site"],
+    ),
     "results": (
         "[OPTIONS]",
         "run what the measured tables lack; many hours if they are empty",

@@ -186,10 +186,11 @@ def test_deeper_sections_and_plumbing_stay_folded_for_jupyterlab_and_for_colab()
     assert kept == folds
 
 
-def test_the_archive_has_the_notices_and_the_rule_for_line_ends(copied):
+def test_the_archive_has_the_notices_the_rule_for_line_ends_and_what_binder_needs(copied):
     # An instructor may put the copy into a repository, which somebody clones on Windows.
     names = set(zipfile.ZipFile(copied[1]).namelist())
     files = (".gitattributes", "LICENSE", "NOTICE", "course.py", "notebooks/14_beyond_lora.ipynb")
+    files += (".binder/environment.yml", ".binder/postBuild", ".binder/start")
     assert {f"peft-lessons/{name}" for name in files} <= names
 
 
