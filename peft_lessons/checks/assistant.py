@@ -175,9 +175,9 @@ def _scored(result):
             .mean() → .sum()
         the margins are averaged before the sigmoid: average the losses
             (chosen - rejected)).mean() → (chosen - rejected).mean())
-        the rewards are without beta
+        beta is left out of the rewards
             beta * chosen, beta * rejected → chosen, rejected
-        the order is turned: return reward_chosen first
+        the order is reversed: return reward_chosen first
             beta * chosen, beta * rejected → beta * rejected, beta * chosen
         the minus is missing: the loss is −log σ
             -F.logsigmoid → F.logsigmoid

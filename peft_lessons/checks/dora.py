@@ -57,9 +57,9 @@ def _rows(weight):
             .sum( → .mean(
         the direction is the weight itself: divide it by the magnitude
             / magnitude[:, None] → ∅
-        the columns of the direction have length 1, and its rows must
+        the columns of the direction have length 1: its rows must have length 1
             weight / magnitude[:, None] → F.normalize(weight, dim=0)
-        the order is turned: return the magnitude first
+        the order is reversed: return the magnitude first
             magnitude, direction → direction, magnitude
         """,
     ),
@@ -137,13 +137,13 @@ def _adapted(shape, out, in_, rank, alpha, bias=True, trained=True, dtype=torch.
             c * (base + branch) → base + c * branch
         only the base's part is rescaled: the branch is multiplied by c as well
             c * (base + branch) → c * base + branch
-        the base is there twice: what is added to base(x) is (c − 1)·(x Wᵀ), not c·(x Wᵀ)
+        the base is counted twice: add (c − 1)·(x Wᵀ) to base(x), not c·(x Wᵀ)
             c * (base + branch) → base + c * (base + branch)
         {scaling_mistakes("alpha / r")}
         the scaling alpha / r is missing in the norm
             2 * s * → 2 *
             s**2 * → ∅
-        the norm is that of W, and V = W + s·BA has another one
+        the norm is that of W: use the norm of V = W + s·BA
             first + cross + last → first
         the norms are those of V's columns: each output row has its own
             norm = (first + cross + last).sqrt().detach() → V = weight + s * B @ A
@@ -155,7 +155,7 @@ def _adapted(shape, out, in_, rank, alpha, bias=True, trained=True, dtype=torch.
             + cross + → +
         a 2 is missing: (a + b)² = a² + 2ab + b²
             2 * s * → s *
-        in the last term of the squared norm s is squared too
+        the last term of the squared norm needs s², not s
             s**2 * → s *
         the root is missing: this is the squared norm
             .sqrt() → ∅
@@ -243,13 +243,13 @@ def _signs(out, in_):
             1 - cosine → cosine.clamp(-1, 1).acos()
         delta_d is the distance between the directions: take 1 − their cosine
             (1 - cosine) → (a / m0[:, None] - b / m1[:, None]).norm(dim=1)
-        the rows are not divided by both their lengths: this is no cosine
+        the product of two rows is not divided by both lengths, so it is not a cosine
             / (m0 * m1) → ∅
-        the weights are compared as one long vector each: every row has a cosine
+        each weight is compared as one long vector: every row has its own cosine
             (a * b).sum(dim=1) / (m0 * m1) → (a * b).sum() / (a.norm() * b.norm())
-        every row is compared with every other: only corresponding ones are
+        every row is compared with every other: compare corresponding rows only
             (a * b).sum(dim=1) / (m0 * m1) → F.normalize(a) @ F.normalize(b).T
-        the order is turned: return delta_m first
+        the order is reversed: return delta_m first
             round(delta_m.item(), 7), round(delta_d.item(), 7) →
                 round(delta_d.item(), 7), round(delta_m.item(), 7)
         """,
@@ -364,17 +364,17 @@ def _used(module):
             y + bias → y + m / norm[:, 0] * bias
         the norm is that of V's columns: dim=0 sums over the output rows
             V.norm(dim=1, → V.norm(dim=0,
-        V is divided by the norm of the whole of it
+        V is divided by one norm for the whole matrix: each output row has its own
             V.norm(dim=1, keepdim=True) → V.norm()
         V is not divided by its norm, so that W's length counts twice
             V / norm → V
-        the norm is that of W: it must follow V = W + s·BA, in every forward
+        the norm is that of W: compute the norm of V = W + s·BA in every forward pass
             V.norm( → W.norm(
         a gradient flows through the norm, which is a constant: detach it
             .detach() → ∅
-        V is cut off, so that A and B learn nothing: detach its norm alone
+        V is detached, so A and B learn nothing: detach its norm alone
             V / norm → V.detach() / norm
-        the magnitude is cut off and learns nothing: detach the norm alone
+        the magnitude is detached and learns nothing: detach the norm alone
             m[:, None] → m.detach()[:, None]
         """,
     ),

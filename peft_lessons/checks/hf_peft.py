@@ -317,7 +317,7 @@ class _Served(_Quiet):
         """
         every row is answered by the active adapter
             answered(name)[i] → answered(active)[i]
-        the rows are in the order of the groups: put each back to its place
+        the rows are in the order of the groups: put each row back into its position
             enumerate(adapters) →
                 sorted(enumerate(adapters), key=lambda row: adapters.index(row[1]))
         a row without an adapter is answered by the active one: disable_adapter() gives the base

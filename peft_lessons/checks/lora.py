@@ -52,7 +52,7 @@ def _branch(leading, out, in_, rank, alpha, dtype=torch.float32):
             alpha / r → 1 / r
         {scaling_mistakes("alpha / r")}
         {_WIDTHS}
-        the base's path is not asked for: return the branch alone
+        the output of the base is added: return the branch alone
             x @ A.T → x @ A.T; W = B @ A
             return alpha / r * (low @ B.T) → return x @ W.T + alpha / r * (low @ B.T)
         """,
@@ -98,7 +98,7 @@ _MERGES = [
         {_WIDTHS}
         this is the update alone: add it to the weight
             weight + → ∅
-        the update is transposed, which a square weight lets pass
+        the update is transposed, which raises no error where the weight is square
             (B @ A) → ((B @ A).T if len(B) == A.shape[1] else B @ A)
         """,
     ),
@@ -191,7 +191,7 @@ def _pair(out, in_, rank, to, dtype=torch.float32):
             return Vh, U * S
         """,
         """
-        the first rows and columns are kept; their order says nothing of their size
+        the first rows and columns are kept: their order says nothing about their size
             return Vh, U * S → return A[:rank], B[:, :rank]
         QR alone does not sort directions by size: a small SVD must follow
             return Vh, U * S → return Rb[:rank] @ A, Qb[:, :rank]
@@ -205,9 +205,9 @@ def _pair(out, in_, rank, to, dtype=torch.float32):
                 Qb @ U[:, -rank:], S[-rank:], Vh[-rank:] @ Qa.T
         the singular values are left out
             U * S → U
-        the singular values are in both factors: share them
+        both factors contain the full singular values: the product needs them once
             Vh, U * S → S[:, None] * Vh, U * S
-        the order is turned: return A first
+        the order is reversed: return A first
             Vh, U * S → U * S, Vh
         """,
     ),
@@ -264,7 +264,7 @@ def _table(ids, alpha, vocabulary=23, d=12, rank=4):
             + alpha / r * update → ∅
         the scaling is applied to the base's rows too
             weight[ids] + alpha / r * update → alpha / r * (weight[ids] + update)
-        A is reshaped where it must be transposed: columns of A are tokens
+        A is reshaped: transpose it, because its columns are the tokens
             A.T[ids] → A.reshape(-1, r)[ids]
         """,
     ),
@@ -316,14 +316,14 @@ def _adapters(*settings, out=40, in_=72):
             (alpha / len(A)) → alpha
         weight and scaling are in both factors: they count twice in BA
             [A for → [weight * alpha / len(A) * A for
-        alpha is divided by the ranks' sum: each has a rank of its own
+        alpha is divided by the sum of the ranks: each adapter has its own rank
             len(A)) → ranks)
         a negative weight has no square root: put weight and scaling into one factor
             [A for → [torch.tensor(weight * alpha / len(A)).sqrt() * A for
             weight * (alpha / len(A)) → torch.tensor(weight * alpha / len(A)).sqrt()
         the sign of a negative weight is lost
             [weight * → [abs(weight) *
-        the order is turned: return A first
+        the order is reversed: return A first
             torch.cat(new_A), torch.cat(new_B, dim=1) →
                 torch.cat(new_B, dim=1), torch.cat(new_A)
         """,
@@ -424,7 +424,8 @@ def _second_call(targets, note):
 
 
 _REST_TRAINS = "the rest of the model still trains: freeze it before the branches are added"
-_MATCHES = "targets are found anywhere in a name, and must be whole segments at its end"
+_ENDS = "targets are compared with the last characters of a name: compare whole segments"
+_MATCHES = "targets match anywhere in a name: they must be whole segments at its end"
 
 
 @check_for(
@@ -445,9 +446,7 @@ _MATCHES = "targets are found anywhere in a name, and must be whole segments at 
         f"{_REST_TRAINS}; and {_MATCHES}": _injection(_substring, freeze=False),
         _REST_TRAINS: _injection(_segments, freeze=False),
         _MATCHES: _injection(_substring),
-        "targets are compared with the name's end, not with whole segments of it": _injection(
-            lambda name, target: name.endswith(target)
-        ),
+        _ENDS: _injection(lambda name, target: name.endswith(target)),
         "only the last segment of a name is compared: a target may have several": _injection(
             lambda name, target: name.rpartition(".")[2] == target
         ),

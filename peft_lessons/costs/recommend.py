@@ -96,7 +96,7 @@ NAMES = (*CANDIDATES, NOTHING)  # all that can be recommended
 REASONS = {
     "LoRA": "one base in 16 bits",
     "QLoRA": "the smallest base, and a slower step",
-    "DoRA": "not ahead of LoRA in our evidence, and slower",
+    "DoRA": "ahead of LoRA on one of our three tasks, and slower",
     "AdaLoRA": "where layers should differ in rank",
     "(IA)³": "for the smallest files",
     "prefix tuning": "for many tasks on an untouched base",

@@ -269,7 +269,7 @@ def load_model(
     with _loading(name), torch.random.fork_rng(devices=gpus):
         # Not torch.manual_seed: that would seed every GPU's generator too, for good.
         torch.random.default_generator.manual_seed(seed)
-        if gpus:  # a fresh head is drawn where it lies
+        if gpus:  # a new head is drawn on the device that holds it
             torch.cuda.manual_seed(seed)
         model, info = kind.from_pretrained(source, **options)
     if four_bit:

@@ -87,7 +87,7 @@ class Report:
         if self.whole_parameters:
             # Single parameters go by the end of their path: "6 × query.bias".
             ends = Counter(
-                f"{n} (fresh head)" if n in self.fresh else ".".join(n.split(".")[-2:])
+                f"{n} (new head)" if n in self.fresh else ".".join(n.split(".")[-2:])
                 for n in self.whole
             )
             names = [end if n == 1 else f"{n} × {end}" for end, n in ends.items()]

@@ -68,7 +68,7 @@ def chosen_by(model: nn.Module, patterns: tuple[str, ...] | str) -> list[str]:
             raise ValueError(
                 f"patterns: {pattern!r} "
                 + (
-                    "is the fresh head, which trains in any case"
+                    "is the new head, which always trains"
                     if fresh
                     else "matches no parameter of the model, nor a module that has some"
                     + near_name(pattern, everything)

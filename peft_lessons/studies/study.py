@@ -353,15 +353,16 @@ class Study:
     def compare(self, more: Mapping[str, Callable] | None = None) -> Table:
         """Return a table of the ways, each at its best learning rate, over its seeds.
 
-        more: further columns, {heading: function of a way's runs at that rate}."""
+        more: further columns, {heading: function of a way's runs at that learning rate}."""
         heading, column, *_ = TASKS[_task(self.runs)]
         best, scores, lines = self.best(), self.scores(), []
         for way, runs in best.items():
             first, score = runs.iloc[0], scores[way]
-            line = {heading: way, "trainable": first["trainable"], "rate": first["lr"] or None}
+            line = {heading: way, "trainable": first["trainable"]}
+            line["learning rate"] = first["lr"] or None
             line |= {what: function(runs) for what, function in (more or {}).items()}
             lines.append(line | {column: score if score.n > 1 else f"{score.mean:.1f}"})
-        return table(lines, {"rate": "{:g}"}, note=provenance(*best.values()))
+        return table(lines, {"learning rate": "{:g}"}, note=provenance(*best.values()))
 
     def by_lr(self) -> Table:
         """Return a table of seed 0 of each way at every learning rate: its score on the validation
@@ -371,6 +372,6 @@ class Study:
         for way in self:
             runs = self.where(way=way, seed=0).runs.itertuples()
             tried = {r.lr: f"{scale * r.validation:.1f} / {scale * r.test:.1f}" for r in runs}
-            cells = {f"rate {lr:g}": tried.get(lr) for lr in rates}
+            cells = {f"lr {lr:g}": tried.get(lr) for lr in rates}
             lines.append({f"{heading}, seed 0": way} | cells)
         return table(lines, note=f"{column.removeprefix('test ')}: validation split / test split")

@@ -250,7 +250,7 @@ def test_the_pasted_code_loads_the_base_in_the_bytes_that_are_counted():
             assert f'"dtype": "{dtype}"' in code and "gradient_accumulation_steps=16" in code
         assert "accumulation_steps=2" in recommend_peft_method(1, 80, task, 1000, batch=8).code
     told = " ".join(recommend_peft_method(8, 24, "generation", 1000).why.split())
-    assert "DoRA (leaves" in told and "not ahead of LoRA" in told and "rank 64" in told
+    assert "DoRA (leaves" in told and "ahead of LoRA on one" in told and "rank 64" in told
 
 
 def test_what_full_fine_tuning_takes_by_the_leanest_recipe():

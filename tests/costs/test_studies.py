@@ -192,6 +192,7 @@ def test_a_comparison_shows_each_way_at_its_best_learning_rate():
     ways = study(mine=MINE, base=MINE[2:].assign(lr=0.0, date="2026-02-02"))
     lines = repr(ways.compare({"seeds": len})).splitlines()
     assert lines[0].split("  ")[0] == "minilm, movie sentiment, 200 steps"
+    assert "learning rate" in lines[0]
     assert "84.0 (83.0 to 85.0, 2 seeds)" in lines[1] and "1,234   0.1" in lines[1]
     assert lines[2].split() == ["base", "1,234", "1", "90.0"]
     assert lines[3] == "one core · torch 2 · 2026-01-01 to 2026-02-02"
@@ -199,9 +200,9 @@ def test_a_comparison_shows_each_way_at_its_best_learning_rate():
         study(mine=MINE, other=MINE.assign(task="austen")).compare()
 
 
-def test_every_rate_that_was_tried_is_shown_with_its_choice():
+def test_every_learning_rate_that_was_tried_is_shown_with_its_scores():
     lines = repr(study(mine=MINE, other=MINE[:1].assign(lr=1.0)).by_lr()).splitlines()
-    assert re.findall(r"rate \S+", lines[0]) == ["rate 0.01", "rate 0.1", "rate 1"]
+    assert re.findall(r"lr \S+", lines[0]) == ["lr 0.01", "lr 0.1", "lr 1"]
     assert lines[1].split()[1:] == ["60.0", "/", "90.0", "80.0", "/", "85.0"]
     assert lines[2].split()[1:] == ["80.0", "/", "85.0"]
 
@@ -237,7 +238,9 @@ def test_a_study_says_what_it_holds_and_what_it_lacks():
 
 def test_stored_costs_of_the_named_methods():
     text = repr(stored_costs("minilm", {"lora": "LoRA, rank 8, query and value"}))
-    assert "on minilm" in text and "74,498" in text and "MiB" in text and "32 texts" in text
+    assert "on minilm" in text and "74,498" in text and "MiB" in text
+    assert "forward pass, 1 text" in text and "32 texts" in text
+    assert "generation, 1 text" in repr(stored_costs("tinylm", {"full": "full"}))
     assert "32 texts" not in repr(stored_costs("tinylm", {"full": "full"}, answers=False))
     with pytest.raises(ValueError, match="no row 'bitfit' for tinylm, ours; it has full"):
         stored_costs("tinylm", {"bitfit": "BitFit"})

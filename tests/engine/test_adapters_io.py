@@ -42,8 +42,7 @@ from peft_lessons import (
 )
 from peft_lessons.engine import CONFIG, WEIGHTS, Method, PeftFiles, injection_of, read_adapter
 
-# A module that trains in full, beside the fresh head of bert.
-WHOLE = {"llama": "model.norm", "bert": "pooler"}  # trains in full, beside bert's fresh head
+WHOLE = {"llama": "model.norm", "bert": "pooler"}  # trains in full, with the new head of bert
 IDS = torch.arange(3, 27).view(2, 12)
 QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
 

@@ -65,7 +65,7 @@ def test_only_the_factors_and_a_fresh_head_train():
     assert told.total == sum(p.numel() for p in model.parameters())
     assert len(told.modules) == 4 and told.fresh == ("classifier",)
     text = repr(told)
-    assert "fresh head" in text and f"{told.trainable:,}" in text and "64→64" in text
+    assert "new head" in text and f"{told.trainable:,}" in text and "64→64" in text
     assert repr(report(model)) == text
 
 
@@ -546,7 +546,7 @@ def test_the_report_names_selected_parameters_beside_the_head():
     told = inject(model, KeyBiases())
     assert told.whole == ("classifier", *KeyBiases().select(model))
     assert told.whole_parameters == told.trainable == 2 * 64 + 2 * 64 + 2
-    assert "classifier (fresh head), 2 × key.bias" in repr(told)
+    assert "classifier (new head), 2 × key.bias" in repr(told)
 
 
 def test_a_class_with_other_files_breaks_no_other_method():

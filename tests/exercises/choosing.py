@@ -49,7 +49,7 @@ def pareto_by_a_sweep(costs, scores):
     return front
 
 
-@wrong("pareto_front", "with >= the sweep by cost also keeps a dearer point")
+@wrong("pareto_front", "with >= the sweep by cost also keeps a more expensive point")
 def sweep_with_equals(costs, scores):
     front, best = [], -math.inf
     for i in sorted(range(len(costs)), key=lambda i: costs[i]):
@@ -215,7 +215,7 @@ def rounded_intervals(needs, gpu_gb, scores):
     return answer | {"behind": behind}
 
 
-@wrong("defend_choice", "`behind` has the sign turned")
+@wrong("defend_choice", "`behind` has the opposite sign")
 def other_minus_best(needs, gpu_gb, scores):
     answer = with_a_sweep(needs, gpu_gb, scores)
     behind = {n: (-mean, -high, -low) for n, (mean, low, high) in answer["behind"].items()}

@@ -79,7 +79,7 @@ def bias_required(x, weight, bias, A, B, alpha, magnitude):
     return c * (plain + branch) + bias
 
 
-@wrong("dora_output", "the base is there twice: what is added to base(x) is (c − 1)")
+@wrong("dora_output", "the base is counted twice")
 def base_twice(x, weight, bias, A, B, alpha, magnitude):
     plain, branch, c = steps(x, weight, A, B, alpha, magnitude)
     return F.linear(x, weight, bias) + c * plain + c * branch
@@ -160,7 +160,7 @@ def stacked(x, weight, bias, A, B, alpha, magnitude):
 # ------------------------------------------------------------------ magnitude_direction_change
 
 
-@wrong("magnitude_direction_change", "the weights are compared as one long vector each")
+@wrong("magnitude_direction_change", "each weight is compared as one long vector")
 def flat(w0, w1):
     delta_m = (w1.norm(dim=1) - w0.norm(dim=1)).abs().mean().item()
     return delta_m, 1 - F.cosine_similarity(w0.flatten(), w1.flatten(), dim=0).item()
@@ -242,7 +242,7 @@ class AllFaults(ThreeFaults):
         return torch.ones(linear.out_features)
 
 
-@wrong("DoRALinear", "the norm is that of W: it must follow V = W + s·BA")
+@wrong("DoRALinear", "compute the norm of V = W + s·BA")
 class NormOnce(Repaired):
     def norm(self, V):
         if not hasattr(self, "once"):
@@ -265,7 +265,7 @@ class BaseTrains(Repaired):
         linear.weight.requires_grad_(True)
 
 
-@wrong("DoRALinear", "V is cut off, so that A and B learn nothing")
+@wrong("DoRALinear", "V is detached, so A and B learn nothing")
 class NoGradient(Repaired):
     @torch.no_grad()
     def forward(self, x):

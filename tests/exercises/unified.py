@@ -89,7 +89,7 @@ def in_float64(h, delta, scale, gate=None):
     return kept.add(change)
 
 
-@wrong("compose", "where λ is 1 nothing of it is left")
+@wrong("compose", "nothing of h is left where λ is 1")
 def beside_the_whole(h, delta, scale, gate=None):
     share = 1 if gate is None else gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1)
     return h + share * scale * delta

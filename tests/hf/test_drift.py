@@ -457,7 +457,7 @@ ROWS = [
          {"warnings": 1, "another model": True}]),
     Row("12", "a loaded adapter is frozen",
         lambda: trainable(opened(saved(peft.LoraConfig(**LORA, **TASK)))), 0),
-    Row("12", "a fresh head trains with task_type and stays frozen without",
+    Row("12", "a new head trains with task_type and stays frozen without",
         lambda: {t: fresh_head(t) for t in (None, "SEQ_CLS")}, {None: False, "SEQ_CLS": True}),
     Row("12", "a linear combination is not the weighted sum, cat is, at the sum of the ranks",
         combined, {"linear": (4, False), "svd": (4, False), "cat": (8, True)}),

@@ -181,7 +181,7 @@ def test_a_key_bias_that_is_rotated_does_make_a_difference():
 
 
 def test_a_model_without_biases_is_refused():
-    """A fresh head has some, which are none of the base."""
+    """The biases of a new head are not counted as the base's."""
     model = tiny_llama()
     model.score = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 2))
     model.fresh_modules = ("score",)
@@ -288,7 +288,7 @@ REFUSED = [
     (tiny_llama, dict(patterns="q_proj"), "'q_proj' matches no parameter"),
     (tiny_llama, dict(patterns=("q_porj",)), "did you mean 'q_proj'"),
     (tiny_opt, dict(patterns=("lm_head",)), "'lm_head.weight' is also .*tied weights.*name both"),
-    (tiny_bert, dict(patterns=("classifier",)), "'classifier' is the fresh head"),
+    (tiny_bert, dict(patterns=("classifier",)), "'classifier' is the new head"),
     (four_bit, dict(last=1), "last: 'model.layers.1' holds packed 4-bit codes"),
     (four_bit, dict(patterns=("layers.1",)), "patterns: 'model.layers.1' holds packed"),
 ]
