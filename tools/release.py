@@ -31,7 +31,7 @@ def clear(folder: Path, stamp: str) -> None:
     """Remove a folder that an earlier run wrote, which the file `stamp` in it shows. Raises
     ValueError for one that holds something else."""
     if folder.exists() and not (folder / stamp).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else: name a new folder")
+        raise ValueError(f"{folder} holds other files: name a new folder")
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -89,7 +89,7 @@ def release(folder: Path, colab: str | None = None) -> Path:
     `colab` is the GitHub repository, OWNER/NAME, where the copy will be published. Raises
     ValueError for a folder that holds something else, or for another form of repository."""
     if colab is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", colab):
-        raise ValueError(f"{colab} is no repository: write OWNER/NAME")
+        raise ValueError(f"{colab} is not a repository: write OWNER/NAME")
     clear(folder, STAMP)
     (folder / "notebooks").mkdir(parents=True)
     (folder / STAMP).touch()

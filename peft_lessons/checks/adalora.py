@@ -161,7 +161,7 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
         Case(lambda: [120, 144, 96, 20, 30, 150], note="step = total − tfinal"),
         Case(lambda: [141, 144, 96, 20, 30, 150], note="within the last tfinal steps"),
         Case(lambda: [119, 144, 96, 20, 30, 150], note="one step before total − tfinal"),
-        Case(lambda: [50, 5000, 1000, 0, 0, 100], note="no start, no end: half of the way"),
+        Case(lambda: [50, 5000, 1000, 0, 0, 100], note="no start, no end: half of the steps"),
         Case(lambda: [7, 90, 6, 3, 5, 20]),
         Case(lambda: [100, 5000, 1000, 0, 0, 100], note="the last of all steps"),
     ],

@@ -94,7 +94,7 @@ def _by_group(groups):
     seen = {"the learning rates": [float(group["lr"]) for group in groups]}
     for which, group in zip(("first", "second"), groups, strict=False):
         tags = [getattr(p, "tag", "a copy of one") for p in group["params"]]
-        seen[f"the list of what is in the {which} group"] = tags
+        seen[f"the list of parameters in the {which} group"] = tags
     return seen
 
 

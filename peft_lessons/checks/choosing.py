@@ -300,7 +300,7 @@ _SEEDS = "a and b rise and fall together from seed to seed"
             ]
         ),
         refused(lambda: [[0.8], [0.7]], "", "one seed"),
-        refused(lambda: [[0.8, 0.7, 0.6], [0.7, 0.8]], "", "one has a seed more"),
+        refused(lambda: [[0.8, 0.7, 0.6], [0.7, 0.8]], "", "one method has one more seed"),
     ],
     returns=("the mean", "the lower end", "the upper end"),
     tolerance=1e-3,
@@ -370,7 +370,7 @@ def paired_difference(scores_a, scores_b):
     """The mean of the pairs' differences comes with its 95 % interval by Student's t."""
     n = len(scores_a)
     if n != len(scores_b) or n < 2:
-        raise ValueError("pairs of two seeds at least are wanted")
+        raise ValueError("give pairs of at least two seeds")
     mean = math.fsum([*scores_a, *(-b for b in scores_b)]) / n
     squares = math.fsum((a - b - mean) ** 2 for a, b in zip(scores_a, scores_b, strict=True))
     half = student_t(n - 1) * math.sqrt(squares / (n * (n - 1)))

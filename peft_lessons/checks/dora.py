@@ -279,7 +279,7 @@ def _linear(out, in_, bias=True):
 
 _TRAINED = ["lora_A", "lora_B", "magnitude"]
 _PARTS = (
-    "the list of what trains",
+    "the list of trainable parameters",
     "whether lora_A and lora_B both start at zero",
     "the magnitude right after construction",
     "the output for x = 0 (only the bias is left)",

@@ -323,7 +323,7 @@ def _projections(n_heads, n_kv, d_h=6, bias=True):
 
 _TRAINED = ["l_k", "l_v"]
 _PARTS = (
-    "the list of what trains",
+    "the list of trainable parameters",
     "l_k",
     "l_v",
     "the output right after construction (that of the base)",

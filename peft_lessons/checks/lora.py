@@ -380,7 +380,7 @@ def _injected(model):
         after = model(ids)
     return {
         "the list of modules with a LoRA branch": list(wrapped),
-        "the list of what trains": trains,
+        "the list of trainable parameters": trains,
         "the shapes of the factors": [tuple(m.lora.lora_A.shape) for m in wrapped.values()],
         "the output right after injection": before,
         "the output once A and B are trained": after,
@@ -435,7 +435,7 @@ _MATCHES = "targets match anywhere in a name: they must be whole segments at its
         _decoder_case(3, 6, ["mlp.up", "layers.1.q_proj"], note="targets of several segments"),
         _decoder_case(4, 10, ["q_proj"], training=False, note="a model in eval mode"),
         refused(lambda: [_Decoder(), 4, 10, ["q_porj"]], "q_porj", "a target that matches nothing"),
-        refused(lambda: [_Decoder(), 4, 10, ["q_proj", "embed"]], "embed", "embed is no nn.Linear"),
+        refused(lambda: [_Decoder(), 4, 10, ["q_proj", "embed"]], "embed", "embed is not an nn.Linear"),
         _second_call(["q_proj"], "a second call: the model has LoRA branches already"),
         _second_call(["up"], "a second call for other layers of a model with LoRA branches"),
     ],

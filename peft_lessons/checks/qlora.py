@@ -418,7 +418,7 @@ def merge_into_4bit(packed, absmax, A, B, alpha, shape):
 
 _PRODUCT = (
     "the output",
-    "the bytes of what ctx keeps besides packed and absmax",
+    "the bytes of the tensors that ctx keeps besides packed and absmax",
     "the number of results of backward",
     "the gradient of x",
     "the list of other arguments that get a gradient",
@@ -471,7 +471,7 @@ class _Product(Tried):
             function = _Used(function)
         elif not isinstance(function, _Used):
             wanted = f"class {self.__name__}(torch.autograd.Function)"
-            raise WrongAnswer(f"{self.__name__}: hand over the class itself: {wanted}.")
+            raise WrongAnswer(f"{self.__name__}: pass the class itself: {wanted}.")
         return super().__call__(function)
 
     def _verified(self) -> str:
@@ -605,7 +605,7 @@ class _Levels(Tried):
             if got is None:
                 refuse("the result is None: is a return statement missing?")
             if not isinstance(got, torch.Tensor) or not got.is_floating_point():
-                refuse("the result is no tensor of floating-point numbers")
+                refuse("the result is not a tensor of floating-point numbers")
             if tuple(got.shape) != (count,):
                 refuse(f"the levels have shape {tuple(got.shape)}, expected {(count,)}")
             if not torch.equal(given, ratios):

@@ -76,7 +76,7 @@ def _biasless():
             last.endswith("_bias") → last == "in_proj_bias"
         not every vector is a bias: the weights of norms are vectors too
             last == "bias" or last.endswith("_bias") → p.dim() == 1
-        not every parameter that is no weight is a bias: the last part of the name counts
+        not every parameter without weight in its name is a bias: the last part of the name counts
             last == "bias" or last.endswith("_bias") → not last.endswith("weight")
         only the last part of the name is returned: return full names
             names.append(name) → names.append(last)
@@ -603,16 +603,16 @@ def _optimised(optimizer):
     moved = [name for p, name in names.items() if not torch.equal(p, before[p])]
     used = {f"{name} {group[name]:g}" for group in optimizer.param_groups for name in _SETTINGS}
     return {
-        "the list of what requires a gradient": trains,
+        "the list of parameters that require a gradient": trains,
         "the list of frozen parameters that three steps have changed": [
             name for name in moved if name not in trains
         ],
-        "the list of what the optimiser holds": sorted(
+        "the list of parameters in the optimiser": sorted(
             name if n == 1 else f"{name} ({n} times)" for name, n in counts.items()
         ),
-        "the list of gradients left from before": left,
+        "the list of gradients that were not cleared": left,
         "the list of the optimiser's settings": sorted(used),
-        "what three steps have made of the trained parameters": {
+        "the values of the trained parameters after three steps": {
             name: p.detach() for p, name in names.items() if p.requires_grad
         },
     }

@@ -27,8 +27,8 @@ def refuse_no_template(tokenizer) -> None:
     """Raise ValueError for a tokenizer without a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "the tokenizer has no chat template, so it knows no messages: take the tokenizer of an "
-            "assistant, such as load_tokenizer('smollm2'), or set tokenizer.chat_template"
+            "the tokenizer has no chat template, so it cannot format messages: take the tokenizer "
+            "of an assistant, such as load_tokenizer('smollm2'), or set tokenizer.chat_template"
         )
 
 

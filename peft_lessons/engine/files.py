@@ -191,7 +191,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
     known = [m.files for m in registered_methods() if m.files.kind == config["peft_type"]]
     indices = {name for files in known for name in files.indices}
     for key, tensor in tensors.items():
-        fits, made_of = _FLOATS, "16-, 32- or 64-bit floats: it was quantised or is no adapter"
+        fits, made_of = _FLOATS, "16-, 32- or 64-bit floats: it was quantised, or it is not an adapter"
         if key.rpartition(".")[2] in indices:
             fits, made_of = _WHOLE, "32- or 64-bit whole numbers where it has indices"
         if tensor.dtype not in fits:
@@ -223,7 +223,7 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
     known = [m for m in registered_methods() if m.files.kind == kind]
     if not known:
         names = ", ".join(sorted({m.files.kind for m in registered_methods()}))
-        raise ValueError(f"peft_type {kind!r} is no method of the course; known are {names}")
+        raise ValueError(f"peft_type {kind!r} is not a method of the course; known are {names}")
     complaints = {}
     for method in known:
         files = method.files

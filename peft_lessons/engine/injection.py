@@ -97,7 +97,7 @@ class Report:
             rows.append(("of the base, trains", self.whole_parameters, shown))
         share = 100 * self.trainable / self.base
         rows.append(("trainable", self.trainable, f"{share:.3g} % of the base's {self.base:,}"))
-        head = repr(self.method) if self.method else "all frozen but what is named below"
+        head = repr(self.method) if self.method else "all frozen except what is named below"
         body = [_on_lines(f"  {what:<20}{n:>13,}  {note}".rstrip(), 37) for what, n, note in rows]
         if self.frozen_head:
             body += [
@@ -218,7 +218,7 @@ def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | st
     chosen = list(method.select(model))
     for name in chosen:
         if name not in parameters:
-            raise ValueError(f"{type(method).__name__}: {name!r} is no parameter of the model")
+            raise ValueError(f"{type(method).__name__}: {name!r} is not a parameter of the model")
         if not parameters[name].is_floating_point():
             raise ValueError(f"{type(method).__name__}: {name!r} is{IN_4_BITS[1:]}")
     frozen_head = frozen_head_of(model, (*targets, *whole, *chosen))

@@ -138,7 +138,7 @@ def _by_seed(runs: DataFrame, column: str, scale: float) -> dict[int, float]:
     if not seeds:
         raise ValueError(f"no runs to take {column!r} of: the filter matches nothing")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seed {max(seeds, key=seeds.count)} is there twice: filter further")
+        raise ValueError(f"seed {max(seeds, key=seeds.count)} occurs twice: filter further")
     return {seed: scale * value for seed, value in zip(seeds, runs[column].tolist(), strict=True)}
 
 
@@ -258,7 +258,9 @@ def best_lr(runs: DataFrame) -> tuple[float, DataFrame]:
     tried = zip(runs["lr"].tolist(), runs["seed"], runs["validation"].tolist(), strict=True)
     first = {lr: x for lr, seed, x in sorted(tried) if seed == 0 and math.isfinite(x)}
     if not first:
-        raise ValueError("no run with seed 0 to choose a rate by that did not diverge")
+        raise ValueError(
+            "every run with seed 0 diverged or is missing, so no learning rate can be chosen"
+        )
     rate = TASKS[_task(runs)][-1](first, key=first.get)
     return rate, runs[runs["lr"] == rate]
 
@@ -268,7 +270,7 @@ def provenance(*runs: DataFrame) -> str:
     first and the last. Raises ValueError for no rows."""
     found = {c: sorted({str(x) for r in runs for x in r[c]}) for c in ("machine", "torch", "date")}
     if not found["date"]:
-        raise ValueError("no rows to say of where they were measured")
+        raise ValueError("there are no rows, so nothing was measured")
     machine, version = (", ".join(found[c]) for c in ("machine", "torch"))
     days = " to ".join(dict.fromkeys((found["date"][0], found["date"][-1])))
     return f"{machine} · torch {version} · {days}"

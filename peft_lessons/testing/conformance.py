@@ -178,7 +178,7 @@ def _as_declared(method: Method, bench: Bench) -> str:
     inherited = "__dataclass_params__" not in vars(cls)
     if settings is None or (inherited and get_annotations(cls)):
         raise MethodError(
-            "the class is no dataclass, so it has no fields",
+            "the class is not a dataclass, so it has no fields",
             "Write @dataclass(frozen=True) above it.",
         )
     if not settings.frozen:
@@ -188,7 +188,7 @@ def _as_declared(method: Method, bench: Bench) -> str:
     if unknown := [name for name in named if name not in known]:
         raise MethodError(
             f"its files name {_quoted(unknown)}, not a field of the dataclass",
-            f"A field has a type beside its name ({unknown[0]}: int = 8); else it is a constant.",
+            f"A field needs a type: {unknown[0]}: int = 8. Without a type it is a constant.",
         )
     if "targets" in known and "targets" in cls.names_modules:
         names = ["query"] if isinstance(method.targets, str) else list(method.targets)
@@ -251,7 +251,7 @@ def _as_injected(method: Method, bench: Bench) -> str:
     if not first.isfinite().all():
         raise MethodError(
             f"right after inject the logits hold {number(first[~first.isfinite()][0])}",
-            "torch.empty holds what happened to lie there: fill it, with zeros or random numbers.",
+            "torch.empty does not initialise its values: fill it with zeros or random numbers.",
         )
     _refuse_idle(method, bench)
     start = "step 0 is the base"
@@ -282,7 +282,7 @@ def _refuse_shared(injection: Injection, base: dict[str, nn.Parameter], model: n
             raise MethodError(
                 f"the base trains: {name.rpartition('.')[2]!r} of your layer is the base's own "
                 f"{names[id(p)]!r}",
-                "What inject finds in a layer beside its base, it trains: read self.base.weight.",
+                "inject trains every parameter of a layer outside its base: read self.base.weight.",
             )
     for name, p in model.named_parameters(remove_duplicate=False):
         if name not in added and id(p) not in names:
@@ -316,7 +316,7 @@ def _refuse_idle(method: Method, bench: Bench) -> None:
     for path, x, copied in read:
         if not torch.equal(x, copied):
             raise MethodError(
-                f"forward changes its input in place: x of {path!r} is another afterwards",
+                f"forward changes its input in place: x of {path!r} is different afterwards",
                 "The other layers read the same x: compute something new from it.",
             )
     if torch.equal(changed, bench.plain):
@@ -337,7 +337,7 @@ def _as_designed(method: Method, bench: Bench) -> str:
     if vars(cls).get("design") is None:
         told = "Write design = Design(form, insertion, modified, composition, delta=...)."
         if any(parent in DESIGNS for parent in cls.__mro__):
-            told = f"That of its parent is not its own. {told}"
+            told = f"The design of its parent class does not count. {told}"
         raise MethodError("it has no design", told)
     for design in designs_of(cls):
         # Not by isinstance: the lesson's own Design is another class than the package's.
@@ -352,7 +352,7 @@ def _as_designed(method: Method, bench: Bench) -> str:
     off, cause, places = _compared(method, bench)
     if not places:
         raise MethodError(
-            "its design sees no place in the model, so its formula is compared with nothing",
+            "its design finds no layer in the model, so its formula cannot be compared",
             "sites=linears, the default, looks at wrapped layers; others need their own observer.",
         )
     if cause:
@@ -369,7 +369,7 @@ def _as_designed(method: Method, bench: Bench) -> str:
         told.append(f"{name}={value!r}")
         off = max(off, other)
     also = f", and with {', '.join(told)}" if told else ""
-    return f"Δh by the formula is what runs (gap {off:.0e}) at {places} places{also}"
+    return f"Δh by the formula is what the model computes (gap {off:.0e}) at {places} places{also}"
 
 
 def _compared(method: Method, bench: Bench) -> tuple[float, str | None, int]:
@@ -448,16 +448,16 @@ def _formula_cause(
     factor = (told @ ran) / (ran @ ran)
     if factor and close(told, factor * ran):
         if abs(factor + 1) < _EXACT:
-            return "Its sign is turned."
+            return "Its sign is reversed."
         times = f"It is {number(factor)} times what running gives, everywhere"
-        return f"{times}: is the scale missing, or in it twice?"
+        return f"{times}: is the scale missing, or applied twice?"
     if all(site.x.shape == site.h.shape for site in sites):
         turned = [dataclasses.replace(site, x=site.h, h=site.x) for site in sites]
         if close(flat([delta(site) for site in turned]), ran):
             return "It is right with x and h exchanged: which of them does your forward read?"
     rest = [delta(s) - (s.new - s.h) for s in sites]
     if all(close(r, r.flatten(0, -2)[0].expand_as(r)) for r in rest):
-        return "It is off by the same vector for every token: is a bias missing, or there twice?"
+        return "It is off by the same vector for every token: is a bias missing, or added twice?"
     largest = [number(t.abs().max()) for t in (told, ran)]
     return f"The largest entry is {largest[0]} by the formula and {largest[1]} in the model."
 
@@ -517,7 +517,8 @@ def _as_trained(method: Method, bench: Bench) -> str:
             f"Its learning_rate={method.learning_rate:g} may be too {why}.",
         )
     return (
-        f"gradients reach all that trains, and fit lowers the loss from {first:.3f} to {last:.3f}"
+        f"gradients reach all trainable parameters, and fit lowers the loss from {first:.3f} to "
+        f"{last:.3f}"
     )
 
 
@@ -636,7 +637,7 @@ def _refuse_other_file(expected: Method, loaded: nn.Module, folder: Path) -> Non
     (config, tensors, header), other = read_adapter(folder), read_adapter(again)
     same = (config, header, tensors.keys()) == (other[0], other[2], other[1].keys())
     if not same or any(not torch.equal(t, other[1][key]) for key, t in tensors.items()):
-        raise MethodError("saved, loaded and saved again, its files are others")
+        raise MethodError("saved, loaded and saved again, its files differ")
 
 
 def _file_cause(method: Method, injection: Injection, because: tuple[str, Any] | None) -> str:
@@ -680,7 +681,7 @@ def _as_merged(method: Method, bench: Bench) -> str:
     if bench.merges is False:
         raise MethodError("merge must refuse it: no change of the weights computes the same")
     if not wrappers:
-        return "what it trains of the base lies there already"
+        return "it trains the base's own parameters, so there is nothing to merge"
     if not (off := _off(bench.logits(model), expected)) <= tolerance:
         for wrapper in wrappers:
             x = torch.randn(3, wrapper.base.weight.shape[1])
@@ -873,22 +874,22 @@ def _as_exchanged(method: Method, bench: Bench) -> str:
 
 # Each check, and when it was that the method's own code raised something in it.
 CHECKS: dict[Callable[[Method, Bench], str], str] = {
-    _as_declared: "when it was looked at it",
-    _as_named: "when it was looked at it",
-    _as_injected: "when it was put into the base it",
-    _as_designed: "when its design was compared with running it",
-    _as_trained: "when it was trained it",
-    _as_saved: "when it was saved and loaded it",
-    _as_set: "when another value of a field was tried it",
-    _as_merged: "when it was merged it",
-    _as_unloaded: "when it was taken out it",
-    _as_listed: "when it was looked up in the table it",
-    _as_disabled: "when it was switched off it",
-    _as_copied: "when the model was copied it",
-    _as_cast: "when it was put into a base in 16 or 64 bits it",
-    _as_counted: "when it was put into a base on the meta device it",
-    _as_generated: "when it generated a text it",
-    _as_exchanged: "when its files were exchanged with PEFT it",
+    _as_declared: "when it was looked at, it",
+    _as_named: "when it was looked at, it",
+    _as_injected: "when it was put into the base, it",
+    _as_designed: "when its design was compared with running, it",
+    _as_trained: "when it was trained, it",
+    _as_saved: "when it was saved and loaded, it",
+    _as_set: "when another value of a field was tried, it",
+    _as_merged: "when it was merged, it",
+    _as_unloaded: "when it was taken out, it",
+    _as_listed: "when it was looked up in the table, it",
+    _as_disabled: "when it was switched off, it",
+    _as_copied: "when the model was copied, it",
+    _as_cast: "when it was put into a base in 16 or 64 bits, it",
+    _as_counted: "when it was put into a base on the meta device, it",
+    _as_generated: "when it generated a text, it",
+    _as_exchanged: "when its files were exchanged with PEFT, it",
 }
 # A learner's method of exercise 11.3 need not do more than these.
 OF_A_LESSON = list(CHECKS)[: list(CHECKS).index(_as_listed) + 1]
@@ -906,7 +907,7 @@ def check_method(method: Method, base: nn.Module | None = None, **expected: Any)
     Raises MethodError with a sentence that names the mistake. A method with a `design` is compared
     with it on a BERT, where designs observe their places."""
     if not isinstance(method, Method):
-        raise MethodError(f"hand over a method, such as LoRA(rank=4), not {kind(method)}")
+        raise MethodError(f"pass a method, such as LoRA(rank=4), not {kind(method)}")
     bench = Bench(**({} if base is None else {"base": base}), **{"loaded": method, **expected})
     skipped = set()
     if not bench.own_type:

@@ -230,7 +230,9 @@ def fit(
     if injection:
         refuse_off(injection, "fit")
     if injection and injection.merged:
-        raise RuntimeError("fit: the method is merged, nothing it added is used; unmerge(model)")
+        raise RuntimeError(
+            "fit: the method is merged, so its parameters are not used; unmerge(model) first"
+        )
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(

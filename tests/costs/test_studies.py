@@ -115,7 +115,7 @@ def test_the_learning_rate_is_chosen_by_validation_of_the_first_seed():
     assert rate == 0.1 and found["seed"].tolist() == [0, 1]
     assert best_lr(tried.assign(task="austen"))[0] == 0.3, "of perplexities the lower one"
     assert best_lr(pd.concat([tried, runs((0.01, 0, 0.8, 0))]))[0] == 0.01, "of equals the smaller"
-    with pytest.raises(ValueError, match="no run with seed 0"):
+    with pytest.raises(ValueError, match="every run with seed 0"):
         best_lr(tried[1:2])
 
 

@@ -108,7 +108,7 @@ BAD = {
     "one of several does not match": (("q_proj", "nope"), "'nope' matches no module"),
     "a substring": (("proj",), "'proj' matches no module"),
     "a name as a string": ("q_proj", r"\('q_proj',\)"),
-    "a broken pattern": ("(", "no regular expression"),
+    "a broken pattern": ("(", "not a regular expression"),
     "a norm": (("input_layernorm",), "LlamaRMSNorm"),
     "a container": (("self_attn",), "LlamaAttention"),
     "nothing": ((), "empty"),

@@ -243,7 +243,7 @@ def large_start(layer, width):
     return sequential(layer, width, make=make)
 
 
-@wrong("insert_adapters", "what is returned is not the argument layer itself")
+@wrong("insert_adapters", "the result is not the argument layer itself")
 def a_copy(layer, width):
     return sequential(deepcopy(layer), width)
 

@@ -250,7 +250,7 @@ class NormOnce(Repaired):
         return self.once
 
 
-@wrong("DoRALinear", "the list of what trains differs: missing 'magnitude'")
+@wrong("DoRALinear", "the list of trainable parameters differs: missing 'magnitude'")
 class MagnitudeIsNoParameter(Repaired):
     def __init__(self, linear, rank=8, alpha=16.0):
         super().__init__(linear, rank, alpha)
@@ -258,7 +258,7 @@ class MagnitudeIsNoParameter(Repaired):
         self.magnitude = linear.weight.norm(dim=1)
 
 
-@wrong("DoRALinear", "the list of what trains differs: too many 'weight'")
+@wrong("DoRALinear", "the list of trainable parameters differs: too many 'weight'")
 class BaseTrains(Repaired):
     def __init__(self, linear, rank=8, alpha=16.0):
         super().__init__(linear, rank, alpha)
@@ -295,7 +295,7 @@ class BaseChanged(Repaired):
         return y if self.linear.bias is None else y - 1e-4
 
 
-@wrong("DoRALinear", "what it returned cannot be used: RuntimeError")
+@wrong("DoRALinear", "the returned value cannot be used: RuntimeError")
 class RescaledTooEarly(Repaired):
     """c * s * (x Aᵀ) Bᵀ is read from the left: c meets the r numbers in the middle."""
 

@@ -293,14 +293,14 @@ def keep_a_copy(ctx, weight):
     ctx.weight = weight.half()
 
 
-wrong("FourBitProduct", "the bytes of what ctx keeps besides packed and absmax are 8,192")(
+wrong("FourBitProduct", "that ctx keeps besides packed and absmax are 8,192")(
     product(lambda grad, weight: (grad @ weight, None, None, None), keep_a_copy)
 )
 wrong("FourBitProduct", "only the gradient of x is returned")(product(torch.matmul))
 wrong("FourBitProduct", "your function raised RuntimeError: mat1 and mat2 shapes cannot be")(
     product(lambda grad, weight: (grad @ weight.repeat(2, 1), None, None, None))
 )
-wrong("FourBitProduct", "hand over the class itself: class FourBitProduct(torch.autograd")(
+wrong("FourBitProduct", "pass the class itself: class FourBitProduct(torch.autograd")(
     product(torch.matmul).apply
 )
 right("FourBitProduct")(

@@ -264,7 +264,7 @@ def test_the_processes_share_a_batch_evenly(run, monkeypatch, tmp_path):
     given = dict(steps=2, rate=1e-3, checkpoint_every=None, seed=0)
     made = trainer._arguments(model, tmp_path, batch_size=6, **given)
     assert made.per_device_train_batch_size == 3
-    with pytest.raises(ValueError, match="batch_size=3 cannot be shared by 2 devices"):
+    with pytest.raises(ValueError, match="batch_size=3 cannot be divided among 2 devices"):
         trainer._arguments(model, tmp_path, batch_size=3, **given)
 
 
@@ -385,7 +385,7 @@ def test_what_cannot_be_resumed_is_refused_at_once(folders, tmp_path):
     ):
         config.task_type = "CAUSAL_LM"
         model = get_peft_model(load_model(folders["llama"]), config)
-        with pytest.raises(ValueError, match=f"cannot go on, because its checkpoints {lacks}"):
+        with pytest.raises(ValueError, match=f"cannot be resumed, because its checkpoints {lacks}"):
             train_with_peft(model, tokenizer, TEXTS, output_dir=tmp_path / "out", resume=True)
     assert not (tmp_path / "out").exists()
 
@@ -456,10 +456,10 @@ def test_wrong_data_is_refused(trained):
         ("llama", "a text", "must be a collection"),
         ("llama", ["fine, this one", ""], r"train_dataset\[1\] has \d tokens"),
         ("llama", [{"words": "x"}], r'train_dataset\[0\] has neither "text" nor "input_ids"'),
-        ("llama", [{"text": 3}], '"text" is no text'),
+        ("llama", [{"text": 3}], '"text" is not a string'),
         ("llama", [{"input_ids": [1, 2, 3], "labels": [1, 2]}], "3 tokens and 2 labels"),
         ("llama", [{"input_ids": [[1, 2, 3]]}], '"input_ids" must be a list of whole numbers'),
-        ("llama", [{"input_ids": [1, 4096]}], "token 4096, and the model's table the rows 0 to"),
+        ("llama", [{"input_ids": [1, 4096]}], "token 4096, but the model's table has"),
         ("llama", [{"input_ids": [1, 2], "labels": [1, 4096]}], "must be tokens of 0 to 4095"),
         ("llama", ROWS, "without labels=n at set-up, the label"),
         ("bert", [{"text": "good"}], r'train_dataset\[0\] has no "label"'),
@@ -529,7 +529,7 @@ def test_a_merged_model_is_written_whole_and_opens_alone(out, folders, tmp_path)
     again = load_model(str(tmp_path / "merged"))
     assert torch.equal(logits_of(again, "llama"), logits_of(merged, "llama"))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not an empty folder"):
         load_and_merge_adapter(base, out, save_to=tmp_path / "merged")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "merged"}
 

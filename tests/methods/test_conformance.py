@@ -90,7 +90,7 @@ FAULTS = {
     "promotes": (
         None,
         {},
-        "when it was put into a base in 16 or 64 bits it raised RuntimeError: mat1",
+        "when it was put into a base in 16 or 64 bits, it raised RuntimeError: mat1",
     ),
     "values": (
         None,
@@ -132,7 +132,7 @@ def test_what_is_expected_of_a_method_is_compared():
 
 def test_what_is_no_method_is_refused(monkeypatch):
     for given in (LoRA, 5, None):
-        with pytest.raises(MethodError, match="hand over a method, such as LoRA"):
+        with pytest.raises(MethodError, match="pass a method, such as LoRA"):
             check_method(given)
     monkeypatch.setattr(Faulty, "wrap", lambda self, path, layer: None)
     with pytest.raises(MethodError, match="wrap returns None for .*: is a return missing"):

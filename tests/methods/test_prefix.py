@@ -356,7 +356,7 @@ def test_a_generation_that_goes_on_from_its_cache():
     rest = ours.generate(ids[:, 8:], attention_mask=mask, past_key_values=read(), **GREEDY)
     whole = ours.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(rest[:, 1 + new :], whole[:, 9 + new :])
-    with pytest.raises(ValueError, match="does not go on there: give the new tokens only"):
+    with pytest.raises(ValueError, match="does not continue there: give the new tokens only"):
         ours.generate(ids, attention_mask=mask, past_key_values=read(), **GREEDY)
 
 

@@ -478,7 +478,7 @@ def test_a_generation_that_goes_on_from_its_cache(new, holes):
     rest = ours.generate(ids[:, 8:], attention_mask=mask, past_key_values=read(), **GREEDY)
     whole = ours.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(rest[:, 1 + new :], whole[:, 9 + new :])
-    with pytest.raises(ValueError, match="does not go on there: give the new tokens only"):
+    with pytest.raises(ValueError, match="does not continue there: give the new tokens only"):
         ours.generate(ids, attention_mask=mask, past_key_values=read(), **GREEDY)
 
 
@@ -528,5 +528,5 @@ def test_calls_that_are_refused_with_a_reason():
     for wrong in ({}, dict(input_ids=torch.ones(3).long()), dict(inputs_embeds=torch.ones(2, 64))):
         with pytest.raises(ValueError, match="must be input_ids of shape"):
             ours(**wrong)
-    with pytest.raises(ValueError, match="attention_mask.* is no tensor"):
+    with pytest.raises(ValueError, match="attention_mask.* is not a tensor"):
         ours(torch.ones(1, 3).long(), attention_mask=[[1, 1, 1]])

@@ -318,7 +318,7 @@ def test_setup_qlora_trains_on_the_cpu(capsys):
     for arguments, told in (
         (("tinylm", 0), "rank=0"),
         (("tinylm", 500), "q_proj"),
-        (("minilm",), "no causal language model"),
+        (("minilm",), "not a causal language model"),
     ):
         with pytest.raises(ValueError, match=told):
             setup_qlora(*arguments)

@@ -277,8 +277,8 @@ def t5():
 
 REFUSED = [
     (tiny_llama, dict(last=3), "last.*3.* 2"),
-    (lambda: nn.Sequential(nn.Linear(3, 3)), dict(last=1), "Sequential has no one stack of blocks"),
-    (t5, dict(last=1), "no one stack of blocks"),
+    (lambda: nn.Sequential(nn.Linear(3, 3)), dict(last=1), "Sequential has no single stack"),
+    (t5, dict(last=1), "no single stack of blocks"),
     (
         lambda: nn.ModuleDict({"text": linears(3), "image": linears(4)}),
         dict(last=1),
