@@ -39,7 +39,7 @@ PATH = re.compile(r"(\*\*(Half a day|Two days|All)\b[^\n]*?)\d+ h(?: \d+ min)?")
 
 @dataclass
 class Minutes:
-    """Minutes measured in a lesson: its core, each deeper section by its title, its exercises."""
+    """Hold the minutes measured in a lesson: core, each deeper section by title, exercises."""
 
     core: float = 0.0
     sections: dict[str, float] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Minutes:
 
 @dataclass(frozen=True)
 class Card:
-    """Minutes that a lesson's card states; None where it states none."""
+    """Hold the minutes that a lesson's card states; None where it states none."""
 
     core: int | None
     deeper: int | None

@@ -36,7 +36,7 @@ def clear(folder: Path, stamp: str) -> None:
 
 
 def without_answers(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """In place: what exercises and checks printed is gone; all else, the kernel too, stays."""
+    """Remove, in place, what exercises and checks printed; all else, the kernel too, stays."""
     for cell in notebooks.code_cells(nb):
         if {"exercise", "check"} & set(notebooks.tags(cell)):
             cell.outputs, cell.execution_count = [], None
@@ -56,7 +56,7 @@ COLAB_TITLE = "#@title Code in the background: double-click to see it"
 
 
 def folded_in_colab(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """In place: Colab's own notes of what it folds, the source of plumbing and deeper sections."""
+    """Mark, in place, what Colab folds: the source of plumbing cells and the deeper sections."""
     sections = [cell for cell in nb.cells if notebooks.deeper(cell)]
     for cell in sections:
         cell.metadata["id"] = cell.id
@@ -70,7 +70,7 @@ def folded_in_colab(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def for_colab(nb: nbformat.NotebookNode, repository: str, name: str) -> nbformat.NotebookNode:
-    """In place: begin with a badge that opens the lesson in Colab, and a cell that installs the
+    """Begin, in place, with a badge that opens the lesson in Colab, and a cell that installs the
     course there, and fold as Colab does. `repository` is OWNER/NAME, `name` that of the file."""
     address = f"{COLAB_HOME}/github/{repository}/blob/main/notebooks/{name}"
     badge = f"[![Open in Colab]({COLAB_HOME}/assets/colab-badge.svg)]({address})"

@@ -16,7 +16,8 @@ from .mistakes import mistakes
 
 
 def _vectors(out, in_, rank, near=0.0, dtype=torch.float32):
-    """P and Q, drawn, or so `near` to orthonormal that their Gram matrices are nearly I."""
+    """Return random P and Q, or P and Q so `near` to orthonormal that their Gram matrices are
+    nearly I."""
     P, Q = torch.randn(out, rank, dtype=dtype), torch.randn(rank, in_, dtype=dtype)
     if near:
         P = torch.linalg.qr(P).Q + near * torch.randn(out, rank, dtype=dtype)
@@ -70,7 +71,7 @@ def _vectors(out, in_, rank, near=0.0, dtype=torch.float32):
     ),
 )
 def orthogonality_penalty(P, Q):
-    """The squared distance from orthonormal, of the columns of P and the rows of Q."""
+    """The penalty is the squared distance of P's columns and Q's rows from orthonormal."""
     total = torch.zeros((), dtype=P.dtype)
     for vectors in (P.T, Q):
         for i, one in enumerate(vectors):
@@ -139,7 +140,7 @@ def _importance_case(shape, beta1=0.85, beta2=0.9, first=False, dtype=torch.floa
     ),
 )
 def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
-    """Both averages moved on by one step, and their product, entry by entry."""
+    """Both averages take one step, and the score is their product, entry by entry."""
     now = grad.mul(weight).abs()
     new_sensitivity = sensitivity + (1 - beta1) * (now - sensitivity)
     deviation = torch.maximum(now - new_sensitivity, new_sensitivity - now)
@@ -211,7 +212,7 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
     ),
 )
 def cubic_budget(step, initial, final, tinit, tfinal, total):
-    """The number of triplets that may stay, at the start, on the way and at the end."""
+    """The budget is right before, during and after the pruning."""
     way, gone = total - tfinal - tinit, min(max(step - tinit, 0), total - tfinal - tinit)
     # In whole numbers, so that nothing is rounded before the end.
     return final + (initial - final) * (way - gone) ** 3 // way**3
@@ -221,7 +222,7 @@ def cubic_budget(step, initial, final, tinit, tfinal, total):
 
 
 def _scores(*sizes):
-    """Layers of very different importance, so that a share for each layer is wrong."""
+    """Return layers of very different importance, so that a fixed share for each is wrong."""
     return [10 ** (2 * torch.rand(1) - 1) * torch.rand(size) for size in sizes]
 
 
@@ -287,7 +288,8 @@ def _ties():
     ),
 )
 def mask_to_budget(scores, budget):
-    """Exactly `budget` triplets stay, the best of all layers, and the first ones of equals."""
+    """Exactly `budget` triplets stay, the best of all layers, and the first ones among equal
+    scores."""
     places = [(i, j) for i, score in enumerate(scores) for j in range(len(score))]
     places.sort(key=lambda place: -scores[place[0]][place[1]].item())  # Python's sort is stable
     masks = [torch.zeros(len(score), dtype=torch.bool) for score in scores]
@@ -300,7 +302,7 @@ def mask_to_budget(scores, budget):
 
 
 class _Net(nn.Module):
-    """Two linear layers and a loss, called as a Hugging Face model is."""
+    """Hold two linear layers and a loss, and be called as a Hugging Face model is."""
 
     def __init__(self):
         super().__init__()
@@ -450,7 +452,7 @@ def _map(*kept):
     ),
 )
 def spend_by_hand(ranks, scaling):
-    """Every layer that keeps something gets its rank, all with the same scaling α/r."""
+    """Every layer that keeps triplets gets its rank, and all have the same scaling α/r."""
     found = {"target_modules": [], "rank_pattern": {}, "alpha_pattern": {}}
     for path, rank in ranks.items():
         if rank:

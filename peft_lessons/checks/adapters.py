@@ -73,7 +73,7 @@ def _forward_case(shape, m, note=""):
     ),
 )
 def adapter_forward(h, w_down, b_down, w_up, b_up):
-    """h, and what the adapter adds to it."""
+    """The result is h plus the output of the adapter."""
     result = h + b_up
     for row, b, column in zip(w_down, b_down, w_up.T, strict=True):  # one inner unit after another
         z = (h * row).sum(-1, keepdim=True) + b
@@ -243,7 +243,7 @@ def fold_linear_adapter(w_down, b_down, w_up, b_up, weight, bias):
 
 
 def _block(d, d_ff, frozen=False):
-    """A block of BERT without dropout, its norms and biases not those of a fresh one."""
+    """Return a block of BERT without dropout, with norms and biases unlike those of a new block."""
     sizes = dict(vocab_size=4, hidden_size=d, intermediate_size=d_ff, max_position_embeddings=4)
     sizes |= dict(num_hidden_layers=1, num_attention_heads=4, hidden_dropout_prob=0.0)
     config = BertConfig(**sizes, attention_probs_dropout_prob=0.0, attn_implementation="eager")
@@ -260,7 +260,7 @@ def _counted(parameters):
 
 
 def _inserted(layer):
-    """What trains in a block, and what it computes before and after its adapters have values."""
+    """Return what a block trains, and its outputs before and after its adapters have values."""
     trained = [p for p in layer.parameters() if p.requires_grad]
     shapes = sorted(tuple(p.shape) for p in trained)
     seen = {
@@ -358,7 +358,7 @@ def _inserted(layer):
     ),
 )
 def insert_adapters(layer, width):
-    """Houlsby's adapters at both places, the base at step 0, and only they train."""
+    """Houlsby's adapters follow both sublayers, step 0 is the base, and only the adapters train."""
     layer.requires_grad_(False)
     for output in (layer.attention.output, layer.output):
         adapter = _Near(output.dense.out_features, width, 0.0)
@@ -415,7 +415,7 @@ def insert_adapters(layer, width):
     ),
 )
 def adapter_parameters(d, m, layers, kind):
-    """Two matrices and two biases a place, at one or two places of every layer."""
+    """An adapter has two matrices and two biases, and a layer has one or two adapters."""
     with torch.device("meta"):
         one = nn.Sequential(nn.Linear(d, m), nn.Linear(m, d))
     sites = [one] * (2 * layers if kind == "houlsby" else layers)
@@ -487,7 +487,7 @@ def _near(shape, m, std, dtype=torch.float32):
     ),
 )
 def identity_gap(adapter, h):
-    """How large the change is beside what is changed."""
+    """The size of the change is divided by the size of h."""
     low = h @ adapter.down.weight.T + adapter.down.bias
     change = F.gelu(low) @ adapter.up.weight.T + adapter.up.bias
     squares = (change.detach().double() ** 2).sum(), (h.double() ** 2).sum()

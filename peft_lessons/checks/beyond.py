@@ -187,15 +187,15 @@ def loraplus_groups(named_parameters, lr, ratio):
 
 
 def _weight(out, in_, dtype=torch.float32, decay=0.8):
-    """A weight whose singular values are well apart, so that its factors are unique up to sign."""
+    """Return a weight with well separated singular values: its factors are unique up to sign."""
     n = min(out, in_)
     U, V = (torch.linalg.qr(torch.randn(size, n, dtype=torch.float64)).Q for size in (out, in_))
     return (4 * U * decay ** torch.arange(n) @ V.T).to(dtype)
 
 
 def _factors(result):
-    """What of A and B is unique: each vector may have its sign turned in both, and stand at another
-    place; here the longest come first."""
+    """Return what is unique in A and B: the sign of a vector may differ in both, and so may its
+    position. Here the vectors with the largest norms come first."""
     A, B, _ = result
     order = (A.norm(dim=1) * B.norm(dim=0)).argsort(descending=True, stable=True)
     A, B = A[order], B[:, order]
@@ -279,7 +279,7 @@ def pissa_init(weight, rank):
 
 
 def _grid(width):
-    """Rounds to multiples of a width."""
+    """Return a function that rounds to multiples of a width."""
     return lambda weight: (weight / width).round() * width
 
 
@@ -353,7 +353,7 @@ def _nf4(weight):
     ),
 )
 def loftq_init(weight, rank, quantize, steps):
-    """Q and BA, fitted in turn to what the other leaves, are near the weight together."""
+    """Q and BA, each fitted to what the other leaves, add up to nearly the weight."""
     product = torch.zeros_like(weight)
     for _ in range(steps):
         Q = quantize(weight - product)
@@ -366,8 +366,8 @@ def loftq_init(weight, rank, quantize, steps):
 
 
 def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0):
-    """A weight and the same after training: moved a little in all directions, and with so many new
-    directions of size `strong`, that lie across all old ones."""
+    """Return a weight before and after training: perturbed a little in all directions, and with
+    `intruders` new random directions of size `strong`."""
 
     def make():
         W = _weight(out, in_, torch.float64, decay=0.9)
@@ -439,7 +439,7 @@ def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0):
     ),
 )
 def intruder_dimensions(w0, w1, k, eps):
-    """How many of the k strongest output directions of w1 are near none of w0's."""
+    """Of w1's k strongest output directions, those far from all of w0's are counted."""
     # The eigenvectors of W Wᵀ, those of them that W reaches.
     squares = (w.double() @ w.double().T for w in (w0, w1))
     old, new = (torch.linalg.eigh(s).eigenvectors.flip(1)[:, : min(w0.shape)] for s in squares)

@@ -381,8 +381,8 @@ def paired_difference(scores_a, scores_b):
 
 
 def _situation(gpu_gb, seeds=3, noise=0.4, **given):
-    """{method: (GiB, mean score)} as the arguments of a call, with scores that rise and fall
-    together, and a little apart."""
+    """Return {method: (GiB, mean score)} as the arguments of a call. The scores rise and fall
+    together from seed to seed, with small differences."""
 
     def wave(value: Callable) -> list[float]:
         values = [value(s) for s in range(1, seeds + 1)]

@@ -10,7 +10,7 @@ from .mistakes import mistakes, scaling_mistakes
 
 
 def _weight(out, in_, dtype=torch.float32):
-    """Rows of very different lengths, so that no two norms can stand for one another."""
+    """Return a weight whose rows differ so much in length that no norm equals another."""
     return (torch.randn(out, in_) * torch.logspace(-1, 1, out)[torch.randperm(out), None]).to(dtype)
 
 
@@ -75,7 +75,7 @@ def decompose(weight):
 
 
 def _adapted(shape, out, in_, rank, alpha, bias=True, trained=True, dtype=torch.float32):
-    """Arguments in which no two terms of ‖V‖² are alike, and c is far from 1."""
+    """Return arguments for which all terms of ‖V‖² differ, and c is far from 1."""
     x, weight = torch.randn(*shape, in_), _weight(out, in_) / math.sqrt(in_)
     A, B = torch.randn(rank, in_) / math.sqrt(in_), torch.randn(out, rank) if trained else None
     B = torch.zeros(out, rank) if B is None else B * _rows(weight)[:, None] * 0.7
@@ -180,7 +180,7 @@ def dora_output(x, weight, bias, A, B, alpha, magnitude):
 
 
 def _changed(out, in_, turn, lengths=0.3, dtype=torch.float32):
-    """Two weights: the rows of the second are longer or shorter, and turned a little."""
+    """Return two weights: the rows of the second have other lengths and are turned a little."""
     w0 = _weight(out, in_)
     noise = torch.randn(out, in_) * _rows(w0)[:, None] / math.sqrt(in_)
     w1 = (w0 + turn * noise) * (1 + lengths * torch.randn(out, 1)).abs()
@@ -256,7 +256,7 @@ def _signs(out, in_):
     ),
 )
 def magnitude_direction_change(w0, w1):
-    """How much longer or shorter the rows are, and how far they are turned."""
+    """Both means are right: the change of the rows' lengths, and of their directions."""
     a, b = w0.double(), w1.double()
     m0, m1 = ((w * w).sum(dim=1).sqrt() for w in (a, b))
     gap = a / m0[:, None] - b / m1[:, None]
@@ -268,7 +268,7 @@ def magnitude_direction_change(w0, w1):
 
 
 def _linear(out, in_, bias=True):
-    """A frozen layer, as `inject` hands it over."""
+    """Return a frozen layer, as `inject` passes it."""
     linear = nn.Linear(in_, out, bias=bias)
     with torch.no_grad():
         linear.weight.copy_(_weight(out, in_) / math.sqrt(in_))
@@ -290,8 +290,8 @@ _PARTS = (
 
 
 def _used(module):
-    """What a DoRALinear is and computes, from its start to its gradients; a part that the parts
-    before make impossible is None."""
+    """Return what a DoRALinear holds and computes, from its start to its gradients; a part that
+    earlier parts make impossible is None."""
     trained = {n.rpartition(".")[2]: p for n, p in module.named_parameters() if p.requires_grad}
     seen = dict.fromkeys(_PARTS)
     trains, dead, start, zero, first, output, *gradients = _PARTS
@@ -380,7 +380,7 @@ def _used(module):
     ),
 )
 class DoRALinear(nn.Module):
-    """The base at step 0, DoRA once trained, and the gradients of DoRA."""
+    """The layer is the base at step 0, computes DoRA once trained, and has DoRA's gradients."""
 
     def __init__(self, linear, rank=8, alpha=16.0):
         super().__init__()

@@ -24,7 +24,7 @@ from .mistakes import mistakes
 
 
 class _Quiet(Check):
-    """A check in which PEFT's warnings, about what is tried here, are not heard."""
+    """Check without showing PEFT's warnings about the trials."""
 
     def __call__(self, function: Callable) -> Verdict:
         __tracebackhide__ = True
@@ -34,7 +34,7 @@ class _Quiet(Check):
 
 
 class _Tried(_Quiet, Tried):
-    """A check by trials, in quiet."""
+    """Check by trials, without PEFT's warnings."""
 
 
 def _called(function: Callable, *args: Any, told: str) -> Any:

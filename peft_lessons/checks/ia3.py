@@ -41,7 +41,7 @@ def _bert():
 
 @cache
 def _measured(text):
-    """The widths of the layers themselves, in a model without values."""
+    """Measure the widths of the layers themselves, in a model without values."""
     import json
 
     from transformers import AutoConfig, AutoModel
@@ -335,8 +335,8 @@ _PARTS = (
 
 
 def _used(module):
-    """What an IA3Attention is and computes, from its start to its gradients; a part that the parts
-    before make impossible is None."""
+    """Return what an IA3Attention holds and computes, from its start to its gradients; a part that
+    earlier parts make impossible is None."""
     trained = {n.rpartition(".")[2]: p for n, p in module.named_parameters() if p.requires_grad}
     seen = dict.fromkeys(_PARTS)
     trains, k, v, first, start_k, start_v, output, *gradients = _PARTS
@@ -451,7 +451,7 @@ def _used(module):
     ),
 )
 class IA3Attention(nn.Module):
-    """The base at the start, (IA)³ once trained, grouped queries included, and its gradients."""
+    """The layer is the base at the start, and computes (IA)³ and its gradients once trained."""
 
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__()

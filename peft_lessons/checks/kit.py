@@ -65,7 +65,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Case:
-    """Describe one call. `make()` builds its arguments anew each time, with a seed per case.
+    """Describe one call. `make()` builds new arguments each time, with a seed per case.
 
     `note` explains what the arguments do not show. `earlier(function, *arguments)` calls the
     function once beforehand and returns the arguments of the call that is compared. With `raises`,
@@ -306,7 +306,7 @@ class Check:
         return ", ".join(args) + (f" ({note})" if note else "")
 
     def _likely(self, function: Callable, number: int, gradients: bool = False) -> list[str]:
-        """The causes whose wrong function does what the learner's does, here and before.
+        """Name the causes whose wrong function does what the learner's does, here and before.
 
         In the cases before it was right: what would have failed there is not the cause. Of True
         and False one is right by chance half of the time: there all cases must agree."""

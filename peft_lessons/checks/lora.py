@@ -18,7 +18,7 @@ alpha is divided by the output width: the rank is A.shape[0]
 
 
 def _factors(out, in_, rank):
-    """A and B of a trained adapter: neither is zero."""
+    """Return A and B of a trained adapter: neither is zero."""
     return torch.randn(rank, in_), torch.randn(out, rank)
 
 
@@ -135,7 +135,7 @@ def merge_lora(weight, A, B, alpha):
     ),
 )
 def unmerge_lora(merged_weight, A, B, alpha):
-    """The base weight is back, whatever alpha, rank and shape."""
+    """The base weight is restored for any alpha, rank and shape."""
     # One outer product a rank, in double precision.
     weight = merged_weight.double()
     for row, column in zip(A.double(), B.double().T, strict=True):
@@ -152,7 +152,7 @@ def _product(factors):
 
 
 def _pair(out, in_, rank, to, dtype=torch.float32):
-    """Factors of a strongly graded spectrum, so that the order of what is kept matters."""
+    """Return factors with a strongly graded spectrum, so that the order of what is kept matters."""
     A, B = _factors(out, in_, rank)
     grades = torch.logspace(0, -1.5, rank)[torch.randperm(rank), None]
     return [(grades * A).to(dtype), B.to(dtype), to]
@@ -213,7 +213,7 @@ def _pair(out, in_, rank, to, dtype=torch.float32):
     ),
 )
 def compress_lora(A, B, rank):
-    """As close to BA as this rank allows, with no tensor as large as a weight on the way."""
+    """The factors are as close to BA as the rank allows, without a tensor as large as a weight."""
     U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
     return Vh[:rank], U[:, :rank] * S[:rank]
 
@@ -330,7 +330,7 @@ def _adapters(*settings, out=40, in_=72):
     ),
 )
 def sum_adapters(adapters):
-    """One pair whose BA is the weighted sum of all updates, of different ranks and signs too."""
+    """BA is the weighted sum of all updates, also for different ranks and signs."""
     update = sum(
         weight * alpha / len(A) * torch.einsum("or,ri->oi", B, A)
         for A, B, alpha, weight in adapters
@@ -365,7 +365,7 @@ class _Decoder(nn.Module):
 
 
 def _injected(model):
-    """What injection decided, then what the model computes with trained factors in place."""
+    """Return what injection decided, then what the model computes with trained factors."""
     # By what it has, not by its class: the lesson's own class serves as well.
     branched = {name: m for name, m in model.named_modules() if hasattr(m, "lora")}
     wrapped = {name: m for name, m in branched.items() if hasattr(m.lora, "lora_A")}
@@ -435,7 +435,7 @@ _MATCHES = "targets match anywhere in a name: they must be whole segments at its
         _decoder_case(3, 6, ["mlp.up", "layers.1.q_proj"], note="targets of several segments"),
         _decoder_case(4, 10, ["q_proj"], training=False, note="a model in eval mode"),
         refused(lambda: [_Decoder(), 4, 10, ["q_porj"]], "q_porj", "a target that matches nothing"),
-        refused(lambda: [_Decoder(), 4, 10, ["q_proj", "embed"]], "embed", "embed is not an nn.Linear"),
+        refused(lambda: [_Decoder(), 4, 10, ["q_proj", "embed"]], "embed", "embed is not a Linear"),
         _second_call(["q_proj"], "a second call: the model has LoRA branches already"),
         _second_call(["up"], "a second call for other layers of a model with LoRA branches"),
     ],

@@ -224,7 +224,7 @@ def _seen(result):
 
 
 def _between(embeddings, mask, labels, prompt):
-    """With the prompt behind the padding on the left."""
+    """Put the prompt after the padding on the left."""
     found, p = [], len(prompt)
     for i, row in enumerate(embeddings):
         at = 0 if mask is None else int(mask[i].argmax())

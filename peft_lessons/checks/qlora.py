@@ -163,7 +163,7 @@ def unpack_nibbles(packed):
     ),
 )
 def normal_float_levels(bits):
-    """NF4, and its like for 2, 3, 5 and 8 bits."""
+    """The levels are right for NF4, and for 2, 3, 5 and 8 bits."""
     half, top = 2 ** (bits - 1), 1 - (1 / 2**bits + 1 / (2**bits - 1)) / 4
     # One number after another, by its place among the halves.
     probabilities = [
@@ -189,7 +189,7 @@ _CUBIC = (torch.arange(-127, 129) / 128) ** 3
 
 
 def _weights(shape, levels, block):
-    """Numbers far from where two levels are equally near: their codes survive any rounding."""
+    """Return numbers far from the midpoints of levels: their codes survive any rounding."""
     n = math.prod(shape)
     edges = torch.cat([-torch.ones(1), (levels[1:] + levels[:-1]) / 2, torch.ones(1)])
     cell = torch.randint(len(levels), (n,))
@@ -258,7 +258,7 @@ def _case(shape, levels, block, note=""):
     ),
 )
 def quantize_blockwise(x, levels, block):
-    """The nearest level for any levels and shape, with a short last block too."""
+    """Every number gets its nearest level, for any levels and shape, in a short last block too."""
     # One block after another, each number compared with every level.
     codes, absmax = [], []
     for part in x.flatten().double().split(block):
@@ -312,7 +312,7 @@ def _dequantizing_case(shape, levels, block, note=""):
     ),
 )
 def dequantize_blockwise(codes, absmax, levels, block, shape):
-    """Each code's level times the absmax of its block, in the shape asked for."""
+    """Each number is its level times the absmax of its block, in the given shape."""
     parts = zip(codes.long().split(block), absmax, strict=True)
     return torch.cat([largest * levels[part] for part, largest in parts]).reshape(shape)
 
@@ -336,7 +336,7 @@ def _merge_case(out, in_, rank, alpha, update=1.0, note=""):
 
 
 def _grid_case(out=24, in_=128, rank=4, alpha=10):
-    """A merged weight that lies on the grid of NF4, whatever the scaling: 4 bits lose nothing."""
+    """Return a merged weight on the grid of NF4 for any scaling: 4 bits lose nothing."""
 
     def make():
         code = torch.randint(1, 16, (in_,), dtype=torch.uint8)
@@ -403,7 +403,7 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
     ),
 )
 def merge_into_4bit(packed, absmax, A, B, alpha, shape):
-    """The merged weight unharmed, and what 4 bits would have cost it."""
+    """The merged weight is exact, and the error of storing it in 4 bits is right."""
     codes = unpack_nibbles.reference(packed)
     dequantized, grid = dequantize_blockwise.reference, (_NF4, 64)
     weight = dequantized(codes, absmax, *grid, shape).double()
@@ -553,7 +553,7 @@ def _product_check(reference):
 
 @_product_check
 def FourBitProduct(x, packed, absmax, shape):
-    """The gradient of x through W′, which nothing keeps between forward and backward."""
+    """The gradient of x is right, and nothing keeps W′ between forward and backward."""
     codes = unpack_nibbles.reference(packed)
     weight = dequantize_blockwise.reference(codes, absmax, _NF4, 64, shape)
     y = torch.einsum("...i,oi->...o", x, weight)
@@ -564,18 +564,18 @@ def FourBitProduct(x, packed, absmax, shape):
 
 
 def _normal(blocks=128):
-    """Normal weights divided by the absmax of their block of 64, flat."""
+    """Return normal weights divided by the absmax of their block of 64, flat."""
     weights = torch.randn(blocks, 64)
     return (weights / weights.abs().amax(dim=1, keepdim=True)).flatten()
 
 
 def _pruned():
-    """Half of the weights are zero, so that several quantiles are."""
+    """Return weights of which half are zero, so that several quantiles are zero."""
     return _normal() * (torch.arange(128 * 64) % 2)
 
 
 def _error(levels, ratios):
-    """The relative error of rounding to the nearest of the levels, in per cent."""
+    """Return the relative error of rounding to the nearest of the levels, in per cent."""
     levels, ratios = levels.double(), ratios.double()
     nearest = levels[torch.bucketize(ratios, (levels[1:] + levels[:-1]) / 2)]
     return 100 * ((nearest - ratios).norm() / ratios.norm()).item()
@@ -626,7 +626,7 @@ class _Levels(Tried):
         return trial
 
     def _named(self, got, ratios, count) -> list[str]:
-        """The causes whose wrong function gives these levels."""
+        """Name the causes whose wrong function gives these levels."""
         named = []
         for sentence, wrong in self.all_causes.items():
             levels, _ = outcome(wrong, [ratios.clone(), count])

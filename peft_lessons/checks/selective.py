@@ -15,7 +15,7 @@ from .mistakes import mistakes
 
 
 class _Called(nn.Module):
-    """Biases, and what is only called so, in an order that is not the alphabet's."""
+    """Hold biases and other parameters with bias in their names, not in alphabetical order."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class _Called(nn.Module):
 
 
 def _tied_biases():
-    """A head that has its decoder's bias itself, as BERT's has, and a layer used twice."""
+    """Return a head that also holds its decoder's bias, as BERT's does, and a layer used twice."""
     head, layer = nn.Module(), nn.Linear(4, 4)
     head.decoder = nn.Linear(4, 9)
     head.bias = head.decoder.bias
@@ -113,8 +113,9 @@ def select_bitfit(model):
 
 
 def _layer(rows, columns, *batch, k, within=False):
-    """x, weight, bias, k positions in no order, and the values there. `within`: also a position
-    that is divided by the wrong side of the weight, or the wrong way round, is one in it."""
+    """Return x, weight, bias, k positions in no order, and the values there. With `within`, a
+    position stays inside the weight even if it is divided by the wrong side or the wrong way
+    round."""
     positions = torch.randperm(rows * columns)
     if within:
         side = min(rows, columns)
@@ -185,7 +186,7 @@ def _layer(rows, columns, *batch, k, within=False):
     ),
 )
 def sparse_linear(x, weight, bias, indices, values):
-    """The output with W + S, gradients of x and of the values, and a weight that stays."""
+    """The output is that of W + S, x and the values get gradients, and the weight is unchanged."""
     rows, columns = indices // weight.shape[1], indices % weight.shape[1]
     return F.linear(x, weight, bias).index_add(-1, rows, x[..., columns] * values)
 
@@ -266,7 +267,7 @@ def _far(*settings):
     ),
 )
 def hard_concrete(log_alpha, u, low=-1.5, high=1.5, temperature=1.0):
-    """Drawn, stretched and cut off, for every stretch and temperature, and its gradient."""
+    """Gates and gradients are right for every stretch and temperature."""
     stretched = _stretch(log_alpha, low, high, temperature)(u.double())
     return torch.minimum(stretched.relu(), torch.ones_like(stretched)).to(log_alpha.dtype)
 
@@ -341,7 +342,7 @@ def _alphas(shape, *settings):
     ),
 )
 def expected_l0(log_alpha, low=-1.5, high=1.5, temperature=1.0):
-    """How many gates a draw leaves open on average, and how each log alpha changes that."""
+    """The expected number of open gates is right, and so is its gradient."""
     shut = _stretch(log_alpha, low, high, temperature).inv(torch.zeros_like(log_alpha).double())
     return (1 - shut).sum().to(log_alpha.dtype)  # u is uniform: P(u > shut) = 1 − shut
 
@@ -350,7 +351,7 @@ def expected_l0(log_alpha, low=-1.5, high=1.5, temperature=1.0):
 
 
 def _trained(kind):
-    """(before, after): two state dicts that differ in a few entries."""
+    """Return (before, after), two state dicts that differ in a few entries."""
     if kind == "numbers of other kinds":
         kept = {"seen": torch.arange(6), "empty": torch.zeros(0, 3)}
         before = {"steps": torch.tensor(7), "on": torch.ones(2, 2).bool()}
@@ -440,7 +441,8 @@ def _trained(kind):
     ),
 )
 def sparse_diff(before, after):
-    """Where any bit has changed, and the new values there; nothing of what stayed."""
+    """The diff holds every entry whose bits have changed, with its new value, and no other
+    entry."""
     found = {}
     for name, old in before.items():
         pairs = list(zip(old.reshape(-1), after[name].reshape(-1), strict=True))
@@ -460,14 +462,14 @@ def _to_apply(kind):
 
 
 def _misplaced(place, at=0, name="fc.weight"):
-    """A diff with a wrong index among right ones, or for a wrong name."""
+    """Return a diff with a wrong index among right ones, or for a wrong name."""
     before, diff = _to_apply("some")
     diff["fc.weight"][0][at] = place
     return [before, {name: diff["fc.weight"]}]
 
 
 def _overwrites_the_first(apply, before, diff):
-    """What is done to one result must not reach the next."""
+    """Overwrite the first result, which must not change the next one."""
     for tensor in apply(before, diff).values():
         tensor.data.zero_()
     return [before, diff]
@@ -526,7 +528,7 @@ def _overwrites_the_first(apply, before, diff):
     ),
 )
 def apply_sparse_diff(before, diff):
-    """Bit for bit what it was after training; a diff that does not fit is refused."""
+    """The trained model is restored bit for bit, and a diff that does not fit is refused."""
     after = {}
     for name, old in before.items():
         entries = list(old.clone().reshape(-1))
@@ -545,7 +547,7 @@ _LAST = [f"blocks.2.{name}.{kind}" for name in ("fc", "norm") for kind in ("weig
 
 
 class _Part(nn.ModuleDict):
-    """Layers, one after another."""
+    """Apply layers one after another."""
 
     def forward(self, x):
         for layer in self.values():
@@ -554,7 +556,7 @@ class _Part(nn.ModuleDict):
 
 
 class _Net(nn.Module):
-    """Three blocks with dropout and running averages, and a head tied to the embedding."""
+    """Hold three blocks with dropout and running averages, and a head tied to the embedding."""
 
     def __init__(self):
         super().__init__()
@@ -585,7 +587,7 @@ def _net(names, used=False, frozen=False):
 
 
 def _optimised(optimizer):
-    """What was decided, and what three steps of training make of it."""
+    """Return which parameters train, and their values after three steps."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     model = held[0].net
     names = {p: name for name, p in model.named_parameters()}
@@ -619,7 +621,7 @@ def _optimised(optimizer):
 
 
 def _holds(optimizer, parameters):
-    """The optimiser with these parameters; torch's own way would warn of those there twice."""
+    """Return the optimiser with these parameters; torch's own way would warn of duplicates."""
     optimizer.param_groups[0]["params"] = list(parameters)
     return optimizer
 
@@ -675,7 +677,7 @@ def _holds(optimizer, parameters):
     ),
 )
 def make_optimizer(model, names):
-    """What is named trains, once each step; all else stays as it is to the last bit."""
+    """Each named parameter is updated once a step, and all others stay equal bit for bit."""
     chosen = {id(model.get_parameter(name)): model.get_parameter(name) for name in names}
     for module in model.modules():
         for p in module.parameters(recurse=False):

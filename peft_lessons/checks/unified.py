@@ -45,7 +45,7 @@ def _check_for(**settings: Any) -> Callable[[Callable], Check]:
 
 
 def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
-    """`common` is what all keys have in common, with which all scores of a token are large."""
+    """Return the tensors of one head; `common` is added to all keys and makes all scores large."""
     shapes = [(*batch, T, d), (d_h, d), (p, d_h), (p, d_h)]
     x, w_q, prefix_k, prefix_v = (torch.randn(shape) for shape in shapes)
     return [t.to(dtype) for t in (x, w_q, prefix_k + common, prefix_v)]
@@ -155,7 +155,7 @@ def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
 
 
 def _states(*shape, scale, heads=None, gate=None):
-    """h and a change, and one λ for each token and head: all of them `gate`, if given."""
+    """Return h, a change, and one λ for each token and head, all equal to `gate` if given."""
     h, delta = torch.randn(shape), torch.randn(shape)
     if heads is None:
         return [h, delta, scale]

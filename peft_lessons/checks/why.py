@@ -95,7 +95,8 @@ def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8)
     ),
 )
 def step_flops(n_params, n_trainable, tokens):
-    """The forward pass, the backward pass through all weights, the gradients of what trains."""
+    """The forward pass, the backward pass and the gradients of the trainable weights are
+    counted."""
     every_weight, trained_weight = 2 + 2, 2 + 2 + 2
     return tokens * (every_weight * (n_params - n_trainable) + trained_weight * n_trainable)
 
@@ -175,7 +176,7 @@ def largest_rank(shapes, budget_bytes, bytes_per_parameter):
 
 
 class _Net(nn.Module):
-    """A small network of the parts that are given."""
+    """Hold the given parts as a small network."""
 
     def __init__(self, **parts: nn.Module) -> None:
         super().__init__()
@@ -206,7 +207,8 @@ def _buffers():
 
 
 def _packed(out=10, in_=6, **parts):
-    """A frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, beside a quant_state."""
+    """Return a frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, and a
+    quant_state."""
     net = _Net(base=nn.Linear(in_, out), branch=nn.Linear(in_, 4, bias=False), **parts)
     codes = torch.randint(0, 256, (out * in_ // 2, 1), dtype=torch.uint8)
     net.base.weight = nn.Parameter(codes, requires_grad=False)
@@ -286,7 +288,8 @@ def _everything():
     ),
 )
 def count_parameters(model):
-    """Tied weights once, no buffers, and packed 4-bit weights at their true number."""
+    """Tied weights are counted once, buffers not at all, and packed weights by their true
+    number."""
     sizes = {}
     for module in model.modules():
         for p in module._parameters.values():

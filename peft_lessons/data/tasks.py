@@ -287,7 +287,7 @@ class LanguageTask(Task):
 
     def _collate(self, examples: Split) -> dict[str, torch.Tensor]:
         batch = self._pad(examples.tokens)
-        # By the mask: the padding may be a token that also stands in the text.
+        # By the mask: the padding may be a token that also occurs in the text.
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}  # (size, tokens)
 

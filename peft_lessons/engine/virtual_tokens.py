@@ -42,7 +42,7 @@ def positions_of(model: nn.Module) -> int | None:
         return None
     embeddings = getattr(getattr(model, "base_model", model), "embeddings", None)
     padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return positions if padding is None else positions - padding - 1  # RoBERTa's begin behind it
+    return positions if padding is None else positions - padding - 1  # RoBERTa's begin after it
 
 
 def refuse_long(owner: str, model: nn.Module, p: int, text: int) -> None:

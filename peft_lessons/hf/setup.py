@@ -203,7 +203,7 @@ def rate_of(model) -> float:
     """Return the default learning rate of `train_with_peft` for a model of PEFT, a starting point.
 
     A model that generates text counts as a language model, except tinylm. Classifiers, encoders and
-    tinylm get the rates of small models. A method beside `HF_METHODS` gets LoRA's rate."""
+    tinylm get the learning rates of small models. A method outside `HF_METHODS` gets LoRA's."""
     config, base = model.active_peft_config, model.get_base_model()
     kind = type(config).__name__
     method = next((m for m, (name, _) in _CONFIGS.items() if name == kind), "lora")
@@ -271,9 +271,9 @@ def setup_peft_training(
 
     Returns (model in train mode, tokenizer with a padding token; it pads on the left for a prompt
     before a decoder's classifier, which reads the last place).
-    Raises TypeError for a `checkpointing` that is not a bool; ValueError for an unknown method (lists
-    the known), checkpointing with a prefix, an encoder without `labels`, a model
-    with an encoder and a decoder, a rank below 1 or above a layer's width, float16 on a CPU, an
+    Raises TypeError for a `checkpointing` that is not a bool; ValueError for an unknown method
+    (lists the known), checkpointing with a prefix, an encoder without `labels`, a model with an
+    encoder and a decoder, a rank below 1 or above a layer's width, float16 on a CPU, an
     `output_dir` that is a file, a tokenizer with neither padding nor end token, a prompt or prefix
     for a base with a fresh pooler, and as `load_model`."""
     import peft
@@ -328,8 +328,8 @@ def setup_peft_training(
 
 
 def _checkpoints(method: str, wanted: bool | None) -> bool:
-    """Return whether gradient checkpointing is on. TypeError for a value that is not a bool, ValueError for a
-    prefix."""
+    """Return whether gradient checkpointing is on. TypeError for a value that is not a bool,
+    ValueError for a prefix."""
     if wanted is None:
         return method == "qlora"
     if not isinstance(wanted, bool):

@@ -299,7 +299,7 @@ def _class(label, classes: int, where: str, item) -> int:
 def _collator(model, tokenizer):
     if classifies(model.active_peft_config):
         return DataCollatorWithPadding(tokenizer)
-    # By position, not by the padding token, which may also stand in the text as its end.
+    # By position, not by the padding token, which may also end the text.
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
 
 

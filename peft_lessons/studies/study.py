@@ -144,7 +144,7 @@ def _by_seed(runs: DataFrame, column: str, scale: float) -> dict[int, float]:
 
 def mean_and_range(runs: DataFrame, column: str, scale: float = 1.0) -> Spread:
     """Return mean, minimum and maximum of `scale` times a column over runs that differ in their
-    seed. Raises ValueError for no runs, or a seed that is there twice."""
+    seed. Raises ValueError for no runs, or a seed that occurs twice."""
     values = _by_seed(runs, column, scale).values()
     return Spread(statistics.fmean(values), min(values), max(values), len(values))
 

@@ -59,7 +59,7 @@ class MethodError(AssertionError):
 
 @cache
 def _classifier() -> nn.Module:
-    """A BERT that drops nothing; all its widths are multiples of 64, as four bits need them."""
+    """Return a BERT without dropout; all its widths are multiples of 64, as four bits need."""
     return tiny_bert(
         intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
@@ -172,7 +172,7 @@ def _quoted(names: list[str]) -> str:
 
 
 def _as_declared(method: Method, bench: Bench) -> str:
-    """A frozen dataclass of its own, with fields that its file can name."""
+    """Check that it is a frozen dataclass of its own, with fields that its file can name."""
     cls = type(method)
     settings = getattr(cls, "__dataclass_params__", None)
     inherited = "__dataclass_params__" not in vars(cls)
@@ -201,7 +201,7 @@ def _as_declared(method: Method, bench: Bench) -> str:
 
 
 def _as_named(method: Method, bench: Bench) -> str:
-    """Files of a kind that is no other method's."""
+    """Check that the kind of its files is not another method's."""
     cls = type(method)
     files = vars(cls).get("files")
     if not isinstance(files, PeftFiles):
@@ -230,7 +230,7 @@ def _as_named(method: Method, bench: Bench) -> str:
 
 
 def _as_injected(method: Method, bench: Bench) -> str:
-    """It goes into the base and adds something that trains; the base stays frozen and unchanged."""
+    """Check that it adds trainable parameters, and that the base stays frozen and unchanged."""
     model = bench.model()
     base, before = dict(model.named_parameters()), _values(model)
     injection = injection_of(bench.holding(method, model))
@@ -302,7 +302,7 @@ def _refuse_changed(injection: Injection, base: dict, before: dict, when: str) -
 
 
 def _refuse_idle(method: Method, bench: Bench) -> None:
-    """Refuses what changes nothing, or changes what it is given."""
+    """Refuse a method that changes nothing, or that changes its input."""
     model, read = bench.perturbed(method), []
     injection = injection_of(model)
     added = {name for name, _ in injection.added()}
@@ -332,7 +332,7 @@ _EXACT = 1e-6  # of a gap in float64
 
 
 def _as_designed(method: Method, bench: Bench) -> str:
-    """The change by its formula is what running gives, whatever its fields are."""
+    """Check that its formula gives the change that the model computes, for all its fields."""
     cls = type(method)
     if vars(cls).get("design") is None:
         told = "Write design = Design(form, insertion, modified, composition, delta=...)."
@@ -424,8 +424,8 @@ def _refuse_words(design: Design, site: Site) -> None:
 def _formula_cause(
     sites: list[Site], delta: Callable[[Site], torch.Tensor], start: list[Site]
 ) -> str:
-    """In what way a formula is wrong: a regularity of its values, or how large they are. `start`
-    are the sites of the same model before its parameters are perturbed."""
+    """Return how a formula is wrong: a regularity of its values, or their size. `start` holds the
+    sites of the same model before its parameters are perturbed."""
 
     def flat(changes) -> torch.Tensor:
         shaped = [c.expand_as(site.h) for c, site in zip(changes, sites, strict=True)]
@@ -463,7 +463,8 @@ def _formula_cause(
 
 
 def _variants(method: Method, bench: Bench) -> Iterator[tuple[str, Any, Method]]:
-    """(field, another value, the method with it) for each field that has one that fits the base."""
+    """Yield (field, another value, the method with it) for each field with one that fits the
+    base."""
     for field in dataclasses.fields(method) if bench.fields else ():
         for value in _other_values(getattr(method, field.name)):
             try:
@@ -491,7 +492,7 @@ def _other_values(value: Any) -> list[Any]:
 
 
 def _as_trained(method: Method, bench: Bench) -> str:
-    """Gradients reach all that it adds, and fit lowers the loss."""
+    """Check that gradients reach all its parameters, and that fit lowers the loss."""
     model = bench.model()
     base, before = dict(model.named_parameters()), _values(model)
     injection = injection_of(bench.holding(method, model))
@@ -544,7 +545,7 @@ def _refuse_unreached(seen: dict[str, bool | None], starts: dict[str, bool], ste
 
 
 def _as_set(method: Method, bench: Bench) -> str:
-    """Each field that the class itself declares has an effect."""
+    """Check that each field that the class itself declares has an effect."""
     own, tried = get_annotations(type(method)), []
     for name, value, changed in _variants(method, bench):
         if name not in own:
@@ -588,7 +589,7 @@ def _seen(method: Method, bench: Bench) -> Iterator[list | str]:
 
 
 def _as_saved(method: Method, bench: Bench) -> str:
-    """What is saved and loaded computes the same, whatever its fields are."""
+    """Check that a saved and loaded adapter computes the same, for all its fields."""
     _refuse_file(method, bench)
     names: list[str] = []
     for name, value, changed in _variants(method, bench):
@@ -609,7 +610,7 @@ def _refuse_file(method: Method, bench: Bench, because: tuple[str, Any] | None =
                 f"save_adapter raised {summary(error)}",
                 "Of a field a file holds numbers, strings, lists and None.",
             ) from None
-        torch.random.default_generator.manual_seed(2)  # what is not in the file is drawn anew
+        torch.random.default_generator.manual_seed(2)  # what is not in the file is drawn again
         try:
             load_adapter(loaded, folder)
         except Exception as error:
@@ -666,7 +667,7 @@ def _file_cause(method: Method, injection: Injection, because: tuple[str, Any] |
 
 
 def _as_merged(method: Method, bench: Bench) -> str:
-    """If it has a merge rule, the weights alone compute the same, and it can be taken out again."""
+    """Check that the merged weights alone compute the same, and that it can be unmerged."""
     model = bench.perturbed(method)
     wrappers = injection_of(model).wrappers.values()
     expected = bench.logits(model)
@@ -708,7 +709,8 @@ def _as_merged(method: Method, bench: Bench) -> str:
 
 
 def _as_unloaded(method: Method, bench: Bench) -> str:
-    """unload gives the base back to the last bit, and the method goes in once more."""
+    """Check that unload restores the base bit for bit, and that the method can be injected
+    again."""
     model = bench.model()
     before = _values(model)
     for _ in range(2):
@@ -728,7 +730,7 @@ def _as_unloaded(method: Method, bench: Bench) -> str:
 
 
 def _as_disabled(method: Method, bench: Bench) -> str:
-    """Switched off, the model computes the base's logits, and afterwards its own again."""
+    """Check that the model gives the base's logits while it is off, and its own afterwards."""
     if not bench.keeps_base:
         return "the base itself is changed, so nothing is compared with it"
     model = bench.perturbed(method, head=True)
@@ -740,7 +742,7 @@ def _as_disabled(method: Method, bench: Bench) -> str:
 
 
 def _as_listed(method: Method, bench: Bench) -> str:
-    """It has rows in the table of all methods, which has those of `check_design`."""
+    """Check its rows in the table of all methods, which has those of `check_design`."""
     for row in check_design(type(method), bench.model(), bench.batch):
         if not row["places"] or row["gap"] > _EXACT:
             raise MethodError("by the example of its design, the formula is not what running gives")
@@ -751,7 +753,7 @@ def _as_listed(method: Method, bench: Bench) -> str:
 
 
 def _as_copied(method: Method, bench: Bench) -> str:
-    """A deep copy computes the same, and neither knows of the other."""
+    """Check that a deep copy computes the same and is independent."""
     model = bench.perturbed(method)
     expected, twin = bench.logits(model), copy.deepcopy(model)
     bench.require(twin, expected, "a deep copy of the model computes something else")
@@ -768,7 +770,7 @@ def _as_copied(method: Method, bench: Bench) -> str:
 
 
 def _as_cast(method: Method, bench: Bench) -> str:
-    """In 16 and 64 bits it computes, learns and merges; in 16 bits its parameters have 32."""
+    """Check that it computes, learns and merges in 16 and 64 bits; in 16 its parameters have 32."""
     wide = expected = None
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         base = bench.model().to(dtype)
@@ -808,7 +810,7 @@ def _as_cast(method: Method, bench: Bench) -> str:
 
 
 def _as_counted(method: Method, bench: Bench) -> str:
-    """On the meta device, without any value, it has the same parameters and goes the same ways."""
+    """Check that it has the same parameters on the meta device, and can be run and merged there."""
     model = bench.model().to("meta")
     model.tie_weights()
     if _shapes(method, bench) != _shapes(method, bench, model):
@@ -829,7 +831,7 @@ def _as_counted(method: Method, bench: Bench) -> str:
 
 
 def _as_generated(method: Method, bench: Bench) -> str:
-    """A decoder generates the same with a cache, without one, and by its plain forward."""
+    """Check that a decoder generates the same with a cache, without one, and by plain forward."""
     if not bench.base.can_generate():
         return "the model does not generate"
     model = bench.perturbed(method)
@@ -851,7 +853,7 @@ _NOT_OF_FILES = ("is_gradient_checkpointing", "Sparse invariant checks")
 
 
 def _as_exchanged(method: Method, bench: Bench) -> str:
-    """PEFT reads its files, and it reads PEFT's."""
+    """Check that PEFT reads its files, and that it reads PEFT's."""
     if bench.peft is None:
         return "files are not compared with PEFT"
     with warnings.catch_warnings(record=True) as said:

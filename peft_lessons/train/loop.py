@@ -143,7 +143,7 @@ def evaluate(model: nn.Module, task, split: str = "test", batch_size: int = 64) 
                 by_row = batch["labels"].dim() == 1
                 if not by_row:
                     # A language model predicts the next token, so the first one has no prediction;
-                    # where a prompt stands before it, it has one, which would not compare.
+                    # where a prompt comes before it, it has one, which would not compare.
                     batch["labels"] = batch["labels"].clone()
                     batch["labels"][:, 0] = -100
                 output, labels = _loss(model, batch), batch["labels"]

@@ -109,9 +109,9 @@ def test_an_edit_that_is_void_or_double_is_an_error():
     for edits, told in (
         ("it is void\n z → x", "'z' is there 0 times"),
         ("it hits more than it says\n x → 3", "'x' is there 2 times"),
-        ("one\n 2 → 3\n one\n 2 → 4", "'one' is there twice"),
+        ("one\n 2 → 3\n one\n 2 → 4", "'one' occurs twice"),
         ("it has no edit", "'it has no edit' has no edit"),
-        ("2 → 3", "'2 → 3' stands below no sentence"),
+        ("2 → 3", "'2 → 3' has no sentence above it"),
         ("two arrows\n 2 → 3 → 4", "'2 → 3 → 4' must be old → new"),
         ("nothing is left\n 2 →", "'2 →' must be old → new, with ∅ for nothing"),
         ("an unknown function\n = nope", "must be one name of a function you pass"),

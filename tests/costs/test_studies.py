@@ -104,7 +104,7 @@ def test_mean_and_range_over_seeds():
     assert (found.mean, found.low, found.high, found.n) == pytest.approx((84, 83, 85, 2))
     assert repr(found) == "84.0 (83.0 to 85.0, 2 seeds)"
     assert repr(Spread(38.04, 38.04, 38.04, 1)) == "38.0 (1 seed)"
-    for wrong, message in ((MINE[:0], "matches nothing"), (MINE, "seed 0 is there twice")):
+    for wrong, message in ((MINE[:0], "matches nothing"), (MINE, "seed 0 occurs twice")):
         with pytest.raises(ValueError, match=message):
             mean_and_range(wrong, "test")
 

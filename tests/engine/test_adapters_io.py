@@ -361,8 +361,8 @@ CONFIGS = {
     "saved module that is missing": (dict(modules_to_save=["norm"]), "misses .*norm.weight"),
     "saved modules as a string": (dict(modules_to_save="norm"), "must be a list of module names"),
     "no type": (dict(peft_type=...), "names no peft_type"),
-    "another type": (dict(peft_type="XLORA"), "'XLORA' is no method of the course; known.*LORA"),
-    "type list": (dict(peft_type=["LORA"]), "is no method of the course"),
+    "another type": (dict(peft_type="XLORA"), "'XLORA' is not a method of the course; known.*LORA"),
+    "type list": (dict(peft_type=["LORA"]), "is not a method of the course"),
     "another base": (
         dict(base_model_name_or_path="owner/other"),
         "made for 'owner/other', this model is 'owner/tiny': .*check_base=False",

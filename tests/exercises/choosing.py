@@ -136,7 +136,7 @@ def by_the_root_of_the_degrees(scores_a, scores_b):
     return d.mean(), d.mean() - half, d.mean() + half
 
 
-@wrong("paired_difference", "nothing was raised, where ValueError was due")
+@wrong("paired_difference", "nothing was raised, where ValueError was expected")
 def any_length(scores_a, scores_b):
     d = [a - b for a, b in zip(scores_a, scores_b, strict=False)]
     if len(d) == 1:

@@ -102,7 +102,7 @@ def absolute(prompts, weights):
     return by_zip(prompts, weights)
 
 
-@wrong("prompt_ensemble", "nothing was raised, where ValueError was due")
+@wrong("prompt_ensemble", "nothing was raised, where ValueError was expected")
 def zip_stops(prompts, weights):
     return sum(w * p for w, p in zip(weights, prompts, strict=False)) / sum(weights)
 

@@ -260,7 +260,7 @@ def by_a_view(before, diff):
     return after
 
 
-@wrong("apply_sparse_diff", "KeyError: 'head.weight', where ValueError was due")
+@wrong("apply_sparse_diff", "KeyError: 'head.weight', where ValueError was expected")
 def nothing_refused(before, diff):
     after = {name: old.clone() for name, old in before.items()}
     for name, (at, values) in diff.items():

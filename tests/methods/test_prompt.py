@@ -341,7 +341,7 @@ def test_the_smallest_file(tmp_path):
     [
         (dict(num_virtual_tokens=5), "shape"),
         (dict(num_virtual_tokens=500), "128 positions"),
-        (dict(peft_type="P_TUNING"), "is no method of the course"),
+        (dict(peft_type="P_TUNING"), "is not a method of the course"),
     ],
 )
 def test_files_that_do_not_fit(change, told, tmp_path):
