@@ -176,7 +176,7 @@ def serve(root: Path, scratch: Path, dark: bool) -> Iterator[tuple[str, str]]:
     """Run JupyterLab on the loopback address, with nothing of the user's own settings.
 
     Yields its URL and its token. Other accounts of the machine reach the address too, and see the
-    options of each process, but not its environment, where the token stands."""
+    options of each process, but not its environment, which holds the token."""
     _settings(scratch / "settings", dark)
     folders = {
         "JUPYTERLAB_SETTINGS_DIR": "settings",

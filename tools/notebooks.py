@@ -45,7 +45,7 @@ MODULES = {
 }
 
 # Of an output with sliders a page without a kernel shows the other forms, and this one has an id
-# that is drawn anew each time.
+# that is drawn again each time.
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 # A block of code in markdown, to its end or to that of the cell, and a heading outside of blocks.

@@ -8,7 +8,7 @@
         """
         the scaling alpha / r is left out
             alpha / len(A) * → ∅
-        A and B have changed places: x meets A first, which has
+        A and B are swapped: x meets A first, which has
         as many columns as x
             x @ A.T → x @ B
             @ B.T → @ A

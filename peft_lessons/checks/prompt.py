@@ -22,7 +22,7 @@ def _table(vocabulary, width, zero=None, dtype=torch.float32):
 
 
 def _moved(p, vocabulary, width, k, **settings):
-    """A prompt as training leaves it: tokens of the table, moved and stretched."""
+    """Return a prompt as training leaves it: tokens of the table, shifted and stretched."""
     table = _table(vocabulary, width, **settings)
     start = F.normalize(table[torch.randperm(vocabulary)[:p]])
     stretch = torch.logspace(-1, 1, p, dtype=table.dtype)[:, None]

@@ -63,7 +63,7 @@ from ..methods.prompt import Prompt
 from ..methods.qlora import QLoRA
 from . import measure
 
-GB, GIB = 10**9, 2**30  # what a byte count is given in, and what a card is sold in
+GB, GIB = 10**9, 2**30  # the unit of byte counts, and that of a GPU's memory
 CHUNK = 256  # tokens of which a chunked loss has the logits at a time
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight: its code, and its share of the statistics
 

@@ -128,7 +128,7 @@ def refuse_model(owner: str, model: nn.Module) -> None:
 
 
 def refuse_reader(owner: str, reader: nn.Module) -> None:
-    """Raise ValueError if a model has no place for the keys and values of a prefix."""
+    """Raise ValueError if a model cannot take the keys and values of a prefix."""
     takes, complaint = inspect.signature(reader.forward).parameters, None
     if "cache" in takes:
         complaint = _NOT_THIS_VERSION

@@ -173,8 +173,8 @@ HF_METHODS = tuple(_CONFIGS)
 
 _TRL = "TRL's documentation, PEFT Integration"
 _COMPARISON = "PEFT's method_comparison (MetaMathQA, Llama-3.2-3B)"
-# {method: (rate for a small model, rate for a language model, source of the latter)}. The small
-# rates lie near the best ones of this course's studies on its two small models.
+# {method: (learning rate for small models, for language models, source of the latter)}. The small
+# ones are near the best of this course's studies on its two small models.
 _RATES: dict[str, tuple[float, float, str]] = {
     "lora": (1e-3, 2e-4, f"{_TRL}: 2e-4 for SFT; Unsloth's hyperparameters guide: 2e-4"),
     "rslora": (1e-3, 1e-4, f"{_COMPARISON}, lora/llama-3.2-3B-rank64-rslora: 1e-4"),
@@ -192,7 +192,7 @@ def learning_rates() -> list[dict]:
     """Return a row for each method of `HF_METHODS`: "method", the default learning rates of
     `train_with_peft` for "small models" and for "language models", and the "source" of the latter.
 
-    All rates are starting points. A few runs on your task must tell you which one to keep."""
+    All learning rates are starting points: a few runs on your task must decide."""
     return [
         {"method": method, "small models": small, "language models": language, "source": source}
         for method, (small, language, source) in _RATES.items()
@@ -270,7 +270,7 @@ def setup_peft_training(
         seed: decides the head and what the method draws.
 
     Returns (model in train mode, tokenizer with a padding token; it pads on the left for a prompt
-    before a decoder's classifier, which reads the last place).
+    before a decoder's classifier, which reads the last position).
     Raises TypeError for a `checkpointing` that is not a bool; ValueError for an unknown method
     (lists the known), checkpointing with a prefix, an encoder without `labels`, a model with an
     encoder and a decoder, a rank below 1 or above a layer's width, float16 on a CPU, an

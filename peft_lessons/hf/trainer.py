@@ -406,7 +406,7 @@ class _Log(TrainerCallback):
 
 
 def _refuse_resume(config) -> None:
-    """Raise ValueError for a method whose adapter file lacks a part of what trains."""
+    """Raise ValueError for a method whose adapter file lacks a part of the trainable parameters."""
     kind, network = config.peft_type.value, "the network that makes the virtual tokens"
     lacks = {
         "ADALORA": "the pruned triplets and the scores of its allocator",

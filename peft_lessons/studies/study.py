@@ -252,7 +252,7 @@ def _task(runs: DataFrame) -> str:
 
 def best_lr(runs: DataFrame) -> tuple[float, DataFrame]:
     """Return the learning rate that is best by `validation` among the runs with seed 0 that did not
-    diverge, and all runs at it. Of equals the lower rate is best.
+    diverge, and all runs at it. Among equal ones the lower learning rate is best.
 
     Raises ValueError if there is no such run."""
     tried = zip(runs["lr"].tolist(), runs["seed"], runs["validation"].tolist(), strict=True)

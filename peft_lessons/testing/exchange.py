@@ -88,7 +88,7 @@ def _exchanged(base: nn.Module, ours: nn.Module, config, steps: int) -> dict[str
     @torch.no_grad()
     def logits(model: nn.Module) -> torch.Tensor:
         values = model.eval()(**text).logits
-        # A prompt's own places come first; a classifier has none.
+        # A prompt's own positions come first; a classifier has none.
         return values[:, -text["input_ids"].shape[1] :] if values.dim() == 3 else values
 
     perturb(ours, 0.1, None)

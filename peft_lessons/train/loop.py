@@ -16,7 +16,7 @@ from tqdm.std import tqdm
 
 from ..engine import Injection, injection_of, refuse_off, validate
 
-FULL_LEARNING_RATE = 1e-4  # without a method, all that is not frozen trains at this rate
+FULL_LEARNING_RATE = 1e-4  # without a method, all unfrozen parameters train with it
 
 
 class TrainingDiverged(RuntimeError):

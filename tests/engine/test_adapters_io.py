@@ -74,7 +74,7 @@ def in_ours(base, folder):
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of an adapter for tiny_llama."""
+    """Return the folder of an adapter for tiny_llama."""
     return save_adapter(adapted(tiny_llama()), tmp_path / "adapter")
 
 
@@ -82,7 +82,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_what_trains_in_full_opens_in_peft_without_a_warning_and_back(name, tmp_path, recwarn):
+def test_modules_that_train_in_full_go_to_peft_and_back_without_a_warning(name, tmp_path, recwarn):
     build, targets, whole = MODELS[name], TARGETS[name], WHOLE[name]
     ours = adapted(build(), LoRA(4, 6, targets), whole)
     save_adapter(ours, tmp_path)
@@ -104,7 +104,7 @@ def test_what_trains_in_full_opens_in_peft_without_a_warning_and_back(name, tmp_
     assert same(state(unload(ours)), untouched)
 
 
-def test_a_fresh_head_goes_with_its_task_type(tmp_path):
+def test_a_new_head_goes_with_its_task_type(tmp_path):
     ours = adapted(tiny_bert(), LoRA(4, 6, ("query",)))
     save_adapter(ours, tmp_path)
     config = read_config(tmp_path)
@@ -217,7 +217,7 @@ class Stop(BaseException):
 
 
 def save_other(folder):
-    """Another adapter into the same folder: other values and another config."""
+    """Save another adapter into the same folder: other values and another config."""
     save_adapter(adapted(tiny_llama(), LoRA(2, 5, ("k_proj",))), folder)
 
 
@@ -307,7 +307,7 @@ def test_the_folder_must_not_be_a_file(saved):
 
 
 def not_loaded(folder, message, model=None, error=ValueError, **options):
-    """Loading is refused, and neither the model nor a file has changed."""
+    """Assert that loading is refused, and that neither the model nor a file has changed."""
     model = tiny_llama() if model is None else model
     files = contents(folder) if folder.is_dir() else None
     with refused(model, message, error):
@@ -407,7 +407,7 @@ def test_files_that_are_cut_off(saved, file, share):
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '{"a": 1}', "nonsense"])
-def test_json_that_is_no_adapter(saved, text):
+def test_json_that_is_not_an_adapter(saved, text):
     (saved / CONFIG).write_text(text, encoding="utf-8")
     not_loaded(saved, f"{CONFIG} in .*(names no peft_type|is broken)")
 
@@ -479,7 +479,7 @@ def test_onto_a_model_that_holds_a_method(saved):
 
 @dataclass(frozen=True)
 class Shifted(Method):
-    """Attached to the whole model, as prompt methods are."""
+    """Attach to the whole model, as prompt methods do."""
 
     start: str = "zeros"
     files = PeftFiles(

@@ -66,7 +66,7 @@ OPTIONS = dict(steps=8, batch_size=2, max_length=20, show=False)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Small random models with real tokenizers, as folders, {name: its folder}."""
+    """Return {name: folder} of small random models with real tokenizers."""
     root = tmp_path_factory.mktemp("models")
     llama = tiny_llama(vocab_size=4096, intermediate_size=128)
     torch.manual_seed(1)
@@ -334,7 +334,7 @@ def test_what_a_mask_hides_is_left_out():
         prepare(model, tokenizer, [plain | {"attention_mask": [1, 1]}], 9)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(run, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
     with pytest.raises(TrainingDiverged, match="step 3: loss nan"):
         run(learning_rate=1e30, checkpoint_every=3)
     assert not list((tmp_path / "out").glob("*"))
@@ -518,7 +518,7 @@ def test_any_collection_and_classes_of_any_library_will_do(trained):
 
 @pytest.fixture
 def out(trained, tmp_path):
-    """A copy of an adapter, to spoil."""
+    """Return a copy of an adapter, to spoil."""
     return Path(shutil.copytree(trained("lora").folder, tmp_path / "out"))
 
 

@@ -77,7 +77,7 @@ def rows_of(theirs):
 
 
 def prompted(base):
-    """Ours on a copy of the base, with random values as after training."""
+    """Return ours on a copy of the base, with random values as after training."""
     ours = deepcopy(base)
     inject(ours, Prompt(P))
     torch.manual_seed(7)
@@ -87,7 +87,7 @@ def prompted(base):
 
 
 def pair(base, name):
-    """(PEFT's model, ours) on copies of one base, with the same random prompt."""
+    """Return (PEFT's model, ours) on copies of one base, with the same random prompt."""
     theirs, ours = theirs_on(base, name), prompted(base)
     with torch.no_grad():
         rows_of(theirs).copy_(prompt_of(ours).prompt_embeddings)
@@ -293,7 +293,7 @@ def test_a_model_without_a_prompt_is_refused():
 
 
 class Padded(TinyText):
-    """Rows of different lengths, padded on the right as LanguageTask does."""
+    """Yield rows of different lengths, padded on the right as LanguageTask does."""
 
     def _batch(self, rows):
         batch = super()._batch(rows)
@@ -409,7 +409,7 @@ def test_a_generation_that_becomes_too_long():
         model.generate(ids, max_new_tokens=10, min_new_tokens=10, **options)
 
 
-def test_a_classifier_that_reads_the_last_place():
+def test_a_classifier_that_reads_the_last_position():
     """It finds the last token by its id, and there are no ids any more: PEFT reads the padding."""
     torch.manual_seed(0)
     config = LlamaConfig(**SMALL, num_labels=2, pad_token_id=1)

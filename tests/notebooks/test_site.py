@@ -47,7 +47,7 @@ TORN = """() => {
 
 
 class Page(HTMLParser):
-    """The links, loaded files and ids of a page."""
+    """Collect the links, loaded files and ids of a page."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -123,7 +123,8 @@ def test_a_lesson_goes_by_its_number_wherever_it_is_named(built):
 
 @pytest.fixture(scope="module")
 def folding(tmp_path_factory):
-    """The page of a lesson with all that is folded: an answer, plumbing and a deeper section."""
+    """Return the page of a lesson with all that is folded: an answer, plumbing, a deeper
+    section."""
     place = tmp_path_factory.mktemp("folding")
     (place / "source").mkdir()
     cells = [
@@ -184,7 +185,7 @@ def hindrances(page):
 
 
 def seen(browser, address, size, theme):
-    """(what a page shows in a window and theme, what its console says)"""
+    """Return (what a page shows in a window and theme, what its console says)."""
     context = browser.new_context(viewport=size, color_scheme=theme, offline=True)
     page, said = context.new_page(), []
     page.on("pageerror", lambda error: said.append(str(error)))

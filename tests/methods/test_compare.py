@@ -1,4 +1,4 @@
-"""What lessons show of a method: refusals, agreement with PEFT, files there and back."""
+"""Test what lessons show of a method: refusals, agreement with PEFT, files there and back."""
 
 from copy import deepcopy
 
@@ -21,7 +21,7 @@ METHOD, BATCH = LoRA(rank=4, alpha=6, targets=("q_proj",)), batch_of("llama")
 
 
 def moved():
-    """A Llama with LoRA in it that does something, and its base."""
+    """Return a Llama with a perturbed LoRA, and its base."""
     base = tiny_llama()
     model = injected_copy(base, METHOD)
     for wrapper in injection_of(model).wrappers.values():
