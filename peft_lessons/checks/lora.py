@@ -345,7 +345,7 @@ def sum_adapters(adapters):
 
 
 class _Decoder(nn.Module):
-    """Two blocks. seq_proj ends with q_proj, and upper has up in it: neither is a whole segment."""
+    """Hold two blocks. seq_proj ends with q_proj, and upper contains up: neither is a segment."""
 
     def __init__(self, d=12):
         super().__init__()

@@ -78,7 +78,7 @@ def _heads(heads, n_kv, T, p, d_h):
 
 
 def _levels(*levels, last=1.0):
-    """All scores of token t are levels[t] higher, which changes no share, and `last` times that
+    """Raise all scores of token t by levels[t], which changes no share, and by `last` times that
     where the last token is the key."""
     q, k, prefix_k = _heads(4, 2, 6, 3, 8)
     q[..., -1] = torch.tensor(levels).repeat(6 // len(levels)) * 8**0.5
@@ -187,7 +187,7 @@ def _opt(train=False):
 
 
 def _projected(model, ids):
-    """The outputs of k_proj and v_proj: keys that are not rotated."""
+    """Return the outputs of k_proj and v_proj: keys that are not rotated."""
     seen, d_h = [], model.config.hidden_size // model.config.num_attention_heads
     for name, module in model.named_modules():
         if name.endswith(("k_proj", "v_proj")):

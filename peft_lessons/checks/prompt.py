@@ -10,7 +10,8 @@ from .mistakes import mistakes
 
 
 def _table(vocabulary, width, zero=None, dtype=torch.float32):
-    """Rows of very different lengths, in which a dot product and a cosine choose differently."""
+    """Return rows of very different norms, for which a dot product and a cosine differ in
+    choice."""
     lengths = torch.logspace(-1, 1, vocabulary)[torch.randperm(vocabulary), None]
     table = F.normalize(torch.randn(vocabulary, width)) * lengths
     if zero is not None:
@@ -204,7 +205,7 @@ def prompt_ensemble(prompts, weights):
 
 
 def _batch(batch, length, width, p, left=True, mask=True, labels=True):
-    """A padded batch; its labels are no copy of anything else."""
+    """Return a padded batch whose labels are not a copy of anything else."""
     kept = torch.ones(batch, length)  # floats, so that ones of any dtype fit before them
     for row in range(batch):
         kept[row, : row % length] = 0
