@@ -109,7 +109,7 @@ def test_the_encoder_is_what_the_readme_says():
     weights = load_file(DATA / "models/minilm/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     count = sum(tensor.numel() for tensor in weights.values())
-    assert f"{len(weights)} tensors, {count:,} numbers" in " ".join(README.split())
+    assert f"{len(weights)} tensors, {count:,} parameters" in " ".join(README.split())
 
 
 def rebuilt(variable, code):
@@ -291,7 +291,7 @@ def test_the_decoder_is_what_the_readme_says():
     config = json.loads((DATA / "models/tinylm/config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"]
     for told in (
-        f"{len(tensors)} tensors, {count:,} numbers, in fp16",
+        f"{len(tensors)} tensors, {count:,} parameters, in fp16",
         f"hidden size {config['hidden_size']}, {config['num_hidden_layers']} layers, "
         f"{config['num_attention_heads']} heads and {config['num_key_value_heads']} key-value "
         f"heads, intermediate size {config['intermediate_size']}",

@@ -491,7 +491,7 @@ def test_wrong_settings_are_refused(tmp_path):
     refuses("unmerge_adapter")
     model.unmerge_adapter()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    refuses("padding token 4096 has no row")
+    refuses("padding token 4096 has no embedding")
     assert not (tmp_path / "out").exists()
 
 
