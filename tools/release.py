@@ -89,7 +89,7 @@ def release(folder: Path, colab: str | None = None) -> Path:
     `colab` is the GitHub repository, OWNER/NAME, where the copy will be published. Raises
     ValueError for a folder that holds something else, or for another form of repository."""
     if colab is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", colab):
-        raise ValueError(f"{colab} is not a repository: write OWNER/NAME")
+        raise ValueError(f"{colab} is no repository: write OWNER/NAME")
     clear(folder, STAMP)
     (folder / "notebooks").mkdir(parents=True)
     (folder / STAMP).touch()

@@ -75,7 +75,7 @@ def built(tmp_path_factory):
 def test_a_folder_of_something_else_is_kept(built, tmp_path):
     assert (built / ".buildinfo").exists(), "by which an earlier site is known"
     (tmp_path / "thesis").touch()
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds other files"):
         site.build(tmp_path)
     assert (tmp_path / "thesis").exists()
 
