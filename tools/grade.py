@@ -1,23 +1,24 @@
-"""Grade students' notebooks: python -m tools.grade FOLDER [--jobs 2]
+"""Mark students' notebooks: python -m tools.grade FOLDER [--roster FILE] [--rules FILE]
 
-FOLDER holds a folder for each student, and in it, at any depth, notebooks that are named as the
-lessons are: nbgrader's submitted/<student>/<lesson>/<lesson>.ipynb fits. Of two of one lesson the
-newer one counts; what is passed over is named. Each notebook runs in a
-process of its own, and each function that it was to define is judged by the course's check,
-whatever became of the cells that call it. FOLDER/grades.csv and FOLDER/grades.html then say,
-exercise by exercise: right, wrong (with the cause that the check names), not attempted, crashed, or
-timed out.
+FOLDER holds what students handed in, as Canvas, Moodle, nbgrader or a hub of repositories hands it
+over; tools/submissions.py has the layouts. Each notebook runs in a process of its own, and each
+function that it was to define is judged by the course's check, whatever became of the cells that
+call it. In FOLDER then lie
 
-A notebook has no network, writes to a temporary folder of its own, and has limits of time, memory
-and size of files. Whatever comes of it, the others are marked. On Linux the kernel sees to the
-limits, by namespaces and Landlock; where it cannot, the page says so. What they do not hold is in
-docs/instructors.md.
+    grades.html       the whole class, with what could not be isolated on this system
+    grades.csv        a row an exercise: right, wrong with the cause that the check names, ...
+    grades_wide.csv   a row a student, a column an exercise: for Canvas, Moodle or a spreadsheet
+    feedback/         a page for each student that shows nobody else
+    texts.csv         markdown cells of the students' own: predictions, answers to questions
+
+What is unchanged since an earlier run is not run again: FOLDER/.marked remembers it. A notebook has
+no network, writes to a temporary folder of its own, and has limits of time, memory and size of
+files, as far as the system can set them; grades.html says which. Whatever comes of a notebook, the
+others are marked. What the limits do not hold is in docs/instructors.md.
 """
 
 import argparse
-import csv
-import html
-import io
+import hashlib
 import json
 import os
 import secrets
@@ -28,29 +29,46 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 
-from tools import notebooks
-from tools.environment import ROOT, offline_environment
-from tools.grade_one import has_landlock
+import psutil
 
-OUTCOMES = ("right", "wrong", "not attempted", "crashed", "timed out")
+from peft_lessons.data import limits as machine
+from tools import gradebook, notebooks
+from tools.environment import ROOT, offline_environment
+from tools.gradebook import OUTCOMES, Mark, Rules, write_file
+from tools.submissions import (
+    Handed,
+    Person,
+    handed_in,
+    label,
+    owner,
+    printable,
+    read_roster,
+)
+
 LARGEST = 20_000_000  # bytes of a notebook
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")  # nothing else of whoever marks
-FORMULA = tuple("=+-@\t\r")  # what a spreadsheet would compute
+# Nothing else of whoever marks; Windows starts no program without the last five.
+INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+INHERITED += ("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT")
+OWN_FOLDER = ("HOME", "TMPDIR", "IPYTHONDIR", "MPLCONFIGDIR")
+OWN_FOLDER += ("USERPROFILE", "APPDATA", "LOCALAPPDATA", "TEMP", "TMP")
 MOST_SAID = 1_000_000  # bytes of marks that a notebook's process may send
+LOOK = 0.2  # seconds between two looks at a notebook's process
+EACH = 2  # GiB that one notebook may well take: so many run at once as have that
+MARKED = ".marked"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """seconds of one cell or one check; total, seconds of a notebook; memory in GiB."""
+    """Set the seconds of one cell or check, the seconds of a notebook in `total`, and GiB of
+    memory."""
 
     seconds: float = 60
     total: float = 600
@@ -58,46 +76,24 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Mark:
-    student: str
-    notebook: str
-    lesson: str
-    exercise: str
-    outcome: str
-    told: str
-    seconds: float
+class Judged:
+    """What became of a notebook: {exercise: (outcome, what is said, seconds)}, the same of the
+    exercises of which nothing was said, the limits that held, texts of the student's own."""
+
+    said: dict[str, list]
+    rest: list
+    held: list[str] = field(default_factory=list)
+    texts: list[list[str]] = field(default_factory=list)
 
 
-def submissions(folder: Path) -> tuple[list[tuple[str, Path, str]], list[Path]]:
-    """(student, notebook, lesson) of the notebooks in a folder that are named as a lesson is, the
-    newest of each student's for a lesson; and the notebooks, and folders, that are passed over."""
-    handed: dict[tuple[str, str], list[tuple[float, Path]]] = defaultdict(list)
-    passed: list[Path] = []
-    for here, folders, files in os.walk(folder, onerror=lambda e: passed.append(Path(e.filename))):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # Jupyter's checkpoints
-        for path in (Path(here, name) for name in folders + files if name.endswith(".ipynb")):
-            student, *inner = path.relative_to(folder).parts
-            if inner and path.stem in notebooks.MODULES:
-                handed[student, path.stem].append((path.lstat().st_mtime, path))
-            else:
-                passed.append(path)
-    found = []
-    for (student, lesson), paths in handed.items():
-        *older, (_, newest) = sorted(paths)
-        found.append((student, newest, lesson))
-        passed += [path for _, path in older]
-    return sorted(found), sorted(passed)
-
-
-def printable(text: object, kept: str = "") -> str:
-    """A text in which control characters, except those `kept`, and what no encoding knows are
-    spelt out: two names stay two."""
-    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in str(text))
+# ------------------------------------------------------------------ one notebook
 
 
 @cache
 def namespaces() -> tuple[str, ...]:
     """The command that starts another without network, whose processes all end with it."""
+    if sys.platform != "linux":
+        return ()
     command = ("unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
     try:
         tried = subprocess.run([*command, "true"], capture_output=True, timeout=10)
@@ -106,41 +102,37 @@ def namespaces() -> tuple[str, ...]:
     return command if tried.returncode == 0 else ()
 
 
-def guards() -> str:
-    """What holds a notebook on this machine, as a sentence."""
+def guards(held: Iterable[str]) -> str:
+    """Return what held the notebooks, as a sentence; `held` is what their processes could set."""
+    held = set(held)
     network = "without network" if namespaces() else "without network for Python code"
-    files = "in a folder of its own" if has_landlock() else "WITH ALL YOUR FILES IN REACH"
-    return f"Each notebook ran {network}, {files}, with limits of time and memory."
-
-
-def grade(student: str, path: Path, lesson: str, name: str, limits: Limits) -> list[Mark]:
-    """The marks of one notebook, `name` on the page, one for each exercise of its lesson."""
-    started, said = time.monotonic(), {}
-    try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
-            rest = "crashed", "the notebook is a link, no file, or larger than 20 MB"
-        else:
-            said, rest = said_of(path, lesson, limits)
-    except Exception as error:  # whatever it is, the others are marked
-        rest = "crashed", f"it cannot be marked: {type(error).__name__}: {error}"
-    took = round(time.monotonic() - started, 1)
-    marks = {e: said.get(e, (*rest, took)) for e in notebooks.exercises(lesson)}
-    who, where = printable(student), printable(name)
-    return [
-        Mark(who, where, lesson, exercise, outcome, printable(told, kept="\n"), seconds)
-        for exercise, (outcome, told, seconds) in marks.items()
-    ]
+    files = "in a folder of its own" if "files" in held else "WITH ALL YOUR FILES IN REACH"
+    kinds = ["time", "memory", *(["size of files"] if "file size" in held else [])]
+    watched = "" if "memory" in held else " Memory was watched, not limited by the system."
+    limited = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+    return f"Each notebook ran {network}, {files}, with limits of {limited}.{watched}"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of a notebook's process: its home is a folder of its own."""
+    """Return the environment of a notebook's process: its home is a folder of its own."""
     env = offline_environment({name: os.environ[name] for name in INHERITED if name in os.environ})
-    env |= dict.fromkeys(("HOME", "TMPDIR", "IPYTHONDIR", "MPLCONFIGDIR"), str(folder)) | ONE_THREAD
+    env |= dict.fromkeys(OWN_FOLDER, str(folder)) | ONE_THREAD
     return env | {"PYTHONPATH": os.pathsep.join([str(ROOT), env["PYTHONPATH"]])}
 
 
-def said_of(path: Path, lesson: str, limits: Limits) -> tuple[dict[str, tuple], tuple[str, str]]:
-    """({exercise: (outcome, told, seconds)}, (outcome, told) of the exercises that aren't there)"""
+def judge(path: Path, lesson: str, limits: Limits, variant: int = 0) -> Judged:
+    """Return what becomes of a notebook, whatever it is; `variant` chooses the checks' inputs."""
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
+            return Judged({}, ["crashed", "the notebook is a link, no file, or larger than 20 MB"])
+        if not path.stat().st_size:
+            return Judged({}, ["crashed", "the notebook is an empty file"])
+        return _judge(path, lesson, limits, variant)
+    except Exception as error:  # whatever it is, the others are marked
+        return Judged({}, ["crashed", f"it cannot be marked: {type(error).__name__}: {error}"])
+
+
+def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
     word = secrets.token_hex(16)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place,
@@ -149,134 +141,322 @@ def said_of(path: Path, lesson: str, limits: Limits) -> tuple[dict[str, tuple], 
     ):
         folder = Path(place).resolve() / "own"
         folder.mkdir()
-        copied = shutil.copyfile(path, folder / path.name)
-        told = (copied, lesson, limits.seconds, limits.memory, marks.fileno())
+        copied = shutil.copyfile(path, folder / f"{lesson}.ipynb")
+        told = (copied, lesson, limits.seconds, limits.memory, variant)
         process = subprocess.Popen(
             [*namespaces(), sys.executable, "-m", "tools.grade_one", *map(str, told)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=marks,
             stderr=errors,
             env=environment(folder),
             cwd=folder,
-            pass_fds=(marks.fileno(),),
             start_new_session=True,
         )
+        stopped = ""
         try:
-            process.communicate(f"{word}\n".encode(), timeout=limits.total)
-            late = False
-        except subprocess.TimeoutExpired:
-            late = True
+            with suppress(OSError), process.stdin as stdin:  # it may have ended before
+                stdin.write(f"{word}\n".encode())
+            stopped = watched(process, limits)
         finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # and all that it started
-            process.wait()
+            stop(process)
         with open(marks.name, "rb") as written:
             lines = written.read(MOST_SAID).decode(errors="replace").splitlines()
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 1000))
         last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-    said = {}
+    said, parts = {}, {}
     for line in lines:
         with suppress(ValueError, TypeError, KeyError):  # the notebook may write there, too
             mark = json.loads(line)
-            if mark["word"] == word and mark["outcome"] in OUTCOMES:
+            if mark["word"] != word:
+                continue
+            if "exercise" not in mark:
+                parts |= {name: mark[name] for name in ("held", "texts") if name in mark}
+            elif mark["outcome"] in OUTCOMES:
                 said[mark["exercise"]] = mark["outcome"], mark["told"], round(mark["seconds"], 1)
-    if late:
-        return said, ("timed out", f"the notebook took longer than {limits.total:g} s")
-    return said, ("crashed", f"the notebook's process ended with {process.returncode}. {last}")
+    if stopped == "time":
+        rest = ["timed out", f"the notebook took longer than {limits.total:g} s"]
+    elif stopped:
+        rest = ["crashed", f"the notebook took more than {limits.memory:g} GiB of memory"]
+    else:
+        rest = ["crashed", f"the notebook's process ended with {process.returncode}. {last}"]
+    return Judged(said, rest, **parts)
 
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
-  color-scheme: light dark }
-table { border-collapse: collapse; margin-bottom: 2em; width: 100% }
-th, td { border-bottom: 1px solid #8886; padding: .3em .6em; text-align: left;
-  vertical-align: top }
-td.told { white-space: pre-wrap; font-size: .9em }
-.right { color: #2e8540 } .wrong, .crashed, .timed-out { color: #d1462f }
-"""
+def watched(process: subprocess.Popen, limits: Limits) -> str:
+    """Wait for a process; return "", or "time" or "memory" once it takes more than it may."""
+    end = time.monotonic() + limits.total
+    while time.monotonic() < end:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LOOK)
+            return ""
+        if memory_of(process.pid) > limits.memory * 2**30:
+            return "memory"
+    return "time"
 
 
-def page(marks: Sequence[Mark], passed: str) -> str:
-    """All marks as HTML: a table of counts, then a table for each student."""
-    quoted = html.escape
-    students = {s: list(m) for s, m in groupby(marks, key=lambda mark: mark.student)}
-    counts = [(s, Counter(mark.outcome for mark in found)) for s, found in students.items()]
-    head = "".join(f"<th>{outcome}</th>" for outcome in OUTCOMES)
-    lines = "".join(
-        f"<tr><td><a href='#{n}'>{quoted(student)}</a></td>"
-        + "".join(f"<td>{count[outcome] or ''}</td>" for outcome in OUTCOMES)
-        + "</tr>"
-        for n, (student, count) in enumerate(counts)
-    )
-    parts = [f"<table><tr><th>student</th>{head}</tr>{lines}</table>"]
-    for n, (student, found) in enumerate(students.items()):
-        rows = "".join(
-            f"<tr><td>{quoted(m.notebook)}</td><td>{m.exercise}</td>"
-            f"<td class='{m.outcome.replace(' ', '-')}'>{m.outcome}</td>"
-            f"<td class='told'>{quoted(m.told)}</td></tr>"
-            for m in found
-        )
-        head = "<tr><th>notebook</th><th>exercise</th><th>outcome</th><th>what the check says</th>"
-        parts.append(f"<h2 id='{n}'>{quoted(student)}</h2><table>{head}</tr>{rows}</table>")
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and all that it started, as far as they still run."""
+    with suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        return [*parent.children(recursive=True), parent]
+    return []
+
+
+def memory_of(pid: int) -> int:
+    """Return the bytes of memory that a process and all that it started take."""
+    taken = 0
+    for one in family(pid):
+        with suppress(psutil.Error):
+            taken += one.memory_info().rss
+    return taken
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    for one in family(process.pid):
+        with suppress(psutil.Error):
+            one.kill()
+    with suppress(ProcessLookupError, PermissionError, AttributeError):  # no groups on Windows
+        os.killpg(process.pid, signal.SIGKILL)  # those too whose parent has ended
+    process.wait()
+
+
+# ------------------------------------------------------------------ a class
+
+
+@cache
+def course() -> str:
+    """Return a hash of all that decides an outcome, besides the notebook itself."""
+    digest = hashlib.sha256()
+    files = [*ROOT.glob("peft_lessons/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
+    for file in sorted([*files, ROOT / "tools" / "grade_one.py"]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def variant_of(student: str, seed: str) -> int:
+    """Return which inputs the checks draw for a student: the same each time."""
+    digest = hashlib.sha256(f"{seed}/{student}".encode(errors="surrogateescape")).digest()
+    return 1000 * (1 + int.from_bytes(digest[:4], "big") % 10**6)
+
+
+def remembered(
+    one: Handed, student: str, folder: Path, limits: Limits, seed: str, again: bool
+) -> Judged:
+    """Return what becomes of a notebook, from FOLDER/.marked where the notebook, the course, the
+    limits and the seed are those of an earlier run."""
+    variant = variant_of(student, seed)
+    # In a link or a folder there is nothing to read, and they are told in no time.
+    readable = one.path.is_file() and not one.path.is_symlink()
+    if not readable or one.path.stat().st_size > LARGEST:
+        return judge(one.path, one.lesson, limits)
+    key = hashlib.sha256(one.path.read_bytes())
+    key.update(repr((one.lesson, course(), limits, variant)).encode())
+    file = folder / MARKED / f"{key.hexdigest()}.json"
+    if not again:
+        with suppress(OSError, ValueError, TypeError):
+            return Judged(**json.loads(file.read_text(encoding="utf-8")))
+    found = judge(one.path, one.lesson, limits, variant)
+    file.parent.mkdir(exist_ok=True)
+    write_file(file, json.dumps(found.__dict__))
+    return found
+
+
+def marks_of(one: Handed, student: str, name: str, found: Judged, rules: Rules) -> list[Mark]:
+    """Return the marks of one notebook, `name` on the page, one for each exercise of its lesson."""
+    maxima, marks = rules.maxima(one.lesson), []
+    days = rules.days_late(one, student)
+    for exercise in notebooks.exercises(one.lesson):
+        outcome, told, seconds = found.said.get(exercise, [*found.rest, 0])
+        points = maxima[exercise] * rules.share(days) * (outcome == "right")
+        told = printable(told, kept="\n")
+        where = student, printable(name), one.lesson, exercise
+        marks.append(Mark(*where, outcome, told, seconds, points, maxima[exercise], days))
+    return marks
+
+
+def alike(found: Sequence[tuple[str, Handed]]) -> list[str]:
+    """Return a sentence for each group of students who handed in the very same file."""
+    same: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for student, one in found:
+        if one.path.is_file() and not one.path.is_symlink():
+            with one.path.open("rb") as file:
+                same[one.lesson, hashlib.file_digest(file, "sha256").hexdigest()].append(student)
+    return [
+        f"The same file of {lesson}, byte for byte: {', '.join(students)}."
+        for (lesson, _), students in same.items()
+        if len(students) > 1
+    ]
+
+
+@dataclass
+class Class:
+    """Hold a folder of submissions, `handed`, with its roster and rules, and what has become of
+    them so far."""
+
+    folder: Path
+    people: list[Person]
+    rules: Rules
+    handed: list[tuple[str, Handed]]
+    notes: list[str]
+    marks: dict[tuple[str, str], list[Mark]] = field(default_factory=dict)
+    judged: dict[tuple[str, str], Judged] = field(default_factory=dict)
+
+    def everyone(self) -> list[Mark]:
+        """Return all marks, in the order of the roster, then of those who are on none, with a mark
+        "not handed in" for each exercise of a lesson of which a person handed in nothing."""
+        handed = {(student, one.lesson) for student, one in self.handed}
+        lessons = sorted({lesson for _, lesson in self.marks})
+        students = [person.id for person in self.people]
+        students += sorted({student for student, _ in handed} - set(students))
+        found = []
+        for student in students:
+            for lesson in lessons:
+                if self.people and (student, lesson) not in handed:
+                    found += gradebook.absent(student, lesson, self.rules)
+                found += self.marks.get((student, lesson), [])
+        return found
+
+    def write(self) -> None:
+        """Write the tables and pages, each whole or as it was before."""
+        marks, place = self.everyone(), self.folder / "feedback"
+        held = [set(found.held) for found in self.judged.values() if found.held]
+        notes = [guards(set.intersection(*held) if held else ()), *self.notes]
+        rows = [[f.name for f in fields(Mark)], *map(astuple, marks)]
+        write_file(self.folder / "grades.csv", gradebook.csv_of(rows))
+        write_file(self.folder / "grades_wide.csv", gradebook.wide(marks, self.people))
+        texts = [
+            (student, lesson, printable(above), printable(text, kept="\n"))
+            for (student, lesson), found in sorted(self.judged.items())
+            for above, text in found.texts
+        ]
+        head = ("student", "lesson", "below", "text")
+        write_file(self.folder / "texts.csv", gradebook.csv_of([head, *texts]))
+        called = {person.id: person.called for person in self.people}
+        page = gradebook.overview(marks, self.rules, [n for n in notes if n], called)
+        write_file(self.folder / "grades.html", page)
+        place.mkdir(exist_ok=True)
+        pages = {
+            student: gradebook.feedback(called.get(student, student), own, self.rules)
+            for student, own in gradebook.by_student(marks).items()
+        }
+        for student, page in pages.items():
+            write_file(place / f"{gradebook.file_name(student)}.html", page)
+        folders = {one.who: student for student, one in self.handed}
+        if archive := gradebook.moodle_archive(pages, folders):
+            write_file(self.folder / "feedback_moodle.zip", archive)
+
+
+def jobs_here() -> int:
+    """Return how many notebooks run at once by default: one a core, as far as memory allows."""
+    memory = machine.memory()
+    return max(1, min(machine.cores(), memory // (EACH * 2**30) if memory else 1))
+
+
+def left(seconds: float, done: int, whole: int) -> str:
+    """Return an estimate of the time that is left, as a text."""
+    rest = seconds / done * (whole - done)
     return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Marks</title>"
-        "<meta name='viewport' content='width=device-width'>"
-        f"<style>{STYLE}</style><h1>Marks</h1><p>{guards()} {quoted(passed)}</p>"
-        f"{''.join(parts)}</html>"
+        "" if done == whole else f", {rest / 60:.0f} min left" if rest > 90 else ", a minute left"
     )
 
 
-def write(marks: Sequence[Mark], folder: Path, passed: str) -> None:
-    """Both files, each whole or as it was before."""
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(field.name for field in fields(Mark))
-    writer.writerows([_text(cell) for cell in astuple(mark)] for mark in marks)
-    for name, text in (("grades.csv", table.getvalue()), ("grades.html", page(marks, passed))):
-        part = folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8", newline="")
-        part.replace(folder / name)
-
-
-def _text(cell: object) -> object:
-    """No formula, whatever a spreadsheet makes of it."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
-
-
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.grade", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--roster", type=Path, help="a CSV file: a gradebook, or id, name, e-mail")
+    parser.add_argument(
+        "--rules", type=Path, help="a TOML file: points, due, late, extensions, seed"
+    )
+    parser.add_argument("--lesson", nargs="*", default=(), help="only these, such as 02 03")
     parser.add_argument("--seconds", type=float, default=60, help="of one cell or check")
     parser.add_argument("--total", type=float, default=600, help="seconds of one notebook")
     parser.add_argument("--memory", type=float, default=4, help="GiB")
-    parser.add_argument("--jobs", type=int, default=1, help="notebooks at once")
+    parser.add_argument("--jobs", type=int, default=jobs_here(), help="notebooks at once")
+    parser.add_argument("--again", action="store_true", help="run unchanged notebooks again")
     given = parser.parse_args(argv)
-    found, passed = submissions(given.folder) if given.folder.is_dir() else ([], [])
-    if not found:
+    if given.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    given.folder = given.folder.resolve()
+    try:
+        given.people = read_roster(given.roster) if given.roster else []
+        given.rules = gradebook.read_rules(given.rules) if given.rules else Rules()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    given.found, given.passed = handed_in(given.folder) if given.folder.is_dir() else ([], [])
+    given.found = [one for one in given.found if one.lesson.startswith(tuple(given.lesson) or "")]
+    if not given.found:
         parser.error(
-            f"{given.folder} holds no <student>/…/<lesson>.ipynb with the name of a lesson, such "
-            "as 02_lora.ipynb"
+            f"{given.folder} holds no notebook with the name of a lesson, such as 02_lora.ipynb, "
+            "in a student's folder or after a student's name"
         )
+    return given
+
+
+def owners(
+    found: Sequence[Handed], people: list[Person]
+) -> tuple[list[tuple[str, Handed]], list[str]]:
+    """Return (student, notebook) of all that was handed in, and what to say of those who are not on
+    the roster. Two notebooks of a lesson that belong to one person are both named."""
+    pairs, notes, taken = [], [], {}
+    for one in found:
+        person = owner(one.who, people)
+        student = person.id if person else label(one.who)
+        if (student, one.lesson) in taken:
+            notes.append(
+                f"{student} handed in {one.lesson} twice, as {taken[student, one.lesson]} "
+                f"and as {one.who}, which is marked apart."
+            )
+            student = printable(one.who)
+        taken[student, one.lesson] = one.who
+        pairs.append((student, one))
+        if people and person is None:
+            notes.append(f"Not on the roster: {one.who}.")
+    return pairs, [printable(note) for note in dict.fromkeys(notes)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = parse(argv)
     limits = Limits(given.seconds, given.total, given.memory)
-    names = ", ".join(printable(path.relative_to(given.folder)) for path in passed)
-    over = f"Passed over: {names}." if passed else ""
-    marks: list[Mark] = []
-
-    def one(submission: tuple[str, Path, str]) -> list[Mark]:
-        student, path, lesson = submission
-        return grade(student, path, lesson, str(path.relative_to(given.folder)), limits)
-
+    pairs, notes = owners(given.found, given.people)
+    names = ", ".join(printable(path.relative_to(given.folder)) for path in given.passed)
+    notes += [*alike(pairs), f"Passed over: {names}." if names else ""]
+    known = {student for student, _ in pairs} | {person.id for person in given.people}
+    if strangers := sorted(given.rules.extensions.keys() - known):
+        notes.append(f"The rules extend the time of nobody here: {', '.join(strangers)}.")
+    group = Class(given.folder, given.people, given.rules, pairs, notes)
+    started, done = time.monotonic(), 0
     with ThreadPoolExecutor(given.jobs) as pool:
-        for (student, _, lesson), new in zip(found, pool.map(one, found), strict=True):
-            counts = Counter(mark.outcome for mark in new)
-            told = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
-            print(f"{printable(student):20s} {lesson:20s} {told}", flush=True)
-            marks += new
-            write(marks, given.folder, over)  # what is done stays, if this is interrupted
-    print("\n".join(filter(None, (over, guards(), str(given.folder / "grades.html")))))
+        waiting = {
+            pool.submit(
+                remembered, one, student, given.folder, limits, given.rules.seed, given.again
+            ): (student, one)
+            for student, one in pairs
+        }
+        try:
+            for future in as_completed(waiting):
+                student, one = waiting[future]
+                name = str(one.path.relative_to(given.folder))
+                new = marks_of(one, student, name, future.result(), given.rules)
+                key = student, one.lesson
+                group.marks[key], group.judged[key] = new, future.result()
+                done += 1
+                counts = Counter(mark.outcome for mark in new)
+                told = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
+                rest = left(time.monotonic() - started, done, len(pairs))
+                print(f"[{done}/{len(pairs)}{rest}] {key[0]} {one.lesson}: {told}", flush=True)
+        finally:  # what is done stays, if this is interrupted
+            pool.shutdown(wait=False, cancel_futures=True)
+            group.write()
+    print("\n".join(filter(None, (*notes, str(given.folder / "grades.html")))))
     return 0
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # names in another alphabet than a terminal's
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        print("Stopped. What was done is written; the same command goes on.")
+        raise SystemExit(130) from None

@@ -1,34 +1,43 @@
 """Run one student's notebook and judge its answers: the process that tools.grade starts.
 
-    python -m tools.grade_one NOTEBOOK LESSON SECONDS MEMORY CHANNEL
+    python -m tools.grade_one NOTEBOOK LESSON SECONDS MEMORY VARIANT
 
-Writes a line of JSON for each exercise of the lesson to the file descriptor CHANNEL. The lines
-carry the word that stands on standard input, so that nothing printed by accident is taken for one.
+Writes lines of JSON to standard output: the limits that this system could set, the texts of the
+student's own, and the outcome of each exercise. They carry the word that stands on standard input,
+so that nothing printed by accident is taken for one.
 
 The notebook sees nothing of the checks, so that it can neither ask nor change them.
 """
 
+import ctypes
 import json
 import os
 import re
-import resource
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 from IPython.core.interactiveshell import InteractiveShell
+from nbformat import NotebookNode
 from traitlets.config import Config
 
 from tools import notebooks
 from tools.environment import ROOT
 
 LARGEST_FILE = 2**28
+MOST_TEXT = 2000  # characters of a text, or of what is said of an answer
 CHECKS = "peft_lessons.checks"
 PACKAGE = ROOT / "peft_lessons"
 DEVICES = ("null", "zero", "random", "urandom")
@@ -44,6 +53,19 @@ def _alarm(signum, frame):
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimedOut in the block after some seconds: by the system's alarm, and on Windows, which
+    has none, by a thread, between two steps of Python."""
+    if not hasattr(signal, "setitimer"):
+        here, late = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(TimedOut)
+        stop = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        timer = threading.Timer(seconds, stop, (here, late))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        return
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -51,20 +73,23 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def confine(folder: Path, memory: float) -> None:
+def confine(folder: Path, memory: float) -> list[str]:
     """From here on this process and its children write to `folder` alone, read the course (not its
-    solutions and checks), Python and the system's files, and hold at most `memory` GiB. Where the
-    kernel has no Landlock only the memory is held: tools.grade says so.
+    solutions and checks), Python and the system's files, and hold at most `memory` GiB. Return
+    which of "memory", "file size" and "files" this system could limit.
 
     Raises RuntimeError if there is another thread, which would stay free."""
     kernel_holds = has_landlock()
     if kernel_holds and len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("confine: there is more than one thread, and only this one is held")
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = {"DATA": int(memory * 2**30), "FSIZE": LARGEST_FILE, "CORE": 0} if resource else {}
+    held = []
+    for name, most in limits.items():
+        with suppress(ValueError, OSError, AttributeError):  # macOS refuses that of memory
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+            held += {"DATA": ["memory"], "FSIZE": ["file size"]}.get(name, [])
     if not kernel_holds:
-        return
+        return held
     from landlock import FSAccess, Ruleset
 
     file = FSAccess.EXECUTE | FSAccess.READ_FILE
@@ -80,6 +105,7 @@ def confine(folder: Path, memory: float) -> None:
     rules.allow(*(Path("/dev") / name for name in DEVICES), rules=files)
     rules.allow(folder)
     rules.apply()
+    return [*held, "files"]
 
 
 def has_landlock() -> bool:
@@ -92,10 +118,11 @@ def has_landlock() -> bool:
     return False
 
 
-def hidden(module: str) -> ModuleType:
-    """Return a lesson's module of checks. By its name, and by those of all checks, a notebook finds
-    only what does nothing."""
+def hidden(module: str, variant: int = 0) -> ModuleType:
+    """Return a lesson's module of checks, which draw the inputs of a variant. By its name, and by
+    those of all checks, a notebook finds only what does nothing."""
     package = import_module("peft_lessons")
+    import_module("peft_lessons.checks.kit").draw_variant(variant)
     course = getattr(package.check, module)
     nothing = MagicMock()
     sys.modules.update({name: nothing for name in sys.modules if name.startswith(CHECKS)})
@@ -161,23 +188,52 @@ def missing(why: str | None) -> tuple[str, str]:
     return "timed out" if why.startswith("longer than") else "crashed", f"its cell fails: {why}"
 
 
+def own_texts(nb: NotebookNode, ours: Container[str]) -> list[tuple[str, str]]:
+    """Return (the heading above, the text) of each markdown cell that is not one of `ours`, the
+    lesson's: predictions and answers to questions."""
+    found, above = [], ""
+    for cell in nb.cells:
+        if cell.cell_type != "markdown":
+            continue
+        titles = notebooks.headings(cell)
+        if cell.source.strip() and cell.source not in ours:
+            found.append((above, cell.source[:MOST_TEXT]))
+        above = titles[-1][1] if titles else above
+    return found
+
+
 def main(argv: list[str]) -> None:
-    notebook, lesson, seconds, memory, channel = argv
+    notebook, lesson, seconds, memory, variant = argv
     path, seconds = Path(notebook), float(seconds)
-    word, out = sys.stdin.readline().strip(), os.fdopen(int(channel), "w")
+    word, out = sys.stdin.readline().strip(), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the notebook prints goes nowhere
 
-    def say(exercise: str, outcome: str, told: str, started: float) -> None:
-        line = {"word": word, "exercise": exercise, "outcome": outcome, "told": told[:2000]}
-        print(json.dumps(line | {"seconds": time.monotonic() - started}), file=out, flush=True)
+    def say(**told: object) -> None:
+        print(json.dumps({"word": word} | told), file=out, flush=True)
 
-    names, nb = notebooks.exercises(lesson), notebooks.read(path)
-    course, shell = hidden(notebooks.MODULES[lesson]), new_shell()
-    signal.signal(signal.SIGALRM, _alarm)
-    confine(path.parent, float(memory))
+    def mark(exercise: str, outcome: str, told: str, started: float) -> None:
+        took = time.monotonic() - started
+        say(exercise=exercise, outcome=outcome, told=told[:MOST_TEXT], seconds=took)
+
+    # All that is out of reach later: the lesson and the checks.
+    names, shell = notebooks.exercises(lesson), new_shell()
+    course = hidden(notebooks.MODULES[lesson], int(variant))
+    ours = {cell.source for cell in notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb").cells}
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, _alarm)
+    say(held=confine(path.parent, float(memory)))
+    try:
+        nb = notebooks.read(path)
+        say(texts=own_texts(nb, ours))
+    except Exception as error:
+        for name in names:
+            told = f"the file is no notebook: {told_of(error, seconds)}"
+            mark(name, "crashed", told, time.monotonic())
+        os._exit(0)
     failed = run(nb, shell, seconds)
     for name in names:
         started, function = time.monotonic(), shell.user_ns.get(name)
-        say(name, *judged(getattr(course, name), function, seconds, failed.get(name)), started)
+        mark(name, *judged(getattr(course, name), function, seconds, failed.get(name)), started)
     out.close()
     os._exit(0)  # no thread or exit handler of the notebook's holds the process up
 

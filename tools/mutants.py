@@ -142,8 +142,20 @@ peft_lessons/checks/kit.py: kit
     if missing and self._numbers_agree(function): → if missing:
     in results if i <= number → in results if i == number
 tools/grade.py: grade
-    mark["word"] == word and mark["outcome"] → mark["outcome"]
+    if mark["word"] != word: → if not mark:
+    return Judged(**json.loads → raise ValueError(**json.loads
+    memory_of(process.pid) > limits.memory → memory_of(process.pid) < -limits.memory
+    (student, lesson) not in handed: → lesson not in handed:
+    * rules.share(days) * (outcome → * (outcome
+tools/gradebook.py: grade
+    return max(days, int(one.late → return max(days, int(False and one.late
+    if canvas: → if not canvas:
+tools/submissions.py: grade
+    rank = (not copy, int(attempt or 0), seconds) → rank = seconds
+    return fit[0] if len(fit) == 1 else None → return fit[0]
 tools/grade_one.py: grade
+    .draw_variant(variant) → .draw_variant(0)
+    with suppress(ValueError, OSError, AttributeError): → if True:
     class TimedOut(BaseException): → class TimedOut(Exception):
     package.check = package.checks = nothing → pass
 """)

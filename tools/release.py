@@ -4,27 +4,31 @@ The copy has the lessons, the package and the data, and it runs by itself. It ha
 tests, which hold the solutions too, and no outputs of exercises and checks. FOLDER, build/peft-
 lessons unless given, must be new or an earlier copy; a ZIP file of it is written beside it.
 
+The copy has a record of its files and cells. With it `python course.py update` brings an earlier
+copy, in which a student has worked, to the state of this one.
+
 For Colab, publish the copy as the GitHub repository OWNER/NAME, branch main. With --colab every
 lesson begins with a badge that opens it there, and a cell that installs the course there.
 """
 
 import argparse
+import json
 import re
 import shutil
 from pathlib import Path
 
 import nbformat
 
+from peft_lessons.data import update
 from peft_lessons.data.bundled import ASSISTANT
 from tools import notebooks
 from tools.environment import ROOT
 
 COPIED = (".gitattributes", "LICENSE", "NOTICE", "Makefile", "course.py", "pyproject.toml")
-COPIED += ("peft_lessons", "data", "benchmarks", "configs")
+COPIED += (".binder", "peft_lessons", "data", "benchmarks", "configs")
 STUDENT = ROOT / "docs" / "student"  # what is only in the copy, a README
 # The assistant is 260 MiB, and the copy's own set-up fetches it.
 LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part", Path(ASSISTANT).name)
-STAMP = ".students-copy"
 
 
 def clear(folder: Path, stamp: str) -> None:
@@ -43,6 +47,26 @@ def without_answers(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return nb
 
 
+def in_colab(repository: str, name: str) -> str:
+    """Return the address that opens a lesson of a published copy in Colab."""
+    return f"{COLAB_HOME}/github/{repository}/blob/main/notebooks/{name}"
+
+
+def in_binder(repository: str, name: str) -> str:
+    """Return the address that opens a lesson of a published copy on Binder's public service."""
+    return f"{BINDER_HOME}/v2/gh/{repository}/main?urlpath=lab/tree/notebooks/{name}"
+
+
+def owner_and_name(repository: str) -> str:
+    """Return OWNER/NAME of a GitHub repository, given so or as its address. Raises ValueError for
+    anything else."""
+    found = re.fullmatch(r"(?:https://github\.com/)?([\w.-]+/[\w.-]+?)(?:\.git)?/?", repository)
+    if found is None:
+        raise ValueError(f"{repository} is no GitHub repository: write OWNER/NAME")
+    return found[1]
+
+
+BINDER_HOME = "https://mybinder.org"
 COLAB_HOME = "https://colab.research.google.com"
 COLAB_CELL = """import os
 if "COLAB_RELEASE_TAG" in os.environ:  # in Colab only, once a session
@@ -72,8 +96,7 @@ def folded_in_colab(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def for_colab(nb: nbformat.NotebookNode, repository: str, name: str) -> nbformat.NotebookNode:
     """Begin, in place, with a badge that opens the lesson in Colab, and a cell that installs the
     course there, and fold as Colab does. `repository` is OWNER/NAME, `name` that of the file."""
-    address = f"{COLAB_HOME}/github/{repository}/blob/main/notebooks/{name}"
-    badge = f"[![Open in Colab]({COLAB_HOME}/assets/colab-badge.svg)]({address})"
+    badge = f"[![Open in Colab]({COLAB_HOME}/assets/colab-badge.svg)]({in_colab(repository, name)})"
     install = nbformat.v4.new_code_cell(COLAB_CELL.format(repository=repository), id="colab")
     folded_in_colab(nb)
     nb.cells[:0] = [
@@ -86,13 +109,12 @@ def for_colab(nb: nbformat.NotebookNode, repository: str, name: str) -> nbformat
 def release(folder: Path, colab: str | None = None) -> Path:
     """Write the copy and its ZIP file, and return the path of the ZIP file.
 
-    `colab` is the GitHub repository, OWNER/NAME, where the copy will be published. Raises
-    ValueError for a folder that holds something else, or for another form of repository."""
-    if colab is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", colab):
-        raise ValueError(f"{colab} is no repository: write OWNER/NAME")
-    clear(folder, STAMP)
+    `colab` is the GitHub repository, OWNER/NAME or its address, where the copy will be published.
+    Raises ValueError for a folder that holds something else, or for another form of repository."""
+    colab = colab and owner_and_name(colab)
+    clear(folder, update.STAMP)
     (folder / "notebooks").mkdir(parents=True)
-    (folder / STAMP).touch()
+    (folder / update.STAMP).touch()
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -108,6 +130,8 @@ def release(folder: Path, colab: str | None = None) -> Path:
         if colab is not None:
             nb = for_colab(nb, colab, path.name)
         nbformat.write(nb, folder / "notebooks" / path.name)
+    stamp = json.dumps(update.record(folder), indent=0)
+    (folder / update.STAMP).write_text(stamp, encoding="utf-8")
     return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
 
 

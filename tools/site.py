@@ -1,10 +1,14 @@
-"""Build the course as a site: python -m tools.site [FOLDER]
+"""Build the course as a site: python -m tools.site [FOLDER] [--repository OWNER/NAME]
 
 The pages are the stored notebooks and the guides. Nothing is executed or downloaded. FOLDER,
-build/site unless given, can be opened from disk: FOLDER/index.html.
+build/site unless given, can be opened from disk, FOLDER/index.html, or published as it is.
+
+Each lesson has a link that downloads its notebook. With --repository, the GitHub repository where
+the students' copy is published, each lesson also has links that open it in Colab and on Binder.
 """
 
 import argparse
+import html
 import shutil
 import sys
 import tempfile
@@ -15,7 +19,7 @@ from sphinx.cmd.build import build_main
 
 from tools import notebooks
 from tools.environment import ROOT
-from tools.release import clear
+from tools.release import clear, in_binder, in_colab, owner_and_name
 
 CONFIGURATION = ROOT / "docs" / "site"
 START = CONFIGURATION / "start.md"
@@ -32,10 +36,23 @@ GUIDES = (
 LINKED = ("LICENSE", "NOTICE", "docs/lesson.png", "docs/architecture.svg")
 
 
-def numbered(path: Path) -> nbformat.NotebookNode:
-    """Return a lesson whose title starts with its number, by which other lessons name it."""
+def links(name: str, repository: str | None) -> str:
+    """Return the links below a lesson's title, as HTML."""
+    found = []
+    if repository is not None:
+        found = [("Colab", in_colab(repository, name)), ("Binder", in_binder(repository, name))]
+    opened = [f'<a href="{html.escape(address)}">Open in {place}</a>' for place, address in found]
+    here = f'<a href="../_sources/notebooks/{name}" download>Download the notebook</a>'
+    return f'<div class="open-in">{" ".join([*opened, here])}</div>'
+
+
+def titled(path: Path, repository: str | None = None) -> nbformat.NotebookNode:
+    """Return a lesson whose title starts with its number, by which other lessons name it, and is
+    followed by links."""
     nb = notebooks.read(path)
-    nb.cells[0].source = nb.cells[0].source.replace("# ", f"# {path.stem[:2]} ", 1)
+    title, _, rest = nb.cells[0].source.partition("\n")
+    title = title.replace("# ", f"# {path.stem[:2]} ", 1)
+    nb.cells[0].source = f"{title}\n\n{links(path.name, repository)}\n{rest}"
     return nb
 
 
@@ -65,9 +82,9 @@ def contents(lessons: dict[Path, nbformat.NotebookNode]) -> str:
     return "\n\n".join(parts)
 
 
-def lay_out(source: Path) -> None:
+def lay_out(source: Path, repository: str | None) -> None:
     """Copy the pages to a folder as Sphinx wants them: docs/site/start.md becomes the first."""
-    lessons = {path: folded(numbered(path)) for path in notebooks.lessons()}
+    lessons = {path: folded(titled(path, repository)) for path in notebooks.lessons()}
     start = START.read_text(encoding="utf-8").replace("](../../", "](")
     (source / "index.md").write_text(f"{start}\n{contents(lessons)}\n", encoding="utf-8")
     for page in (*GUIDES, *LINKED):
@@ -85,16 +102,20 @@ def run_sphinx(source: Path, pages: Path) -> int:
     return build_main([*options, "-d", str(trees), str(source), str(pages)])
 
 
-def build(folder: Path) -> int:
+def build(folder: Path, repository: str | None = None) -> int:
     """Write the site and return Sphinx's exit status: 1 after any warning. Raises ValueError for a
-    folder that holds something else."""
+    folder that holds something else, or for a repository that is none."""
+    repository = repository and owner_and_name(repository)
     clear(folder, ".buildinfo")
     with tempfile.TemporaryDirectory() as place:
         source, pages = Path(place) / "source", Path(place) / "pages"
         source.mkdir()
-        lay_out(source)
+        lay_out(source, repository)
         status = run_sphinx(source, pages)
         if status == 0:  # not before: myst-nb also writes beside its pages
+            for path in notebooks.lessons():  # to download as it is, without the site's changes
+                shutil.copy(path, pages / "_sources" / "notebooks")
+            (pages / ".nojekyll").touch()  # GitHub Pages would leave out folders such as _static
             shutil.copytree(pages, folder)
         return status
 
@@ -102,9 +123,11 @@ def build(folder: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.site", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "site")
-    folder = parser.parse_args(argv).folder.resolve()
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="of the students' copy")
+    given = parser.parse_args(argv)
+    folder = given.folder.resolve()
     try:
-        status = build(folder)
+        status = build(folder, given.repository)
     except ValueError as error:
         parser.error(str(error))
     if status == 0:

@@ -1,10 +1,17 @@
 """The course as a site: python -m tools.site lays out the sources and runs Sphinx with this."""
 
+import html
+import re
+import textwrap
+
 from docutils import nodes
 
 project = html_title = "PEFT Lessons"
 extensions = ["myst_nb", "sphinx-mathjax-offline"]
 html_theme = "sphinx_book_theme"
+language = "en"
+templates_path = ["_templates"]
+html_sidebars = {"**": ["brand.html", "search-field.html", "sbt-sidebar-nav.html"]}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {
@@ -37,5 +44,46 @@ def fold_deeper_sections(app, doctree):
             section.append(nodes.raw("", "</details>", format="html"))
 
 
+TABLE = re.compile(r"<table\b.*?</table>", re.S)
+HEAD = re.compile(r"<th\b(.*?)>(.*?)</th>", re.S)
+FIRST = re.compile(r"(<tr\b[^>]*>\s*)<td\b(.*?)>(.*?)</td>", re.S)
+SILENT = re.compile(r'<span class="math.*?</span>|<[^>]*>|\W', re.S)
+TOGGLE = ' aria-label="Toggle hidden content"'  # MyST-NB's, instead of the words that are seen
+
+
+def column_head(head):
+    """Return a head of the first row as that of a column, but an empty one as no head."""
+    attributes, text = head.groups()
+    if not SILENT.sub("", text):
+        return f"<td{attributes}>{text}</td>"
+    return f'<th{attributes} scope="col">{text}</th>'
+
+
+def row_head(first):
+    """Return the first cell of a row as its head, if there are words in the cell."""
+    row, attributes, text = first.groups()
+    if not SILENT.sub("", text):
+        return first[0]
+    return f'{row}<th{attributes} scope="row">{text}</th>'
+
+
+def mend_table(found):
+    """Say of the heads of a table what they head, where the table has any."""
+    head, row, rows = found[0].partition("</tr>")
+    if "<th" not in head:
+        return found[0]
+    return HEAD.sub(column_head, head) + row + FIRST.sub(row_head, rows)
+
+
+def complete(app, pagename, templatename, context, doctree):
+    """Mend the HTML of a page, also that of stored outputs, and describe the page."""
+    if doctree is not None:
+        context["body"] = TABLE.sub(mend_table, context["body"]).replace(TOGGLE, "")
+        text = doctree.next_node(nodes.paragraph).astext()
+        text = html.escape(textwrap.shorten(text, 200, placeholder=" …"))
+        context["metatags"] += f'<meta name="description" content="{text}" />'
+
+
 def setup(app):
     app.connect("doctree-read", fold_deeper_sections)
+    app.connect("html-page-context", complete)

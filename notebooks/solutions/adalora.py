@@ -4,7 +4,7 @@ import torch
 
 
 def orthogonality_penalty(P: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
-    """‖PᵀP − I‖² + ‖QQᵀ − I‖² of one layer: P (out, r), Q (r, in)."""
+    """Return ‖PᵀP − I‖² + ‖QQᵀ − I‖² of one layer: P (out, r), Q (r, in)."""
     identity = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)   # (r, r)
     return ((P.T @ P - identity) ** 2).sum() + ((Q @ Q.T - identity) ** 2).sum()
 
@@ -17,7 +17,7 @@ def update_importance(
     beta1: float,
     beta2: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The averages after this step, and the score of each entry."""
+    """Return the averages after this step, and the score of each entry."""
     importance = (weight * grad).abs()
     sensitivity = beta1 * sensitivity + (1 - beta1) * importance
     deviation = (importance - sensitivity).abs()                   # from the new average
@@ -28,7 +28,7 @@ def update_importance(
 def cubic_budget(
     step: int, initial: int, final: int, tinit: int, tfinal: int, total: int
 ) -> int:
-    """How many triplets of the whole model may stay after a step, counted from 1."""
+    """Return how many triplets of the whole model may stay after a step, counted from 1."""
     if step <= tinit:
         return initial
     if step >= total - tfinal:
@@ -38,7 +38,7 @@ def cubic_budget(
 
 
 def mask_to_budget(scores: list[torch.Tensor], budget: int) -> list[torch.Tensor]:
-    """For each layer which of its triplets stay: the best `budget` of all layers together."""
+    """Return for each layer which triplets stay: the best `budget` of all layers together."""
     pooled = torch.cat(scores)                                     # (all triplets,)
     best = pooled.argsort(descending=True, stable=True)[:budget]
     mask = torch.zeros(len(pooled), dtype=torch.bool)
@@ -53,7 +53,7 @@ def adalora_step(
     allocator,
     step: int,
 ) -> torch.Tensor:
-    """One training step of AdaLoRA; returns the loss that was minimised."""
+    """Take one training step of AdaLoRA and return the loss that was minimised."""
     loss = model(**batch).loss + allocator.penalty()
     loss.backward()
     optimizer.step()

@@ -14,7 +14,7 @@ def adapter_forward(
     w_up: torch.Tensor,
     b_up: torch.Tensor,
 ) -> torch.Tensor:
-    """h plus what the adapter computes from h, of shape (..., d)."""
+    """Return h plus what the adapter computes from h, of shape (..., d)."""
     low = F.gelu(h @ w_down.T + b_down)                       # (..., m)
     return h + low @ w_up.T + b_up                            # (..., d)
 
@@ -22,7 +22,7 @@ def adapter_forward(
 def adapted_output(
     x: torch.Tensor, h: torch.Tensor, adapter: nn.Module, norm: nn.Module, kind: str
 ) -> torch.Tensor:
-    """The output (..., d) of a BERT sublayer with an adapter of this kind."""
+    """Return the output (..., d) of a BERT sublayer with an adapter of this kind."""
     t = {"houlsby": h, "parallel": x, "pfeiffer": norm(x + h)}[kind]
     return norm(x + h + adapter(t))                           # (..., d)
 
@@ -35,14 +35,14 @@ def fold_linear_adapter(
     weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (d, in) and bias (d,) of one layer that is the layer and the adapter after it."""
+    """Return weight (d, in) and bias (d,) of one layer: the layer and the adapter after it."""
     new_weight = weight + w_up @ (w_down @ weight)            # (d, in)
     new_bias = bias + w_up @ (w_down @ bias + b_down) + b_up  # (d,)
     return new_weight, new_bias
 
 
 def insert_adapters(layer: nn.Module, width: int) -> nn.Module:
-    """Houlsby's adapters of width m in a block of BERT, in place: LN(x + h + a(h)), twice."""
+    """Put Houlsby's adapters of width m into a block of BERT: LN(x + h + a(h)), twice."""
     layer.requires_grad_(False)
     for output in (layer.attention.output, layer.output):
         adapter = Adapter(output.dense.out_features, width)   # h -> h + a(h)
@@ -51,12 +51,12 @@ def insert_adapters(layer: nn.Module, width: int) -> nn.Module:
 
 
 def adapter_parameters(d: int, m: int, layers: int, kind: str) -> int:
-    """How many parameters the adapters of a model have, biases included."""
+    """Return how many parameters the adapters of a model have, biases included."""
     places = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}     # of every layer
     return layers * places[kind] * (2 * d * m + m + d)
 
 
 def identity_gap(adapter: nn.Module, h: torch.Tensor) -> float:
-    """‖adapter(h) − h‖ / ‖h‖, 0 for the identity."""
+    """Return ‖adapter(h) − h‖ / ‖h‖, 0 for the identity."""
     change = adapter(h) - h                                   # (..., d)
     return (change.norm() / h.norm()).item()

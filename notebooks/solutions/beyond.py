@@ -7,14 +7,14 @@ import torch
 
 
 def rslora_scaling(alpha: float, rank: int) -> float:
-    """The scaling that makes the first step of gradient descent the same at every rank."""
+    """Return the scaling that makes gradient descent's first step the same at every rank."""
     return alpha / math.sqrt(rank)
 
 
 def loraplus_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], lr: float, ratio: float
 ) -> list[dict]:
-    """Two groups for an optimiser: all that trains but B, at lr; every B, at ratio · lr."""
+    """Return two groups for an optimiser: all that trains but B, at lr; every B, at ratio · lr."""
     others, ups = [], []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
@@ -25,7 +25,7 @@ def loraplus_groups(
 def pissa_init(
     weight: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A (rank, in), B (out, rank) from the largest singular values, and the residual (out, in)."""
+    """Return A (rank, in), B (out, rank) of the largest singular values, and the residual."""
     U, S, V = torch.linalg.svd(weight, full_matrices=False)
     root = S[:rank].sqrt()                                    # (rank,)
     A, B = root[:, None] * V[:rank], U[:, :rank] * root       # (rank, in), (out, rank)
@@ -35,7 +35,7 @@ def pissa_init(
 def loftq_init(
     weight: torch.Tensor, rank: int, quantize: Callable[[torch.Tensor], torch.Tensor], steps: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A (rank, in), B (out, rank) and the quantised Q (out, in) after so many steps from BA = 0."""
+    """Return A (rank, in), B (out, rank) and the last quantised Q (out, in), from BA = 0."""
     product = torch.zeros_like(weight)
     for _ in range(steps):
         quantized = quantize(weight - product)                # (out, in)
@@ -47,7 +47,7 @@ def loftq_init(
 
 
 def intruder_dimensions(w0: torch.Tensor, w1: torch.Tensor, k: int, eps: float) -> int:
-    """How many of the k strongest left singular vectors of w1 have |cosine| < eps with all of
+    """Count the k strongest left singular vectors of w1 that have |cosine| < eps with all of
     w0's."""
     old, new = (torch.linalg.svd(w, full_matrices=False).U for w in (w0, w1))
     cosines = (old.T @ new[:, :k]).abs()                      # (vectors of w0, k)

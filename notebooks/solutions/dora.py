@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The length (out,) of every row of a weight (out, in), and its rows at length 1 (out, in)."""
+    """Return the length (out,) of every row of a weight, and the rows at length 1 (out, in)."""
     magnitude = torch.linalg.norm(weight, dim=1)              # (out,)
     return magnitude, weight / magnitude[:, None]
 
@@ -22,7 +22,7 @@ def dora_output(
     alpha: float,
     magnitude: torch.Tensor,
 ) -> torch.Tensor:
-    """x (m / ‖V‖ ⊙ V)ᵀ + b (..., out) with V = W + s·BA, and nothing as large as W on the way."""
+    """Return x (m / ‖V‖ ⊙ V)ᵀ + b (..., out), V = W + s·BA; make nothing as large as W."""
     s = alpha / A.shape[0]
     with torch.no_grad():
         # ‖w + s·bA‖² = ‖w‖² + 2s·(wAᵀ)·b + s²·b(AAᵀ)·b for a row w of W and a row b of B
@@ -36,14 +36,14 @@ def dora_output(
 
 
 def magnitude_direction_change(w0: torch.Tensor, w1: torch.Tensor) -> tuple[float, float]:
-    """The mean change of the rows' lengths, and the mean of 1 - cosine of corresponding rows."""
+    """Return the mean change of the rows' lengths, and the mean of 1 - cosine of the rows."""
     delta_m = (w1.norm(dim=1) - w0.norm(dim=1)).abs().mean()  # ()
     delta_d = (1 - F.cosine_similarity(w0, w1, dim=1)).mean() # ()
     return delta_m.item(), delta_d.item()
 
 
 class DoRALinear(nn.Module):
-    """y = x (m · V / ‖V‖)ᵀ + b with V = W + (alpha / rank) · BA, around a frozen Linear."""
+    """Compute y = x (m · V / ‖V‖)ᵀ + b, V = W + (alpha / rank) · BA, around a frozen Linear."""
 
     def __init__(self, linear: nn.Linear, rank: int = 8, alpha: float = 16.0):
         super().__init__()

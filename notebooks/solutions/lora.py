@@ -26,7 +26,7 @@ def merge_lora(
 def unmerge_lora(
     merged_weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """The base weight (out, in) that gave `merged_weight` when s·BA was added."""
+    """Return the base weight (out, in) that gave `merged_weight` when s·BA was added."""
     rank = A.shape[0]
     return merged_weight - (alpha / rank) * (B @ A)
 
@@ -34,7 +34,7 @@ def unmerge_lora(
 def compress_lora(
     A: torch.Tensor, B: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """New factors, A (rank, in) and B (out, rank): the best approximation of BA."""
+    """Return factors A (rank, in) and B (out, rank): the best approximation of BA."""
     Q_b, R_b = torch.linalg.qr(B)                  # (out, r), (r, r)
     Q_a, R_a = torch.linalg.qr(A.T)                # (in, r), (r, r)
     U, S, Vh = torch.linalg.svd(R_b @ R_a.T)       # all (r, r): BA = Q_b U S Vh Q_aᵀ
@@ -44,7 +44,7 @@ def compress_lora(
 def embedding_lora(
     ids: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """The adapted rows (..., d) of the token table for `ids`."""
+    """Return the adapted rows (..., d) of the token table for `ids`."""
     low = F.embedding(ids, A.T)                    # (..., r)
     return F.embedding(ids, weight) + (alpha / A.shape[0]) * (low @ B.T)
 
@@ -52,14 +52,14 @@ def embedding_lora(
 def sum_adapters(
     adapters: list[tuple[torch.Tensor, torch.Tensor, float, float]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pair (A, B) with scaling 1 whose BA is the weighted sum of all updates."""
+    """Return one pair (A, B) with scaling 1 whose BA is the weighted sum of all updates."""
     A = torch.cat([A for A, _, _, _ in adapters])  # (r₁ + r₂ + …, in)
     scaled = [weight * alpha / B.shape[1] * B for _, B, alpha, weight in adapters]
     return A, torch.cat(scaled, dim=1)             # (out, r₁ + r₂ + …)
 
 
 def apply_lora(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> nn.Module:
-    """The same model, frozen, with a LoRA branch on every linear layer that `targets` name."""
+    """Freeze the model, put LoRA on every linear layer that `targets` name, and return it."""
     modules = dict(model.named_modules())
     if any(hasattr(module, "lora") for module in modules.values()):
         raise ValueError("the model already has LoRA branches: unload them first")

@@ -7,14 +7,14 @@ import torch.nn as nn
 def split_prefix(
     flat: torch.Tensor, layers: int, n_kv: int, d_h: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer its keys and its values, each (n_kv, p, d_h)."""
+    """Return for each layer its keys and its values, each (n_kv, p, d_h)."""
     P = flat.reshape(len(flat), layers, 2, n_kv, d_h)         # (p, L, 2, n_kv, d_h)
     P = P.permute(1, 2, 3, 0, 4)                              # (L, 2, n_kv, p, d_h)
     return [(layer[0], layer[1]) for layer in P]
 
 
 def prefix_gate(q: torch.Tensor, k: torch.Tensor, prefix_k: torch.Tensor) -> torch.Tensor:
-    """The share of each token's attention that goes to the prefix, (heads, T)."""
+    """Return the share of each token's attention that goes to the prefix, (heads, T)."""
     heads, T, d_h = q.shape
     group = heads // len(k)
     k, prefix_k = (t.repeat_interleave(group, dim=0) for t in (k, prefix_k))
@@ -27,7 +27,7 @@ def prefix_gate(q: torch.Tensor, k: torch.Tensor, prefix_k: torch.Tensor) -> tor
 def context_to_prefix(
     model: nn.Module, ids: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer the keys and values, each (n_kv, p, d_h), that reading `ids` (p,) leaves."""
+    """Return each layer's keys and values, each (n_kv, p, d_h), that reading `ids` leaves."""
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def attend(
     prefix_k: torch.Tensor,
     prefix_v: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of a text to all of a prefix, and to itself causally: (heads, T, d_h)."""
+    """Return attention of a text to all of a prefix, and to itself causally: (heads, T, d_h)."""
     K = torch.cat([prefix_k, k], dim=1)                       # (heads, p + T, d_h)
     V = torch.cat([prefix_v, v], dim=1)                       # (heads, p + T, d_h)
     scores = q @ K.mT / q.shape[-1] ** 0.5                    # (heads, T, p + T)

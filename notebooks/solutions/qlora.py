@@ -15,20 +15,20 @@ def bits_per_parameter(
     double_block: int | None = None,
     double_bits: int = 8,
 ) -> float:
-    """Bits stored for each parameter: its code and its share of every absmax."""
+    """Return the bits stored for each parameter: its code and its share of every absmax."""
     if double_block is None:
         return bits + absmax_bits / block
     return bits + double_bits / block + absmax_bits / (block * double_block)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """The codes (2n,) of packed bytes (n,), the high nibble of each byte first."""
+    """Return the codes (2n,) of packed bytes (n,), the high nibble of each byte first."""
     pairs = torch.stack([packed >> 4, packed & 15], dim=1)    # (n, 2)
     return pairs.flatten()                                    # (2n,)
 
 
 def normal_float_levels(bits: int) -> torch.Tensor:
-    """The levels of NF-k for k = `bits`, ascending: (2**bits,)."""
+    """Return the levels of NF-k for k = `bits`, ascending: (2**bits,)."""
     half = 2 ** (bits - 1)
     outermost = 0.5 * (1 - 1 / (2 * 2**bits) + 1 - 1 / (2 * (2**bits - 1)))
 
@@ -44,7 +44,7 @@ def normal_float_levels(bits: int) -> torch.Tensor:
 def quantize_blockwise(
     x: torch.Tensor, levels: torch.Tensor, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The code (n,) of every number of x, and the absmax of every block."""
+    """Return the code (n,) of every number of x, and the absmax of every block."""
     flat = x.flatten()                                        # (n,)
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
     absmax = blocks.abs().amax(dim=1)                         # (blocks,)
@@ -61,7 +61,7 @@ def dequantize_blockwise(
     block: int,
     shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """The numbers that codes (n,) and absmax stand for, in `shape`."""
+    """Return the numbers that codes (n,) and absmax stand for, in `shape`."""
     scales = absmax.repeat_interleave(block)[: len(codes)]    # (n,)
     return (levels[codes.long()] * scales).view(shape)
 
@@ -74,7 +74,7 @@ def merge_into_4bit(
     alpha: float,
     shape: tuple[int, int],
 ) -> tuple[torch.Tensor, float]:
-    """The merged weight (out, in) in fp32, and the relative error of re-quantising it."""
+    """Return the merged weight (out, in) in fp32, and the relative error of re-quantising it."""
     base = dequantize_nf4(packed, absmax, shape)              # (out, in)
     weight = base + (alpha / A.shape[0]) * (B @ A)            # (out, in)
     again = dequantize_nf4(*quantize_nf4(weight), shape)      # (out, in)
@@ -83,7 +83,7 @@ def merge_into_4bit(
 
 
 class FourBitProduct(torch.autograd.Function):
-    """y = x W′ᵀ for a weight W′ in 4 bits, which is restored in each direction and never kept."""
+    """Compute y = x W′ᵀ for a 4-bit weight W′, restored in each direction and never kept."""
 
     @staticmethod
     def forward(
@@ -101,7 +101,7 @@ class FourBitProduct(torch.autograd.Function):
 
 
 def kmeans_levels(ratios: torch.Tensor, count: int, rounds: int = 50) -> torch.Tensor:
-    """`count` levels, ascending, that make the squared error on `ratios` (n,) small."""
+    """Return `count` levels, ascending, that make the squared error on `ratios` (n,) small."""
     levels = ratios.quantile((torch.arange(count) + 0.5) / count)     # (count,)
     for _ in range(rounds):
         midpoints = (levels[1:] + levels[:-1]) / 2

@@ -5,7 +5,7 @@ import torch.nn as nn
 
 
 def select_bitfit(model: nn.Module) -> list[str]:
-    """The names of all biases of a model, in its order. ValueError if it has none."""
+    """Return the names of all biases of a model, in its order. ValueError if it has none."""
     last = {name: name.rpartition(".")[2] for name, _ in model.named_parameters()}
     biases = [name for name, own in last.items() if own == "bias" or own.endswith("_bias")]
     if not biases:
@@ -20,7 +20,7 @@ def sparse_linear(
     indices: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
-    """A linear layer whose weight has a trained difference at k positions: (..., out)."""
+    """Return the output (..., out) of a linear layer with a trained difference at k positions."""
     changed = weight.flatten().scatter_add(0, indices, values)      # (out · in)
     return x @ changed.view(weight.shape).T + bias                  # (..., out)
 
@@ -32,7 +32,7 @@ def hard_concrete(
     high: float = 1.5,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """The gates in [0, 1] that the uniform numbers u draw, as many as there are log α."""
+    """Return the gates in [0, 1] that the uniform numbers u draw, one for each log α."""
     s = torch.sigmoid((torch.logit(u) + log_alpha) / temperature)   # in (0, 1)
     return (s * (high - low) + low).clamp(0, 1)                     # stretched to (low, high)
 
@@ -40,7 +40,7 @@ def hard_concrete(
 def expected_l0(
     log_alpha: torch.Tensor, low: float = -1.5, high: float = 1.5, temperature: float = 1.0
 ) -> torch.Tensor:
-    """How many of the gates a draw leaves open on average."""
+    """Return how many of the gates a draw leaves open on average."""
     # z > 0 where (logit(u) + log α) / β > log(−low / high), and logit(u) has the CDF σ.
     return torch.sigmoid(log_alpha - temperature * log_alpha.new_tensor(-low / high).log()).sum()
 
@@ -48,7 +48,7 @@ def expected_l0(
 def sparse_diff(
     before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{name: (flat indices, new values)} of all entries whose bits have changed."""
+    """Return {name: (flat indices, new values)} of all entries whose bits have changed."""
     whole_numbers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     diff = {}
     for name, new in after.items():
@@ -63,7 +63,7 @@ def sparse_diff(
 def apply_sparse_diff(
     before: dict[str, torch.Tensor], diff: dict[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """A new state dict: `before`, with the values of `diff` at their indices."""
+    """Return a new state dict: `before`, with the values of `diff` at their indices."""
     for name, (indices, _) in diff.items():
         if name not in before:
             raise ValueError(f"{name!r} is not in the state dict")
@@ -77,7 +77,7 @@ def apply_sparse_diff(
 
 
 def make_optimizer(model: nn.Module, names: list[str]) -> torch.optim.AdamW:
-    """AdamW over the parameters in `names`; the others are frozen."""
+    """Return AdamW over the parameters in `names`; freeze the others."""
     model.zero_grad()                                               # to None, not to zeros
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)

@@ -11,12 +11,12 @@ def training_bytes(
     master: float = 4,
     moments: float = 8,
 ) -> int:
-    """Bytes of weights, gradients, master copy and moments, without activations."""
+    """Return the bytes of weights, gradients, master copy and moments, without activations."""
     return int(n_params * weight + n_trainable * (grad + master + moments))
 
 
 def step_flops(n_params: int, n_trainable: int, tokens: int) -> int:
-    """Floating-point operations of one training step on `tokens` tokens."""
+    """Return the floating-point operations of one training step on `tokens` tokens."""
     forward = 2 * n_params * tokens
     through_activations = 2 * n_params * tokens
     weight_gradients = 2 * n_trainable * tokens
@@ -26,14 +26,14 @@ def step_flops(n_params: int, n_trainable: int, tokens: int) -> int:
 def largest_rank(
     shapes: list[tuple[int, int]], budget_bytes: int, bytes_per_parameter: float
 ) -> int:
-    """The largest LoRA rank whose factors fit the budget; 0 if none does."""
+    """Return the largest LoRA rank whose factors fit the budget; 0 if none does."""
     per_rank = sum(out_features + in_features for out_features, in_features in shapes)
     fits = int(budget_bytes // (per_rank * bytes_per_parameter))
     return min(fits, min(min(shape) for shape in shapes))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters and those that train: (total, trainable)."""
+    """Count all parameters and those that train: (total, trainable)."""
     total = trainable = 0
     # parameters() gives a tied weight once, and no buffers.
     for parameter in model.parameters():

@@ -1,6 +1,7 @@
 """The students' copy has all that a lesson needs, and no answers."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import course
+from peft_lessons.data import update
 from tools import notebooks, release
 from tools.environment import offline_environment
 
@@ -184,11 +186,28 @@ def test_deeper_sections_and_plumbing_stay_folded_for_jupyterlab_and_for_colab()
     assert kept == folds
 
 
-def test_the_archive_has_the_notices_and_the_rule_for_line_ends(copied):
+def test_the_archive_has_the_notices_the_rule_for_line_ends_and_what_binder_needs(copied):
     # An instructor may put the copy into a repository, which somebody clones on Windows.
     names = set(zipfile.ZipFile(copied[1]).namelist())
     files = (".gitattributes", "LICENSE", "NOTICE", "course.py", "notebooks/14_beyond_lora.ipynb")
+    files += (".binder/environment.yml", ".binder/postBuild", ".binder/start")
     assert {f"peft-lessons/{name}" for name in files} <= names
+
+
+def test_the_archive_says_what_is_in_it_so_that_a_copy_can_be_updated(copied):
+    folder, archive = copied
+    record, data = update.read_new(archive)
+    files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"]
+    assert {path.relative_to(folder).as_posix() for path in files} == set(data)
+    assert set(data) == {update.STAMP, *record["files"]}
+    assert set(record["cells"]) == {f"notebooks/{path.name}" for path in notebooks.lessons()}
+    lesson = json.loads(data["notebooks/02_lora.ipynb"])
+    for cell in lesson["cells"]:
+        if "exercise" in cell["metadata"].get("tags", []):
+            cell["source"] = "answer = 1"
+    merged, row = update.merge(lesson, lesson, record["cells"]["notebooks/02_lora.ipynb"])
+    assert merged == lesson and row == update.Row()
+    assert not update.plan(folder, record, data).write
 
 
 def test_a_second_copy_replaces_the_first(copied):

@@ -11,7 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
-from tools import notebooks, site
+from tools import notebooks, release, site
+from tools.environment import ROOT
 
 PAGES = ["index.html", *(f"notebooks/{path.stem}.html" for path in notebooks.lessons())]
 PAGES += [guide.replace(".md", ".html") for guide in site.GUIDES]
@@ -51,12 +52,18 @@ class Page(HTMLParser):
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self.links, self.loaded, self.ids = [], [], set()
+        self.links, self.loaded, self.ids, self.heads = [], [], set(), []
+        self.language = self.description = None
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
         self.ids |= {given["id"]} if given.get("id") else set()
+        self.heads += [given.get("scope")] if tag == "th" else []
+        if tag == "html":
+            self.language = given.get("lang")
+        if tag == "meta" and given.get("name") == "description":
+            self.description = given["content"]
         if tag == "a" and given.get("href"):
             self.links.append(given["href"])
         if tag in {"script", "img", "iframe"} and given.get("src"):
@@ -103,6 +110,60 @@ def test_no_link_is_broken_and_nothing_is_loaded_from_elsewhere(built):
             if not there:
                 broken.append((file.name, target))
     assert not broken
+
+
+def test_every_page_says_what_it_is_and_what_the_heads_of_its_tables_head(built):
+    pages = {page: Page(built / page) for page in PAGES}
+    assert {page.language for page in pages.values()} == {"en"}
+    described = {page.description for page in pages.values()}
+    assert len(described) == len(PAGES) and all(len(text) > 20 for text in described)
+    assert {head for page in pages.values() for head in page.heads} == {"col", "row"}
+    dora = (built / "notebooks/04_dora.html").read_text(encoding="utf-8")
+    assert re.search(r'<th\b[^>]*\bscope="row"><p><strong>You need</strong>', dora), "the card"
+    assert "Toggle hidden content" not in dora
+
+
+def test_the_folder_can_be_published_as_it_is(built):
+    assert (built / ".nojekyll").exists(), "or GitHub Pages leaves out _static"
+    texts = [file for file in built.rglob("*") if file.suffix in {".html", ".js", ".md", ".ipynb"}]
+    for file in texts:
+        text = file.read_text(encoding="utf-8")
+        assert str(ROOT) not in text and str(built) not in text, file
+
+
+def test_a_lesson_can_be_downloaded_as_it_is(built):
+    for path in notebooks.lessons():
+        page = built / "notebooks" / f"{path.stem}.html"
+        (link,) = [link for link in Page(page).links if link.endswith(f"notebooks/{path.name}")][:1]
+        assert (page.parent / link).read_bytes() == path.read_bytes()
+        assert "Open in" not in page.read_text(encoding="utf-8"), "nobody published a copy"
+
+
+def test_a_published_copy_can_be_opened_from_each_lesson():
+    path = notebooks.lessons()[2]
+    for given in ("jo/peft-course", "https://github.com/jo/peft-course", "jo/peft-course.git"):
+        source = site.titled(path, release.owner_and_name(given)).cells[0].source
+        assert source.startswith("# 02 LoRA: a low-rank change beside frozen weights\n\n<div ")
+        addresses = re.findall(r'href="(http[^"]+)">Open in (\w+)<', source)
+        assert [place for _, place in addresses] == ["Colab", "Binder"]
+        assert addresses[0][0].endswith("/github/jo/peft-course/blob/main/notebooks/02_lora.ipynb")
+        assert "/gh/jo/peft-course/main?urlpath=lab/tree/notebooks/02_lora." in addresses[1][0]
+    for wrong in ("peft-course", "https://example.org/jo/peft-course", "a/b/c", 'a/b"'):
+        with pytest.raises(ValueError, match="OWNER/NAME"):
+            release.owner_and_name(wrong)
+
+
+def test_stills_of_explorers_are_shown(built):
+    found = 0
+    for path in notebooks.lessons():
+        text = (built / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
+        told = r"Run this cell in JupyterLab to move: "
+        stills = [c for c in notebooks.code_cells(notebooks.read(path)) if told in str(c.outputs)]
+        shown = re.findall(rf'<div class="cell_output(?:(?!<div class="cell).)*{told}', text, re.S)
+        assert len(shown) == len(stills)
+        assert all("<img" in one or "<svg" in one or "<table" in one for one in shown)
+        found += len(shown)
+    assert found >= 6
 
 
 def test_the_search_knows_every_lesson(built):
@@ -171,17 +232,14 @@ def browser():
 
 
 def hindrances(page):
-    """Return what axe-core finds in a page that seriously hinders a reader, as bad contrast."""
+    """Return what axe-core finds in a page that hinders a reader, as bad contrast."""
     from axe_playwright_python.sync_playwright import Axe
 
     # No preload: it asks for each style sheet, which a browser refuses to pages from disk.
-    options = {"resultTypes": ["violations"], "preload": False}
+    more = {name: {"enabled": True} for name in ("label-content-name-mismatch", "td-has-header")}
+    options = {"resultTypes": ["violations"], "preload": False, "rules": more}
     found = Axe().run(page, options=options).response["violations"]
-    return [
-        f"{rule['help']}: {rule['nodes'][0]['html']}"
-        for rule in found
-        if rule["impact"] in {"serious", "critical"}
-    ]
+    return [f"{rule['help']}: {rule['nodes'][0]['html']}" for rule in found]
 
 
 def seen(browser, address, size, theme):
@@ -235,6 +293,9 @@ def test_a_link_opens_a_folded_section_and_paper_shows_all(folding, browser):
     page.click("article a[href='#a-part-of-it']")
     assert page.eval_on_selector_all("details.deeper", sections) == [True, False]
     assert page.locator("#a-part-of-it h3").is_visible()
+    for key, opened in (("Enter", True), ("Space", False)):
+        page.locator("details.deeper > summary").last.press(key)
+        assert page.eval_on_selector_all("details.deeper", sections) == [True, opened]
     page.goto("about:blank")
     page.goto(folding.as_uri())
     page.emulate_media(media="print")

@@ -1,0 +1,363 @@
+"""Turn marks into points, tables and pages: what an instructor keeps, imports and hands back."""
+
+import csv
+import hashlib
+import html
+import io
+import math
+import re
+import tomllib
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+from tools import notebooks
+from tools.submissions import MAXIMA, MOODLE, Handed, Person
+
+OUTCOMES = ("right", "wrong", "not attempted", "crashed", "timed out")
+ABSENT = "not handed in"
+CANVAS_ONLY = {"sis user id", "sis login id"}
+CANVAS_OWN = CANVAS_ONLY | {"student", "id", "integration id", "root account", "section"}
+FORMULA = tuple("=+-@\t\r")  # what a spreadsheet would compute
+DAY = timedelta(days=1)
+
+
+# ------------------------------------------------------------------ points and the late rule
+
+
+@cache
+def stars(lesson: str) -> dict[str, float]:
+    """Return {exercise: the stars of its heading}; two functions below one heading share them."""
+    below: dict[str, list[str]] = defaultdict(list)
+    title = ""
+    for cell in notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb").cells:
+        if cell.cell_type == "markdown":
+            titles = [title for _, title in notebooks.headings(cell)]
+            title = next((t for t in reversed(titles) if t.startswith("Exercise")), title)
+        elif "exercise" in notebooks.tags(cell):
+            below[title].append(notebooks.exercise_name(cell))
+    return {name: t.count("★") / len(names) for t, names in below.items() for name in names}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How answers become points: those of a file instead of stars, the time at which each lesson is
+    due, the per cent of its points that a lesson loses for each day begun after that, the days that
+    single students have more, and a secret that decides which inputs the checks draw for whom."""
+
+    points: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    due: Mapping[str, datetime] = field(default_factory=dict)
+    late: float = 0
+    extensions: Mapping[str, float] = field(default_factory=dict)
+    seed: str = ""
+
+    def maxima(self, lesson: str) -> dict[str, float]:
+        """Return {exercise: its points} of a lesson."""
+        return stars(lesson) | dict(self.points.get(lesson, {}))
+
+    def days_late(self, one: Handed, student: str) -> int:
+        """Return how many days after the due time, the last one begun, a notebook was handed in.
+
+        The time is the file's. A platform's mark means one day at least."""
+        days = 0
+        if one.lesson in self.due:
+            due = self.due[one.lesson] + self.extensions.get(student, 0) * DAY
+            handed = datetime.fromtimestamp(one.seconds, due.tzinfo)
+            days = max(0, math.ceil((handed - due) / DAY))
+        return max(days, int(one.late and not self.extensions.get(student)))
+
+    def share(self, days: int) -> float:
+        """Return the share of the points that is left after some days."""
+        return max(0.0, 1 - days * self.late / 100)
+
+
+def read_rules(path: Path) -> Rules:
+    """Read rules from a TOML file. Raises ValueError that names what the course doesn't know."""
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML: {error}") from None
+
+    def known(name: str, names: Iterable[str], what: str) -> None:
+        if name not in (names := list(names)):
+            near = get_close_matches(name, names, 1)
+            hint = f": did you mean {near[0]}?" if near else f": {', '.join(names)}"
+            raise ValueError(f"{path}: there is no {what} {name!r}{hint}")
+
+    def number(value: object, what: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+            raise ValueError(f"{path}: {what} must be a number from 0 on, not {value!r}")
+        return value
+
+    def table(name: str) -> dict:
+        if not isinstance(given.get(name, {}), dict):
+            raise ValueError(f"{path}: {name} must be a table, [{name}]")
+        return given.get(name, {})
+
+    for name in given:
+        known(name, ("points", "due", "late", "extensions", "seed"), "setting")
+    for lesson in {*table("points"), *table("due")}:
+        known(lesson, notebooks.MODULES, "lesson")
+    for lesson, points in table("points").items():
+        if not isinstance(points, dict):
+            raise ValueError(f"{path}: points of a lesson are a table, [points.{lesson}]")
+        for exercise, value in points.items():
+            known(exercise, notebooks.exercises(lesson), f"exercise of {lesson}")
+            number(value, f"points.{lesson}.{exercise}")
+    for lesson, due in table("due").items():
+        if not isinstance(due, datetime):
+            raise ValueError(f"{path}: due.{lesson} must be a time such as 2027-03-01T23:59:00")
+    for student, days in table("extensions").items():
+        number(days, f"extensions.{student}")
+    late = number(given.get("late", 0), "late")
+    seed = str(given.get("seed", ""))
+    return Rules(table("points"), table("due"), late, table("extensions"), seed)
+
+
+# ------------------------------------------------------------------ marks
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The outcome of an exercise, with its points out of `maximum`, the late rule applied."""
+
+    student: str
+    notebook: str
+    lesson: str
+    exercise: str
+    outcome: str
+    told: str
+    seconds: float
+    points: float = 0
+    maximum: float = 0
+    days_late: int = 0
+
+
+def absent(student: str, lesson: str, rules: Rules) -> list[Mark]:
+    """Return the marks of a student who did not hand in a lesson."""
+    maxima = rules.maxima(lesson)
+    return [Mark(student, "", lesson, e, ABSENT, "", 0, 0, maxima[e]) for e in maxima]
+
+
+def tidy(points: float) -> float | int:
+    """Return points rounded to hundredths, without a fraction where there is none."""
+    points = round(points, 2)
+    return int(points) if points == int(points) else points
+
+
+def total(marks: Iterable[Mark]) -> tuple[float, float]:
+    """Return (points, maximum) of some marks."""
+    marks = list(marks)
+    return tidy(sum(m.points for m in marks)), tidy(sum(m.maximum for m in marks))
+
+
+def by_student(marks: Sequence[Mark]) -> dict[str, list[Mark]]:
+    """Return {student: their marks}, in the order of the marks."""
+    found: dict[str, list[Mark]] = {}
+    for mark in marks:
+        found.setdefault(mark.student, []).append(mark)
+    return found
+
+
+# ------------------------------------------------------------------ tables
+
+
+def text(cell: object) -> object:
+    """Return no formula, whatever a spreadsheet makes of it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+
+def csv_of(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as a CSV file that any spreadsheet opens without computing."""
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([text(cell) for cell in row] for row in rows)
+    return table.getvalue()
+
+
+def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
+    """Return a row a student: the columns of the roster, a column an exercise, total and maximum.
+
+    With Canvas's gradebook as the roster the second row has the maxima, as Canvas wants it."""
+    students, rows = by_student(marks), {person.id: person.row for person in people}
+    own = list(people[0].row) if people else ["student"]
+    if canvas := any(name.strip().casefold() in CANVAS_ONLY for name in own):
+        # Its other columns are other assignments, whose points an import would write again.
+        own = [name for name in own if name.strip().casefold() in CANVAS_OWN]
+    columns = {(m.lesson, m.exercise): m.maximum for m in marks}
+    table = [[*own, *(f"{lesson} {e}" for lesson, e in columns), "total", "maximum"]]
+    whole = tidy(sum(columns.values()))
+    if canvas:
+        blank = [f"    {MAXIMA.title()}", *[""] * (len(own) - 1)]
+        table.append([*blank, *map(tidy, columns.values()), whole, whole])
+    for student, found in students.items():
+        points = {(m.lesson, m.exercise): tidy(m.points) for m in found}
+        row = rows.get(student, {own[0]: student} if not people else dict.fromkeys(own, ""))
+        if people and student not in rows:
+            row[own[0]] = student
+        cells = [points.get(column, "") for column in columns]
+        table.append([*(row.get(name, "") for name in own), *cells, total(found)[0], whole])
+    return csv_of(table)
+
+
+# ------------------------------------------------------------------ pages
+
+STYLE = """
+:root { color-scheme: light dark; background: Canvas; color: CanvasText }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
+table { border-collapse: collapse; margin-bottom: 2em; width: 100% }
+th, td { border-bottom: 1px solid #8886; padding: .3em .6em; text-align: left;
+  vertical-align: top }
+td.told { white-space: pre-wrap; font-size: .9em; overflow-wrap: anywhere }
+td.points { white-space: nowrap }
+.scroll { overflow-x: auto }
+.right { color: light-dark(#1b7030, #6cc07e) }
+.wrong, .crashed, .timed-out { color: light-dark(#b3321f, #ff8b7a) }
+@media (max-width: 40em) {
+  .marks thead { display: none }
+  .marks tr { display: block; border-bottom: 1px solid #8886; padding: .5em 0 }
+  .marks td { display: inline-block; border: 0; padding: 0 .6em 0 0 }
+  .marks td.told { display: block }
+}
+"""
+
+
+def document(title: str, *parts: str) -> str:
+    """Return a page of HTML."""
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'>"
+        f"<title>{html.escape(title)}</title><meta name='viewport' content='width=device-width'>"
+        f"<style>{STYLE}</style><main><h1>{html.escape(title)}</h1>{''.join(parts)}</main></html>"
+    )
+
+
+def rows_of(rows: Iterable[Sequence[object]], head: Sequence[str]) -> str:
+    """Return a table of HTML whose cells are text."""
+    top = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return scrolled(f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def scrolled(table: str) -> str:
+    """Return a table that scrolls, also by keyboard, where it is wider than the page."""
+    return f"<div class='scroll' tabindex='0'>{table}</div>"
+
+
+def marks_of(marks: Sequence[Mark]) -> str:
+    """Return a table of one student's marks."""
+    heads = ("lesson", "exercise", "outcome", "points", "what the check says")
+    top = "".join(f"<th scope='col'>{head}</th>" for head in heads)
+    body = "".join(
+        f"<tr><td>{m.lesson}</td><td>{m.exercise}</td>"
+        f"<td class='{m.outcome.replace(' ', '-')}'>{m.outcome}</td>"
+        f"<td class='points'>{tidy(m.points)} of {tidy(m.maximum)}</td>"
+        f"<td class='told'>{html.escape(m.told) if m.outcome != 'right' else ''}</td></tr>"
+        for m in marks
+    )
+    head = f"<thead><tr>{top}</tr></thead>"
+    return f"<table class='marks'>{head}<tbody>{body}</tbody></table>"
+
+
+def lateness(marks: Sequence[Mark], rules: Rules) -> str:
+    """Return a paragraph for each lesson that came late, and what that costs."""
+    late = {m.lesson: m.days_late for m in marks if m.days_late}
+    return "".join(
+        f"<p>{lesson} was handed in {days} day{'s' if days > 1 else ''} late: "
+        f"{rules.share(days):.0%} of its points count.</p>"
+        for lesson, days in late.items()
+    )
+
+
+def feedback(called: str, marks: Sequence[Mark], rules: Rules) -> str:
+    """Return the page for one student, which says nothing of any other."""
+    points, maximum = total(marks)
+    said = f"<p>{points} of {maximum} points.</p>"
+    return document(f"Feedback for {called}", said, lateness(marks, rules), marks_of(marks))
+
+
+def overview(
+    marks: Sequence[Mark], rules: Rules, notes: Sequence[str], called: Mapping[str, str]
+) -> str:
+    """Return the instructor's page: a row a student, a row an exercise with the commonest fault,
+    and the marks of each student. `called` has the names of students, by what marks call them."""
+    students = by_student(marks)
+    counts = {s: Counter(m.outcome for m in found) for s, found in students.items()}
+    kinds = (*OUTCOMES, ABSENT)
+    rows = "".join(
+        f"<tr><td><a href='#{n}'>{html.escape(called.get(s, s))}</a></td>"
+        f"<td>{total(found)[0]}</td>"
+        + "".join(f"<td>{counts[s][kind] or ''}</td>" for kind in kinds)
+        + "</tr>"
+        for n, (s, found) in enumerate(students.items())
+    )
+    top = "".join(f"<th scope='col'>{name}</th>" for name in ("student", "points", *kinds))
+    parts = [f"<p>{html.escape(note)}</p>" for note in notes]
+    parts.append(scrolled(f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>"))
+    parts.append("<h2>Exercises</h2>" + rows_of(commonest(marks), EXERCISE_HEAD))
+    for n, (student, found) in enumerate(students.items()):
+        title = f"<h2 id='{n}'>{html.escape(called.get(student, student))}</h2>"
+        parts += [title, lateness(found, rules), marks_of(found)]
+    return document("Marks", *parts)
+
+
+EXERCISE_HEAD = ("exercise", "right", "of", "the commonest fault", "how often")
+
+
+def commonest(marks: Sequence[Mark]) -> list[tuple]:
+    """Return a row for each exercise: how many handed in a right answer, and what the check said
+    most often of the others."""
+    rows = []
+    handed = [m for m in marks if m.outcome != ABSENT]
+    for lesson, exercise in dict.fromkeys((m.lesson, m.exercise) for m in handed):
+        these = [m for m in handed if (m.lesson, m.exercise) == (lesson, exercise)]
+        right = sum(m.outcome == "right" for m in these)
+        faults = Counter(fault(m) for m in these if m.outcome not in ("right", "not attempted"))
+        told, count = (faults.most_common(1) or [("", "")])[0]
+        rows.append((f"{lesson} {exercise}", right, len(these), told, count))
+    return rows
+
+
+def fault(mark: Mark) -> str:
+    """Return the cause that a check names, or else the first line of what it says."""
+    cause = re.search(r"Likely cause: (.*)", mark.told)
+    return cause[1] if cause else mark.told.partition("\n")[0]
+
+
+# ------------------------------------------------------------------ files
+
+
+def file_name(student: str) -> str:
+    """Return a name that every file system takes. Two students have two, whatever their names."""
+    safe = re.sub(r"[^\w.@ -]", "_", student).strip(". ")[:80] or "_"
+    reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", safe, re.I)
+    if safe == student and not reserved:
+        return safe
+    return f"{safe}-{hashlib.sha256(student.encode(errors='surrogateescape')).hexdigest()[:8]}"
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.replace(path)
+
+
+def moodle_archive(pages: Mapping[str, str], folders: Mapping[str, str]) -> bytes | None:
+    """Return a ZIP file that Moodle takes as feedback files of many students: a page in a folder
+    named as the student's in Moodle's download, of `folders` {folder: student}. None where nothing
+    came from Moodle."""
+    named = {f: s for f, s in folders.items() if MOODLE.fullmatch(f) and s in pages}
+    if not named:
+        return None
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for folder, student in sorted(named.items()):
+            archive.writestr(f"{folder}/feedback.html", pages[student])
+    return file.getvalue()

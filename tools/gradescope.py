@@ -1,0 +1,113 @@
+"""Write an autograder for Gradescope: python -m tools.gradescope LESSON [--rules FILE]
+
+The ZIP file build/gradescope-LESSON.zip holds the course without its solutions and tests, setup.sh,
+which sets it up in Gradescope's container, and run_autograder, which judges one submission as
+tools.grade does and writes results.json: for each exercise its points and what the check says.
+
+    python -m tools.gradescope 02 --mark /autograder
+
+is what run_autograder calls: /autograder is the folder in which Gradescope lays the submission.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from tools import grade, notebooks
+from tools.environment import ROOT
+from tools.gradebook import Rules, read_rules, tidy, write_file
+from tools.release import COPIED, LITTER
+from tools.submissions import NAME, printable
+
+AUTOGRADER = ROOT / "docs" / "gradescope"
+RULES = "rules.toml"
+# Gradescope ends an autograder after ten minutes, if nothing else is chosen.
+LIMITS = grade.Limits(total=540)
+
+
+def archive(lesson: str, rules: Path | None, place: Path) -> Path:
+    """Write the autograder of a lesson to place/gradescope-LESSON.zip and return that path."""
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder) / "autograder"
+        course = top / "course"
+        course.mkdir(parents=True)
+        for name in ("setup.sh", "run_autograder"):
+            script = (AUTOGRADER / name).read_text(encoding="utf-8").replace("LESSON", lesson)
+            (top / name).write_text(script, encoding="utf-8", newline="\n")
+            (top / name).chmod(0o755)
+        for name in (*COPIED, "tools"):
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, course / name, ignore=LITTER)
+            else:
+                shutil.copy(source, course / name)
+        (course / "notebooks").mkdir()
+        shutil.copy(notebooks.NOTEBOOKS / f"{lesson}.ipynb", course / "notebooks")
+        if rules:
+            shutil.copy(rules, course / RULES)
+        place.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.make_archive(str(place / f"gradescope-{lesson}"), "zip", top))
+
+
+def submitted(folder: Path, lesson: str) -> Path | None:
+    """Return the notebook of a submission: the one of the lesson's name, or else the only one."""
+    found = sorted(folder.rglob("*.ipynb"), key=lambda path: path.lstat().st_mtime)
+    named = [p for p in found if (match := NAME.fullmatch(p.stem)) and match[2] == lesson]
+    return named[-1] if named else found[0] if len(found) == 1 else None
+
+
+def results(folder: Path, lesson: str, rules: Rules) -> dict:
+    """Return what results.json is to say of the submission in a folder laid out as Gradescope's:
+    submission/, and submission_metadata.json with the student's address."""
+    student = ""
+    if (metadata := folder / "submission_metadata.json").exists():
+        users = json.loads(metadata.read_text(encoding="utf-8")).get("users", [])
+        student = " ".join(sorted(str(user.get("email", "")) for user in users))
+    path, maxima = submitted(folder / "submission", lesson), rules.maxima(lesson)
+    if path is None:
+        return {"score": 0, "output": f"There is no notebook {lesson}.ipynb in what you handed in."}
+    found = grade.judge(path, lesson, LIMITS, grade.variant_of(student, rules.seed))
+    tests = []
+    for exercise in notebooks.exercises(lesson):
+        outcome, told, _ = found.said.get(exercise, [*found.rest, 0])
+        right = outcome == "right"
+        tests.append(
+            {
+                "name": exercise,
+                "score": tidy(maxima[exercise]) if right else 0,
+                "max_score": tidy(maxima[exercise]),
+                "status": "passed" if right else "failed",
+                "output": outcome if right else f"{outcome}: {printable(told, kept=chr(10))}",
+                "visibility": "visible",
+            }
+        )
+    return {"tests": tests, "output": grade.guards(found.held)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.gradescope", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("lesson", help="the first characters of a lesson, such as 02")
+    parser.add_argument("--rules", type=Path, help="a TOML file with points, as for marking")
+    parser.add_argument("--mark", type=Path, metavar="FOLDER", help="judge the submission in it")
+    given = parser.parse_args(argv)
+    lesson = notebooks.lessons([given.lesson])[0].stem
+    try:
+        rules = read_rules(given.rules) if given.rules else Rules()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if given.mark is None:
+        path = archive(lesson, given.rules, ROOT / "build")
+        print(f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
+        return 0
+    (given.mark / "results").mkdir(exist_ok=True)
+    told = json.dumps(results(given.mark, lesson, rules), indent=1)
+    write_file(given.mark / "results" / "results.json", told)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Find what students handed in, in the layouts of learning platforms, and who handed it in.
+
+A notebook counts if its name contains a lesson's: by itself in a student's folder, at any depth, or
+after the prefix that a platform puts before it. So these are found:
+
+    jane/02_lora.ipynb, jane/02_lora/02_lora.ipynb    folders, nbgrader, repositories
+    doejane_LATE_1234_5678_02_lora-1.ipynb            Canvas: name, user, submission, attempt
+    Jane Doe_1234_assignsubmission_file/02_lora.ipynb Moodle, also without the folder
+    jane_02_lora.ipynb                                any other prefix
+"""
+
+import csv
+import io
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools import notebooks
+
+LESSONS = "|".join(notebooks.MODULES)
+# A browser names a second download 02_lora (1); Canvas names a second attempt 02_lora-1.
+NAME = re.compile(rf"(?:(.*)_)?({LESSONS})(?:-(\d+)|( ?\(\d+\)))?", re.S)
+CANVAS = re.compile(r"(?P<name>.+?)(?P<late>_LATE)?_(?P<id>\d+)_\d+")
+MOODLE = re.compile(r"(?P<name>.+)_(?P<participant>\d+)_assignsubmission_(?:file|onlinetext)_?")
+# Columns of a roster by which a student is called in tables and files, the best first.
+IDS = ("id", "student id", "sis user id", "id number", "idnumber", "identifier", "username")
+IDS += ("login", "sis login id", "email", "email address", "e-mail", "name", "student", "full name")
+NAMES = ("name", "student", "full name", "full_name")
+FIRST, LAST = ("first name", "first_name", "given name"), ("last name", "last_name", "surname")
+MAXIMA = "points possible"  # the first cell of the second row of Canvas's gradebook
+
+
+@dataclass(frozen=True)
+class Handed:
+    """A notebook that counts: who, by the file's own words, and the path; `late` is the mark of a
+    platform, `seconds` the time of the file."""
+
+    who: str
+    lesson: str
+    path: Path
+    late: bool
+    seconds: float
+
+
+@dataclass
+class Person:
+    """A student: `id` names them in tables and files, `row` is their row of the roster."""
+
+    id: str
+    name: str = ""
+    row: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def called(self) -> str:
+        """The name with the id behind it."""
+        return f"{self.name} ({self.id})" if self.name and self.name != self.id else self.id
+
+
+def printable(text: object, kept: str = "") -> str:
+    """Return a text in which control characters, except those `kept`, and what no encoding knows
+    are spelt out: two names stay two."""
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in str(text))
+
+
+def squeezed(text: str) -> str:
+    """Return the letters and digits of a text, small."""
+    return re.sub(r"[\W_]", "", text.casefold())
+
+
+def handed_in(folder: Path) -> tuple[list[Handed], list[Path]]:
+    """Return the notebooks that count, the last of each student's for a lesson, in order, and the
+    notebooks and folders that are passed over.
+
+    A copy such as 02_lora (1) counts only where the student handed in no 02_lora."""
+    found: dict[tuple[str, str], list[tuple[tuple, Handed]]] = defaultdict(list)
+    passed: list[Path] = []
+    for here, folders, files in os.walk(folder, onerror=lambda e: passed.append(Path(e.filename))):
+        # Jupyter's checkpoints, and what a student had before a corrected lesson came.
+        folders[:] = [n for n in folders if not n.startswith((".", "before-update"))]
+        for path in (Path(here, name) for name in folders + files if name.endswith(".ipynb")):
+            first, *inner = path.relative_to(folder).parts
+            match = NAME.fullmatch(path.stem)
+            prefix, lesson, attempt, copy = match.groups() if match else (None,) * 4
+            who = first if inner else prefix
+            if not match or not who or (inner and prefix and not CANVAS.fullmatch(prefix)):
+                passed.append(path)
+                continue
+            seconds = path.lstat().st_mtime
+            mark = CANVAS.fullmatch(prefix or "")
+            one = Handed(who, lesson, path, bool(mark and mark["late"]), seconds)
+            # Of a platform's attempts the number says which is the last, whatever unpacking did.
+            rank = (not copy, int(attempt or 0), seconds)
+            found[whose(who), lesson].append((rank, one))
+    last = []
+    for several in found.values():
+        *older, (_, newest) = sorted(several, key=lambda pair: (pair[0], str(pair[1].path)))
+        last.append(newest)
+        passed += [one.path for _, one in older]
+    return sorted(last, key=lambda one: (one.who, one.lesson)), sorted(passed)
+
+
+def whose(who: str) -> str:
+    """Return what a folder or prefix says of the student alone: the attempts of one student in
+    Canvas differ in the number of the submission, and in the mark that it is late."""
+    mark = CANVAS.fullmatch(who)
+    return f"{mark['name']}_{mark['id']}" if mark else who
+
+
+def label(who: str) -> str:
+    """Return the name that stands for a student who is on no roster."""
+    mark = MOODLE.fullmatch(who)
+    return printable(mark["name"] if mark else whose(who))
+
+
+# ------------------------------------------------------------------ the roster
+
+
+def read_roster(path: Path) -> list[Person]:
+    """Read a roster, a CSV file with a header: Canvas's gradebook, Moodle's participants or grading
+    worksheet, or a table of your own with a column id, e-mail or name.
+
+    Raises ValueError if it has no such column, or one id twice."""
+    text = path.read_text(encoding="utf-8-sig")
+    head = text.partition("\n")[0]
+    comma = max(",;\t", key=head.count)
+    people, seen = [], set()
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma)
+    columns = {(name or "").strip().casefold(): name for name in rows.fieldnames or ()}
+    known = next((columns[name] for name in IDS if name in columns), None)
+    if known is None:
+        raise ValueError(f"{path}: no column of the roster is called id, email or name")
+    for row in rows:
+        row = {name: (cell or "").strip() for name, cell in row.items() if name is not None}
+        if next(iter(row.values()), "").casefold() == MAXIMA or not any(row.values()):
+            continue
+
+        def cell(names: Iterable[str], row=row) -> str:
+            return next((row[columns[name]] for name in names if name in columns), "")
+
+        name = cell(NAMES) or " ".join(filter(None, (cell(FIRST), cell(LAST))))
+        id = printable(row[known] or cell(IDS) or name)
+        if id in seen:
+            raise ValueError(f"{path}: two rows of the roster have the {known} {id!r}")
+        seen.add(id)
+        people.append(Person(id, printable(name), row))
+    return people
+
+
+def owner(who: str, people: list[Person]) -> Person | None:
+    """Return who on the roster handed something in, by the words of the file; None if nobody's row,
+    or those of several, fit.
+
+    Canvas's number is looked for in the column ID, which has it in Canvas's gradebook. Any other
+    word must be a cell, or the name in any order, or the end of a repository's name."""
+    canvas, moodle = CANVAS.fullmatch(who), MOODLE.fullmatch(who)
+    if canvas:
+        by_id = [p for p in people if _lower(p).get("id") == canvas["id"]]
+        if len(by_id) == 1:
+            return by_id[0]
+    word = (canvas or moodle)["name"] if canvas or moodle else who
+    tests = [lambda p: word in p.row.values(), lambda p: squeezed(word) in _words(p)]
+    if moodle:
+        number = f"participant {moodle['participant']}"
+        tests.insert(0, lambda p: number in map(str.casefold, p.row.values()))
+    if not canvas and not moodle:
+        tests.append(lambda p: any(c and word.endswith(f"-{c}") for c in p.row.values()))
+    for test in tests:
+        fit = [person for person in people if test(person)]
+        if fit:
+            return fit[0] if len(fit) == 1 else None
+    return None
+
+
+def _lower(person: Person) -> dict[str, str]:
+    return {name.strip().casefold(): cell for name, cell in person.row.items()}
+
+
+def _words(person: Person) -> set[str]:
+    """Return the squeezed cells of a row, and the name with its parts exchanged."""
+    parts = re.split(r",\s*|\s+", person.name)
+    turned = {squeezed("".join(parts[i:] + parts[:i])) for i in range(len(parts))}
+    cells = set(map(squeezed, person.row.values()))
+    return {word for word in cells | turned if word}
