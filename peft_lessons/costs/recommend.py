@@ -107,7 +107,7 @@ _SERVED = "vLLM, SGLang and llama.cpp"
 _REFUSED = f"{_SERVED} refuse this adapter (November 2026)"
 SERVERS = {  # whether a server loads what is trained
     "LoRA": f"{_SERVED} load the adapter (November 2026).",
-    "QLoRA": f"{_SERVED} load the adapter (November 2026). It was trained beside a 4-bit base, so "
+    "QLoRA": f"{_SERVED} load the adapter (November 2026). It was trained on a 4-bit base, so "
     "test it on the base that you serve.",
     FULL: "It is a plain model, which every server loads.",
     "prefix tuning": f"{_REFUSED}, and a prefix cannot be merged.",
