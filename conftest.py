@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import warm_kernel
 from tools.environment import NEVER, OFFLINE, ROOT, offline_environment
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -37,6 +38,17 @@ def _lesson(nodeid: str) -> tuple[str, str] | None:
     if test.startswith(SOLVED):
         return test.removeprefix(SOLVED).split("]")[0], "solved"
     return None
+
+
+_kernels = pytest.StashKey()
+
+
+def pytest_configure(config):
+    """Where lessons run, have a process ready that has imported the course for their kernels."""
+    lessons = config.getoption("nbval_lax", False) or config.getoption("nbval", False)
+    if not IS_WORKER and lessons and sys.platform == "linux":
+        os.environ["JUPYTER_PATH"] = str(SCRATCH / "jupyter")
+        config.stash[_kernels] = warm_kernel.start(SCRATCH / "jupyter")
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist knows no such hook
@@ -139,5 +151,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_unconfigure(config):
+    if kernels := config.stash.get(_kernels, None):
+        kernels.communicate()  # the end of its input ends it
     if not IS_WORKER:
         shutil.rmtree(SCRATCH, ignore_errors=True)
