@@ -1,7 +1,7 @@
 """Find what students handed in, in the layouts of learning platforms, and who handed it in.
 
-A notebook counts if its name contains a lesson's: by itself in a student's folder, at any depth, or
-after the prefix that a platform puts before it. So these are found:
+A notebook counts if its name contains a lesson's: in a student's folder, at any depth, or after the
+prefix that a platform puts before it. So these are found:
 
     jane/02_lora.ipynb, jane/02_lora/02_lora.ipynb    folders, nbgrader, repositories
     doejane_LATE_1234_5678_02_lora-1.ipynb            Canvas: name, user, submission, attempt
@@ -21,10 +21,11 @@ from pathlib import Path
 from tools import notebooks
 
 LESSONS = "|".join(notebooks.MODULES)
-# A browser names a second download 02_lora (1); Canvas names a second attempt 02_lora-1.
-NAME = re.compile(rf"(?:(.*)_)?({LESSONS})(?:-(\d+)|( ?\(\d+\)))?", re.S)
-CANVAS = re.compile(r"(?P<name>.+?)(?P<late>_LATE)?_(?P<id>\d+)_\d+")
-MOODLE = re.compile(r"(?P<name>.+)_(?P<participant>\d+)_assignsubmission_(?:file|onlinetext)_?")
+# Canvas names a second attempt 02_lora-1. What else follows is a browser's, as in 02_lora (1), or the
+# student's, as in 02_lora_jane; students also put words before the lesson, behind the platform's.
+NAME = re.compile(rf"(?:(.*)_)?({LESSONS})(?:-(\d+))?((?:[\W_].*)?)", re.S)
+CANVAS = re.compile(r"(?P<name>.+?)(?P<late>_LATE)?_(?P<id>\d+)_\d+(?:_.*)?", re.S)
+MOODLE = re.compile(r"(?P<name>.+)_(?P<id>\d+)_assignsubmission_(?:file|onlinetext)(?:_.*)?", re.S)
 # Columns of a roster by which a student is called in tables and files, the best first.
 IDS = ("id", "student id", "sis user id", "id number", "idnumber", "identifier", "username")
 IDS += ("login", "sis login id", "email", "email address", "e-mail", "name", "student", "full name")
@@ -74,26 +75,28 @@ def handed_in(folder: Path) -> tuple[list[Handed], list[Path]]:
     """Return the notebooks that count, the last of each student's for a lesson, in order, and the
     notebooks and folders that are passed over.
 
-    A copy such as 02_lora (1) counts only where the student handed in no 02_lora."""
+    A copy such as 02_lora (1) or my_02_lora counts only where the student handed in no 02_lora."""
     found: dict[tuple[str, str], list[tuple[tuple, Handed]]] = defaultdict(list)
     passed: list[Path] = []
     for here, folders, files in os.walk(folder, onerror=lambda e: passed.append(Path(e.filename))):
-        # Jupyter's checkpoints, and what a student had before a corrected lesson came.
-        folders[:] = [n for n in folders if not n.startswith((".", "before-update"))]
-        for path in (Path(here, name) for name in folders + files if name.endswith(".ipynb")):
+        # Jupyter's checkpoints, what a student had before a corrected lesson came, and a Mac's notes.
+        folders[:] = [n for n in folders if not n.startswith((".", "before-update", "__MACOSX"))]
+        names = [n for n in folders + files if n.endswith(".ipynb") and not n.startswith("._")]
+        for path in (Path(here, name) for name in names):
             first, *inner = path.relative_to(folder).parts
             match = NAME.fullmatch(path.stem)
             prefix, lesson, attempt, copy = match.groups() if match else (None,) * 4
             who = first if inner else prefix
-            if not match or not who or (inner and prefix and not CANVAS.fullmatch(prefix)):
+            if not who or not match:
                 passed.append(path)
                 continue
             seconds = path.lstat().st_mtime
             mark = CANVAS.fullmatch(prefix or "")
             one = Handed(who, lesson, path, bool(mark and mark["late"]), seconds)
             # Of a platform's attempts the number says which is the last, whatever unpacking did.
-            rank = (not copy, int(attempt or 0), seconds)
-            found[whose(who), lesson].append((rank, one))
+            own = inner and prefix and not mark
+            rank = (not copy and not own, int(attempt or 0), seconds)
+            found[first if inner else whose(who), lesson].append((rank, one))
     last = []
     for several in found.values():
         *older, (_, newest) = sorted(several, key=lambda pair: (pair[0], str(pair[1].path)))
@@ -103,9 +106,9 @@ def handed_in(folder: Path) -> tuple[list[Handed], list[Path]]:
 
 
 def whose(who: str) -> str:
-    """Return what a folder or prefix says of the student alone: the attempts of one student in
-    Canvas differ in the number of the submission, and in the mark that it is late."""
-    mark = CANVAS.fullmatch(who)
+    """Return what a prefix says of the student alone: the files of one student in Canvas differ in
+    the number of the file, and in the mark that it is late."""
+    mark = MOODLE.fullmatch(who) or CANVAS.fullmatch(who)
     return f"{mark['name']}_{mark['id']}" if mark else who
 
 
@@ -155,7 +158,8 @@ def owner(who: str, people: list[Person]) -> Person | None:
 
     Canvas's number is looked for in the column ID, which has it in Canvas's gradebook. Any other
     word must be a cell, or the name in any order, or the end of a repository's name."""
-    canvas, moodle = CANVAS.fullmatch(who), MOODLE.fullmatch(who)
+    moodle = MOODLE.fullmatch(who)
+    canvas = None if moodle else CANVAS.fullmatch(who)
     if canvas:
         by_id = [p for p in people if _lower(p).get("id") == canvas["id"]]
         if len(by_id) == 1:
@@ -163,7 +167,7 @@ def owner(who: str, people: list[Person]) -> Person | None:
     word = (canvas or moodle)["name"] if canvas or moodle else who
     tests = [lambda p: word in p.row.values(), lambda p: squeezed(word) in _words(p)]
     if moodle:
-        number = f"participant {moodle['participant']}"
+        number = f"participant {moodle['id']}"
         tests.insert(0, lambda p: number in map(str.casefold, p.row.values()))
     if not canvas and not moodle:
         tests.append(lambda p: any(c and word.endswith(f"-{c}") for c in p.row.values()))

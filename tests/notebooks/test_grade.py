@@ -247,6 +247,9 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
         "b/02_lora (1).ipynb": "b",  # of a browser's downloads, and the only one
         "doe_77_5_02_lora-1.ipynb": "doe_77_5",
         "roe_LATE_78_6_02_lora.ipynb": "roe_LATE_78_6",
+        "poe_79_6_my_own_02_lora_final (1)-1.ipynb": "poe_79_6_my_own",
+        "team_1_1/02_lora.ipynb": "team_1_1",  # two folders, and no attempts of Canvas
+        "team_1_2/max_02_lora.ipynb": "team_1_2",
         "hw-kim/peft-lessons/notebooks/03_qlora.ipynb": "hw-kim",
         "lee_03_qlora.ipynb": "lee",
         "Max Poe_9_assignsubmission_file_03_qlora.ipynb": "Max Poe_9_assignsubmission_file",
@@ -254,8 +257,10 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
     }
     passed = {older, "02_lora.ipynb", "a/02_lora (2).ipynb", "a/old_02_lora.ipynb"}
     passed |= {"doe_77_4_02_lora.ipynb", "a/99_other.ipynb"}
+    passed |= {"poe_79_5_02_lorax.ipynb", "team_1_1/max_02_lora.ipynb"}
     before = "a/before-update-1/02_lora.ipynb"
-    for name in (*kept, *passed, hidden, before):
+    mac = "__MACOSX/._lee_1_2_02_lora.ipynb", "._lee_1_2_02_lora.ipynb"
+    for name in (*kept, *passed, hidden, before, *mac):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     os.utime(tmp_path / older, (0, 0))
