@@ -17,11 +17,10 @@ from functools import cache
 from pathlib import Path
 
 from tools import notebooks
-from tools.submissions import MAXIMA, MOODLE, Handed, Person
+from tools.submissions import CANVAS_ONLY, MAXIMA, MOODLE, Handed, Person, read_text
 
 OUTCOMES = ("right", "wrong", "not attempted", "crashed", "timed out")
 ABSENT = "not handed in"
-CANVAS_ONLY = {"sis user id", "sis login id"}
 CANVAS_OWN = CANVAS_ONLY | {"student", "id", "integration id", "root account", "section"}
 FORMULA = tuple("=+-@\t\r")  # what a spreadsheet would compute
 DAY = timedelta(days=1)
@@ -79,7 +78,7 @@ class Rules:
 def read_rules(path: Path) -> Rules:
     """Read rules from a TOML file. Raises ValueError that names what the course doesn't know."""
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        given = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
 

@@ -1,7 +1,7 @@
 """Find what students handed in, in the layouts of learning platforms, and who handed it in.
 
-A notebook counts if its name contains a lesson's: in a student's folder, at any depth, or after the
-prefix that a platform puts before it. So these are found:
+A notebook counts if its name contains a lesson's: in a student's folder, at any depth, or after
+the prefix that a platform puts before it. So these are found:
 
     jane/02_lora.ipynb, jane/02_lora/02_lora.ipynb    folders, nbgrader, repositories
     doejane_LATE_1234_5678_02_lora-1.ipynb            Canvas: name, user, submission, attempt
@@ -9,10 +9,12 @@ prefix that a platform puts before it. So these are found:
     jane_02_lora.ipynb                                any other prefix
 """
 
+import codecs
 import csv
 import io
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,8 +23,8 @@ from pathlib import Path
 from tools import notebooks
 
 LESSONS = "|".join(notebooks.MODULES)
-# Canvas names a second attempt 02_lora-1. What else follows is a browser's, as in 02_lora (1), or the
-# student's, as in 02_lora_jane; students also put words before the lesson, behind the platform's.
+# Canvas names a second attempt 02_lora-1. Other endings are a browser's, as in 02_lora (1), or a
+# student's, as in 02_lora_jane. A student's words may stand between a platform's and 02_lora, too.
 NAME = re.compile(rf"(?:(.*)_)?({LESSONS})(?:-(\d+))?((?:[\W_].*)?)", re.S)
 CANVAS = re.compile(r"(?P<name>.+?)(?P<late>_LATE)?_(?P<id>\d+)_\d+(?:_.*)?", re.S)
 MOODLE = re.compile(r"(?P<name>.+)_(?P<id>\d+)_assignsubmission_(?:file|onlinetext)(?:_.*)?", re.S)
@@ -32,6 +34,7 @@ IDS += ("login", "sis login id", "email", "email address", "e-mail", "name", "st
 NAMES = ("name", "student", "full name", "full_name")
 FIRST, LAST = ("first name", "first_name", "given name"), ("last name", "last_name", "surname")
 MAXIMA = "points possible"  # the first cell of the second row of Canvas's gradebook
+CANVAS_ONLY = {"sis user id", "sis login id"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def printable(text: object, kept: str = "") -> str:
 
 
 def squeezed(text: str) -> str:
-    """Return the letters and digits of a text, small."""
-    return re.sub(r"[\W_]", "", text.casefold())
+    """Return the letters and digits of a text, small; a letter and its accent are one."""
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).casefold())
 
 
 def handed_in(folder: Path) -> tuple[list[Handed], list[Path]]:
@@ -79,7 +82,7 @@ def handed_in(folder: Path) -> tuple[list[Handed], list[Path]]:
     found: dict[tuple[str, str], list[tuple[tuple, Handed]]] = defaultdict(list)
     passed: list[Path] = []
     for here, folders, files in os.walk(folder, onerror=lambda e: passed.append(Path(e.filename))):
-        # Jupyter's checkpoints, what a student had before a corrected lesson came, and a Mac's notes.
+        # Jupyter's checkpoints, what a student had before a corrected lesson, and a Mac's notes.
         folders[:] = [n for n in folders if not n.startswith((".", "before-update", "__MACOSX"))]
         names = [n for n in folders + files if n.endswith(".ipynb") and not n.startswith("._")]
         for path in (Path(here, name) for name in names):
@@ -121,34 +124,50 @@ def label(who: str) -> str:
 # ------------------------------------------------------------------ the roster
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 as Excel's "Unicode text".
+
+    Raises ValueError for any other encoding."""
+    content = path.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f'{path} is not in UTF-8: save it as "CSV UTF-8"') from None
+
+
 def read_roster(path: Path) -> list[Person]:
     """Read a roster, a CSV file with a header: Canvas's gradebook, Moodle's participants or grading
     worksheet, or a table of your own with a column id, e-mail or name.
 
     Raises ValueError if it has no such column, or one id twice."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     head = text.partition("\n")[0]
     comma = max(",;\t", key=head.count)
     people, seen = [], set()
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma)
     columns = {(name or "").strip().casefold(): name for name in rows.fieldnames or ()}
-    known = next((columns[name] for name in IDS if name in columns), None)
-    if known is None:
-        raise ValueError(f"{path}: no column of the roster is called id, email or name")
+    if not columns.keys() & {*IDS}:
+        raise ValueError(
+            f"{path}: no column of the roster is called id, email or name; rename the columns if "
+            "they are in another language"
+        )
     for row in rows:
         row = {name: (cell or "").strip() for name, cell in row.items() if name is not None}
-        if next(iter(row.values()), "").casefold() == MAXIMA or not any(row.values()):
-            continue
 
         def cell(names: Iterable[str], row=row) -> str:
-            return next((row[columns[name]] for name in names if name in columns), "")
+            return next(filter(None, (row[columns[n]] for n in names if n in columns)), "")
 
         name = cell(NAMES) or " ".join(filter(None, (cell(FIRST), cell(LAST))))
-        id = printable(row[known] or cell(IDS) or name)
+        id = printable(cell(IDS) or name)
+        if not id or next(iter(row.values())).casefold() == MAXIMA:
+            continue  # Canvas has a row of "Manual Posting", too
         if id in seen:
-            raise ValueError(f"{path}: two rows of the roster have the {known} {id!r}")
+            raise ValueError(f"{path}: two rows of the roster have the id {id!r}")
         seen.add(id)
         people.append(Person(id, printable(name), row))
+    if not people:
+        raise ValueError(f"{path}: there is no student in the roster")
     return people
 
 
@@ -156,12 +175,15 @@ def owner(who: str, people: list[Person]) -> Person | None:
     """Return who on the roster handed something in, by the words of the file; None if nobody's row,
     or those of several, fit.
 
-    Canvas's number is looked for in the column ID, which has it in Canvas's gradebook. Any other
-    word must be a cell, or the name in any order, or the end of a repository's name."""
+    Canvas's number is looked for in the column ID of Canvas's gradebook alone: elsewhere the same
+    number may be another student's. Any other word must be a cell, or the name in any order, or the
+    end of a repository's name."""
     moodle = MOODLE.fullmatch(who)
     canvas = None if moodle else CANVAS.fullmatch(who)
     if canvas:
-        by_id = [p for p in people if _lower(p).get("id") == canvas["id"]]
+        rows = [(person, _lower(person)) for person in people]
+        rows = [(person, row) for person, row in rows if row.keys() & CANVAS_ONLY]
+        by_id = [person for person, row in rows if row.get("id") == canvas["id"]]
         if len(by_id) == 1:
             return by_id[0]
     word = (canvas or moodle)["name"] if canvas or moodle else who

@@ -271,6 +271,7 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
 
 
 CANVAS = """Student,ID,SIS User ID,SIS Login ID,Section,Quiz (1)
+,,,,,Manual Posting
 "    Points Possible",,,,,10
 "Doe, Jane",77,A1,jdoe,One,3
 "Doe, Janet",78,77,jadoe,One,4
@@ -298,14 +299,32 @@ def test_a_row_of_the_roster_is_found(tmp_path):
     assert wide.splitlines()[1] == "    Points Possible,,,,,1,1,1"
 
 
+def test_a_number_of_canvas_is_no_other_id_and_an_accent_is_one_letter(tmp_path):
+    file = tmp_path / "roster.csv"
+    file.write_bytes("id;name\n7;Jürgen Müller\n;Bo Roe\n".encode("utf-16"))  # as Excel saves it
+    people = submissions.read_roster(file)
+    assert [person.id for person in people] == ["7", "Bo Roe"]
+    for who, id in {
+        "roebo_7_5": "Bo Roe",
+        "stranger_7_5": None,
+        "Ju\u0308rgen Mu\u0308ller_7_assignsubmission_file": "7",  # as a Mac writes folders
+    }.items():
+        assert getattr(submissions.owner(who, people), "id", None) == id, who
+
+
 def test_a_roster_of_moodle_is_read_and_a_bad_one_is_told(tmp_path):
     file = tmp_path / "roster.csv"
     file.write_text("Identifier;Full name\r\nParticipant 12;Eve Fox\r\n", encoding="utf-8")
     (eve,) = submissions.read_roster(file)
     assert submissions.owner("X_12_assignsubmission_file_", [eve]) == eve
     assert eve.called == "Eve Fox (Participant 12)"
-    for text, told in (("a,b\n1,2", "id, email or name"), ("id\n1\n1", "'1'")):
-        file.write_text(text, encoding="utf-8")
+    for text, told in (
+        ("a,b\n1,2", "id, email or name"),
+        ("id\n1\n1", "'1'"),
+        ("id\n", "no student"),
+        ("id\nJürgen", 'save it as "CSV UTF-8"'),
+    ):
+        file.write_text(text, encoding="cp1252")
         with pytest.raises(ValueError, match=told):
             submissions.read_roster(file)
 
