@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -63,6 +64,7 @@ MOST_SAID = 1_000_000  # bytes of marks that a notebook's process may send
 LOOK = 0.2  # seconds between two looks at a notebook's process
 EACH = 2  # GiB that one notebook may well take: so many run at once as have that
 MARKED = ".marked"
+INTERRUPTED = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,13 @@ def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
 
 
 def watched(process: subprocess.Popen, limits: Limits) -> str:
-    """Wait for a process; return "", or "time" or "memory" once it takes more than it may."""
+    """Wait for a process; return "", or "time" or "memory" once it takes more than it may.
+
+    Raises KeyboardInterrupt once whoever marks interrupts: nothing is said of the notebook."""
     end = time.monotonic() + limits.total
     while time.monotonic() < end:
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
         with suppress(subprocess.TimeoutExpired):
             process.wait(LOOK)
             return ""
@@ -446,8 +452,12 @@ def main(argv: list[str] | None = None) -> int:
                 told = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
                 rest = left(time.monotonic() - started, done, len(pairs))
                 print(f"[{done}/{len(pairs)}{rest}] {key[0]} {one.lesson}: {told}", flush=True)
+        except BaseException:
+            INTERRUPTED.set()
+            raise
         finally:  # what is done stays, if this is interrupted
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+            INTERRUPTED.clear()
             group.write()
     print("\n".join(filter(None, (*notes, str(given.folder / "grades.html")))))
     return 0

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import zipfile
 from datetime import datetime
 
@@ -426,6 +427,25 @@ def test_a_notebook_that_swallows_its_time_limit_is_stopped_and_one_that_dies_qu
     assert instead(DEAF, total=2)[0] == ("timed out", "the notebook took longer than 2 s")
     told = "the notebook's process ended with 1. Too bad"
     assert instead("print('no', file=sys.stderr)\nsys.exit('Too bad')")[0] == ("crashed", told)
+
+
+def test_an_interruption_ends_what_runs_and_remembers_nothing_of_it(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nsleep 60\n", encoding="utf-8")
+    program.chmod(0o755)
+    (tmp_path / f"a_{LESSON}.ipynb").write_text("{}", encoding="utf-8")
+
+    def interrupted(waiting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(grade, "as_completed", interrupted)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        grade.main([str(tmp_path)])
+    assert time.monotonic() - started < 30
+    assert (tmp_path / "grades.html").exists() and not (tmp_path / grade.MARKED).exists()
+    assert not grade.INTERRUPTED.is_set()
 
 
 def test_memory_that_the_system_does_not_limit_is_watched(instead):
