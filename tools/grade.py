@@ -274,7 +274,7 @@ def marks_of(one: Handed, student: str, name: str, found: Judged, rules: Rules) 
     days = rules.days_late(one, student)
     for exercise in notebooks.exercises(one.lesson):
         outcome, told, seconds = found.said.get(exercise, [*found.rest, 0])
-        points = maxima[exercise] * rules.share(days) * (outcome == "right")
+        points = round(maxima[exercise] * rules.share(days) * (outcome == "right"), 2)
         told = printable(told, kept="\n")
         where = student, printable(name), one.lesson, exercise
         marks.append(Mark(*where, outcome, told, seconds, points, maxima[exercise], days))
@@ -346,8 +346,12 @@ class Class:
             student: gradebook.feedback(called.get(student, student), own, self.rules)
             for student, own in gradebook.by_student(marks).items()
         }
+        names = gradebook.file_names(pages)
         for student, page in pages.items():
-            write_file(place / f"{gradebook.file_name(student)}.html", page)
+            write_file(place / f"{names[student]}.html", page)
+        for path in place.glob("*.html"):  # of an earlier run, under a name that nobody has now
+            if path.stem not in names.values():
+                path.unlink()
         folders = {one.who: student for student, one in self.handed}
         if archive := gradebook.moodle_archive(pages, folders):
             write_file(self.folder / "feedback_moodle.zip", archive)
@@ -384,6 +388,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     if given.jobs < 1:
         parser.error("--jobs must be 1 or more")
+    if given.folder.is_dir() and not os.access(given.folder, os.W_OK):
+        parser.error(f"{given.folder} must be writable: the marks are written there")
     given.folder = given.folder.resolve()
     try:
         given.people = read_roster(given.roster) if given.roster else []

@@ -7,6 +7,7 @@ import io
 import math
 import re
 import tomllib
+import unicodedata
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +18,12 @@ from functools import cache
 from pathlib import Path
 
 from tools import notebooks
-from tools.submissions import CANVAS_ONLY, MAXIMA, MOODLE, Handed, Person, read_text
+from tools.submissions import CANVAS_ONLY, MAXIMA, MOODLE, Handed, Person, printable, read_text
 
 OUTCOMES = ("right", "wrong", "not attempted", "crashed", "timed out")
 ABSENT = "not handed in"
 CANVAS_OWN = CANVAS_ONLY | {"student", "id", "integration id", "root account", "section"}
-FORMULA = tuple("=+-@\t\r")  # what a spreadsheet would compute
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet would compute
 DAY = timedelta(days=1)
 
 
@@ -56,8 +57,9 @@ class Rules:
     seed: str = ""
 
     def maxima(self, lesson: str) -> dict[str, float]:
-        """Return {exercise: its points} of a lesson."""
-        return stars(lesson) | dict(self.points.get(lesson, {}))
+        """Return {exercise: its points} of a lesson, in hundredths, so that all tables add up."""
+        points = stars(lesson) | dict(self.points.get(lesson, {}))
+        return {exercise: round(float(most), 2) for exercise, most in points.items()}
 
     def days_late(self, one: Handed, student: str) -> int:
         """Return how many days after the due time, the last one begun, a notebook was handed in.
@@ -332,13 +334,22 @@ def fault(mark: Mark) -> str:
 # ------------------------------------------------------------------ files
 
 
-def file_name(student: str) -> str:
-    """Return a name that every file system takes. Two students have two, whatever their names."""
-    safe = re.sub(r"[^\w.@ -]", "_", student).strip(". ")[:80] or "_"
-    reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", safe, re.I)
-    if safe == student and not reserved:
-        return safe
-    return f"{safe}-{hashlib.sha256(student.encode(errors='surrogateescape')).hexdigest()[:8]}"
+def file_names(students: Iterable[str]) -> dict[str, str]:
+    """Return {student: a name that every file system takes}. Two students have two, whatever their
+    names, also where a file system takes Jo and jo, or two ways to write é, for one."""
+    names = {student: re.sub(r"[^\w.@ -]", "_", student).strip(". ")[:50] for student in students}
+    alike = Counter(map(folded, names))
+    for student, safe in names.items():
+        reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d|)(\..*)?", safe, re.I)
+        if safe != student or reserved or alike[folded(student)] > 1:
+            digest = hashlib.sha256(student.encode(errors="surrogateescape")).hexdigest()
+            names[student] = f"{safe or '_'}-{digest[:8]}"
+    return names
+
+
+def folded(name: str) -> str:
+    """Return a name as a file system has it that ignores case and ways to write an accent."""
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -351,8 +362,15 @@ def write_file(path: Path, content: str | bytes) -> None:
 def moodle_archive(pages: Mapping[str, str], folders: Mapping[str, str]) -> bytes | None:
     """Return a ZIP file that Moodle takes as feedback files of many students: a page in a folder
     named as the student's in Moodle's download, of `folders` {folder: student}. None where nothing
-    came from Moodle."""
-    named = {f: s for f, s in folders.items() if MOODLE.fullmatch(f) and s in pages}
+    came from Moodle.
+
+    Moodle reads the number in the name. Before 4.1 it looks for an underscore at the end, too."""
+    marks = {MOODLE.fullmatch(folder): student for folder, student in folders.items()}
+    named = {
+        f"{printable(mark['name'])}_{mark['id']}_assignsubmission_file_": student
+        for mark, student in marks.items()
+        if mark and student in pages
+    }
     if not named:
         return None
     file = io.BytesIO()

@@ -1,6 +1,7 @@
 """What students hand in is marked by the course's checks, whatever a notebook does."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 from datetime import datetime
 
@@ -208,8 +210,8 @@ def test_a_page_of_feedback_shows_nobody_else(marked):
         assert [s for s, name in names.items() if name in page] == [student] * (student in names)
         assert "example.org" not in page
     with zipfile.ZipFile(folder / "feedback_moodle.zip") as archive:
-        assert archive.namelist() == [f"{GUS}/feedback.html"]
-        assert archive.read(f"{GUS}/feedback.html").decode() == pages["8"]
+        assert archive.namelist() == [f"{GUS}_/feedback.html"]
+        assert archive.read(f"{GUS}_/feedback.html").decode() == pages["8"]
 
 
 def test_the_wide_table_and_the_texts(marked):
@@ -377,7 +379,10 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch)
     handed = [(m.student, Handed(m.student, LESSON, tmp_path, False, 0)) for m in marks]
     group = grade.Class(tmp_path, [], Rules(), handed[:1], [])
     group.marks["-a", LESSON] = marks[:1]
+    (tmp_path / "feedback").mkdir()
+    (tmp_path / "feedback" / "before.html").touch()
     group.write()
+    assert [path.name for path in (tmp_path / "feedback").iterdir()] == ["-a.html"]
     monkeypatch.setattr(gradebook, "csv_of", lambda rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         group.write()
@@ -388,10 +393,12 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch)
 
 
 def test_two_students_have_two_pages_on_every_file_system():
-    names = ["ann", "a/b", "a:b", "con", "", "..", "x" * 300, "x" * 301, "né"]
-    files = [gradebook.file_name(name) for name in names]
-    assert len(set(map(str.casefold, files))) == len(names)
-    assert files[0] == "ann" and all(len(f) < 100 and "/" not in f and ":" not in f for f in files)
+    names = ["ann", "a/b", "a:b", "con", "", "..", "x" * 300, "x" * 301, "𐀀" * 63]
+    names += ["né", "ne\u0301", "Jo", "jo"]
+    files = list(gradebook.file_names(names).values())
+    assert len({unicodedata.normalize("NFC", file).casefold() for file in files}) == len(names)
+    assert files[0] == "ann" and not any("/" in file or ":" in file for file in files)
+    assert all(len(f"{file}.html.part".encode()) < 255 for file in files)
 
 
 def test_the_commonest_fault_of_an_exercise_is_its_cause():
@@ -581,10 +588,38 @@ def test_an_endless_cell_and_an_answer_that_catches_every_exception_end_in_time(
 # ------------------------------------------------------------------ a folder
 
 
+def test_points_add_up_in_all_tables(tmp_path):
+    lesson = "03_qlora"
+    rules = Rules({lesson: dict.fromkeys(notebooks.exercises(lesson), 1 / 3)}, late=10)
+    said = {exercise: ["right", "", 1] for exercise in notebooks.exercises(lesson)}
+    one = Handed("a_LATE_1_2", lesson, tmp_path, True, 0)
+    marks = grade.marks_of(one, "a", "n", grade.Judged(said, []), rules)
+    cells = next(csv.DictReader(gradebook.wide(marks, []).splitlines()))
+    summed = sum(float(cells[f"{lesson} {exercise}"]) for exercise in said)
+    assert gradebook.tidy(summed) == float(cells["total"]) == gradebook.total(marks)[0]
+    assert {mark.points for mark in marks} == {0.3}
+
+
+def test_a_folder_of_moodle_in_no_encoding_has_feedback():
+    folder = os.fsdecode(b"M\xfcller_12_assignsubmission_file_my")
+    archive = gradebook.moodle_archive({"M": "page"}, {folder: "M", "else": "M"})
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        (name,) = file.namelist()
+    assert name.endswith("ller_12_assignsubmission_file_/feedback.html")
+
+
 def test_a_folder_without_notebooks_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         grade.main([str(tmp_path)])
     assert "02_lora.ipynb" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys, monkeypatch):
+    (tmp_path / "ann_02_lora.ipynb").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit):
+        grade.main([str(tmp_path)])
+    assert "must be writable" in capsys.readouterr().err
 
 
 def test_a_link_is_not_opened(tmp_path):
