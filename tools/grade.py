@@ -410,11 +410,16 @@ def owners(
     found: Sequence[Handed], people: list[Person]
 ) -> tuple[list[tuple[str, Handed]], list[str]]:
     """Return (student, notebook) of all that was handed in, and what to say of those who are not on
-    the roster. Two notebooks of a lesson that belong to one person are both named."""
+    the roster. Two notebooks of a lesson that belong to one person are both named; two people with
+    one name and no row of the roster are called by the whole name of the file or folder, so that
+    neither gets the other's marks."""
     pairs, notes, taken = [], [], {}
-    for one in found:
-        person = owner(one.who, people)
-        student = person.id if person else label(one.who)
+    named = [(one, owner(one.who, people), label(one.who)) for one in found]
+    times = Counter((name, one.lesson) for one, person, name in named if person is None)
+    shared = {name for (name, _), count in times.items() if count > 1}
+    notes += [f"Several students are called {name} and marked apart." for name in sorted(shared)]
+    for one, person, name in named:
+        student = person.id if person else printable(one.who) if name in shared else name
         if (student, one.lesson) in taken:
             notes.append(
                 f"{student} handed in {one.lesson} twice, as {taken[student, one.lesson]} "

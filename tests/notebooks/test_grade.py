@@ -636,8 +636,14 @@ def test_students_with_one_file_or_one_name_are_named(tmp_path):
     found = [(name, Handed(name, LESSON, tmp_path / name, False, 0)) for name in ("a", "b", "c")]
     assert grade.alike(found) == [f"The same file of {LESSON}, byte for byte: a, b."]
     twins = [Handed(f"Jo_{n}_assignsubmission_file", LESSON, tmp_path, False, 0) for n in (1, 2)]
-    pairs, notes = grade.owners(twins, [])
-    assert [student for student, _ in pairs] == ["Jo", twins[1].who]
+    later = Handed("Jo_3_assignsubmission_file", "02_lora", tmp_path, False, 0)
+    pairs, notes = grade.owners([*twins, later], [])
+    assert [student for student, _ in pairs] == [one.who for one in (*twins, later)]
+    assert notes == ["Several students are called Jo and marked apart."]
+    pairs, _ = grade.owners([twins[0], later], [])
+    assert [student for student, _ in pairs] == ["Jo", "Jo"], "one student, two lessons"
+    pairs, notes = grade.owners(twins, [Person("1", "Jo", {"id": "1", "name": "Jo"})])
+    assert [student for student, _ in pairs] == ["1", twins[1].who]
     assert len(notes) == 1 and "marked apart" in notes[0]
     _, notes = grade.owners(twins[:1], [Person("1", "Al", {"id": "1"})])
     assert notes == [f"Not on the roster: {twins[0].who}."]
