@@ -210,6 +210,7 @@ def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
 STYLE = """
 :root { color-scheme: light dark; background: Canvas; color: CanvasText }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
+h1, h2, p { overflow-wrap: anywhere }
 table { border-collapse: collapse; margin-bottom: 2em; width: 100% }
 th, td { border-bottom: 1px solid #8886; padding: .3em .6em; text-align: left;
   vertical-align: top }
