@@ -665,6 +665,19 @@ def test_an_autograder_holds_the_course_without_its_answers(tmp_path):
     assert not [name for name in names if "solutions" in name or "/tests/" in name]
 
 
+def test_the_notebook_of_a_submission_is_the_one_of_the_lesson(tmp_path):
+    for name, chosen in (
+        ("__MACOSX/._02_lora.ipynb", None),
+        ("mine.ipynb", "mine.ipynb"),
+        (".ipynb_checkpoints/02_lora-checkpoint.ipynb", "mine.ipynb"),
+        ("02_lora.ipynb", "02_lora.ipynb"),
+        ("jane_02_lora (1).ipynb", "02_lora.ipynb"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        assert gradescope.submitted(tmp_path, "02_lora") == (chosen and tmp_path / chosen)
+
+
 def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch):
     student = {"users": [{"email": "ann@example.org"}]}
     (tmp_path / "submission_metadata.json").write_text(json.dumps(student), encoding="utf-8")
