@@ -64,13 +64,13 @@ class Rules:
     def days_late(self, one: Handed, student: str) -> int:
         """Return how many days after the due time, the last one begun, a notebook was handed in.
 
-        The time is the file's. A platform's mark means one day at least."""
-        days = 0
-        if one.lesson in self.due:
+        The time is the file's. From Canvas, whose files have none, a mark means one day."""
+        days = int(bool(one.late) and not self.extensions.get(student))
+        if one.late is None and one.lesson in self.due:
             due = self.due[one.lesson] + self.extensions.get(student, 0) * DAY
             handed = datetime.fromtimestamp(one.seconds, due.tzinfo)
             days = max(0, math.ceil((handed - due) / DAY))
-        return max(days, int(one.late and not self.extensions.get(student)))
+        return days
 
     def share(self, days: int) -> float:
         """Return the share of the points that is left after some days."""

@@ -39,13 +39,13 @@ CANVAS_ONLY = {"sis user id", "sis login id"}
 
 @dataclass(frozen=True)
 class Handed:
-    """A notebook that counts: who, by the file's own words, and the path; `late` is the mark of a
-    platform, `seconds` the time of the file."""
+    """A notebook that counts: who, by the file's own words, and the path; `late` is what Canvas
+    says, None from elsewhere; `seconds` is the time of the file, from Canvas that of the ZIP."""
 
     who: str
     lesson: str
     path: Path
-    late: bool
+    late: bool | None
     seconds: float
 
 
@@ -94,11 +94,10 @@ def handed_in(folder: Path) -> tuple[list[Handed], list[Path]]:
                 passed.append(path)
                 continue
             seconds = path.lstat().st_mtime
-            mark = CANVAS.fullmatch(prefix or "")
-            one = Handed(who, lesson, path, bool(mark and mark["late"]), seconds)
+            mark = None if inner else canvas(who)
+            one = Handed(who, lesson, path, bool(mark["late"]) if mark else None, seconds)
             # Of a platform's attempts the number says which is the last, whatever unpacking did.
-            own = inner and prefix and not mark
-            rank = (not copy and not own, int(attempt or 0), seconds)
+            rank = (not copy and not (inner and prefix), int(attempt or 0), seconds)
             found[first if inner else whose(who), lesson].append((rank, one))
     last = []
     for several in found.values():
@@ -108,10 +107,15 @@ def handed_in(folder: Path) -> tuple[list[Handed], list[Path]]:
     return sorted(last, key=lambda one: (one.who, one.lesson)), sorted(passed)
 
 
+def canvas(who: str) -> re.Match | None:
+    """Return the parts of a prefix of Canvas's, None if it is none."""
+    return None if MOODLE.fullmatch(who) else CANVAS.fullmatch(who)
+
+
 def whose(who: str) -> str:
     """Return what a prefix says of the student alone: the files of one student in Canvas differ in
     the number of the file, and in the mark that it is late."""
-    mark = MOODLE.fullmatch(who) or CANVAS.fullmatch(who)
+    mark = MOODLE.fullmatch(who) or canvas(who)
     return f"{mark['name']}_{mark['id']}" if mark else who
 
 
@@ -178,20 +182,19 @@ def owner(who: str, people: list[Person]) -> Person | None:
     Canvas's number is looked for in the column ID of Canvas's gradebook alone: elsewhere the same
     number may be another student's. Any other word must be a cell, or the name in any order, or the
     end of a repository's name."""
-    moodle = MOODLE.fullmatch(who)
-    canvas = None if moodle else CANVAS.fullmatch(who)
-    if canvas:
+    mark, moodle = canvas(who), MOODLE.fullmatch(who)
+    if mark:
         rows = [(person, _lower(person)) for person in people]
         rows = [(person, row) for person, row in rows if row.keys() & CANVAS_ONLY]
-        by_id = [person for person, row in rows if row.get("id") == canvas["id"]]
+        by_id = [person for person, row in rows if row.get("id") == mark["id"]]
         if len(by_id) == 1:
             return by_id[0]
-    word = (canvas or moodle)["name"] if canvas or moodle else who
+    word = (mark or moodle)["name"] if mark or moodle else who
     tests = [lambda p: word in p.row.values(), lambda p: squeezed(word) in _words(p)]
     if moodle:
         number = f"participant {moodle['id']}"
         tests.insert(0, lambda p: number in map(str.casefold, p.row.values()))
-    if not canvas and not moodle:
+    if not mark and not moodle:
         tests.append(lambda p: any(c and word.endswith(f"-{c}") for c in p.row.values()))
     for test in tests:
         fit = [person for person in people if test(person)]

@@ -243,6 +243,9 @@ def test_the_page_shows_names_as_text(marked):
 # ------------------------------------------------------------------ who handed in what
 
 
+MOE = "Jo Moe_4_assignsubmission_file_x_1_2"
+
+
 def test_the_layouts_of_platforms_are_found(tmp_path):
     hidden, older = "a/.ipynb_checkpoints/02_lora.ipynb", "a/02_lora.ipynb"
     kept = {
@@ -253,6 +256,7 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
         "poe_79_6_my_own_02_lora_final (1)-1.ipynb": "poe_79_6_my_own",
         "team_1_1/02_lora.ipynb": "team_1_1",  # two folders, and no attempts of Canvas
         "team_1_2/max_02_lora.ipynb": "team_1_2",
+        f"{MOE}_02_lora.ipynb": MOE,
         "hw-kim/peft-lessons/notebooks/03_qlora.ipynb": "hw-kim",
         "lee_03_qlora.ipynb": "lee",
         "Max Poe_9_assignsubmission_file_03_qlora.ipynb": "Max Poe_9_assignsubmission_file",
@@ -271,6 +275,9 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
     assert {str(one.path.relative_to(tmp_path)): one.who for one in found} == kept
     assert {str(path.relative_to(tmp_path)) for path in over} == passed
     assert [one.who for one in found if one.late] == ["roe_LATE_78_6"]
+    # A student cannot pass for one of Canvas's, of which no time is looked at.
+    assert [one.who for one in found if one.late is False] == ["doe_77_5", "poe_79_6_my_own"]
+    assert submissions.label(MOE) == "Jo Moe"
 
 
 CANVAS = """Student,ID,SIS User ID,SIS Login ID,Section,Quiz (1)
@@ -346,8 +353,8 @@ def test_days_late_are_counted_from_the_due_time_and_an_extension():
     due = datetime(2026, 11, 1, 12)
     rules = Rules(due={LESSON: due}, late=40, extensions={"x": 2})
     for hours, late, student, days in (
-        (0, False, "a", 0), (1, False, "a", 1), (25, False, "a", 2), (25, False, "x", 0),
-        (-5, True, "a", 1), (-5, True, "x", 0),
+        (0, None, "a", 0), (1, None, "a", 1), (25, None, "a", 2), (25, None, "x", 0),
+        (50, False, "a", 0), (50, True, "a", 1), (-5, True, "a", 1), (-5, True, "x", 0),
     ):  # fmt: skip
         seconds = due.timestamp() + 3600 * hours
         assert rules.days_late(Handed("w", LESSON, None, late, seconds), student) == days
