@@ -30,7 +30,7 @@ _TIMES: dict[tuple[str, str], float] = defaultdict(float)
 
 
 def _lesson(nodeid: str) -> tuple[str, str] | None:
-    """('02_lora', 'as shipped' or 'solved') where a test runs a lesson, else None."""
+    """Return ('02_lora', 'as shipped' or 'solved') if a test runs a lesson, else None."""
     file, _, test = nodeid.partition("::")
     if file.endswith(".ipynb"):
         return Path(file).stem, "as shipped"
@@ -78,7 +78,7 @@ def _cache(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Begin with the notebooks, and among them with those that took longest the last time."""
+    """Begin with the notebooks, and among them with those that took longest last time."""
     _skip_without_assistant(items)
     cache = _cache(config)
     durations = cache.get(DURATIONS, {}) if cache else {}

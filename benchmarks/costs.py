@@ -1,14 +1,14 @@
-"""What every method costs: a training step, the saved files, the latency of the trained model.
+"""Measure what every method costs: a training step, the saved files, the use of the trained model.
 
     python benchmarks/costs.py                 # a quarter of an hour on one core, else idle
 
-One row for each base, method and whose it is, the course's or PEFT's, all of one base measured in
-one process by turns, to data/results/costs.csv: median seconds of a step and the most bytes it held
-beyond what lay there before it, the bytes of the saved adapter, and median seconds of an answer
-without gradients, for one text and for 32.
+The rows go to data/results/costs.csv, one for each base and method and for the course's and PEFT's
+implementation. All rows of a base are measured in one process by turns: median seconds of a step,
+the additional peak memory of a step in bytes, the bytes of the saved adapter, and median seconds of
+a forward pass or a generation without gradients, for one text and for 32.
 
-minilm: steps on 16 movie sentences of up to 64 tokens, an answer is one forward of 32 tokens.
-tinylm: steps on 4 blocks of 128 tokens, an answer is 32 new tokens after 32.
+minilm: steps on 16 movie sentences of up to 64 tokens, forward passes over 32 tokens.
+tinylm: steps on 4 blocks of 128 tokens, generations of 32 tokens after a text of 32.
 
 AdaLoRA's allocator is part of its step. `dora, with gradient` is DoRA of the course without the
 detached norm.

@@ -1,9 +1,9 @@
-"""What quantising, dequantising and a QLoRA step cost: the course's code and bitsandbytes'.
+"""Measure what quantising, dequantising and a QLoRA step cost: the course's code and bitsandbytes'.
 
     python benchmarks/qlora_cost.py             # a minute on one core, else idle
 
-One row for each to data/results/qlora_cost.csv: median seconds, measured in one process by turns,
-and the most bytes held beyond what lay there before.
+The rows go to data/results/qlora_cost.csv: median seconds, measured in one process by turns, and
+the additional peak memory in bytes.
 """
 
 import itertools

@@ -44,7 +44,7 @@ def convert(fp32: bytes) -> bytes:
         raise ValueError("a weight doesn't fit into fp16")
     error = max((half[name].float() - full[name]).abs().max().item() for name in full)
     count = sum(tensor.numel() for tensor in half.values())
-    print(f"{len(half)} tensors, {count:,} numbers, largest rounding error {error:.1e}")
+    print(f"{len(half)} tensors, {count:,} parameters, largest rounding error {error:.1e}")
     return safetensors.torch.save(half, metadata={"format": "pt"})
 
 

@@ -1,4 +1,4 @@
-"""PEFT Lessons: parameter-efficient fine-tuning, built from scratch, proved and measured.
+"""PEFT Lessons: parameter-efficient fine-tuning, built from scratch, checked and measured.
 
 The verbs of the course, the same for every method:
 

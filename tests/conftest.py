@@ -1,4 +1,4 @@
-"""Each test begins with the same random numbers, whichever test ran before it."""
+"""Begin each test with the same random numbers, whichever test ran before it."""
 
 import pytest
 import torch

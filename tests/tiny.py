@@ -50,7 +50,7 @@ PLACES = {
 
 
 class TinyTask:
-    """Rows whose label says whether their first token is odd; enough of a Task for fit."""
+    """Give rows whose label says whether their first token is odd; enough of a Task for fit."""
 
     name = "tiny"
 
@@ -73,7 +73,7 @@ class TinyTask:
 
 
 class TinyText(TinyTask):
-    """The same rows as a text to predict, for causal models."""
+    """Give the same rows as a text to predict, for causal models."""
 
     def _batch(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         batch = super()._batch(rows)
@@ -92,7 +92,7 @@ def task_type(name: str) -> str:
 
 
 def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:
-    """Three rows of 12, 9 and 5 tokens; padded on the left for decoders, as for generation."""
+    """Return three rows of 12, 9 and 5 tokens, padded on the left for decoders."""
     return padded_rows(vocabulary, name != "bert", pad=1)
 
 
@@ -123,7 +123,7 @@ def assistant_tokenizer():
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of all values, and of what trains, to show that nothing changed."""
+    """Copy all values and the trainable names, to show that nothing changed."""
     values = {n: t.detach().clone() for n, t in model.state_dict().items()}
     values |= {f"trains {n}": torch.tensor(p.requires_grad) for n, p in model.named_parameters()}
     return values | {f"module {n}": torch.tensor(0) for n, _ in model.named_modules()}
@@ -145,7 +145,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def hooks(model: nn.Module) -> list[str]:
-    """The paths of the modules that have a hook on their forward."""
+    """Return the paths of the modules that have a hook on their forward."""
     return [p for p, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
@@ -170,12 +170,12 @@ def refused(model: nn.Module, match: str, error: type[Exception] = ValueError):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of each file of a folder, to compare."""
+    """Return the bytes of each file of a folder, to compare."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def same_adapter(a: Path, b: Path) -> bool:
-    """Whether two folders hold the same adapter; the entries of a header have no order."""
+    """Return whether two folders hold the same adapter; the entries of a header have no order."""
     (config, tensors, header), theirs = read_adapter(a), read_adapter(b)
     return config == theirs[0] and same(tensors, theirs[1]) and header == theirs[2]
 
@@ -243,7 +243,7 @@ def only_the_branch_drops(*models: nn.Module, p: float) -> None:
 
 
 def lora_config(method: LoRA, task: str | None = None, **more):
-    """PEFT's config of a LoRA or a DoRA of ours."""
+    """Return PEFT's config of a LoRA or a DoRA of ours."""
     from peft import LoraConfig  # takes seconds, which other tests need not wait for
 
     targets = method.targets if isinstance(method.targets, str) else list(method.targets)
@@ -253,7 +253,7 @@ def lora_config(method: LoRA, task: str | None = None, **more):
 
 
 def lora_pair(base: nn.Module, method: LoRA, task: str | None = None):
-    """(PEFT's model, ours) on copies of one base, with the same values as after training."""
+    """Return (PEFT's model, ours) on copies of one base, with the same perturbed values."""
     from peft import get_peft_model
 
     theirs, ours = get_peft_model(deepcopy(base), lora_config(method, task)), deepcopy(base)

@@ -25,7 +25,8 @@ NEVER = ("PEFT_LESSONS_BASE", "PEFT_LESSONS_STRICT", "NBGRADER_EXECUTION", "MPLB
 def offline_environment(
     base: Mapping[str, str] | None = None, *, log: Path | None = None, strict: bool = False
 ) -> dict[str, str]:
-    """A copy of `base` for processes that run lessons; `log` receives refused connections."""
+    """Return a copy of `base` for processes that run lessons; `log` receives refused
+    connections."""
     env = {k: v for k, v in (os.environ if base is None else base).items() if k not in NEVER}
     env = UNLESS_SET | env | ALWAYS
     paths = [str(OFFLINE), *env.get("PYTHONPATH", "").split(os.pathsep)]

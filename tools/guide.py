@@ -20,9 +20,9 @@ not arrive, an error."""
 
 
 def causes(lesson: str) -> dict[str, list[str]]:
-    """{exercise: its wrong answers}: the causes that its check names, without those that are two
-    of the others at once. Three exercises are checked by what their answer builds, and have no
-    causes to compare with: theirs are the wrong answers of the tests, and part of what is told."""
+    """Return {exercise: its wrong answers}: the causes that its check names, without those that
+    combine two others. Three exercises are checked by what their answer builds and have no causes:
+    theirs are the wrong answers of the tests, with part of each message."""
     course = getattr(check, notebooks.MODULES[lesson])
     found = {}
     for exercise in notebooks.exercises(lesson):
@@ -33,7 +33,7 @@ def causes(lesson: str) -> dict[str, list[str]]:
 
 
 def tested(lesson: str, exercise: str) -> list[str]:
-    """The wrong answers of the tests, each with what it is told."""
+    """Return the wrong answers of the tests, each with its message."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
         answers = importlib.import_module(f"exercises.{notebooks.MODULES[lesson]}").answers
@@ -48,7 +48,7 @@ def tested(lesson: str, exercise: str) -> list[str]:
 
 
 def escaped(sentence: str) -> str:
-    """For Markdown: formulas in the sentences hold characters that mean something there."""
+    """Escape what Markdown would read as markup: formulas hold such characters."""
     return re.sub(r"([*<$\[\]]|_(?=_))", r"\\\1", sentence)
 
 

@@ -52,7 +52,7 @@ READY = f"""async () => {{
 
 
 def chromium() -> str | None:
-    """The browser's path, or None where there is none."""
+    """Return the browser's path, or None if there is no browser."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     return next((path for path in map(shutil.which, names) if path), None)
 
@@ -66,7 +66,7 @@ def launch(playwright: Playwright) -> Browser:
 
 
 class Lab:
-    """A notebook open in JupyterLab. Cells count from 0, markdown cells included."""
+    """Drive a notebook open in JupyterLab. Cells count from 0, markdown cells included."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -87,11 +87,12 @@ class Lab:
         self.page.evaluate(READY)
 
     def cells(self) -> list[dict]:
-        """Type, source, tags, state, execution count, errors and visible output of each cell."""
+        """Return type, source, tags, state, execution count, errors and visible output of each
+        cell."""
         return self.page.evaluate(STATE)
 
     def find(self, text: str, tag: str) -> int:
-        """The number of the one cell with a tag whose source contains some text."""
+        """Return the number of the one cell with a tag whose source contains some text."""
         cells = enumerate(self.cells())
         (number,) = [n for n, cell in cells if tag in cell["tags"] and text in cell["source"]]
         return number
@@ -139,7 +140,7 @@ class Lab:
         self.page.wait_for_timeout(1000)
 
     def screenshots(self, file: Path) -> None:
-        """Picture the whole notebook, screen by screen: NAME-0.png, NAME-1.png and so on."""
+        """Take screenshots of the whole notebook: NAME-0.png, NAME-1.png and so on."""
         self.page.set_viewport_size({"width": WIDTH, "height": SCREEN})
         self.page.evaluate(f"() => {{ {NOTEBOOK}.activeCellIndex = 0; }}")
         self.page.wait_for_timeout(1000)
@@ -175,7 +176,7 @@ def serve(root: Path, scratch: Path, dark: bool) -> Iterator[tuple[str, str]]:
     """Run JupyterLab on the loopback address, with nothing of the user's own settings.
 
     Yields its URL and its token. Other accounts of the machine reach the address too, and see the
-    options of each process, but not its environment, where the token stands."""
+    options of each process, but not its environment, which holds the token."""
     _settings(scratch / "settings", dark)
     folders = {
         "JUPYTERLAB_SETTINGS_DIR": "settings",

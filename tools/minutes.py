@@ -2,12 +2,11 @@
 
 A minute is 150 words of prose or 15 lines of code. A displayed equation, a table, a figure and a
 long printout take half a minute each. Lines of cells tagged plumbing count a quarter. Exercises
-are left out: their headings state their minutes. Sections "## Deeper · …" are counted apart.
+are left out: their headings state their minutes. Sections "## Deeper · …" are counted separately.
 
-The table shows what is measured beside what the lesson's card states. The exit status is 1 if a
-statement is off. With --write the minutes of all cards go into the README, the map in lesson 00 and
-the plans for instructors, with their sums, unless a card states none.
-"""
+The table shows the measured minutes next to those that the lesson's card states. The exit status is
+1 if a statement is off. With --write the minutes of all cards go into the README, the map in lesson
+00 and the plans for instructors, with their sums, unless a card states none."""
 
 import argparse
 import re
@@ -39,7 +38,7 @@ PATH = re.compile(r"(\*\*(Half a day|Two days|All)\b[^\n]*?)\d+ h(?: \d+ min)?")
 
 @dataclass
 class Minutes:
-    """Minutes measured in a lesson: its core, each deeper section by its title, its exercises."""
+    """Hold the minutes measured in a lesson: core, each deeper section by title, exercises."""
 
     core: float = 0.0
     sections: dict[str, float] = field(default_factory=dict)
@@ -52,7 +51,7 @@ class Minutes:
 
 @dataclass(frozen=True)
 class Card:
-    """Minutes that a lesson's card states; None where it states none."""
+    """Hold the minutes that a lesson's card states; None where it states none."""
 
     core: int | None
     deeper: int | None

@@ -23,7 +23,7 @@ COPIED = ("peft_lessons", "tests", "tools", "pyproject.toml")
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which stands once in `file`, becomes `new`; one of `tests` must fail then."""
+    """Replace `old`, which occurs once in `file`, by `new`; one of `tests` must then fail."""
 
     file: str
     old: str
@@ -184,7 +184,8 @@ def noticed(mutant: Mutant, place: Path) -> str | None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Try the faults that the words choose, all without words; return how many nothing noticed."""
+    """Try the faults that the arguments choose, all if there are none; return how many are
+    missed."""
     chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.old}" for word in words)]
     missed = 0
     with tempfile.TemporaryDirectory() as folder:

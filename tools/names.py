@@ -9,8 +9,8 @@ _COMPREHENSIONS = {"listcomp", "setcomp", "dictcomp", "genexpr"}
 
 
 class Names(NamedTuple):
-    """Global names of a cell: looked up when it runs, looked up by its functions whenever they are
-    called, bound or changed, and imported."""
+    """Hold the global names of a cell: those it looks up when it runs, those its functions look up
+    when they are called, those it binds or changes, and those it imports."""
 
     now: set[str]
     later: set[str]

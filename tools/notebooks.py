@@ -45,7 +45,7 @@ MODULES = {
 }
 
 # Of an output with sliders a page without a kernel shows the other forms, and this one has an id
-# that is drawn anew each time.
+# that is drawn again each time.
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 # A block of code in markdown, to its end or to that of the cell, and a heading outside of blocks.
@@ -59,7 +59,7 @@ CLEAN_METADATA = {
 
 
 def lessons(selection: list[str] | None = None) -> list[Path]:
-    """All lessons in order, or those whose names start with one of `selection`."""
+    """Return all lessons in order, or those whose names start with one of `selection`."""
     found = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     if not selection:
         return found
@@ -85,26 +85,26 @@ def code_cells(nb: NotebookNode) -> list[NotebookNode]:
 
 
 def definitions(source: str) -> dict[str, ast.stmt]:
-    """The functions and classes at the top level of some source, by name."""
+    """Return the functions and classes at the top level of some source, by name."""
     kinds = ast.FunctionDef | ast.ClassDef
     return {node.name: node for node in ast.parse(source).body if isinstance(node, kinds)}
 
 
 def exercise_name(cell: NotebookNode) -> str:
-    """The one function or class that an exercise cell defines."""
+    """Return the name of the one function or class that an exercise cell defines."""
     (name,) = definitions(cell.source)
     return name
 
 
 def exercises(lesson: str) -> list[str]:
-    """The names of a lesson's exercises, as the course has them."""
+    """Return the names of a lesson's exercises, as the course has them."""
     nb = read(NOTEBOOKS / f"{lesson}.ipynb")
     cells = [c for c in code_cells(nb) if "exercise" in tags(c)]
     return [exercise_name(cell) for cell in cells]
 
 
 def read_solutions(path: Path) -> dict[str, str]:
-    """The source of every solution to a lesson, by name; empty where the lesson has none."""
+    """Return the source of every solution to a lesson by name, {} where the lesson has none."""
     file = path.parent / "solutions" / f"{MODULES[path.stem]}.py"
     source = file.read_text(encoding="utf-8") if file.exists() else ""
     lines, found = source.splitlines(), {}
@@ -115,7 +115,7 @@ def read_solutions(path: Path) -> dict[str, str]:
 
 
 def is_check_of(cell: NotebookNode, module: str, name: str) -> bool:
-    """Whether a cell calls check.<module>.<name>(<name>)."""
+    """Return whether a cell calls check.<module>.<name>(<name>)."""
     if cell.cell_type != "code" or "check" not in tags(cell):
         return False
     calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
@@ -192,7 +192,7 @@ def cell_metadata(nb: NotebookNode) -> list[dict]:
 
 
 def clean(nb: NotebookNode, stem: str) -> NotebookNode:
-    """Metadata that says nothing of the machine, no sliders, and an id for every cell."""
+    """Clean a notebook: no metadata of the machine, no sliders, and an id for every cell."""
     nb = copy.deepcopy(nb)
     nb.metadata = nbformat.from_dict(CLEAN_METADATA)
     nb.nbformat, nb.nbformat_minor = 4, 5
@@ -224,7 +224,7 @@ def run_solved(path: Path, cwd: Path, log: Path | None = None) -> NotebookNode:
 
 
 def exports(nb: NotebookNode) -> str | None:
-    """The module that a lesson exports to, such as methods.lora, or None."""
+    """Return the module that a lesson exports to, such as methods.lora, or None."""
     for cell in code_cells(nb):
         for line in cell.source.splitlines():
             if line.replace(" ", "").startswith("#|default_exp"):

@@ -35,12 +35,12 @@ def clear(folder: Path, stamp: str) -> None:
     """Remove a folder that an earlier run wrote, which the file `stamp` in it shows. Raises
     ValueError for one that holds something else."""
     if folder.exists() and not (folder / stamp).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else: name a new folder")
+        raise ValueError(f"{folder} holds other files: name a new folder")
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def without_answers(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """In place: what exercises and checks printed is gone; all else, the kernel too, stays."""
+    """Remove, in place, what exercises and checks printed; all else, the kernel too, stays."""
     for cell in notebooks.code_cells(nb):
         if {"exercise", "check"} & set(notebooks.tags(cell)):
             cell.outputs, cell.execution_count = [], None
@@ -80,7 +80,7 @@ COLAB_TITLE = "#@title Code in the background: double-click to see it"
 
 
 def folded_in_colab(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """In place: Colab's own notes of what it folds, the source of plumbing and deeper sections."""
+    """Mark, in place, what Colab folds: the source of plumbing cells and the deeper sections."""
     sections = [cell for cell in nb.cells if notebooks.deeper(cell)]
     for cell in sections:
         cell.metadata["id"] = cell.id
@@ -94,7 +94,7 @@ def folded_in_colab(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def for_colab(nb: nbformat.NotebookNode, repository: str, name: str) -> nbformat.NotebookNode:
-    """In place: begin with a badge that opens the lesson in Colab, and a cell that installs the
+    """Begin, in place, with a badge that opens the lesson in Colab, and a cell that installs the
     course there, and fold as Colab does. `repository` is OWNER/NAME, `name` that of the file."""
     badge = f"[![Open in Colab]({COLAB_HOME}/assets/colab-badge.svg)]({in_colab(repository, name)})"
     install = nbformat.v4.new_code_cell(COLAB_CELL.format(repository=repository), id="colab")

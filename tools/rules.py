@@ -62,12 +62,12 @@ def _numbered(nb: NotebookNode, kind: str) -> Iterator[tuple[str, NotebookNode]]
 
 
 def _tree(cell: NotebookNode) -> ast.Module:
-    """The cell's syntax tree; magics and shell escapes are calls of get_ipython() in it."""
+    """Return the cell's syntax tree; magics and shell escapes are calls of get_ipython() in it."""
     return ast.parse(python(cell))
 
 
 def _imports(tree: ast.Module) -> set[str]:
-    """The top-level packages that some code imports."""
+    """Return the top-level packages that some code imports."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -78,7 +78,7 @@ def _imports(tree: ast.Module) -> set[str]:
 
 
 def _texts(output: NotebookNode) -> Iterator[str]:
-    """All that an output shows as text, embedded pictures taken out."""
+    """Return all that an output shows as text, without embedded pictures."""
     if output.output_type == "stream":
         yield output.text
     elif output.output_type == "error":
@@ -179,7 +179,7 @@ def short_cells(nb: NotebookNode, path: Path) -> Complaints:
 
 
 def imports_in_setup(nb: NotebookNode, path: Path) -> Complaints:
-    """Imports stand in the first code cells, without other code cells between."""
+    """Require imports in the first code cells only, without other code cells between."""
     found, in_setup = [], True
     for label, cell in _numbered(nb, "code"):
         tree = _tree(cell)
@@ -193,8 +193,8 @@ def imports_in_setup(nb: NotebookNode, path: Path) -> Complaints:
 
 
 def nothing_unsafe(nb: NotebookNode, path: Path) -> Complaints:
-    """No cell waits for input, starts a process, loads a pickle, runs code from a model's files,
-    or downloads or uploads, as far as ruff does not refuse it."""
+    """Refuse a cell that waits for input, starts a process, loads a pickle, runs code from a
+    model's files, or downloads or uploads, as far as ruff does not refuse it."""
     found = []
     for label, cell in _numbered(nb, "code"):
         for call in (node for node in ast.walk(_tree(cell)) if isinstance(node, ast.Call)):
@@ -211,7 +211,7 @@ def nothing_unsafe(nb: NotebookNode, path: Path) -> Complaints:
 
 
 def _signature(node: ast.stmt) -> dict[str, str]:
-    """How to call a function, or every method of a class that both stub and solution have."""
+    """Return how to call a function, or every method of a class that stub and solution share."""
     if isinstance(node, ast.ClassDef):
         return {
             name: ast.unparse(method.args)
@@ -221,7 +221,7 @@ def _signature(node: ast.stmt) -> dict[str, str]:
 
 
 def exercises_have_checks(nb: NotebookNode, path: Path) -> Complaints:
-    """After each stub and before the next one stands its check; each check follows its stub."""
+    """Require the check of each stub between the stub and the next one."""
     module = MODULES.get(path.stem)
     if module is None:
         return [f"{path.name} is not in the map of lessons"]
@@ -270,12 +270,12 @@ def solutions_match_stubs(nb: NotebookNode, path: Path) -> Complaints:
 
 
 def _prose(cell: NotebookNode) -> str:
-    """Markdown without code, in which $ means other things."""
+    """Return Markdown without its code, in which $ means other things."""
     return re.sub(r"`[^`\n]*`", "", FENCED.sub("", cell.source))
 
 
 def formulas_are_escaped_once(nb: NotebookNode, path: Path) -> Complaints:
-    r"""A doubled backslash in a line's formula breaks the line, and \\text is no command then."""
+    r"""Refuse a doubled backslash in an inline formula: it breaks the line, and \\text is lost."""
     found = []
     for label, cell in _numbered(nb, "markdown"):
         for formula in re.findall(r"(?<!\$)\$([^$\n]+)\$(?!\$)", _prose(cell)):
@@ -285,7 +285,7 @@ def formulas_are_escaped_once(nb: NotebookNode, path: Path) -> Complaints:
 
 
 def tables_have_headers(nb: NotebookNode, path: Path) -> Complaints:
-    """The first row of a table says what stands below: an empty one is read out as nothing."""
+    """Require a header in each table: a screen reader reads an empty first row as nothing."""
     empty = re.compile(r"^\|(?:[ \t]*\|)+[ \t]*\n\|[ \t]*:?-", re.M)
     return [
         f"{label} has a table whose first row is empty"

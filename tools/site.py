@@ -57,7 +57,7 @@ def titled(path: Path, repository: str | None = None) -> nbformat.NotebookNode:
 
 
 def folded(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """In place: tags by which myst-nb folds the sources and outputs that JupyterLab folds."""
+    """Tag, in place, the sources and outputs that JupyterLab folds, so that myst-nb folds them."""
     for cell, own in zip(nb.cells, notebooks.cell_metadata(nb), strict=True):
         hidden = own.get("jupyter", {})
         parts = [part for part in ("source", "outputs") if hidden.get(f"{part}_hidden")]

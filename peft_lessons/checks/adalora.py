@@ -16,7 +16,8 @@ from .mistakes import mistakes
 
 
 def _vectors(out, in_, rank, near=0.0, dtype=torch.float32):
-    """P and Q, drawn, or so `near` to orthonormal that their Gram matrices are nearly I."""
+    """Return random P and Q, or P and Q so `near` to orthonormal that their Gram matrices are
+    nearly I."""
     P, Q = torch.randn(out, rank, dtype=dtype), torch.randn(rank, in_, dtype=dtype)
     if near:
         P = torch.linalg.qr(P).Q + near * torch.randn(out, rank, dtype=dtype)
@@ -59,7 +60,7 @@ def _vectors(out, in_, rank, near=0.0, dtype=torch.float32):
             Q @ Q.T - I → Q.T @ Q - torch.eye(Q.shape[1], dtype=Q.dtype)
         the vectors of P are its columns: take PᵀP (r, r), for PPᵀ (out, out) cannot become I
             P.T @ P - I → P @ P.T - torch.eye(P.shape[0], dtype=P.dtype)
-        both products are turned: take PᵀP and QQᵀ, of shape (r, r)
+        both products are in the wrong order: take PᵀP and QQᵀ, of shape (r, r)
             P.T @ P - I → P @ P.T - torch.eye(P.shape[0], dtype=P.dtype)
             Q @ Q.T - I → Q.T @ Q - torch.eye(Q.shape[1], dtype=Q.dtype)
         I is not subtracted
@@ -70,7 +71,7 @@ def _vectors(out, in_, rank, near=0.0, dtype=torch.float32):
     ),
 )
 def orthogonality_penalty(P, Q):
-    """The squared distance from orthonormal, of the columns of P and the rows of Q."""
+    """The penalty is the squared distance of P's columns and Q's rows from orthonormal."""
     total = torch.zeros((), dtype=P.dtype)
     for vectors in (P.T, Q):
         for i, one in enumerate(vectors):
@@ -109,7 +110,7 @@ def _importance_case(shape, beta1=0.85, beta2=0.9, first=False, dtype=torch.floa
             return s, u, s * u
         """,
         """
-        the uncertainty measures from the old sensitivity: take the new one
+        the uncertainty is measured from the old sensitivity: use the new one
             now - s → now - sensitivity
         the uncertainty is not an absolute value
             (now - s).abs() → (now - s)
@@ -119,27 +120,27 @@ def _importance_case(shape, beta1=0.85, beta2=0.9, first=False, dtype=torch.floa
             (now - s).abs() → now
         the importance has a sign: take the absolute value of weight · grad
             (weight * grad).abs() → weight * grad
-        β and 1 − β have changed places: β is the share of the past
+        β and 1 − β are swapped: β is the weight of the past
             now = → beta1, beta2 = 1 - beta1, 1 - beta2; now =
         the new value is not multiplied by 1 − β
             (1 - beta1) * → ∅
             (1 - beta2) * → ∅
-        the averages are divided by 1 − β as in Adam: here nothing is corrected
+        the averages are divided by 1 − β as in Adam: AdaLoRA has no bias correction
             * now → * now; s = s / (1 - beta1)
             (now - s).abs() → (now - s).abs(); u = u / (1 - beta2)
-        beta1 and beta2 have changed places
+        beta1 and beta2 are swapped
             now = → beta1, beta2 = beta2, beta1; now =
-        beta1 smooths both: the uncertainty has beta2
+        beta1 smooths both averages: the uncertainty uses beta2
             now = → beta2 = beta1; now =
         the score is the product of the old averages: take the new ones
             s * u → sensitivity * uncertainty
-        the order is turned: the score comes last
+        the order is reversed: the score comes last
             s, u, s * u → s * u, s, u
         """,
     ),
 )
 def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
-    """Both averages moved on by one step, and their product, entry by entry."""
+    """Both averages take one step, and the score is their product, entry by entry."""
     now = grad.mul(weight).abs()
     new_sensitivity = sensitivity + (1 - beta1) * (now - sensitivity)
     deviation = torch.maximum(now - new_sensitivity, new_sensitivity - now)
@@ -161,7 +162,7 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
         Case(lambda: [120, 144, 96, 20, 30, 150], note="step = total − tfinal"),
         Case(lambda: [141, 144, 96, 20, 30, 150], note="within the last tfinal steps"),
         Case(lambda: [119, 144, 96, 20, 30, 150], note="one step before total − tfinal"),
-        Case(lambda: [50, 5000, 1000, 0, 0, 100], note="no start, no end: half of the way"),
+        Case(lambda: [50, 5000, 1000, 0, 0, 100], note="no start, no end: half of the steps"),
         Case(lambda: [7, 90, 6, 3, 5, 20]),
         Case(lambda: [100, 5000, 1000, 0, 0, 100], note="the last of all steps"),
     ],
@@ -177,40 +178,41 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
             return int(final + (initial - final) * left**3)
         """,
         """
-        the budget stays at `initial`: // drops the fraction, or what is done is cubed
+        the budget stays at `initial`: // drops the fraction, or the share already done is cubed
             left**3 → 1
-        1 − x³ prunes slowly first: (1 − x)³ is wanted, the cube of what is left
+        1 − x³ prunes slowly at first: use (1 − x)³, the cube of the share that is left
             left**3 → (1 - (1 - left) ** 3)
-        the budget rises: of what is left of the way take the cube, not of what is done
+        the budget rises: take the cube of the share that is left, not of the share already done
             left**3 → (1 - left) ** 3
         the result is rounded to the nearest: round down
             int( → round(
         the result is not rounded: triplets are whole, so round down
             int( → (
-        the share that is left is rounded down by //, so it is 0 on the whole way
+        // rounds the share that is left down to 0: use /
             / (end - tinit) → // (end - tinit)
-        the way ends at total: it ends tfinal steps earlier
+        the pruning ends at total: it must end tfinal steps earlier
             (end - step) / (end - tinit) → (total - step) / (total - tinit)
-        tfinal is taken for a step: it is how many steps come after the way
+        tfinal is taken for a step: it is the number of steps after the pruning
             end = total - tfinal → end = tfinal
-        the way is counted from step 0: it begins after tinit steps
+        the pruning is counted from step 0: it begins after tinit steps
             end - tinit → end
         tfinal is subtracted from the step too, as the paper's formula is often printed
             end - step → total - step
-        before tinit there is no way yet, and the cube exceeds the initial budget
+        before tinit the cube exceeds the initial budget: stay at `initial`
             step <= tinit → False
-        after total − tfinal what is left is negative, and so is its cube: stay at `final`
+        after total − tfinal the share that is left is negative, and so is its cube: stay at `final`
             step >= end → False
-        neither end is held: until tinit the budget is `initial`, from total − tfinal `final`
+        neither end is constant: the budget is `initial` until tinit and `final` from total − tfinal
+        on
             step <= tinit → False
             step >= end → False
-        `final` is not added: the cube is of the part that goes
+        `final` is not added: the cube scales only initial − final
             final + (initial → (initial
         """,
     ),
 )
 def cubic_budget(step, initial, final, tinit, tfinal, total):
-    """The number of triplets that may stay, at the start, on the way and at the end."""
+    """The budget is right before, during and after the pruning."""
     way, gone = total - tfinal - tinit, min(max(step - tinit, 0), total - tfinal - tinit)
     # In whole numbers, so that nothing is rounded before the end.
     return final + (initial - final) * (way - gone) ** 3 // way**3
@@ -220,7 +222,7 @@ def cubic_budget(step, initial, final, tinit, tfinal, total):
 
 
 def _scores(*sizes):
-    """Layers of very different importance, so that a share for each layer is wrong."""
+    """Return layers of very different importance, so that a fixed share for each is wrong."""
     return [10 ** (2 * torch.rand(1) - 1) * torch.rand(size) for size in sizes]
 
 
@@ -255,37 +257,39 @@ def _ties():
         every layer keeps the same number: rank all layers together
             list(stays.split([len(score) for score in scores])) →
                 [best(score, budget // len(scores)) for score in scores]
-        every layer keeps a share of its own size: rank all layers together
+        every layer keeps the same share of its triplets: rank all layers together
             list(stays.split([len(score) for score in scores])) →
                 [best(score, round(budget * len(score) / len(stays))) for score in scores]
         the worst are kept, not the best
             descending=True, → ∅
-        the mask tells what goes: True is for what stays
+        True marks the triplets that are pruned: it must mark those that stay
             return stays → return ~stays
-        one too many stays: at the threshold itself a comparison with >= keeps one more
+        one triplet too many stays: >= also keeps the triplet at the threshold
             return stays →
                 return scores >= (scores[order[budget]] if budget < len(scores) else -math.inf)
-        one too few stays: with a comparison > the score at the threshold itself goes
+        one triplet too few stays: > also prunes the triplet at the threshold
             order[:budget] → order[: budget - 1]
-        scores that are equal at the edge all go, as in PEFT: here the budget is used up
+        all triplets whose score equals the threshold are pruned, as in PEFT: here exactly `budget`
+        triplets stay
             return stays →
                 return scores > (scores[order[budget]] if budget < len(scores) else -math.inf)
-        scores that are equal at the edge all stay: that is above the budget
+        all triplets whose score equals the threshold stay: that exceeds the budget
             return stays → return scores >= scores[order[budget - 1]]
-        of equal scores the last ones stay, and the first ones should
+        among equal scores the last ones stay: keep the first ones
             scores.argsort(descending=True, stable=True) → scores.argsort(stable=True).flip(0)
-        which of several equal scores topk or an unstable sort takes is not defined: take
-        argsort with stable=True
+        topk and an unstable sort order equal scores arbitrarily: use argsort with stable=True
             order[:budget] → scores.topk(budget).indices
-        argsort lists which triplet comes where, not the place of each: order[:budget] stays
+        argsort returns the indices of the triplets in order, not the rank of each triplet:
+        order[:budget] stays
             return stays → return order < budget
-        chunk cuts into equal parts: layers differ in size, and split takes their sizes
+        chunk cuts into equal parts, but layers differ in size: give their sizes to split
             stays.split([len(score) for score in scores]) → stays.chunk(len(scores))
         """,
     ),
 )
 def mask_to_budget(scores, budget):
-    """Exactly `budget` triplets stay, the best of all layers, and the first ones of equals."""
+    """Exactly `budget` triplets stay, the best of all layers, and the first ones among equal
+    scores."""
     places = [(i, j) for i, score in enumerate(scores) for j in range(len(score))]
     places.sort(key=lambda place: -scores[place[0]][place[1]].item())  # Python's sort is stable
     masks = [torch.zeros(len(score), dtype=torch.bool) for score in scores]
@@ -298,7 +302,7 @@ def mask_to_budget(scores, budget):
 
 
 class _Net(nn.Module):
-    """Two linear layers and a loss, called as a Hugging Face model is."""
+    """Hold two linear layers and a loss, and be called as a Hugging Face model is."""
 
     def __init__(self):
         super().__init__()
@@ -372,9 +376,9 @@ def _step_case(step, note=""):
             optimizer.step() → optimizer.step(); loss = task + allocator.penalty()
         the regulariser is in the gradients, but not in the loss that is returned
             return loss → return task
-        allocator.penalty() has its weight in it already
+        allocator.penalty() already includes its weight
             + extra → + allocator.method.orthogonal * extra
-        the allocator is called before optimizer.step(), which brings back what it pruned
+        the allocator is called before optimizer.step(), which brings back the pruned triplets
             optimizer.step() → ∅
             allocator.update(step) → allocator.update(step); optimizer.step()
         the allocator is one step behind: it counts from 1, as `step` does
@@ -448,7 +452,7 @@ def _map(*kept):
     ),
 )
 def spend_by_hand(ranks, scaling):
-    """Every layer that keeps something gets its rank, all with the same scaling α/r."""
+    """Every layer that keeps triplets gets its rank, and all have the same scaling α/r."""
     found = {"target_modules": [], "rank_pattern": {}, "alpha_pattern": {}}
     for path, rank in ranks.items():
         if rank:

@@ -73,7 +73,7 @@ def _forward_case(shape, m, note=""):
     ),
 )
 def adapter_forward(h, w_down, b_down, w_up, b_up):
-    """h, and what the adapter adds to it."""
+    """The result is h plus the output of the adapter."""
     result = h + b_up
     for row, b, column in zip(w_down, b_down, w_up.T, strict=True):  # one inner unit after another
         z = (h * row).sum(-1, keepdim=True) + b
@@ -121,11 +121,10 @@ def _reading_case(shape, m, kind, note=""):
             norm(x + h + adapter(t)) → norm(x + h) + adapter(t)
         the norm at the end is missing
             norm(x + h + adapter(t)) → x + h + adapter(t)
-        what the adapter reads is added once more: adapter(t) is a(t) alone, and x and h are
-        each in the sum once
+        the adapter's input is added once more: adapter(t) returns a(t) alone, and the sum contains
+        x and h once each
             + adapter(t) → + t + adapter(t)
-        houlsby and parallel have changed places: Houlsby's adapter reads h, the parallel
-        one x
+        houlsby and parallel are swapped: Houlsby's adapter reads h, the parallel adapter reads x
             "houlsby": h → "houlsby": x
             "parallel": x → "parallel": h
         every kind reads x: the three kinds differ in what the adapter reads
@@ -196,15 +195,15 @@ def _foldable(d, in_, m):
             return W, b
         """,
         """
-        the residual is missing: the layer's own output goes on beside the adapter's
+        the residual is missing: the layer's own output is added to the adapter's
             weight + → ∅
             bias + w_up → w_up
-        the residual is missing in the bias: b goes on beside the adapter too
+        the residual is missing in the bias: b is also added to the adapter's part
             bias + w_up → w_up
         the adapter reads the layer's input x, not its output: multiply by the weight
             w_up @ w_down @ weight → w_up @ w_down
-        the products are in the wrong order: the layer comes first, so its weight stands on
-        the right
+        the products are in the wrong order: the layer comes first, so its weight is the right
+        factor
             w_up @ w_down @ weight → weight @ w_up @ w_down
         the bias is not changed
             + w_up @ (w_down @ bias + b_down) + b_up → ∅
@@ -221,7 +220,7 @@ def _foldable(d, in_, m):
             w_up @ w_down @ weight → w_down.T @ w_up.T @ weight
         the weight is transposed: a layer stores it as (out, in), here (d, in)
             return W, b → return W.T, b
-        the order is turned: return the weight first
+        the order is reversed: return the weight first
             return W, b → return b, W
         """,
     ),
@@ -244,7 +243,7 @@ def fold_linear_adapter(w_down, b_down, w_up, b_up, weight, bias):
 
 
 def _block(d, d_ff, frozen=False):
-    """A block of BERT without dropout, its norms and biases not those of a fresh one."""
+    """Return a block of BERT without dropout, with norms and biases unlike those of a new block."""
     sizes = dict(vocab_size=4, hidden_size=d, intermediate_size=d_ff, max_position_embeddings=4)
     sizes |= dict(num_hidden_layers=1, num_attention_heads=4, hidden_dropout_prob=0.0)
     config = BertConfig(**sizes, attention_probs_dropout_prob=0.0, attn_implementation="eager")
@@ -261,7 +260,7 @@ def _counted(parameters):
 
 
 def _inserted(layer):
-    """What trains in a block, and what it computes before and after its adapters have values."""
+    """Return what a block trains, and its outputs before and after its adapters have values."""
     trained = [p for p in layer.parameters() if p.requires_grad]
     shapes = sorted(tuple(p.shape) for p in trained)
     seen = {
@@ -321,13 +320,13 @@ def _inserted(layer):
             output.adapter = a = → a =
         the base is not frozen: only the adapters may train
             layer.requires_grad_(False) → ∅
-        there is one adapter: each of the two sublayers has its own
+        both sublayers share one adapter: give each its own
             (layer.attention.output, layer.output) → [layer.attention.output]
         width is taken for a reduction factor: it is m itself
             out_features, width → out_features, output.dense.out_features // width
         the residual is added twice: an Adapter returns h + a(h), add no h to it
             a=a: a(h) → a=a: h + a(h)
-        h is lost: the adapter's output comes in its place, and not on top of it
+        h is lost: the adapter's output replaces h, and should be added to h
             a=a: a(h) → a=a: a.adapter(h)
         the adapter comes after the layer norm: place it right after the dense layer
             output.dense.register → output.register
@@ -342,7 +341,7 @@ def _inserted(layer):
             a=a: a(h) → a=a: module.adapter(h)
         the dense layers train with their adapters: only the adapters may train
             output.adapter = a = → output.dense.requires_grad_(); output.adapter = a =
-        the adapter reads LN(x + h), as Pfeiffer's: Houlsby's reads h
+        the adapter reads LN(x + h), as Pfeiffer's does: Houlsby's reads h
             output.dense.register_forward_hook → output.LayerNorm.register_forward_pre_hook
             module, args, h, a=a: a(h) → norm, s, a=a: s[0] + a.adapter(norm.forward(s[0]))
         both places use the adapter that was made last: a function made in a loop looks up
@@ -359,7 +358,7 @@ def _inserted(layer):
     ),
 )
 def insert_adapters(layer, width):
-    """Houlsby's adapters at both places, the base at step 0, and only they train."""
+    """Houlsby's adapters follow both sublayers, step 0 is the base, and only the adapters train."""
     layer.requires_grad_(False)
     for output in (layer.attention.output, layer.output):
         adapter = _Near(output.dense.out_features, width, 0.0)
@@ -416,7 +415,7 @@ def insert_adapters(layer, width):
     ),
 )
 def adapter_parameters(d, m, layers, kind):
-    """Two matrices and two biases a place, at one or two places of every layer."""
+    """An adapter has two matrices and two biases, and a layer has one or two adapters."""
     with torch.device("meta"):
         one = nn.Sequential(nn.Linear(d, m), nn.Linear(m, d))
     sites = [one] * (2 * layers if kind == "houlsby" else layers)
@@ -468,13 +467,13 @@ def _near(shape, m, std, dtype=torch.float32):
             / h.norm() → ∅
         the change is divided by the size of the adapter's output: divide by that of h
             / h.norm() → / out.norm()
-        h is not taken away: this is the size of the output, not of the change
+        h is not subtracted: this is the size of the output, not of the change
             out - h → out
         the sizes are compared, not the vectors: take the size of the difference
             (out - h).norm() → (out.norm() - h.norm()).abs()
         both sizes are squared: the root is missing
             (out - h).norm() / h.norm() → (out - h).norm() ** 2 / h.norm() ** 2
-        the ratio is taken of each vector and then averaged: take one ratio of all of h
+        the ratio is computed for each vector and then averaged: compute one ratio over all of h
             (out - h).norm() / h.norm() → ((out - h).norm(dim=-1) / h.norm(dim=-1)).mean()
         this is one ratio for each vector: take one norm over all entries of h
             float((out - h).norm() / h.norm()) → (out - h).norm(dim=-1) / h.norm(dim=-1)
@@ -482,13 +481,13 @@ def _near(shape, m, std, dtype=torch.float32):
             / h.norm() → / h.norm() * 100
         this is the mean squared change
             (out - h).norm() / h.norm() → F.mse_loss(out, h)
-        h is taken away from a(h) once more: `adapter` has the residual in it
+        h is subtracted twice: adapter(h) is h + a(h), so subtract h once
             out - h → out - 2 * h
         """,
     ),
 )
 def identity_gap(adapter, h):
-    """How large the change is beside what is changed."""
+    """The size of the change is divided by the size of h."""
     low = h @ adapter.down.weight.T + adapter.down.bias
     change = F.gelu(low) @ adapter.up.weight.T + adapter.up.bias
     squares = (change.detach().double() ** 2).sum(), (h.double() ** 2).sum()

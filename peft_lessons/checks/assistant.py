@@ -60,7 +60,7 @@ def answer_labels(ids, answer_start):
 
 
 def _predicted(lengths, tokens, vocabulary, dtype=torch.float32):
-    """Logits, and labels that begin after a prompt of these lengths."""
+    """Return logits, and labels that begin after prompts of these lengths."""
     labels = torch.randint(vocabulary, (len(lengths), tokens))
     for row, length in zip(labels, lengths, strict=True):
         row[:length] = -100
@@ -68,7 +68,7 @@ def _predicted(lengths, tokens, vocabulary, dtype=torch.float32):
 
 
 def _gaps():
-    """Labels with -100 among them, as padding or a chat of several answers leaves them."""
+    """Return labels with -100 among them, as padding or a chat of several answers leaves them."""
     logits, labels = _predicted((2, 4, 1), 10, 13)
     labels[0, 5:7], labels[1, -3:] = -100, -100
     return [logits, labels]
@@ -175,9 +175,9 @@ def _scored(result):
             .mean() → .sum()
         the margins are averaged before the sigmoid: average the losses
             (chosen - rejected)).mean() → (chosen - rejected).mean())
-        the rewards are without beta
+        beta is left out of the rewards
             beta * chosen, beta * rejected → chosen, rejected
-        the order is turned: return reward_chosen first
+        the order is reversed: return reward_chosen first
             beta * chosen, beta * rejected → beta * rejected, beta * chosen
         the minus is missing: the loss is −log σ
             -F.logsigmoid → F.logsigmoid

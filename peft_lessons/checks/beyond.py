@@ -22,7 +22,8 @@ from .mistakes import mistakes
             rank**0.5 → rank
         rank is squared: r · s² must be constant, so s falls like 1 / √r
             rank**0.5 → rank**2
-        this does not change with the rank, and r · s² must not
+        this does not change with the rank: s must fall as the rank grows, so that r · s² stays the
+        same
             / rank**0.5 → ∅
         alpha is left out: the scaling is α/rᵖ
             alpha / → 1 /
@@ -32,15 +33,15 @@ from .mistakes import mistakes
             alpha / rank**0.5 → alpha**2 / rank
         alpha is under the root too
             alpha / rank**0.5 → (alpha / rank) ** 0.5
-        it is multiplied by the root: divide
+        alpha is multiplied by the root: divide by it
             / → *
-        it is turned: this is √rank / alpha
+        the fraction is upside down: this is √rank / alpha
             alpha / rank**0.5 → rank**0.5 / alpha
         rank**1/2 is (rank**1) / 2: the exponent needs brackets
             0.5 → 1 / 2
-        the root is cut to a whole number
+        the root is rounded down to a whole number
             rank**0.5 → int(rank**0.5)
-        the result is cut to a whole number
+        the result is rounded down to a whole number
             / → //
         """,
     ),
@@ -93,7 +94,7 @@ def _by_group(groups):
     seen = {"the learning rates": [float(group["lr"]) for group in groups]}
     for which, group in zip(("first", "second"), groups, strict=False):
         tags = [getattr(p, "tag", "a copy of one") for p in group["params"]]
-        seen[f"the list of what is in the {which} group"] = tags
+        seen[f"the list of parameters in the {which} group"] = tags
     return seen
 
 
@@ -131,7 +132,7 @@ def _by_group(groups):
             lr * ratio → lr + ratio
         the ratio alone is B's learning rate: multiply it by lr
             lr * ratio → ratio
-        the lists have changed places: the first group, at lr, has all but B
+        the lists are swapped: the first group, at lr, has all but B
             "lora_B" in → "lora_B" not in
         the groups are in the other order: B's comes second
             lr * ratio}] → lr * ratio}][::-1]
@@ -149,15 +150,15 @@ def _by_group(groups):
             if is_b(name) → if is_b(name) or p.dim() == 1
         B is in both groups: an optimiser refuses that
             if not is_b(name) → ∅
-        A is in B's group too: only a name with lora_B is a B's
+        A is in B's group too: only names with lora_B belong there
             "lora_B" in → "lora_" in
         other names have a capital B too: look for lora_B
             "lora_B" in → "B" in
-        no B is found: lora_B, with a capital B, stands inside a longer name
+        no B is found: look for lora_B, with a capital B, inside the longer name
             "lora_B" in name → name.startswith("lora_B")
-        a B is looked for at the end of its name, but PEFT's names go on after lora_B
+        lora_B is looked for at the end of a name, but PEFT's names continue after lora_B
             "lora_B" in name → name.endswith("lora_B")
-        only PEFT's names are found, which go on after lora_B: the course's end there
+        only PEFT's names are found, which continue after lora_B: the course's names end with lora_B
             "lora_B" in name → ".lora_B." in name
         named_parameters() is a generator, empty after one pass: use one loop, or make a list
             [(name, p) for name, p in named_parameters if p.requires_grad] → named_parameters
@@ -186,15 +187,15 @@ def loraplus_groups(named_parameters, lr, ratio):
 
 
 def _weight(out, in_, dtype=torch.float32, decay=0.8):
-    """A weight whose singular values are well apart, so that its factors are unique up to sign."""
+    """Return a weight with well separated singular values: its factors are unique up to sign."""
     n = min(out, in_)
     U, V = (torch.linalg.qr(torch.randn(size, n, dtype=torch.float64)).Q for size in (out, in_))
     return (4 * U * decay ** torch.arange(n) @ V.T).to(dtype)
 
 
 def _factors(result):
-    """What of A and B is unique: each vector may have its sign turned in both, and stand at another
-    place; here the longest come first."""
+    """Return what is unique in A and B: the sign of a vector may differ in both, and so may its
+    position. Here the vectors with the largest norms come first."""
     A, B, _ = result
     order = (A.norm(dim=1) * B.norm(dim=0)).argsort(descending=True, stable=True)
     A, B = A[order], B[:, order]
@@ -206,11 +207,11 @@ _FACTORS = """
     the smallest singular values are taken: BA is made of the largest
         root[:rank] → root[-rank:]
         root[:, :rank] → root[:, -rank:]
-    torch.linalg.svd gives Vᵀ already, whose rows are the vectors: it is transposed
+    torch.linalg.svd returns Vᵀ already, whose rows are the vectors: do not transpose it
         @ Vh → @ Vh.T
     the rows of U are taken: singular vectors are its columns
         U @ → U.T @
-    the singular values are in both factors in full: each gets their root
+    both factors contain the full singular values: each gets their square root
         root = S.sqrt().diag() → root = S.diag()
     the singular values are left out
         root = S.sqrt().diag() → root = torch.ones_like(S).diag()
@@ -246,7 +247,7 @@ _FACTORS = """
             return A, B, weight - B @ A
         """,
         """
-        the residual is W itself: B @ A must be taken out of it
+        the residual is W itself: subtract B @ A from W
             weight - B @ A → weight.clone()
         the residual has the wrong sign: it is W − BA
             weight - B @ A → B @ A - weight
@@ -254,7 +255,7 @@ _FACTORS = """
             weight - B @ A → weight + B @ A
         the columns of Vᵀ are scaled: each row gets its root, so write r[:, None] * V[:rank]
             root[:rank] @ Vh → Vh[:rank] * S[:rank].sqrt()
-        A and B have changed places: return A, B and the residual
+        A and B are swapped: return A, B and the residual
             return A, B → return B, A
         A and B are transposed: A is (rank, in), B is (out, rank)
             return A, B → return A.T, B.T
@@ -278,7 +279,7 @@ def pissa_init(weight, rank):
 
 
 def _grid(width):
-    """Rounds to multiples of a width."""
+    """Return a function that rounds to multiples of a width."""
     return lambda weight: (weight / width).round() * width
 
 
@@ -311,9 +312,9 @@ def _nf4(weight):
             return A, B, Q
         """,
         """
-        the factors are fitted to W, and not to what Q leaves of it, W − Q
+        the factors are fitted to W: fit them to what Q leaves of W, W − Q
             svd(weight - Q → svd(weight
-        the factors are fitted to Q, and not to what it leaves of W, W − Q
+        the factors are fitted to Q: fit them to what Q leaves of W, W − Q
             svd(weight - Q → svd(Q
         the factors are fitted to what Q and the old BA leave: fit them to W − Q
             svd(weight - Q → svd(weight - BA - Q
@@ -329,8 +330,8 @@ def _nf4(weight):
             BA = torch.zeros_like(weight) → Q = torch.zeros_like(weight)
             Q = quantize(weight - BA) → ∅
             BA = B @ A → Q = quantize(weight - B @ A)
-        this is what one step gives: either there is one step, or each step quantises W
-        itself, and not W − BA
+        this is the result of one step: either only one step is run, or each step quantises W itself
+        and not W − BA
             weight - BA → weight
         this is one step too few
             range(steps) → range(max(steps - 1, 1))
@@ -352,7 +353,7 @@ def _nf4(weight):
     ),
 )
 def loftq_init(weight, rank, quantize, steps):
-    """Q and BA, fitted in turn to what the other leaves, are near the weight together."""
+    """Q and BA, each fitted to what the other leaves, add up to nearly the weight."""
     product = torch.zeros_like(weight)
     for _ in range(steps):
         Q = quantize(weight - product)
@@ -365,8 +366,8 @@ def loftq_init(weight, rank, quantize, steps):
 
 
 def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0):
-    """A weight and the same after training: moved a little in all directions, and with so many new
-    directions of size `strong`, that lie across all old ones."""
+    """Return a weight before and after training: perturbed a little in all directions, and with
+    `intruders` new random directions of size `strong`."""
 
     def make():
         W = _weight(out, in_, torch.float64, decay=0.9)
@@ -403,7 +404,8 @@ def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0):
         the right singular vectors are compared: those of the outputs are the left ones
             svd(w0, full_matrices=False).U → svd(w0, full_matrices=False).Vh.T
             svd(w1, full_matrices=False).U → svd(w1, full_matrices=False).Vh.T
-        each vector is compared with the one at its own place only, not with all of w0's
+        each vector of w1 is compared only with w0's vector of the same index: compare it with all
+        of w0's
             .amax(0) → .diagonal()
         only the k strongest of w0 are compared: a vector may have moved up from below
             svd(w0, full_matrices=False).U → svd(w0, full_matrices=False).U[:, :k]
@@ -415,7 +417,7 @@ def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0):
             [:, :k] → [:, -k:]
         the maximum is taken over the wrong axis: for each vector of w1, take it over w0's
             .amax(0) → .amax(1)
-        w0 and w1 have changed places: this counts vectors of w0 that none of w1's is near
+        w0 and w1 are swapped: this counts the vectors of w0 that are far from all of w1's
             U0 = torch.linalg.svd(w0, → U0 = torch.linalg.svd(w1,
             U1 = torch.linalg.svd(w1, → U1 = torch.linalg.svd(w0,
         one cosine below eps is not enough: the largest of all must be below it
@@ -427,9 +429,9 @@ def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0):
         the rows of U are compared: singular vectors are its columns
             [:, :k] → [:k].T
             U0.T @ U1 → U0 @ U1
-        w0's U is not transposed: its columns are to meet those of w1, U0.T @ U1
+        w0's U is not transposed: multiply its columns with those of w1, U0.T @ U1
             U0.T @ U1 → U0 @ U1
-        pairs are counted: a vector counts once, if none of w0 is near
+        pairs are counted: a vector counts once, if no vector of w0 is near
             .amax(0) → ∅
         the change w1 − w0 is decomposed: decompose w1
             svd(w1, → svd(w1 - w0,
@@ -437,7 +439,7 @@ def _turned(out, in_, intruders=0, shift=0.05, k=6, eps=0.5, strong=3.0):
     ),
 )
 def intruder_dimensions(w0, w1, k, eps):
-    """How many of the k strongest output directions of w1 are near none of w0's."""
+    """Of w1's k strongest output directions, those far from all of w0's are counted."""
     # The eigenvectors of W Wᵀ, those of them that W reaches.
     squares = (w.double() @ w.double().T for w in (w0, w1))
     old, new = (torch.linalg.eigh(s).eigenvectors.flip(1)[:, : min(w0.shape)] for s in squares)

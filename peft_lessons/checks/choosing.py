@@ -51,9 +51,9 @@ def _check_by(kind: type[Check], **settings: Any) -> Callable[[Callable], Check]
             return sorted(front, key=lambda i: costs[i])
         """,
         """
-        the lower score is taken for the better one
+        the lower score is treated as the better one
             t >= s → t <= s
-        the higher cost is taken for the better one
+        the higher cost is treated as the better one
             d <= c → d >= c
         one point dominates another only if it is better in both: better in one and equal in the
         other is enough
@@ -76,10 +76,10 @@ def _check_by(kind: type[Check], **settings: Any) -> Callable[[Callable], Check]
             if not any( → if (c, s) not in points[i + 1 :] and not any(
         the order is that of the lists: the cheapest point must come first
             sorted(front, key=lambda i: costs[i]) → front
-        the dearest point comes first: the cheapest must
+        the most expensive point comes first: the cheapest must
             sorted(front, key=lambda i: costs[i]) →
                 sorted(front, key=lambda i: costs[i], reverse=True)
-        equal points have changed places: they must keep the order of the lists
+        equal points are reordered: they must keep the order of the lists
             sorted(front, → sorted(front[::-1],
         the result holds costs: return the indices of these points
             sorted(front, key=lambda i: costs[i]) → sorted(costs[i] for i in front)
@@ -94,17 +94,17 @@ def _check_by(kind: type[Check], **settings: Any) -> Callable[[Callable], Check]
                 [i + 1 for i in sorted(front, key=lambda i: costs[i])]
         the dominated points are returned: return the other ones
             if not any( → if any(
-        `costs.index` finds the first of equal costs, whichever point was meant
+        `costs.index` always finds the first of several equal costs
             sorted(front → sorted([costs.index(costs[i]) for i in front]
         the best score begins at 0, which no negative score exceeds: begin at -math.inf
             if not any( → if s > 0 and not any(
         the sweep by cost meets points of equal cost in the order of the lists: it must meet the
-        better score first, and keep its equals
+        better score first, and keep points equal to it
             enumerate(points) → sorted(enumerate(points), key=lambda point: point[1][0])
             not any(d <= c and t >= s and (d, t) != (c, s) for d, t in others) →
                 all(s > scores[j] for j in front)
-        with >= the sweep by cost also keeps a dearer point that only equals the best score, and of
-        equal costs it must meet the better score first
+        with >= the sweep by cost also keeps a more expensive point that only equals the best score,
+        and among points of equal cost it must meet the better score first
             enumerate(points) → sorted(enumerate(points), key=lambda point: point[1][0])
             not any(d <= c and t >= s and (d, t) != (c, s) for d, t in others) →
                 all(s >= scores[j] for j in front)
@@ -209,9 +209,9 @@ def _threshold(n_trainable, gpu_gb, bits, note="", n_params=70_000_000_000):
             return need <= gpu_gb * 2**30 * 7 / 8
         """,
         """
-        a GB of the GPU is taken for 10⁹ bytes: here it has 2³⁰
+        a GB of the GPU is counted as 10⁹ bytes: here it has 2³⁰
             2**30 → 10**9
-        a GB of the GPU is taken for 2²⁰ bytes: it has 2³⁰
+        a GB of the GPU is counted as 2²⁰ bytes: it has 2³⁰
             2**30 → 2**20
         gpu_gb is compared with bytes: multiply it by 2³⁰
             2**30 → 1
@@ -230,7 +230,7 @@ def _threshold(n_trainable, gpu_gb, bits, note="", n_params=70_000_000_000):
             8 / 64 + 32 / 64 / 256 → 8 + 32 / 256
         the 8 and 32 bits of the statistics are counted as bytes
             8 / 64 + 32 / 64 / 256 → 8 * 8 / 64 + 8 * 32 / 64 / 256
-        a weight in 16 bits has no statistics: add them in 4 bits only
+        a weight in 16 bits has no statistics: add them for 4 bits only
             if bits == 4: → if bits:
         bits are counted as bytes: divide them by 8
             bits / 8 → bits
@@ -239,7 +239,8 @@ def _threshold(n_trainable, gpu_gb, bits, note="", n_params=70_000_000_000):
             bits / 8 → (bits // 8)
         the trainable parameters are counted twice: n_params includes them
             n_params - n_trainable → n_params
-        the trainable parameters are stored in `bits` bits here: their 16 bytes hold the weight
+        the trainable parameters are also counted with `bits` bits each: their 16 bytes include the
+        weight
             n_params - n_trainable → n_params
             2 + 2 + 4 + 8 → 2 + 4 + 8
         a trainable parameter is counted with 12 bytes, not 16: its master copy, or one of Adam's
@@ -261,12 +262,12 @@ def _threshold(n_trainable, gpu_gb, bits, note="", n_params=70_000_000_000):
             + (2 + 2 + 4 + 8) * n_trainable → ∅
         the whole GPU is used: an eighth of it must stay free
             * 7 / 8 → ∅
-        only an eighth of the GPU is used: seven eighths are there for weights
+        only an eighth of the GPU is used: seven eighths may be used
             * 7 / 8 → / 8
         an eighth of the need is added: an eighth of the GPU must stay free instead
             return need → return need * 9 / 8
             * 7 / 8 → ∅
-        the comparison is turned round: return True where it fits
+        the comparison is reversed: return True where the model fits
             need <= → need >=
         exactly seven eighths are refused: compare with <=
             need <= → need <
@@ -299,7 +300,7 @@ _SEEDS = "a and b rise and fall together from seed to seed"
             ]
         ),
         refused(lambda: [[0.8], [0.7]], "", "one seed"),
-        refused(lambda: [[0.8, 0.7, 0.6], [0.7, 0.8]], "", "one has a seed more"),
+        refused(lambda: [[0.8, 0.7, 0.6], [0.7, 0.8]], "", "one method has one more seed"),
     ],
     returns=("the mean", "the lower end", "the upper end"),
     tolerance=1e-3,
@@ -321,7 +322,7 @@ _SEEDS = "a and b rise and fall together from seed to seed"
             student_t(n - 1) → 2
         the squares are divided by n, not by n − 1 (statistics.stdev)
             stdev → pstdev
-        the two lists are taken for independent samples: the scores come in pairs
+        the two lists are treated as independent samples: the scores come in pairs
             student_t(n - 1) → student_t(2 * n - 2)
             statistics.stdev(gaps) →
                 math.hypot(statistics.stdev(scores_a), statistics.stdev(scores_b))
@@ -330,13 +331,13 @@ _SEEDS = "a and b rise and fall together from seed to seed"
                 math.hypot(statistics.stdev(scores_a), statistics.stdev(scores_b))
         the spreads of the two lists are added: take the spread of the pairs' differences
             statistics.stdev(gaps) → (statistics.stdev(scores_a) + statistics.stdev(scores_b))
-        the spread is not divided by √n: that is where one seed falls, not the mean
+        the spread is not divided by √n: this is the spread of one seed, not of the mean
             / math.sqrt(n) → ∅
         the spread is divided by n: divide it by √n
             math.sqrt(n) → n
         the spread is divided by √(n − 1): divide it by √n
             math.sqrt(n) → math.sqrt(n - 1)
-        the sign is turned: subtract b from a
+        the sign is reversed: subtract b from a
             a - b → b - a
         the differences have lost their signs: leave out abs
             a - b → abs(a - b)
@@ -350,13 +351,13 @@ _SEEDS = "a and b rise and fall together from seed to seed"
             student_t(n - 1) → student_t(2 * n - 2)
         this is the standard error: t is missing
             student_t(n - 1) * → ∅
-        the variance stands for the deviation: its square root is missing
+        the variance is used instead of the standard deviation: its square root is missing
             stdev → variance
         the ends are the smallest and the largest difference: compute them by the formula
             mean - half, mean + half → min(gaps), max(gaps)
-        the ends have changed places: the lower one comes first
+        the ends are swapped: the lower end comes first
             mean, mean - half, mean + half → mean, mean + half, mean - half
-        the mean comes first, and the two ends follow
+        the order is wrong: the mean comes first, then the two ends
             mean, mean - half, mean + half → mean - half, mean, mean + half
         this is half the width of the interval: return its two ends
             mean, mean - half, mean + half → mean, half
@@ -369,7 +370,7 @@ def paired_difference(scores_a, scores_b):
     """The mean of the pairs' differences comes with its 95 % interval by Student's t."""
     n = len(scores_a)
     if n != len(scores_b) or n < 2:
-        raise ValueError("pairs of two seeds at least are wanted")
+        raise ValueError("give pairs of at least two seeds")
     mean = math.fsum([*scores_a, *(-b for b in scores_b)]) / n
     squares = math.fsum((a - b - mean) ** 2 for a, b in zip(scores_a, scores_b, strict=True))
     half = student_t(n - 1) * math.sqrt(squares / (n * (n - 1)))
@@ -380,8 +381,8 @@ def paired_difference(scores_a, scores_b):
 
 
 def _situation(gpu_gb, seeds=3, noise=0.4, **given):
-    """{method: (GiB, mean score)} as the arguments of a call, with scores that rise and fall
-    together, and a little apart."""
+    """Return {method: (GiB, mean score)} as the arguments of a call. The scores rise and fall
+    together from seed to seed, with small differences."""
 
     def wave(value: Callable) -> list[float]:
         values = [value(s) for s in range(1, seeds + 1)]
@@ -511,11 +512,11 @@ def _in_order(answer: dict) -> dict:
             behind[name][2] <= 1 → behind[name][1] <= 1
         the mean is compared with one point: the upper end of the interval decides
             behind[name][2] <= 1 → behind[name][0] <= 1
-        the condition is turned round: methods behind by more than a point are taken
+        the condition is reversed: methods behind by more than a point are taken
             behind[name][2] <= 1 → behind[name][2] > 1
         a difference below one standard deviation of the scores is allowed: the upper end decides
             behind[name][2] <= 1 → behind[name][0] <= statistics.stdev(scores[best])
-        methods whose own intervals overlap are taken for equal: the interval of the differences
+        methods whose own intervals overlap are treated as equal: the interval of the differences
         decides
             behind[name][2] <= 1 →
                 gap(scores[best], [0] * 99)[1] <= gap(scores[name], [0] * 99)[2]
@@ -526,11 +527,11 @@ def _in_order(answer: dict) -> dict:
         the other methods are compared with the best of all, which does not fit: take the best that
         fits
             max(fitting → max(needs
-        the lowest mean is taken for the best: higher scores are better
+        the lowest mean is treated as the best: higher scores are better
             max(fitting → min(fitting
         the best method is found by its best seed: compare the means
             statistics.mean(scores[name]) → max(scores[name])
-        `behind` has the sign turned: subtract the other method's scores from the best one's
+        `behind` has the opposite sign: subtract the other method's scores from the best one's
             x - y → y - x
         the interval in `behind` uses 1.96: with few seeds Student's t is larger (exercise 13.2)
             student_t(len(d) - 1) → 1.96
@@ -559,19 +560,19 @@ def _in_order(answer: dict) -> dict:
             needs[method] → needs[best]
         `left` is counted from the whole GPU: an eighth of it must stay free
             room - took → gpu_gb - took
-        `left` has the sign turned: subtract the need from seven eighths of the GPU
+        `left` has the opposite sign: subtract the need from seven eighths of the GPU
             room - took → took - room
         `left` is 0 where nothing fits: it is negative there, seven eighths minus the smallest need
             room - took → room - took if fitting else 0
         `left` is all seven eighths where nothing fits: subtract the smallest need
             room - took → room - took if fitting else room
-        `left` has the sign turned where nothing fits: it is negative there
+        `left` has the opposite sign where nothing fits: it is negative there
             room - took → room - took if fitting else took - room
-        gpu_gb is turned into bytes: it is in GiB already, as needs is, so leave out 2³⁰
+        gpu_gb is converted to bytes: it is in GiB already, as `needs` is, so leave out 2³⁰
             room = gpu_gb * 7 / 8 → room = gpu_gb * 7 / 8 * 2**30
-        gpu_gb is turned into units of 10⁹ bytes: it is in GiB, as needs is
+        gpu_gb is converted to units of 10⁹ bytes: it is in GiB, as `needs` is
             room = gpu_gb * 7 / 8 → room = gpu_gb * 7 / 8 * 2**30 / 10**9
-        nothing fits, and the smallest method is named all the same
+        nothing fits, but the smallest method is named all the same
             "does not fit" → min(needs, key=needs.get)
         """,
         statistics=statistics,

@@ -181,7 +181,7 @@ def _pattern(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str
         near = max(tolerance, 1e-6) * factor.abs() * size
         told = number(factor)
         if told not in ("0", "1") and (got - factor * expected).abs().max() <= near:
-            return f"; yours is {told} times the expected everywhere"
+            return f"; yours is {told} times the expected values everywhere"
     return ""
 
 
@@ -248,8 +248,8 @@ def state(value: Any, name: str = "module") -> Any:
         parts = {n or f"the {name} itself": m for n, m in value.named_modules()}
         return {
             "the modules": [f"{n}: {type(m).__name__}" for n, m in parts.items()],
-            "what trains": [n for n, p in value.named_parameters() if p.requires_grad],
-            "what is in train mode": [n for n, m in parts.items() if m.training],
+            "the trainable parameters": [n for n, p in value.named_parameters() if p.requires_grad],
+            "the modules in train mode": [n for n, m in parts.items() if m.training],
             **value.state_dict(),
         }
     if isinstance(value, list | tuple):

@@ -10,7 +10,7 @@ from .mistakes import mistakes, scaling_mistakes
 
 
 def _weight(out, in_, dtype=torch.float32):
-    """Rows of very different lengths, so that no two norms can stand for one another."""
+    """Return a weight whose rows differ so much in length that no norm equals another."""
     return (torch.randn(out, in_) * torch.logspace(-1, 1, out)[torch.randperm(out), None]).to(dtype)
 
 
@@ -57,9 +57,9 @@ def _rows(weight):
             .sum( → .mean(
         the direction is the weight itself: divide it by the magnitude
             / magnitude[:, None] → ∅
-        the columns of the direction have length 1, and its rows must
+        the columns of the direction have length 1: its rows must have length 1
             weight / magnitude[:, None] → F.normalize(weight, dim=0)
-        the order is turned: return the magnitude first
+        the order is reversed: return the magnitude first
             magnitude, direction → direction, magnitude
         """,
     ),
@@ -75,7 +75,7 @@ def decompose(weight):
 
 
 def _adapted(shape, out, in_, rank, alpha, bias=True, trained=True, dtype=torch.float32):
-    """Arguments in which no two terms of ‖V‖² are alike, and c is far from 1."""
+    """Return arguments for which all terms of ‖V‖² differ, and c is far from 1."""
     x, weight = torch.randn(*shape, in_), _weight(out, in_) / math.sqrt(in_)
     A, B = torch.randn(rank, in_) / math.sqrt(in_), torch.randn(out, rank) if trained else None
     B = torch.zeros(out, rank) if B is None else B * _rows(weight)[:, None] * 0.7
@@ -137,13 +137,13 @@ def _adapted(shape, out, in_, rank, alpha, bias=True, trained=True, dtype=torch.
             c * (base + branch) → base + c * branch
         only the base's part is rescaled: the branch is multiplied by c as well
             c * (base + branch) → c * base + branch
-        the base is there twice: what is added to base(x) is (c − 1)·(x Wᵀ), not c·(x Wᵀ)
+        the base is counted twice: add (c − 1)·(x Wᵀ) to base(x), not c·(x Wᵀ)
             c * (base + branch) → base + c * (base + branch)
         {scaling_mistakes("alpha / r")}
         the scaling alpha / r is missing in the norm
             2 * s * → 2 *
             s**2 * → ∅
-        the norm is that of W, and V = W + s·BA has another one
+        the norm is that of W: use the norm of V = W + s·BA
             first + cross + last → first
         the norms are those of V's columns: each output row has its own
             norm = (first + cross + last).sqrt().detach() → V = weight + s * B @ A
@@ -155,7 +155,7 @@ def _adapted(shape, out, in_, rank, alpha, bias=True, trained=True, dtype=torch.
             + cross + → +
         a 2 is missing: (a + b)² = a² + 2ab + b²
             2 * s * → s *
-        in the last term of the squared norm s is squared too
+        the last term of the squared norm needs s², not s
             s**2 * → s *
         the root is missing: this is the squared norm
             .sqrt() → ∅
@@ -180,7 +180,7 @@ def dora_output(x, weight, bias, A, B, alpha, magnitude):
 
 
 def _changed(out, in_, turn, lengths=0.3, dtype=torch.float32):
-    """Two weights: the rows of the second are longer or shorter, and turned a little."""
+    """Return two weights: the rows of the second have other lengths and are turned a little."""
     w0 = _weight(out, in_)
     noise = torch.randn(out, in_) * _rows(w0)[:, None] / math.sqrt(in_)
     w1 = (w0 + turn * noise) * (1 + lengths * torch.randn(out, 1)).abs()
@@ -243,20 +243,20 @@ def _signs(out, in_):
             1 - cosine → cosine.clamp(-1, 1).acos()
         delta_d is the distance between the directions: take 1 − their cosine
             (1 - cosine) → (a / m0[:, None] - b / m1[:, None]).norm(dim=1)
-        the rows are not divided by both their lengths: this is no cosine
+        the product of two rows is not divided by both lengths, so it is not a cosine
             / (m0 * m1) → ∅
-        the weights are compared as one long vector each: every row has a cosine
+        each weight is compared as one long vector: every row has its own cosine
             (a * b).sum(dim=1) / (m0 * m1) → (a * b).sum() / (a.norm() * b.norm())
-        every row is compared with every other: only corresponding ones are
+        every row is compared with every other: compare corresponding rows only
             (a * b).sum(dim=1) / (m0 * m1) → F.normalize(a) @ F.normalize(b).T
-        the order is turned: return delta_m first
+        the order is reversed: return delta_m first
             round(delta_m.item(), 7), round(delta_d.item(), 7) →
                 round(delta_d.item(), 7), round(delta_m.item(), 7)
         """,
     ),
 )
 def magnitude_direction_change(w0, w1):
-    """How much longer or shorter the rows are, and how far they are turned."""
+    """Both means are right: the change of the rows' lengths, and of their directions."""
     a, b = w0.double(), w1.double()
     m0, m1 = ((w * w).sum(dim=1).sqrt() for w in (a, b))
     gap = a / m0[:, None] - b / m1[:, None]
@@ -268,7 +268,7 @@ def magnitude_direction_change(w0, w1):
 
 
 def _linear(out, in_, bias=True):
-    """A frozen layer, as `inject` hands it over."""
+    """Return a frozen layer, as `inject` passes it."""
     linear = nn.Linear(in_, out, bias=bias)
     with torch.no_grad():
         linear.weight.copy_(_weight(out, in_) / math.sqrt(in_))
@@ -279,7 +279,7 @@ def _linear(out, in_, bias=True):
 
 _TRAINED = ["lora_A", "lora_B", "magnitude"]
 _PARTS = (
-    "the list of what trains",
+    "the list of trainable parameters",
     "whether lora_A and lora_B both start at zero",
     "the magnitude right after construction",
     "the output for x = 0 (only the bias is left)",
@@ -290,8 +290,8 @@ _PARTS = (
 
 
 def _used(module):
-    """What a DoRALinear is and computes, from its start to its gradients; a part that the parts
-    before make impossible is None."""
+    """Return what a DoRALinear holds and computes, from its start to its gradients; a part that
+    earlier parts make impossible is None."""
     trained = {n.rpartition(".")[2]: p for n, p in module.named_parameters() if p.requires_grad}
     seen = dict.fromkeys(_PARTS)
     trains, dead, start, zero, first, output, *gradients = _PARTS
@@ -364,23 +364,23 @@ def _used(module):
             y + bias → y + m / norm[:, 0] * bias
         the norm is that of V's columns: dim=0 sums over the output rows
             V.norm(dim=1, → V.norm(dim=0,
-        V is divided by the norm of the whole of it
+        V is divided by one norm for the whole matrix: each output row has its own
             V.norm(dim=1, keepdim=True) → V.norm()
         V is not divided by its norm, so that W's length counts twice
             V / norm → V
-        the norm is that of W: it must follow V = W + s·BA, in every forward
+        the norm is that of W: compute the norm of V = W + s·BA in every forward pass
             V.norm( → W.norm(
         a gradient flows through the norm, which is a constant: detach it
             .detach() → ∅
-        V is cut off, so that A and B learn nothing: detach its norm alone
+        V is detached, so A and B learn nothing: detach its norm alone
             V / norm → V.detach() / norm
-        the magnitude is cut off and learns nothing: detach the norm alone
+        the magnitude is detached and learns nothing: detach the norm alone
             m[:, None] → m.detach()[:, None]
         """,
     ),
 )
 class DoRALinear(nn.Module):
-    """The base at step 0, DoRA once trained, and the gradients of DoRA."""
+    """The layer is the base at step 0, computes DoRA once trained, and has DoRA's gradients."""
 
     def __init__(self, linear, rank=8, alpha=16.0):
         super().__init__()

@@ -24,7 +24,7 @@ from .mistakes import mistakes
 
 
 class _Quiet(Check):
-    """A check in which PEFT's warnings, about what is tried here, are not heard."""
+    """Check without showing PEFT's warnings about the trials."""
 
     def __call__(self, function: Callable) -> Verdict:
         __tracebackhide__ = True
@@ -34,7 +34,7 @@ class _Quiet(Check):
 
 
 class _Tried(_Quiet, Tried):
-    """A check by trials, in quiet."""
+    """Check by trials, without PEFT's warnings."""
 
 
 def _called(function: Callable, *args: Any, told: str) -> Any:
@@ -177,7 +177,7 @@ def _knows_its_task(config: Any, method: str, family: str) -> None:
         facts = ["PEFT then leaves the new classification head frozen, at its random start."]
     if not given:
         raise Refused(f"task_type is missing: {due!r} is due", *facts)
-    raise Refused(f"task_type is {given!r}, and the model's class says {due!r}", *facts)
+    raise Refused(f"task_type is {given!r}, but the model's class says {due!r}", *facts)
 
 
 def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: str) -> None:
@@ -206,7 +206,10 @@ def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: 
         if not asked:
             told = ["Without target_modules PEFT takes its default for this architecture."]
         elif unknown:
-            told = [f"No layer is called {few(unknown)}: PEFT is silent while another matches."]
+            told = [
+                f"No layer is called {few(unknown)}: PEFT does not complain as long as another "
+                "name matches."
+            ]
         raise Refused(f"{len(missing)} of {len(due)} layers are left out: {few(missing)}", *told)
     spare = [] if method == "ia3" else ["bert.pooler.dense"]
     if extra := [name for name in places if name not in due + spare]:
@@ -214,12 +217,12 @@ def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: 
         if any(name.endswith("attention.output.dense") for name in extra):
             own = "" if asked else ", and PEFT's default for a BERT does"
             told = [f"output.dense also matches attention.output.dense{own}."]
-        raise Refused(f"what is adapted too, and should not be: {few(extra)}", *told)
+        raise Refused(f"layers are adapted that should not be: {few(extra)}", *told)
     for path, layer in places.items() if method == "ia3" else ():
         if layer.is_feedforward != _is_second(path):
-            told = "the input is scaled: of keys and values it is the output"
+            told = "the input is scaled: for keys and values scale the output"
             if _is_second(path):
-                told = "the output is scaled: of the second feed-forward matrix it is the input"
+                told = "the output is scaled: for the second feed-forward matrix scale the input"
             names = "feedforward_modules names the layers whose input is scaled."
             raise Refused(f"in {path!r} {told}", names)
 
@@ -317,7 +320,7 @@ class _Served(_Quiet):
         """
         every row is answered by the active adapter
             answered(name)[i] → answered(active)[i]
-        the rows are in the order of the groups: put each back to its place
+        the rows are in the order of the groups: put each row back into its position
             enumerate(adapters) →
                 sorted(enumerate(adapters), key=lambda row: adapters.index(row[1]))
         a row without an adapter is answered by the active one: disable_adapter() gives the base
@@ -406,14 +409,14 @@ def _goes_on_from_the_file(function: Callable) -> str:
         raise Refused(
             "it starts from scratch: the adapter is not that of the file",
             told,
-            "get_peft_model puts a new adapter into the model, in the place of a loaded one of "
+            "get_peft_model puts a new adapter into the model, and replaces a loaded adapter of "
             "the same name: from_pretrained alone makes a PEFT model of a base.",
         )
     if wrong:
         raise Refused(
-            f"the adapter is that of the file, and its head is not: {few(wrong)}",
+            f"the adapter is that of the file, but the head is not: {few(wrong)}",
             told,
-            "Beside the adapter, the file holds the trained head (modules_to_save).",
+            "Besides the adapter, the file holds the trained head (modules_to_save).",
         )
     return "it starts with the adapter and the head of the file"
 

@@ -41,7 +41,7 @@ def _bert():
 
 @cache
 def _measured(text):
-    """The widths of the layers themselves, in a model without values."""
+    """Measure the widths of the layers themselves, in a model without values."""
     import json
 
     from transformers import AutoConfig, AutoModel
@@ -76,25 +76,25 @@ def _measured(text):
             return dict(k=k, v=v, ff=config.intermediate_size)
         """,
         """
-        keys and values are taken for as wide as the model: there are fewer key-value heads than
-        query heads
+        keys and values are counted as wide as the model: there are fewer key-value heads than query
+        heads
             n_kv * d_h → config.hidden_size
         the query heads are counted: keys and values have num_key_value_heads
             n_kv * d_h → n_h * d_h
-        only the keys are narrow here: the values have as many heads
+        only the keys are counted as narrow: the values have as many heads as the keys
             v=v → v=config.hidden_size
-        this is the number of key-value heads: times the head's width
+        this is the number of key-value heads: multiply it by the width of a head
             n_kv * d_h → n_kv
-        this is the width of one head: times the key-value heads
+        this is the width of one head: multiply it by the number of key-value heads
             n_kv * d_h → d_h
-        head_dim is not looked at: where the config has one, it counts
+        head_dim is ignored: use it where the config has one
             getattr(config, "head_dim", None) or → ∅
-        these are the vectors of all layers: one block is asked for
+        these are the sizes for all layers: return those of one block
             n_kv * d_h → config.num_hidden_layers * n_kv * d_h
             config.intermediate_size → config.num_hidden_layers * config.intermediate_size
         ff is the output of the feed-forward: its inner activations are scaled
             config.intermediate_size → config.hidden_size
-        ff is not always four times the model's width: the config says intermediate_size
+        ff is not always four times the model's width: use the config's intermediate_size
             config.intermediate_size → 4 * config.hidden_size
         ff is counted twice: gate and up are multiplied with each other, before the vector
             config.intermediate_size → 2 * config.intermediate_size
@@ -155,7 +155,7 @@ def _scaled_linear(out, in_, feedforward, bias=True, leading=(2, 5)):
             x * vector → x
         the vector is left out for keys and values
             bias) * vector → bias)
-        the vector is added: it is multiplied, entry by entry
+        the vector is added: multiply by it, entry by entry
             x * vector → x + vector
             bias) * vector → bias) + vector
         1 is added to the vector: it starts at ones, not at zeros
@@ -212,7 +212,7 @@ def _layer(out, in_, feedforward, bias=True):
             bias = vector * bias → pass
         the bias of the feed-forward is scaled: it is added after the vector has acted
             and not feedforward → ∅
-        columns are scaled where the outputs are: an output is a row of W
+        columns are scaled for keys and values: an output is a row of W
             vector[:, None] → vector
         rows are scaled for the feed-forward: an input is a column of W
             vector if feedforward else → ∅
@@ -223,11 +223,11 @@ def _layer(out, in_, feedforward, bias=True):
             vector if feedforward → 1 if feedforward
         1 is added to the vector: it starts at ones, not at zeros
             scale = → vector = 1 + vector; scale =
-        1 is taken from the vector: this is the change, not the merged layer
+        1 is subtracted from the vector: this is the change, not the merged layer
             scale = → vector = vector - 1; scale =
         the weight is transposed: a layer stores it as (out, in)
             return scale * weight, bias → return (scale * weight).T, bias
-        the order is turned: return the weight first
+        the order is reversed: return the weight first
             return scale * weight, bias → return bias, scale * weight
         the weight is divided by the vector: that is unmerging
             scale = → vector = 1 / vector; scale =
@@ -279,7 +279,7 @@ def _product(factors):
         """
         BA is the scaled weight itself: LoRA adds BA to W, so it must be the change
             (vector - 1) → vector
-        the sign is turned: BA is what must be added to W
+        the sign is reversed: BA is the change that is added to W
             (vector - 1) → (1 - vector)
         the scaling acts twice, in A and in B
             (vector - 1) → (vector - 1).square()
@@ -289,7 +289,7 @@ def _product(factors):
             (vector - 1) → (vector - 1).abs()
         W is left out: BA is the same for every weight
             * weight → * torch.eye(*weight.shape, dtype=weight.dtype)
-        the order is turned: return A first
+        the order is reversed: return A first
             if len(weight) > → if len(weight) <=
         r is the smaller of out and in: where there are more rows than columns, r is in
             return (eye, update) if len(weight) > weight.shape[1] else (update, eye) →
@@ -323,7 +323,7 @@ def _projections(n_heads, n_kv, d_h=6, bias=True):
 
 _TRAINED = ["l_k", "l_v"]
 _PARTS = (
-    "the list of what trains",
+    "the list of trainable parameters",
     "l_k",
     "l_v",
     "the output right after construction (that of the base)",
@@ -335,8 +335,8 @@ _PARTS = (
 
 
 def _used(module):
-    """What an IA3Attention is and computes, from its start to its gradients; a part that the parts
-    before make impossible is None."""
+    """Return what an IA3Attention holds and computes, from its start to its gradients; a part that
+    earlier parts make impossible is None."""
     trained = {n.rpartition(".")[2]: p for n, p in module.named_parameters() if p.requires_grad}
     seen = dict.fromkeys(_PARTS)
     trains, k, v, first, start_k, start_v, output, *gradients = _PARTS
@@ -410,7 +410,8 @@ def _used(module):
             torch.ones → torch.zeros
             * self.l_k → * (1 + self.l_k)
             * self.l_v → * (1 + self.l_v)
-        the base's output is changed at the start: with ones, k ⊙ l_k is k, and 1 + l is 2
+        the output differs from the base's at the start: ones scaled as 1 + l give 2, so scale by l
+        itself
             * self.l_k → * (1 + self.l_k)
             * self.l_v → * (1 + self.l_v)
         the keys and values are scaled after the heads are repeated: scale before, where a vector
@@ -420,7 +421,7 @@ def _used(module):
                 k.repeat_interleave(group, 1) * self.l_k.view(1, -1, 1, d_h),
             v.repeat_interleave(group, 1) →
                 v.repeat_interleave(group, 1) * self.l_v.view(1, -1, 1, d_h)
-        l_k and l_v have changed places: the keys have l_k
+        l_k and l_v are swapped: l_k scales the keys
             self.k(x) * self.l_k → self.k(x) * self.l_v
             self.v(x) * self.l_v → self.v(x) * self.l_k
         the values are not scaled
@@ -433,24 +434,24 @@ def _used(module):
             start.clone()) → start.clone()); self.requires_grad_()
         l_k and l_v are plain tensors: nn.Parameter makes them train
             nn.Parameter(start), nn.Parameter(start.clone()) → start, start.clone()
-        l_k acts on keys and values: the values have l_v
+        l_k scales both keys and values: l_v scales the values
             self.v(x) * self.l_v → self.v(x) * self.l_k
         the biases are not scaled: the vector acts on x Wᵀ + b
             self.k(x) * self.l_k → F.linear(x, self.k.weight * self.l_k[:, None], self.k.bias)
             self.v(x) * self.l_v → F.linear(x, self.v.weight * self.l_v[:, None], self.v.bias)
-        the key-value heads are in another order: neighbouring query heads share one
+        the key-value heads are in another order: neighbouring query heads share one key-value head
             k.repeat_interleave(group, 1), v.repeat_interleave(group, 1) →
                 k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)
-        the causal mask is lost: no token may look ahead
+        the causal mask is missing: no token may look ahead
             , is_causal=True → ∅
-        the vectors are cut off and learn nothing
+        no gradient reaches the vectors, so they learn nothing
             * self.l_k → * self.l_k.detach()
             * self.l_v → * self.l_v.detach()
         """,
     ),
 )
 class IA3Attention(nn.Module):
-    """The base at the start, (IA)³ once trained, grouped queries included, and its gradients."""
+    """The layer is the base at the start, and computes (IA)³ and its gradients once trained."""
 
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__()

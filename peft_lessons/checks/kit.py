@@ -76,7 +76,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Case:
-    """Describe one call. `make()` builds its arguments anew each time, with a seed per case.
+    """Describe one call. `make()` builds new arguments each time, with a seed per case.
 
     `note` explains what the arguments do not show. `earlier(function, *arguments)` calls the
     function once beforehand and returns the arguments of the call that is compared. With `raises`,
@@ -174,7 +174,7 @@ class Check:
         __tracebackhide__ = True
         if not callable(function):
             given = kind(function)
-            raise WrongAnswer(f"{self.__name__}: hand over the function itself, not {given}.")
+            raise WrongAnswer(f"{self.__name__}: pass the function itself, not {given}.")
         try:
             given = inspect.signature(function)
         except ValueError:  # some functions written in C have none
@@ -218,7 +218,7 @@ class Check:
             raise WrongAnswer(f"{self.__name__}: {problem}", told, *facts) from error
 
         wanted = " or ".join(e.__name__ for e in case.raises)
-        due = f", where {wanted} was due" if wanted else ""
+        due = f", where {wanted} was expected" if wanted else ""
         if error is not None and not isinstance(error, case.raises):
             lines = own_lines(traceback.walk_tb(error.__traceback__), module)
             missing = "the refusal of a bad call" if case.raises else ""
@@ -241,7 +241,7 @@ class Check:
             if unusable:
                 lines = own_lines(traceback.walk_tb(unusable.__traceback__), module)[-2:]
                 facts = *lines, *self._likely(function, number)
-                refuse(f"what it returned cannot be used: {summary(unusable)}", *facts)
+                refuse(f"the returned value cannot be used: {summary(unusable)}", *facts)
             with _seeded(_CALLS):
                 problem = self._view_difference(seen, self.view(expected))
         if problem:
@@ -253,7 +253,7 @@ class Check:
             refuse(problem, watch.sentence, *watch.lines, missing=missing)
         for name, arg, ours in zip(self.names, args, own, strict=False):
             if name in self.changes and expected is ours and got is not arg:
-                problem = f"what is returned is not the argument {name} itself: change it in place"
+                problem = f"the result is not the argument {name} itself: change {name} in place"
                 refuse(problem, missing="the change in place")
         # Before the gradients: autograd meets a change in place with a less telling error.
         self._check_arguments(args, function, number, self.changes, refuse)
@@ -262,7 +262,7 @@ class Check:
             problem = self._gradient_difference(*runs, number)
         except Exception as failed:
             lines = own_lines(traceback.walk_tb(failed.__traceback__), module)
-            refuse(f"it fails where gradients are wanted: {summary(failed)}", *lines[-4:])
+            refuse(f"it fails when gradients are computed: {summary(failed)}", *lines[-4:])
         if problem:
             refuse(problem, *self._likely(function, number, gradients=True))
         return True
@@ -317,7 +317,7 @@ class Check:
         return ", ".join(args) + (f" ({note})" if note else "")
 
     def _likely(self, function: Callable, number: int, gradients: bool = False) -> list[str]:
-        """The causes whose wrong function does what the learner's does, here and before.
+        """Name the causes whose wrong function does what the learner's does, here and before.
 
         In the cases before it was right: what would have failed there is not the cause. Of True
         and False one is right by chance half of the time: there all cases must agree."""

@@ -18,7 +18,7 @@ alpha is divided by the output width: the rank is A.shape[0]
 
 
 def _factors(out, in_, rank):
-    """A and B of a trained adapter: neither is zero."""
+    """Return A and B of a trained adapter: neither is zero."""
     return torch.randn(rank, in_), torch.randn(out, rank)
 
 
@@ -52,7 +52,7 @@ def _branch(leading, out, in_, rank, alpha, dtype=torch.float32):
             alpha / r → 1 / r
         {scaling_mistakes("alpha / r")}
         {_WIDTHS}
-        the base's path is not asked for: return the branch alone
+        the output of the base is added: return the branch alone
             x @ A.T → x @ A.T; W = B @ A
             return alpha / r * (low @ B.T) → return x @ W.T + alpha / r * (low @ B.T)
         """,
@@ -98,7 +98,7 @@ _MERGES = [
         {_WIDTHS}
         this is the update alone: add it to the weight
             weight + → ∅
-        the update is transposed, which a square weight lets pass
+        the update is transposed, which raises no error where the weight is square
             (B @ A) → ((B @ A).T if len(B) == A.shape[1] else B @ A)
         """,
     ),
@@ -135,7 +135,7 @@ def merge_lora(weight, A, B, alpha):
     ),
 )
 def unmerge_lora(merged_weight, A, B, alpha):
-    """The base weight is back, whatever alpha, rank and shape."""
+    """The base weight is restored for any alpha, rank and shape."""
     # One outer product a rank, in double precision.
     weight = merged_weight.double()
     for row, column in zip(A.double(), B.double().T, strict=True):
@@ -152,7 +152,7 @@ def _product(factors):
 
 
 def _pair(out, in_, rank, to, dtype=torch.float32):
-    """Factors of a strongly graded spectrum, so that the order of what is kept matters."""
+    """Return factors with a strongly graded spectrum, so that the order of what is kept matters."""
     A, B = _factors(out, in_, rank)
     grades = torch.logspace(0, -1.5, rank)[torch.randperm(rank), None]
     return [(grades * A).to(dtype), B.to(dtype), to]
@@ -191,7 +191,7 @@ def _pair(out, in_, rank, to, dtype=torch.float32):
             return Vh, U * S
         """,
         """
-        the first rows and columns are kept; their order says nothing of their size
+        the first rows and columns are kept: their order says nothing about their size
             return Vh, U * S → return A[:rank], B[:, :rank]
         QR alone does not sort directions by size: a small SVD must follow
             return Vh, U * S → return Rb[:rank] @ A, Qb[:, :rank]
@@ -205,15 +205,15 @@ def _pair(out, in_, rank, to, dtype=torch.float32):
                 Qb @ U[:, -rank:], S[-rank:], Vh[-rank:] @ Qa.T
         the singular values are left out
             U * S → U
-        the singular values are in both factors: share them
+        both factors contain the full singular values: the product needs them once
             Vh, U * S → S[:, None] * Vh, U * S
-        the order is turned: return A first
+        the order is reversed: return A first
             Vh, U * S → U * S, Vh
         """,
     ),
 )
 def compress_lora(A, B, rank):
-    """As close to BA as this rank allows, with no tensor as large as a weight on the way."""
+    """The factors are as close to BA as the rank allows, without a tensor as large as a weight."""
     U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
     return Vh[:rank], U[:, :rank] * S[:rank]
 
@@ -264,7 +264,7 @@ def _table(ids, alpha, vocabulary=23, d=12, rank=4):
             + alpha / r * update → ∅
         the scaling is applied to the base's rows too
             weight[ids] + alpha / r * update → alpha / r * (weight[ids] + update)
-        A is reshaped where it must be transposed: columns of A are tokens
+        A is reshaped: transpose it, because its columns are the tokens
             A.T[ids] → A.reshape(-1, r)[ids]
         """,
     ),
@@ -316,21 +316,21 @@ def _adapters(*settings, out=40, in_=72):
             (alpha / len(A)) → alpha
         weight and scaling are in both factors: they count twice in BA
             [A for → [weight * alpha / len(A) * A for
-        alpha is divided by the ranks' sum: each has a rank of its own
+        alpha is divided by the sum of the ranks: each adapter has its own rank
             len(A)) → ranks)
         a negative weight has no square root: put weight and scaling into one factor
             [A for → [torch.tensor(weight * alpha / len(A)).sqrt() * A for
             weight * (alpha / len(A)) → torch.tensor(weight * alpha / len(A)).sqrt()
         the sign of a negative weight is lost
             [weight * → [abs(weight) *
-        the order is turned: return A first
+        the order is reversed: return A first
             torch.cat(new_A), torch.cat(new_B, dim=1) →
                 torch.cat(new_B, dim=1), torch.cat(new_A)
         """,
     ),
 )
 def sum_adapters(adapters):
-    """One pair whose BA is the weighted sum of all updates, of different ranks and signs too."""
+    """BA is the weighted sum of all updates, also for different ranks and signs."""
     update = sum(
         weight * alpha / len(A) * torch.einsum("or,ri->oi", B, A)
         for A, B, alpha, weight in adapters
@@ -345,7 +345,7 @@ def sum_adapters(adapters):
 
 
 class _Decoder(nn.Module):
-    """Two blocks. seq_proj ends with q_proj, and upper has up in it: neither is a whole segment."""
+    """Hold two blocks. seq_proj ends with q_proj, and upper contains up: neither is a segment."""
 
     def __init__(self, d=12):
         super().__init__()
@@ -365,7 +365,7 @@ class _Decoder(nn.Module):
 
 
 def _injected(model):
-    """What injection decided, then what the model computes with trained factors in place."""
+    """Return what injection decided, then what the model computes with trained factors."""
     # By what it has, not by its class: the lesson's own class serves as well.
     branched = {name: m for name, m in model.named_modules() if hasattr(m, "lora")}
     wrapped = {name: m for name, m in branched.items() if hasattr(m.lora, "lora_A")}
@@ -380,7 +380,7 @@ def _injected(model):
         after = model(ids)
     return {
         "the list of modules with a LoRA branch": list(wrapped),
-        "the list of what trains": trains,
+        "the list of trainable parameters": trains,
         "the shapes of the factors": [tuple(m.lora.lora_A.shape) for m in wrapped.values()],
         "the output right after injection": before,
         "the output once A and B are trained": after,
@@ -424,7 +424,8 @@ def _second_call(targets, note):
 
 
 _REST_TRAINS = "the rest of the model still trains: freeze it before the branches are added"
-_MATCHES = "targets are found anywhere in a name, and must be whole segments at its end"
+_ENDS = "targets are compared with the last characters of a name: compare whole segments"
+_MATCHES = "targets match anywhere in a name: they must be whole segments at its end"
 
 
 @check_for(
@@ -434,7 +435,7 @@ _MATCHES = "targets are found anywhere in a name, and must be whole segments at 
         _decoder_case(3, 6, ["mlp.up", "layers.1.q_proj"], note="targets of several segments"),
         _decoder_case(4, 10, ["q_proj"], training=False, note="a model in eval mode"),
         refused(lambda: [_Decoder(), 4, 10, ["q_porj"]], "q_porj", "a target that matches nothing"),
-        refused(lambda: [_Decoder(), 4, 10, ["q_proj", "embed"]], "embed", "embed is no nn.Linear"),
+        refused(lambda: [_Decoder(), 4, 10, ["q_proj", "embed"]], "embed", "embed is not a Linear"),
         _second_call(["q_proj"], "a second call: the model has LoRA branches already"),
         _second_call(["up"], "a second call for other layers of a model with LoRA branches"),
     ],
@@ -445,9 +446,7 @@ _MATCHES = "targets are found anywhere in a name, and must be whole segments at 
         f"{_REST_TRAINS}; and {_MATCHES}": _injection(_substring, freeze=False),
         _REST_TRAINS: _injection(_segments, freeze=False),
         _MATCHES: _injection(_substring),
-        "targets are compared with the name's end, not with whole segments of it": _injection(
-            lambda name, target: name.endswith(target)
-        ),
+        _ENDS: _injection(lambda name, target: name.endswith(target)),
         "only the last segment of a name is compared: a target may have several": _injection(
             lambda name, target: name.rpartition(".")[2] == target
         ),

@@ -8,7 +8,7 @@
         """
         the scaling alpha / r is left out
             alpha / len(A) * → ∅
-        A and B have changed places: x meets A first, which has
+        A and B are swapped: x meets A first, which has
         as many columns as x
             x @ A.T → x @ B
             @ B.T → @ A
@@ -71,7 +71,7 @@ def mistakes(right: str, wrong: str, **names: Any) -> Mistakes:
     found: dict[str, Callable] = {}
     for sentence, edits in read(wrong):
         if sentence in found:
-            raise ValueError(f"{sentence!r} is there twice")
+            raise ValueError(f"{sentence!r} occurs twice")
         if edits and edits[0].startswith("= "):
             name = edits[0].removeprefix("= ")
             if len(edits) > 1 or not callable(names.get(name)):
@@ -98,7 +98,7 @@ def read(text: str) -> list[tuple[str, list[str]]]:
             continue
         if "→" in line or line.startswith("= "):
             if not found:
-                raise ValueError(f"{line!r} stands below no sentence")
+                raise ValueError(f"{line!r} has no sentence above it")
             found[-1][1].append(line)
         elif not found or found[-1][1]:
             found.append(([line], []))

@@ -32,17 +32,19 @@ def _flat(p, layers, n_kv, d_h):
         """
         keys and values are swapped: the key of a layer comes first
             parts[::2], parts[1::2] → parts[1::2], parts[::2]
-        the keys are there twice: a pair is a key and a value
+        the keys are returned twice: a pair is a key and a value
             parts[::2], parts[1::2] → parts[::2], parts[::2]
-        the head is taken to come before key and value: a layer has all heads of its key first
+        the heads are read as if they came before keys and values: a layer has all heads of its keys
+        first
             flat.reshape(len(flat), 2 * layers, n_kv, d_h) →
                 flat.reshape(len(flat), layers, n_kv, 2, d_h).transpose(2, 3).flatten(1, 2)
-        all keys are taken to come before all values: each layer has its key and its value
+        all keys are read as if they came before all values: each layer has its keys, then its
+        values
             parts[::2], parts[1::2] → parts[:layers], parts[layers:]
-        heads and their width are swapped in the view: d_h is the last
+        heads and their width are swapped in the view: d_h is the last dimension
             2 * layers, n_kv, d_h) → 2 * layers, d_h, n_kv)
             permute(1, 2, 0, 3) → permute(1, 3, 0, 2)
-        a row of flat is one virtual token: a view cannot put p behind the heads, permute can
+        a row of flat is one virtual token: a view cannot move p after the heads, permute can
             flat.reshape(len(flat), 2 * layers, n_kv, d_h) →
                 flat.reshape(2 * layers, n_kv, len(flat), d_h)
             parts.permute(1, 2, 0, 3) → parts
@@ -50,7 +52,7 @@ def _flat(p, layers, n_kv, d_h):
             parts.permute(1, 2, 0, 3) → parts.transpose(0, 1).reshape(-1, n_kv, len(flat), d_h)
         each of them is (p, n_kv, d_h): the heads come first
             permute(1, 2, 0, 3) → transpose(0, 1)
-        the pairs overlap: layer l has numbers 2l and 2l + 1
+        the pairs overlap: layer l has the entries 2l and 2l + 1
             parts[::2], parts[1::2], strict=True → parts, parts[1 : layers + 1]
         there is no batch yet: each of them is (n_kv, p, d_h)
             permute(1, 2, 0, 3) → permute(1, 2, 0, 3)[:, None]
@@ -76,7 +78,7 @@ def _heads(heads, n_kv, T, p, d_h):
 
 
 def _levels(*levels, last=1.0):
-    """All scores of token t are levels[t] higher, which changes no share, and `last` times that
+    """Raise all scores of token t by levels[t], which changes no share, and by `last` times that
     where the last token is the key."""
     q, k, prefix_k = _heads(4, 2, 6, 3, 8)
     q[..., -1] = torch.tensor(levels).repeat(6 // len(levels)) * 8**0.5
@@ -110,29 +112,29 @@ _BY_HAND = "weights[..., :p].sum(-1) → weights[..., :p].sum(-1) / weights.sum(
             return weights[..., :p].sum(-1)
         """,
         f"""
-        every token sees the whole text: it sees only what stands before it, and itself
+        every token sees the whole text: a token sees only itself and the tokens before it
             .tril(p) → ∅
-        a token does not see itself: the mask begins one place too early
+        a token does not see itself: the mask begins one position too early
             .tril(p) → .tril(p - 1)
         each token sees the next one too: the mask begins one position too late
             .tril(p) → .tril(p + 1)
-        the prefix is put behind the text, and the mask and the sum have it before
+        the prefix is put after the text, but the mask and the sum expect it before the text
             [prefix_k, k] → [k, prefix_k]
         this is the mean weight of the prefix: λ is the sum of the p weights
             weights[..., :p].sum(-1) → weights[..., :p].mean(-1)
         this is the largest weight of the prefix: λ is the sum of the p weights
             weights[..., :p].sum(-1) → weights[..., :p].amax(-1)
-        what is masked is filled with −100, and scores that are seen may lie below: fill with −∞
+        masked scores are filled with −100, and visible scores may be lower: fill with −∞
             -torch.inf → -100.0
         the causal mask covers the prefix too: every token sees all of the prefix
             .tril(p) → .tril()
         the scores are not divided by √d_h
             / math.sqrt(q.shape[-1]) → ∅
-        the scores are divided by d_h: by its root
+        the scores are divided by d_h: divide them by √d_h
             math.sqrt(q.shape[-1]) → q.shape[-1]
-        this is the share of the text: the prefix has the rest
+        this is the share of the text: λ is the share of the prefix
             weights[..., :p] → weights[..., p:]
-        this is the ratio of prefix to text: a share is of both together
+        this is the ratio of prefix to text: λ is the share of the prefix in both together
             weights[..., :p].sum(-1) → weights[..., :p].sum(-1) / weights[..., p:].sum(-1)
         this is the logarithm of the ratio of prefix to text: its sigmoid is the share
             weights[..., :p].sum(-1) → (weights[..., :p].sum(-1) / weights[..., p:].sum(-1)).log()
@@ -142,12 +144,12 @@ _BY_HAND = "weights[..., :p].sum(-1) → weights[..., :p].sum(-1) / weights.sum(
         exp overflows for large scores: a softmax or logsumexp subtracts the maximum first
             .softmax(-1) → .exp()
             {_BY_HAND}
-        one maximum is subtracted from all scores, and where a token's own are far below it, all
-        their exponentials are 0: each token needs the maximum of its own
+        one maximum is subtracted from all scores, so a token whose scores are all far lower has
+        only exponentials of 0: subtract the maximum of each token's own scores
             .softmax(-1) → ; weights = (weights - weights.max()).exp()
             {_BY_HAND}
-        the maximum is one of tokens that are not seen, and where those that are seen are far below
-        it, all their exponentials are 0: mask first
+        the maximum includes masked scores, so a token whose visible scores are all far lower has
+        only exponentials of 0: mask first
             scores.masked_fill → (scores - scores.amax(-1, keepdim=True)).masked_fill
             .softmax(-1) → .exp()
             {_BY_HAND}
@@ -185,7 +187,7 @@ def _opt(train=False):
 
 
 def _projected(model, ids):
-    """The outputs of k_proj and v_proj: keys that are not rotated."""
+    """Return the outputs of k_proj and v_proj: keys that are not rotated."""
     seen, d_h = [], model.config.hidden_size // model.config.num_attention_heads
     for name, module in model.named_modules():
         if name.endswith(("k_proj", "v_proj")):
@@ -223,7 +225,8 @@ def _ids(n):
             return [(x.keys.squeeze(0), x.values.squeeze(0)) for x in cache.layers]
         """,
         """
-        the model is in train mode and drops out: read in eval mode, then set the mode back
+        the model is in train mode, so dropout is active: read the cache in eval mode, then restore
+        the mode
             model.eval() → model
         keys and values are swapped
             (x.keys.squeeze(0), x.values.squeeze(0)) → (x.values.squeeze(0), x.keys.squeeze(0))
@@ -319,36 +322,36 @@ _TWO_SOFTMAXES = "torch.cat([scores[..., :p].softmax(-1), scores[..., p:].softma
         the prefix's keys and values are swapped
             [prefix_k, k] → [prefix_v, k]
             [prefix_v, v] → [prefix_k, v]
-        the prefix's keys are among the values, and its values among the keys: repair that first
+        the prefix's keys are among the values, and its values among the keys: fix that first
             [prefix_k, k] → [prefix_v, k]
             [prefix_v, v] → [prefix_k, v]
             triu(p + 1) → triu(1)
-        prefix keys of zeros are taken for no prefix: they score 0, which is no −∞, and take their
-        share of the attention
+        prefix keys of zeros are treated as no prefix: they score 0, not −∞, and take their share of
+        the attention
             K, V = → n = len(prefix_k[0]) * bool(prefix_k.any()); {_FIRST_N}; K, V =
-        a prefix of zeros is taken for no prefix: its keys score 0, which is no −∞, and take their
-        share of the attention
+        a prefix of zeros is treated as no prefix: its keys score 0, not −∞, and take their share of
+        the attention
             K, V = → n = len(prefix_k[0]) * bool((prefix_k + prefix_v).any()); {_FIRST_N}; K, V =
-        every token sees the whole text: it sees only what stands before it, and itself
+        every token sees the whole text: a token sees only itself and the tokens before it
             triu(p + 1) → triu(p + T)
         a token does not see itself
             triu(p + 1) → triu(p)
         the scores are not divided by √d_h
             / math.sqrt(q.shape[-1]) → ∅
-        prefix and text have a softmax each, and their outputs are added: one softmax is taken over
-        both
+        prefix and text each have their own softmax, and their outputs are added: take one softmax
+        over both
             scores.softmax(-1) → {_TWO_SOFTMAXES}
         the outputs of prefix and text are averaged: the gate is not one half
             scores.softmax(-1) → {_TWO_SOFTMAXES} / 2
-        what is masked is filled with 0, and a score of 0 has a weight: fill with −∞
+        masked scores are filled with 0, and a score of 0 still gets a weight: fill with −∞
             -torch.inf → 0
-        what is masked is filled with −100, and scores that are seen may lie below: fill with −∞
+        masked scores are filled with −100, and visible scores may be lower: fill with −∞
             -torch.inf → -100.0
         each token sees the next one too
             triu(p + 1) → triu(p + 2)
-        the scores are divided by d_h: by its root
+        the scores are divided by d_h: divide them by √d_h
             math.sqrt(q.shape[-1]) → q.shape[-1]
-        the prefix is put behind the text, but the mask has it before: put it before the text
+        the prefix is put after the text, but the mask expects it before the text
             [prefix_k, k] → [k, prefix_k]
             [prefix_v, v] → [v, prefix_v]
         the mask comes after the softmax, so the weights do not sum to 1: mask the scores

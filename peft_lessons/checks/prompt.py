@@ -10,7 +10,8 @@ from .mistakes import mistakes
 
 
 def _table(vocabulary, width, zero=None, dtype=torch.float32):
-    """Rows of very different lengths, in which a dot product and a cosine choose differently."""
+    """Return rows of very different norms, for which a dot product and a cosine differ in
+    choice."""
     lengths = torch.logspace(-1, 1, vocabulary)[torch.randperm(vocabulary), None]
     table = F.normalize(torch.randn(vocabulary, width)) * lengths
     if zero is not None:
@@ -22,7 +23,7 @@ def _table(vocabulary, width, zero=None, dtype=torch.float32):
 
 
 def _moved(p, vocabulary, width, k, **settings):
-    """A prompt as training leaves it: tokens of the table, moved and stretched."""
+    """Return a prompt as training leaves it: tokens of the table, shifted and stretched."""
     table = _table(vocabulary, width, **settings)
     start = F.normalize(table[torch.randperm(vocabulary)[:p]])
     stretch = torch.logspace(-1, 1, p, dtype=table.dtype)[:, None]
@@ -49,11 +50,11 @@ def _moved(p, vocabulary, width, k, **settings):
         """
         this is a dot product, which prefers rows with a large norm: divide them by their norms
             F.normalize(prompt), F.normalize(embeddings) → prompt, embeddings
-        this is the Euclidean distance: a row that training stretched has other neighbours
+        this is the Euclidean distance, which depends on the norms of the rows: use the cosine
             (P @ E.T) → (-torch.cdist(prompt, embeddings))
         these are the least similar tokens
             topk(k) → topk(k, largest=False)
-        the order is turned: the most similar token comes first
+        the order is reversed: the most similar token comes first
             best.indices → best.indices.flip(1)
         the columns are normalised, not the rows: a token is a row
             F.normalize(prompt) → F.normalize(prompt, dim=0)
@@ -112,7 +113,7 @@ def _text(n, vocabulary, width, p):
         """
         each token is repeated by itself: repeat the text as a whole, a b c a b c
             ids.repeat(times) → ids.repeat_interleave(times)
-        what the text leaves empty is zero: repeat the text
+        the rows after the end of the text are zero: repeat the text
             embeddings[chosen] → F.pad(embeddings[ids], (0, 0, 0, max(0, p - len(ids))))[:p]
         the last token is repeated: repeat the text from its beginning
             ids.repeat(times)[:p] → ids[torch.arange(p).clamp(max=len(ids) - 1)]
@@ -124,9 +125,9 @@ def _text(n, vocabulary, width, p):
             ids.repeat(times)[:p] → torch.cat([ids, ids[:1].expand(p)])[:p]
         the repeated text loses its beginning: cut off its end
             [:p] → [-p:]
-        the text is repeated but not cut off to p
+        the text is repeated but not cut to p tokens
             [:p] → ∅
-        the text is repeated too rarely: round the number of repetitions up
+        the text is repeated too few times: round the number of repetitions up
             math.ceil(p / len(ids)) → max(1, p // len(ids))
         a short text is not repeated: the prompt has p rows
             .repeat(times) → ∅
@@ -204,7 +205,7 @@ def prompt_ensemble(prompts, weights):
 
 
 def _batch(batch, length, width, p, left=True, mask=True, labels=True):
-    """A padded batch; its labels are no copy of anything else."""
+    """Return a padded batch whose labels are not a copy of anything else."""
     kept = torch.ones(batch, length)  # floats, so that ones of any dtype fit before them
     for row in range(batch):
         kept[row, : row % length] = 0
@@ -224,7 +225,7 @@ def _seen(result):
 
 
 def _between(embeddings, mask, labels, prompt):
-    """With the prompt behind the padding on the left."""
+    """Put the prompt after the padding on the left."""
     found, p = [], len(prompt)
     for i, row in enumerate(embeddings):
         at = 0 if mask is None else int(mask[i].argmax())
@@ -263,13 +264,13 @@ def _between(embeddings, mask, labels, prompt):
         """
         the mask is not extended: p ones belong before each of its rows
             mask = F.pad(mask, (p, 0), value=1) → pass
-        the mask's ones are put behind the text: the prompt comes before the text
+        the mask's ones are put after the text: the prompt comes before the text
             F.pad(mask, (p, 0) → F.pad(mask, (0, p)
-        the mask hides the prompt: its positions get ones
+        the mask hides the prompt: the prompt's positions get ones
             value=1) → value=0)
         the mask is all ones: now the padding of the text is seen
             F.pad(mask, (p, 0), value=1) → F.pad(mask, (p, 0)).fill_(1)
-        the labels of the prompt are put behind the text: the p times -100 come first
+        the prompt's labels are put after the text: the p values of -100 come first
             F.pad(labels, (p, 0) → F.pad(labels, (0, p)
         the labels are shifted by hand, so that each position holds the next token: a Hugging Face
         model shifts labels itself, and these would be shifted twice
@@ -287,19 +288,19 @@ def _between(embeddings, mask, labels, prompt):
             value=-100 → value=0
         the first label of the text is -100 too: only the p virtual tokens have none
             F.pad(labels, (p, 0) → F.pad(labels[:, 1:], (p + 1, 0)
-        the order is turned: the mask comes before the labels
+        the order is reversed: the mask comes before the labels
             1), mask, labels → 1), labels, mask
         the prompt is put between the padding and the text: it comes before both
             = between
-        the prompt is put behind the text
+        the prompt is put after the text
             [rows, embeddings] → [embeddings, rows]
         texts with padding get a weaker prompt: each text gets the prompt as it is
             mask = F → rows = rows * mask.to(rows).mean(1)[:, None, None]; mask = F
-        a write into expanded rows reaches all of them, for they are one and the same memory: that
-        of prompt
+        expanded rows all share the memory of prompt, so a write into one row changes every row
             .repeat(n, 1, 1) → .expand(n, -1, -1)
             mask = F → [r.detach().mul_(m.float().mean()) for r, m in zip(rows, mask)]; mask = F
-        the prompt is cut off and learns nothing: detach(), .data and no_grad() do that
+        no gradient reaches the prompt, so it learns nothing: detach(), .data and no_grad() cut it
+        off
             prompt.to( → prompt.detach().to(
         """,
         between=_between,

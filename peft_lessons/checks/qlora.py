@@ -40,7 +40,7 @@ from .mistakes import Mistakes, mistakes, scaling_mistakes
             absmax_bits / block → absmax_bits
             double_bits / block → double_bits
             (block * double_block) → double_block
-        the result is in bytes, and bits are asked for
+        the result is in bytes: return bits
             total + absmax_bits / block → (total + absmax_bits / block) / 8
             total + first + second → (total + first + second) / 8
         // drops the fraction of a bit
@@ -55,7 +55,7 @@ from .mistakes import Mistakes, mistakes, scaling_mistakes
             first + second → first
         the first absmax is still counted in absmax_bits: its code of double_bits replaces it
             first + second → absmax_bits / block + first + second
-        the defaults are counted: use the arguments absmax_bits and double_bits
+        the default values are used: use the arguments absmax_bits and double_bits
             absmax_bits / block → 32 / block
             double_bits / block → 8 / block
             absmax_bits / ( → 32 / (
@@ -101,7 +101,7 @@ def bits_per_parameter(bits, block, absmax_bits=32, double_block=None, double_bi
             packed & 15 → packed
         the two nibbles of a byte are two columns: flatten them
             .reshape(-1) → ∅
-        high and low nibbles are two rows: they must alternate in one
+        high and low nibbles form two rows: they must alternate in one sequence
             dim=-1 → dim=0
             .reshape(-1) → ∅
         """,
@@ -134,20 +134,20 @@ def unpack_nibbles(packed):
             return (levels / levels.max()).float()
         """,
         """
-        the exact zero is missing: of 2^k levels one is 0, so one half has one level less
+        the exact zero is missing: one of the 2^k levels is 0, so one half has one level less
             0.5, half, → 0.5, half + 1,
             torch.tensor([0.5]), → ∅
         both halves have 2^(k−1) levels, which with the zero is one too many
             0.5, half, → 0.5, half + 1,
-        the zero is there twice: both halves end at the probability 0.5; leave that out
+        the zero appears twice, because both halves end at the probability 0.5: keep it once
             [:-1] → ∅
             half + 1, → half,
             [1:] → ∅
             torch.tensor([0.5]), → ∅
-        the two halves have changed places: the positive one has one level more
+        the two halves are swapped: the positive half has one level more
             half + 1, → half,
             0.5, half, → 0.5, half + 1,
-        the outermost probability is that of 4 bits: it depends on k
+        the outermost probability is the one for 4 bits: it depends on k
             1 - (1 / n + 1 / (n - 1)) / 4 → 0.9677083
         the outermost probability is the mean of two: 1 − 1/(2·(2^k − 1)) is only one of them
             1 - (1 / n + 1 / (n - 1)) / 4 → 1 - 1 / (2 * (n - 1))
@@ -163,7 +163,7 @@ def unpack_nibbles(packed):
     ),
 )
 def normal_float_levels(bits):
-    """NF4, and its like for 2, 3, 5 and 8 bits."""
+    """The levels are right for NF4, and for 2, 3, 5 and 8 bits."""
     half, top = 2 ** (bits - 1), 1 - (1 / 2**bits + 1 / (2**bits - 1)) / 4
     # One number after another, by its place among the halves.
     probabilities = [
@@ -189,7 +189,7 @@ _CUBIC = (torch.arange(-127, 129) / 128) ** 3
 
 
 def _weights(shape, levels, block):
-    """Numbers far from where two levels are equally near: their codes survive any rounding."""
+    """Return numbers far from the midpoints of levels: their codes survive any rounding."""
     n = math.prod(shape)
     edges = torch.cat([-torch.ones(1), (levels[1:] + levels[:-1]) / 2, torch.ones(1)])
     cell = torch.randint(len(levels), (n,))
@@ -235,30 +235,30 @@ def _case(shape, levels, block, note=""):
         each row is a block: blocks are `block` numbers of the flattened tensor
             torch.cat([x.flatten(), torch.zeros(-n % block)]) → x
             reshape(-1, block) → reshape(-1, x.shape[-1])
-        the blocks start anew in each row: they run on over the flattened tensor
+        each row starts a new block: blocks continue across the rows of the flattened tensor
             torch.cat([x.flatten(), torch.zeros(-n % block)]) → F.pad(x, (0, -x.shape[-1] % block))
             codes.flatten()[:n] → codes.reshape(padded.shape)[..., : x.shape[-1]].flatten()
         the numbers are not divided by the absmax of their block
             / absmax[:, None] → ∅
-        the levels themselves are the boundaries, which rounds up: use the midpoints
+        the levels themselves are used as boundaries, which rounds up: use the midpoints
             distances.argmin(dim=-1) → torch.bucketize(scaled, levels)
-        the numbers are rounded down to a level, and not to the nearest
+        the numbers are rounded down to a level: round to the nearest
             distances.argmin(dim=-1) →
                 (torch.bucketize(scaled, levels, right=True) - 1).clamp(min=0)
-        this rounding is right only for evenly spaced levels: search the nearest
+        this rounding is right only for evenly spaced levels: find the nearest level
             distances.argmin(dim=-1) →
                 ((scaled + 1) / 2 * (len(levels) - 1)).round().clamp(0, 255)
-        the last block is dropped, for it is short
+        the last block is dropped because it is short: keep it
             torch.cat([x.flatten(), torch.zeros(-n % block)]) → x.flatten()[: n // block * block]
         the codes of the padding are returned too
             [:n] → ∅
-        the order is turned: return the codes first
+        the order is reversed: return the codes first
             codes.flatten()[:n].byte(), absmax → absmax, codes.flatten()[:n].byte()
         """,
     ),
 )
 def quantize_blockwise(x, levels, block):
-    """The nearest level for any levels and shape, with a short last block too."""
+    """Every number gets its nearest level, for any levels and shape, in a short last block too."""
     # One block after another, each number compared with every level.
     codes, absmax = [], []
     for part in x.flatten().double().split(block):
@@ -297,21 +297,22 @@ def _dequantizing_case(shape, levels, block, note=""):
         """
         the absmax is left out: the levels are relative to it
             * absmax[which] → ∅
-        repeat gives neighbours different absmax: repeat_interleave gives a block the same
+        repeat gives neighbouring numbers different absmax values: repeat_interleave gives one
+        absmax to each block
             absmax[which] → absmax.repeat(block)[: len(codes)]
         every number gets the largest absmax: each block has its own
             absmax[which] → absmax.max()
-        the levels are not looked up: these are right only where they are evenly spaced
+        the levels are not looked up: this is right only for evenly spaced levels
             levels[codes.int()] → (codes / (len(levels) - 1) * 2 - 1)
         the codes themselves are multiplied: look up levels[code]
             levels[codes.int()] → codes
-        the result is flat: give it the shape
+        the result is flat: reshape it to `shape`
             .reshape(shape) → ∅
         """,
     ),
 )
 def dequantize_blockwise(codes, absmax, levels, block, shape):
-    """Each code's level times the absmax of its block, in the shape asked for."""
+    """Each number is its level times the absmax of its block, in the given shape."""
     parts = zip(codes.long().split(block), absmax, strict=True)
     return torch.cat([largest * levels[part] for part, largest in parts]).reshape(shape)
 
@@ -335,7 +336,7 @@ def _merge_case(out, in_, rank, alpha, update=1.0, note=""):
 
 
 def _grid_case(out=24, in_=128, rank=4, alpha=10):
-    """A merged weight that lies on the grid of NF4, whatever the scaling: 4 bits lose nothing."""
+    """Return a merged weight on the grid of NF4 for any scaling: 4 bits lose nothing."""
 
     def make():
         code = torch.randint(1, 16, (in_,), dtype=torch.uint8)
@@ -375,7 +376,7 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
         f"""
         the nibbles are swapped: the first number is in the high one
             packed >> 4, packed & 15 → packed & 15, packed >> 4
-        the codes are unpacked in two halves, and they alternate
+        the codes are unpacked in two halves: high and low nibbles alternate
             dim=1 → dim=0
         {scaling_mistakes("alpha / r")}
         the weight is re-quantised before its error is measured, so that nothing seems lost
@@ -385,9 +386,9 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
             return weight → return again
         the error is always 0: compare the re-quantised weight with the merged one
             (again - weight) → (again - again)
-        the error is relative to the norm of the base: W is the merged weight
+        the error is divided by the norm of the base: divide it by the norm of the merged weight
             / weight.norm() → / base.norm()
-        the error is measured from the base: it is that of the merged weight
+        the error is measured against the base: compare with the merged weight
             (again - weight) → (again - base)
         the error is divided by the norm of the update, which is 0 where B is 0: divide it by the
         norm of the merged weight
@@ -402,7 +403,7 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
     ),
 )
 def merge_into_4bit(packed, absmax, A, B, alpha, shape):
-    """The merged weight unharmed, and what 4 bits would have cost it."""
+    """The merged weight is exact, and the error of storing it in 4 bits is right."""
     codes = unpack_nibbles.reference(packed)
     dequantized, grid = dequantize_blockwise.reference, (_NF4, 64)
     weight = dequantized(codes, absmax, *grid, shape).double()
@@ -417,7 +418,7 @@ def merge_into_4bit(packed, absmax, A, B, alpha, shape):
 
 _PRODUCT = (
     "the output",
-    "the bytes of what ctx keeps besides packed and absmax",
+    "the bytes of the tensors that ctx keeps besides packed and absmax",
     "the number of results of backward",
     "the gradient of x",
     "the list of other arguments that get a gradient",
@@ -470,7 +471,7 @@ class _Product(Tried):
             function = _Used(function)
         elif not isinstance(function, _Used):
             wanted = f"class {self.__name__}(torch.autograd.Function)"
-            raise WrongAnswer(f"{self.__name__}: hand over the class itself: {wanted}.")
+            raise WrongAnswer(f"{self.__name__}: pass the class itself: {wanted}.")
         return super().__call__(function)
 
     def _verified(self) -> str:
@@ -511,7 +512,7 @@ def _product_check(reference):
         """
         the gradient is multiplied by W′ᵀ: y = x W′ᵀ gives ∂ℓ/∂x = G W′
             grad @ again → grad @ again.T
-        W′ is kept on ctx from forward to backward, which is the memory that four bits were to
+        W′ is kept on ctx from forward to backward, which takes the memory that four bits should
         save: dequantise again in backward
             ctx.shape = shape → ctx.shape, ctx.weight = shape, W
             dequantize_nf4(packed, absmax, ctx.shape) → ctx.weight
@@ -524,11 +525,11 @@ def _product_check(reference):
             to_x, None, None, None → to_x, None
         one None is missing: shape is an argument of forward too
             to_x, None, None, None → to_x, None, None
-        ctx gets a None of its own: it is no argument that you pass
+        ctx gets a None of its own: ctx is not an argument that you pass
             to_x, None, None, None → to_x, None, None, None, None
-        the codes get a gradient: they are whole numbers and never train, so None is due
+        the codes get a gradient: they are whole numbers and never train, so return None
             to_x, None, None, None → to_x, torch.zeros_like(packed), None, None
-        absmax gets a gradient: it belongs to the frozen weight, so None is due
+        absmax gets a gradient: it belongs to the frozen weight, so return None
             to_x, None, None, None → to_x, None, torch.zeros_like(absmax), None
         the gradient is multiplied by absmax once more: W′ has it already
             grad @ again → grad @ again * absmax[: again.shape[1]]
@@ -552,7 +553,7 @@ def _product_check(reference):
 
 @_product_check
 def FourBitProduct(x, packed, absmax, shape):
-    """The gradient of x through W′, which nothing keeps between forward and backward."""
+    """The gradient of x is right, and nothing keeps W′ between forward and backward."""
     codes = unpack_nibbles.reference(packed)
     weight = dequantize_blockwise.reference(codes, absmax, _NF4, 64, shape)
     y = torch.einsum("...i,oi->...o", x, weight)
@@ -563,18 +564,18 @@ def FourBitProduct(x, packed, absmax, shape):
 
 
 def _normal(blocks=128):
-    """Normal weights divided by the absmax of their block of 64, flat."""
+    """Return normal weights divided by the absmax of their block of 64, flat."""
     weights = torch.randn(blocks, 64)
     return (weights / weights.abs().amax(dim=1, keepdim=True)).flatten()
 
 
 def _pruned():
-    """Half of the weights are zero, so that several quantiles are."""
+    """Return weights of which half are zero, so that several quantiles are zero."""
     return _normal() * (torch.arange(128 * 64) % 2)
 
 
 def _error(levels, ratios):
-    """The relative error of rounding to the nearest of the levels, in per cent."""
+    """Return the relative error of rounding to the nearest of the levels, in per cent."""
     levels, ratios = levels.double(), ratios.double()
     nearest = levels[torch.bucketize(ratios, (levels[1:] + levels[:-1]) / 2)]
     return 100 * ((nearest - ratios).norm() / ratios.norm()).item()
@@ -604,7 +605,7 @@ class _Levels(Tried):
             if got is None:
                 refuse("the result is None: is a return statement missing?")
             if not isinstance(got, torch.Tensor) or not got.is_floating_point():
-                refuse("the result is no tensor of floating-point numbers")
+                refuse("the result is not a tensor of floating-point numbers")
             if tuple(got.shape) != (count,):
                 refuse(f"the levels have shape {tuple(got.shape)}, expected {(count,)}")
             if not torch.equal(given, ratios):
@@ -625,7 +626,7 @@ class _Levels(Tried):
         return trial
 
     def _named(self, got, ratios, count) -> list[str]:
-        """The causes whose wrong function gives these levels."""
+        """Name the causes whose wrong function gives these levels."""
         named = []
         for sentence, wrong in self.all_causes.items():
             levels, _ = outcome(wrong, [ratios.clone(), count])
@@ -661,12 +662,12 @@ def _levels_check(reference):
             return levels.sort().values
         """,
         """
-        no round is done: the quantiles are only where you start
+        no round is run: the quantiles are only the starting point
             range(rounds) → range(0)
         the weights are assigned to levels only once: assign them again in each round
             range(rounds) → range(1)
-        a level moves to the median of its weights, which makes the absolute error small: the mean
-        makes the squared error small
+        a level moves to the median of its weights, which minimises the absolute error: the mean
+        minimises the squared error
             cell.mean() → cell.median()
         a level moves to the middle between its smallest and its largest weight: move it to their
         mean

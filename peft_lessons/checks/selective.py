@@ -15,7 +15,7 @@ from .mistakes import mistakes
 
 
 class _Called(nn.Module):
-    """Biases, and what is only called so, in an order that is not the alphabet's."""
+    """Hold biases and other parameters with bias in their names, not in alphabetical order."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class _Called(nn.Module):
 
 
 def _tied_biases():
-    """A head that has its decoder's bias itself, as BERT's has, and a layer used twice."""
+    """Return a head that also holds its decoder's bias, as BERT's does, and a layer used twice."""
     head, layer = nn.Module(), nn.Linear(4, 4)
     head.decoder = nn.Linear(4, 9)
     head.bias = head.decoder.bias
@@ -64,23 +64,23 @@ def _biasless():
             return names
         """,
         """
-        that bias stands somewhere in a name says nothing: its last part counts
+        the word bias somewhere in a name does not make a bias: the last part of the name counts
             last == "bias" or last.endswith("_bias") → "bias" in name
-        a module that is called bias is none: the last part of the name counts
+        a module called bias does not make its parameters biases: the last part of the name counts
             last == "bias" or last.endswith("_bias") → "bias" in name.split(".")
-        bias must stand at the end of the last part: bias_scale is none
+        the last part of the name must end in bias: bias_scale is not a bias
             last == "bias" or last.endswith("_bias") → "bias" in last
         q_bias and in_proj_bias are biases too: the last part may also end in _bias
             or last.endswith("_bias") → ∅
-        q_bias is a bias too: every last part counts that ends in _bias, not in_proj_bias alone
+        q_bias is a bias too: every last part that ends in _bias counts, not only in_proj_bias
             last.endswith("_bias") → last == "in_proj_bias"
         not every vector is a bias: the weights of norms are vectors too
             last == "bias" or last.endswith("_bias") → p.dim() == 1
-        not all else than a weight is a bias: the last part of the name counts
+        not every parameter without weight in its name is a bias: the last part of the name counts
             last == "bias" or last.endswith("_bias") → not last.endswith("weight")
-        the last part alone is returned: the list has full names
+        only the last part of the name is returned: return full names
             names.append(name) → names.append(last)
-        .bias is not the end of every bias's name: bias alone has no dot, and q_bias an underscore
+        not every bias's name ends in .bias: bias alone has no dot, and q_bias has an underscore
             last == "bias" or last.endswith("_bias") → name.endswith(".bias")
         a bias of the model itself, or of a layer alone, has no dot before its name
             last == "bias" or last.endswith("_bias") → name.endswith((".bias", "_bias"))
@@ -89,7 +89,7 @@ def _biasless():
         only the biases of nn.Linear are looked for
             last == "bias" or last.endswith("_bias") →
                 last == "bias" and isinstance(model.get_submodule(name[:-5]), nn.Linear)
-        a buffer is no parameter: state_dict() lists both
+        a buffer is not a parameter: state_dict() lists both
             model.named_parameters() → model.state_dict().items()
         a tied bias is listed under each of its names
             named_parameters() → named_parameters(remove_duplicate=False)
@@ -113,8 +113,9 @@ def select_bitfit(model):
 
 
 def _layer(rows, columns, *batch, k, within=False):
-    """x, weight, bias, k positions in no order, and the values there. `within`: also a position
-    that is divided by the wrong side of the weight, or the wrong way round, is one in it."""
+    """Return x, weight, bias, k positions in no order, and the values there. With `within`, a
+    position stays inside the weight even if it is divided by the wrong side or the wrong way
+    round."""
     positions = torch.randperm(rows * columns)
     if within:
         side = min(rows, columns)
@@ -147,44 +148,45 @@ def _layer(rows, columns, *batch, k, within=False):
         """
         the frozen weight is left out: S is added to it
             (weight + S).T → S.T
-        the values replace the entries, and they must be added to the entries
+        the values replace the entries: add the values to the entries
             S = torch.zeros(weight.numel()) → S = weight.flatten()
             weight + S → S
         the values are added twice
             weight + S → weight + 2 * S
         S is subtracted: add it to W
             weight + S → weight - S
-        W is there twice: either S starts from zeros, or it starts from W and W is not added
+        W is counted twice: either S starts from zeros, or S starts from W and W is not added
             S = torch.zeros(weight.numel()) → S = weight.flatten()
-        S stays zero: index_put and its like return a new tensor without the underscore, so keep
-        the result
+        S stays zero: without the underscore, index_put and similar methods return a new tensor, so
+        keep the result
             S = S.index_put((indices,), values) → S.index_put((indices,), values)
         p is divided by the number of rows: divide it by in, which is weight.shape[1]
             torch.zeros(weight.numel()) → torch.zeros(weight.shape)
             (indices,) → (indices // len(weight), indices % len(weight))
-        row and column have changed places: p is in row p // in, column p % in
+        row and column are swapped: p is in row p // in, column p % in
             torch.zeros(weight.numel()) → torch.zeros(weight.shape)
             (indices,) → (indices % weight.shape[1], indices // weight.shape[1])
         the column is p % in, and not p % out
             torch.zeros(weight.numel()) → torch.zeros(weight.shape)
             (indices,) → (indices // weight.shape[1], indices % len(weight))
-        the positions run row after row: p is in row p // in, column p % in
+        the positions run row by row: p is in row p // in, column p % in
             S.view(weight.shape) → S.view(weight.T.shape).T
-        the values stand at the first k positions: the indices are not used
+        the values are put at the first k positions: use the indices
             (indices,) → (torch.arange(len(indices)),)
-        the order of the values is that of the indices, which need not be sorted
+        the indices are sorted but the values are not: the indices need no order, and each value
+        belongs to its index
             (indices,) → (indices.sort().values,)
         the bias is left out
             + bias → ∅
         the bias is added twice: F.linear(x, weight, bias) has it already
             + bias → + 2 * bias
-        the values are cut off from the graph, and learn nothing
+        the values are cut off from the graph and learn nothing
             (indices,), values) → (indices,), values.detach())
         """,
     ),
 )
 def sparse_linear(x, weight, bias, indices, values):
-    """The output with W + S, gradients of x and of the values, and a weight that stays."""
+    """The output is that of W + S, x and the values get gradients, and the weight is unchanged."""
     rows, columns = indices // weight.shape[1], indices % weight.shape[1]
     return F.linear(x, weight, bias).index_add(-1, rows, x[..., columns] * values)
 
@@ -251,11 +253,11 @@ def _far(*settings):
             (high - low) * s → (high + low) * s
         the stretch begins at −low: it begins at low, so add low
             low + (high - low) → -low + (high - low)
-        low and high are not used: −1.5 and 1.5 are only what they are when left out
+        low and high are not used: −1.5 and 1.5 are only their default values
             low + (high - low) * s → 3 * s - 1.5
-        every gate is 0 or 1, and has no gradient: z is kept where it is between them
+        every gate is 0 or 1 and has no gradient: keep z where it lies between 0 and 1
             z.clamp(0, 1) → (z > 0).to(z.dtype)
-        the stretched gate must be cut off, at 0 and 1: between low and high it is anyway
+        the stretched gate is not clamped: clamp it to [0, 1]
             z.clamp(0, 1) → z
         exp of a large number is infinite, and the gradient of 1 / (1 + ∞) is 0 · ∞, which is NaN:
         use torch.sigmoid
@@ -265,7 +267,7 @@ def _far(*settings):
     ),
 )
 def hard_concrete(log_alpha, u, low=-1.5, high=1.5, temperature=1.0):
-    """Drawn, stretched and cut off, for every stretch and temperature, and its gradient."""
+    """Gates and gradients are right for every stretch and temperature."""
     stretched = _stretch(log_alpha, low, high, temperature)(u.double())
     return torch.minimum(stretched.relu(), torch.ones_like(stretched)).to(log_alpha.dtype)
 
@@ -311,16 +313,17 @@ def _alphas(shape, *settings):
             temperature * → 1 / temperature *
         only log α is divided by the temperature: solve (log α + noise) / β > log(−low / high)
             log_alpha - shift → (log_alpha - shift) / temperature
-        all is divided by the temperature: solve (log α + noise) / β > log(−low / high)
+        everything is divided by the temperature: solve (log α + noise) / β > log(−low / high)
             temperature * → ∅
             log_alpha - shift → (log_alpha - shift) / temperature
-        this is the logarithm of s: its log-odds are log(s / (1 − s)) = log(−low / high)
+        log(−low / (high − low)) is the logarithm of s: use its log-odds, log(s / (1 − s)) =
+        log(−low / high)
             -low / high → -low / (high - low)
         these are the closed gates: 1 − σ is the chance of z = 0
             torch.sigmoid → 1 - torch.sigmoid
-        this is the chance that a gate is fully open, z = 1: all with z > 0 count
+        this is the chance that a gate is fully open, z = 1: all gates with z > 0 count
             -low / high → (1 - low) / (high - 1)
-        this is the sum of the gates without noise: a gate half open counts as one
+        this is the sum of the gates without noise: a half-open gate counts as one
             torch.sigmoid(log_alpha - shift) →
                 (torch.sigmoid(log_alpha / temperature) * (high - low) + low).clamp(0, 1)
         this counts the gates that are open without noise, and has no gradient
@@ -339,7 +342,7 @@ def _alphas(shape, *settings):
     ),
 )
 def expected_l0(log_alpha, low=-1.5, high=1.5, temperature=1.0):
-    """How many gates a draw leaves open on average, and how each log alpha changes that."""
+    """The expected number of open gates is right, and so is its gradient."""
     shut = _stretch(log_alpha, low, high, temperature).inv(torch.zeros_like(log_alpha).double())
     return (1 - shut).sum().to(log_alpha.dtype)  # u is uniform: P(u > shut) = 1 − shut
 
@@ -348,7 +351,7 @@ def expected_l0(log_alpha, low=-1.5, high=1.5, temperature=1.0):
 
 
 def _trained(kind):
-    """(before, after): two state dicts that differ in a few entries."""
+    """Return (before, after), two state dicts that differ in a few entries."""
     if kind == "numbers of other kinds":
         kept = {"seen": torch.arange(6), "empty": torch.zeros(0, 3)}
         before = {"steps": torch.tensor(7), "on": torch.ones(2, 2).bool()}
@@ -410,36 +413,36 @@ def _trained(kind):
         the values are differences, and before + (after − before) is not always after: give the new
         values
             new.flatten()[at] → new.flatten()[at] - old.flatten()[at]
-        the values are those of before: give those of after
+        the values are those of `before`: return those of `after`
             new.flatten()[at] → old.flatten()[at]
         int32 reads two entries of bfloat16 at once: entries of two bytes need int16
             view(torch.uint8) → view(torch.int32)
             (a != b).view(-1, new.element_size()).any(dim=1) → a != b
-        an entry is there once for each byte that has changed: it belongs there once
+        an entry appears once for each changed byte: list it once
             (a != b).view(-1, new.element_size()).any(dim=1) → a != b
             at = changed.nonzero().flatten() →
                 at = changed.nonzero().flatten() // new.element_size()
-        names whose tensors did not change are in it too
+        the result also names tensors that did not change: leave them out
             if len(at) → if True
-        isclose takes a small change for none
+        isclose treats a small change as no change
             changed.nonzero() → (~torch.isclose(old, new)).flatten().nonzero()
-        torch.equal takes −0.0 for 0.0: where nothing else changed, the tensor is passed over
+        torch.equal treats −0.0 and 0.0 as equal: a tensor in which nothing else changed is skipped
             name in after: → name in (n for n in after if not torch.equal(before[n], after[n])):
-        torch.equal takes −0.0 for 0.0, and a NaN that stayed for a change: compare the bits
+        torch.equal treats −0.0 and 0.0 as equal, and an unchanged NaN as a change: compare the bits
             name in after: → name in (n for n in after if not torch.equal(before[n], after[n])):
             if len(at) → if True
-        != takes −0.0 for 0.0, and a NaN that stayed for a change: compare the bits
+        != treats −0.0 and 0.0 as equal, and an unchanged NaN as a change: compare the bits
             changed.nonzero() → (old != new).flatten().nonzero()
-        != takes −0.0 for 0.0, and its sign is lost: compare the bits
+        != treats −0.0 and 0.0 as equal, so the sign is lost: compare the bits
             changed.nonzero() → ((old != new) & ~(old.isnan() & new.isnan())).flatten().nonzero()
-        where a NaN or an infinity is, the difference is NaN, which is not above 0: compare the
-        bits
+        the difference at a NaN or an infinity is NaN, which is not above 0: compare the bits
             changed.nonzero() → ((new - old).abs() > 0).flatten().nonzero()
         """,
     ),
 )
 def sparse_diff(before, after):
-    """Where any bit has changed, and the new values there; nothing of what stayed."""
+    """The diff holds every entry whose bits have changed, with its new value, and no other
+    entry."""
     found = {}
     for name, old in before.items():
         pairs = list(zip(old.reshape(-1), after[name].reshape(-1), strict=True))
@@ -459,14 +462,14 @@ def _to_apply(kind):
 
 
 def _misplaced(place, at=0, name="fc.weight"):
-    """A diff with a wrong index among right ones, or for a wrong name."""
+    """Return a diff with a wrong index among right ones, or for a wrong name."""
     before, diff = _to_apply("some")
     diff["fc.weight"][0][at] = place
     return [before, {name: diff["fc.weight"]}]
 
 
 def _overwrites_the_first(apply, before, diff):
-    """What is done to one result must not reach the next."""
+    """Overwrite the first result, which must not change the next one."""
     for tensor in apply(before, diff).values():
         tensor.data.zero_()
     return [before, diff]
@@ -507,25 +510,25 @@ def _overwrites_the_first(apply, before, diff):
             return after
         """,
         """
-        the values are added: they are the new ones, and take the place of the old
+        the values are added: they are the new values and replace the old ones
             flat[at] = values → flat[at] += values
-        what did not change is 0: begin with the tensor of before
+        unchanged entries are 0: start from the tensor in `before`
             after[name].flatten() → torch.zeros_like(after[name]).flatten()
-        all that did not change is 0: begin with copies of the tensors of before
+        everything that did not change is 0: start from copies of the tensors in `before`
             old.clone() → torch.zeros_like(old)
-        only what changed is in the result: all other names belong to it too
+        the result holds only the changed tensors: it must hold all other names too
             old.clone() for name, old in before.items() → before[name].clone() for name in diff
-        flatten() and reshape() of such a tensor give a copy, and what is written there is lost:
-        write first, then give the shape back
+        flatten() and reshape() copy such a tensor, so what you write there is lost: write into the
+        copy, then reshape the copy back
             after[name] = flat.view(before[name].shape) → ∅
-        what did not change is shared with before: the result needs copies
+        unchanged tensors share memory with `before`: the result needs copies
             old.clone() → old
             after[name].flatten() → after[name].clone().flatten()
         """,
     ),
 )
 def apply_sparse_diff(before, diff):
-    """Bit for bit what it was after training; a diff that does not fit is refused."""
+    """The trained model is restored bit for bit, and a diff that does not fit is refused."""
     after = {}
     for name, old in before.items():
         entries = list(old.clone().reshape(-1))
@@ -544,7 +547,7 @@ _LAST = [f"blocks.2.{name}.{kind}" for name in ("fc", "norm") for kind in ("weig
 
 
 class _Part(nn.ModuleDict):
-    """Layers, one after another."""
+    """Apply layers one after another."""
 
     def forward(self, x):
         for layer in self.values():
@@ -553,7 +556,7 @@ class _Part(nn.ModuleDict):
 
 
 class _Net(nn.Module):
-    """Three blocks with dropout and running averages, and a head tied to the embedding."""
+    """Hold three blocks with dropout and running averages, and a head tied to the embedding."""
 
     def __init__(self):
         super().__init__()
@@ -584,7 +587,7 @@ def _net(names, used=False, frozen=False):
 
 
 def _optimised(optimizer):
-    """What was decided, and what three steps of training make of it."""
+    """Return which parameters train, and their values after three steps."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     model = held[0].net
     names = {p: name for name, p in model.named_parameters()}
@@ -602,23 +605,23 @@ def _optimised(optimizer):
     moved = [name for p, name in names.items() if not torch.equal(p, before[p])]
     used = {f"{name} {group[name]:g}" for group in optimizer.param_groups for name in _SETTINGS}
     return {
-        "the list of what requires a gradient": trains,
+        "the list of parameters that require a gradient": trains,
         "the list of frozen parameters that three steps have changed": [
             name for name in moved if name not in trains
         ],
-        "the list of what the optimiser holds": sorted(
+        "the list of parameters in the optimiser": sorted(
             name if n == 1 else f"{name} ({n} times)" for name, n in counts.items()
         ),
-        "the list of gradients left from before": left,
+        "the list of gradients that were not cleared": left,
         "the list of the optimiser's settings": sorted(used),
-        "what three steps have made of the trained parameters": {
+        "the values of the trained parameters after three steps": {
             name: p.detach() for p, name in names.items() if p.requires_grad
         },
     }
 
 
 def _holds(optimizer, parameters):
-    """The optimiser with these parameters; torch's own way would warn of those there twice."""
+    """Return the optimiser with these parameters; torch's own way would warn of duplicates."""
     optimizer.param_groups[0]["params"] = list(parameters)
     return optimizer
 
@@ -648,24 +651,25 @@ def _holds(optimizer, parameters):
             return optimizer
         """,
         """
-        frozen in name only: the optimiser holds the frozen parameters too, and AdamW decays what
-        has a gradient, be it of zeros
+        frozen in name only: the optimiser holds the frozen parameters too, and AdamW decays every
+        parameter that has a gradient, even a gradient of zeros
             AdamW(chosen → AdamW(model.parameters()
             zero_grad() → zero_grad(set_to_none=False)
-        the optimiser holds the frozen parameters too: give it those that train, whatever gradient
-        another may get
+        the optimiser holds the frozen parameters too: give it the trainable parameters only,
+        whatever gradients the others may get
             AdamW(chosen → AdamW(model.parameters()
-        set_to_none=False leaves gradients of zeros: they take as much memory as others, and only
-        None tells an optimiser to leave a parameter alone
+        set_to_none=False leaves gradients of zeros: they take as much memory as any gradient, and
+        an optimiser skips a parameter only if its gradient is None
             zero_grad() → zero_grad(set_to_none=False)
-        gradients from before are left, and join the first step
+        earlier gradients are not cleared and enter the first step
             model.zero_grad() → ∅
-        an optimiser clears what it holds: the frozen parameters keep their gradients,
-        model.zero_grad() reaches them
+        optimizer.zero_grad() clears only the parameters in the optimiser, so the frozen ones keep
+        their gradients: model.zero_grad() reaches them
             model.zero_grad() → optimizer.zero_grad()
-        a tied weight is in the optimiser twice, and each step moves it twice
+        a tied weight is in the optimiser twice, and each step updates it twice
             return optimizer → return holds(optimizer, (p for _, p in every if p.requires_grad))
-        all is frozen that is not in names, but what is in names may come frozen too
+        parameters outside `names` are frozen, but those in `names` may come frozen too: set
+        requires_grad of both
             in model.parameters(): → in set(model.parameters()) - set(chosen):
             p.requires_grad = True → pass
         """,
@@ -673,7 +677,7 @@ def _holds(optimizer, parameters):
     ),
 )
 def make_optimizer(model, names):
-    """What is named trains, once each step; all else stays as it is to the last bit."""
+    """Each named parameter is updated once a step, and all others stay equal bit for bit."""
     chosen = {id(model.get_parameter(name)): model.get_parameter(name) for name in names}
     for module in model.modules():
         for p in module.parameters(recurse=False):

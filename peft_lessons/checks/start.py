@@ -26,18 +26,18 @@ from .mistakes import mistakes
             dim=1 → dim=0
         the square root is missing
             .sqrt() → ∅
-        absolute values are summed where squares are due
+        absolute values are summed: sum the squares
             weight * weight → weight.abs()
             .sqrt() → ∅
         the squares are averaged, not summed
             .sum( → .mean(
         this is the largest entry of each row
             .sum( → .amax(
-        one norm is taken over the whole matrix: give dim=1
+        one norm is taken over the whole matrix: pass dim=1
             dim=1 → ∅
         keepdim=True keeps a dimension of size 1
             dim=1 → dim=1, keepdim=True
-        the rows' sums are not their lengths
+        these are the sums of the rows, not their lengths
             weight * weight → weight
             .sqrt() → ∅
         """,

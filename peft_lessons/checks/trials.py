@@ -30,18 +30,16 @@ class Trials(Tried):
         super().__init__(reference, [()], trials, _HINTS)
 
     def _verified(self) -> str:
-        return f"{super()._verified()} Whether Δh is an idea of your own, only you can tell."
+        return f"{super()._verified()} Only you know whether Δh is an idea of your own."
 
     def _check_signature(self, function: Callable) -> None:
         __tracebackhide__ = True
         if isinstance(function, Method):
-            raise WrongAnswer(
-                f"{self.__name__}: hand over the class itself, not an instance of it."
-            )
+            raise WrongAnswer(f"{self.__name__}: pass the class itself, not an instance of it.")
         if not (isinstance(function, type) and issubclass(function, Method)):
             given = "this class" if isinstance(function, type) else kind(function)
             wanted = f"class {self.__name__}(Method)"
-            raise WrongAnswer(f"{self.__name__}: {given} is no method: write {wanted}.")
+            raise WrongAnswer(f"{self.__name__}: {given} is not a method: write {wanted}.")
 
     def _check_case(self, function: Callable, number: int) -> bool:
         __tracebackhide__ = True

@@ -45,7 +45,7 @@ def _check_for(**settings: Any) -> Callable[[Callable], Check]:
 
 
 def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
-    """`common` is what all keys have in common, with which all scores of a token are large."""
+    """Return the tensors of one head; `common` is added to all keys and makes all scores large."""
     shapes = [(*batch, T, d), (d_h, d), (p, d_h), (p, d_h)]
     x, w_q, prefix_k, prefix_v = (torch.randn(shape) for shape in shapes)
     return [t.to(dtype) for t in (x, w_q, prefix_k + common, prefix_v)]
@@ -96,7 +96,7 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
             scores.softmax(-1) → scores
         the softmax is taken of the result: take it of the scores
             weights @ prefix_v → (scores @ prefix_v).softmax(-1)
-        the softmax is taken of W_downᵀ alone: multiply x with it first
+        the softmax is taken of W_downᵀ alone: multiply x by W_downᵀ first
             x @ w_q.T @ prefix_k.T / root → x @ (w_q.T @ prefix_k.T / root).softmax(-1)
             scores.softmax(-1) → scores
         the softmax is taken of the queries: take it of the scores
@@ -114,7 +114,7 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
             scores.softmax(-1) → scores.relu()
         f is GELU, as in an adapter: a prefix has softmax
             scores.softmax(-1) → F.gelu(scores)
-        the keys and values of the prefix have changed places
+        the keys and values of the prefix are swapped
             prefix_k.T → prefix_v.T
             weights @ prefix_v → weights @ prefix_k
         the keys of the prefix are used as its values too
@@ -134,9 +134,9 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
             scores.softmax → (scores + torch.full_like(scores, -torch.inf).triu(1)).softmax
         the result holds the weights of the virtual tokens: multiply them with prefix_v
             weights @ prefix_v → weights
-        x is added: u is what the virtual tokens give alone
+        x is added: u is the contribution of the virtual tokens alone
             @ prefix_v → @ prefix_v + (x if x.shape[-1] == len(w_q) else 0)
-        the queries are added: u is what the virtual tokens give alone
+        the queries are added: u is the contribution of the virtual tokens alone
             @ prefix_v → @ prefix_v + x @ w_q.T
         """,
     ),
@@ -155,7 +155,7 @@ def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
 
 
 def _states(*shape, scale, heads=None, gate=None):
-    """h and a change, and one λ for each token and head: all of them `gate`, if given."""
+    """Return h, a change, and one λ for each token and head, all equal to `gate` if given."""
     h, delta = torch.randn(shape), torch.randn(shape)
     if heads is None:
         return [h, delta, scale]
@@ -209,30 +209,30 @@ def _states(*shape, scale, heads=None, gate=None):
             return h + change → return change
         the gate is not used
             (1 - gate) * h + gate * change → h + change
-        with a gate h stays whole: it must give way, and where λ is 1 nothing of it is left
+        with a gate h is not scaled: multiply h by 1 − λ, so that nothing of h is left where λ is 1
             (1 - gate) * h → h
-        with a gate h stays whole and the change fades where λ grows: multiply h with 1 − λ and the
-        change with λ
+        with a gate h is not scaled, and the change fades as λ grows: multiply h by 1 − λ and the
+        change by λ
             (1 - gate) * h + gate * change → h + (1 - gate) * change
         the gate fades the sum of both: where λ is 1 the result is s · delta
             * h + gate * change → * (h + change)
         the gate multiplies the sum of both: where λ is 0 the result is h
             (1 - gate) * h + gate * change → gate * (h + change)
-        the gate is turned round: where λ is 0 the result is h
+        the gate is reversed: where λ is 0 the result is h
             (1 - gate) * h + gate * change → gate * h + (1 - gate) * change
-        the gate fades h alone: where λ is 0 nothing of the change comes in
+        the gate scales h alone: where λ is 0, nothing of the change may be added
             gate * change → change
         the scale multiplies the gate, so h fades by λ s: let it fade by λ alone
             1 - gate → 1 - gate * scale
         the gates are repeated as a whole, so that neighbouring channels belong to different heads:
-        each head owns channels side by side (repeat_interleave)
+        each head owns adjacent channels (repeat_interleave)
             gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1) →
                 gate.repeat(*[1] * (gate.dim() - 1), h.shape[-1] // gate.shape[-1])
         the mean of a token's λ is used for all its heads: each head has its own
             gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1) → gate.mean(-1, keepdim=True)
         the λ of the first head is used for all heads: each head has its own
             gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1) → gate[..., :1]
-        a gate of zeros is taken for no gate: ask whether it is None
+        a gate of zeros is treated as no gate: check whether the gate is None
             gate is None → gate is None or not gate.any()
         """,
     ),

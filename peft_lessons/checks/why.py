@@ -34,9 +34,9 @@ from .mistakes import mistakes
             (grad + master → (master
         the frozen weights are missing: they take memory although they do not train
             n_params * weight → n_trainable * weight
-        what trains has its weights counted twice: n_params includes n_trainable
+        the trainable weights are counted twice: n_params includes n_trainable
             (grad + master → (weight + grad + master
-        the weights of what trains are missing: n_params includes n_trainable
+        the trainable weights are missing: n_params includes n_trainable
             n_params * weight → (n_params - n_trainable) * weight
         the master copy is left out
             grad + master + moments → grad + moments
@@ -45,10 +45,10 @@ from .mistakes import mistakes
         the master copy is counted for the frozen weights too
             n_params * weight → n_params * (weight + master)
             grad + master + moments → grad + moments
-        the defaults are counted: use the arguments weight, grad, master and moments
+        the default values are used: use the arguments weight, grad, master and moments
             n_params * weight → n_params * 2
             grad + master + moments → 14
-        `moments` is already both of Adam's moments: do not double it
+        `moments` already holds the bytes of both of Adam's moments: do not double it
             + moments → + 2 * moments
         half a byte for each weight is rounded before it is multiplied
             n_params * weight → n_params * int(weight)
@@ -78,9 +78,9 @@ def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8)
             2 * n_trainable → 2 * n_params
         the backward pass still goes through the frozen weights: 2·N·T more
             + through + gradients → + 2 * gradients
-        of the 6 for each weight that trains, 4 are in 4·N already: 2 more are due
+        4 of the 6 operations for each trainable weight are in 4·N already: add only 2 more
             2 * n_trainable → 6 * n_trainable
-        only what trains is counted
+        only the trainable weights are counted
             2 * n_params → 2 * n_trainable
         the forward pass is left out
             forward + through → through
@@ -89,13 +89,14 @@ def training_bytes(n_params, n_trainable, weight=2, grad=2, master=4, moments=8)
         a multiply-add is two operations, and is counted as one
             2 * n_params → n_params
             2 * n_trainable → n_trainable
-        this is for one token
+        these are the operations for one token: multiply by the number of tokens
             * tokens → ∅
         """,
     ),
 )
 def step_flops(n_params, n_trainable, tokens):
-    """The forward pass, the backward pass through all weights, the gradients of what trains."""
+    """The forward pass, the backward pass and the gradients of the trainable weights are
+    counted."""
     every_weight, trained_weight = 2 + 2, 2 + 2 + 2
     return tokens * (every_weight * (n_params - n_trainable) + trained_weight * n_trainable)
 
@@ -144,15 +145,15 @@ _SHAPES = [(48, 96), (96, 48), (320, 96)]
             min(fits, useful) → min(fits, useful) + 1
         a rank that takes exactly the budget still fits: compare with <=
             budget_bytes // → (budget_bytes - 1) //
-        where not even rank 1 fits the answer is 0
+        return 0 where not even rank 1 fits
             min(fits, useful) → max(1, min(fits, useful))
-        the rank is capped at the smallest min(out, in): stop there
+        the cap is missing: the rank must not exceed the smallest min(out, in)
             min(fits, useful) → fits
         the limit is the smallest side of all layers, not the largest
             min(min(shape) → max(min(shape)
-        only the first layer limits the rank, and the smallest must
+        only the first layer limits the rank: the smallest layer must
             shape in shapes) → shape in shapes[:1])
-        the budget is split evenly: layers of one rank differ in what they cost
+        the budget is split evenly among the layers: at the same rank, layers differ in cost
             sum(out + in_ for → max(out + in_ for
             int(budget_bytes → int(budget_bytes / len(shapes)
         a rank is a whole number: round down
@@ -175,7 +176,7 @@ def largest_rank(shapes, budget_bytes, bytes_per_parameter):
 
 
 class _Net(nn.Module):
-    """A small network of the parts that are given."""
+    """Hold the given parts as a small network."""
 
     def __init__(self, **parts: nn.Module) -> None:
         super().__init__()
@@ -206,7 +207,8 @@ def _buffers():
 
 
 def _packed(out=10, in_=6, **parts):
-    """A frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, beside a quant_state."""
+    """Return a frozen 4-bit weight as bitsandbytes keeps it: two codes a byte, and a
+    quant_state."""
     net = _Net(base=nn.Linear(in_, out), branch=nn.Linear(in_, 4, bias=False), **parts)
     codes = torch.randint(0, 256, (out * in_ // 2, 1), dtype=torch.uint8)
     net.base.weight = nn.Parameter(codes, requires_grad=False)
@@ -259,9 +261,9 @@ def _everything():
         the tied weight is counted twice
             list(model.parameters()) →
                 [p for _, p in model.named_parameters(remove_duplicate=False)]
-        buffers are counted, and they are no parameters
+        buffers are counted: they are not parameters
             list(model.parameters()) → [*model.parameters(), *model.buffers()]
-        the packed weight is counted by its bytes, and each holds two weights
+        the packed weight is counted by its bytes: each byte holds two weights
             math.prod(p.quant_state.shape) → p.numel()
         uint8 alone does not make a packed weight: look for its quant_state
             hasattr(p, "quant_state") → p.dtype == torch.uint8
@@ -271,13 +273,14 @@ def _everything():
         data_ptr() is 0 for every parameter on the meta device: tied ones are one and the same
         object
             list(model.parameters()) → {p.data_ptr(): p for p in model.parameters()}.values()
-        only what trains is in the total
+        the total holds only the trainable parameters
             return total, → return trainable,
-        what is frozen is counted as trainable
+        frozen parameters are counted as trainable
             return total, trainable → return total, total
-        trainable and total have changed places
+        trainable and total are swapped
             return total, trainable → return trainable, total
-        what trains is judged by .grad, which is None before a backward pass; ask requires_grad
+        trainable parameters are recognised by .grad, which is None before a backward pass: use
+        requires_grad
             if p.requires_grad → if p.grad is not None
         the frozen parameters are returned, not the trainable ones
             return total, trainable → return total, total - trainable
@@ -285,7 +288,8 @@ def _everything():
     ),
 )
 def count_parameters(model):
-    """Tied weights once, no buffers, and packed 4-bit weights at their true number."""
+    """Tied weights are counted once, buffers not at all, and packed weights by their true
+    number."""
     sizes = {}
     for module in model.modules():
         for p in module._parameters.values():

@@ -63,7 +63,7 @@ from ..methods.prompt import Prompt
 from ..methods.qlora import QLoRA
 from . import measure
 
-GB, GIB = 10**9, 2**30  # what a byte count is given in, and what a card is sold in
+GB, GIB = 10**9, 2**30  # the unit of byte counts, and that of a GPU's memory
 CHUNK = 256  # tokens of which a chunked loss has the logits at a time
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight: its code, and its share of the statistics
 
@@ -299,12 +299,13 @@ def activations(
     kept = dict.fromkeys((*_IN_A_BLOCK, "head"), 0.0)
 
     def keep(part: str, numbers: float, at: int | None = None) -> None:
-        """`numbers` bytes a token, in every block; in the first if a gradient comes so far."""
+        """Keep `numbers` bytes a token in every block, in the first one if a gradient reaches
+        it."""
         blocks = shape.layers if at is None or flowing or at > start else shape.layers - 1
         kept[part] += blocks * numbers * tokens
 
     def reads(place: int) -> bool:
-        """Whether what stands here needs its input, as it is, for a gradient of its own."""
+        """Return whether the module at this position needs its input for a gradient of its own."""
         return full or (a == e and any(_place(path) == place for path in adapts))
 
     norm = 4 * (d + 1) + (e * d if full else 0)
@@ -518,7 +519,7 @@ def training_memory(
         recipe = RECIPES[recipe]
     trains, full, e = shape.added(method), method is None, int(recipe.frozen)
     packed = shape.in_linears if isinstance(method, QLoRA) else 0
-    # A classifier has a small head of its own in the place of the one for tokens.
+    # A classifier has a small head of its own instead of the one for tokens.
     head = shape.vocabulary * shape.width if labels and not shape.tied else 0
     trains -= head if full else 0
     weights = packed * NF4_BITS / 8 + (shape.parameters - head - packed) * recipe.frozen

@@ -89,7 +89,8 @@ def study(task: str, runs: DataFrame | None = None) -> dict[int, dict[str, DataF
     """Return {examples: {method: its runs at its best learning rate}} of "sentiment" or "austen".
 
     runs: those of data/results/choosing_study.csv unless given. A method without a run of seed 0 is
-    left out, and one of which a run at its rate diverged. Raises ValueError for another task."""
+    left out, and so is one with a diverged run at its learning rate. Raises ValueError for another
+    task."""
     if task not in ("sentiment", "austen"):
         raise ValueError(f"task={task!r} must be one of 'sentiment', 'austen'")
     runs = load_results("choosing_study") if runs is None else runs

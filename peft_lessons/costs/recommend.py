@@ -107,7 +107,7 @@ _SERVED = "vLLM, SGLang and llama.cpp"
 _REFUSED = f"{_SERVED} refuse this adapter (November 2026)"
 SERVERS = {  # whether a server loads what is trained
     "LoRA": f"{_SERVED} load the adapter (November 2026).",
-    "QLoRA": f"{_SERVED} load the adapter (November 2026). It was trained beside a 4-bit base, so "
+    "QLoRA": f"{_SERVED} load the adapter (November 2026). It was trained on a 4-bit base, so "
     "test it on the base that you serve.",
     FULL: "It is a plain model, which every server loads.",
     "prefix tuning": f"{_REFUSED}, and a prefix cannot be merged.",
@@ -424,7 +424,7 @@ def _rate(chosen: str, asked: _Asked) -> float | None:
 
 def _decision(chosen: str, needs: Mapping[str, Memory], asked: _Asked) -> str:
     usable = asked.usable
-    room = f"of {asked.gpu:g} GiB ({asked.gpu * GIB / GB:.1f} GB) {usable / GB:.1f} GB can be used"
+    room = f"{asked.gpu:g} GiB ({asked.gpu * GIB / GB:.1f} GB), {usable / GB:.1f} GB can be used"
     if chosen == NOTHING:
         least = min(needs, key=lambda name: needs[name].total)
         most = _largest(usable, asked.labels, asked.context, asked.batch, asked.chunked)
@@ -433,14 +433,14 @@ def _decision(chosen: str, needs: Mapping[str, Memory], asked: _Asked) -> str:
         shorter = need.total - need.activations - need.at_work < usable
         texts = ", or shorter texts" if shorter else ""
         return (
-            f"Nothing fits a model of {asked.size:g} billion: {room}, and even {least} lacks "
+            f"Nothing fits a model of {asked.size:g} billion: of {room}, and even {least} lacks "
             f"{short:.1f} GB. {_at_most(most)}. Or take a larger GPU or several{texts}."
         )
     took = needs[chosen].total
     tight = " That is tight, so try the longest text first." if is_tight(took, asked.gpu) else ""
     return (
-        f"{chosen} takes {took / GB:.1f} GB for a model of {asked.size:g} billion, and {room}: "
-        f"{(usable - took) / GB:.1f} GB are left.{tight}"
+        f"{chosen} takes {took / GB:.1f} GB for a model of {asked.size:g} billion. Of {room}, "
+        f"so {(usable - took) / GB:.1f} GB are left.{tight}"
     )
 
 

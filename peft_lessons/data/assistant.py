@@ -37,7 +37,7 @@ LAYERS, HEADS, KEY_VALUE_HEADS = 30, 9, 3
 
 
 class NotFetched(Exception):
-    """The assistant could not be fetched; the message is the reason, as a clause."""
+    """Report that the assistant could not be fetched; the message is the reason, as a clause."""
 
 
 def fetch_assistant(archive: Path | None = None) -> str:
@@ -81,7 +81,7 @@ def fetch_assistant(archive: Path | None = None) -> str:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what processes left beside `folder` that were killed."""
+    """Remove what killed processes left next to `folder`."""
     import psutil
 
     for part in folder.parent.glob(f"{folder.name}.*.part"):
@@ -262,7 +262,7 @@ def _write_tokenizer(reader, folder: Path) -> None:
     words = field("ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
-    # SmolLM's own: each digit stands alone, the rest is GPT-2's byte-level BPE.
+    # SmolLM's own: each digit is a token, the rest is GPT-2's byte-level BPE.
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -153,7 +153,8 @@ def _resolve(name: str) -> str:
         name = os.environ.get("PEFT_LESSONS_BASE") or name
     # A Hub id has an owner: a plain word is a typing error, and no reason to ask the network.
     if name not in BUNDLED and not Path(name).is_dir() and "/" not in name:
-        raise ValueError(_unknown(name, "it is no folder, and a Hub id has the form owner/model"))
+        reason = "it is not a folder, and a Hub id has the form owner/model"
+        raise ValueError(_unknown(name, reason))
     return name
 
 
@@ -201,7 +202,7 @@ def padded(tokenizer):
         if tokenizer.eos_token is None:
             raise ValueError(
                 "the tokenizer has neither a padding nor an end token, so texts of different "
-                "lengths fit no batch: set tokenizer.pad_token to a token of its vocabulary"
+                "lengths cannot form a batch: set tokenizer.pad_token to a token of its vocabulary"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -269,7 +270,7 @@ def load_model(
     with _loading(name), torch.random.fork_rng(devices=gpus):
         # Not torch.manual_seed: that would seed every GPU's generator too, for good.
         torch.random.default_generator.manual_seed(seed)
-        if gpus:  # a fresh head is drawn where it lies
+        if gpus:  # a new head is drawn on the device that holds it
             torch.cuda.manual_seed(seed)
         model, info = kind.from_pretrained(source, **options)
     if four_bit:
@@ -307,9 +308,9 @@ def _four_bit_options(kind, config, extra: dict, name: str, dtype: torch.dtype) 
         inputs = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
         if inputs % BLOCK:
             raise ValueError(
-                f"four_bit: {path} of {name!r} has {inputs} inputs, which is no multiple of "
-                f"{BLOCK}, and bitsandbytes computes such a layer wrongly on a CPU without saying "
-                "so. Load the model with four_bit=False, or take one of another width"
+                f"four_bit: {path} of {name!r} has {inputs} inputs, which is not a multiple of "
+                f"{BLOCK}, and bitsandbytes computes such a layer wrongly on a CPU, without an "
+                "error. Load the model with four_bit=False, or take one of another width"
             )
     return {"quantization_config": nf4(dtype, heads)}
 

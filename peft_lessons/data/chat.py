@@ -27,8 +27,8 @@ def refuse_no_template(tokenizer) -> None:
     """Raise ValueError for a tokenizer without a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "the tokenizer has no chat template, so it knows no messages: take the tokenizer of an "
-            "assistant, such as load_tokenizer('smollm2'), or set tokenizer.chat_template"
+            "the tokenizer has no chat template, so it cannot format messages: take the tokenizer "
+            "of an assistant, such as load_tokenizer('smollm2'), or set tokenizer.chat_template"
         )
 
 
@@ -81,7 +81,7 @@ def chat_tokens(
     """Return a conversation as text, its ids and its labels, two lists of equal length.
 
     The labels are the ids in each answer, which is an assistant's message from number `start` on,
-    up to the token that ends it; all other labels are -100. What stands before an answer is
+    up to the token that ends it; all other labels are -100. The text before an answer is
     tokenised by itself, as in generation.
 
     Raises ValueError for a tokenizer without a chat template, wrong messages, a conversation

@@ -1,6 +1,6 @@
 """Read how much memory and how many processor cores this process may use.
 
-A container or a hub allows a process less than its host has. The limits stand in control groups,
+A container or a hub allows a process less than its host has. The limits are in control groups,
 of version 1 or 2 (Linux kernel documentation, "Control Group v2" and "CFS Bandwidth Control"), and
 in the process's CPU affinity. Run as a script, this file prints the number of cores; it imports
 nothing but the standard library, so that it can be asked before PyTorch is loaded.

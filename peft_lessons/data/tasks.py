@@ -145,7 +145,7 @@ class Task:
         below 1, or a seed together with by_length."""
         examples, size = self._split(split), _at_least("size", size, 1)
         if by_length and seed is not None:
-            raise ValueError(f"seed={seed} and by_length=True: an order can only be one")
+            raise ValueError(f"seed={seed} and by_length=True: choose one order")
         order = np.arange(len(examples.texts))
         if by_length:
             order = np.argsort(_lengths(examples), kind="stable")
@@ -207,7 +207,7 @@ class Task:
             raise ValueError("texts is empty; give at least one text")
         tokens = _tokenise(texts, self._tokenizer, self.max_length).tokens
         if not all(tokens):
-            raise ValueError(f"texts has one without a token: {texts[tokens.index(())]!r}")
+            raise ValueError(f"texts contains a text without a token: {texts[tokens.index(())]!r}")
         return self._pad(tokens)
 
     def _collate(self, examples: Split) -> dict[str, torch.Tensor]:
@@ -259,7 +259,7 @@ class LanguageTask(Task):
     def _check(split: str, examples: Split, classes: int) -> None:
         if any(len(tokens) < 2 for tokens in examples.tokens):
             raise ValueError(
-                f"split {split!r} has a block of less than 2 tokens, in which nothing is predicted"
+                f"split {split!r} has a block of fewer than 2 tokens, in which nothing is predicted"
             )
 
     def _kind(self) -> str:
@@ -287,7 +287,7 @@ class LanguageTask(Task):
 
     def _collate(self, examples: Split) -> dict[str, torch.Tensor]:
         batch = self._pad(examples.tokens)
-        # By the mask: the padding may be a token that also stands in the text.
+        # By the mask: the padding may be a token that also occurs in the text.
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}  # (size, tokens)
 
@@ -524,7 +524,7 @@ def _load_austen(name, tokenizer, max_length) -> LanguageTask:
         )
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{name!r} needs a fast tokenizer, which tells where in the text its tokens stand; "
+            f"{name!r} needs a fast tokenizer, which reports where in the text each token is; "
             f"{type(tokenizer).__name__} is a slow one"
         )
     splits = {}

@@ -74,7 +74,7 @@ def task_type(model: nn.Module) -> str | None:
 def _task_of_file(model: nn.Module, injection: Injection) -> str | None:
     """Return the task that a file names: none for a classifier whose head the method has changed.
 
-    For SEQ_CLS PEFT asks the file for the whole head, which such a file has not. A prompt changes
+    For SEQ_CLS PEFT asks the file for the whole head, which such a file lacks. A prompt changes
     no head, and PEFT opens no prompt without a task."""
     heads = {path for path, _ in model.named_modules() if path.endswith(_HEADS)}
     headless = injection.attached is None and not heads <= {*injection.in_full}
@@ -132,7 +132,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
 
 
 def _replace(files: dict[Path, bytes]) -> None:
-    """Write all files beside their places, then move each into its place.
+    """Write all files under temporary names, then rename each of them.
 
     If one of the moves fails, those before it are taken back: old and new files never mix."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
@@ -191,7 +191,8 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
     known = [m.files for m in registered_methods() if m.files.kind == config["peft_type"]]
     indices = {name for files in known for name in files.indices}
     for key, tensor in tensors.items():
-        fits, made_of = _FLOATS, "16-, 32- or 64-bit floats: it was quantised or is no adapter"
+        fits = _FLOATS
+        made_of = "16-, 32- or 64-bit floats: it was quantised, or it is not an adapter"
         if key.rpartition(".")[2] in indices:
             fits, made_of = _WHOLE, "32- or 64-bit whole numbers where it has indices"
         if tensor.dtype not in fits:
@@ -223,7 +224,7 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
     known = [m for m in registered_methods() if m.files.kind == kind]
     if not known:
         names = ", ".join(sorted({m.files.kind for m in registered_methods()}))
-        raise ValueError(f"peft_type {kind!r} is no method of the course; known are {names}")
+        raise ValueError(f"peft_type {kind!r} is not a method of the course; known are {names}")
     complaints = {}
     for method in known:
         files = method.files

@@ -1,4 +1,4 @@
-"""Put a method's modules in the place of a model's layers, and take them out again.
+"""Replace a model's layers by a method's modules, and restore them.
 
 Every method goes through the verbs of this file. Whatever does not fit is refused before anything
 is changed.
@@ -34,7 +34,7 @@ def injection_of(model: nn.Module) -> Injection | None:
 def require_injection(model: nn.Module, verb: str, method: type[Method] | None = None) -> Injection:
     """Return the record of `inject`. ValueError if the model has no method of this kind."""
     injection = injection_of(model)
-    # By the name of its type: a lesson defines a method anew, and a file may be read by either.
+    # By the name of its type: a lesson defines a method again, and a file may be read by either.
     if injection is None or (method and injection.method.files.kind != method.files.kind):
         what = method.__name__ if method else "method"
         raise ValueError(f"{verb}: the model holds no {what}; inject(model, ...) one first")
@@ -87,7 +87,7 @@ class Report:
         if self.whole_parameters:
             # Single parameters go by the end of their path: "6 × query.bias".
             ends = Counter(
-                f"{n} (fresh head)" if n in self.fresh else ".".join(n.split(".")[-2:])
+                f"{n} (new head)" if n in self.fresh else ".".join(n.split(".")[-2:])
                 for n in self.whole
             )
             names = [end if n == 1 else f"{n} × {end}" for end, n in ends.items()]
@@ -97,7 +97,7 @@ class Report:
             rows.append(("of the base, trains", self.whole_parameters, shown))
         share = 100 * self.trainable / self.base
         rows.append(("trainable", self.trainable, f"{share:.3g} % of the base's {self.base:,}"))
-        head = repr(self.method) if self.method else "all frozen but what is named below"
+        head = repr(self.method) if self.method else "all frozen except what is named below"
         body = [_on_lines(f"  {what:<20}{n:>13,}  {note}".rstrip(), 37) for what, n, note in rows]
         if self.frozen_head:
             body += [
@@ -218,7 +218,7 @@ def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | st
     chosen = list(method.select(model))
     for name in chosen:
         if name not in parameters:
-            raise ValueError(f"{type(method).__name__}: {name!r} is no parameter of the model")
+            raise ValueError(f"{type(method).__name__}: {name!r} is not a parameter of the model")
         if not parameters[name].is_floating_point():
             raise ValueError(f"{type(method).__name__}: {name!r} is{IN_4_BITS[1:]}")
     frozen_head = frozen_head_of(model, (*targets, *whole, *chosen))
@@ -292,7 +292,7 @@ def report(model: nn.Module) -> Report:
         for path in injection.wrappers
         if any(name.startswith(path + ".") for name in added)
     }
-    # Of the base train whole modules and, beside them, the parameters that the method selects.
+    # Whole modules of the base train, and so do the parameters that the method selects.
     inside = tuple(module + "." for module in injection.whole_modules)
     selected = (name for name in injection.whole if not name.startswith(inside))
     return Report(
@@ -412,7 +412,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         old = injection.whole | injection.frozen
         names = {p: name for name, p in model.named_parameters() if name in old}
         for module in model.modules():
-            # Tied parameters stand in several modules.
+            # Tied parameters belong to several modules.
             for leaf, p in list(module._parameters.items()):
                 if p in names:
                     before = nn.Parameter(old[names[p]].to(p), requires_grad=False)

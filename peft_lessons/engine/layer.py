@@ -1,4 +1,4 @@
-"""The layer that takes the place of a layer of the base."""
+"""The layer that replaces a layer of the base."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class Method:
     def wrap(self, path: str, layer: nn.Module) -> AdapterLayer:
         """Return the module that replaces `layer`."""
         raise NotImplementedError(
-            "it has no wrap, which gives the module that takes the place of a layer: write "
+            "it has no wrap, which returns the module that replaces a layer: write "
             "wrap(self, path, layer); or attach, or select, and no field named targets"
         )
 

@@ -33,7 +33,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     stacks = {path: m for path, m in stacks.items() if m in inside} or stacks
     if not stacks or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"last: {type(model).__name__} has no one stack of blocks; name its parts "
+            f"last: {type(model).__name__} has no single stack of blocks; name its parts "
             "in patterns instead"
         )
     if len(stacks) > 1:
@@ -68,7 +68,7 @@ def chosen_by(model: nn.Module, patterns: tuple[str, ...] | str) -> list[str]:
             raise ValueError(
                 f"patterns: {pattern!r} "
                 + (
-                    "is the fresh head, which trains in any case"
+                    "is the new head, which always trains"
                     if fresh
                     else "matches no parameter of the model, nor a module that has some"
                     + near_name(pattern, everything)

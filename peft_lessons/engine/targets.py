@@ -36,7 +36,7 @@ def matches(path: str, names: tuple[str, ...] | str) -> bool:
         try:
             return re.fullmatch(names, path) is not None
         except re.error as error:
-            raise ValueError(f"{names!r} is no regular expression: {error}") from None
+            raise ValueError(f"{names!r} is not a regular expression: {error}") from None
     return any(path == name or path.endswith("." + name) for name in names)
 
 
@@ -101,7 +101,7 @@ def refuse_packed(modules: Mapping[str, nn.Module], argument: str) -> None:
         if _packed(module, recurse=True):
             raise ValueError(
                 f"{argument}: {path!r} holds packed 4-bit codes, which have no gradient: put an "
-                "adapter beside them"
+                "adapter on the layer"
             )
 
 

@@ -42,7 +42,7 @@ def positions_of(model: nn.Module) -> int | None:
         return None
     embeddings = getattr(getattr(model, "base_model", model), "embeddings", None)
     padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return positions if padding is None else positions - padding - 1  # RoBERTa's begin behind it
+    return positions if padding is None else positions - padding - 1  # RoBERTa's begin after it
 
 
 def refuse_long(owner: str, model: nn.Module, p: int, text: int) -> None:
@@ -91,7 +91,7 @@ def refuse_cache(owner: str, inputs: Mapping[str, Any], p: int) -> None:
     if gap:
         raise ValueError(
             f"{owner}: past_key_values holds {max(seen - p, 0)} tokens of text behind {p} virtual "
-            "ones, and this call does not go on there: give the new tokens only, with an "
+            "ones, and this call does not continue there: give the new tokens only, with an "
             "attention_mask of the whole text"
         )
 
@@ -108,7 +108,7 @@ def rows_of(ids: Sequence[int], table: torch.Tensor, p: int) -> torch.Tensor:
 
 _NOT_THIS_VERSION = (
     "does not call its cache past_key_values, as transformers from 5.24 on does not, and generate "
-    "would go past what stands before the text: install transformers>=5.20,<5.24"
+    "would leave out the virtual tokens: install transformers>=5.20,<5.24"
 )
 
 
@@ -128,13 +128,13 @@ def refuse_model(owner: str, model: nn.Module) -> None:
 
 
 def refuse_reader(owner: str, reader: nn.Module) -> None:
-    """Raise ValueError if a model has no place for the keys and values of a prefix."""
+    """Raise ValueError if a model cannot take the keys and values of a prefix."""
     takes, complaint = inspect.signature(reader.forward).parameters, None
     if "cache" in takes:
         complaint = _NOT_THIS_VERSION
     elif "past_key_values" not in takes or not hasattr(reader, "config"):
         complaint = (
-            "takes no past_key_values, so it has no place for the keys and values of a prefix: "
+            "takes no past_key_values, so it cannot take the keys and values of a prefix: "
             "take Prompt, or a method that changes layers, such as LoRA"
         )
     elif getattr(reader.config, "is_encoder_decoder", False):
@@ -154,10 +154,10 @@ def refuse_mask(owner: str, mask: torch.Tensor | None) -> None:
     if mask is None or (tensor and mask.dim() == 2):
         return
     # With a static cache, generate makes a mask of four dimensions and room for the text alone.
-    shown = f"of shape {tuple(mask.shape)}" if tensor else "is no tensor and"
+    shown = f"of shape {tuple(mask.shape)}" if tensor else "is not a tensor and"
     raise ValueError(
-        f"{owner}: attention_mask {shown} cannot be lengthened by what stands before the text: "
-        "give one of shape (batch, tokens), and generate without cache_implementation='static'"
+        f"{owner}: attention_mask {shown} cannot be extended by the virtual tokens: give one of "
+        "shape (batch, tokens), and generate without cache_implementation='static'"
     )
 
 

@@ -66,7 +66,7 @@ def examples(data: str) -> list:
             try:
                 found += [json.loads(line)] if line.strip() else []
             except ValueError:
-                raise ValueError(f"{data}, line {number} is no JSON: {line[:60]!r}") from None
+                raise ValueError(f"{data}, line {number} is not JSON: {line[:60]!r}") from None
     return found
 
 

@@ -40,7 +40,9 @@ def setup_qlora(model_name: str, rank: int = 64):
     validate("setup_qlora", rank=rank)
     model = load_model(model_name, four_bit=True)
     if not model.can_generate():
-        raise ValueError(f"setup_qlora: {model_name!r} is no causal language model; try 'tinylm'")
+        raise ValueError(
+            f"setup_qlora: {model_name!r} is not a causal language model; try 'tinylm'"
+        )
     _refuse_wide(model, rank, "setup_qlora")
     model = _prepared(model)
     config = LoraConfig(
@@ -171,8 +173,8 @@ HF_METHODS = tuple(_CONFIGS)
 
 _TRL = "TRL's documentation, PEFT Integration"
 _COMPARISON = "PEFT's method_comparison (MetaMathQA, Llama-3.2-3B)"
-# {method: (rate for a small model, rate for a language model, source of the latter)}. The small
-# rates lie near the best ones of this course's studies on its two small models.
+# {method: (learning rate for small models, for language models, source of the latter)}. The small
+# ones are near the best of this course's studies on its two small models.
 _RATES: dict[str, tuple[float, float, str]] = {
     "lora": (1e-3, 2e-4, f"{_TRL}: 2e-4 for SFT; Unsloth's hyperparameters guide: 2e-4"),
     "rslora": (1e-3, 1e-4, f"{_COMPARISON}, lora/llama-3.2-3B-rank64-rslora: 1e-4"),
@@ -190,7 +192,7 @@ def learning_rates() -> list[dict]:
     """Return a row for each method of `HF_METHODS`: "method", the default learning rates of
     `train_with_peft` for "small models" and for "language models", and the "source" of the latter.
 
-    All rates are starting points. A few runs on your task must tell you which one to keep."""
+    All learning rates are starting points: a few runs on your task must decide."""
     return [
         {"method": method, "small models": small, "language models": language, "source": source}
         for method, (small, language, source) in _RATES.items()
@@ -201,7 +203,7 @@ def rate_of(model) -> float:
     """Return the default learning rate of `train_with_peft` for a model of PEFT, a starting point.
 
     A model that generates text counts as a language model, except tinylm. Classifiers, encoders and
-    tinylm get the rates of small models. A method beside `HF_METHODS` gets LoRA's rate."""
+    tinylm get the learning rates of small models. A method outside `HF_METHODS` gets LoRA's."""
     config, base = model.active_peft_config, model.get_base_model()
     kind = type(config).__name__
     method = next((m for m, (name, _) in _CONFIGS.items() if name == kind), "lora")
@@ -268,10 +270,10 @@ def setup_peft_training(
         seed: decides the head and what the method draws.
 
     Returns (model in train mode, tokenizer with a padding token; it pads on the left for a prompt
-    before a decoder's classifier, which reads the last place).
-    Raises TypeError for a `checkpointing` that is no bool; ValueError for an unknown method (lists
-    the known), checkpointing with a prefix, an encoder without `labels`, a model
-    with an encoder and a decoder, a rank below 1 or above a layer's width, float16 on a CPU, an
+    before a decoder's classifier, which reads the last position).
+    Raises TypeError for a `checkpointing` that is not a bool; ValueError for an unknown method
+    (lists the known), checkpointing with a prefix, an encoder without `labels`, a model with an
+    encoder and a decoder, a rank below 1 or above a layer's width, float16 on a CPU, an
     `output_dir` that is a file, a tokenizer with neither padding nor end token, a prompt or prefix
     for a base with a fresh pooler, and as `load_model`."""
     import peft
@@ -292,7 +294,7 @@ def setup_peft_training(
         )
     if labels is None and not model.can_generate():
         raise ValueError(
-            f"{model_name!r} is an encoder, which generates no text: labels=2 makes it a "
+            f"{model_name!r} is an encoder, which does not generate text: labels=2 makes it a "
             "classifier of two classes"
         )
     # A decoder's classifier finds the last real token by it.
@@ -309,7 +311,7 @@ def setup_peft_training(
     if stands_before and _beyond(model):
         raise ValueError(
             f"method={method!r}: {_beyond(model)[0]!r} of {model_name!r} comes untrained, and "
-            "beside a prompt or a prefix PEFT trains and saves the head alone: take another method "
+            "with a prompt or a prefix PEFT trains and saves only the head: take another method "
             "or base"
         )
     if model.fresh_modules and not stands_before:
@@ -326,8 +328,8 @@ def setup_peft_training(
 
 
 def _checkpoints(method: str, wanted: bool | None) -> bool:
-    """Return whether gradient checkpointing is on. TypeError for what is no bool, ValueError for a
-    prefix."""
+    """Return whether gradient checkpointing is on. TypeError for a value that is not a bool,
+    ValueError for a prefix."""
     if wanted is None:
         return method == "qlora"
     if not isinstance(wanted, bool):
@@ -401,8 +403,8 @@ def load_and_merge_adapter(
     config = peft.PeftConfig.from_pretrained(str(adapter_path))
     if config.is_prompt_learning:
         raise ValueError(
-            f"a {kind} adapter stands before the text and changes no weight: there is nothing to "
-            "merge it into. Keep it apart: PeftModel.from_pretrained(base, folder)"
+            f"a {kind} adapter is placed before the text and changes no weight, so it cannot be "
+            "merged. Load it with PeftModel.from_pretrained(base, folder)"
         )
     target = None if save_to is None else _new_folder(save_to)
     labels = _labels(config, tensors)
@@ -417,7 +419,7 @@ def load_and_merge_adapter(
             base = base.dequantize()
     model = _opened(base, adapter_path, tensors)
     if not hasattr(model.base_model, "merge_and_unload"):
-        raise ValueError(f"a {kind} adapter cannot be merged: PEFT has no way to")
+        raise ValueError(f"a {kind} adapter cannot be merged: PEFT does not support it")
     # PEFT cannot take a head of several layers out of its wrapper, and with norms takes none out.
     # Not safe_merge: it doesn't look at every method's weights.
     merged = _unwrapped(model).merge_and_unload()
@@ -496,7 +498,7 @@ def _opened(base: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]):
 def _new_folder(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"save_to={str(path)!r} holds something already: name a new folder")
+        raise ValueError(f"save_to={str(path)!r} exists and is not an empty folder: name a new one")
     return path
 
 

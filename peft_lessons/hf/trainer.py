@@ -123,8 +123,8 @@ def train_with_peft(
     tokenizer = padded(tokenizer)
     if reads_last_place(model) and tokenizer.padding_side != "left":
         raise ValueError(
-            f"{owner}: behind a prompt a decoder's classifier reads the last place, and cannot see "
-            "that it is padding: tokenizer.padding_side = 'left'"
+            f"{owner}: with a prompt a decoder's classifier reads the last position, and cannot "
+            "see that it is padding: set tokenizer.padding_side = 'left'"
         )
     if resume:
         _refuse_resume(model.active_peft_config)
@@ -202,8 +202,8 @@ def prepare(model, tokenizer, data: Iterable, max_length: int, name: str = "data
     pad = tokenizer.pad_token_id
     if pad >= rows:
         raise ValueError(
-            f"the padding token {pad} has no row in the model's table of {rows}: take the model's "
-            "own tokenizer, and for padding a token that it has"
+            f"the padding token {pad} has no embedding in the model's table of {rows}: take the "
+            "model's own tokenizer, and pad with a token of its vocabulary"
         )
     return [
         _example(item, tokenizer, max_length, classes, rows, f"{name}[{index}]")
@@ -231,11 +231,11 @@ def _example(item, tokenizer, max_length: int, classes: int | None, rows: int, w
     elif isinstance(given["text"], str):
         ids = tokenizer(given["text"], truncation=True, max_length=max_length)["input_ids"]
     else:
-        raise ValueError(f'{where}: "text" is no text: {item!r:.80}')
+        raise ValueError(f'{where}: "text" is not a string: {item!r:.80}')
     if outside := [i for i in ids if not 0 <= i < rows]:
         raise ValueError(
-            f"{where} has the token {outside[0]}, and the model's table the rows 0 to {rows - 1}: "
-            "take the model's own tokenizer"
+            f"{where} has the token {outside[0]}, but the model's table has the rows 0 to "
+            f"{rows - 1}: take the model's own tokenizer"
         )
     example = {"input_ids": ids, "attention_mask": [1] * len(ids)}
     if classes is not None:
@@ -255,7 +255,7 @@ def _example(item, tokenizer, max_length: int, classes: int | None, rows: int, w
     if not all(i == -100 or 0 <= i < rows for i in labels) or set(labels[1:]) == {-100}:
         raise ValueError(
             f"{where}: labels must be tokens of 0 to {rows - 1}, or -100 where none is to be "
-            f"predicted, and one at least must be: {labels!r:.80}"
+            f"predicted, and at least one must be a token: {labels!r:.80}"
         )
     return example | {"labels": labels}
 
@@ -299,7 +299,7 @@ def _class(label, classes: int, where: str, item) -> int:
 def _collator(model, tokenizer):
     if classifies(model.active_peft_config):
         return DataCollatorWithPadding(tokenizer)
-    # By position, not by the padding token, which may also stand in the text as its end.
+    # By position, not by the padding token, which may also end the text.
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
 
 
@@ -341,7 +341,7 @@ def _arguments(
     devices = arguments.world_size * max(1, arguments.n_gpu)
     if batch_size % devices:
         raise ValueError(
-            f"batch_size={batch_size} cannot be shared by {devices} devices: take a multiple"
+            f"batch_size={batch_size} cannot be divided among {devices} devices: take a multiple"
         )
     arguments.per_device_train_batch_size = batch_size // devices
     arguments.per_device_eval_batch_size = max(1, batch_size // devices)
@@ -406,7 +406,7 @@ class _Log(TrainerCallback):
 
 
 def _refuse_resume(config) -> None:
-    """Raise ValueError for a method whose adapter file lacks a part of what trains."""
+    """Raise ValueError for a method whose adapter file lacks a part of the trainable parameters."""
     kind, network = config.peft_type.value, "the network that makes the virtual tokens"
     lacks = {
         "ADALORA": "the pruned triplets and the scores of its allocator",
@@ -415,8 +415,8 @@ def _refuse_resume(config) -> None:
     }
     if what := lacks.get(kind):
         raise ValueError(
-            f"resume=True: a run with {kind} cannot go on, because its checkpoints lack {what}; "
-            "train it in one run, with resume=False"
+            f"resume=True: a run with {kind} cannot be resumed, because its checkpoints lack "
+            f"{what}; train it in one run, with resume=False"
         )
 
 

@@ -1,8 +1,8 @@
 """Measured tables, and the figures of the course.
 
 A study is a table in data/results with a row for each run, made by a script in benchmarks/. Lessons
-show it beside their own live numbers: `Study` picks runs, chooses a learning rate by the validation
-split and compares methods over seeds; `table` and `plots` show what is found.
+show it next to their own live numbers: `Study` picks runs, chooses a learning rate by the
+validation split and compares methods over seeds; `table` and `plots` show what is found.
 
 Nothing here trains a model, injects a method or writes a file.
 """

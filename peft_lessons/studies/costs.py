@@ -15,7 +15,7 @@ _UNITS = {
     **dict.fromkeys(("weights", "gradients", "optimiser", "statistics", "file"), "{:.2f} MiB"),
     **dict.fromkeys(("activations", "peak of a step"), "{:.1f} MiB"),
     **dict.fromkeys(("time of a step", "32 texts"), "{:.0f} ms"),
-    "answer, 1 text": "{:.1f} ms",
+    **dict.fromkeys(("forward pass, 1 text", "generation, 1 text"), "{:.1f} ms"),
 }
 
 
@@ -29,7 +29,7 @@ def cost_table(
 
 
 def _stored(base: str, names: Mapping[str, str], whose: str) -> DataFrame:
-    """The rows of costs.csv of the methods in `names`, in that order."""
+    """Return the rows of costs.csv of the methods in `names`, in that order."""
     rows = load_results("costs", base=base, whose=whose).set_index("method")
     if unknown := [method for method in names if method not in rows.index]:
         known = ", ".join(rows.index) or "none"
@@ -40,9 +40,10 @@ def _stored(base: str, names: Mapping[str, str], whose: str) -> DataFrame:
 def stored_costs(base: str, names: Mapping[str, str], *, answers: bool = True) -> Table:
     """Return the stored cost of methods on minilm or tinylm, {method in costs.csv: its name here}.
 
-    A step is one of 16 movie sentences, or of 4 blocks of Austen. An answer is one forward pass of
-    32 tokens by minilm, 32 tokens generated after 32 by tinylm. A merged method takes no step: what
-    was not measured is left empty. Raises ValueError for a method without a row."""
+    A training step of minilm takes 16 movie sentences, one of tinylm takes 4 blocks of Austen. With
+    `answers`, two columns time the use of the model: a forward pass of minilm over 32 tokens, or
+    the generation of 32 tokens by tinylm after a text of 32. A merged method takes no training
+    step, so those cells stay empty. Raises ValueError for a method without a row."""
     lines, rows = [], _stored(base, names, "ours")
     for name, row in zip(names.values(), rows.itertuples(), strict=True):
         line = {
@@ -54,14 +55,15 @@ def stored_costs(base: str, names: Mapping[str, str], *, answers: bool = True) -
             "file": row.file_bytes / 2**20 or None,
         }
         if answers:
-            line |= {"answer, 1 text": 1000 * row.answer_1, "32 texts": 1000 * row.answer_32}
+            use = "generation" if base == "tinylm" else "forward pass"
+            line |= {f"{use}, 1 text": 1000 * row.answer_1, "32 texts": 1000 * row.answer_32}
         lines.append(line)
     return cost_table(lines, note=provenance(rows))
 
 
 def against_peft(base: str, names: Mapping[str, str]) -> Table:
-    """Return the stored step of methods, {method in costs.csv: its name here}, beside PEFT's: the
-    time of each, and ours by theirs of time and peak.
+    """Return the stored training steps of methods, {method in costs.csv: its name here}, next to
+    PEFT's: both times, and the ratios ours / PEFT's of time and of peak memory.
 
     Raises ValueError for a method without a row."""
     theirs, ours = _stored(base, names, "PEFT"), _stored(base, names, "ours")

@@ -231,8 +231,8 @@ class _Map:
 
 
 def block_map(*lit: str, caption: str = "", targets: Iterable[str] = LINEAR_MAPS) -> None:
-    """Show a transformer block with the named places lit: what trains is coloured and labelled, the
-    rest is grey. Without a name all places are lit, as a map of the course.
+    """Show a transformer block with the named places lit: trainable parts are coloured and
+    labelled, the rest is grey. Without a name all places are lit, as a map of the course.
 
     Places: "prompt", "prefix", "LoRA", "adapter", "IA3", "BitFit", "norms" and "head". Beside
     "LoRA", the names "DoRA" and "QLoRA" mark its magnitudes m and the weights in 4 bits. `targets`

@@ -110,7 +110,7 @@ class Explorer:
 def explore(
     show: Callable[..., Any], start: Mapping[str, Any] | Any = None, **choices: Iterable[Any]
 ) -> Explorer:
-    """Return sliders over the values of each keyword, to stand at the end of a cell.
+    """Return sliders over the values of each keyword, for the last line of a cell.
 
         explore(lambda rank: plots.still(...), rank=(1, 2, 4, 8), start={"rank": 4})
 

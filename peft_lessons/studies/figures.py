@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's colours are told apart by people with any colour vision. Figures stand on white
-# in both themes of JupyterLab: transparent ones would lose their black text in the dark one.
+# Okabe and Ito's colours can be distinguished with any colour vision. Figures are white in both
+# themes of JupyterLab: transparent ones would lose their black text in the dark one.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#767676"  # with enough contrast for small text
 SHARP = 150  # dpi of a drawing, which has fine lines and small text

@@ -75,7 +75,7 @@ def stacked_bars(ax, rows: Mapping[str, Mapping[str, float]], title: str, xlabel
 
 
 def name_points(ax, points: Mapping[str, tuple[float, float]], size: float = 7) -> None:
-    """Write the names of points {name: (x, y)} beside them.
+    """Write the names of points {name: (x, y)} next to them.
 
     A name moves up or down if it would cover another name, a point or a line, and a thin line then
     connects it to a distant point. Call this last: it uses the scales of the axes and adds a margin

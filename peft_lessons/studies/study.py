@@ -138,13 +138,13 @@ def _by_seed(runs: DataFrame, column: str, scale: float) -> dict[int, float]:
     if not seeds:
         raise ValueError(f"no runs to take {column!r} of: the filter matches nothing")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seed {max(seeds, key=seeds.count)} is there twice: filter further")
+        raise ValueError(f"seed {max(seeds, key=seeds.count)} occurs twice: filter further")
     return {seed: scale * value for seed, value in zip(seeds, runs[column].tolist(), strict=True)}
 
 
 def mean_and_range(runs: DataFrame, column: str, scale: float = 1.0) -> Spread:
     """Return mean, minimum and maximum of `scale` times a column over runs that differ in their
-    seed. Raises ValueError for no runs, or a seed that is there twice."""
+    seed. Raises ValueError for no runs, or a seed that occurs twice."""
     values = _by_seed(runs, column, scale).values()
     return Spread(statistics.fmean(values), min(values), max(values), len(values))
 
@@ -252,13 +252,15 @@ def _task(runs: DataFrame) -> str:
 
 def best_lr(runs: DataFrame) -> tuple[float, DataFrame]:
     """Return the learning rate that is best by `validation` among the runs with seed 0 that did not
-    diverge, and all runs at it. Of equals the lower rate is best.
+    diverge, and all runs at it. Among equal ones the lower learning rate is best.
 
     Raises ValueError if there is no such run."""
     tried = zip(runs["lr"].tolist(), runs["seed"], runs["validation"].tolist(), strict=True)
     first = {lr: x for lr, seed, x in sorted(tried) if seed == 0 and math.isfinite(x)}
     if not first:
-        raise ValueError("no run with seed 0 to choose a rate by that did not diverge")
+        raise ValueError(
+            "every run with seed 0 diverged or is missing, so no learning rate can be chosen"
+        )
     rate = TASKS[_task(runs)][-1](first, key=first.get)
     return rate, runs[runs["lr"] == rate]
 
@@ -268,7 +270,7 @@ def provenance(*runs: DataFrame) -> str:
     first and the last. Raises ValueError for no rows."""
     found = {c: sorted({str(x) for r in runs for x in r[c]}) for c in ("machine", "torch", "date")}
     if not found["date"]:
-        raise ValueError("no rows to say of where they were measured")
+        raise ValueError("there are no rows, so nothing was measured")
     machine, version = (", ".join(found[c]) for c in ("machine", "torch"))
     days = " to ".join(dict.fromkeys((found["date"][0], found["date"][-1])))
     return f"{machine} · torch {version} · {days}"
@@ -353,15 +355,16 @@ class Study:
     def compare(self, more: Mapping[str, Callable] | None = None) -> Table:
         """Return a table of the ways, each at its best learning rate, over its seeds.
 
-        more: further columns, {heading: function of a way's runs at that rate}."""
+        more: further columns, {heading: function of a way's runs at that learning rate}."""
         heading, column, *_ = TASKS[_task(self.runs)]
         best, scores, lines = self.best(), self.scores(), []
         for way, runs in best.items():
             first, score = runs.iloc[0], scores[way]
-            line = {heading: way, "trainable": first["trainable"], "rate": first["lr"] or None}
+            line = {heading: way, "trainable": first["trainable"]}
+            line["learning rate"] = first["lr"] or None
             line |= {what: function(runs) for what, function in (more or {}).items()}
             lines.append(line | {column: score if score.n > 1 else f"{score.mean:.1f}"})
-        return table(lines, {"rate": "{:g}"}, note=provenance(*best.values()))
+        return table(lines, {"learning rate": "{:g}"}, note=provenance(*best.values()))
 
     def by_lr(self) -> Table:
         """Return a table of seed 0 of each way at every learning rate: its score on the validation
@@ -371,6 +374,6 @@ class Study:
         for way in self:
             runs = self.where(way=way, seed=0).runs.itertuples()
             tried = {r.lr: f"{scale * r.validation:.1f} / {scale * r.test:.1f}" for r in runs}
-            cells = {f"rate {lr:g}": tried.get(lr) for lr in rates}
+            cells = {f"lr {lr:g}": tried.get(lr) for lr in rates}
             lines.append({f"{heading}, seed 0": way} | cells)
         return table(lines, note=f"{column.removeprefix('test ')}: validation split / test split")

@@ -57,7 +57,7 @@ def table(
     """Return a table of `rows`, dicts with the same keys; the keys are the headings.
 
     `formats` gives a column a template such as "{:.1f} MiB"; without one whole numbers get
-    thousands' commas and others three digits. Numbers stand on the right, None is left empty.
+    thousands' commas and others three digits. Numbers are aligned right, None is left empty.
     Raises ValueError for no rows, rows with other keys, or a format without its column."""
     rows, formats = list(rows), dict(formats or {})
     if not rows:

@@ -21,7 +21,7 @@ def show_refusal(action: Callable[[], object]) -> None:
     except (ValueError, TypeError, RuntimeError) as error:
         print(textwrap.fill(f"{type(error).__name__}: {error}", 96), end="\n\n")
     else:
-        raise AssertionError("show_refusal: this was meant to be refused, and it ran")
+        raise AssertionError("show_refusal: this should have been refused, but it ran")
 
 
 @torch.no_grad()

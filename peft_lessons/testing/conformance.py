@@ -59,7 +59,7 @@ class MethodError(AssertionError):
 
 @cache
 def _classifier() -> nn.Module:
-    """A BERT that drops nothing; all its widths are multiples of 64, as four bits need them."""
+    """Return a BERT without dropout; all its widths are multiples of 64, as four bits need."""
     return tiny_bert(
         intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
@@ -172,13 +172,13 @@ def _quoted(names: list[str]) -> str:
 
 
 def _as_declared(method: Method, bench: Bench) -> str:
-    """A frozen dataclass of its own, with fields that its file can name."""
+    """Check that it is a frozen dataclass of its own, with fields that its file can name."""
     cls = type(method)
     settings = getattr(cls, "__dataclass_params__", None)
     inherited = "__dataclass_params__" not in vars(cls)
     if settings is None or (inherited and get_annotations(cls)):
         raise MethodError(
-            "the class is no dataclass, so it has no fields",
+            "the class is not a dataclass, so it has no fields",
             "Write @dataclass(frozen=True) above it.",
         )
     if not settings.frozen:
@@ -188,7 +188,7 @@ def _as_declared(method: Method, bench: Bench) -> str:
     if unknown := [name for name in named if name not in known]:
         raise MethodError(
             f"its files name {_quoted(unknown)}, not a field of the dataclass",
-            f"A field has a type beside its name ({unknown[0]}: int = 8); else it is a constant.",
+            f"A field needs a type: {unknown[0]}: int = 8. Without a type it is a constant.",
         )
     if "targets" in known and "targets" in cls.names_modules:
         names = ["query"] if isinstance(method.targets, str) else list(method.targets)
@@ -201,7 +201,7 @@ def _as_declared(method: Method, bench: Bench) -> str:
 
 
 def _as_named(method: Method, bench: Bench) -> str:
-    """Files of a kind that is no other method's."""
+    """Check that the kind of its files is not another method's."""
     cls = type(method)
     files = vars(cls).get("files")
     if not isinstance(files, PeftFiles):
@@ -230,7 +230,7 @@ def _as_named(method: Method, bench: Bench) -> str:
 
 
 def _as_injected(method: Method, bench: Bench) -> str:
-    """It goes into the base and adds something that trains; the base stays frozen and unchanged."""
+    """Check that it adds trainable parameters, and that the base stays frozen and unchanged."""
     model = bench.model()
     base, before = dict(model.named_parameters()), _values(model)
     injection = injection_of(bench.holding(method, model))
@@ -251,7 +251,7 @@ def _as_injected(method: Method, bench: Bench) -> str:
     if not first.isfinite().all():
         raise MethodError(
             f"right after inject the logits hold {number(first[~first.isfinite()][0])}",
-            "torch.empty holds what happened to lie there: fill it, with zeros or random numbers.",
+            "torch.empty does not initialise its values: fill it with zeros or random numbers.",
         )
     _refuse_idle(method, bench)
     start = "step 0 is the base"
@@ -282,7 +282,7 @@ def _refuse_shared(injection: Injection, base: dict[str, nn.Parameter], model: n
             raise MethodError(
                 f"the base trains: {name.rpartition('.')[2]!r} of your layer is the base's own "
                 f"{names[id(p)]!r}",
-                "What inject finds in a layer beside its base, it trains: read self.base.weight.",
+                "inject trains every parameter of a layer outside its base: read self.base.weight.",
             )
     for name, p in model.named_parameters(remove_duplicate=False):
         if name not in added and id(p) not in names:
@@ -302,7 +302,7 @@ def _refuse_changed(injection: Injection, base: dict, before: dict, when: str) -
 
 
 def _refuse_idle(method: Method, bench: Bench) -> None:
-    """Refuses what changes nothing, or changes what it is given."""
+    """Refuse a method that changes nothing, or that changes its input."""
     model, read = bench.perturbed(method), []
     injection = injection_of(model)
     added = {name for name, _ in injection.added()}
@@ -316,7 +316,7 @@ def _refuse_idle(method: Method, bench: Bench) -> None:
     for path, x, copied in read:
         if not torch.equal(x, copied):
             raise MethodError(
-                f"forward changes its input in place: x of {path!r} is another afterwards",
+                f"forward changes its input in place: x of {path!r} is different afterwards",
                 "The other layers read the same x: compute something new from it.",
             )
     if torch.equal(changed, bench.plain):
@@ -332,12 +332,12 @@ _EXACT = 1e-6  # of a gap in float64
 
 
 def _as_designed(method: Method, bench: Bench) -> str:
-    """The change by its formula is what running gives, whatever its fields are."""
+    """Check that its formula gives the change that the model computes, for all its fields."""
     cls = type(method)
     if vars(cls).get("design") is None:
         told = "Write design = Design(form, insertion, modified, composition, delta=...)."
         if any(parent in DESIGNS for parent in cls.__mro__):
-            told = f"That of its parent is not its own. {told}"
+            told = f"The design of its parent class does not count. {told}"
         raise MethodError("it has no design", told)
     for design in designs_of(cls):
         # Not by isinstance: the lesson's own Design is another class than the package's.
@@ -352,7 +352,7 @@ def _as_designed(method: Method, bench: Bench) -> str:
     off, cause, places = _compared(method, bench)
     if not places:
         raise MethodError(
-            "its design sees no place in the model, so its formula is compared with nothing",
+            "its design finds no layer in the model, so its formula cannot be compared",
             "sites=linears, the default, looks at wrapped layers; others need their own observer.",
         )
     if cause:
@@ -369,7 +369,7 @@ def _as_designed(method: Method, bench: Bench) -> str:
         told.append(f"{name}={value!r}")
         off = max(off, other)
     also = f", and with {', '.join(told)}" if told else ""
-    return f"Δh by the formula is what runs (gap {off:.0e}) at {places} places{also}"
+    return f"Δh by the formula is what the model computes (gap {off:.0e}) at {places} places{also}"
 
 
 def _compared(method: Method, bench: Bench) -> tuple[float, str | None, int]:
@@ -424,8 +424,8 @@ def _refuse_words(design: Design, site: Site) -> None:
 def _formula_cause(
     sites: list[Site], delta: Callable[[Site], torch.Tensor], start: list[Site]
 ) -> str:
-    """In what way a formula is wrong: a regularity of its values, or how large they are. `start`
-    are the sites of the same model before its parameters are perturbed."""
+    """Return how a formula is wrong: a regularity of its values, or their size. `start` holds the
+    sites of the same model before its parameters are perturbed."""
 
     def flat(changes) -> torch.Tensor:
         shaped = [c.expand_as(site.h) for c, site in zip(changes, sites, strict=True)]
@@ -448,22 +448,23 @@ def _formula_cause(
     factor = (told @ ran) / (ran @ ran)
     if factor and close(told, factor * ran):
         if abs(factor + 1) < _EXACT:
-            return "Its sign is turned."
+            return "Its sign is reversed."
         times = f"It is {number(factor)} times what running gives, everywhere"
-        return f"{times}: is the scale missing, or in it twice?"
+        return f"{times}: is the scale missing, or applied twice?"
     if all(site.x.shape == site.h.shape for site in sites):
         turned = [dataclasses.replace(site, x=site.h, h=site.x) for site in sites]
         if close(flat([delta(site) for site in turned]), ran):
             return "It is right with x and h exchanged: which of them does your forward read?"
     rest = [delta(s) - (s.new - s.h) for s in sites]
     if all(close(r, r.flatten(0, -2)[0].expand_as(r)) for r in rest):
-        return "It is off by the same vector for every token: is a bias missing, or there twice?"
+        return "It is off by the same vector for every token: is a bias missing, or added twice?"
     largest = [number(t.abs().max()) for t in (told, ran)]
     return f"The largest entry is {largest[0]} by the formula and {largest[1]} in the model."
 
 
 def _variants(method: Method, bench: Bench) -> Iterator[tuple[str, Any, Method]]:
-    """(field, another value, the method with it) for each field that has one that fits the base."""
+    """Yield (field, another value, the method with it) for each field with one that fits the
+    base."""
     for field in dataclasses.fields(method) if bench.fields else ():
         for value in _other_values(getattr(method, field.name)):
             try:
@@ -491,7 +492,7 @@ def _other_values(value: Any) -> list[Any]:
 
 
 def _as_trained(method: Method, bench: Bench) -> str:
-    """Gradients reach all that it adds, and fit lowers the loss."""
+    """Check that gradients reach all its parameters, and that fit lowers the loss."""
     model = bench.model()
     base, before = dict(model.named_parameters()), _values(model)
     injection = injection_of(bench.holding(method, model))
@@ -517,7 +518,8 @@ def _as_trained(method: Method, bench: Bench) -> str:
             f"Its learning_rate={method.learning_rate:g} may be too {why}.",
         )
     return (
-        f"gradients reach all that trains, and fit lowers the loss from {first:.3f} to {last:.3f}"
+        f"gradients reach all trainable parameters, and fit lowers the loss from {first:.3f} to "
+        f"{last:.3f}"
     )
 
 
@@ -543,7 +545,7 @@ def _refuse_unreached(seen: dict[str, bool | None], starts: dict[str, bool], ste
 
 
 def _as_set(method: Method, bench: Bench) -> str:
-    """Each field that the class itself declares has an effect."""
+    """Check that each field that the class itself declares has an effect."""
     own, tried = get_annotations(type(method)), []
     for name, value, changed in _variants(method, bench):
         if name not in own:
@@ -587,7 +589,7 @@ def _seen(method: Method, bench: Bench) -> Iterator[list | str]:
 
 
 def _as_saved(method: Method, bench: Bench) -> str:
-    """What is saved and loaded computes the same, whatever its fields are."""
+    """Check that a saved and loaded adapter computes the same, for all its fields."""
     _refuse_file(method, bench)
     names: list[str] = []
     for name, value, changed in _variants(method, bench):
@@ -608,7 +610,7 @@ def _refuse_file(method: Method, bench: Bench, because: tuple[str, Any] | None =
                 f"save_adapter raised {summary(error)}",
                 "Of a field a file holds numbers, strings, lists and None.",
             ) from None
-        torch.random.default_generator.manual_seed(2)  # what is not in the file is drawn anew
+        torch.random.default_generator.manual_seed(2)  # what is not in the file is drawn again
         try:
             load_adapter(loaded, folder)
         except Exception as error:
@@ -636,7 +638,7 @@ def _refuse_other_file(expected: Method, loaded: nn.Module, folder: Path) -> Non
     (config, tensors, header), other = read_adapter(folder), read_adapter(again)
     same = (config, header, tensors.keys()) == (other[0], other[2], other[1].keys())
     if not same or any(not torch.equal(t, other[1][key]) for key, t in tensors.items()):
-        raise MethodError("saved, loaded and saved again, its files are others")
+        raise MethodError("saved, loaded and saved again, its files differ")
 
 
 def _file_cause(method: Method, injection: Injection, because: tuple[str, Any] | None) -> str:
@@ -665,7 +667,7 @@ def _file_cause(method: Method, injection: Injection, because: tuple[str, Any] |
 
 
 def _as_merged(method: Method, bench: Bench) -> str:
-    """If it has a merge rule, the weights alone compute the same, and it can be taken out again."""
+    """Check that the merged weights alone compute the same, and that it can be unmerged."""
     model = bench.perturbed(method)
     wrappers = injection_of(model).wrappers.values()
     expected = bench.logits(model)
@@ -680,7 +682,7 @@ def _as_merged(method: Method, bench: Bench) -> str:
     if bench.merges is False:
         raise MethodError("merge must refuse it: no change of the weights computes the same")
     if not wrappers:
-        return "what it trains of the base lies there already"
+        return "it trains the base's own parameters, so there is nothing to merge"
     if not (off := _off(bench.logits(model), expected)) <= tolerance:
         for wrapper in wrappers:
             x = torch.randn(3, wrapper.base.weight.shape[1])
@@ -707,7 +709,8 @@ def _as_merged(method: Method, bench: Bench) -> str:
 
 
 def _as_unloaded(method: Method, bench: Bench) -> str:
-    """unload gives the base back to the last bit, and the method goes in once more."""
+    """Check that unload restores the base bit for bit, and that the method can be injected
+    again."""
     model = bench.model()
     before = _values(model)
     for _ in range(2):
@@ -727,7 +730,7 @@ def _as_unloaded(method: Method, bench: Bench) -> str:
 
 
 def _as_disabled(method: Method, bench: Bench) -> str:
-    """Switched off, the model computes the base's logits, and afterwards its own again."""
+    """Check that the model gives the base's logits while it is off, and its own afterwards."""
     if not bench.keeps_base:
         return "the base itself is changed, so nothing is compared with it"
     model = bench.perturbed(method, head=True)
@@ -739,7 +742,7 @@ def _as_disabled(method: Method, bench: Bench) -> str:
 
 
 def _as_listed(method: Method, bench: Bench) -> str:
-    """It has rows in the table of all methods, which has those of `check_design`."""
+    """Check its rows in the table of all methods, which has those of `check_design`."""
     for row in check_design(type(method), bench.model(), bench.batch):
         if not row["places"] or row["gap"] > _EXACT:
             raise MethodError("by the example of its design, the formula is not what running gives")
@@ -750,7 +753,7 @@ def _as_listed(method: Method, bench: Bench) -> str:
 
 
 def _as_copied(method: Method, bench: Bench) -> str:
-    """A deep copy computes the same, and neither knows of the other."""
+    """Check that a deep copy computes the same and is independent."""
     model = bench.perturbed(method)
     expected, twin = bench.logits(model), copy.deepcopy(model)
     bench.require(twin, expected, "a deep copy of the model computes something else")
@@ -767,7 +770,7 @@ def _as_copied(method: Method, bench: Bench) -> str:
 
 
 def _as_cast(method: Method, bench: Bench) -> str:
-    """In 16 and 64 bits it computes, learns and merges; in 16 bits its parameters have 32."""
+    """Check that it computes, learns and merges in 16 and 64 bits; in 16 its parameters have 32."""
     wide = expected = None
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         base = bench.model().to(dtype)
@@ -807,7 +810,7 @@ def _as_cast(method: Method, bench: Bench) -> str:
 
 
 def _as_counted(method: Method, bench: Bench) -> str:
-    """On the meta device, without any value, it has the same parameters and goes the same ways."""
+    """Check that it has the same parameters on the meta device, and can be run and merged there."""
     model = bench.model().to("meta")
     model.tie_weights()
     if _shapes(method, bench) != _shapes(method, bench, model):
@@ -828,7 +831,7 @@ def _as_counted(method: Method, bench: Bench) -> str:
 
 
 def _as_generated(method: Method, bench: Bench) -> str:
-    """A decoder generates the same with a cache, without one, and by its plain forward."""
+    """Check that a decoder generates the same with a cache, without one, and by plain forward."""
     if not bench.base.can_generate():
         return "the model does not generate"
     model = bench.perturbed(method)
@@ -850,7 +853,7 @@ _NOT_OF_FILES = ("is_gradient_checkpointing", "Sparse invariant checks")
 
 
 def _as_exchanged(method: Method, bench: Bench) -> str:
-    """PEFT reads its files, and it reads PEFT's."""
+    """Check that PEFT reads its files, and that it reads PEFT's."""
     if bench.peft is None:
         return "files are not compared with PEFT"
     with warnings.catch_warnings(record=True) as said:
@@ -873,22 +876,22 @@ def _as_exchanged(method: Method, bench: Bench) -> str:
 
 # Each check, and when it was that the method's own code raised something in it.
 CHECKS: dict[Callable[[Method, Bench], str], str] = {
-    _as_declared: "when it was looked at it",
-    _as_named: "when it was looked at it",
-    _as_injected: "when it was put into the base it",
-    _as_designed: "when its design was compared with running it",
-    _as_trained: "when it was trained it",
-    _as_saved: "when it was saved and loaded it",
-    _as_set: "when another value of a field was tried it",
-    _as_merged: "when it was merged it",
-    _as_unloaded: "when it was taken out it",
-    _as_listed: "when it was looked up in the table it",
-    _as_disabled: "when it was switched off it",
-    _as_copied: "when the model was copied it",
-    _as_cast: "when it was put into a base in 16 or 64 bits it",
-    _as_counted: "when it was put into a base on the meta device it",
-    _as_generated: "when it generated a text it",
-    _as_exchanged: "when its files were exchanged with PEFT it",
+    _as_declared: "when it was looked at, it",
+    _as_named: "when it was looked at, it",
+    _as_injected: "when it was put into the base, it",
+    _as_designed: "when its design was compared with running, it",
+    _as_trained: "when it was trained, it",
+    _as_saved: "when it was saved and loaded, it",
+    _as_set: "when another value of a field was tried, it",
+    _as_merged: "when it was merged, it",
+    _as_unloaded: "when it was taken out, it",
+    _as_listed: "when it was looked up in the table, it",
+    _as_disabled: "when it was switched off, it",
+    _as_copied: "when the model was copied, it",
+    _as_cast: "when it was put into a base in 16 or 64 bits, it",
+    _as_counted: "when it was put into a base on the meta device, it",
+    _as_generated: "when it generated a text, it",
+    _as_exchanged: "when its files were exchanged with PEFT, it",
 }
 # A learner's method of exercise 11.3 need not do more than these.
 OF_A_LESSON = list(CHECKS)[: list(CHECKS).index(_as_listed) + 1]
@@ -906,7 +909,7 @@ def check_method(method: Method, base: nn.Module | None = None, **expected: Any)
     Raises MethodError with a sentence that names the mistake. A method with a `design` is compared
     with it on a BERT, where designs observe their places."""
     if not isinstance(method, Method):
-        raise MethodError(f"hand over a method, such as LoRA(rank=4), not {kind(method)}")
+        raise MethodError(f"pass a method, such as LoRA(rank=4), not {kind(method)}")
     bench = Bench(**({} if base is None else {"base": base}), **{"loaded": method, **expected})
     skipped = set()
     if not bench.own_type:

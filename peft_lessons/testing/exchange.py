@@ -88,7 +88,7 @@ def _exchanged(base: nn.Module, ours: nn.Module, config, steps: int) -> dict[str
     @torch.no_grad()
     def logits(model: nn.Module) -> torch.Tensor:
         values = model.eval()(**text).logits
-        # A prompt's own places come first; a classifier has none.
+        # A prompt's own positions come first; a classifier has none.
         return values[:, -text["input_ids"].shape[1] :] if values.dim() == 3 else values
 
     perturb(ours, 0.1, None)
@@ -127,7 +127,7 @@ def _exchanged(base: nn.Module, ours: nn.Module, config, steps: int) -> dict[str
 
 
 def _train(model: nn.Module, batch: dict, steps: int, penalty=lambda: 0.0, after=None) -> None:
-    """Steps on one batch, in eval mode: nothing is dropped, and the values move all the same."""
+    """Train on one batch in eval mode, without dropout, so that the values change."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for step in range(1, steps + 1):
         (model.eval()(**batch).loss + penalty()).backward()
@@ -138,7 +138,7 @@ def _train(model: nn.Module, batch: dict, steps: int, penalty=lambda: 0.0, after
 
 
 def _in_four_bits(base: nn.Module, quantised: set[str]) -> nn.Module:
-    """A copy of `base` in which bitsandbytes holds these layers in NF4, with doubled scales."""
+    """Return a copy of `base` whose layers bitsandbytes holds in NF4 with double quantisation."""
     others = [n for n, m in base.named_modules() if type(m) is nn.Linear and n not in quantised]
     settings = nf4(base.dtype, others)
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ def _in_four_bits(base: nn.Module, quantised: set[str]) -> nn.Module:
 
 def _rename_norms(folder: Path, method: PartialFineTuning, config, injection: Injection) -> None:
     """Turn our file into PEFT's and PEFT's into ours. The numbers are the same, whole norms; PEFT
-    puts the trained norm beside the first one, and that shows in the names."""
+    puts the trained norm next to the first one, which shows in the names."""
     heads = tuple(f"base_model.model.{path}." for path in injection.in_full)
     tensors = load_file(folder / "ours" / WEIGHTS)
     for key in [key for key in tensors if not key.startswith(heads)]:

@@ -28,8 +28,8 @@ def answer_questions(
     temperature: float | None = None,
 ) -> list[tuple[str, bool]]:
     """Return the assistant's answer to each question, of up to `tokens` tokens, and whether the
-    assistant ended it itself. The answer takes the most likely token at each place, or is sampled
-    with a temperature from torch's global random state.
+    assistant ended it itself. The answer takes the most likely token at each position, or is
+    sampled with a temperature from torch's global random state.
 
     Each question is a chat of its own, in the tokenizer's chat template; `size` questions are
     answered at a time. Raises ValueError for a tokenizer without a chat template."""
@@ -40,7 +40,7 @@ def answer_questions(
     for k in range(0, len(questions), size):
         chats = [[{"role": "user", "content": question}] for question in questions[k : k + size]]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        # On the left: an answer continues the last place of its row.
+        # On the left: an answer continues the last position of its row.
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         batch = batch.to(model.device)
         with torch.no_grad():

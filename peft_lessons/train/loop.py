@@ -16,7 +16,7 @@ from tqdm.std import tqdm
 
 from ..engine import Injection, injection_of, refuse_off, validate
 
-FULL_LEARNING_RATE = 1e-4  # without a method, all that is not frozen trains at this rate
+FULL_LEARNING_RATE = 1e-4  # without a method, all unfrozen parameters train with it
 
 
 class TrainingDiverged(RuntimeError):
@@ -143,7 +143,7 @@ def evaluate(model: nn.Module, task, split: str = "test", batch_size: int = 64) 
                 by_row = batch["labels"].dim() == 1
                 if not by_row:
                     # A language model predicts the next token, so the first one has no prediction;
-                    # where a prompt stands before it, it has one, which would not compare.
+                    # where a prompt comes before it, it has one, which would not compare.
                     batch["labels"] = batch["labels"].clone()
                     batch["labels"][:, 0] = -100
                 output, labels = _loss(model, batch), batch["labels"]
@@ -230,7 +230,9 @@ def fit(
     if injection:
         refuse_off(injection, "fit")
     if injection and injection.merged:
-        raise RuntimeError("fit: the method is merged, nothing it added is used; unmerge(model)")
+        raise RuntimeError(
+            "fit: the method is merged, so its parameters are not used; unmerge(model) first"
+        )
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(

@@ -105,7 +105,7 @@ def test_right_answer_in_another_style(lesson, name, answer):
 
 
 @pytest.mark.parametrize(("lesson", "name", "answer", "told"), WRONG, **by_name)
-def test_wrong_answer_is_told_its_cause(lesson, name, answer, told):
+def test_a_wrong_answer_gets_its_cause(lesson, name, answer, told):
     message = refusal(CHECKS[lesson][name], handed_over(answer))
     assert told in message
     # A cause that is named is the one that this answer was written for, or none is.
@@ -131,7 +131,7 @@ def test_what_mistakes_are_edits_of_is_right(one):
 
 
 def parts(value):
-    """Every tensor in a value, and every list, dict and module."""
+    """Yield every tensor in a value, and every list, dict and module."""
     if isinstance(value, torch.nn.Module):
         return list(value.parameters())
     if isinstance(value, list | tuple | dict):
@@ -150,12 +150,12 @@ def spoil(part):
 
 
 def own(t):
-    """A copy of a tensor, where it may be a view of an argument."""
+    """Return a copy of a tensor that may be a view of an argument."""
     return t if isinstance(t, torch.nn.Parameter) else t.clone()
 
 
 def changing(number):
-    """The solution, which then changes its argument of this number."""
+    """Return the solution, which then changes its argument of this number."""
 
     def fault(solution):
         def answer(*args):
@@ -170,7 +170,7 @@ def changing(number):
 
 
 def of_tensors(change):
-    """The solution, with every tensor in its result changed."""
+    """Return the solution with every tensor in its result changed."""
 
     def changed(value):
         if isinstance(value, torch.Tensor):
@@ -189,7 +189,7 @@ def narrower(t):
 
 
 def same_numbers(value):
-    """The numbers of a result in other types: they make it no less right."""
+    """Return the numbers of a result in other types, which are as right."""
     if isinstance(value, torch.Tensor):
         kept = isinstance(value, torch.nn.Parameter) or not value.is_floating_point()
         return value if kept else value.double()
@@ -203,7 +203,7 @@ def same_numbers(value):
 
 
 def shuffled(value):
-    """Right in kind and shape, random in value, or a wrong number of the same type."""
+    """Return a value of the right kind and shape with random values, or a wrong number."""
     if isinstance(value, torch.Tensor):
         return torch.rand(value.shape).to(value.dtype)
     if isinstance(value, tuple | list):
@@ -212,7 +212,7 @@ def shuffled(value):
 
 
 def renamed(solution, names):
-    """The solution under another signature."""
+    """Return the solution under another signature."""
 
     def answer(*args):
         return solution(*args)
@@ -223,7 +223,8 @@ def renamed(solution, names):
 
 
 def faults(one, solution):
-    """(answer, what it must be told) of the faults that any answer may have, where they apply."""
+    """Yield (answer, part of its verdict) for the faults that any answer may have, if they
+    apply."""
     for cheap in (None, "W", 7, []):
         yield lambda *args, cheap=cheap: cheap, f"✗ {one.__name__}: "
     yield lambda *args: args[0], f"✗ {one.__name__}: "
@@ -253,7 +254,7 @@ def faults(one, solution):
 
 
 @pytest.mark.parametrize(("lesson", "name"), EXERCISES)
-def test_a_fault_that_any_answer_may_have_is_told(lesson, name):
+def test_a_fault_that_any_answer_may_have_is_named(lesson, name):
     one, solution = CHECKS[lesson][name], SOLUTIONS[lesson][name]
     for answer, told in faults(one, solution):
         assert told in refusal(one, answer)
@@ -267,7 +268,7 @@ def test_a_fault_that_any_answer_may_have_is_told(lesson, name):
 
 
 def gives_numbers(one):
-    """Whether a result is made of numbers whose dtype is not the point."""
+    """Return whether a result is made of numbers whose dtype is not the point."""
     return not (isinstance(one, Tried) or one.changes or one.form == "same")
 
 
@@ -322,7 +323,7 @@ def test_bytes_of_known_models():
 
 @pytest.fixture(scope="module")
 def peft_adapted():
-    """PEFT's LoRA with r 4 and alpha 6 on a token table and a linear layer."""
+    """Return PEFT's LoRA with r 4 and alpha 6 on a token table and a linear layer."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)

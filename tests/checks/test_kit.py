@@ -109,9 +109,9 @@ def test_an_edit_that_is_void_or_double_is_an_error():
     for edits, told in (
         ("it is void\n z → x", "'z' is there 0 times"),
         ("it hits more than it says\n x → 3", "'x' is there 2 times"),
-        ("one\n 2 → 3\n one\n 2 → 4", "'one' is there twice"),
+        ("one\n 2 → 3\n one\n 2 → 4", "'one' occurs twice"),
         ("it has no edit", "'it has no edit' has no edit"),
-        ("2 → 3", "'2 → 3' stands below no sentence"),
+        ("2 → 3", "'2 → 3' has no sentence above it"),
         ("two arrows\n 2 → 3 → 4", "'2 → 3 → 4' must be old → new"),
         ("nothing is left\n 2 →", "'2 →' must be old → new, with ∅ for nothing"),
         ("an unknown function\n = nope", "must be one name of a function you pass"),
@@ -160,7 +160,7 @@ def with_numpy(x, k):
 WRONG = {
     "None": (lambda x, k: None, "the result is None: is a return statement missing?\n"),
     "values": (lambda x, k: x * k + x**2, "the result has wrong values: expected "),
-    "a factor": (lambda x, k: x * k * -1.5, "; yours is -1.5 times the expected everywhere"),
+    "a factor": (lambda x, k: x * k * -1.5, "; yours is -1.5 times the expected values everywhere"),
     "a constant": (lambda x, k: torch.ones(3, 5), "; every entry of yours is 1"),
     "a cause": (lambda x, k: x + k, "Likely cause: it is added."),
     "the second case": (lambda x, k: x * 3.0, "Called with: x (4, 2) float64, k=-2.0"),
@@ -169,10 +169,10 @@ WRONG = {
         lambda x, k: (x * k).detach() + x - x.detach(),
         "the gradient of x has wrong values",
     ),
-    "numpy": (with_numpy, "it fails where gradients are wanted: RuntimeError: Can't call numpy()"),
+    "numpy": (with_numpy, "it fails when gradients are computed: RuntimeError: Can't call numpy()"),
     "too few parameters": (lambda x: x, "Expected scale(x, k)\n  Yours is scale(x)"),
     "turned parameters": (lambda k, x: x * k, "Yours is scale(k, x)"),
-    "a result": (torch.ones(3), "hand over the function itself, not a tensor"),
+    "a result": (torch.ones(3), "pass the function itself, not a tensor"),
 }
 
 
@@ -400,7 +400,10 @@ def test_forbidden_shapes():
             raises=(ValueError, RuntimeError),
         ),
     ],
-    view=lambda model: {"the weight": model.weight, "what trains": model.bias.requires_grad},
+    view=lambda model: {
+        "the weight": model.weight,
+        "the trainable parameters": model.bias.requires_grad,
+    },
     changes=("model",),
 )
 def grow(model, times):
@@ -434,7 +437,7 @@ def test_modules_refusals_and_earlier_calls():
     for answer, told in (
         (variant(last="return model.weight"), "is a tensor, expected a module (Linear)"),
         (variant("return model"), "the weight has wrong values"),
-        (variant(last="return nn.ReLU()"), "what it returned cannot be used: AttributeError"),
+        (variant(last="return nn.ReLU()"), "the returned value cannot be used: AttributeError"),
         (variant("if times == 0: model.requires_grad_(False)"), "the argument model was changed"),
         (variant("vars(model).pop('grown', 0)"), "nothing was raised, where ValueError or Runtime"),
         (variant(last="return copy.deepcopy(model)"), "is not the argument model itself: change"),

@@ -20,7 +20,7 @@ ALT = "A line that rises with the rank."
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were to be shown, each with its alternative text and its caption."""
+    """Return the figures that were shown, each with its alternative text and its caption."""
     found = []
     monkeypatch.setattr(figures, "still", lambda *args: found.append(args[:3]))
     monkeypatch.setattr(figures, "display", lambda shown: None)
@@ -68,7 +68,7 @@ def test_only_the_named_place_is_lit(place, drawn):
     assert not any(other in alt for *_, other in PLACES.values() if other != told)
 
 
-def test_lora_is_lit_beside_its_targets_alone(drawn):
+def test_lora_is_lit_at_its_targets_only(drawn):
     plots.block_map("LoRA", targets=("query", "value"))
     ((fig, alt, _),) = drawn
     assert texts(fig).count("LoRA") == 2 and "A and B beside query and value." in alt

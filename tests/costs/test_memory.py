@@ -46,7 +46,7 @@ ADALORA = AdaLoRA(12, 8, 16, "all-linear", tinit=1, tfinal=10, delta=5, total_st
 
 
 def shallow(name: str, layers: int = 3):
-    """A published configuration, cut to a few of its blocks."""
+    """Return a published configuration, cut to a few of its blocks."""
     settings = MODELS[name].to_dict() | {"num_hidden_layers": layers}
     for of_every_layer in ("layer_types", "no_rope_layers"):
         settings.pop(of_every_layer, None)

@@ -110,7 +110,7 @@ def test_a_logarithmic_axis_is_marked_where_it_is_told_and_keeps_its_range():
     assert not ax.yaxis.get_ticklocs(minor=True).size
 
 
-def test_names_beside_points_lie_neither_on_one_another_nor_on_a_line():
+def test_names_next_to_points_cover_neither_one_another_nor_a_line():
     _, ax = plots.figure(size=(4, 3))
     points = {f"method {n}": (1 + n / 1000, 2.0) for n in range(6)} | {"far": (9, 8)}
     ax.set(xlim=(0, 10), ylim=(0, 10))

@@ -28,7 +28,7 @@ STAMP = {"machine": "one core", "torch": "2", "date": "2026-01-01"}
 
 
 def runs(*rows, **more):
-    """Runs of these (learning rate, seed, validation, test)."""
+    """Return runs of these (learning rate, seed, validation, test)."""
     found = pd.DataFrame(rows, columns=["lr", "seed", "validation", "test"])
     return found.assign(task="sentiment", trainable=1234, **STAMP | more)
 
@@ -104,7 +104,7 @@ def test_mean_and_range_over_seeds():
     assert (found.mean, found.low, found.high, found.n) == pytest.approx((84, 83, 85, 2))
     assert repr(found) == "84.0 (83.0 to 85.0, 2 seeds)"
     assert repr(Spread(38.04, 38.04, 38.04, 1)) == "38.0 (1 seed)"
-    for wrong, message in ((MINE[:0], "matches nothing"), (MINE, "seed 0 is there twice")):
+    for wrong, message in ((MINE[:0], "matches nothing"), (MINE, "seed 0 occurs twice")):
         with pytest.raises(ValueError, match=message):
             mean_and_range(wrong, "test")
 
@@ -115,7 +115,7 @@ def test_the_learning_rate_is_chosen_by_validation_of_the_first_seed():
     assert rate == 0.1 and found["seed"].tolist() == [0, 1]
     assert best_lr(tried.assign(task="austen"))[0] == 0.3, "of perplexities the lower one"
     assert best_lr(pd.concat([tried, runs((0.01, 0, 0.8, 0))]))[0] == 0.01, "of equals the smaller"
-    with pytest.raises(ValueError, match="no run with seed 0"):
+    with pytest.raises(ValueError, match="every run with seed 0"):
         best_lr(tried[1:2])
 
 
@@ -135,7 +135,7 @@ def test_a_difference_is_paired_by_seed():
 
 
 def answers(*flags):
-    """Runs that get these sentences right, the first sentence being the last bit."""
+    """Return runs that get these sentences right; the first sentence is the last bit."""
     return pd.DataFrame([{"sentences": 4, "right": f"{int(each, 2):x}"} for each in flags])
 
 
@@ -192,22 +192,23 @@ def test_a_comparison_shows_each_way_at_its_best_learning_rate():
     ways = study(mine=MINE, base=MINE[2:].assign(lr=0.0, date="2026-02-02"))
     lines = repr(ways.compare({"seeds": len})).splitlines()
     assert lines[0].split("  ")[0] == "minilm, movie sentiment, 200 steps"
-    assert "84.0 (83.0 to 85.0, 2 seeds)" in lines[1] and "1,234   0.1" in lines[1]
+    assert "learning rate" in lines[0]
+    assert "84.0 (83.0 to 85.0, 2 seeds)" in lines[1] and lines[1].split()[1:3] == ["1,234", "0.1"]
     assert lines[2].split() == ["base", "1,234", "1", "90.0"]
     assert lines[3] == "one core · torch 2 · 2026-01-01 to 2026-02-02"
     with pytest.raises(ValueError, match="'sentiment', 'austen'"):
         study(mine=MINE, other=MINE.assign(task="austen")).compare()
 
 
-def test_every_rate_that_was_tried_is_shown_with_its_choice():
+def test_every_learning_rate_that_was_tried_is_shown_with_its_scores():
     lines = repr(study(mine=MINE, other=MINE[:1].assign(lr=1.0)).by_lr()).splitlines()
-    assert re.findall(r"rate \S+", lines[0]) == ["rate 0.01", "rate 0.1", "rate 1"]
+    assert re.findall(r"lr \S+", lines[0]) == ["lr 0.01", "lr 0.1", "lr 1"]
     assert lines[1].split()[1:] == ["60.0", "/", "90.0", "80.0", "/", "85.0"]
     assert lines[2].split()[1:] == ["80.0", "/", "85.0"]
 
 
 @pytest.mark.parametrize("task, count", [("sentiment", 4), ("austen", 3)])
-def test_ways_stand_among_the_references_of_their_task(task, count):
+def test_ways_are_listed_among_the_references_of_their_task(task, count):
     least, *others = references = Study.references(task)
     assert len(others) == count - 1 and others[-1] == "full fine-tuning"
     scores = references.scores()
@@ -237,7 +238,9 @@ def test_a_study_says_what_it_holds_and_what_it_lacks():
 
 def test_stored_costs_of_the_named_methods():
     text = repr(stored_costs("minilm", {"lora": "LoRA, rank 8, query and value"}))
-    assert "on minilm" in text and "74,498" in text and "MiB" in text and "32 texts" in text
+    assert "on minilm" in text and "74,498" in text and "MiB" in text
+    assert "forward pass, 1 text" in text and "32 texts" in text
+    assert "generation, 1 text" in repr(stored_costs("tinylm", {"full": "full"}))
     assert "32 texts" not in repr(stored_costs("tinylm", {"full": "full"}, answers=False))
     with pytest.raises(ValueError, match="no row 'bitfit' for tinylm, ours; it has full"):
         stored_costs("tinylm", {"bitfit": "BitFit"})

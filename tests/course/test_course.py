@@ -91,7 +91,7 @@ def test_its_syntax_is_that_of_the_first_python_3():
     assert names <= sys.stdlib_module_names
 
 
-def test_an_outdated_python_is_told_which_it_is():
+def test_the_message_names_an_outdated_python():
     source = SCRIPT.read_text(encoding="utf-8")
     before = "import sys; sys.version_info = (3, 4, 0)\n"
     start = source.index('if __name__ == "__main__"')
@@ -254,7 +254,7 @@ def test_a_second_run_changes_nothing_and_a_newer_list_of_packages_updates(cours
     assert course.ran[len(first) :] and not any("venv" in line for line in course.ran[len(first) :])
 
 
-def test_a_set_up_that_is_cut_short_begins_anew(course):
+def test_a_set_up_that_is_cut_short_starts_again(course):
     course.failing = ("-e",)
     with pytest.raises(course.Trouble):
         course.main(["setup"])
@@ -268,7 +268,7 @@ def test_a_set_up_that_is_cut_short_begins_anew(course):
 
 
 @pytest.mark.parametrize("stamp", ['{"root": "/elsewhere"}', '{"root": ', "python is gone"])
-def test_a_set_up_that_was_moved_or_is_not_whole_begins_anew(course, stamp):
+def test_a_set_up_that_was_moved_or_is_incomplete_starts_again(course, stamp):
     course.main(["setup"])
     if stamp == "python is gone":
         del course.interpreters[course.PYTHON]
@@ -431,7 +431,7 @@ def test_this_interpreter_says_of_itself_what_it_is():
         ("win32", "", "Intel64", None),
     ],
 )
-def test_systems_without_pytorch_are_told_so(monkeypatch, system, version, chip, told):
+def test_systems_without_pytorch_get_a_message(monkeypatch, system, version, chip, told):
     course = loaded()
     monkeypatch.setattr(course.sys, "platform", system)
     monkeypatch.setattr(course, "WINDOWS", system == "win32")

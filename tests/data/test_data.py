@@ -45,7 +45,7 @@ def unpacked(table: str) -> io.StringIO:
 
 @pytest.fixture(scope="module")
 def rows():
-    """Every row of every domain: (domain, split, rating, text)."""
+    """Return every row of every domain: (domain, split, rating, text)."""
     result = []
     for domain in DOMAINS:
         reader = csv.DictReader(unpacked(f"sentiment/{domain}"))
@@ -80,7 +80,7 @@ def test_the_files_are_those_of_the_checksums_and_of_the_readme():
 
 
 def share_of(key: str) -> float:
-    """Where a key lies between 0 and 1, by its digest."""
+    """Return a number between 0 and 1 for a key, by its digest."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
@@ -109,7 +109,7 @@ def test_the_encoder_is_what_the_readme_says():
     weights = load_file(DATA / "models/minilm/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     count = sum(tensor.numel() for tensor in weights.values())
-    assert f"{len(weights)} tensors, {count:,} numbers" in " ".join(README.split())
+    assert f"{len(weights)} tensors, {count:,} parameters" in " ".join(README.split())
 
 
 def rebuilt(variable, code):
@@ -161,7 +161,7 @@ def test_build_refuses_another_archive(tmp_path, monkeypatch, script):
 
 @pytest.fixture(scope="module")
 def chapters():
-    """Every chapter of the novels: (split, novel, number) and its paragraphs."""
+    """Return every chapter of the novels: (split, novel, number) and its paragraphs."""
     found = {}
     for split in SPLITS:
         text = bz2.decompress((DATA / f"tasks/austen/{split}.txt.bz2").read_bytes()).decode()
@@ -205,7 +205,7 @@ def test_readme_counts_of_the_novels(chapters, split):
 
 @pytest.fixture(scope="module")
 def nouns():
-    """Every row of the noun definitions: (split, category, word, definition)."""
+    """Return every row of the noun definitions: (split, category, word, definition)."""
     header, *rows = csv.reader(unpacked("wordnet/nouns"))
     assert header == ["split", "category", "word", "definition"]
     return rows
@@ -250,7 +250,7 @@ def sentences(text: str) -> int:
 
 @pytest.fixture(scope="module")
 def pairs():
-    """Every row of the preferences: a prompt with a chosen and a rejected answer."""
+    """Return every row of the preferences: a prompt with a chosen and a rejected answer."""
     with (DATA / "tasks/preferences/pairs.csv").open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         assert reader.fieldnames == ["split", "prompt", "chosen", "rejected"]
@@ -291,7 +291,7 @@ def test_the_decoder_is_what_the_readme_says():
     config = json.loads((DATA / "models/tinylm/config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"]
     for told in (
-        f"{len(tensors)} tensors, {count:,} numbers, in fp16",
+        f"{len(tensors)} tensors, {count:,} parameters, in fp16",
         f"hidden size {config['hidden_size']}, {config['num_hidden_layers']} layers, "
         f"{config['num_attention_heads']} heads and {config['num_key_value_heads']} key-value "
         f"heads, intermediate size {config['intermediate_size']}",

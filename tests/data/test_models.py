@@ -44,7 +44,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Folders with tiny models: a BERT without its pooler, a DistilBERT and a Llama."""
+    """Return folders with tiny models: a BERT without its pooler, a DistilBERT and a Llama."""
     top = tmp_path_factory.mktemp("tiny")
     size = dict(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
     size |= dict(intermediate_size=128)
@@ -66,7 +66,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def copy_of_data(tmp_path, monkeypatch):
-    """A data folder of our own with the bundled encoder, to be damaged."""
+    """Return a data folder of our own with the bundled encoder, to be damaged."""
     shutil.copytree(data_folder() / "models/minilm", tmp_path / "models/minilm")
     shutil.copy(data_folder() / "checksums.json", tmp_path)
     monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))

@@ -250,12 +250,12 @@ def test_limit_of_blocks(austen):
 def test_refusals_of_language_tasks(austen, tokenizer):
     with pytest.raises(ValueError, match=r"'austen' has no classes.*batches\('test'\) gives them"):
         austen.labels("test")
-    with pytest.raises(ValueError, match="texts has one without a token: ''"):
+    with pytest.raises(ValueError, match="texts contains a text without a token: ''"):
         austen.encode(["Emma", ""])
     with pytest.raises(ValueError, match=r"needs the tokenizer of a language model.*tinylm"):
         load_task("austen", tokenizer)
     lone = Split(("a", "b c"), ((5,), (5, 6)))
-    with pytest.raises(ValueError, match="split 'train' has a block of less than 2 tokens"):
+    with pytest.raises(ValueError, match="split 'train' has a block of fewer than 2 tokens"):
         LanguageTask("mine", {"train": lone}, tokenizer, 16)
 
 

@@ -42,8 +42,7 @@ from peft_lessons import (
 )
 from peft_lessons.engine import CONFIG, WEIGHTS, Method, PeftFiles, injection_of, read_adapter
 
-# A module that trains in full, beside the fresh head of bert.
-WHOLE = {"llama": "model.norm", "bert": "pooler"}  # trains in full, beside bert's fresh head
+WHOLE = {"llama": "model.norm", "bert": "pooler"}  # trains in full, with the new head of bert
 IDS = torch.arange(3, 27).view(2, 12)
 QV = LoRA(rank=4, alpha=6, targets=("q_proj", "v_proj"))
 
@@ -75,7 +74,7 @@ def in_ours(base, folder):
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of an adapter for tiny_llama."""
+    """Return the folder of an adapter for tiny_llama."""
     return save_adapter(adapted(tiny_llama()), tmp_path / "adapter")
 
 
@@ -83,7 +82,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_what_trains_in_full_opens_in_peft_without_a_warning_and_back(name, tmp_path, recwarn):
+def test_modules_that_train_in_full_go_to_peft_and_back_without_a_warning(name, tmp_path, recwarn):
     build, targets, whole = MODELS[name], TARGETS[name], WHOLE[name]
     ours = adapted(build(), LoRA(4, 6, targets), whole)
     save_adapter(ours, tmp_path)
@@ -105,7 +104,7 @@ def test_what_trains_in_full_opens_in_peft_without_a_warning_and_back(name, tmp_
     assert same(state(unload(ours)), untouched)
 
 
-def test_a_fresh_head_goes_with_its_task_type(tmp_path):
+def test_a_new_head_goes_with_its_task_type(tmp_path):
     ours = adapted(tiny_bert(), LoRA(4, 6, ("query",)))
     save_adapter(ours, tmp_path)
     config = read_config(tmp_path)
@@ -218,7 +217,7 @@ class Stop(BaseException):
 
 
 def save_other(folder):
-    """Another adapter into the same folder: other values and another config."""
+    """Save another adapter into the same folder: other values and another config."""
     save_adapter(adapted(tiny_llama(), LoRA(2, 5, ("k_proj",))), folder)
 
 
@@ -308,7 +307,7 @@ def test_the_folder_must_not_be_a_file(saved):
 
 
 def not_loaded(folder, message, model=None, error=ValueError, **options):
-    """Loading is refused, and neither the model nor a file has changed."""
+    """Assert that loading is refused, and that neither the model nor a file has changed."""
     model = tiny_llama() if model is None else model
     files = contents(folder) if folder.is_dir() else None
     with refused(model, message, error):
@@ -362,8 +361,8 @@ CONFIGS = {
     "saved module that is missing": (dict(modules_to_save=["norm"]), "misses .*norm.weight"),
     "saved modules as a string": (dict(modules_to_save="norm"), "must be a list of module names"),
     "no type": (dict(peft_type=...), "names no peft_type"),
-    "another type": (dict(peft_type="XLORA"), "'XLORA' is no method of the course; known.*LORA"),
-    "type list": (dict(peft_type=["LORA"]), "is no method of the course"),
+    "another type": (dict(peft_type="XLORA"), "'XLORA' is not a method of the course; known.*LORA"),
+    "type list": (dict(peft_type=["LORA"]), "is not a method of the course"),
     "another base": (
         dict(base_model_name_or_path="owner/other"),
         "made for 'owner/other', this model is 'owner/tiny': .*check_base=False",
@@ -408,7 +407,7 @@ def test_files_that_are_cut_off(saved, file, share):
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '{"a": 1}', "nonsense"])
-def test_json_that_is_no_adapter(saved, text):
+def test_json_that_is_not_an_adapter(saved, text):
     (saved / CONFIG).write_text(text, encoding="utf-8")
     not_loaded(saved, f"{CONFIG} in .*(names no peft_type|is broken)")
 
@@ -480,7 +479,7 @@ def test_onto_a_model_that_holds_a_method(saved):
 
 @dataclass(frozen=True)
 class Shifted(Method):
-    """Attached to the whole model, as prompt methods are."""
+    """Attach to the whole model, as prompt methods do."""
 
     start: str = "zeros"
     files = PeftFiles(

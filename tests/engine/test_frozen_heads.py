@@ -103,7 +103,7 @@ def another_head(model):
 
 
 def saved(family, folder, method, modules_to_save=()):
-    """(a model with the method, whose adapter lies in the folder; what inject told)"""
+    """Return (a model with the method, saved in the folder; the report of inject)."""
     ours = base_of(family)
     told = inject(ours, method, modules_to_save)
     save_adapter(perturb(ours), folder)
@@ -215,7 +215,7 @@ def test_a_head_in_modules_to_save_is_in_the_file_and_trains(family, tmp_path):
     assert torch.equal(logits(base), logits(ours)) and training(base) == training(ours)
 
 
-def test_a_part_of_a_head_is_no_head_for_peft(tmp_path):
+def test_a_part_of_a_head_is_not_a_head_for_peft(tmp_path):
     ours, _ = saved("roberta", tmp_path, LoRA(4, 6, ("query",)), ("out_proj",))
     assert read_config(tmp_path)["task_type"] is None
     assert apart(opened_by_peft(base_of("roberta"), tmp_path), ours) < 1e-6

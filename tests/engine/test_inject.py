@@ -54,7 +54,7 @@ def injected():
     return perturb(model, seed=7)
 
 
-def test_only_the_factors_and_a_fresh_head_train():
+def test_only_the_factors_and_a_new_head_train():
     model = tiny_bert()
     told = inject(model, LoRA(rank=4, alpha=6, targets=("query", "value")))
     training = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -65,7 +65,7 @@ def test_only_the_factors_and_a_fresh_head_train():
     assert told.total == sum(p.numel() for p in model.parameters())
     assert len(told.modules) == 4 and told.fresh == ("classifier",)
     text = repr(told)
-    assert "fresh head" in text and f"{told.trainable:,}" in text and "64→64" in text
+    assert "new head" in text and f"{told.trainable:,}" in text and "64→64" in text
     assert repr(report(model)) == text
 
 
@@ -108,7 +108,7 @@ BAD = {
     "one of several does not match": (("q_proj", "nope"), "'nope' matches no module"),
     "a substring": (("proj",), "'proj' matches no module"),
     "a name as a string": ("q_proj", r"\('q_proj',\)"),
-    "a broken pattern": ("(", "no regular expression"),
+    "a broken pattern": ("(", "not a regular expression"),
     "a norm": (("input_layernorm",), "LlamaRMSNorm"),
     "a container": (("self_attn",), "LlamaAttention"),
     "nothing": ((), "empty"),
@@ -220,7 +220,7 @@ def test_modules_to_save_are_checked():
             inject(model, QV, modules_to_save=(name,))
 
 
-def test_what_is_no_method_no_model_or_no_target_is_refused():
+def test_a_wrong_method_model_or_target_is_refused():
     with pytest.raises(TypeError, match="LoRA"):
         inject(tiny_llama(), "lora")
     with pytest.raises(TypeError, match="torch.nn.Module"):
@@ -409,7 +409,7 @@ class ScaledLinear(AdapterLayer):
 
 @dataclass(frozen=True)
 class Scale(Method):
-    """Wraps, but has no merge rule."""
+    """Wrap layers, without a merge rule."""
 
     targets: tuple[str, ...] = ("q_proj",)
     files = PeftFiles("TEST_SCALE", tensors={"scale": "scale"})
@@ -429,7 +429,7 @@ class Shift(nn.Module):
 
 @dataclass(frozen=True)
 class ShiftEmbeddings(Method):
-    """Attaches one module for the whole model, with a hook."""
+    """Attach one module for the whole model, with a hook."""
 
     files = PeftFiles("TEST_SHIFT", tensors={"shift": "shift_embeddings"})
 
@@ -441,7 +441,7 @@ class ShiftEmbeddings(Method):
 
 @dataclass(frozen=True)
 class Norms(Method):
-    """Selects parameters of the base."""
+    """Select parameters of the base."""
 
     missing: bool = False
     files = PeftFiles("TEST_NORMS")
@@ -501,7 +501,7 @@ def test_a_selecting_method():
         inject(bare, Norms())
 
 
-def test_merged_what_a_method_trains_of_the_base_stays():
+def test_merging_keeps_the_base_parameters_that_a_method_trains():
     model = tiny_llama()
     inject(model, Norms())
     with torch.no_grad():
@@ -533,7 +533,7 @@ def test_a_failing_wrap_changes_nothing(monkeypatch):
         inject(model, Scale())
 
 
-def test_the_report_names_selected_parameters_beside_the_head():
+def test_the_report_names_selected_parameters_and_the_head():
     model = tiny_bert()
 
     @dataclass(frozen=True)
@@ -546,7 +546,7 @@ def test_the_report_names_selected_parameters_beside_the_head():
     told = inject(model, KeyBiases())
     assert told.whole == ("classifier", *KeyBiases().select(model))
     assert told.whole_parameters == told.trainable == 2 * 64 + 2 * 64 + 2
-    assert "classifier (fresh head), 2 × key.bias" in repr(told)
+    assert "classifier (new head), 2 × key.bias" in repr(told)
 
 
 def test_a_class_with_other_files_breaks_no_other_method():

@@ -28,7 +28,7 @@ def train(model, steps=10, task=TASK, **kw):
     return fit(model, task, steps, **({"lr": 3e-3, "show": False} | kw))
 
 
-def test_training_lowers_the_loss_and_moves_only_what_trains():
+def test_training_lowers_the_loss_and_changes_only_trainable_parameters():
     model = injected()
     before = state(model)
     history = train(model, 60, lr=1e-2, weight_decay=0.1)
@@ -98,7 +98,7 @@ def test_nan_stops_before_it_reaches_the_weights():
 
 
 class OwnLoss(nn.Module):
-    """Two numbers, and what a function makes of them."""
+    """Hold two parameters, and return a function of them."""
 
     def __init__(self, output):
         super().__init__()
@@ -243,7 +243,7 @@ class Counting(AdapterLayer):
 
 @dataclass(frozen=True)
 class Hooked(Method):
-    """Counts the steps in a buffer, adds a penalty, and insists on a number of steps."""
+    """Count the steps in a buffer, add a penalty, and require a number of steps."""
 
     total: int = 10
     targets: tuple[str, ...] = ("query",)

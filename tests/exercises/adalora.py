@@ -39,7 +39,7 @@ def expanded(P, Q):
 # ------------------------------------------------------------------ update_importance
 
 
-@wrong("update_importance", "the uncertainty measures from the old sensitivity")
+@wrong("update_importance", "the uncertainty is measured from the old sensitivity")
 def uncertainty_first(weight, grad, sensitivity, uncertainty, beta1, beta2):
     i = (weight * grad).abs()
     u = torch.lerp((i - sensitivity).abs(), uncertainty, beta2)
@@ -72,7 +72,7 @@ def through_the_old_one(weight, grad, sensitivity, uncertainty, beta1, beta2):
 # ------------------------------------------------------------------ cubic_budget
 
 
-@wrong("cubic_budget", "after total − tfinal what is left is negative")
+@wrong("cubic_budget", "after total − tfinal the share that is left is negative")
 def end_not_held(step, initial, final, tinit, tfinal, total):
     share = 1 - max(step - tinit, 0) / (total - tfinal - tinit)
     return int(final + (initial - final) * share**3)
@@ -109,14 +109,14 @@ def kth_value(scores, budget):
     return [s > cut for s in scores]
 
 
-@wrong("mask_to_budget", "scores that are equal at the edge all go, as in PEFT")
+@wrong("mask_to_budget", "all triplets whose score equals the threshold are pruned, as in PEFT")
 def as_in_the_library(scores, budget):
     pooled = torch.cat(scores)
     cut = pooled.kthvalue(len(pooled) - budget).values if budget < len(pooled) else -1e9
     return [s > cut for s in scores]
 
 
-@wrong("mask_to_budget", "scores that are equal at the edge all stay: that is above the budget")
+@wrong("mask_to_budget", "all triplets whose score equals the threshold stay")
 def at_least_the_last(scores, budget):
     cut = torch.cat(scores).sort(descending=True).values[budget - 1]
     return [s >= cut for s in scores]

@@ -60,7 +60,7 @@ def by_layers(h, w_down, b_down, w_up, b_up):
 # ------------------------------------------------------------------ adapted_output
 
 
-@wrong("adapted_output", "what the adapter reads is added once more")
+@wrong("adapted_output", "the adapter's input is added once more")
 def residual_inside(x, h, adapter, norm, kind):
     t = {"houlsby": h, "pfeiffer": norm(x + h), "parallel": x}[kind]
     return norm(x + h + (t + adapter(t)))
@@ -94,7 +94,7 @@ def other_names(x, h, adapter, norm, kind):
     return norm(x + h + adapter(t))
 
 
-@wrong("adapted_output", "houlsby and parallel have changed places")
+@wrong("adapted_output", "houlsby and parallel are swapped")
 def changed_places(x, h, adapter, norm, kind):
     t = {"parallel": h, "pfeiffer": norm(x + h), "houlsby": x}[kind]
     return norm(x + h + adapter(t))
@@ -193,7 +193,7 @@ def held_by_its_hook_alone(layer, width):
     return layer
 
 
-@wrong("insert_adapters", "there is one adapter")
+@wrong("insert_adapters", "both sublayers share one adapter")
 def one_for_both(layer, width):
     adapter = Adapter(layer.output.dense.out_features, width)
     return sequential(layer, width, make=lambda d, m: adapter)
@@ -243,7 +243,7 @@ def large_start(layer, width):
     return sequential(layer, width, make=make)
 
 
-@wrong("insert_adapters", "what is returned is not the argument layer itself")
+@wrong("insert_adapters", "the result is not the argument layer itself")
 def a_copy(layer, width):
     return sequential(deepcopy(layer), width)
 
@@ -311,7 +311,7 @@ def ratio_of_variances(adapter, h):
     return by_means(adapter, h) ** 2
 
 
-@wrong("identity_gap", "the ratio is taken of each vector and then averaged")
+@wrong("identity_gap", "the ratio is computed for each vector and then averaged")
 def averaged(adapter, h):
     return (F.pairwise_distance(adapter(h), h, eps=0) / h.norm(dim=-1)).mean().item()
 

@@ -42,7 +42,7 @@ def the_exponent(alpha, rank):
     return 0.5
 
 
-@wrong("rslora_scaling", "the result is cut to a whole number")
+@wrong("rslora_scaling", "the result is rounded down to a whole number")
 def cut(alpha, rank):
     return int(alpha / math.sqrt(rank))
 
@@ -95,11 +95,13 @@ end_b = wrong("loraplus_groups", "other names have a capital B too")(split(lambd
 any_lora = wrong("loraplus_groups", "A is in B's group too")(split(lambda n: "lora_" in n))
 small = wrong("loraplus_groups", "no B is found")(split(lambda n: "lora_b" in n))
 first = wrong("loraplus_groups", "no B is found")(split(lambda n: n.startswith("lora_B")))
-last = wrong("loraplus_groups", "at the end of its name")(split(lambda n: n.endswith("lora_B")))
+last = wrong("loraplus_groups", "lora_B is looked for at the end of a name")(
+    split(lambda n: n.endswith("lora_B"))
+)
 peft_only = wrong("loraplus_groups", "only PEFT's names are found")(
     split(lambda n: n.endswith("lora_B.default.weight"))
 )
-not_b = wrong("loraplus_groups", "the lists have changed places")(split(lambda n: not b(n)))
+not_b = wrong("loraplus_groups", "the lists are swapped")(split(lambda n: not b(n)))
 found = right("loraplus_groups")(split(lambda n: n.find("lora_B") >= 0))
 
 
@@ -157,7 +159,7 @@ def svd(W):
     return torch.linalg.svd(W, full_matrices=False)
 
 
-@wrong("pissa_init", "torch.linalg.svd gives Vᵀ already")
+@wrong("pissa_init", "torch.linalg.svd returns Vᵀ already, whose rows are the vectors")
 def numpy_s_v(weight, rank):
     U, S, V = svd(weight)
     A, B = (V.T[:rank].T * S[:rank].sqrt()).T, U[:, :rank] * S[:rank].sqrt()
@@ -187,7 +189,7 @@ def rows_of_u(weight, rank):
     return A, B, weight - B @ A
 
 
-@wrong("pissa_init", "A and B have changed places")
+@wrong("pissa_init", "A and B are swapped")
 def b_before_a(weight, rank):
     A, B = leading(weight, rank)
     return B, A, weight - B @ A
@@ -245,7 +247,7 @@ def from_eigenvectors(weight, rank):
 # ------------------------------------------------------------------ loftq_init
 
 
-@wrong("loftq_init", "this is what one step gives")
+@wrong("loftq_init", "this is the result of one step")
 def once(weight, rank, quantize, steps):
     Q = quantize(weight)
     return *leading(weight - Q, rank), Q
@@ -321,7 +323,7 @@ def recursive(weight, rank, quantize, steps):
 # ------------------------------------------------------------------ intruder_dimensions
 
 
-@wrong("intruder_dimensions", "each vector is compared with the one at its own place only")
+@wrong("intruder_dimensions", "compared only with w0's vector of the same index")
 def place_by_place(w0, w1, k, eps):
     U0, U1 = svd(w0)[0], svd(w1)[0]
     return sum(abs(torch.dot(U0[:, j], U1[:, j])) < eps for j in range(k)).item()
@@ -332,7 +334,7 @@ def other_axis(w0, w1, k, eps):
     return ((svd(w0)[0].T @ svd(w1)[0][:, :k]).abs().amax(1) < eps).sum()
 
 
-@wrong("intruder_dimensions", "w0 and w1 have changed places")
+@wrong("intruder_dimensions", "w0 and w1 are swapped")
 def who_is_lost(w0, w1, k, eps):
     return sum(max((svd(w1)[0].T @ u).abs()) < eps for u in svd(w0)[0].T[:k])
 

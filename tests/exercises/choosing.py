@@ -49,7 +49,7 @@ def pareto_by_a_sweep(costs, scores):
     return front
 
 
-@wrong("pareto_front", "with >= the sweep by cost also keeps a dearer point")
+@wrong("pareto_front", "with >= the sweep by cost also keeps a more expensive point")
 def sweep_with_equals(costs, scores):
     front, best = [], -math.inf
     for i in sorted(range(len(costs)), key=lambda i: costs[i]):
@@ -136,7 +136,7 @@ def by_the_root_of_the_degrees(scores_a, scores_b):
     return d.mean(), d.mean() - half, d.mean() + half
 
 
-@wrong("paired_difference", "nothing was raised, where ValueError was due")
+@wrong("paired_difference", "nothing was raised, where ValueError was expected")
 def any_length(scores_a, scores_b):
     d = [a - b for a, b in zip(scores_a, scores_b, strict=False)]
     if len(d) == 1:
@@ -215,7 +215,7 @@ def rounded_intervals(needs, gpu_gb, scores):
     return answer | {"behind": behind}
 
 
-@wrong("defend_choice", "`behind` has the sign turned")
+@wrong("defend_choice", "`behind` has the opposite sign")
 def other_minus_best(needs, gpu_gb, scores):
     answer = with_a_sweep(needs, gpu_gb, scores)
     behind = {n: (-mean, -high, -low) for n, (mean, low, high) in answer["behind"].items()}

@@ -79,7 +79,7 @@ def bias_required(x, weight, bias, A, B, alpha, magnitude):
     return c * (plain + branch) + bias
 
 
-@wrong("dora_output", "the base is there twice: what is added to base(x) is (c − 1)")
+@wrong("dora_output", "the base is counted twice")
 def base_twice(x, weight, bias, A, B, alpha, magnitude):
     plain, branch, c = steps(x, weight, A, B, alpha, magnitude)
     return F.linear(x, weight, bias) + c * plain + c * branch
@@ -160,7 +160,7 @@ def stacked(x, weight, bias, A, B, alpha, magnitude):
 # ------------------------------------------------------------------ magnitude_direction_change
 
 
-@wrong("magnitude_direction_change", "the weights are compared as one long vector each")
+@wrong("magnitude_direction_change", "each weight is compared as one long vector")
 def flat(w0, w1):
     delta_m = (w1.norm(dim=1) - w0.norm(dim=1)).abs().mean().item()
     return delta_m, 1 - F.cosine_similarity(w0.flatten(), w1.flatten(), dim=0).item()
@@ -242,7 +242,7 @@ class AllFaults(ThreeFaults):
         return torch.ones(linear.out_features)
 
 
-@wrong("DoRALinear", "the norm is that of W: it must follow V = W + s·BA")
+@wrong("DoRALinear", "compute the norm of V = W + s·BA")
 class NormOnce(Repaired):
     def norm(self, V):
         if not hasattr(self, "once"):
@@ -250,7 +250,7 @@ class NormOnce(Repaired):
         return self.once
 
 
-@wrong("DoRALinear", "the list of what trains differs: missing 'magnitude'")
+@wrong("DoRALinear", "the list of trainable parameters differs: missing 'magnitude'")
 class MagnitudeIsNoParameter(Repaired):
     def __init__(self, linear, rank=8, alpha=16.0):
         super().__init__(linear, rank, alpha)
@@ -258,14 +258,14 @@ class MagnitudeIsNoParameter(Repaired):
         self.magnitude = linear.weight.norm(dim=1)
 
 
-@wrong("DoRALinear", "the list of what trains differs: too many 'weight'")
+@wrong("DoRALinear", "the list of trainable parameters differs: too many 'weight'")
 class BaseTrains(Repaired):
     def __init__(self, linear, rank=8, alpha=16.0):
         super().__init__(linear, rank, alpha)
         linear.weight.requires_grad_(True)
 
 
-@wrong("DoRALinear", "V is cut off, so that A and B learn nothing")
+@wrong("DoRALinear", "V is detached, so A and B learn nothing")
 class NoGradient(Repaired):
     @torch.no_grad()
     def forward(self, x):
@@ -295,7 +295,7 @@ class BaseChanged(Repaired):
         return y if self.linear.bias is None else y - 1e-4
 
 
-@wrong("DoRALinear", "what it returned cannot be used: RuntimeError")
+@wrong("DoRALinear", "the returned value cannot be used: RuntimeError")
 class RescaledTooEarly(Repaired):
     """c * s * (x Aᵀ) Bᵀ is read from the left: c meets the r numbers in the middle."""
 

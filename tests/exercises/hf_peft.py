@@ -74,8 +74,8 @@ LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 FROZEN = "PEFT then leaves the new classification head frozen"
 rejected(FROZEN, task_type=...)
 rejected("raises KeyError: None", {"prompt": dict(task_type=None)})
-rejected("task_type is 'CAUSAL_LM', and the model's class says 'SEQ_CLS'", task_type="CAUSAL_LM")
-rejected("task_type is 'SEQ_CLS', and the model's class says 'CAUSAL_LM'", task_type="SEQ_CLS")
+rejected("task_type is 'CAUSAL_LM', but the model's class says 'SEQ_CLS'", task_type="CAUSAL_LM")
+rejected("task_type is 'SEQ_CLS', but the model's class says 'CAUSAL_LM'", task_type="SEQ_CLS")
 rejected("use_dora is False", {"dora": dict(use_dora=False)})
 rejected("use_dora is True: use_dora=True makes a DoRA", {"lora": dict(use_dora=True)})
 rejected("AdaLoRA does not work when `total_step` is None", {"adalora": dict(total_step=None)})
@@ -92,11 +92,11 @@ rejected(
     {"bert ia3": targets("key", "value", "output.dense", feedforward_modules=["output.dense"])},
 )
 rejected(
-    "the output is scaled: of the second feed-forward matrix it is the input",
+    "the output is scaled: for the second feed-forward matrix scale the input",
     {"ia3": dict(feedforward_modules=[])},
 )
 rejected(
-    "adapted too, and should not be: 'bert.encoder.layer.0.intermediate.dense'",
+    "layers are adapted that should not be: 'bert.encoder.layer.0.intermediate.dense'",
     {"bert ia3": dict(target_modules=rf".*(key|value|intermediate\.dense)|{SECOND}")},
 )
 
@@ -281,7 +281,7 @@ def everything_awake(base, path, data, lr=1e-2):
     return finish(steps(model, data, lr), path)
 
 
-@wrong("resume", "and its head is not")
+@wrong("resume", "but the head is not")
 def without_the_task(base, path, data, lr=1e-2):
     config = PeftConfig.from_pretrained(path)
     config.task_type, config.modules_to_save, config.inference_mode = None, None, False

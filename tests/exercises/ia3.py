@@ -17,7 +17,7 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ ia3_sizes
 
 
-@wrong("ia3_sizes", "keys and values are taken for as wide as the model")
+@wrong("ia3_sizes", "keys and values are counted as wide as the model")
 def head_of_the_keys(config):
     n_kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = n_kv * (config.hidden_size // n_kv)
@@ -147,7 +147,7 @@ def with_a_layer(x, weight, bias, vector, feedforward):
 # ------------------------------------------------------------------ merge_ia3
 
 
-@wrong("merge_ia3", "columns are scaled where the outputs are")
+@wrong("merge_ia3", "columns are scaled for keys and values")
 def never_turned(weight, bias, vector, feedforward):
     return weight * vector, bias if feedforward or bias is None else bias * vector
 
@@ -218,7 +218,7 @@ def always_rank_out(weight, vector):
     return weight.clone(), torch.diag(vector - 1)
 
 
-@wrong("ia3_as_lora", "the order is turned: return A first")
+@wrong("ia3_as_lora", "the order is reversed: return A first")
 def b_first(weight, vector):
     return torch.diag(vector - 1), weight.clone()
 
@@ -337,7 +337,7 @@ class Random(ByHand):
         self.l_k.data.add_(0.02 * torch.randn(self.l_k.shape))
 
 
-@wrong("IA3Attention", "the vectors are cut off and learn nothing")
+@wrong("IA3Attention", "no gradient reaches the vectors, so they learn nothing")
 class NoGradient(ByHand):
     @torch.no_grad()
     def forward(self, x):

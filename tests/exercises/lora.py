@@ -173,7 +173,7 @@ def silent(model, rank, alpha, targets):
     return inject(model, rank, alpha, lambda n: at_end(n, targets))
 
 
-@wrong("apply_lora", "(embed is no nn.Linear)")
+@wrong("apply_lora", "(embed is not a Linear)")
 def any_module_matches(model, rank, alpha, targets):
     for target in targets:
         if not any(at_end(n, [target]) for n, _ in model.named_modules()):

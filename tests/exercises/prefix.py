@@ -118,7 +118,7 @@ def by_attention_to_ones(q, k, prefix_k):
 # ------------------------------------------------------------------ context_to_prefix
 
 
-@wrong("context_to_prefix", "the model is in train mode and drops out")
+@wrong("context_to_prefix", "the model is in train mode, so dropout is active")
 @torch.no_grad()
 def in_any_mode(model, ids):
     cache = model(ids[None]).past_key_values
@@ -188,7 +188,7 @@ def the_stub(q, k, v, prefix_k, prefix_v):
     return F.scaled_dot_product_attention(q, K, V, is_causal=True)
 
 
-@wrong("attend", "prefix and text have a softmax each")
+@wrong("attend", "prefix and text each have their own softmax, and their outputs are added")
 def added(q, k, v, prefix_k, prefix_v):
     text = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return text + F.scaled_dot_product_attention(q, prefix_k, prefix_v)

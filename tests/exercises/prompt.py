@@ -56,7 +56,7 @@ def by_distance_of_directions(prompt, embeddings, k):
 # ------------------------------------------------------------------ init_from_text
 
 
-@wrong("init_from_text", "the text is repeated too rarely")
+@wrong("init_from_text", "the text is repeated too few times")
 def rounded_down(ids, embeddings, p):
     ids = ids.repeat(p // len(ids)) if len(ids) < p else ids
     return embeddings[ids[:p]]
@@ -68,7 +68,7 @@ def interleaved(ids, embeddings, p):
     return embeddings[ids].repeat_interleave(times, dim=0)[:p]
 
 
-@wrong("init_from_text", "what the text leaves empty is zero")
+@wrong("init_from_text", "the rows after the end of the text are zero")
 def rest_is_zero(ids, embeddings, p):
     rows = torch.zeros(p, embeddings.shape[1])
     n = min(p, len(ids))
@@ -102,7 +102,7 @@ def absolute(prompts, weights):
     return by_zip(prompts, weights)
 
 
-@wrong("prompt_ensemble", "nothing was raised, where ValueError was due")
+@wrong("prompt_ensemble", "nothing was raised, where ValueError was expected")
 def zip_stops(prompts, weights):
     return sum(w * p for w, p in zip(weights, prompts, strict=False)) / sum(weights)
 
@@ -154,9 +154,9 @@ def hunted(mask=False, labels=False, learns=False):
 
 mended = hunted(mask=True, labels=True, learns=True)
 right("prepend_prompt")(mended)
-wrong("prepend_prompt", "the mask's ones are put behind the text")(hunted())  # the stub as given
+wrong("prepend_prompt", "the mask's ones are put after the text")(hunted())  # the stub as given
 wrong("prepend_prompt", "each position holds the next token: a Hugging")(hunted(mask=True))
-wrong("prepend_prompt", "the prompt is cut off and learns nothing")(hunted(mask=True, labels=True))
+wrong("prepend_prompt", "no gradient reaches the prompt")(hunted(mask=True, labels=True))
 
 
 @wrong("prepend_prompt", "the labels are rolled by hand")
@@ -181,7 +181,7 @@ def first_token_too(embeddings, mask, labels, prompt):
     return joined, mask, labels
 
 
-@wrong("prepend_prompt", "a write into expanded rows reaches all of them")
+@wrong("prepend_prompt", "expanded rows all share the memory of prompt")
 def weaker_in_place(embeddings, mask, labels, prompt):
     joined, longer, labels = mended(embeddings, mask, labels, prompt)
     if mask is not None:

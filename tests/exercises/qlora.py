@@ -85,7 +85,7 @@ def byte_by_byte(packed):
 # ------------------------------------------------------------------ normal_float_levels
 
 
-@wrong("normal_float_levels", "the zero is there twice")
+@wrong("normal_float_levels", "the zero appears twice")
 def zero_twice(bits):
     n = 2**bits
     steps = torch.linspace(1 - 1 / (4 * n) - 1 / (4 * (n - 1)), 0.5, n // 2).tolist()
@@ -126,7 +126,7 @@ def middles(levels):
     return (levels[:-1] + levels[1:]) / 2
 
 
-@wrong("quantize_blockwise", "the blocks start anew in each row")
+@wrong("quantize_blockwise", "each row starts a new block")
 def rows_are_padded(x, levels, block):
     parts = [part for row in x.reshape(-1, x.shape[-1]) for part in row.split(block)]
     absmax = torch.stack([part.abs().max() for part in parts])
@@ -176,7 +176,7 @@ def scaled_boundaries(x, levels, block):
 # ------------------------------------------------------------------ dequantize_blockwise
 
 
-@wrong("dequantize_blockwise", "repeat gives neighbours different absmax")
+@wrong("dequantize_blockwise", "repeat gives neighbouring numbers different absmax values")
 def blocks_across(codes, absmax, levels, block, shape):
     values = F.pad(levels[codes.long()], (0, -len(codes) % block))
     return (values.view(block, -1) * absmax).flatten()[: len(codes)].view(shape)
@@ -237,7 +237,7 @@ def hunted(mended):
 wrong("merge_into_4bit", "the nibbles are swapped: the first number is in the high one")(hunted(0))
 wrong("merge_into_4bit", "the scaling alpha / r is left out")(hunted(1))
 wrong("merge_into_4bit", "the weight is re-quantised before its error is measured")(hunted(2))
-wrong("merge_into_4bit", "the error is relative to the norm of the base")(hunted(3))
+wrong("merge_into_4bit", "the error is divided by the norm of the base")(hunted(3))
 
 
 @wrong("merge_into_4bit", "the error is divided by the norm of the update")
@@ -293,14 +293,14 @@ def keep_a_copy(ctx, weight):
     ctx.weight = weight.half()
 
 
-wrong("FourBitProduct", "the bytes of what ctx keeps besides packed and absmax are 8,192")(
+wrong("FourBitProduct", "that ctx keeps besides packed and absmax are 8,192")(
     product(lambda grad, weight: (grad @ weight, None, None, None), keep_a_copy)
 )
 wrong("FourBitProduct", "only the gradient of x is returned")(product(torch.matmul))
 wrong("FourBitProduct", "your function raised RuntimeError: mat1 and mat2 shapes cannot be")(
     product(lambda grad, weight: (grad @ weight.repeat(2, 1), None, None, None))
 )
-wrong("FourBitProduct", "hand over the class itself: class FourBitProduct(torch.autograd")(
+wrong("FourBitProduct", "pass the class itself: class FourBitProduct(torch.autograd")(
     product(torch.matmul).apply
 )
 right("FourBitProduct")(

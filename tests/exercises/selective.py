@@ -33,15 +33,15 @@ def chosen(is_bias):
     return answer
 
 
-inside = wrong("select_bitfit", "bias_scale is none")(chosen(lambda last, p: "bias" in last))
-vectors = wrong("select_bitfit", "bias_scale is none")(
+inside = wrong("select_bitfit", "bias_scale is not a bias")(chosen(lambda last, p: "bias" in last))
+vectors = wrong("select_bitfit", "bias_scale is not a bias")(
     chosen(lambda last, p: p.dim() == 1 and "bias" in last)
 )
 all_vectors = wrong("select_bitfit", "not every vector is a bias")(
     chosen(lambda last, p: p.dim() == 1)
 )
 alone = wrong("select_bitfit", "may also end in _bias")(chosen(lambda last, p: last == "bias"))
-by_heart = wrong("select_bitfit", "not in_proj_bias alone")(
+by_heart = wrong("select_bitfit", "not only in_proj_bias")(
     chosen(lambda last, p: last in ("bias", "in_proj_bias"))
 )
 
@@ -95,14 +95,14 @@ def divided_by_rows(x, weight, bias, indices, values):
     return nn.functional.linear(x, weight + S, bias)
 
 
-@wrong("sparse_linear", "row and column have changed places")
+@wrong("sparse_linear", "row and column are swapped")
 def other_way_round(x, weight, bias, indices, values):
     W = weight.clone()
     W[indices % weight.shape[1], indices // weight.shape[1]] += values
     return x @ W.T + bias
 
 
-@wrong("sparse_linear", "W is there twice")
+@wrong("sparse_linear", "W is counted twice")
 def twice(x, weight, bias, indices, values):
     W = weight.flatten().scatter(0, indices, values).view(weight.shape)
     return nn.functional.linear(x, weight + W, bias)
@@ -167,7 +167,7 @@ def by_counting(log_alpha, low=-1.5, high=1.5, temperature=1.0):
     return (log_alpha / temperature > math.log(-low / high)).sum()
 
 
-@wrong("expected_l0", "this is the logarithm of s")
+@wrong("expected_l0", "log(−low / (high − low)) is the logarithm of s")
 def log_of_s(log_alpha, low=-1.5, high=1.5, temperature=1.0):
     return torch.sigmoid(log_alpha - temperature * math.log(-low / (high - low))).sum()
 
@@ -196,7 +196,7 @@ def bits(t):
     return t.reshape(-1).view(whole[t.element_size()])
 
 
-@wrong("sparse_diff", "the tensor is passed over")
+@wrong("sparse_diff", "nothing else changed is skipped")
 def equal_is_the_same(before, after):
     diff = {}
     for name, new in after.items():
@@ -206,7 +206,7 @@ def equal_is_the_same(before, after):
     return diff
 
 
-@wrong("sparse_diff", "a NaN that stayed for a change")
+@wrong("sparse_diff", "an unchanged NaN as a change")
 def equal_decides(before, after):
     diff = {}
     for name, new in after.items():
@@ -260,7 +260,7 @@ def by_a_view(before, diff):
     return after
 
 
-@wrong("apply_sparse_diff", "KeyError: 'head.weight', where ValueError was due")
+@wrong("apply_sparse_diff", "KeyError: 'head.weight', where ValueError was expected")
 def nothing_refused(before, diff):
     after = {name: old.clone() for name, old in before.items()}
     for name, (at, values) in diff.items():
@@ -293,7 +293,7 @@ def last_refused(before, diff):
     return nothing_refused(before, diff)
 
 
-@wrong("apply_sparse_diff", "all that did not change is 0")
+@wrong("apply_sparse_diff", "everything that did not change is 0")
 def from_zeros(before, diff):
     refuse(before, diff)
     after = {name: torch.zeros_like(old) for name, old in before.items()}

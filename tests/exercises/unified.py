@@ -89,7 +89,7 @@ def in_float64(h, delta, scale, gate=None):
     return kept.add(change)
 
 
-@wrong("compose", "where λ is 1 nothing of it is left")
+@wrong("compose", "nothing of h is left where λ is 1")
 def beside_the_whole(h, delta, scale, gate=None):
     share = 1 if gate is None else gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1)
     return h + share * scale * delta
@@ -184,7 +184,7 @@ MADE = "self.Layer(layer, self.rank, self.scale)"
 
 # A name, what is told, and the edits of SOURCE that it is told of.
 EDITS = f"""
-no dataclass: the class is no dataclass
+no dataclass: the class is not a dataclass
     @dataclass(frozen=True) → ∅
 not frozen: write @dataclass(frozen=True)
     (frozen=True) → ∅
@@ -218,7 +218,7 @@ layer returned: wrap returns a module (Linear)
     {MADE} → layer
 no super in layer: Call super().__init__(linear) first
     super().__init__(linear) → ∅
-missing argument: when it was put into the base it raised TypeError
+missing argument: when it was put into the base, it raised TypeError
     {MADE} → self.Layer(layer, self.rank)
 plain tensor: 'B' is a plain tensor
     self.B = nn.Parameter( → self.B = (
@@ -240,7 +240,7 @@ not used: it changes nothing
 
 no design: it has no design
     design = → kept =
-parents design: That of its parent is not its own
+parents design: The design of its parent class does not count
     design = → kept =
     (Method): → (LoRA):
 words for a design: its design is a string, expected a Design
@@ -268,7 +268,7 @@ reads h: It is right with x and h exchanged
     site.x → site.h
 the new state: Delta gives the new state h + Δh: it must give the change alone
     {DELTA} → site.h + {DELTA}
-turned sign: Its sign is turned
+turned sign: Its sign is reversed
     {DELTA} → -{DELTA}
 with a bias: off by the same vector for every token
     {DELTA} → {DELTA} + site.module.bias
@@ -278,9 +278,9 @@ a number: delta gives the float
     {DELTA} → ({DELTA}).norm().item()
 a low state: delta gives a tensor of shape (16, 8, 4)
     {DELTA} → site.x @ site.module.A.T
-a misnamed tensor: when its design was compared with running it raised AttributeError
+a misnamed tensor: when its design was compared with running, it raised AttributeError
     site.module.A → site.module.lora_A
-nothing observed: its design sees no place
+nothing observed: its design finds no layer
     {DELTA} → {DELTA}, sites=lambda model, batch: []
 another methods example: the example of its design is a LoRA, not one of it
     {DELTA} → {DELTA}, example=LoRA()
@@ -362,13 +362,13 @@ def wrong_for_its_example():
     return made
 
 
-@wrong("MyMethod", "hand over the class itself, not an instance")
+@wrong("MyMethod", "pass the class itself, not an instance")
 @Recipe
 def an_instance():
     return defined()()
 
 
-@wrong("MyMethod", "this class is no method: write class MyMethod(Method)")
+@wrong("MyMethod", "this class is not a method: write class MyMethod(Method)")
 @Recipe
 def no_method():
     return defined("(Method): → :")

@@ -23,7 +23,7 @@ def wrong_default(n_params, n_trainable, weight=1, grad=2, master=4, moments=8):
     return int(n_params * weight + n_trainable * (grad + master + moments))
 
 
-@wrong("training_bytes", "the defaults are counted: use the arguments")
+@wrong("training_bytes", "the default values are used: use the arguments")
 def arguments_ignored(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
     return 16 * n_trainable + 2 * (n_params - n_trainable)
 
@@ -50,7 +50,7 @@ def a_whole_float(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
 # ------------------------------------------------------------------ step_flops
 
 
-@wrong("step_flops", "of the 6 for each weight that trains, 4 are in 4·N already")
+@wrong("step_flops", "4 of the 6 operations for each trainable weight are in 4·N already")
 def six_on_top(n_params, n_trainable, tokens):
     return 4 * n_params * tokens + 6 * n_trainable * tokens
 

@@ -42,7 +42,7 @@ class Row:
 
 
 def complaint(row: Row) -> str | None:
-    """What is wrong with the row in the installed versions, in a sentence; None if it holds."""
+    """Return a sentence on how the row is wrong in the installed versions, None if it holds."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -74,7 +74,7 @@ def defaults(config: str, *fields: str) -> dict:
 
 
 def model_with(config, base=None, name="default"):
-    """PEFT's model, moved away from its start as by training."""
+    """Return PEFT's model, perturbed as by training."""
     torch.manual_seed(0)
     base = tiny_llama() if base is None else base
     return perturb(peft.get_peft_model(base, config, name))
@@ -90,7 +90,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def said(action: Callable[[], object]) -> list[str]:
-    """The warnings that it gives, but those between PEFT and transformers."""
+    """Return its warnings, except those between PEFT and transformers."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         action()
@@ -106,7 +106,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 
 def saved(config, change=None, **entries) -> Path:
-    """The folder that PEFT writes of a moved adapter, changed."""
+    """Return the folder that PEFT writes of a perturbed adapter, changed."""
     folder = Path(tempfile.mkdtemp(dir=SCRATCH.name))
     model_with(config).save_pretrained(folder)
     return rewrite(folder, change, **entries)
@@ -120,7 +120,7 @@ def opened(folder: Path | str, **more):
 
 
 def wrapped(model, mark: str) -> list[str]:
-    """The layers of layer 0 that have a parameter of this name, without what all paths share."""
+    """Return the modules of layer 0 with a parameter of this name, without their common path."""
     found = {n.split(f".{mark}")[0] for n, _ in model.named_parameters() if f".{mark}" in n}
     return sorted(
         n.rpartition("layer.0.")[2].rpartition("layers.0.")[2] for n in found if ".0." in n
@@ -143,7 +143,7 @@ def targets(names) -> list[str]:
 
 
 def prepared() -> tuple[int, set[str], bool]:
-    """What trains, the dtypes, and whether gradient checkpointing is on."""
+    """Return the trainable names, the dtypes, and whether gradient checkpointing is on."""
     model = peft.prepare_model_for_kbit_training(load_model("tinylm", four_bit=True))
     dtypes = {str(p.dtype) for p in model.parameters()}
     return trainable(model), dtypes, model.is_gradient_checkpointing
@@ -174,7 +174,7 @@ def arguments(**more) -> TrainingArguments:
 
 
 def pruned_by_the_trainer() -> bool:
-    """Whether fewer triplets are left than at the start, after a whole schedule."""
+    """Return whether fewer triplets are left than at the start, after a whole schedule."""
     model = peft.get_peft_model(tiny_llama(), peft.AdaLoraConfig(**ADA, **TASK))
     rows = [{"input_ids": ids, "labels": ids} for ids in TinyText().ids]
     settings = arguments(max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2)
@@ -186,7 +186,7 @@ def pruned_by_the_trainer() -> bool:
 
 
 def trained_by_hand(steps: int):
-    """With a schedule that prunes at steps 4, 6 and 8, there for good."""
+    """Train with a schedule that prunes at steps 4, 6 and 8, at step 8 for good."""
     torch.manual_seed(0)
     config = peft.AdaLoraConfig(**ADA | {"deltaT": 2}, **TASK)
     model = peft.get_peft_model(tiny_llama(), config).train()
@@ -234,7 +234,7 @@ def soft(kind: str, seed: int):
 
 
 def right_texts(kind: str) -> list[bool]:
-    """Whether the eight tokens of `generate` are those of greedy decoding by plain forwards."""
+    """Return whether `generate` gives the eight tokens of greedy decoding by plain forwards."""
     ids, models = {"input_ids": BATCH["input_ids"][:1]}, [soft(kind, seed) for seed in range(4)]
     return [torch.equal(greedy(model, ids), by_hand(model, ids)) for model in models]
 
@@ -243,7 +243,7 @@ def right_texts(kind: str) -> list[bool]:
 
 
 def lenient(change=None, **entries) -> dict:
-    """The warnings of loading a file that is not what it was, and whether the model is another."""
+    """Return the warnings of loading a changed file, and whether the model differs."""
     folder, models = saved(peft.LoraConfig(**LORA, **TASK), change=change, **entries), []
     texts = said(lambda: models.append(opened(folder)))
     written = saved(peft.LoraConfig(**LORA, **TASK))
@@ -276,7 +276,7 @@ def two_adapters():
 
 
 def combined() -> dict:
-    """{kind of combination: (its rank, whether it is the weighted sum)}"""
+    """Return {kind of combination: (its rank, whether it is the weighted sum)}."""
     model, found = two_adapters(), {}
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     wanted = 0.7 * layer.get_delta_weight("one") + 0.3 * layer.get_delta_weight("two")
@@ -288,7 +288,7 @@ def combined() -> dict:
 
 
 def sum_of_two(kind: str) -> float:
-    """The distance of a combination from the mean of two changes, relative to that mean."""
+    """Return the distance of a combination from the mean of two changes, relative to the mean."""
     model = two_adapters()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     wanted = (layer.get_delta_weight("one") + layer.get_delta_weight("two")) / 2
@@ -297,7 +297,7 @@ def sum_of_two(kind: str) -> float:
 
 
 def experts_reached(family: str) -> dict:
-    """Whether "all-linear" reaches the experts of a mixture, and how many warnings name them."""
+    """Return whether "all-linear" reaches a mixture's experts, and how many warnings name them."""
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=16)
     kinds = {"qwen3_moe": dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
@@ -311,7 +311,7 @@ def experts_reached(family: str) -> dict:
 
 
 def dora_as_lora() -> bool:
-    """Whether a DoRA converted to a LoRA of full rank answers as the DoRA does."""
+    """Return whether a DoRA converted to a LoRA of full rank computes what the DoRA does."""
     model = model_with(peft.LoraConfig(**LORA, **TASK, use_dora=True))
     with tempfile.TemporaryDirectory() as folder:
         peft.tuners.lora.save_as_lora(folder, model, 32)
@@ -319,7 +319,7 @@ def dora_as_lora() -> bool:
 
 
 def types_of_a_half(**options) -> tuple[str, str]:
-    """The types of a factor and of a copied module in a bfloat16 base."""
+    """Return the types of a factor and of a copied module in a bfloat16 base."""
     config = peft.LoraConfig(**LORA, **TASK, modules_to_save=["lm_head"])
     model = peft.get_peft_model(tiny_llama().bfloat16(), config, **options)
     kinds = {n: str(p.dtype) for n, p in model.named_parameters() if p.requires_grad}
@@ -363,7 +363,7 @@ def merged_nan(**options) -> str:
 
 
 def merged_tied(**settings) -> str:
-    """What merging makes of LoRA on the head of a tied model."""
+    """Merge LoRA on the head of a tied model, and return what it changes."""
     base = tiny_llama(tie_word_embeddings=True)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"], **settings)
     model = model_with(config, deepcopy(base))
@@ -375,7 +375,7 @@ def merged_tied(**settings) -> str:
 
 
 def counted_by_a_classifier() -> float:
-    """How much larger a step's loss is reported if it is taken in two parts."""
+    """Return how much larger a step's loss is reported with two accumulated parts."""
     rows = [{"input_ids": torch.arange(3, 9), "labels": k % 2} for k in range(4)]
     first = []
     for size, parts in ((4, 1), (2, 2)):
@@ -457,7 +457,7 @@ ROWS = [
          {"warnings": 1, "another model": True}]),
     Row("12", "a loaded adapter is frozen",
         lambda: trainable(opened(saved(peft.LoraConfig(**LORA, **TASK)))), 0),
-    Row("12", "a fresh head trains with task_type and stays frozen without",
+    Row("12", "a new head trains with task_type and stays frozen without",
         lambda: {t: fresh_head(t) for t in (None, "SEQ_CLS")}, {None: False, "SEQ_CLS": True}),
     Row("12", "a linear combination is not the weighted sum, cat is, at the sum of the ranks",
         combined, {"linear": (4, False), "svd": (4, False), "cat": (8, True)}),

@@ -66,7 +66,7 @@ OPTIONS = dict(steps=8, batch_size=2, max_length=20, show=False)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Small random models with real tokenizers, as folders, {name: its folder}."""
+    """Return {name: folder} of small random models with real tokenizers."""
     root = tmp_path_factory.mktemp("models")
     llama = tiny_llama(vocab_size=4096, intermediate_size=128)
     torch.manual_seed(1)
@@ -264,7 +264,7 @@ def test_the_processes_share_a_batch_evenly(run, monkeypatch, tmp_path):
     given = dict(steps=2, rate=1e-3, checkpoint_every=None, seed=0)
     made = trainer._arguments(model, tmp_path, batch_size=6, **given)
     assert made.per_device_train_batch_size == 3
-    with pytest.raises(ValueError, match="batch_size=3 cannot be shared by 2 devices"):
+    with pytest.raises(ValueError, match="batch_size=3 cannot be divided among 2 devices"):
         trainer._arguments(model, tmp_path, batch_size=3, **given)
 
 
@@ -334,7 +334,7 @@ def test_what_a_mask_hides_is_left_out():
         prepare(model, tokenizer, [plain | {"attention_mask": [1, 1]}], 9)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(run, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
     with pytest.raises(TrainingDiverged, match="step 3: loss nan"):
         run(learning_rate=1e30, checkpoint_every=3)
     assert not list((tmp_path / "out").glob("*"))
@@ -385,7 +385,7 @@ def test_what_cannot_be_resumed_is_refused_at_once(folders, tmp_path):
     ):
         config.task_type = "CAUSAL_LM"
         model = get_peft_model(load_model(folders["llama"]), config)
-        with pytest.raises(ValueError, match=f"cannot go on, because its checkpoints {lacks}"):
+        with pytest.raises(ValueError, match=f"cannot be resumed, because its checkpoints {lacks}"):
             train_with_peft(model, tokenizer, TEXTS, output_dir=tmp_path / "out", resume=True)
     assert not (tmp_path / "out").exists()
 
@@ -456,10 +456,10 @@ def test_wrong_data_is_refused(trained):
         ("llama", "a text", "must be a collection"),
         ("llama", ["fine, this one", ""], r"train_dataset\[1\] has \d tokens"),
         ("llama", [{"words": "x"}], r'train_dataset\[0\] has neither "text" nor "input_ids"'),
-        ("llama", [{"text": 3}], '"text" is no text'),
+        ("llama", [{"text": 3}], '"text" is not a string'),
         ("llama", [{"input_ids": [1, 2, 3], "labels": [1, 2]}], "3 tokens and 2 labels"),
         ("llama", [{"input_ids": [[1, 2, 3]]}], '"input_ids" must be a list of whole numbers'),
-        ("llama", [{"input_ids": [1, 4096]}], "token 4096, and the model's table the rows 0 to"),
+        ("llama", [{"input_ids": [1, 4096]}], "token 4096, but the model's table has"),
         ("llama", [{"input_ids": [1, 2], "labels": [1, 4096]}], "must be tokens of 0 to 4095"),
         ("llama", ROWS, "without labels=n at set-up, the label"),
         ("bert", [{"text": "good"}], r'train_dataset\[0\] has no "label"'),
@@ -491,7 +491,7 @@ def test_wrong_settings_are_refused(tmp_path):
     refuses("unmerge_adapter")
     model.unmerge_adapter()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    refuses("padding token 4096 has no row")
+    refuses("padding token 4096 has no embedding")
     assert not (tmp_path / "out").exists()
 
 
@@ -518,7 +518,7 @@ def test_any_collection_and_classes_of_any_library_will_do(trained):
 
 @pytest.fixture
 def out(trained, tmp_path):
-    """A copy of an adapter, to spoil."""
+    """Return a copy of an adapter, to spoil."""
     return Path(shutil.copytree(trained("lora").folder, tmp_path / "out"))
 
 
@@ -529,7 +529,7 @@ def test_a_merged_model_is_written_whole_and_opens_alone(out, folders, tmp_path)
     again = load_model(str(tmp_path / "merged"))
     assert torch.equal(logits_of(again, "llama"), logits_of(merged, "llama"))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not an empty folder"):
         load_and_merge_adapter(base, out, save_to=tmp_path / "merged")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "merged"}
 

@@ -26,7 +26,7 @@ TALKS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small random decoder whose tokenizer has a chat template."""
+    """Return the folder of a small random decoder whose tokenizer has a chat template."""
     folder = tmp_path_factory.mktemp("speaks")
     tiny_llama(vocab_size=4096, intermediate_size=128, seed=2).save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
@@ -94,7 +94,7 @@ def test_conversations_need_a_template_and_a_model_that_speaks(folder, tmp_path)
 # ------------------------------------------------------------------ learning rates
 
 
-def test_the_rates_are_a_table_with_sources():
+def test_the_learning_rates_are_a_table_with_sources():
     rows = learning_rates()
     assert [row["method"] for row in rows] == list(HF_METHODS)
     for row in rows:
@@ -108,7 +108,7 @@ def test_the_rates_are_a_table_with_sources():
 
 
 @pytest.mark.parametrize("row", learning_rates(), ids=lambda row: row["method"])
-def test_the_rate_depends_on_the_kind_of_model(folder, row):
+def test_the_default_learning_rate_depends_on_the_kind_of_model(folder, row):
     assert rate_of(made(folder, row["method"])[0]) == row["language models"]
     if row["method"] in ("lora", "dora", "norms"):
         assert rate_of(made("tinylm", row["method"])[0]) == row["small models"]
@@ -116,7 +116,7 @@ def test_the_rate_depends_on_the_kind_of_model(folder, row):
         assert rate_of(made(folder, row["method"], labels=2)[0]) == row["small models"]
 
 
-def test_the_default_rate_is_the_one_that_trains(folder, tmp_path, monkeypatch):
+def test_the_default_learning_rate_is_the_one_that_trains(folder, tmp_path, monkeypatch):
     given = []
     original = trainer._arguments
     monkeypatch.setattr(

@@ -35,7 +35,7 @@ def test_the_script_reads_a_file_of_ones_own(tmp_path, capsys):
     file.write_text('{"text": "one\u2028two"}\n\n{"text": "three"}\n\n', encoding="utf-8")
     assert [row["text"] for row in examples(str(file))] == ["one\u2028two", "three"]
     file.write_text('{"text": "fine"}\n{"text": ', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"mine.jsonl, line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"mine.jsonl, line 2 is not JSON"):
         examples(str(file))
     assert {row["label"] for row in examples("sentiment")} == {0, 1}
 

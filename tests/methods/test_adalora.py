@@ -208,7 +208,7 @@ def test_gradients_cleared_too_early_are_noticed():
 
 
 class WithUnused(nn.Module):
-    """A language model and a layer that its forward never calls."""
+    """Hold a language model and a layer that its forward never calls."""
 
     def __init__(self):
         super().__init__()
@@ -306,7 +306,7 @@ def test_merged_before_the_schedule_it_is_pefts():
 
 @pytest.fixture(scope="module")
 def settled():
-    """(base, ours) after 20 steps."""
+    """Return (base, ours) after 20 steps."""
     base = tiny_llama()
     _, ours = pair(base)
     fit(ours, TinyText(), STEPS, lr=5e-3, show=False)

@@ -144,7 +144,7 @@ def test_outputs_and_gradients_are_those_of_adapterhub(base, kind, stored):
 
 
 def by_hooks(model, kind, adapters):
-    """The same function of a pre-norm model without any wrapper: hooks on the plain base."""
+    """Compute the same on a pre-norm model without wrappers, by hooks on the plain base."""
     kept = {}
     for path, one in adapters.items():
         block = model.get_submodule(path.rsplit(".", 2 if ".mlp." in path else 1)[0])
@@ -251,7 +251,7 @@ def test_a_file_has_its_names_and_defaults_and_must_fit(tmp_path):
 # ------------------------------------------------------------------ refusals
 
 
-def test_a_wrong_kind_or_activation_is_told_the_right_ones():
+def test_the_error_for_a_wrong_kind_or_activation_names_the_right_ones():
     for fields in (dict(kind="between"), dict(activation="swish")):
         with pytest.raises(ValueError, match="must be one of '(houlsby|gelu)'"):
             BottleneckAdapter(4, **fields)
@@ -264,7 +264,7 @@ def test_a_bottleneck_as_wide_as_the_model_is_refused(name):
         inject(model, BottleneckAdapter(64))
 
 
-def test_a_model_without_known_places_is_refused():
+def test_a_model_whose_sublayers_are_unknown_is_refused():
     post_norm = OPTModel(OPTConfig(**OPT, do_layer_norm_before=False))
     for model, told in (
         (nn.Sequential(nn.Linear(8, 8)), "no block whose places are known.*BertLayer"),
@@ -323,7 +323,7 @@ def test_one_block_alone(name):
 
 
 class Odd(nn.Module):
-    """Computes a Linear, and shows as little of itself as a 4-bit layer."""
+    """Compute a Linear, and show as little of itself as a 4-bit layer."""
 
     def __init__(self, linear):
         super().__init__()
@@ -335,7 +335,7 @@ class Odd(nn.Module):
 
 
 @BASE
-def test_a_place_that_ends_in_no_linear_is_refused(name):
+def test_a_sublayer_that_does_not_end_in_a_linear_is_refused(name):
     """It passed for a norm, and nothing trained without a word."""
     model = MODELS[name]()
     path, leaf = {
@@ -372,7 +372,7 @@ def test_a_dropout_that_is_switched_off_stays_off():
     assert {path: module.training for path, module in model.named_modules()} == before
 
 
-def test_a_part_of_a_block_alone_is_told_what_it_lacks():
+def test_the_error_for_a_part_of_a_block_names_what_it_lacks():
     model = adapted("llama", "pfeiffer")
     with pytest.raises(RuntimeError, match="also reads the residual.*call the whole block"):
         model.model.layers[0].mlp(torch.randn(1, 3, 64))

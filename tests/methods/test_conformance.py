@@ -16,7 +16,7 @@ from peft_lessons.testing import MethodError, check_method, conformance, padded_
 
 
 class Branch(AdapterLayer):
-    """A low-rank step beside a layer, with one fault if `fault` names it."""
+    """Add a low-rank branch to a layer, with one fault if `fault` names it."""
 
     def __init__(self, linear, rank, fault):
         super().__init__(linear)
@@ -68,7 +68,7 @@ class Shift(nn.Module):
 
 @dataclass(frozen=True)
 class Hooked(Method):
-    """A vector added to all embeddings by a hook, which finds it in the model or knows it."""
+    """Add a vector to all embeddings by a hook, which finds it in the model or knows it."""
 
     files = PeftFiles("HOOKED", tensors={"v": "v"})
     learning_rate = 1e-2
@@ -90,7 +90,7 @@ FAULTS = {
     "promotes": (
         None,
         {},
-        "when it was put into a base in 16 or 64 bits it raised RuntimeError: mat1",
+        "when it was put into a base in 16 or 64 bits, it raised RuntimeError: mat1",
     ),
     "values": (
         None,
@@ -130,9 +130,9 @@ def test_what_is_expected_of_a_method_is_compared():
         check_method(lora, loaded=replace(lora, rank=5))
 
 
-def test_what_is_no_method_is_refused(monkeypatch):
+def test_a_class_that_is_not_a_method_is_refused(monkeypatch):
     for given in (LoRA, 5, None):
-        with pytest.raises(MethodError, match="hand over a method, such as LoRA"):
+        with pytest.raises(MethodError, match="pass a method, such as LoRA"):
             check_method(given)
     monkeypatch.setattr(Faulty, "wrap", lambda self, path, layer: None)
     with pytest.raises(MethodError, match="wrap returns None for .*: is a return missing"):

@@ -215,7 +215,7 @@ def test_under_autocast_the_norm_stays_in_float32():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Grows by one with each norm that is computed."""
+    """Return a list that grows by one with each computed norm."""
     calls, norms = [], DoRALayer.row_norms
     monkeypatch.setattr(DoRALayer, "row_norms", lambda *a: calls.append(1) or norms(*a))
     return calls

@@ -93,7 +93,7 @@ def prefixed(**more):
 
 
 def largest_shira(name):
-    """PEFT's SHiRA with the entries of largest magnitude."""
+    """Return PEFT's SHiRA with the entries of largest magnitude."""
 
     def mask_fn(layer, r, **_):
         flat = layer.weight.detach().abs().flatten()

@@ -51,7 +51,7 @@ def vectors(model):
 
 
 def pair(name, places=None):
-    """(PEFT's model, ours) on copies of one base, with the same random vectors."""
+    """Return (PEFT's model, ours) on copies of one base, with the same random vectors."""
     base, (targets, feedforward) = MODELS[name](), places or PLACES[name]
     names = dict(target_modules=targets, feedforward_modules=feedforward)
     names = {k: v if isinstance(v, str) else list(v) for k, v in names.items()}

@@ -40,7 +40,7 @@ def pair(base, targets, task=None, rank=4, alpha=6.0, **settings):
 
 
 def compare_step(theirs, ours, batch):
-    """Logits, loss and the gradient of every trained tensor; returns our logits."""
+    """Compare logits, loss and the gradient of every trained tensor; return our logits."""
     output = step_of_both(theirs, ours, batch)
     for expected, got in gradients(theirs, ours, NAMES).values():
         assert expected.abs().max() > 0

@@ -52,7 +52,7 @@ P = 5
 
 
 def pair(name, projection=None):
-    """(PEFT's model, ours) on copies of one base, with the same values."""
+    """Return (PEFT's model, ours) on copies of one base, with the same values."""
     base = MODELS[name]()
     torch.manual_seed(7)
     ours = deepcopy(base)
@@ -132,7 +132,7 @@ def test_beams_and_a_text_that_goes_on_from_its_cache():
 # ------------------------------------------------------------------ what a prefix is
 
 
-def test_prefix_is_not_rotated_and_the_text_stands_behind_it():
+def test_prefix_is_not_rotated_and_the_text_follows_it():
     """The base with a cache filled by hand, and the positions said."""
     base, ids = tiny_llama(), batch_of("llama")["input_ids"]
     ours = deepcopy(base)
@@ -268,7 +268,7 @@ def windowed():
 
 
 class Renamed(nn.Module):
-    """A model as transformers writes it from 5.24 on."""
+    """Behave as a model of transformers from 5.24 on."""
 
     def __init__(self):
         super().__init__()
@@ -288,7 +288,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("make", "method", "told"), REFUSED)
-def test_models_without_a_place_are_refused_and_left_alone(make, method, told):
+def test_models_that_cannot_hold_a_prefix_are_refused_and_left_alone(make, method, told):
     model = make()
     with refused(model, told):
         inject(model, method)
@@ -356,7 +356,7 @@ def test_a_generation_that_goes_on_from_its_cache():
     rest = ours.generate(ids[:, 8:], attention_mask=mask, past_key_values=read(), **GREEDY)
     whole = ours.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(rest[:, 1 + new :], whole[:, 9 + new :])
-    with pytest.raises(ValueError, match="does not go on there: give the new tokens only"):
+    with pytest.raises(ValueError, match="does not continue there: give the new tokens only"):
         ours.generate(ids, attention_mask=mask, past_key_values=read(), **GREEDY)
 
 

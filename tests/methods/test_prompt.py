@@ -77,7 +77,7 @@ def rows_of(theirs):
 
 
 def prompted(base):
-    """Ours on a copy of the base, with random values as after training."""
+    """Return ours on a copy of the base, with random values as after training."""
     ours = deepcopy(base)
     inject(ours, Prompt(P))
     torch.manual_seed(7)
@@ -87,7 +87,7 @@ def prompted(base):
 
 
 def pair(base, name):
-    """(PEFT's model, ours) on copies of one base, with the same random prompt."""
+    """Return (PEFT's model, ours) on copies of one base, with the same random prompt."""
     theirs, ours = theirs_on(base, name), prompted(base)
     with torch.no_grad():
         rows_of(theirs).copy_(prompt_of(ours).prompt_embeddings)
@@ -293,7 +293,7 @@ def test_a_model_without_a_prompt_is_refused():
 
 
 class Padded(TinyText):
-    """Rows of different lengths, padded on the right as LanguageTask does."""
+    """Yield rows of different lengths, padded on the right as LanguageTask does."""
 
     def _batch(self, rows):
         batch = super()._batch(rows)
@@ -341,7 +341,7 @@ def test_the_smallest_file(tmp_path):
     [
         (dict(num_virtual_tokens=5), "shape"),
         (dict(num_virtual_tokens=500), "128 positions"),
-        (dict(peft_type="P_TUNING"), "is no method of the course"),
+        (dict(peft_type="P_TUNING"), "is not a method of the course"),
     ],
 )
 def test_files_that_do_not_fit(change, told, tmp_path):
@@ -409,7 +409,7 @@ def test_a_generation_that_becomes_too_long():
         model.generate(ids, max_new_tokens=10, min_new_tokens=10, **options)
 
 
-def test_a_classifier_that_reads_the_last_place():
+def test_a_classifier_that_reads_the_last_position():
     """It finds the last token by its id, and there are no ids any more: PEFT reads the padding."""
     torch.manual_seed(0)
     config = LlamaConfig(**SMALL, num_labels=2, pad_token_id=1)
@@ -478,7 +478,7 @@ def test_a_generation_that_goes_on_from_its_cache(new, holes):
     rest = ours.generate(ids[:, 8:], attention_mask=mask, past_key_values=read(), **GREEDY)
     whole = ours.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(rest[:, 1 + new :], whole[:, 9 + new :])
-    with pytest.raises(ValueError, match="does not go on there: give the new tokens only"):
+    with pytest.raises(ValueError, match="does not continue there: give the new tokens only"):
         ours.generate(ids, attention_mask=mask, past_key_values=read(), **GREEDY)
 
 
@@ -528,5 +528,5 @@ def test_calls_that_are_refused_with_a_reason():
     for wrong in ({}, dict(input_ids=torch.ones(3).long()), dict(inputs_embeds=torch.ones(2, 64))):
         with pytest.raises(ValueError, match="must be input_ids of shape"):
             ours(**wrong)
-    with pytest.raises(ValueError, match="attention_mask.* is no tensor"):
+    with pytest.raises(ValueError, match="attention_mask.* is not a tensor"):
         ours(torch.ones(1, 3).long(), attention_mask=[[1, 1, 1]])

@@ -50,12 +50,12 @@ from peft_lessons.methods.qlora import (
 
 
 def llama(**changes):
-    """Every in_features is a multiple of 64."""
+    """Return a Llama in which every in_features is a multiple of 64."""
     return tiny_llama(intermediate_size=128, **changes)
 
 
 def opt():
-    """With biases, learned positions and a tied head."""
+    """Return an OPT, with biases, learned positions and a tied head."""
     return tiny_opt(ffn_dim=128)
 
 
@@ -73,7 +73,7 @@ def test_levels_are_those_of_bitsandbytes():
 
 
 def compare(weight, block=64, restored=True):
-    """Codes, scales and restored weights are bitsandbytes' to the last bit."""
+    """Assert that codes, scales and restored weights are bitsandbytes', bit by bit."""
     theirs, state = bnb.functional.quantize_4bit(
         weight, blocksize=block, quant_type="nf4", compress_statistics=True
     )
@@ -295,7 +295,7 @@ def test_a_header_that_was_tampered_with_is_refused(tmp_path):
             load_adapter(base, tmp_path)
 
 
-def test_bases_in_4_bits_are_told_apart_by_their_codes():
+def test_bases_in_4_bits_differ_by_their_codes():
     prints = []
     for scale in (1.0, -1.0):
         model = llama()
@@ -318,7 +318,7 @@ def test_setup_qlora_trains_on_the_cpu(capsys):
     for arguments, told in (
         (("tinylm", 0), "rank=0"),
         (("tinylm", 500), "q_proj"),
-        (("minilm",), "no causal language model"),
+        (("minilm",), "not a causal language model"),
     ):
         with pytest.raises(ValueError, match=told):
             setup_qlora(*arguments)

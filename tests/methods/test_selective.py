@@ -1,4 +1,4 @@
-"""Test selective methods: on what trains, the gradients are those of full fine-tuning."""
+"""Test selective methods: trainable parameters have the gradients of full fine-tuning."""
 
 import math
 from copy import deepcopy
@@ -108,7 +108,7 @@ CHOSEN = {  # by what a name holds, in each of the four models
 
 @BOTH
 @SELECTS
-def test_gradients_are_those_of_full_fine_tuning_on_what_trains(name, kind):
+def test_gradients_of_trainable_parameters_are_those_of_full_fine_tuning(name, kind):
     full, batch = MODELS[name](), batch_of(name)
     ours = injected(name, SELECTING[kind])
     full(**batch).loss.backward()
@@ -181,7 +181,7 @@ def test_a_key_bias_that_is_rotated_does_make_a_difference():
 
 
 def test_a_model_without_biases_is_refused():
-    """A fresh head has some, which are none of the base."""
+    """The biases of a new head are not counted as the base's."""
     model = tiny_llama()
     model.score = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 2))
     model.fresh_modules = ("score",)
@@ -277,8 +277,8 @@ def t5():
 
 REFUSED = [
     (tiny_llama, dict(last=3), "last.*3.* 2"),
-    (lambda: nn.Sequential(nn.Linear(3, 3)), dict(last=1), "Sequential has no one stack of blocks"),
-    (t5, dict(last=1), "no one stack of blocks"),
+    (lambda: nn.Sequential(nn.Linear(3, 3)), dict(last=1), "Sequential has no single stack"),
+    (t5, dict(last=1), "no single stack of blocks"),
     (
         lambda: nn.ModuleDict({"text": linears(3), "image": linears(4)}),
         dict(last=1),
@@ -288,7 +288,7 @@ REFUSED = [
     (tiny_llama, dict(patterns="q_proj"), "'q_proj' matches no parameter"),
     (tiny_llama, dict(patterns=("q_porj",)), "did you mean 'q_proj'"),
     (tiny_opt, dict(patterns=("lm_head",)), "'lm_head.weight' is also .*tied weights.*name both"),
-    (tiny_bert, dict(patterns=("classifier",)), "'classifier' is the fresh head"),
+    (tiny_bert, dict(patterns=("classifier",)), "'classifier' is the new head"),
     (four_bit, dict(last=1), "last: 'model.layers.1' holds packed 4-bit codes"),
     (four_bit, dict(patterns=("layers.1",)), "patterns: 'model.layers.1' holds packed"),
 ]
@@ -337,7 +337,7 @@ SPARSE = pytest.mark.parametrize("positions", ["random", "largest"])
 
 
 def flat(wrapper):
-    """The flat positions of a layer's values."""
+    """Return the flat positions of a layer's values."""
     rows, columns = wrapper.indices.long()
     return rows * wrapper.base.weight.shape[1] + columns
 
@@ -472,7 +472,7 @@ def test_a_gate_without_noise_and_one_without_gradient():
 
 
 def logistic_draws(log_alpha, low, high, temperature, n, seed):
-    """Gates by numpy's own logistic numbers, (n, gates)."""
+    """Return gates (n, gates) by numpy's own logistic numbers."""
     noise = np.random.default_rng(seed).logistic(size=(n, log_alpha.numel()))
     s = 1 / (1 + np.exp(-(log_alpha.flatten().double().numpy() + noise) / temperature))
     return np.clip(low + (high - low) * s, 0, 1)
@@ -501,7 +501,7 @@ def test_the_exercises_expectations_agree_with_draws(settings):
 
 
 def layer_of(kind, stretch):
-    """A wrapper around a (10, 24) layer with random values in all that it adds."""
+    """Return a wrapper around a (10, 24) layer with random values in all that it adds."""
     torch.manual_seed(0)
     wrapper = LinearWithDiff(nn.Linear(24, 10), stretch, kind == "structured", kind != "mask")
     with torch.no_grad():
@@ -514,7 +514,7 @@ def layer_of(kind, stretch):
 
 
 def by_hand(wrapper, stretch, noise=lambda log_alpha: 0.0):
-    """The difference from the formulas alone, in float64."""
+    """Compute the difference from the formulas alone, in float64."""
     d = wrapper.w.detach().double()
     for log_alpha in (wrapper.log_alpha, wrapper.log_alpha_all):
         if log_alpha is not None:
@@ -603,7 +603,7 @@ def test_a_stretch_that_never_closes_or_opens_is_refused():
 
 @torch.no_grad()
 def entries(model):
-    """The difference of every layer, after training: what it makes of a weight of zeros."""
+    """Return the difference of every layer after training: its effect on a weight of zeros."""
     found = {}
     for path, wrapper in layers(model).items():
         alone = deepcopy(wrapper)
@@ -721,7 +721,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def new(key, change):
-    """Other indices or values of one layer."""
+    """Change the indices or values of one layer."""
     return lambda tensors: tensors.update({f"{Q}.{key}": change(tensors[f"{Q}.{key}"])})
 
 
@@ -758,8 +758,8 @@ def test_a_file_without_shapes_is_refused(tmp_path):
 
 
 def test_small_steps_are_lost_in_16_bits():
-    """Norms are 1, and the next number of bfloat16 below is 0.996; AdamW's first step moves every
-    bias by the rate, which beside a bias of 16 bits is nothing."""
+    """Norms are 1, and the next number of bfloat16 below is 0.996; AdamW's first step changes every
+    bias by the learning rate, too little for a bias of 16 bits."""
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_llama().to(dtype)

@@ -66,7 +66,7 @@ EXACT = 1e-10  # in float64; what is asked for is 1e-5
 
 
 def bert():
-    """As `tiny_bert`, with a feed-forward whose width 4-bit layers take."""
+    """Return `tiny_bert` with a feed-forward width that 4-bit layers accept."""
     torch.manual_seed(0)
     config = BertConfig(**SIZES, intermediate_size=128, max_position_embeddings=64, num_labels=2)
     model = perturb(BertForSequenceClassification(config), 0.05)
@@ -153,7 +153,7 @@ def test_an_observer_leaves_no_hook_even_if_the_model_fails():
     ],
     ids=repr,
 )
-def test_an_instance_stands_for_itself(method, places):
+def test_an_instance_is_its_own_description(method, places):
     rows = check_design(method, BASE, BATCH)
     assert len(rows) == (2 if isinstance(method, MixAndMatch) else 1)
     assert all(places in row["form"] and row["gap"] < EXACT and row["places"] for row in rows)
@@ -195,7 +195,7 @@ def test_h_of_an_own_layer_is_what_the_untrained_layer_gives(method):
     assert not any(site.path.startswith("classifier") for site in sites)
 
 
-def test_h_beside_a_quantised_weight_is_that_of_the_quantised_weight():
+def test_h_of_a_quantised_layer_is_that_of_the_quantised_weight():
     plain = deepcopy(BASE).double()
     for site in linears(perturbed(BASE, QLoRA(4, 8.0)), BATCH):
         layer = plain.get_submodule(site.path)
@@ -322,7 +322,7 @@ TWO = pytest.mark.parametrize("name", ["llama", "bert"])
 
 
 def mixed(name, values=True):
-    """A model of this family with the method in it, and values in its adapters."""
+    """Return a model of this family with the method in it and perturbed adapters."""
     model = MODELS[name]()
     torch.manual_seed(3)
     inject(model, METHOD)
@@ -368,7 +368,7 @@ def test_it_is_its_two_halves(name):
 
 
 def test_the_prefix_learns_ten_times_as_fast():
-    """The first step of Adam moves each number by its rate."""
+    """The first step of Adam changes each parameter by its learning rate."""
     model, rate = mixed("bert"), 1e-4
     prefix, others = injection_of(model).attached.embedding, adapters(model)
     before = prefix.detach().clone(), [p.detach().clone() for p in others]

@@ -1,4 +1,4 @@
-"""LoRA+, PiSSA, LoftQ, VeRA and OFT: beside PEFT's, and what is their own."""
+"""Test LoRA+, PiSSA, LoftQ, VeRA and OFT: against PEFT's, and what PEFT lacks."""
 
 from copy import deepcopy
 from operator import attrgetter
@@ -60,7 +60,7 @@ NEUMANN = pytest.mark.parametrize("neumann", [True, False])
 
 
 def wide():
-    """Every width a multiple of 64, as four bits need it."""
+    """Return a model whose widths are multiples of 64, as four bits need."""
     return tiny_llama(intermediate_size=128)
 
 
@@ -104,9 +104,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(method, told):
 # ------------------------------------------------------------------ LoRA+
 
 
-def test_b_learns_at_its_own_rate():
-    """The first step of Adam moves each number by its rate, if it has a gradient: A has none while
-    B is 0."""
+def test_b_has_its_own_learning_rate():
+    """The first step of Adam changes each parameter with a gradient by its learning rate: A has no
+    gradient while B is 0."""
     model, rate = MODELS["llama"](), 1e-4
     inject(model, LoRAPlus(4, 6.0, ("q_proj", "down_proj"), lr_ratio=7.0))
     perturb(model)
@@ -124,7 +124,7 @@ FACTORS = {"lora_A": "lora.lora_A", "lora_B": "lora.lora_B"}
 
 
 def pissa_pair(name, **more):
-    """(PEFT's model, ours) on copies of one base, as they start, and the base."""
+    """Return (PEFT's model, ours) on copies of one base, as they start, and the base."""
     base, method = MODELS[name](), PiSSA(4, 6.0, TARGETS[name], **more)
     config = lora_config(method, task_type(name), init_lora_weights="pissa")
     ours = injected_copy(base, method)
@@ -132,7 +132,7 @@ def pissa_pair(name, **more):
 
 
 def layers_of(theirs, ours):
-    """(their layer, our wrapper) of each target."""
+    """Yield (their layer, our wrapper) of each target."""
     for path, wrapper in injection_of(ours).wrappers.items():
         yield theirs.base_model.model.get_submodule(path), wrapper
 
@@ -146,7 +146,7 @@ def tensors_of(theirs, ours, names):
 
 
 def shake(theirs, ours, names):
-    """Both the same values, away from the start."""
+    """Perturb both models by the same values."""
     torch.manual_seed(7)
     with torch.no_grad():
         for there, here in tensors_of(theirs, ours, names):
@@ -155,7 +155,7 @@ def shake(theirs, ours, names):
 
 
 def compare_trained(theirs, ours, names, batch, tolerance=1e-6, of_gradients=1e-6):
-    """Away from the start: logits, losses, gradients and merged weights are PEFT's."""
+    """Compare logits, losses, gradients and merged weights with PEFT's after a perturbation."""
     shake(theirs, ours, names)
     step_of_both(theirs, ours, batch, tolerance)
     for there, here in tensors_of(theirs, ours, names):
@@ -167,7 +167,7 @@ def compare_trained(theirs, ours, names, batch, tolerance=1e-6, of_gradients=1e-
 
 
 def compare_dropped(layer, wrapper, tolerance):
-    """Drawn with one seed, both drop the same."""
+    """Assert that with one seed both models drop the same entries."""
     x = torch.randn(5, 64)
     torch.manual_seed(3)
     expected = layer(x)
@@ -250,7 +250,7 @@ def spectrum(decay, size=128, seed=0):
 
 
 def by_bnb(weight):
-    """A weight in 4 bits and back, by bitsandbytes."""
+    """Return a weight after bitsandbytes has quantised and dequantised it."""
     return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
 
 
@@ -389,7 +389,7 @@ def test_the_seed_alone_makes_the_projections():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_projections_stand_once_in_the_file_and_count_whatever_the_seed_says(tmp_path):
+def test_the_file_holds_the_projections_once_and_they_override_the_seed(tmp_path):
     """Another version of torch may draw others."""
     model = perturb(injected_copy(tiny_llama(), VeRA(12)))
     save_adapter(model, tmp_path)
@@ -516,7 +516,7 @@ def test_intruders_are_those_that_peft_counts():
     assert counts == found and len(set(found)) > 1
 
 
-def test_rates_are_those_of_peft_s_optimiser():
+def test_learning_rates_are_those_of_peft_s_optimiser():
     theirs, ours = lora_pair(tiny_llama(), LoRAPlus(4, 6.0, TARGETS["llama"]))
     made = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
     rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}

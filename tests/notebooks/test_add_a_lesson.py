@@ -35,7 +35,7 @@ LINES = {  # {file: (a line that is there, the line that comes below it)}
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    """A copy of the course with the example's files and lines in it."""
+    """Return a copy of the course with the example's files and lines in it."""
     folder = tmp_path_factory.mktemp("course")
     for name in ("peft_lessons", "tools", "tests", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -70,7 +70,7 @@ def run(folder, *command):
 
 @pytest.fixture
 def lesson(course, monkeypatch):
-    """The path of the example's lesson in the copy, while it is in the map of lessons."""
+    """Yield the path of the example's lesson in the copy, while it is in the map of lessons."""
     monkeypatch.setitem(notebooks.MODULES, "16_lora_xs", "lora_xs")
     return course / "notebooks" / "16_lora_xs.ipynb"
 

@@ -41,7 +41,7 @@ LESSONS = [
 
 
 def wrong_answer(lesson):
-    """(exercise, source, cause): the first mistake of a check that stands by itself."""
+    """Return (exercise, source, cause): the first mistake of a check that needs nothing else."""
     for exercise in notebooks.exercises(lesson):
         causes = getattr(getattr(check, notebooks.MODULES[lesson]), exercise).causes
         for told, function in causes.items():
@@ -62,7 +62,7 @@ def test_each_lesson_has_a_wrong_answer_to_show(lesson):
 
 
 def status_of(address, token=None):
-    """(the status of a request, the page that it ends at)"""
+    """Return (the status of a request, the page that it ends at)."""
     headers = {"Authorization": f"token {token}"} if token else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as answer:

@@ -20,7 +20,7 @@ STUB = "def row_norms(weight, eps=0.0):\n    raise NotImplementedError"
 
 
 def picture(alt, page=f'<img src="data:,x" alt="{ALT}">'):
-    """An image with its alt text in the metadata, and with a page of HTML beside it."""
+    """Return an image with its alt text in the metadata, and with HTML as a second form."""
     data = {"image/png": "aGk=", "text/html": page}
     return new_output("display_data", data, metadata={"image/png": {"alt": alt}})
 
@@ -36,7 +36,7 @@ def code(source, *outputs, tags=()):
 
 
 def good():
-    """A notebook that keeps all rules."""
+    """Return a notebook that keeps all rules."""
     cells = [
         new_markdown_cell("# Title\n\nSee the next one."),
         code("#| default_exp methods.start"),
@@ -68,7 +68,7 @@ def number(nb):
 
 @pytest.fixture
 def place(tmp_path):
-    """Where the notebook lies: with a solution beside it."""
+    """Return the notebook's path, with a solution next to it."""
     path = tmp_path / "00_start_here.ipynb"
     path.write_text("{}", encoding="utf-8")
     (tmp_path / "solutions").mkdir()

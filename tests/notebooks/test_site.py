@@ -48,7 +48,7 @@ TORN = """() => {
 
 
 class Page(HTMLParser):
-    """The links, loaded files and ids of a page."""
+    """Collect the links, loaded files and ids of a page."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def built(tmp_path_factory):
 def test_a_folder_of_something_else_is_kept(built, tmp_path):
     assert (built / ".buildinfo").exists(), "by which an earlier site is known"
     (tmp_path / "thesis").touch()
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds other files"):
         site.build(tmp_path)
     assert (tmp_path / "thesis").exists()
 
@@ -184,7 +184,8 @@ def test_a_lesson_goes_by_its_number_wherever_it_is_named(built):
 
 @pytest.fixture(scope="module")
 def folding(tmp_path_factory):
-    """The page of a lesson with all that is folded: an answer, plumbing and a deeper section."""
+    """Return the page of a lesson with all that is folded: an answer, plumbing, a deeper
+    section."""
     place = tmp_path_factory.mktemp("folding")
     (place / "source").mkdir()
     cells = [
@@ -242,7 +243,7 @@ def hindrances(page):
 
 
 def seen(browser, address, size, theme):
-    """(what a page shows in a window and theme, what its console says)"""
+    """Return (what a page shows in a window and theme, what its console says)."""
     context = browser.new_context(viewport=size, color_scheme=theme, offline=True)
     page, said = context.new_page(), []
     page.on("pageerror", lambda error: said.append(str(error)))

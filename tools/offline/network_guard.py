@@ -15,7 +15,7 @@ _LOOKUP_EVENTS = {"socket.getaddrinfo", "socket.gethostbyname"}
 
 
 def is_local(host):
-    """Whether a host, as a name or a number, means this machine."""
+    """Return whether a host, as a name or a number, means this machine."""
     if isinstance(host, bytes | bytearray):
         host = bytes(host).decode(errors="replace")
     if host in {None, "", "localhost", socket.gethostname()}:

@@ -1,4 +1,4 @@
-"""What lessons show of a method: refusals, agreement with PEFT, files there and back."""
+"""Test what lessons show of a method: refusals, agreement with PEFT, files there and back."""
 
 from copy import deepcopy
 
@@ -21,7 +21,7 @@ METHOD, BATCH = LoRA(rank=4, alpha=6, targets=("q_proj",)), batch_of("llama")
 
 
 def moved():
-    """A Llama with LoRA in it that does something, and its base."""
+    """Return a Llama with a perturbed LoRA, and its base."""
     base = tiny_llama()
     model = injected_copy(base, METHOD)
     for wrapper in injection_of(model).wrappers.values():
@@ -41,7 +41,7 @@ def test_a_copy_with_a_method_leaves_the_base():
 def test_an_attempt_prints_the_refusal_and_misses_what_is_not_refused(capsys):
     show_refusal(lambda: injected_copy(tiny_llama(), LoRA(rank=4, alpha=6, targets=("no_such",))))
     assert capsys.readouterr().out.startswith("ValueError: targets: 'no_such' matches no module")
-    with pytest.raises(AssertionError, match="meant to be refused"):
+    with pytest.raises(AssertionError, match="should have been refused"):
         show_refusal(lambda: None)
     with pytest.raises(KeyError):  # a mistake in the lesson is no refusal
         show_refusal(lambda: {}["missing"])
