@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -63,6 +64,7 @@ MOST_SAID = 1_000_000  # bytes of marks that a notebook's process may send
 LOOK = 0.2  # seconds between two looks at a notebook's process
 EACH = 2  # GiB that one notebook may well take: so many run at once as have that
 MARKED = ".marked"
+INTERRUPTED = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,13 @@ def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
 
 
 def watched(process: subprocess.Popen, limits: Limits) -> str:
-    """Wait for a process; return "", or "time" or "memory" once it takes more than it may."""
+    """Wait for a process; return "", or "time" or "memory" once it takes more than it may.
+
+    Raises KeyboardInterrupt once whoever marks interrupts: nothing is said of the notebook."""
     end = time.monotonic() + limits.total
     while time.monotonic() < end:
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
         with suppress(subprocess.TimeoutExpired):
             process.wait(LOOK)
             return ""
@@ -268,7 +274,7 @@ def marks_of(one: Handed, student: str, name: str, found: Judged, rules: Rules) 
     days = rules.days_late(one, student)
     for exercise in notebooks.exercises(one.lesson):
         outcome, told, seconds = found.said.get(exercise, [*found.rest, 0])
-        points = maxima[exercise] * rules.share(days) * (outcome == "right")
+        points = round(maxima[exercise] * rules.share(days) * (outcome == "right"), 2)
         told = printable(told, kept="\n")
         where = student, printable(name), one.lesson, exercise
         marks.append(Mark(*where, outcome, told, seconds, points, maxima[exercise], days))
@@ -340,8 +346,12 @@ class Class:
             student: gradebook.feedback(called.get(student, student), own, self.rules)
             for student, own in gradebook.by_student(marks).items()
         }
+        names = gradebook.file_names(pages)
         for student, page in pages.items():
-            write_file(place / f"{gradebook.file_name(student)}.html", page)
+            write_file(place / f"{names[student]}.html", page)
+        for path in place.glob("*.html"):  # of an earlier run, under a name that nobody has now
+            if path.stem not in names.values():
+                path.unlink()
         folders = {one.who: student for student, one in self.handed}
         if archive := gradebook.moodle_archive(pages, folders):
             write_file(self.folder / "feedback_moodle.zip", archive)
@@ -378,6 +388,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     if given.jobs < 1:
         parser.error("--jobs must be 1 or more")
+    if given.folder.is_dir() and not os.access(given.folder, os.W_OK):
+        parser.error(f"{given.folder} must be writable: the marks are written there")
     given.folder = given.folder.resolve()
     try:
         given.people = read_roster(given.roster) if given.roster else []
@@ -398,11 +410,16 @@ def owners(
     found: Sequence[Handed], people: list[Person]
 ) -> tuple[list[tuple[str, Handed]], list[str]]:
     """Return (student, notebook) of all that was handed in, and what to say of those who are not on
-    the roster. Two notebooks of a lesson that belong to one person are both named."""
+    the roster. Two notebooks of a lesson that belong to one person are both named; two people with
+    one name and no row of the roster are called by the whole name of the file or folder, so that
+    neither gets the other's marks."""
     pairs, notes, taken = [], [], {}
-    for one in found:
-        person = owner(one.who, people)
-        student = person.id if person else label(one.who)
+    named = [(one, owner(one.who, people), label(one.who)) for one in found]
+    times = Counter((name, one.lesson) for one, person, name in named if person is None)
+    shared = {name for (name, _), count in times.items() if count > 1}
+    notes += [f"Several students are called {name} and marked apart." for name in sorted(shared)]
+    for one, person, name in named:
+        student = person.id if person else printable(one.who) if name in shared else name
         if (student, one.lesson) in taken:
             notes.append(
                 f"{student} handed in {one.lesson} twice, as {taken[student, one.lesson]} "
@@ -446,8 +463,12 @@ def main(argv: list[str] | None = None) -> int:
                 told = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
                 rest = left(time.monotonic() - started, done, len(pairs))
                 print(f"[{done}/{len(pairs)}{rest}] {key[0]} {one.lesson}: {told}", flush=True)
+        except BaseException:
+            INTERRUPTED.set()
+            raise
         finally:  # what is done stays, if this is interrupted
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+            INTERRUPTED.clear()
             group.write()
     print("\n".join(filter(None, (*notes, str(given.folder / "grades.html")))))
     return 0

@@ -7,6 +7,7 @@ import io
 import math
 import re
 import tomllib
+import unicodedata
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +18,12 @@ from functools import cache
 from pathlib import Path
 
 from tools import notebooks
-from tools.submissions import MAXIMA, MOODLE, Handed, Person
+from tools.submissions import CANVAS_ONLY, MAXIMA, MOODLE, Handed, Person, printable, read_text
 
 OUTCOMES = ("right", "wrong", "not attempted", "crashed", "timed out")
 ABSENT = "not handed in"
-CANVAS_ONLY = {"sis user id", "sis login id"}
 CANVAS_OWN = CANVAS_ONLY | {"student", "id", "integration id", "root account", "section"}
-FORMULA = tuple("=+-@\t\r")  # what a spreadsheet would compute
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet would compute
 DAY = timedelta(days=1)
 
 
@@ -57,19 +57,20 @@ class Rules:
     seed: str = ""
 
     def maxima(self, lesson: str) -> dict[str, float]:
-        """Return {exercise: its points} of a lesson."""
-        return stars(lesson) | dict(self.points.get(lesson, {}))
+        """Return {exercise: its points} of a lesson, in hundredths, so that all tables add up."""
+        points = stars(lesson) | dict(self.points.get(lesson, {}))
+        return {exercise: round(float(most), 2) for exercise, most in points.items()}
 
     def days_late(self, one: Handed, student: str) -> int:
         """Return how many days after the due time, the last one begun, a notebook was handed in.
 
-        The time is the file's. A platform's mark means one day at least."""
-        days = 0
-        if one.lesson in self.due:
+        The time is the file's. From Canvas, whose files have none, a mark means one day."""
+        days = int(bool(one.late) and not self.extensions.get(student))
+        if one.late is None and one.lesson in self.due:
             due = self.due[one.lesson] + self.extensions.get(student, 0) * DAY
             handed = datetime.fromtimestamp(one.seconds, due.tzinfo)
             days = max(0, math.ceil((handed - due) / DAY))
-        return max(days, int(one.late and not self.extensions.get(student)))
+        return days
 
     def share(self, days: int) -> float:
         """Return the share of the points that is left after some days."""
@@ -79,7 +80,7 @@ class Rules:
 def read_rules(path: Path) -> Rules:
     """Read rules from a TOML file. Raises ValueError that names what the course doesn't know."""
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        given = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
 
@@ -209,6 +210,7 @@ def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
 STYLE = """
 :root { color-scheme: light dark; background: Canvas; color: CanvasText }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
+h1, h2, p { overflow-wrap: anywhere }
 table { border-collapse: collapse; margin-bottom: 2em; width: 100% }
 th, td { border-bottom: 1px solid #8886; padding: .3em .6em; text-align: left;
   vertical-align: top }
@@ -333,13 +335,22 @@ def fault(mark: Mark) -> str:
 # ------------------------------------------------------------------ files
 
 
-def file_name(student: str) -> str:
-    """Return a name that every file system takes. Two students have two, whatever their names."""
-    safe = re.sub(r"[^\w.@ -]", "_", student).strip(". ")[:80] or "_"
-    reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", safe, re.I)
-    if safe == student and not reserved:
-        return safe
-    return f"{safe}-{hashlib.sha256(student.encode(errors='surrogateescape')).hexdigest()[:8]}"
+def file_names(students: Iterable[str]) -> dict[str, str]:
+    """Return {student: a name that every file system takes}. Two students have two, whatever their
+    names, also where a file system takes Jo and jo, or two ways to write é, for one."""
+    names = {student: re.sub(r"[^\w.@ -]", "_", student).strip(". ")[:50] for student in students}
+    alike = Counter(map(folded, names))
+    for student, safe in names.items():
+        reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d|)(\..*)?", safe, re.I)
+        if safe != student or reserved or alike[folded(student)] > 1:
+            digest = hashlib.sha256(student.encode(errors="surrogateescape")).hexdigest()
+            names[student] = f"{safe or '_'}-{digest[:8]}"
+    return names
+
+
+def folded(name: str) -> str:
+    """Return a name as a file system has it that ignores case and ways to write an accent."""
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -352,8 +363,15 @@ def write_file(path: Path, content: str | bytes) -> None:
 def moodle_archive(pages: Mapping[str, str], folders: Mapping[str, str]) -> bytes | None:
     """Return a ZIP file that Moodle takes as feedback files of many students: a page in a folder
     named as the student's in Moodle's download, of `folders` {folder: student}. None where nothing
-    came from Moodle."""
-    named = {f: s for f, s in folders.items() if MOODLE.fullmatch(f) and s in pages}
+    came from Moodle.
+
+    Moodle reads the number in the name. Before 4.1 it looks for an underscore at the end, too."""
+    marks = {MOODLE.fullmatch(folder): student for folder, student in folders.items()}
+    named = {
+        f"{printable(mark['name'])}_{mark['id']}_assignsubmission_file_": student
+        for mark, student in marks.items()
+        if mark and student in pages
+    }
     if not named:
         return None
     file = io.BytesIO()

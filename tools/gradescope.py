@@ -20,7 +20,7 @@ from tools import grade, notebooks
 from tools.environment import ROOT
 from tools.gradebook import Rules, read_rules, tidy, write_file
 from tools.release import COPIED, LITTER
-from tools.submissions import NAME, printable
+from tools.submissions import printable
 
 AUTOGRADER = ROOT / "docs" / "gradescope"
 RULES = "rules.toml"
@@ -53,10 +53,12 @@ def archive(lesson: str, rules: Path | None, place: Path) -> Path:
 
 
 def submitted(folder: Path, lesson: str) -> Path | None:
-    """Return the notebook of a submission: the one of the lesson's name, or else the only one."""
-    found = sorted(folder.rglob("*.ipynb"), key=lambda path: path.lstat().st_mtime)
-    named = [p for p in found if (match := NAME.fullmatch(p.stem)) and match[2] == lesson]
-    return named[-1] if named else found[0] if len(found) == 1 else None
+    """Return the notebook of a submission: the one of the lesson's name, or else the only one, and
+    no hidden file, as a Mac's notes or Jupyter's checkpoints are."""
+    found = [p for p in folder.rglob("*.ipynb") if "/." not in f"/{p.relative_to(folder)}"]
+    named = [path for path in found if lesson in path.stem]
+    only = found[0] if len(found) == 1 else None
+    return max(named, key=lambda p: (p.stem == lesson, p.lstat().st_mtime), default=only)
 
 
 def results(folder: Path, lesson: str, rules: Rules) -> dict:

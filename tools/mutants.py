@@ -148,10 +148,12 @@ tools/grade.py: grade
     (student, lesson) not in handed: → lesson not in handed:
     * rules.share(days) * (outcome → * (outcome
 tools/gradebook.py: grade
-    return max(days, int(one.late → return max(days, int(False and one.late
+    days = int(bool(one.late) → days = int(bool(0)
     if canvas: → if not canvas:
 tools/submissions.py: grade
-    rank = (not copy, int(attempt or 0), seconds) → rank = seconds
+    rank = (not copy and not (inner and prefix), int(attempt or 0), seconds) → rank = seconds
+    mark = None if inner else canvas(who) → mark = canvas(who)
+    if row.keys() & CANVAS_ONLY → if row
     return fit[0] if len(fit) == 1 else None → return fit[0]
 tools/grade_one.py: grade
     .draw_variant(variant) → .draw_variant(0)

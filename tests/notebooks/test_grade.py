@@ -1,12 +1,15 @@
 """What students hand in is marked by the course's checks, whatever a notebook does."""
 
 import csv
+import io
 import json
 import os
 import signal
 import socket
 import sys
 import threading
+import time
+import unicodedata
 import zipfile
 from datetime import datetime
 
@@ -207,8 +210,8 @@ def test_a_page_of_feedback_shows_nobody_else(marked):
         assert [s for s, name in names.items() if name in page] == [student] * (student in names)
         assert "example.org" not in page
     with zipfile.ZipFile(folder / "feedback_moodle.zip") as archive:
-        assert archive.namelist() == [f"{GUS}/feedback.html"]
-        assert archive.read(f"{GUS}/feedback.html").decode() == pages["8"]
+        assert archive.namelist() == [f"{GUS}_/feedback.html"]
+        assert archive.read(f"{GUS}_/feedback.html").decode() == pages["8"]
 
 
 def test_the_wide_table_and_the_texts(marked):
@@ -240,6 +243,9 @@ def test_the_page_shows_names_as_text(marked):
 # ------------------------------------------------------------------ who handed in what
 
 
+MOE = "Jo Moe_4_assignsubmission_file_x_1_2"
+
+
 def test_the_layouts_of_platforms_are_found(tmp_path):
     hidden, older = "a/.ipynb_checkpoints/02_lora.ipynb", "a/02_lora.ipynb"
     kept = {
@@ -247,6 +253,10 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
         "b/02_lora (1).ipynb": "b",  # of a browser's downloads, and the only one
         "doe_77_5_02_lora-1.ipynb": "doe_77_5",
         "roe_LATE_78_6_02_lora.ipynb": "roe_LATE_78_6",
+        "poe_79_6_my_own_02_lora_final (1)-1.ipynb": "poe_79_6_my_own",
+        "team_1_1/02_lora.ipynb": "team_1_1",  # two folders, and no attempts of Canvas
+        "team_1_2/max_02_lora.ipynb": "team_1_2",
+        f"{MOE}_02_lora.ipynb": MOE,
         "hw-kim/peft-lessons/notebooks/03_qlora.ipynb": "hw-kim",
         "lee_03_qlora.ipynb": "lee",
         "Max Poe_9_assignsubmission_file_03_qlora.ipynb": "Max Poe_9_assignsubmission_file",
@@ -254,8 +264,10 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
     }
     passed = {older, "02_lora.ipynb", "a/02_lora (2).ipynb", "a/old_02_lora.ipynb"}
     passed |= {"doe_77_4_02_lora.ipynb", "a/99_other.ipynb"}
+    passed |= {"poe_79_5_02_lorax.ipynb", "team_1_1/max_02_lora.ipynb"}
     before = "a/before-update-1/02_lora.ipynb"
-    for name in (*kept, *passed, hidden, before):
+    mac = "__MACOSX/._lee_1_2_02_lora.ipynb", "._lee_1_2_02_lora.ipynb"
+    for name in (*kept, *passed, hidden, before, *mac):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     os.utime(tmp_path / older, (0, 0))
@@ -263,9 +275,13 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
     assert {str(one.path.relative_to(tmp_path)): one.who for one in found} == kept
     assert {str(path.relative_to(tmp_path)) for path in over} == passed
     assert [one.who for one in found if one.late] == ["roe_LATE_78_6"]
+    # A student cannot pass for one of Canvas's, of which no time is looked at.
+    assert [one.who for one in found if one.late is False] == ["doe_77_5", "poe_79_6_my_own"]
+    assert submissions.label(MOE) == "Jo Moe"
 
 
 CANVAS = """Student,ID,SIS User ID,SIS Login ID,Section,Quiz (1)
+,,,,,Manual Posting
 "    Points Possible",,,,,10
 "Doe, Jane",77,A1,jdoe,One,3
 "Doe, Janet",78,77,jadoe,One,4
@@ -293,14 +309,32 @@ def test_a_row_of_the_roster_is_found(tmp_path):
     assert wide.splitlines()[1] == "    Points Possible,,,,,1,1,1"
 
 
+def test_a_number_of_canvas_is_no_other_id_and_an_accent_is_one_letter(tmp_path):
+    file = tmp_path / "roster.csv"
+    file.write_bytes("id;name\n7;Jürgen Müller\n;Bo Roe\n".encode("utf-16"))  # as Excel saves it
+    people = submissions.read_roster(file)
+    assert [person.id for person in people] == ["7", "Bo Roe"]
+    for who, id in {
+        "roebo_7_5": "Bo Roe",
+        "stranger_7_5": None,
+        "Ju\u0308rgen Mu\u0308ller_7_assignsubmission_file": "7",  # as a Mac writes folders
+    }.items():
+        assert getattr(submissions.owner(who, people), "id", None) == id, who
+
+
 def test_a_roster_of_moodle_is_read_and_a_bad_one_is_told(tmp_path):
     file = tmp_path / "roster.csv"
     file.write_text("Identifier;Full name\r\nParticipant 12;Eve Fox\r\n", encoding="utf-8")
     (eve,) = submissions.read_roster(file)
     assert submissions.owner("X_12_assignsubmission_file_", [eve]) == eve
     assert eve.called == "Eve Fox (Participant 12)"
-    for text, told in (("a,b\n1,2", "id, email or name"), ("id\n1\n1", "'1'")):
-        file.write_text(text, encoding="utf-8")
+    for text, told in (
+        ("a,b\n1,2", "id, email or name"),
+        ("id\n1\n1", "'1'"),
+        ("id\n", "no student"),
+        ("id\nJürgen", 'save it as "CSV UTF-8"'),
+    ):
+        file.write_text(text, encoding="cp1252")
         with pytest.raises(ValueError, match=told):
             submissions.read_roster(file)
 
@@ -319,8 +353,8 @@ def test_days_late_are_counted_from_the_due_time_and_an_extension():
     due = datetime(2026, 11, 1, 12)
     rules = Rules(due={LESSON: due}, late=40, extensions={"x": 2})
     for hours, late, student, days in (
-        (0, False, "a", 0), (1, False, "a", 1), (25, False, "a", 2), (25, False, "x", 0),
-        (-5, True, "a", 1), (-5, True, "x", 0),
+        (0, None, "a", 0), (1, None, "a", 1), (25, None, "a", 2), (25, None, "x", 0),
+        (50, False, "a", 0), (50, True, "a", 1), (-5, True, "a", 1), (-5, True, "x", 0),
     ):  # fmt: skip
         seconds = due.timestamp() + 3600 * hours
         assert rules.days_late(Handed("w", LESSON, None, late, seconds), student) == days
@@ -352,7 +386,10 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch)
     handed = [(m.student, Handed(m.student, LESSON, tmp_path, False, 0)) for m in marks]
     group = grade.Class(tmp_path, [], Rules(), handed[:1], [])
     group.marks["-a", LESSON] = marks[:1]
+    (tmp_path / "feedback").mkdir()
+    (tmp_path / "feedback" / "before.html").touch()
     group.write()
+    assert [path.name for path in (tmp_path / "feedback").iterdir()] == ["-a.html"]
     monkeypatch.setattr(gradebook, "csv_of", lambda rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         group.write()
@@ -363,10 +400,12 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch)
 
 
 def test_two_students_have_two_pages_on_every_file_system():
-    names = ["ann", "a/b", "a:b", "con", "", "..", "x" * 300, "x" * 301, "né"]
-    files = [gradebook.file_name(name) for name in names]
-    assert len(set(map(str.casefold, files))) == len(names)
-    assert files[0] == "ann" and all(len(f) < 100 and "/" not in f and ":" not in f for f in files)
+    names = ["ann", "a/b", "a:b", "con", "", "..", "x" * 300, "x" * 301, "𐀀" * 63]
+    names += ["né", "ne\u0301", "Jo", "jo"]
+    files = list(gradebook.file_names(names).values())
+    assert len({unicodedata.normalize("NFC", file).casefold() for file in files}) == len(names)
+    assert files[0] == "ann" and not any("/" in file or ":" in file for file in files)
+    assert all(len(f"{file}.html.part".encode()) < 255 for file in files)
 
 
 def test_the_commonest_fault_of_an_exercise_is_its_cause():
@@ -402,6 +441,25 @@ def test_a_notebook_that_swallows_its_time_limit_is_stopped_and_one_that_dies_qu
     assert instead(DEAF, total=2)[0] == ("timed out", "the notebook took longer than 2 s")
     told = "the notebook's process ended with 1. Too bad"
     assert instead("print('no', file=sys.stderr)\nsys.exit('Too bad')")[0] == ("crashed", told)
+
+
+def test_an_interruption_ends_what_runs_and_remembers_nothing_of_it(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nsleep 60\n", encoding="utf-8")
+    program.chmod(0o755)
+    (tmp_path / f"a_{LESSON}.ipynb").write_text("{}", encoding="utf-8")
+
+    def interrupted(waiting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(grade, "as_completed", interrupted)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        grade.main([str(tmp_path)])
+    assert time.monotonic() - started < 30
+    assert (tmp_path / "grades.html").exists() and not (tmp_path / grade.MARKED).exists()
+    assert not grade.INTERRUPTED.is_set()
 
 
 def test_memory_that_the_system_does_not_limit_is_watched(instead):
@@ -537,10 +595,38 @@ def test_an_endless_cell_and_an_answer_that_catches_every_exception_end_in_time(
 # ------------------------------------------------------------------ a folder
 
 
+def test_points_add_up_in_all_tables(tmp_path):
+    lesson = "03_qlora"
+    rules = Rules({lesson: dict.fromkeys(notebooks.exercises(lesson), 1 / 3)}, late=10)
+    said = {exercise: ["right", "", 1] for exercise in notebooks.exercises(lesson)}
+    one = Handed("a_LATE_1_2", lesson, tmp_path, True, 0)
+    marks = grade.marks_of(one, "a", "n", grade.Judged(said, []), rules)
+    cells = next(csv.DictReader(gradebook.wide(marks, []).splitlines()))
+    summed = sum(float(cells[f"{lesson} {exercise}"]) for exercise in said)
+    assert gradebook.tidy(summed) == float(cells["total"]) == gradebook.total(marks)[0]
+    assert {mark.points for mark in marks} == {0.3}
+
+
+def test_a_folder_of_moodle_in_no_encoding_has_feedback():
+    folder = os.fsdecode(b"M\xfcller_12_assignsubmission_file_my")
+    archive = gradebook.moodle_archive({"M": "page"}, {folder: "M", "else": "M"})
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        (name,) = file.namelist()
+    assert name.endswith("ller_12_assignsubmission_file_/feedback.html")
+
+
 def test_a_folder_without_notebooks_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         grade.main([str(tmp_path)])
     assert "02_lora.ipynb" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys, monkeypatch):
+    (tmp_path / "ann_02_lora.ipynb").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit):
+        grade.main([str(tmp_path)])
+    assert "must be writable" in capsys.readouterr().err
 
 
 def test_a_link_is_not_opened(tmp_path):
@@ -557,8 +643,14 @@ def test_students_with_one_file_or_one_name_are_named(tmp_path):
     found = [(name, Handed(name, LESSON, tmp_path / name, False, 0)) for name in ("a", "b", "c")]
     assert grade.alike(found) == [f"The same file of {LESSON}, byte for byte: a, b."]
     twins = [Handed(f"Jo_{n}_assignsubmission_file", LESSON, tmp_path, False, 0) for n in (1, 2)]
-    pairs, notes = grade.owners(twins, [])
-    assert [student for student, _ in pairs] == ["Jo", twins[1].who]
+    later = Handed("Jo_3_assignsubmission_file", "02_lora", tmp_path, False, 0)
+    pairs, notes = grade.owners([*twins, later], [])
+    assert [student for student, _ in pairs] == [one.who for one in (*twins, later)]
+    assert notes == ["Several students are called Jo and marked apart."]
+    pairs, _ = grade.owners([twins[0], later], [])
+    assert [student for student, _ in pairs] == ["Jo", "Jo"], "one student, two lessons"
+    pairs, notes = grade.owners(twins, [Person("1", "Jo", {"id": "1", "name": "Jo"})])
+    assert [student for student, _ in pairs] == ["1", twins[1].who]
     assert len(notes) == 1 and "marked apart" in notes[0]
     _, notes = grade.owners(twins[:1], [Person("1", "Al", {"id": "1"})])
     assert notes == [f"Not on the roster: {twins[0].who}."]
@@ -578,6 +670,19 @@ def test_an_autograder_holds_the_course_without_its_answers(tmp_path):
     assert "--mark" in run and LESSON in run and "LESSON" not in run
     assert "course/rules.toml" in names and f"course/notebooks/{LESSON}.ipynb" in names
     assert not [name for name in names if "solutions" in name or "/tests/" in name]
+
+
+def test_the_notebook_of_a_submission_is_the_one_of_the_lesson(tmp_path):
+    for name, chosen in (
+        ("__MACOSX/._02_lora.ipynb", None),
+        ("mine.ipynb", "mine.ipynb"),
+        (".ipynb_checkpoints/02_lora-checkpoint.ipynb", "mine.ipynb"),
+        ("02_lora.ipynb", "02_lora.ipynb"),
+        ("jane_02_lora (1).ipynb", "02_lora.ipynb"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        assert gradescope.submitted(tmp_path, "02_lora") == (chosen and tmp_path / chosen)
 
 
 def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch):
