@@ -10,6 +10,7 @@ import torch
 from exercises import Answers, Recipe
 
 from peft_lessons import check
+from peft_lessons.checks import kit
 from peft_lessons.checks.compare import tensors
 from peft_lessons.checks.kit import Check, Tried, WrongAnswer
 from peft_lessons.engine import registered_methods
@@ -97,6 +98,15 @@ def test_solution_is_right_and_the_notebooks_random_numbers_stay(lesson, name, m
     assert verdict.status == "right"
     assert repr(verdict).startswith(f"✓ {name}: right.\n")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("variant", [3000, 7_919_000])
+def test_solutions_are_right_for_other_inputs_too(variant, monkeypatch):
+    """Those that marking draws for a student."""
+    monkeypatch.setattr(kit, "_variant", variant)
+    cases = {(k, n): CHECKS[k][n] for k, n in EXERCISES if type(CHECKS[k][n]) is Check}
+    for (lesson, name), one in cases.items():
+        assert one(SOLUTIONS[lesson][name]).status == "right"
 
 
 @pytest.mark.parametrize(("lesson", "name", "answer"), RIGHT, **by_name)
