@@ -125,7 +125,9 @@ def sequence_logprob(logits, labels):
 def _sums(batch, beta, dtype=torch.float32):
     """Return log-probabilities of answers: far from 0, and the policy's near the reference's."""
     reference = -40 * torch.rand(2, batch, dtype=dtype) - 10
-    policy = reference + 2 * torch.randn(2, batch, dtype=dtype)
+    change = 2 * torch.randn(2, batch, dtype=dtype)
+    # At least 1: a small difference of large sums is rounded differently in each right answer.
+    policy = reference + change + change.sign()
     return [*policy, *reference, beta]
 
 
