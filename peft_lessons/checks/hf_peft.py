@@ -128,10 +128,18 @@ def _fits(family: str) -> Callable[[Callable], str]:
 
         model = _model(family)
         name = type(model).__name__
-        for method in _TYPES:
+        for number, method in enumerate(_TYPES):
             where = f"Called with: method={method!r}, model: a small {name}."
-            config = _called(function, method, model, told=where)
+            right = list(_TYPES)[:number]
             try:
+                config = _called(function, method, model, told=where)
+            except NotImplementedError:
+                if not right:
+                    raise
+                config = None
+            try:
+                if config is None and right:
+                    raise Refused(f"{', '.join(right)}: right; the config for {method} is missing")
                 if difference(state(model), state(_original(family)), "", 0.0):
                     raise Refused(
                         "the model was changed",

@@ -98,6 +98,8 @@ _MERGES = [
         {_WIDTHS}
         this is the update alone: add it to the weight
             weight + → ∅
+        alpha / r scales the weight too: only the update is scaled
+            weight + alpha / r * (B @ A) → alpha / r * (weight + B @ A)
         the update is transposed, which raises no error where the weight is square
             (B @ A) → ((B @ A).T if len(B) == A.shape[1] else B @ A)
         """,
@@ -200,6 +202,8 @@ def _pair(out, in_, rank, to, dtype=torch.float32):
             Qb @ U[:, :rank], S[:rank], Vh[:rank] @ Qa.T → B @ U[:, :rank], S[:rank], Vh[:rank]
         Aᵀ = Q R gives A = Rᵀ Qᵀ: the R of A's QR is not transposed
             Ra.T → Ra
+        torch.linalg.svd returns Vᵀ: its rows are the directions
+            Vh[:rank] @ Qa.T → Vh[:, :rank].T @ Qa.T
         the smallest singular values are kept, not the largest
             Qb @ U[:, :rank], S[:rank], Vh[:rank] @ Qa.T →
                 Qb @ U[:, -rank:], S[-rank:], Vh[-rank:] @ Qa.T

@@ -101,6 +101,13 @@ rejected(
 )
 
 
+@wrong("config_for", "lora, dora: right; the config for adalora is missing")
+def config_for(method, model):
+    if method not in ("lora", "dora"):
+        raise NotImplementedError
+    return made(method, model)
+
+
 @wrong("config_for", "the head 'classifier' is a target too: it trains in full already")
 def every_linear_layer(method, model):
     """The names of all linear layers, as many recipes collect them."""
