@@ -438,10 +438,13 @@ def main(argv: list[str] | None = None) -> int:
     limits = Limits(given.seconds, given.total, given.memory)
     pairs, notes = owners(given.found, given.people)
     names = ", ".join(printable(path.relative_to(given.folder)) for path in given.passed)
-    notes += [*alike(pairs), f"Passed over: {names}." if names else ""]
+    called = {person.id: person.called for person in given.people}
+    notes += alike([(called.get(student, student), one) for student, one in pairs])
+    notes += [f"Passed over: {names}."] if names else []
     known = {student for student, _ in pairs} | {person.id for person in given.people}
     if strangers := sorted(given.rules.extensions.keys() - known):
-        notes.append(f"The rules extend the time of nobody here: {', '.join(strangers)}.")
+        told = "An extension names a student as grades.csv does"
+        notes.append(f"The rules extend the time of nobody here: {', '.join(strangers)}. {told}.")
     group = Class(given.folder, given.people, given.rules, pairs, notes)
     started, done = time.monotonic(), 0
     with ThreadPoolExecutor(given.jobs) as pool:

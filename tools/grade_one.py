@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -188,17 +188,21 @@ def missing(why: str | None) -> tuple[str, str]:
     return "timed out" if why.startswith("longer than") else "crashed", f"its cell fails: {why}"
 
 
-def own_texts(nb: NotebookNode, ours: Container[str]) -> list[tuple[str, str]]:
-    """Return (the heading above, the text) of each markdown cell that is not one of `ours`, the
-    lesson's: predictions and answers to questions."""
-    found, above = [], ""
+def own_texts(nb: NotebookNode, ours: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return (the heading above, the text) of each markdown cell of a student's: predictions and
+    answers to questions. `ours` is {id: source} of the lesson's cells: of one that the student has
+    changed, the text is the lines that the lesson does not have."""
+    found, above, sources = [], "", {*ours.values()}
     for cell in nb.cells:
         if cell.cell_type != "markdown":
             continue
-        titles = notebooks.headings(cell)
-        if cell.source.strip() and cell.source not in ours:
-            found.append((above, cell.source[:MOST_TEXT]))
-        above = titles[-1][1] if titles else above
+        changed = ours.get(cell.get("id"))
+        title = next((title for _, title in reversed(notebooks.headings(cell))), above)
+        known = set() if changed is None else set(changed.splitlines())
+        text = "\n".join(line for line in cell.source.splitlines() if line not in known).strip()
+        if text and cell.source not in sources:
+            found.append((above if changed is None else title, text[:MOST_TEXT]))
+        above = title
     return found
 
 
@@ -218,7 +222,8 @@ def main(argv: list[str]) -> None:
     # All that is out of reach later: the lesson and the checks.
     names, shell = notebooks.exercises(lesson), new_shell()
     course = hidden(notebooks.MODULES[lesson], int(variant))
-    ours = {cell.source for cell in notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb").cells}
+    cells = notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb").cells
+    ours = {cell.id: cell.source for cell in cells}
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, _alarm)
     say(held=confine(path.parent, float(memory)))
@@ -227,7 +232,8 @@ def main(argv: list[str]) -> None:
         say(texts=own_texts(nb, ours))
     except Exception as error:
         for name in names:
-            told = f"the file is no notebook: {told_of(error, seconds)}"
+            told = "the file is damaged: hand in a notebook that JupyterLab opens"
+            told += f" ({type(error).__name__})"
             mark(name, "crashed", told, time.monotonic())
         os._exit(0)
     failed = run(nb, shell, seconds)

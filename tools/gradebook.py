@@ -309,20 +309,31 @@ def overview(
     return document("Marks", *parts)
 
 
-EXERCISE_HEAD = ("exercise", "right", "of", "the commonest fault", "how often")
+EXERCISE_HEAD = ("exercise", "right", "not attempted", "of", "the commonest fault", "how often")
 
 
 def commonest(marks: Sequence[Mark]) -> list[tuple]:
-    """Return a row for each exercise: how many handed in a right answer, and what the check said
-    most often of the others."""
+    """Return a row for each exercise: how many gave a right answer and how many none, of how many
+    that handed in its lesson, and what the check said most often of the others.
+
+    One message for all exercises of a notebook, as of a damaged file, is no fault of theirs."""
     rows = []
     handed = [m for m in marks if m.outcome != ABSENT]
+    said: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for mark in handed:
+        said[mark.student, mark.lesson].append(mark.told)
+    whole = {key for key, told in said.items() if len(told) > 1 and len(set(told)) == 1}
     for lesson, exercise in dict.fromkeys((m.lesson, m.exercise) for m in handed):
         these = [m for m in handed if (m.lesson, m.exercise) == (lesson, exercise)]
         right = sum(m.outcome == "right" for m in these)
-        faults = Counter(fault(m) for m in these if m.outcome not in ("right", "not attempted"))
+        blank = sum(m.outcome == "not attempted" for m in these)
+        faults = Counter(
+            fault(m)
+            for m in these
+            if m.outcome not in ("right", "not attempted") and (m.student, lesson) not in whole
+        )
         told, count = (faults.most_common(1) or [("", "")])[0]
-        rows.append((f"{lesson} {exercise}", right, len(these), told, count))
+        rows.append((f"{lesson} {exercise}", right, blank, len(these), told, count))
     return rows
 
 

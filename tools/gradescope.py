@@ -45,7 +45,9 @@ def archive(lesson: str, rules: Path | None, place: Path) -> Path:
             else:
                 shutil.copy(source, course / name)
         (course / "notebooks").mkdir()
-        shutil.copy(notebooks.NOTEBOOKS / f"{lesson}.ipynb", course / "notebooks")
+        # The rules of a whole course are read against each lesson whose points they set.
+        for stem in {lesson, *(read_rules(rules).points if rules else ())}:
+            shutil.copy(notebooks.NOTEBOOKS / f"{stem}.ipynb", course / "notebooks")
         if rules:
             shutil.copy(rules, course / RULES)
         place.mkdir(parents=True, exist_ok=True)

@@ -51,11 +51,13 @@ class Minutes:
 
 @dataclass(frozen=True)
 class Card:
-    """Hold the minutes that a lesson's card states; None where it states none."""
+    """Hold the minutes that a lesson's card states; None where it states none. `early` has those of
+    the exercises in the core."""
 
     core: int | None
     deeper: int | None
     exercises: int | None
+    early: int | None
 
 
 def reading(cell: NotebookNode) -> float:
@@ -105,7 +107,9 @@ def card(nb: NotebookNode) -> Card:
     rows = [row for cell in nb.cells[:1] for row in cell.source.splitlines()]
     row = next((row for row in rows if row.startswith("| **Time** |")), "")
     stated = [re.search(rf"\b{kind} (\d+) min", row) for kind in ("core", "deeper", "exercises")]
-    return Card(*(int(match[1]) if match else None for match in stated))
+    minutes = [int(match[1]) if match else None for match in stated]
+    early = re.search(r"\((\d+) of them in the core\)", row)  # where it says nothing else, all are
+    return Card(*minutes, int(early[1]) if early else minutes[-1])
 
 
 def is_off(stated: int | None, true: float) -> bool:
@@ -146,7 +150,7 @@ def complaints(nb: NotebookNode) -> list[str]:
 # What a plan may ask for of a lesson.
 PARTS = {
     "core": ("core",),
-    "core and exercises": ("core", "exercises"),
+    "core and exercises": ("core", "early"),
     "all": ("core", "deeper", "exercises"),
 }
 

@@ -19,7 +19,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from peft_lessons import check
 from tools import grade, grade_one, gradebook, gradescope, notebooks, submissions
-from tools.grade_one import has_landlock
+from tools.grade_one import has_landlock, own_texts
 from tools.gradebook import Mark, Rules
 from tools.submissions import Handed, Person
 
@@ -174,7 +174,8 @@ def test_a_class_is_marked(marked):
         "kim": ("crashed", "0.0"),
         "liz": ("crashed", "0.0"),
     }
-    assert marked[0]["kim"]["told"].startswith("the file is no notebook: NotJSONError")
+    told = "the file is damaged: hand in a notebook that JupyterLab opens (NotJSONError)"
+    assert marked[0]["kim"]["told"] == told
     assert marked[0]["jon"]["told"] == "the notebook is an empty file"
 
 
@@ -222,6 +223,18 @@ def test_the_wide_table_and_the_texts(marked):
     with (marked[1] / "texts.csv").open(newline="", encoding="utf-8") as file:
         _, *rows = csv.reader(file)
     assert ["8", LESSON, "## Deeper · Beyond (3 min)"] in [[r[0], r[1], r[3]] for r in rows]
+
+
+def test_of_a_changed_cell_only_what_the_student_wrote_is_a_text():
+    cell = nbformat.v4.new_markdown_cell
+    texts = ["# Lesson", "## Summary\n\n1. Why?\n2. When?", "Next"]
+    nb = nbformat.v4.new_notebook(cells=[cell(text, id=f"c{n}") for n, text in enumerate(texts)])
+    ours = {one.id: one.source for one in nb.cells}
+    assert own_texts(nb, ours) == []
+    nb.cells[1].source = "## Summary\n\n1. Why?\n\nAs B is 0.\n2. When?"
+    nb.cells[1:1] = [cell("I guess\n\nNext", id="own")]
+    nb.cells[-1].source = ""
+    assert own_texts(nb, ours) == [("Lesson", "I guess\n\nNext"), ("Summary", "As B is 0.")]
 
 
 @CONFINED
@@ -412,7 +425,15 @@ def test_the_commonest_fault_of_an_exercise_is_its_cause():
     told = ["x\n  Likely cause: not summed", "y\n  Likely cause: not summed", "y", ""]
     outcomes = ["wrong", "wrong", "crashed", "right"]
     marks = [Mark("a", "", LESSON, EXERCISE, o, t, 0) for o, t in zip(outcomes, told, strict=True)]
-    assert gradebook.commonest(marks) == [(f"{LESSON} {EXERCISE}", 1, 4, "not summed", 2)]
+    marks.append(Mark("a", "", LESSON, EXERCISE, "not attempted", "", 0))
+    assert gradebook.commonest(marks) == [(f"{LESSON} {EXERCISE}", 1, 1, 5, "not summed", 2)]
+
+
+def test_a_damaged_notebook_is_the_commonest_fault_of_no_exercise():
+    marks = [Mark(s, "", LESSON, e, "crashed", "damaged", 0) for s in "abc" for e in "xy"]
+    marks += [Mark("d", "", LESSON, e, "wrong", f"{e}: all off", 0) for e in "xy"]
+    rows = gradebook.commonest(marks)
+    assert rows == [(f"{LESSON} {e}", 0, 0, 4, f"{e}: all off", 1) for e in "xy"]
 
 
 # ------------------------------------------------------------------ the process of a notebook
@@ -661,14 +682,15 @@ def test_students_with_one_file_or_one_name_are_named(tmp_path):
 
 def test_an_autograder_holds_the_course_without_its_answers(tmp_path):
     rules = tmp_path / "rules.toml"
-    rules.write_text(RULES, encoding="utf-8")
+    rules.write_text(f"{RULES}[points.02_lora]\nmerge_lora = 2\n", encoding="utf-8")
     path = gradescope.archive(LESSON, rules, tmp_path)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         run = archive.read("run_autograder").decode()
         assert archive.getinfo("setup.sh").external_attr >> 16 & 0o111, "it must be executable"
     assert "--mark" in run and LESSON in run and "LESSON" not in run
-    assert "course/rules.toml" in names and f"course/notebooks/{LESSON}.ipynb" in names
+    assert "course/rules.toml" in names, "and the rules need each lesson that they name"
+    assert {f"course/notebooks/{stem}.ipynb" for stem in (LESSON, "02_lora")} <= {*names}
     assert not [name for name in names if "solutions" in name or "/tests/" in name]
 
 

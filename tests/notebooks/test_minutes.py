@@ -165,7 +165,7 @@ def test_the_sums_of_plans_and_paths(monkeypatch, tmp_path, capsys):
     for name, text in (("README", row), ("MAP", row + path.replace(". ", ".\n")), ("PLANS", plan)):
         monkeypatch.setattr(minutes, name, tmp_path / name)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    nb = lesson(time="core 30 min, deeper 25 min, exercises 65 min")
+    nb = lesson(time="core 30 min, deeper 25 min, exercises 65 min (20 of them in the core)")
     monkeypatch.setattr(notebooks, "read", lambda path: nb)
     monkeypatch.setattr(notebooks, "lessons", lambda selection=None: [LESSONS[2]])
     for file, there, new, told in (
@@ -185,5 +185,5 @@ def test_the_sums_of_plans_and_paths(monkeypatch, tmp_path, capsys):
     minutes.main(["--write"])
     readme, start, plans = ((tmp_path / n).read_text("utf-8") for n in ("README", "MAP", "PLANS"))
     assert readme == "| [**02 LoRA**](02_lora.ipynb) | question | 30 | 25 | 65 |\n"
-    assert "**Half a day** (02): 4 h." in start and "**All** of it takes 2 h." in start
-    assert re.findall(r"(\d+)(?:\*\*)? \|\n", plans) == ["95", "30", "120", "245"]
+    assert "**Half a day** (02): 3 h 15 min." in start and "**All** of it takes 2 h." in start
+    assert re.findall(r"(\d+)(?:\*\*)? \|\n", plans) == ["50", "30", "120", "200"]
