@@ -38,11 +38,13 @@ PATH = re.compile(r"(\*\*(Half a day|Two days|All)\b[^\n]*?)\d+ h(?: \d+ min)?")
 
 @dataclass
 class Minutes:
-    """Hold the minutes measured in a lesson: core, each deeper section by title, exercises."""
+    """Hold the minutes measured in a lesson: core, each deeper section by title, exercises, and
+    those exercises that are in the core."""
 
     core: float = 0.0
     sections: dict[str, float] = field(default_factory=dict)
     exercises: int = 0
+    core_exercises: int = 0
 
     @property
     def deeper(self) -> float:
@@ -51,13 +53,13 @@ class Minutes:
 
 @dataclass(frozen=True)
 class Card:
-    """Hold the minutes that a lesson's card states; None where it states none. `early` has those of
-    the exercises in the core."""
+    """Hold the minutes that a lesson's card states; None where it states none. All exercises are
+    in the core unless the card states how many are."""
 
     core: int | None
     deeper: int | None
     exercises: int | None
-    early: int | None
+    core_exercises: int | None = None
 
 
 def reading(cell: NotebookNode) -> float:
@@ -89,6 +91,7 @@ def measured(nb: NotebookNode) -> Minutes:
                     exercise = level
                 if stated := EXERCISE.fullmatch(title):
                     found.exercises += int(stated[1])
+                    found.core_exercises += 0 if section else int(stated[1])
             if notebooks.deeper(cell):
                 section = titles[0][1]
         tagged = {"exercise", "check"} & set(notebooks.tags(cell))
@@ -107,9 +110,8 @@ def card(nb: NotebookNode) -> Card:
     rows = [row for cell in nb.cells[:1] for row in cell.source.splitlines()]
     row = next((row for row in rows if row.startswith("| **Time** |")), "")
     stated = [re.search(rf"\b{kind} (\d+) min", row) for kind in ("core", "deeper", "exercises")]
-    minutes = [int(match[1]) if match else None for match in stated]
-    early = re.search(r"\((\d+) of them in the core\)", row)  # where it says nothing else, all are
-    return Card(*minutes, int(early[1]) if early else minutes[-1])
+    stated.append(re.search(r"\((\d+) of them in the core\)", row) or stated[-1])
+    return Card(*(int(match[1]) if match else None for match in stated))
 
 
 def is_off(stated: int | None, true: float) -> bool:
@@ -135,6 +137,11 @@ def complaints(nb: NotebookNode) -> list[str]:
     if (stated.exercises or 0) != true.exercises:
         told = f"the card says exercises {shown(stated.exercises)} min, and their headings"
         found.append(f"{told} add up to {true.exercises}")
+    elif (stated.core_exercises or 0) != true.core_exercises:
+        found.append(
+            f"the card says that {shown(stated.core_exercises)} min of the exercises are in the "
+            f"core, and the headings there add up to {true.core_exercises}"
+        )
     for title, minutes in true.sections.items():
         said = re.search(r"\((\d+) min\)$", title)
         if said is None:
@@ -150,7 +157,7 @@ def complaints(nb: NotebookNode) -> list[str]:
 # What a plan may ask for of a lesson.
 PARTS = {
     "core": ("core",),
-    "core and exercises": ("core", "early"),
+    "core and exercises": ("core", "core_exercises"),
     "all": ("core", "deeper", "exercises"),
 }
 

@@ -55,6 +55,11 @@ def _label(number: int, cell: NotebookNode) -> str:
     return f"cell {number} ({first.strip()[:40]!r})"
 
 
+def _remake(path: Path) -> str:
+    """Return the command that stores a lesson's outputs anew."""
+    return f"run `make outputs LESSON={path.stem[:2]}`"
+
+
 def _numbered(nb: NotebookNode, kind: str) -> Iterator[tuple[str, NotebookNode]]:
     for number, cell in enumerate(nb.cells):
         if cell.cell_type == kind:
@@ -95,7 +100,7 @@ def _texts(output: NotebookNode) -> Iterator[str]:
 def executed_in_order(nb: NotebookNode, path: Path) -> Complaints:
     counts = [cell.execution_count for cell in code_cells(nb) if cell.source.strip()]
     if counts != list(range(1, len(counts) + 1)):
-        return [f"execution counts are {counts}, not 1 to {len(counts)}: run `make outputs`"]
+        return [f"execution counts are {counts}, not 1 to {len(counts)}: {_remake(path)}"]
     return []
 
 
@@ -316,11 +321,11 @@ def headings_in_order(nb: NotebookNode, path: Path) -> Complaints:
 def clean_metadata(nb: NotebookNode, path: Path) -> Complaints:
     found = []
     if nb.metadata != CLEAN_METADATA:
-        found.append("the notebook's metadata is not the clean one: run `make outputs`")
+        found.append(f"the notebook's metadata is not the clean one: {_remake(path)}")
     for number, (cell, own) in enumerate(zip(nb.cells, cell_metadata(nb), strict=True)):
         label = _label(number, cell)
         if cell.metadata != own:
-            found.append(f"{label} has other metadata than {own}: run `make outputs`")
+            found.append(f"{label} has other metadata than {own}: {_remake(path)}")
         if unknown := set(tags(cell)) - TAGS:
             found.append(f"{label} has unknown tags: {', '.join(sorted(unknown))}")
     return found

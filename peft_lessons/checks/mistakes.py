@@ -15,8 +15,9 @@
         """,
     )
 
-Each mistake is a sentence, on one line or several, followed by its edits, `old → new`. All edits of
-a mistake are applied together. ∅ stands for empty text. The new text may follow on the next line.
+Each mistake is a sentence without a full stop, on one line or several, followed by its edits,
+`old → new`. The edits of a mistake are applied one after another, and each old text must occur
+exactly once by then. ∅ stands for empty text. The new text may follow on the next line.
 If no edit can express a mistake, pass a function by keyword and write `= name` instead of edits.
 
 A check reports these sentences as likely causes, the tests run every wrong function through the
@@ -66,12 +67,15 @@ def mistakes(right: str, wrong: str, **names: Any) -> Mistakes:
     """Make {sentence: wrong function} from the source of the right one and the text of the edits.
 
     The source may use `names`, math, torch, nn and F. Raise ValueError if the old text of an edit
-    does not occur exactly once, so that every edit changes exactly one place."""
+    does not occur exactly once, so that every edit changes exactly one place, and for a sentence
+    with a full stop, which the check adds."""
     source = dedent(right).strip() + "\n"
     found: dict[str, Callable] = {}
     for sentence, edits in read(wrong):
         if sentence in found:
             raise ValueError(f"{sentence!r} occurs twice")
+        if sentence.endswith("."):
+            raise ValueError(f"{sentence!r}: leave out the full stop, which the check adds")
         if edits and edits[0].startswith("= "):
             name = edits[0].removeprefix("= ")
             if len(edits) > 1 or not callable(names.get(name)):
@@ -80,7 +84,11 @@ def mistakes(right: str, wrong: str, **names: Any) -> Mistakes:
         else:
             if not edits:
                 raise ValueError(f"{sentence!r} has no edit: write old → new below it")
-            found[sentence] = compiled(edited(source, edits), sentence, names)
+            try:
+                wrong_source = edited(source, edits)
+            except ValueError as error:
+                raise ValueError(f"{sentence!r}: {error}") from None
+            found[sentence] = compiled(wrong_source, sentence, names)
     return Mistakes(compiled(source, "the right answer", names), found)
 
 

@@ -10,6 +10,8 @@ class AdapterLayer(nn.Module):
     """Wrap a layer of the base together with what a method adds; replaces it in the model.
 
     A subclass computes `forward` from `self.base` and, while `self.merged`, from the base alone.
+    `forward` returns the dtype of the base's output: in a 16-bit base, `inject` casts the added
+    parameters to float32. `self.bias` is None if the base has no bias.
     A method that adds to the weight implements `delta_weight`. A method that rescales implements
     the merge itself as `merged_tensors` and `unmerged_tensors`. `merged_tensors` is called twice
     for each merge, and may store in a buffer what `unmerged_tensors` needs."""
@@ -62,6 +64,11 @@ class AdapterLayer(nn.Module):
         for what, tensor in zip(("weight", "bias"), new, strict=True):
             if tensor is None or tensor.is_meta:
                 continue
+            if what == "bias" and self.bias is None:
+                raise TypeError(
+                    f"{type(self).__name__} cannot be merged: the merge needs a bias, and the base "
+                    "layer has none; refuse such layers in the method's `check`"
+                )
             dtype = getattr(self.base, what).dtype
             # A float32 sum may be finite and yet too large for a float16 layer.
             stored = tensor.to(dtype) if dtype.is_floating_point else tensor

@@ -893,6 +893,13 @@ CHECKS: dict[Callable[[Method, Bench], str], str] = {
     _as_generated: "when it generated a text, it",
     _as_exchanged: "when its files were exchanged with PEFT, it",
 }
+# What to do where such an error does not say.
+HINTS = {
+    _as_cast: (
+        "In a 16-bit base inject casts the parameters to float32: does forward return the dtype of "
+        "the base layer's output?",
+    ),
+}
 # A learner's method of exercise 11.3 need not do more than these.
 OF_A_LESSON = list(CHECKS)[: list(CHECKS).index(_as_listed) + 1]
 
@@ -926,5 +933,6 @@ def check_method(method: Method, base: nn.Module | None = None, **expected: Any)
             except MethodError:
                 raise
             except Exception as error:
-                raise MethodError(f"{when} raised {summary(error)}") from error
+                hints = HINTS.get(check, ())
+                raise MethodError(f"{when} raised {summary(error)}", *hints) from error
     return facts

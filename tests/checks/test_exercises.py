@@ -72,9 +72,14 @@ def handed_over(answer):
 
 
 def refusal(one, answer):
-    with pytest.raises(WrongAnswer) as caught:
+    try:
         one(answer)
-    return str(caught.value)
+    except WrongAnswer as error:
+        return str(error)
+    pytest.fail(
+        f"{one.__name__} accepts a wrong answer: add a case in which this answer and the solution "
+        "give different results"
+    )
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
@@ -85,8 +90,14 @@ def test_checks_solutions_and_answers_belong_together(lesson):
         one, answers = CHECKS[lesson][name], ANSWERS[lesson]
         wrongs = sum(exercise == name for exercise, *_ in answers.wrongs)
         rights = sum(exercise == name for exercise, *_ in answers.rights)
-        assert wrongs + len(one.causes) >= 4
-        assert rights or one.right
+        assert wrongs + len(one.causes) >= 4, (
+            f"{name} has {wrongs + len(one.causes)} wrong answers, at least 4 are required: add "
+            f"mistakes in checks/{lesson}.py or wrong answers in tests/exercises/{lesson}.py"
+        )
+        assert rights or one.right, (
+            f"{name} has no right answer: write its causes with mistakes(...) in "
+            f"checks/{lesson}.py, or add a right answer in tests/exercises/{lesson}.py"
+        )
     assert {exercise for exercise, *_ in answers.wrongs + answers.rights} <= names
 
 
@@ -127,7 +138,12 @@ def test_a_wrong_answer_gets_its_cause(lesson, name, answer, told):
 @pytest.mark.parametrize(("one", "sentence", "wrong"), CAUSES)
 def test_a_cause_is_named_alone(one, sentence, wrong):
     """The wrong function behind every cause is refused, with this cause and no other."""
-    assert refusal(one, wrong).splitlines()[-1].strip() == f"{one.lead}: {sentence}."
+    told = refusal(one, wrong)
+    assert told.splitlines()[-1].strip() == f"{one.lead}: {sentence}.", (
+        f"expected the cause {sentence!r} alone. If the check names several causes, add a case "
+        "that tells them apart. If the check names none because the answer fails a case that must "
+        f"raise, move the mistake to tests/exercises/. The check says:\n{told}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def test_mistakes_are_edits_of_a_right_answer():
 def test_an_edit_that_is_void_or_double_is_an_error():
     for edits, told in (
         ("it is void\n z → x", "'z' is there 0 times"),
-        ("it hits more than it says\n x → 3", "'x' is there 2 times"),
+        ("it hits more than it says\n x → 3", "'it hits more than it says': 'x' is there 2 times"),
+        ("it ends.\n 2 → 3", "'it ends.': leave out the full stop"),
         ("one\n 2 → 3\n one\n 2 → 4", "'one' occurs twice"),
         ("it has no edit", "'it has no edit' has no edit"),
         ("2 → 3", "'2 → 3' has no sentence above it"),

@@ -263,6 +263,17 @@ def test_the_layer_alone_follows_its_base():
     assert layer.linear is layer.base and not layer.linear.weight.requires_grad
 
 
+def test_a_merge_that_needs_a_bias_is_refused_by_a_layer_without_one():
+    class Shifted(AdapterLayer):
+        def merged_tensors(self):
+            return self.base.weight, torch.ones(4)
+
+    layer = Shifted(nn.Linear(4, 4, bias=False))
+    with pytest.raises(TypeError, match="the merge needs a bias, and the base layer has none"):
+        layer.merge_weights()
+    assert not layer.merged
+
+
 def test_freeze_leaves_the_head_and_what_is_named():
     model = tiny_bert()
     told = freeze(model, modules_to_save="pooler")

@@ -90,7 +90,7 @@ FAULTS = {
     "promotes": (
         None,
         {},
-        "when it was put into a base in 16 or 64 bits, it raised RuntimeError: mat1",
+        "when it was put into a base in 16 or 64 bits, it raised RuntimeError: mat1.*does forward",
     ),
     "values": (
         None,

@@ -159,12 +159,13 @@ WIDE = {  # every width a multiple of 64, as four bits need it
 }
 # Without gates the settings of gates say nothing, and of the largest entries none is drawn.
 NO_FIELDS = ("diff, no gates", "sparse, largest")
-# A Llama has no biases.
+# (row, model) where the model lacks what the method needs: a Llama has no biases.
+LACKING = {("bitfit", "llama")}
 CASES = [
     (row, name)
     for row in METHODS
     for name in (WIDE if row in IN_4_BITS else MODELS)
-    if (row, name) != ("bitfit", "llama")
+    if (row, name) not in LACKING
 ]
 
 

@@ -90,6 +90,8 @@ def no_method_of_a_test_stays():
 @pytest.mark.parametrize("kind", COURSE, ids=lambda kind: kind.__name__)
 def test_every_method_of_the_course_is_its_formula(kind):
     rows, designs = check_design(kind, BASE, BATCH), designs_of(kind)
+    name = kind.__name__
+    assert None not in designs, f"{name} has no Design: add DESIGNS[{name}] to lesson 11 or later"
     for row, design in zip(rows, designs, strict=True):
         assert row["places"] > 0 and row["gap"] < EXACT
         assert all(row[c] for c in ("form", "insertion", "modified", "composition"))

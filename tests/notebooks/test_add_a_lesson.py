@@ -39,7 +39,7 @@ def course(tmp_path_factory):
     folder = tmp_path_factory.mktemp("course")
     for name in ("peft_lessons", "tools", "tests", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "conftest.py", "README.md", "Makefile"):
+    for name in ("pyproject.toml", "conftest.py", "course.py", "README.md", "Makefile"):
         shutil.copy(ROOT / name, folder)
     (folder / "data").symlink_to(ROOT / "data")
     shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
@@ -107,12 +107,13 @@ def test_a_new_lesson_is_exported_executed_and_tested(course):
     run(course, "tools.notebooks", "export", "16")
     run(course, "tools.notebooks", "outputs", "16")
     tests = ["tests/notebooks", "tests/checks", "tests/methods"]
-    chosen = "16_lora_xs or lora_xs or affordable_rank or lora-xs or has_a_row"
+    chosen = "16_lora_xs or lora_xs or affordable_rank or lora-xs or LoRAXS or has_a_row"
     said = run(course, "pytest", "-v", "-k", chosen, *tests)
     ran = (
         "does_all_that_a_method_does[lora-xs",
-        "rules[15",
-        "solved[15",
+        "is_its_formula[LoRAXS",
+        "rules[16",
+        "solved[16",
         "named_alone[affordable_rank-0",
     )
     for test in ran:

@@ -53,7 +53,7 @@ def test_the_parts_of_a_lesson_are_told_apart():
         new_markdown_cell("## Core\n\n" + WORDS),
     )
     found = minutes.measured(nb)
-    assert found.exercises == 20
+    assert (found.exercises, found.core_exercises) == (20, 5)
     assert found.core == pytest.approx(2, abs=0.1)
     assert list(found.sections) == ["Deeper · First (2 min)", "Deeper · Second"]
     assert list(found.sections.values()) == pytest.approx([2, 2], abs=0.1)
@@ -98,6 +98,16 @@ EXERCISE = new_markdown_cell("### Exercise 2.1 · One  ★ 5 min")
         ([], "core 1 min, deeper 5 min", "deeper 5 min, and the rule measures 0"),
         ([EXERCISE], "core 1 min, exercises 5 min", None),
         ([EXERCISE], "core 1 min, exercises 10 min", "exercises 10 min, and their headings add up"),
+        (
+            [EXERCISE],
+            "core 1 min, exercises 5 min (3 of them in the core)",
+            "3 min of the exercises are in the core, and the headings there add up to 5",
+        ),
+        (
+            [new_markdown_cell("## Deeper · Short (1 min)"), EXERCISE],
+            "core 1 min, exercises 5 min",
+            "5 min of the exercises are in the core, and the headings there add up to 0",
+        ),
         (
             [new_markdown_cell("## Deeper · Long (4 min)"), code(150)],
             "core 1 min, deeper 10 min",
