@@ -14,7 +14,7 @@ def rslora_scaling(alpha: float, rank: int) -> float:
 def loraplus_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], lr: float, ratio: float
 ) -> list[dict]:
-    """Return two groups for an optimiser: all that trains but B, at lr; every B, at ratio · lr."""
+    """Return an optimiser's two groups: all parameters but B at lr, then every B at ratio · lr."""
     others, ups = [], []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
