@@ -147,7 +147,7 @@ def test_a_lesson_runs_and_an_exercise_is_judged(path, whole, tmp_path):
         bars = [bar for cell in code for bar in BAR.findall(cell["text"])]
         assert all(done == total for done, total in bars), bars
 
-        stub, check = lab.find(f"def {exercise}(", "exercise"), lab.find(exercise, "check")
+        stub, check = lab.find(f"def {exercise}(", "exercise"), lab.find(f".{exercise}(", "check")
         assert not lab.run_cell(stub, wrong)["errors"]
         refused = lab.run_cell(check)
         assert refused["errors"] == 1
