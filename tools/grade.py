@@ -42,7 +42,7 @@ import psutil
 from peft_lessons.data import limits as machine
 from tools import gradebook, notebooks
 from tools.environment import ROOT, offline_environment
-from tools.gradebook import OUTCOMES, Mark, Rules, write_file
+from tools.gradebook import ABSENT, OUTCOMES, Mark, Rules, write_file
 from tools.submissions import (
     Handed,
     Person,
@@ -327,7 +327,13 @@ class Class:
         """Write the tables and pages, each whole or as it was before."""
         marks, place = self.everyone(), self.folder / "feedback"
         held = [set(found.held) for found in self.judged.values() if found.held]
-        notes = [guards(set.intersection(*held) if held else ()), *self.notes]
+        called = {person.id: person.called for person in self.people}
+        tried = {(m.student, m.lesson) for m in marks if m.outcome not in ("not attempted", ABSENT)}
+        # Who did nothing has the notebook that was handed out, as others have.
+        same = alike(
+            [(called.get(s, s), one) for s, one in self.handed if (s, one.lesson) in tried]
+        )
+        notes = [guards(set.intersection(*held) if held else ()), *same, *self.notes]
         rows = [[f.name for f in fields(Mark)], *map(astuple, marks)]
         write_file(self.folder / "grades.csv", gradebook.csv_of(rows))
         write_file(self.folder / "grades_wide.csv", gradebook.wide(marks, self.people))
@@ -338,8 +344,7 @@ class Class:
         ]
         head = ("student", "lesson", "below", "text")
         write_file(self.folder / "texts.csv", gradebook.csv_of([head, *texts]))
-        called = {person.id: person.called for person in self.people}
-        page = gradebook.overview(marks, self.rules, [n for n in notes if n], called)
+        page = gradebook.overview(marks, self.rules, notes, called)
         write_file(self.folder / "grades.html", page)
         place.mkdir(exist_ok=True)
         pages = {
@@ -438,8 +443,6 @@ def main(argv: list[str] | None = None) -> int:
     limits = Limits(given.seconds, given.total, given.memory)
     pairs, notes = owners(given.found, given.people)
     names = ", ".join(printable(path.relative_to(given.folder)) for path in given.passed)
-    called = {person.id: person.called for person in given.people}
-    notes += alike([(called.get(student, student), one) for student, one in pairs])
     notes += [f"Passed over: {names}."] if names else []
     known = {student for student, _ in pairs} | {person.id for person in given.people}
     if strangers := sorted(given.rules.extensions.keys() - known):

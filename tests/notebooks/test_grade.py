@@ -662,7 +662,14 @@ def test_students_with_one_file_or_one_name_are_named(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / name).write_text("x" if name < "c" else "y", encoding="utf-8")
     found = [(name, Handed(name, LESSON, tmp_path / name, False, 0)) for name in ("a", "b", "c")]
-    assert grade.alike(found) == [f"The same file of {LESSON}, byte for byte: a, b."]
+    assert grade.alike(found) == [told := f"The same file of {LESSON}, byte for byte: a, b."]
+    for outcome in ("right", "not attempted"):  # then it is the notebook that was handed out
+        group = grade.Class(tmp_path, [], Rules(), found, [])
+        for name, _ in found:
+            group.marks[name, LESSON] = [Mark(name, "", LESSON, EXERCISE, outcome, "", 0)]
+        group.write()
+        page = (tmp_path / "grades.html").read_text(encoding="utf-8")
+        assert (told in page) == (outcome == "right")
     twins = [Handed(f"Jo_{n}_assignsubmission_file", LESSON, tmp_path, False, 0) for n in (1, 2)]
     later = Handed("Jo_3_assignsubmission_file", "02_lora", tmp_path, False, 0)
     pairs, notes = grade.owners([*twins, later], [])
