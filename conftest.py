@@ -48,6 +48,7 @@ def pytest_configure(config):
     lessons = config.getoption("nbval_lax", False) or config.getoption("nbval", False)
     if not IS_WORKER and lessons and sys.platform == "linux":
         os.environ["JUPYTER_PATH"] = str(SCRATCH / "jupyter")
+        config.option.nbval_kernel_name = "warm"
         config.stash[_kernels] = warm_kernel.start(SCRATCH / "jupyter")
 
 

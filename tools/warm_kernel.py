@@ -1,8 +1,8 @@
 """Start kernels in forks of a process that has imported the course: a kernel for each lesson would
 import it again, and that takes as long as the shorter lessons compute.
 
-    python -m tools.warm_kernel SOCKET                  the process, until its input ends
-    python -m tools.warm_kernel SOCKET -f CONNECTION    one kernel, as Jupyter starts it
+    python tools/warm_kernel.py SOCKET                  the process, until its input ends
+    python tools/warm_kernel.py SOCKET -f CONNECTION    one kernel, as Jupyter starts it
 """
 
 import json
@@ -24,20 +24,20 @@ SECONDS = 120  # that the process may take to begin
 
 
 def start(folder: Path) -> subprocess.Popen:
-    """Start the process, and return it; with JUPYTER_PATH set to `folder` each kernel "python3" is
-    one of its forks. It ends when its input is closed, and so with whoever started it."""
-    place = folder / "kernels" / "python3"
+    """Start the process, and return it; with JUPYTER_PATH set to `folder` each kernel "warm" is one
+    of its forks. It ends when its input is closed, and so with whoever started it."""
+    place = folder / "kernels" / "warm"
     place.mkdir(parents=True)
-    command = [sys.executable, "-m", "tools.warm_kernel", str(folder / "socket")]
+    command = [sys.executable, __file__, str(folder / "socket")]
     spec = {"argv": [*command, "-f", "{connection_file}"], "language": "python"}
     spec["display_name"] = "Python 3 (ipykernel)"
     (place / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
-    root = Path(__file__).resolve().parents[1]
-    return subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
 def serve(path: str) -> None:
     """Import the course, then fork a kernel for each connection."""
+    sys.path[0] = ""  # as in every kernel, not the folder of this file
     for name in PRELOADED:
         __import__(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
