@@ -79,7 +79,7 @@ OWN = {
 COMMANDS = {
     "test": (
         "[OPTIONS]",
-        "run all tests and every lesson, as shipped and solved: about 10 minutes",
+        "run all tests and every lesson, as shipped and solved: about 11 minutes",
         ["-m pytest -q -n 2 --nbval-lax {} tests notebooks"],
     ),
     "export": (
