@@ -173,6 +173,8 @@ def _scored(result):
         the reference is left out
             policy_chosen - reference_chosen → policy_chosen
             policy_rejected - reference_rejected → policy_rejected
+        the loss lacks the reference: it does not cancel, since each answer has its own
+            (chosen - rejected)) → (policy_chosen - policy_rejected))
         the losses of the pairs are summed: return their mean
             .mean() → .sum()
         the margins are averaged before the sigmoid: average the losses
