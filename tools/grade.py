@@ -40,7 +40,7 @@ from pathlib import Path
 import psutil
 
 from peft_lessons.data import limits as machine
-from tools import gradebook, notebooks
+from tools import gradebook
 from tools.environment import ROOT, offline_environment
 from tools.gradebook import ABSENT, OUTCOMES, Mark, Rules, write_file
 from tools.submissions import (
@@ -270,14 +270,13 @@ def remembered(
 
 def marks_of(one: Handed, student: str, name: str, found: Judged, rules: Rules) -> list[Mark]:
     """Return the marks of one notebook, `name` on the page, one for each exercise of its lesson."""
-    maxima, marks = rules.maxima(one.lesson), []
-    days = rules.days_late(one, student)
-    for exercise in notebooks.exercises(one.lesson):
+    days, marks = rules.days_late(one, student), []
+    for exercise, maximum in rules.maxima(one.lesson).items():
         outcome, told, seconds = found.said.get(exercise, [*found.rest, 0])
-        points = round(maxima[exercise] * rules.share(days) * (outcome == "right"), 2)
+        points = round(maximum * rules.share(days) * (outcome == "right"), 2)
         told = printable(told, kept="\n")
         where = student, printable(name), one.lesson, exercise
-        marks.append(Mark(*where, outcome, told, seconds, points, maxima[exercise], days))
+        marks.append(Mark(*where, outcome, told, seconds, points, maximum, days))
     return marks
 
 
