@@ -348,8 +348,8 @@ class OFT(Method):
 
     def check(self, path: str, layer: nn.Linear) -> None:
         if layer.in_features % self.block_size:
-            raise ValueError(f"OFT on {path!r}: {layer.in_features} inputs cannot be cut into "
-                             f"blocks of {self.block_size}")
+            raise ValueError(f"OFT on {path!r}: block_size={self.block_size} must divide "
+                             f"the {layer.in_features} inputs of the layer")
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithOFT:
         return LinearWithOFT(layer, self.block_size, self.neumann)

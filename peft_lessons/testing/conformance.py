@@ -464,14 +464,21 @@ def _formula_cause(
 
 def _variants(method: Method, bench: Bench) -> Iterator[tuple[str, Any, Method]]:
     """Yield (field, another value, the method with it) for each field with one that fits the
-    base."""
+    base: a value is refused by a ValueError or a TypeError that names the field.
+
+    Raises MethodError for any other error."""
     for field in dataclasses.fields(method) if bench.fields else ():
         for value in _other_values(getattr(method, field.name)):
             try:
                 changed = dataclasses.replace(method, **{field.name: value})
                 bench.holding(changed)
-            except Exception:  # this value does not fit; perhaps the next one does
-                continue
+            except Exception as error:
+                if isinstance(error, ValueError | TypeError) and field.name in str(error):
+                    continue  # this value does not fit; perhaps the next one does
+                raise MethodError(
+                    f"with {field.name}={value!r} it raised {summary(error)}",
+                    f"If the value does not fit, raise a ValueError that names {field.name}.",
+                ) from error
             yield field.name, value, changed
             break
 

@@ -57,7 +57,16 @@ class Faulty(Method):
     fault: ClassVar[str] = ""
 
     def wrap(self, path, layer):
+        if self.rank == 5 and self.fault in REFUSALS:
+            raise REFUSALS[self.fault]
         return Branch(layer, self.rank, self.fault)
+
+
+REFUSALS = {
+    "crashes": KeyError("rank"),
+    "refuses without a name": ValueError("five is too many"),
+    "refuses": ValueError("rank=5 is too many"),
+}
 
 
 class Shift(nn.Module):
@@ -98,6 +107,9 @@ FAULTS = {
         "load_adapter raised RuntimeError: .* cannot be called on meta",
     ),
     "drifts": ("llama", {}, "generate with a cache gives another text"),
+    "crashes": (None, {}, r"with rank=5 it raised KeyError: 'rank'\. If the .* rank"),
+    "refuses without a name": (None, {}, "with rank=5 it raised ValueError: five is too many"),
+    "refuses": (None, {"merges": False}, "merge must refuse it"),  # and goes on with rank=3
     "no merge": (
         None,
         {"merges": True},

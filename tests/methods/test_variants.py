@@ -87,7 +87,7 @@ def test_a_loftq_that_never_learns_is_refused():
 @pytest.mark.parametrize(
     ("method", "told"),
     [
-        (OFT(48), r"'model.layers.0.self_attn.q_proj': 64 inputs cannot be cut into blocks of 48"),
+        (OFT(48), r"'model.layers.0.self_attn.q_proj': block_size=48 must divide the 64 inputs"),
         (PiSSA(20), r"k_proj': its file is .*twice the rank.* a rank up to 16"),
         (PiSSA(4), r"layers.1.mlp.up_proj': the weight is nan at \[3, 4\] \(and 1 more\)"),
         (LoftQ(65), "rank=65 is above min"),
