@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -40,16 +41,18 @@ def _lesson(nodeid: str) -> tuple[str, str] | None:
     return None
 
 
-_kernels = pytest.StashKey()
+_kernels = ExitStack()
 
 
 def pytest_configure(config):
     """Where lessons run, have a process ready that has imported the course for their kernels."""
     lessons = config.getoption("nbval_lax", False) or config.getoption("nbval", False)
-    if not IS_WORKER and lessons and sys.platform == "linux":
-        os.environ["JUPYTER_PATH"] = str(SCRATCH / "jupyter")
-        config.option.nbval_kernel_name = "warm"
-        config.stash[_kernels] = warm_kernel.start(SCRATCH / "jupyter")
+    if lessons and not IS_WORKER:
+        _kernels.enter_context(warm_kernel.started(SCRATCH / "jupyter", dict(os.environ)))
+    if lessons and warm_kernel.KERNEL in os.environ:
+        # In each worker too, which reads the options of pyproject.toml again.
+        config.option.nbval_current_env = False
+        config.option.nbval_kernel_name = warm_kernel.name()
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist knows no such hook
@@ -152,7 +155,6 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_unconfigure(config):
-    if kernels := config.stash.get(_kernels, None):
-        kernels.communicate()  # the end of its input ends it
+    _kernels.close()
     if not IS_WORKER:
         shutil.rmtree(SCRATCH, ignore_errors=True)

@@ -141,6 +141,12 @@ peft_lessons/checks/kit.py: kit
     if theirs is None and ours is not None: → if False:
     if missing and self._numbers_agree(function): → if missing:
     in results if i <= number → in results if i == number
+peft_lessons/testing/conformance.py: conformance
+    isinstance(error, ValueError | TypeError) and field.name in → field.name in
+    and field.name in str(error): → and field.name:
+tools/notebooks.py: notebook_rules
+    if missing: → if False:
+    if SOLVED & {*tags(cell)} or imported(cell)] → if imported(cell)]
 tools/grade.py: grade
     if mark["word"] != word: → if not mark:
     return Judged(**json.loads → raise ValueError(**json.loads

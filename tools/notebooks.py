@@ -16,9 +16,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from tools import warm
+from tools import warm_kernel
 from tools.environment import ROOT, offline_environment
-from tools.names import needed
 
 NOTEBOOKS = ROOT / "notebooks"
 PACKAGE = ROOT / "peft_lessons"
@@ -51,6 +50,9 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 # A block of code in markdown, to its end or to that of the cell, and a heading outside of blocks.
 FENCED = re.compile(r"^[ \t]*(`{3,}|~{3,})[^`\n]*\n.*?(?:^[ \t]*\1|\Z)", re.S | re.M)
 HEADING = re.compile(r"^ {0,3}(#{1,6})[ \t]+(\S.*?)\s*$", re.M)
+
+# The tags of the cells that a solved run needs, beside those that import.
+SOLVED = {"exercise", "check", "exercise-setup"}
 
 CLEAN_METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -127,29 +129,36 @@ def python(cell: NotebookNode) -> str:
     return TransformerManager().transform_cell(cell.source)
 
 
+def imported(cell: NotebookNode) -> set[str]:
+    """Return the top-level packages that a code cell imports."""
+    found = set()
+    for node in ast.walk(ast.parse(python(cell))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
 def solved(nb: NotebookNode, solutions: dict[str, str]) -> NotebookNode:
-    """Return a copy with the solutions in place of the stubs, and of its cells the exercises, the
-    checks, the exported ones, the imports, and what these need."""
+    """Return a copy with the solutions in place of the stubs, and of its cells those that import,
+    the exercises, the checks, and those tagged as what these need."""
     nb = copy.deepcopy(nb)
-    nb.cells = [cell for cell in code_cells(nb) if "long" not in tags(cell)]
+    nb.cells = [cell for cell in code_cells(nb) if SOLVED & {*tags(cell)} or imported(cell)]
     for cell in nb.cells:
         if "exercise" in tags(cell):
             cell.source = solutions[exercise_name(cell)]
-    wanted = [
-        number
-        for number, cell in enumerate(nb.cells)
-        if {"exercise", "check"} & {*tags(cell)} or cell.source.startswith("#| export")
-    ]
-    nb.cells = [nb.cells[number] for number in needed([*map(python, nb.cells)], wanted)]
     return nb
 
 
-def execute(nb: NotebookNode, cwd: Path, env: dict[str, str]) -> NotebookNode:
+def execute(
+    nb: NotebookNode, cwd: Path, env: dict[str, str], kernel: str = "python3"
+) -> NotebookNode:
     """Run a copy from a fresh kernel; the first cell that fails raises CellExecutionError."""
     nb = copy.deepcopy(nb)
     client = NotebookClient(
         nb,
-        kernel_name="python3",
+        kernel_name=kernel,
         timeout=CELL_SECONDS,
         resources={"metadata": {"path": str(cwd)}},
         record_timing=False,
@@ -214,13 +223,28 @@ def store_outputs(path: Path) -> None:
     os.replace(part, path)
 
 
-def run_solved(path: Path, cwd: Path, log: Path | None = None) -> NotebookNode:
+def run_solved(path: Path, cwd: Path, log: Path | None = None) -> int:
     """Run a lesson with its solutions and strict checks, in a folder that isn't the lesson's, and
-    return what ran. Raises RuntimeError at the first cell that fails."""
-    nb = solved(read(path), read_solutions(path))
-    cells = [(cell.source, "raises-exception" in tags(cell)) for cell in nb.cells]
-    warm.run(cells, cwd, offline_environment(log=log, strict=True), 2 * CELL_SECONDS)
-    return nb
+    return how many checks said that the answer is right: as many as the lesson has exercises.
+
+    Raises CellExecutionError at the first cell that fails, and ValueError where there is nothing to
+    solve, or where the check of a solution is missing or is not the last line of its cell."""
+    solutions = read_solutions(path)
+    if not solutions:
+        raise ValueError("no exercise of this lesson has a solution")
+    nb = solved(read(path), solutions)
+    done = execute(nb, cwd, offline_environment(log=log, strict=True), warm_kernel.name())
+    said = [
+        output.data.get("text/plain", "")
+        for cell in done.cells
+        for output in cell.outputs
+        if "check" in tags(cell) and "data" in output
+    ]
+    missing = [n for n in solutions if not any(text.startswith(f"✓ {n}: ") for text in said)]
+    if missing:
+        right, names = len(solutions) - len(missing), ", ".join(missing)
+        raise ValueError(f"{right} of {len(solutions)} checks said right; not those of {names}")
+    return len(solutions)
 
 
 def exports(nb: NotebookNode) -> str | None:
@@ -243,31 +267,43 @@ def export(path: Path, package: Path) -> Path | None:
     return package.joinpath(*module.split(".")).with_suffix(".py")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
-    parser.add_argument("command", choices=["export", "outputs", "solved"])
-    parser.add_argument("lesson", nargs="*", help="the first characters of lessons, such as 02")
-    args = parser.parse_args(argv)
+def run(command: str, chosen: list[Path]) -> int:
+    """Run a command on lessons, and print a line for each; return the exit status."""
     failed = []
-    for path in lessons(args.lesson):
-        start = time.perf_counter()
+    for path in chosen:
+        start, said = time.perf_counter(), ""
         try:
-            if args.command == "export":
+            if command == "export":
                 export(path, PACKAGE)
-            elif args.command == "outputs":
+            elif command == "outputs":
                 store_outputs(path)
             else:
                 with tempfile.TemporaryDirectory() as folder:
-                    run_solved(path, Path(folder))
+                    said = f"{run_solved(path, Path(folder))} checks right"
         except (CellExecutionError, RuntimeError, ValueError) as error:
             failed.append(path.stem)
             print(f"{path.stem}: {error}", file=sys.stderr)
         else:
             seconds = time.perf_counter() - start
-            print(f"{path.stem:24s} {args.command} {seconds:6.1f} s", flush=True)
+            print(f"{path.stem:24s} {command} {seconds:6.1f} s  {said}".rstrip(), flush=True)
     if failed:
         print("failed: " + ", ".join(failed), file=sys.stderr)
     return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
+    parser.add_argument("command", choices=["export", "outputs", "solved"])
+    parser.add_argument("lesson", nargs="*", help="the first characters of lessons, such as 02")
+    args = parser.parse_args(argv)
+    chosen = lessons(args.lesson)
+    if args.command != "solved":
+        return run(args.command, chosen)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warm_kernel.started(Path(folder), offline_environment()),
+    ):
+        return run(args.command, chosen)
 
 
 if __name__ == "__main__":

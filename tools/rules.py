@@ -13,11 +13,13 @@ from tools.notebooks import (
     CLEAN_METADATA,
     FENCED,
     MODULES,
+    SOLVED,
     cell_metadata,
     code_cells,
     deeper,
     definitions,
     headings,
+    imported,
     is_check_of,
     python,
     read_solutions,
@@ -28,7 +30,7 @@ MAX_BYTES = 1_000_000
 MAX_LINES = 25
 MIN_ALT = 20
 # A misspelt tag would silently do nothing.
-TAGS = {"exercise", "check", "long", "plumbing", "nbval-check-output", "raises-exception"}
+TAGS = SOLVED | {"long", "plumbing", "nbval-check-output", "raises-exception"}
 
 _MACHINE_PATH = re.compile(
     r"(?<![\w.~-])/(?:home|root|tmp|work|Users|mnt|opt|usr|var|private)/|\b[A-Z]:\\[A-Z]"
@@ -69,17 +71,6 @@ def _numbered(nb: NotebookNode, kind: str) -> Iterator[tuple[str, NotebookNode]]
 def _tree(cell: NotebookNode) -> ast.Module:
     """Return the cell's syntax tree; magics and shell escapes are calls of get_ipython() in it."""
     return ast.parse(python(cell))
-
-
-def _imports(tree: ast.Module) -> set[str]:
-    """Return the top-level packages that some code imports."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
-    return names
 
 
 def _texts(output: NotebookNode) -> Iterator[str]:
@@ -187,13 +178,12 @@ def imports_in_setup(nb: NotebookNode, path: Path) -> Complaints:
     """Require imports in the first code cells only, without other code cells between."""
     found, in_setup = [], True
     for label, cell in _numbered(nb, "code"):
-        tree = _tree(cell)
-        if not tree.body:  # comments only, such as #| default_exp
+        if not _tree(cell).body:  # comments only, such as #| default_exp
             continue
-        imports = _imports(tree)
-        if imports and not in_setup:
-            found.append(f"{label} imports {', '.join(sorted(imports))} after the set-up cells")
-        in_setup = in_setup and bool(imports)
+        names = imported(cell)
+        if names and not in_setup:
+            found.append(f"{label} imports {', '.join(sorted(names))} after the set-up cells")
+        in_setup = in_setup and bool(names)
     return found
 
 

@@ -21,7 +21,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 from peft_lessons import check
 from peft_lessons.checks.mistakes import KNOWN
 from tools import notebooks
-from tools.names import looked_up
 
 pytestmark = pytest.mark.browser
 if importlib.util.find_spec("playwright") is None:
@@ -38,6 +37,12 @@ LESSONS = [
     for whole, marks in ((True, pytest.mark.every_lesson), (False, ()))
     if whole or path.stem.startswith(SHORTEST)
 ]
+
+
+def looked_up(scope):
+    """Return the global names that a scope of symtable's and those within it look up."""
+    own = {s.get_name() for s in scope.get_symbols() if s.is_global() and s.is_referenced()}
+    return own.union(*map(looked_up, scope.get_children()))
 
 
 def wrong_answer(lesson):

@@ -2,17 +2,20 @@
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 
 import nbformat
+import psutil
 import pytest
-from nbclient.exceptions import CellExecutionError
+from jupyter_client.manager import start_new_kernel
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools import notebooks, rules, warm
+from tools import notebooks, rules, warm_kernel
 from tools.environment import ROOT, offline_environment
-from tools.names import needed
 
 ALT = "A line that rises from one to two"
 SOLUTION = "def row_norms(weight, eps=0.0):\n    return weight\n"
@@ -219,56 +222,62 @@ def test_ruff_refuses_what_the_rules_leave_to_it(tmp_path):
     assert not re.findall(r"(?m)^\d+\.py:.* (?:S\d+|TID251) .*", said)
 
 
-def test_solved_is_what_the_solutions_and_the_checks_need():
+def test_solved_is_imports_solutions_checks_and_what_is_tagged_as_needed():
     nb = good()
-    nb.cells.append(code("train()", tags=["long"]))
-    done = notebooks.solved(nb, {"row_norms": SOLUTION})
-    exported, imports, answer, check = done.cells
-    assert exported.source.startswith("#| export") and "base64" in imports.source
-    assert answer.source == SOLUTION and notebooks.tags(check) == ["check"]
-    assert nb.cells[-3].source == STUB
-
-
-def test_an_exercise_in_a_deeper_section_is_solved_with_the_plumbing_that_it_needs():
-    nb = good()
-    *core, stub, check = nb.cells
-    section = [
+    nb.cells += [
+        code("train()", tags=["long"]),
         new_markdown_cell("## Deeper · Beyond (3 min)"),
-        code("shape = (2, 3)", tags=["plumbing"]),
+        code("shape = (2, 3)", tags=["plumbing", "exercise-setup"]),
         code("draw()", tags=["plumbing"]),
     ]
-    nb.cells = [*core, *section, stub, check]
-    answer = SOLUTION.replace("weight\n", "weight.expand(shape)\n")
-    done = notebooks.solved(notebooks.clean(nb, "00_start_here"), {"row_norms": answer})
-    assert [cell.source for cell in done.cells[-3:]] == ["shape = (2, 3)", answer, check.source]
-    assert "draw()" not in [cell.source for cell in done.cells]
+    done = notebooks.solved(nb, {"row_norms": SOLUTION})
+    exported, imports, answer, check, needed = done.cells
+    assert exported.source.startswith("#| export") and "base64" in imports.source
+    assert answer.source == SOLUTION and notebooks.tags(check) == ["check"]
+    assert needed.source == "shape = (2, 3)"
+    assert STUB in [cell.source for cell in nb.cells]
+
+
+SAYS_RIGHT = """import types
+class Right:
+    def __repr__(self):
+        return "✓ row_norms: right."
+def judge(function):
+    assert function(1) == 2, "✗ row_norms"
+    return Right()
+check = types.SimpleNamespace(start=types.SimpleNamespace(row_norms=judge))"""
 
 
 @pytest.mark.parametrize(
-    ("source", "runs"),
+    ("change", "told"),
     [
-        ("a = 2", True),
-        ("for a in (1, 2):\n    pass", True),
-        ("def late():\n    return a", False),
-        ("b['part'] = 2", True),
-        ("b.append(2)", True),
-        ("change(b, 2)", True),
-        ("c = b.part", False),
-        ("def b_of(a):\n    c = a", False),
-        ("g = lambda: a", True),  # which f calls
-        ("import math", True),
+        ({}, None),
+        ({"tag": "plumbing"}, "name .more. is not defined"),
+        ({"solution": "weight - more"}, "✗ row_norms"),
+        ({"check": "verdict = check.start.row_norms(row_norms)"}, "0 of 1 checks said right; not"),
+        ({"check": "print('✓ row_norms: right')"}, "those of row_norms"),
+        ({"check": None}, "0 of 1 checks"),
+        ({"stub": None, "check": None}, "0 of 1 checks"),
+        ({"stub": None, "check": None, "solution": None}, "no exercise of this lesson"),
     ],
 )
-def test_a_cell_runs_if_a_needed_name_comes_of_it(source, runs):
-    first, wanted = "a, b, c = 1, [], 0\ndef f():\n    return g()", "f() + b[a]"
-    assert needed([first, source, wanted, "a = 3"], [2]) == ([0, 1, 2] if runs else [0, 2])
-
-
-def test_a_name_that_a_cell_binds_itself_is_not_needed():
-    assert needed(["a = 1", "a = 2\nprint(a)"], [1]) == [1]
-    assert needed(["a = 1", "a = a + 1"], [1]) == [0, 1]
-    assert needed(["a = 1", "if x:\n    a = 2\nprint(a)"], [1]) == [0, 1]
-    assert needed(["a = 1"], []) == []
+def test_a_solved_run_counts_the_checks_that_say_right(change, told, tmp_path):
+    path = tmp_path / "00_start_here.ipynb"
+    lesson = {"tag": "exercise-setup", "stub": STUB, "solution": "weight + more"}
+    lesson |= {"check": "check.start.row_norms(row_norms)"} | change
+    cells = [code(SAYS_RIGHT), code("more = 1", tags=[lesson["tag"]])]
+    cells += [code(lesson["stub"], tags=["exercise"])] if lesson["stub"] else []
+    cells += [code(lesson["check"], tags=["check"])] if lesson["check"] else []
+    nbformat.write(new_notebook(cells=cells), path)
+    (tmp_path / "solutions").mkdir()
+    if lesson["solution"]:
+        answer = SOLUTION.replace("return weight", f"return {lesson['solution']}")
+        (tmp_path / "solutions" / "start.py").write_text(answer, encoding="utf-8")
+    if told is None:
+        assert notebooks.run_solved(path, tmp_path) == 1
+    else:
+        with pytest.raises((CellExecutionError, ValueError), match=told):
+            notebooks.run_solved(path, tmp_path)
 
 
 TRIES_THE_NETWORK = """import os, urllib.request
@@ -279,30 +288,59 @@ except OSError:
 assert os.environ['PEFT_LESSONS_STRICT'] == '1'"""
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_execution_is_strict_and_guarded(kernel, tmp_path):
+def test_execution_is_strict_and_guarded(tmp_path):
     """A failing cell fails the run, and a connection that the lesson hides is noticed."""
     log = tmp_path / "network.log"
-    env = offline_environment(log=log, strict=True)
-    sources = [TRIES_THE_NETWORK, "1 / 0"]
-    with pytest.raises((CellExecutionError, RuntimeError), match="ZeroDivisionError"):
-        if kernel:
-            nb = new_notebook(cells=[code(source) for source in sources])
-            notebooks.execute(nb, tmp_path, env)
-        else:
-            warm.run([(source, False) for source in sources], tmp_path, env, 60)
+    nb = new_notebook(cells=[code(TRIES_THE_NETWORK), code("1 / 0")])
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        notebooks.execute(nb, tmp_path, offline_environment(log=log, strict=True))
     assert "192.0.2.1" in log.read_text(encoding="utf-8")
 
 
-def test_a_run_is_fresh_and_ends_in_time(tmp_path):
-    env = offline_environment()
-    fails = "import peft_lessons, sys\nprint('before')\nassert not hasattr(peft_lessons, 'mark')"
-    marks = "import os\npeft_lessons.mark = os.environ['MARK'] = os.getcwd()"
+forked = pytest.mark.skipif(
+    warm_kernel.KERNEL not in os.environ, reason="no process forks kernels: on Linux, make test"
+)
+
+
+@forked
+def test_a_forked_kernel_is_fresh_and_has_what_it_is_given(tmp_path):
+    source = (
+        "import os, peft_lessons\n"
+        "assert not hasattr(peft_lessons, 'mark') and 'MARK' not in os.environ\n"
+        "peft_lessons.mark = os.environ['MARK'] = '1'\n"
+        "print(os.getcwd(), os.environ['GIVEN'])"
+    )
+    nb, given = new_notebook(cells=[code(source)]), offline_environment() | {"GIVEN": "5"}
     for _ in range(2):
-        warm.run([("1 / 0", True), (fails, False), (marks, False)], tmp_path, env, 60)
-    assert "MARK" not in os.environ
-    with pytest.raises(RuntimeError, match="longer than 0.5 s"):
-        warm.run([("import time\ntime.sleep(9)", False)], tmp_path, env, 0.5)
+        done = notebooks.execute(nb, tmp_path, given, warm_kernel.name())
+        assert done.cells[0].outputs[0].text == f"{tmp_path} 5\n"
+    nb.cells[0].source = "import os\nos._exit(3)"
+    with pytest.raises(DeadKernelError):
+        notebooks.execute(nb, tmp_path, given, warm_kernel.name())
+
+
+@forked
+def test_a_forked_kernel_ends_with_the_process_that_asked_for_it(tmp_path):
+    manager, client = start_new_kernel(kernel_name=warm_kernel.name(), cwd=str(tmp_path))
+    client.execute("import os\nopen('pid', 'w').write(str(os.getpid()))", reply=True)
+    pid = int((tmp_path / "pid").read_text(encoding="utf-8"))
+    assert psutil.pid_exists(pid) and pid != manager.provisioner.pid
+    os.kill(manager.provisioner.pid, signal.SIGKILL)
+    client.stop_channels()
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=20)
+    assert not psutil.pid_exists(pid)
+    manager.cleanup_resources()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone")
+def test_a_course_that_cannot_be_imported_is_said_at_once(tmp_path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        server.listen()
+        command = [sys.executable, warm_kernel.__file__, str(tmp_path / "socket"), "-f", "c"]
+        asks = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        server.accept()[0].close()
+    assert "the process that imports the course has ended" in asks.communicate(timeout=20)[1]
 
 
 def test_stored_outputs_are_the_same_twice(tmp_path):

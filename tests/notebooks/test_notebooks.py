@@ -61,15 +61,10 @@ def test_every_figure_reaches_a_pdf_and_markdown(path):
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_solved(path, tmp_path):
-    """With its solutions a lesson passes all strict checks, offline, in a folder not its own."""
+    """With its solutions all checks of a lesson say right, offline, in a folder not its own."""
     cwd, log = tmp_path / "somewhere else", tmp_path / "network.log"
     cwd.mkdir()
-    done = notebooks.run_solved(path, cwd, log)
-    checks = [
-        [cell.source for cell in nb.cells if "check" in notebooks.tags(cell)]
-        for nb in (notebooks.read(path), done)
-    ]
-    assert checks[0] == checks[1]
+    assert notebooks.run_solved(path, cwd, log) == len(notebooks.exercises(path.stem)) > 0
     assert not log.exists(), "the lesson opened a network connection:\n" + log.read_text(
         encoding="utf-8"
     )
