@@ -19,7 +19,7 @@ if not IS_WORKER:
     SCRATCH = Path(tempfile.mkdtemp(prefix="peft-lessons-"))
     NETWORK_LOG = SCRATCH / "network.log"
     os.environ.update(offline_environment(log=NETWORK_LOG), IPYTHONDIR=str(SCRATCH / "ipython"))
-    for _name in NEVER:
+    for _name in (*NEVER, warm_kernel.KERNEL):
         os.environ.pop(_name, None)
 sys.path.append(str(OFFLINE))
 import network_guard  # noqa: E402, F401  # cuts this process off too, once
@@ -47,7 +47,7 @@ _kernels = ExitStack()
 def pytest_configure(config):
     """Where lessons run, have a process ready that has imported the course for their kernels."""
     lessons = config.getoption("nbval_lax", False) or config.getoption("nbval", False)
-    if lessons and not IS_WORKER:
+    if lessons and not IS_WORKER and not config.option.nbval_kernel_name:
         _kernels.enter_context(warm_kernel.started(SCRATCH / "jupyter", dict(os.environ)))
     if lessons and warm_kernel.KERNEL in os.environ:
         # In each worker too, which reads the options of pyproject.toml again.

@@ -79,7 +79,7 @@ OWN = {
 COMMANDS = {
     "test": (
         "[OPTIONS]",
-        "run all tests and every lesson, as shipped and solved: about 11 minutes",
+        "run all tests, and every lesson as shipped and solved: about ten minutes",
         ["-m pytest -q -n 2 --nbval-lax {} tests notebooks"],
     ),
     "export": (
@@ -94,7 +94,7 @@ COMMANDS = {
     ),
     "solved": (
         "[LESSON ...]",
-        "run lessons with the solutions, checks strict",
+        "run the exercises of lessons with their solutions, and count the right checks",
         ["-m tools.notebooks solved"],
     ),
     "minutes": (

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import copy
+import logging
 import os
 import re
 import sys
@@ -154,7 +155,8 @@ def solved(nb: NotebookNode, solutions: dict[str, str]) -> NotebookNode:
 def execute(
     nb: NotebookNode, cwd: Path, env: dict[str, str], kernel: str = "python3"
 ) -> NotebookNode:
-    """Run a copy from a fresh kernel; the first cell that fails raises CellExecutionError."""
+    """Run a copy from a fresh kernel; the first cell that fails raises CellExecutionError, one that
+    takes longer than CELL_SECONDS raises CellTimeoutError, and Ctrl+C KeyboardInterrupt."""
     nb = copy.deepcopy(nb)
     client = NotebookClient(
         nb,
@@ -168,7 +170,15 @@ def execute(
     )
     with tempfile.TemporaryDirectory() as ipython:
         # A profile of the user's own could change what the cells print and draw.
-        client.execute(env=env | {"IPYTHONDIR": ipython})
+        try:
+            client.execute(env=env | {"IPYTHONDIR": ipython})
+        except BaseException:
+            # nbclient answers SIGINT and SIGTERM by ending the kernel, of which it then misses
+            # something, and keeps this attribute. asyncio would report what is left at the end.
+            if hasattr(client, "_async_cleanup_kernel_future"):
+                logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+                raise KeyboardInterrupt from None
+            raise
     return nb
 
 
@@ -227,24 +237,27 @@ def run_solved(path: Path, cwd: Path, log: Path | None = None) -> int:
     """Run a lesson with its solutions and strict checks, in a folder that isn't the lesson's, and
     return how many checks said that the answer is right: as many as the lesson has exercises.
 
-    Raises CellExecutionError at the first cell that fails, and ValueError where there is nothing to
-    solve, or where the check of a solution is missing or is not the last line of its cell."""
-    solutions = read_solutions(path)
-    if not solutions:
-        raise ValueError("no exercise of this lesson has a solution")
-    nb = solved(read(path), solutions)
-    done = execute(nb, cwd, offline_environment(log=log, strict=True), warm_kernel.name())
+    Raises as `execute`, and ValueError for a lesson without exercises, for an exercise without a
+    solution or the reverse, and where a check is missing or is not the last line of its cell."""
+    solutions, lesson = read_solutions(path), read(path)
+    names = [exercise_name(cell) for cell in code_cells(lesson) if "exercise" in tags(cell)]
+    if not names or {*names} != {*solutions}:
+        raise ValueError(f"exercises {names} and solutions {[*solutions]} do not fit together")
+    env = offline_environment(log=log, strict=True)
+    done = execute(solved(lesson, solutions), cwd, env, warm_kernel.name())
     said = [
         output.data.get("text/plain", "")
         for cell in done.cells
         for output in cell.outputs
         if "check" in tags(cell) and "data" in output
     ]
-    missing = [n for n in solutions if not any(text.startswith(f"✓ {n}: ") for text in said)]
+    missing = [n for n in names if not any(text.startswith(f"✓ {n}: ") for text in said)]
     if missing:
-        right, names = len(solutions) - len(missing), ", ".join(missing)
-        raise ValueError(f"{right} of {len(solutions)} checks said right; not those of {names}")
-    return len(solutions)
+        right = len(names) - len(missing)
+        raise ValueError(
+            f"{right} of {len(names)} checks said right; not those of {', '.join(missing)}"
+        )
+    return len(names)
 
 
 def exports(nb: NotebookNode) -> str | None:
@@ -280,7 +293,7 @@ def run(command: str, chosen: list[Path]) -> int:
             else:
                 with tempfile.TemporaryDirectory() as folder:
                     said = f"{run_solved(path, Path(folder))} checks right"
-        except (CellExecutionError, RuntimeError, ValueError) as error:
+        except (CellExecutionError, RuntimeError, TimeoutError, ValueError) as error:
             failed.append(path.stem)
             print(f"{path.stem}: {error}", file=sys.stderr)
         else:
@@ -297,13 +310,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("lesson", nargs="*", help="the first characters of lessons, such as 02")
     args = parser.parse_args(argv)
     chosen = lessons(args.lesson)
-    if args.command != "solved":
-        return run(args.command, chosen)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        warm_kernel.started(Path(folder), offline_environment()),
-    ):
-        return run(args.command, chosen)
+    try:
+        if args.command != "solved":
+            return run(args.command, chosen)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            warm_kernel.started(Path(folder), offline_environment()),
+        ):
+            return run(args.command, chosen)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Start kernels in forks of a process that has imported the course, on Linux.
 
-    python tools/warm_kernel.py SOCKET                  the process, until its input ends
+    python tools/warm_kernel.py NUMBER                  the process, until its input ends; NUMBER is
+                                                        the descriptor of its listening socket
     python tools/warm_kernel.py SOCKET -f CONNECTION    one kernel, as Jupyter starts it
 
 Importing takes longer than a solved lesson computes. For sixteen lessons as shipped and sixteen
@@ -15,15 +16,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
-# Nothing here may start a thread, as pandas does: a fork has only the thread that forks.
+# A fork has only the thread that forks, so none of these may start another, as pandas does.
 PRELOADED = ("peft_lessons", "peft", "trl", "ipywidgets", "ipykernel.kernelapp")
-SECONDS = 20  # that the process may take to begin
+LONGEST = 107  # bytes of a socket's path, on Linux
 KERNEL = "PEFT_LESSONS_KERNEL"  # the variable that names the kernel of whatever runs lessons
 
 
@@ -33,40 +33,52 @@ def name() -> str:
 
 
 @contextmanager
-def started(folder: Path, environment: dict[str, str]) -> Iterator[None]:
+def started(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
     """Keep the process running, with files in `folder`; all that starts within finds its kernels
-    by name(). It ends with whoever started it, too. Elsewhere than on Linux do nothing."""
-    if sys.platform != "linux":
+    by name(). The process ends with whoever started it, too. Do nothing where the system is not
+    Linux, the path is too long for a socket, or a process computes with more than one thread: a
+    fork would wait for ever for those that it lacks."""
+    path = str(folder / "socket")
+    alone = environment.get("OMP_NUM_THREADS") == environment.get("MKL_NUM_THREADS") == "1"
+    if sys.platform != "linux" or len(os.fsencode(path)) > LONGEST or not alone:
         yield
         return
     place = folder / "kernels" / "warm"
     place.mkdir(parents=True)
-    command = [sys.executable, __file__, str(folder / "socket")]
     quiet = "--IPKernelApp.log_level=ERROR"  # it warns of TCP on the loopback
-    spec = {"argv": [*command, "-f", "{connection_file}", quiet], "language": "python"}
-    spec["display_name"] = "Python 3 (ipykernel)"
+    command = [sys.executable, __file__, path, "-f", "{connection_file}", quiet]
+    spec = {"argv": command, "language": "python", "display_name": "Python 3 (ipykernel)"}
     (place / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    found = {"JUPYTER_PATH": str(folder), KERNEL: "warm"}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()  # whoever asks from now on waits, and is told if an import fails
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(server.fileno())],
+            env=environment,
+            pass_fds=[server.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
     # The end of its input ends the process.
-    with subprocess.Popen(command, env=environment, **pipes), patch.dict(os.environ, found):
+    with process, patch.dict(os.environ, {"JUPYTER_PATH": str(folder), KERNEL: "warm"}):
         yield
 
 
-def serve(path: str) -> None:
+def serve(number: int) -> None:
     """Import the course, then fork a kernel for each connection."""
     sys.path[0] = ""  # as in every kernel, not the folder of this file
-    signal.signal(signal.SIGCHLD, lambda *_: reap())
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
-        server.listen()  # whoever asks from now on waits, and is told at once if an import fails
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for whoever started it
+    with socket.socket(fileno=number) as server:
         for module in PRELOADED:
             __import__(module)
+        signal.signal(signal.SIGCHLD, lambda *_: reap())
         while sys.stdin not in (ready := select.select([server, sys.stdin], [], [])[0]):
             connection, _ = ready[0].accept()
             if os.fork() == 0:
                 server.close()
-                begin(connection)
+                with suppress(ConnectionError):  # whoever asked is gone
+                    begin(connection)
+                os._exit(0)
             connection.close()
 
 
@@ -84,6 +96,8 @@ def begin(connection: socket.socket) -> None:
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     asked = connection.makefile("r", encoding="utf-8").readline()
+    if not asked:
+        return
     arguments, folder, environment = json.loads(asked)
     connection.sendall(f"{os.getpid()}\n".encode())
     environment.pop("JPY_PARENT_PID", None)  # the kernel would look for another parent, and end
@@ -100,21 +114,19 @@ def begin(connection: socket.socket) -> None:
     try:
         IPKernelApp.launch_instance(arguments)
     finally:
-        os._exit(0)
+        os._exit(0)  # without waiting for threads of the lesson's
 
 
 def ask(path: str, arguments: Sequence[str]) -> None:
-    """Ask for a kernel and wait until it ends; hand signals on to it."""
-    end = time.monotonic() + SECONDS
+    """Ask for a kernel and wait until it ends, or whoever wants it; hand signals on to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = os.getppid()
     with socket.socket(socket.AF_UNIX) as connection:
-        while connection.connect_ex(path):
-            if time.monotonic() > end:
-                raise TimeoutError(f"there is no process at {path}")
-            time.sleep(0.1)
         once = list(dict.fromkeys(arguments))  # nbclient asks for a quiet kernel, too
         asked = json.dumps([once, os.getcwd(), dict(os.environ)])
         answer = ""
         with suppress(ConnectionError):
+            connection.connect(path)
             connection.sendall(f"{asked}\n".encode())
             answer = connection.makefile("r").readline()
         if not answer:
@@ -122,12 +134,12 @@ def ask(path: str, arguments: Sequence[str]) -> None:
         kernel = int(answer)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: os.kill(kernel, number))
-        with suppress(OSError):
-            connection.recv(1)
+        while os.getppid() == parent and not select.select([connection], [], [], 1)[0]:
+            pass
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        serve(sys.argv[1])
+        serve(int(sys.argv[1]))
     else:
         ask(sys.argv[1], sys.argv[2:])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -473,7 +474,8 @@ def _variants(method: Method, bench: Bench) -> Iterator[tuple[str, Any, Method]]
                 changed = dataclasses.replace(method, **{field.name: value})
                 bench.holding(changed)
             except Exception as error:
-                if isinstance(error, ValueError | TypeError) and field.name in str(error):
+                named = re.search(rf"\b{field.name}\b", str(error))
+                if isinstance(error, ValueError | TypeError) and named:
                     continue  # this value does not fit; perhaps the next one does
                 raise MethodError(
                     f"with {field.name}={value!r} it raised {summary(error)}",
@@ -490,7 +492,8 @@ def _other_values(value: Any) -> list[Any]:
         return [value + 1, value - 1, 2 * value]
     if isinstance(value, float):
         return [1.5 * value, value / 2] if value else [0.1, 1.0]
-    if value == "all-linear" or (isinstance(value, tuple) and value):
+    targets = isinstance(value, tuple) and value and all(isinstance(v, str) for v in value)
+    if targets or value == "all-linear":
         return [names for names in (("key",), ("value",)) if names != value]
     return []
 

@@ -64,7 +64,7 @@ class Faulty(Method):
 
 REFUSALS = {
     "crashes": KeyError("rank"),
-    "refuses without a name": ValueError("five is too many"),
+    "refuses without a name": ValueError("five ranks are too many"),
     "refuses": ValueError("rank=5 is too many"),
 }
 
@@ -108,7 +108,7 @@ FAULTS = {
     ),
     "drifts": ("llama", {}, "generate with a cache gives another text"),
     "crashes": (None, {}, r"with rank=5 it raised KeyError: 'rank'\. If the .* rank"),
-    "refuses without a name": (None, {}, "with rank=5 it raised ValueError: five is too many"),
+    "refuses without a name": (None, {}, "with rank=5 it raised ValueError: five ranks"),
     "refuses": (None, {"merges": False}, "merge must refuse it"),  # and goes on with rank=3
     "no merge": (
         None,
@@ -125,6 +125,11 @@ def test_a_fault_is_named(fault, monkeypatch):
     monkeypatch.setattr(Faulty, "fault", fault)
     with pytest.raises(MethodError, match=told):
         check_method(Faulty(), MODELS[name]() if name else None, **expected)
+
+
+def test_other_values_are_of_the_same_kind():
+    assert conformance._other_values(("query",)) == [("key",), ("value",)]
+    assert conformance._other_values((1, 2)) == conformance._other_values(()) == []
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,14 +3,12 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 
 import nbformat
 import psutil
 import pytest
-from jupyter_client.manager import start_new_kernel
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -257,8 +255,9 @@ check = types.SimpleNamespace(start=types.SimpleNamespace(row_norms=judge))"""
         ({"check": "verdict = check.start.row_norms(row_norms)"}, "0 of 1 checks said right; not"),
         ({"check": "print('✓ row_norms: right')"}, "those of row_norms"),
         ({"check": None}, "0 of 1 checks"),
-        ({"stub": None, "check": None}, "0 of 1 checks"),
-        ({"stub": None, "check": None, "solution": None}, "no exercise of this lesson"),
+        ({"stub": None, "check": None}, "do not fit together"),
+        ({"solution": None}, "do not fit together"),
+        ({"stub": None, "check": None, "solution": None}, "do not fit together"),
     ],
 )
 def test_a_solved_run_counts_the_checks_that_say_right(change, told, tmp_path):
@@ -286,6 +285,25 @@ try:
 except OSError:
     pass
 assert os.environ['PEFT_LESSONS_STRICT'] == '1'"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_ends_when_it_is_interrupted(number, tmp_path):
+    """nbclient would end this lesson alone, and the command would go on with the next."""
+    source = f"import os, time\nos.kill({os.getpid()}, {number:d})\ntime.sleep(60)"
+    nb = new_notebook(cells=[code(source)])
+    with pytest.raises(KeyboardInterrupt):
+        notebooks.execute(nb, tmp_path, offline_environment())
+
+
+def test_an_endless_cell_fails_its_lesson_and_the_next_lesson_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(notebooks, "CELL_SECONDS", 1)
+    lessons = [tmp_path / f"{name}.ipynb" for name in ("00_start_here", "01_why_peft")]
+    for path, source in zip(lessons, ("import time; time.sleep(60)", "1"), strict=True):
+        nbformat.write(new_notebook(cells=[code(source)]), path)
+    assert notebooks.run("outputs", lessons) == 1
+    shown = capsys.readouterr()
+    assert shown.err.endswith("failed: 00_start_here\n") and "01_why_peft" in shown.out
 
 
 def test_execution_is_strict_and_guarded(tmp_path):
@@ -319,28 +337,47 @@ def test_a_forked_kernel_is_fresh_and_has_what_it_is_given(tmp_path):
         notebooks.execute(nb, tmp_path, given, warm_kernel.name())
 
 
+STAYS = """import sys
+from jupyter_client.manager import start_new_kernel
+manager, client = start_new_kernel(kernel_name=sys.argv[1], cwd=sys.argv[2])
+client.execute("import os; open('pid', 'w').write(str(os.getpid()))", reply=True)
+print(manager.provisioner.pid, flush=True)
+sys.stdin.read()"""
+
+
 @forked
-def test_a_forked_kernel_ends_with_the_process_that_asked_for_it(tmp_path):
-    manager, client = start_new_kernel(kernel_name=warm_kernel.name(), cwd=str(tmp_path))
-    client.execute("import os\nopen('pid', 'w').write(str(os.getpid()))", reply=True)
-    pid = int((tmp_path / "pid").read_text(encoding="utf-8"))
-    assert psutil.pid_exists(pid) and pid != manager.provisioner.pid
-    os.kill(manager.provisioner.pid, signal.SIGKILL)
-    client.stop_channels()
-    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=20)
-    assert not psutil.pid_exists(pid)
-    manager.cleanup_resources()
+@pytest.mark.parametrize("killed", ["who wants it", "who asked for it"])
+def test_a_forked_kernel_ends_with(killed, tmp_path):
+    command = [sys.executable, "-c", STAYS, warm_kernel.name(), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as wants:
+        asks = int(wants.stdout.readline())
+        kernel = psutil.Process(int((tmp_path / "pid").read_text(encoding="utf-8")))
+        assert len({kernel.pid, asks, wants.pid}) == 3 and kernel.is_running()
+        os.kill(wants.pid if killed == "who wants it" else asks, signal.SIGKILL)
+        kernel.wait(20)
+        wants.kill()
+
+
+@pytest.mark.parametrize(("folder", "threads"), [("long" * 20, "1"), ("short", "2")])
+def test_kernels_start_as_usual_where_a_fork_would_fail(folder, threads, tmp_path, monkeypatch):
+    monkeypatch.delenv(warm_kernel.KERNEL, raising=False)
+    environment = offline_environment() | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": threads}
+    with warm_kernel.started(tmp_path / folder, environment):
+        assert warm_kernel.name() == "python3"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone")
-def test_a_course_that_cannot_be_imported_is_said_at_once(tmp_path):
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "socket"))
-        server.listen()
-        command = [sys.executable, warm_kernel.__file__, str(tmp_path / "socket"), "-f", "c"]
-        asks = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        server.accept()[0].close()
-    assert "the process that imports the course has ended" in asks.communicate(timeout=20)[1]
+def test_where_the_course_cannot_be_imported_each_lesson_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "peft_lessons.py").write_text("1 / 0", encoding="utf-8")
+    broken = offline_environment() | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    asks = [sys.executable, warm_kernel.__file__, str(tmp_path / "socket"), "-f", "c"]
+    with warm_kernel.started(tmp_path, broken):
+        for _ in range(2):
+            done = subprocess.run(asks, capture_output=True, text=True, timeout=20)
+            assert "the process that imports the course has ended" in done.stderr
 
 
 def test_stored_outputs_are_the_same_twice(tmp_path):

@@ -42,6 +42,19 @@ def test_every_command_named_in_a_guide_exists(page):
     assert (made | named) - COMMANDS == ({".venv"} if page == "CHANGELOG.md" else set())
 
 
+def test_ci_types_what_the_readme_types_and_names_no_python():
+    before, typed, _ = (ROOT / ".ci/run").read_text(encoding="utf-8").partition("\nmake test\n")
+    assert typed and "python" not in before.partition("set -euo")[2].lower()
+    assert "| `make test` |" in README
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/instructors.md"])
+def test_the_minutes_of_the_tests_are_those_of_the_help(page):
+    (minutes,) = re.findall(r"about (\w+) minutes", course.COMMANDS["test"][1])
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.findall(r"about (\w+) minutes on two cores", text) == [minutes]
+
+
 def printed(notebook):
     """Return what the code cells of a lesson print, in one line, without escapes or quotes."""
     cells = json.loads((ROOT / "notebooks" / notebook).read_text(encoding="utf-8"))["cells"]
