@@ -144,6 +144,8 @@ class Check:
         self.causes = dict(causes or {})
         # The right answer that the causes are edits of, where they are.
         self.right = getattr(causes, "right", None)
+        # {variant: the runs of the reference and of the causes}, for the next wrong answer, too.
+        self._known: dict[int, tuple[_Runs, dict[str, _Runs]]] = {}
         self.__name__, self.__doc__ = reference.__name__, inspect.getdoc(reference)
 
     def __call__(self, function: Callable) -> Verdict:
@@ -322,8 +324,11 @@ class Check:
         In the cases before it was right: what would have failed there is not the cause. Of True
         and False one is right by chance half of the time: there all cases must agree."""
         results = [i for i, case in enumerate(self.cases) if not case.raises]
-        right, yours = _Runs(self, self.reference), _Runs(self, function)
-        causes = {sentence: _Runs(self, wrong) for sentence, wrong in self.causes.items()}
+        yours = _Runs(self, function)
+        if _variant not in self._known:
+            causes = {sentence: _Runs(self, wrong) for sentence, wrong in self.causes.items()}
+            self._known[_variant] = _Runs(self, self.reference), causes
+        right, causes = self._known[_variant]
 
         def same(sentence: str, i: int) -> bool:
             theirs = causes[sentence]
