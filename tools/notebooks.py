@@ -99,11 +99,14 @@ def exercise_name(cell: NotebookNode) -> str:
     return name
 
 
+def exercise_names(nb: NotebookNode) -> list[str]:
+    """Return the names of a notebook's exercises, in the order of its cells."""
+    return [exercise_name(cell) for cell in code_cells(nb) if "exercise" in tags(cell)]
+
+
 def exercises(lesson: str) -> list[str]:
     """Return the names of a lesson's exercises, as the course has them."""
-    nb = read(NOTEBOOKS / f"{lesson}.ipynb")
-    cells = [c for c in code_cells(nb) if "exercise" in tags(c)]
-    return [exercise_name(cell) for cell in cells]
+    return exercise_names(read(NOTEBOOKS / f"{lesson}.ipynb"))
 
 
 def read_solutions(path: Path) -> dict[str, str]:
@@ -240,7 +243,7 @@ def run_solved(path: Path, cwd: Path, log: Path | None = None) -> int:
     Raises as `execute`, and ValueError for a lesson without exercises, for an exercise without a
     solution or the reverse, and where a check is missing or is not the last line of its cell."""
     solutions, lesson = read_solutions(path), read(path)
-    names = [exercise_name(cell) for cell in code_cells(lesson) if "exercise" in tags(cell)]
+    names = exercise_names(lesson)
     if not names or {*names} != {*solutions}:
         raise ValueError(f"exercises {names} and solutions {[*solutions]} do not fit together")
     env = offline_environment(log=log, strict=True)
