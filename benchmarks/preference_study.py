@@ -14,8 +14,9 @@ import torch
 from common import SEEDS, Results, fill, missing
 
 from peft_lessons import LoRA, disabled, evaluate, inject, load_model, load_task, load_tokenizer
-from peft_lessons.methods.assistant import dpo_loss, keeps_rule, sequence_logprob
+from peft_lessons.methods.assistant import keeps_rule
 from peft_lessons.train.generate import answer_questions
+from peft_lessons.train.preferences import answer_logprob, preference_loss
 
 STEPS, PAIRS, HELD_OUT, TOKENS = 24, 4, 48, 48
 RATES, RATE = (1e-4, 3e-4, 1e-3), 3e-4
@@ -32,8 +33,7 @@ SETTINGS = [
 
 def logprobs(model, batch: dict, mean: bool) -> torch.Tensor:
     """Return the log-probability of each answer, (2 · pairs,), as a sum or a mean over tokens."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    sums = sequence_logprob(logits.float(), batch["labels"])
+    sums = answer_logprob(model, batch)
     return sums / (batch["labels"][:, 1:] != -100).sum(dim=1) if mean else sums
 
 
@@ -42,8 +42,8 @@ def compared(model, batch: dict, beta: float, mean: bool) -> tuple[torch.Tensor,
     with torch.no_grad(), disabled(model):
         reference = logprobs(model, batch, mean)
     policy = logprobs(model, batch, mean)
-    loss, chosen, rejected = dpo_loss(*policy.chunk(2), *reference.chunk(2), beta)
-    return loss, chosen, rejected, (policy - reference).detach()
+    loss, rewards = preference_loss(policy, reference, beta)
+    return loss, *rewards.chunk(2), (policy - reference).detach()
 
 
 def perplexity(model) -> float:

@@ -7,53 +7,64 @@ call it. In FOLDER then lie
 
     grades.html       the whole class, with what could not be isolated on this system
     grades.csv        a row an exercise: right, wrong with the cause that the check names, ...
-    grades_wide.csv   a row a student, a column an exercise: for Canvas, Moodle or a spreadsheet
+    grades_wide.csv   a row a student, a column an exercise and a total for each lesson
+    canvas_*.csv      for Canvas's import, one assignment each, where the rules name its column
     feedback/         a page for each student that shows nobody else
     texts.csv         markdown cells of the students' own: predictions, answers to questions
+    causes.csv        how often each cause that a check can name was named
 
 What is unchanged since an earlier run is not run again: FOLDER/.marked remembers it. A notebook has
 no network, writes to a temporary folder of its own, and has limits of time, memory and size of
 files, as far as the system can set them; grades.html says which. Whatever comes of a notebook, the
-others are marked. What the limits do not hold is in docs/instructors.md.
+others are marked. What could not be marked by a fault that is not the notebook's, as a full disk,
+is named, costs nothing, and is tried again by the same command. What the limits do not hold is in
+docs/instructors.md.
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import psutil
 
 from peft_lessons.data import limits as machine
-from tools import gradebook
+from tools import gradebook, notebooks
 from tools.environment import ROOT, offline_environment
-from tools.gradebook import ABSENT, OUTCOMES, Mark, Rules, write_file
+from tools.grade_one import TROUBLE, has_landlock, opened
+from tools.gradebook import OUTCOMES, UNMARKED, Mark, Rules, write_file
 from tools.submissions import (
+    LARGEST,
+    Found,
     Handed,
+    Passed,
     Person,
     handed_in,
     label,
     owner,
     printable,
     read_roster,
+    without_lesson,
 )
 
-LARGEST = 20_000_000  # bytes of a notebook
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Nothing else of whoever marks; Windows starts no program without the last five.
 INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
@@ -62,9 +73,15 @@ OWN_FOLDER = ("HOME", "TMPDIR", "IPYTHONDIR", "MPLCONFIGDIR")
 OWN_FOLDER += ("USERPROFILE", "APPDATA", "LOCALAPPDATA", "TEMP", "TMP")
 MOST_SAID = 1_000_000  # bytes of marks that a notebook's process may send
 LOOK = 0.2  # seconds between two looks at a notebook's process
+WRITTEN = 2**30  # bytes that a notebook may write, unless the disk has less than four times that
+LEAST = 2**24  # bytes without which nobody can write a mark
+HOPELESS = 3  # cells that end the process, after which nothing is run but what defines something
 EACH = 2  # GiB that one notebook may well take: so many run at once as have that
 MARKED = ".marked"
+MOST_ALIKE = 20  # pairs of a lesson that the page names
+OWN_WORDS = 60  # letters of a text that nobody else writes by chance
 INTERRUPTED = threading.Event()
+RUNNING: set[int] = set()  # the processes of notebooks
 
 
 @dataclass(frozen=True)
@@ -79,13 +96,27 @@ class Limits:
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of a notebook: {exercise: (outcome, what is said, seconds)}, the same of the
-    exercises of which nothing was said, the limits that held, texts of the student's own."""
+    """What became of a notebook: {exercise: (outcome, what is said, seconds, share of the points)},
+    (outcome, what is said) of the exercises of which nothing was said, the limits that held, texts
+    of the student's own, [number of a cell, odd words in it], and {exercise: the hash of its
+    answer}."""
 
     said: dict[str, list]
     rest: list
     held: list[str] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
+    odd: list[list] = field(default_factory=list)
+    prints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the same notebook would come out so again: it does not after a full disk."""
+        return self.rest[:1] != [UNMARKED]
+
+
+def failed(why: object) -> Judged:
+    """Return what becomes of a notebook that cannot be marked, by no fault of its own."""
+    return Judged({}, [UNMARKED, f"by no fault of the notebook: {why}"])
 
 
 # ------------------------------------------------------------------ one notebook
@@ -97,11 +128,12 @@ def namespaces() -> tuple[str, ...]:
     if sys.platform != "linux":
         return ()
     command = ("unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
-    try:
-        tried = subprocess.run([*command, "true"], capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return command if tried.returncode == 0 else ()
+    # With a /proc of its own it sees no other process either; some containers refuse that.
+    for one in ((*command, "--mount-proc"), command):
+        with suppress(OSError, subprocess.TimeoutExpired):
+            if subprocess.run([*one, "true"], capture_output=True, timeout=10).returncode == 0:
+                return one
+    return ()
 
 
 def guards(held: Iterable[str]) -> str:
@@ -112,7 +144,8 @@ def guards(held: Iterable[str]) -> str:
     kinds = ["time", "memory", *(["size of files"] if "file size" in held else [])]
     watched = "" if "memory" in held else " Memory was watched, not limited by the system."
     limited = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
-    return f"Each notebook ran {network}, {files}, with limits of {limited}.{watched}"
+    free = "" if namespaces() or "signals" in held else " A notebook could end the marking."
+    return f"Each notebook ran {network}, {files}, with limits of {limited}.{watched}{free}"
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -131,10 +164,42 @@ def judge(path: Path, lesson: str, limits: Limits, variant: int = 0) -> Judged:
             return Judged({}, ["crashed", "the notebook is an empty file"])
         return _judge(path, lesson, limits, variant)
     except Exception as error:  # whatever it is, the others are marked
-        return Judged({}, ["crashed", f"it cannot be marked: {type(error).__name__}: {error}"])
+        return failed(f"{type(error).__name__}: {error}")
 
 
 def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
+    """Judge a notebook by as many processes as it takes: what one hangs at, or dies of, the next
+    one leaves out."""
+    names, said, skip, round = notebooks.exercises(lesson), {}, [], None
+    for _ in range(len(names) + HOPELESS + 2):
+        round = _round(path, lesson, limits, variant, [*skip, *said])
+        said |= round.said
+        if not round.lasting or not (waiting := [name for name in names if name not in said]):
+            break
+        if round.at in waiting:
+            said[round.at] = [*round.rest, 0.0, 0.0]
+        elif round.at and "cells" not in skip:
+            cells = sum(one.isdecimal() for one in skip)
+            slow = round.rest[0] == "timed out" and not round.silent
+            many = cells >= HOPELESS or slow
+            skip.append("cells" if many else round.at)
+        elif round.at and round.at not in skip:
+            skip.append(round.at)
+        else:
+            break
+    return Judged(said, round.rest, round.held, round.texts, round.odd, round.prints)
+
+
+@dataclass(frozen=True)
+class Round(Judged):
+    """What one process said of a notebook; `at` is the cell or the exercise at which it ended, and
+    `silent` whether it hung there."""
+
+    at: str = ""
+    silent: bool = False
+
+
+def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence[str]) -> Round:
     word = secrets.token_hex(16)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place,
@@ -144,7 +209,8 @@ def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
         folder = Path(place).resolve() / "own"
         folder.mkdir()
         copied = shutil.copyfile(path, folder / f"{lesson}.ipynb")
-        told = (copied, lesson, limits.seconds, limits.memory, variant)
+        told = (copied, lesson, limits.seconds, limits.memory, variant, ",".join(skip))
+        others = children() if adopts() else None
         process = subprocess.Popen(
             [*namespaces(), sys.executable, "-m", "tools.grade_one", *map(str, told)],
             stdin=subprocess.PIPE,
@@ -154,42 +220,74 @@ def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
             cwd=folder,
             start_new_session=True,
         )
+        RUNNING.add(process.pid)
         stopped = ""
         try:
             with suppress(OSError), process.stdin as stdin:  # it may have ended before
                 stdin.write(f"{word}\n".encode())
-            stopped = watched(process, limits)
+            stopped = watched(process, limits, Path(place))
         finally:
             stop(process)
+            if others is not None:
+                end_orphans(others)
+            RUNNING.discard(process.pid)
+        full = shutil.disk_usage(place).free < LEAST
         with open(marks.name, "rb") as written:
             lines = written.read(MOST_SAID).decode(errors="replace").splitlines()
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 1000))
         last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-    said, parts = {}, {}
-    for line in lines:
-        with suppress(ValueError, TypeError, KeyError):  # the notebook may write there, too
-            mark = json.loads(line)
-            if mark["word"] != word:
-                continue
-            if "exercise" not in mark:
-                parts |= {name: mark[name] for name in ("held", "texts") if name in mark}
-            elif mark["outcome"] in OUTCOMES:
-                said[mark["exercise"]] = mark["outcome"], mark["told"], round(mark["seconds"], 1)
-    if stopped == "time":
-        rest = ["timed out", f"the notebook took longer than {limits.total:g} s"]
-    elif stopped:
+    said, parts, at = heard(lines, word)
+    ended = process.returncode
+    if stopped in ("time", "silence"):
+        seconds = limits.total if stopped == "time" else quiet(limits)
+        rest = ["timed out", f"the notebook took longer than {seconds:g} s"]
+    elif stopped == "memory":
         rest = ["crashed", f"the notebook took more than {limits.memory:g} GiB of memory"]
+    elif stopped == "disk":
+        rest = ["crashed", "the notebook wrote more than 1 GiB, or a quarter of the free disk"]
+    # Whoever killed it from outside was not the notebook, whose process is the first of its own.
+    elif full or ended == TROUBLE or "held" not in parts or ended in (-signal.SIGKILL, 137):
+        why = "the disk is full" if full else f"its process ended with {ended}. {last}"
+        rest = failed(why).rest
     else:
-        rest = ["crashed", f"the notebook's process ended with {process.returncode}. {last}"]
-    return Judged(said, rest, **parts)
+        rest = ["crashed", f"the notebook's process ended with {ended}. {last}"]
+    return Round(said, rest, **parts, at=at, silent=stopped == "silence")
 
 
-def watched(process: subprocess.Popen, limits: Limits) -> str:
-    """Wait for a process; return "", or "time" or "memory" once it takes more than it may.
+def heard(lines: Iterable[str], word: str) -> tuple[dict[str, list], dict, str]:
+    """Return {exercise: (outcome, what is said, seconds, share)}, what a process found in the
+    notebook, and what it was about to do last, from the lines that carry the word."""
+    said, found, at = {}, {}, ""
+    for line in lines:
+        with suppress(ValueError, TypeError, IndexError):  # the notebook may write there, too
+            first, *told = line.split(" ")
+            if first != word:
+                continue
+            kind, name, *rest = (bytes.fromhex(t).decode(errors="surrogatepass") for t in told)
+            if kind == "at":
+                at = name
+            elif kind == "found" and name in ("held", "texts", "odd", "prints"):
+                found[name] = json.loads(rest[0])
+            elif kind == "mark" and rest[0] in OUTCOMES:
+                outcome, text, seconds, share = rest
+                said[name] = [outcome, text, round(float(seconds), 1), float(share)]
+    return said, found, at
+
+
+def quiet(limits: Limits) -> float:
+    """Return after how many seconds in which it says nothing a notebook's process hangs: each cell
+    and check ends before, unless it holds the alarm off."""
+    return 2 * limits.seconds + 5
+
+
+def watched(process: subprocess.Popen, limits: Limits, place: Path) -> str:
+    """Wait for a process that writes below `place`, where it says in the file `marks` what it does;
+    return "", or "time", "silence", "memory" or "disk" once it takes more than it may.
 
     Raises KeyboardInterrupt once whoever marks interrupts: nothing is said of the notebook."""
-    end = time.monotonic() + limits.total
-    while time.monotonic() < end:
+    started = heard_at = time.monotonic()
+    room, size = min(WRITTEN, shutil.disk_usage(place).free // 4), 0
+    while (now := time.monotonic()) < started + limits.total:
         if INTERRUPTED.is_set():
             raise KeyboardInterrupt
         with suppress(subprocess.TimeoutExpired):
@@ -197,7 +295,34 @@ def watched(process: subprocess.Popen, limits: Limits) -> str:
             return ""
         if memory_of(process.pid) > limits.memory * 2**30:
             return "memory"
+        if written_by(process.pid, place) > room:
+            return "disk"
+        if (new := (place / "marks").stat().st_size) != size:
+            size, heard_at = new, now
+        if size and now > heard_at + quiet(limits):
+            return "silence"
     return "time"
+
+
+def written_by(pid: int, place: Path) -> int:
+    """Return the bytes of the files below a folder, and on Linux those of files that a process
+    keeps open after it has removed them."""
+    taken = 0
+    for here, _, files in os.walk(place):
+        for name in files:
+            with suppress(OSError):
+                found = os.lstat(os.path.join(here, name))
+                # Windows counts no blocks; an empty file takes a little, too.
+                taken += 4096 + getattr(found, "st_blocks", found.st_size // 512) * 512
+    for one in family(pid):
+        with suppress(OSError):
+            for number in os.listdir(f"/proc/{one.pid}/fd"):
+                file = f"/proc/{one.pid}/fd/{number}"
+                with suppress(OSError):
+                    found = os.stat(file)
+                    if stat.S_ISREG(found.st_mode) and not found.st_nlink:
+                        taken += found.st_blocks * 512
+    return taken
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -227,6 +352,33 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
+@cache
+def adopts() -> bool:
+    """Return whether what a notebook's process leaves behind becomes a child of this one, as Linux
+    can have it; with namespaces it has ended."""
+    if namespaces() or sys.platform != "linux":
+        return False
+    return ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+def end_orphans(others: set[int]) -> None:
+    """End all children of this process, besides `others` and the notebooks' own, that do not end in
+    a moment, and those that they leave."""
+    for _ in range(3):
+        found = children() - others - RUNNING
+        time.sleep(LOOK if found else 0)
+        for pid in (found & children()) - RUNNING:
+            for one in family(pid):
+                with suppress(psutil.Error):
+                    one.kill()
+            with suppress(psutil.Error):
+                psutil.Process(pid).wait(1)
+
+
 # ------------------------------------------------------------------ a class
 
 
@@ -252,46 +404,87 @@ def remembered(
     """Return what becomes of a notebook, from FOLDER/.marked where the notebook, the course, the
     limits and the seed are those of an earlier run."""
     variant = variant_of(student, seed)
-    # In a link or a folder there is nothing to read, and they are told in no time.
-    readable = one.path.is_file() and not one.path.is_symlink()
-    if not readable or one.path.stat().st_size > LARGEST:
-        return judge(one.path, one.lesson, limits)
-    key = hashlib.sha256(one.path.read_bytes())
+    try:
+        # In a link or a folder there is nothing to read, and they are told in no time.
+        readable = one.path.is_file() and not one.path.is_symlink()
+        if not readable or one.path.stat().st_size > LARGEST:
+            return judge(one.path, one.lesson, limits)
+        key = hashlib.sha256(one.path.read_bytes())
+    except OSError as error:
+        return failed(f"the file cannot be read: {error.strerror or error}")
     key.update(repr((one.lesson, course(), limits, variant)).encode())
     file = folder / MARKED / f"{key.hexdigest()}.json"
     if not again:
         with suppress(OSError, ValueError, TypeError):
             return Judged(**json.loads(file.read_text(encoding="utf-8")))
     found = judge(one.path, one.lesson, limits, variant)
-    file.parent.mkdir(exist_ok=True)
-    write_file(file, json.dumps(found.__dict__))
+    if found.lasting:
+        with suppress(OSError):  # then it is marked again another time
+            file.parent.mkdir(exist_ok=True)
+            write_file(file, json.dumps(asdict(found)))
     return found
 
 
-def marks_of(one: Handed, student: str, name: str, found: Judged, rules: Rules) -> list[Mark]:
-    """Return the marks of one notebook, `name` on the page, one for each exercise of its lesson."""
+def marks_of(one: Handed, student: str, found: Judged, rules: Rules, name: str = "") -> list[Mark]:
+    """Return the marks of one notebook, one for each exercise of its lesson; `name` is the
+    student's."""
     days, marks = rules.days_late(one, student), []
     for exercise, maximum in rules.maxima(one.lesson).items():
-        outcome, told, seconds = found.said.get(exercise, [*found.rest, 0])
-        points = round(maximum * rules.share(days) * (outcome == "right"), 2)
-        told = printable(told, kept="\n")
-        where = student, printable(name), one.lesson, exercise
-        marks.append(Mark(*where, outcome, told, seconds, points, maximum, days))
+        outcome, told, seconds, share = found.said.get(exercise, [*found.rest, 0, 0])
+        share = 1 if outcome == "right" else share if rules.partial and outcome == "wrong" else 0
+        mark = Mark(
+            student,
+            printable(one.name),
+            one.lesson,
+            exercise,
+            outcome,
+            printable(told, kept="\n"),
+            seconds,
+            round(maximum * rules.share(days) * share, 2),
+            maximum,
+            days,
+            gradebook.number_of(one.lesson, exercise),
+            name,
+            one.attempt,
+        )
+        marks.append(gradebook.overridden(mark, rules))
     return marks
 
 
-def alike(found: Sequence[tuple[str, Handed]]) -> list[str]:
-    """Return a sentence for each group of students who handed in the very same file."""
-    same: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for student, one in found:
-        if one.path.is_file() and not one.path.is_symlink():
-            with one.path.open("rb") as file:
-                same[one.lesson, hashlib.file_digest(file, "sha256").hexdigest()].append(student)
-    return [
-        f"The same file of {lesson}, byte for byte: {', '.join(students)}."
-        for (lesson, _), students in same.items()
-        if len(students) > 1
-    ]
+def alike(found: Iterable[tuple[str, str, Judged]]) -> list[str]:
+    """Return a sentence for each two students, (name, lesson, what became of the notebook), whose
+    answers have the same syntax trees, or who wrote the same text.
+
+    An answer that a third of those who answered gave is nobody's own."""
+    groups: dict[str, list[tuple[str, Judged]]] = defaultdict(list)
+    for name, lesson, judged in found:
+        groups[lesson].append((name, judged))
+    notes = []
+    for lesson, several in sorted(groups.items()):
+        given = Counter(pair for _, judged in several for pair in judged.prints.items())
+        answered = Counter(exercise for _, judged in several for exercise in judged.prints)
+        common = {p for p, n in given.items() if n > max(3, answered[p[0]] / 3)}
+        texts = Counter(text for _, judged in several for text in own_words(judged))
+        pairs = []
+        for (name, mine), (other, theirs) in combinations(several, 2):
+            both = [e for e in mine.prints if e in theirs.prints]
+            equal = [e for e in both if mine.prints[e] == theirs.prints[e]]
+            telling = [e for e in equal if (e, mine.prints[e]) not in common]
+            words = {t for t in own_words(mine) & own_words(theirs) if texts[t] <= 3}
+            if words or (len(telling) > 1 and 2 * len(equal) >= len(both)):
+                says = f"{len(equal)} of {len(both)} answers have the same syntax tree"
+                says += f", and {len(words)} texts are the same" if words else ""
+                pairs.append((-len(telling) - len(words), f"{lesson}, {name} and {other}: {says}."))
+        notes += [told for _, told in sorted(pairs)[:MOST_ALIKE]]
+        if len(pairs) > MOST_ALIKE:
+            notes.append(f"{lesson}: {len(pairs) - MOST_ALIKE} more such pairs.")
+    return notes
+
+
+def own_words(judged: Judged) -> set[str]:
+    """Return the texts of a notebook that are long enough to be somebody's own, without spaces."""
+    texts = ("".join(text.split()).casefold() for _, text in judged.texts)
+    return {text for text in texts if len(text) >= OWN_WORDS}
 
 
 @dataclass
@@ -304,8 +497,27 @@ class Class:
     rules: Rules
     handed: list[tuple[str, Handed]]
     notes: list[str]
+    passed: dict[str, list[Passed]] = field(default_factory=dict)
     marks: dict[tuple[str, str], list[Mark]] = field(default_factory=dict)
     judged: dict[tuple[str, str], Judged] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lost: set[str] = set()
+        self._ranks: dict[tuple[str, str], tuple] = {}
+        self.called = {person.id: person.called for person in self.people}
+        self._names = {person.id: person.name for person in self.people}
+
+    def add(self, student: str, one: Handed, place: int, found: Judged) -> list[Mark]:
+        """Take in what became of a notebook, and return its marks. Of several attempts the one with
+        the most points counts, of equal ones the last, which has the lowest `place`."""
+        new = marks_of(one, student, found, self.rules, self._names.get(student, ""))
+        key, lost = (student, one.lesson), gradebook.unmarked(new)
+        rank = lost, -gradebook.total(new)[0], place
+        if lost:
+            self.lost.add(f"{self.called.get(student, student)} ({one.lesson})")
+        if key not in self._ranks or rank < self._ranks[key]:
+            self.marks[key], self.judged[key], self._ranks[key] = new, found, rank
+        return new
 
     def everyone(self) -> list[Mark]:
         """Return all marks, in the order of the roster, then of those who are on none, with a mark
@@ -322,43 +534,90 @@ class Class:
                 found += self.marks.get((student, lesson), [])
         return found
 
-    def write(self) -> None:
-        """Write the tables and pages, each whole or as it was before."""
-        marks, place = self.everyone(), self.folder / "feedback"
+    def remarks(self) -> list[str]:
+        """Return what whoever marks should look at, in sentences."""
         held = [set(found.held) for found in self.judged.values() if found.held]
-        called = {person.id: person.called for person in self.people}
-        tried = {(m.student, m.lesson) for m in marks if m.outcome not in ("not attempted", ABSENT)}
+        remarks = [guards(set.intersection(*held) if held else ())]
+        if self.lost:
+            lost = ", ".join(sorted(self.lost))
+            remarks.append(f"Not marked, by a fault that is not theirs: {lost}. Mark again.")
+        for (student, lesson), found in sorted(self.judged.items()):
+            if found.odd:
+                cells = "; ".join(f"cell {number}: {words}" for number, words in found.odd)
+                told = f"Look at it by eye: {self.called.get(student, student)}, {lesson}, {cells}."
+                remarks.append(told)
         # Who did nothing has the notebook that was handed out, as others have.
-        same = alike(
-            [(called.get(s, s), one) for s, one in self.handed if (s, one.lesson) in tried]
-        )
-        notes = [guards(set.intersection(*held) if held else ()), *same, *self.notes]
+        tried = [
+            (self.called.get(key[0], key[0]), key[1], found)
+            for key, found in sorted(self.judged.items())
+            if any(mark.outcome != "not attempted" for mark in self.marks[key])
+        ]
+        return list(map(printable, [*remarks, *alike(tried), *self.notes]))
+
+    def tables(self) -> Iterator[tuple[str, Callable[[], str | bytes | None]]]:
+        """Yield (name, how to make it) of each file in the folder."""
+        marks, remarks = self.everyone(), self.remarks()
         rows = [[f.name for f in fields(Mark)], *map(astuple, marks)]
-        write_file(self.folder / "grades.csv", gradebook.csv_of(rows))
-        write_file(self.folder / "grades_wide.csv", gradebook.wide(marks, self.people))
+        yield "grades.csv", lambda: gradebook.csv_of(rows)
+        yield "grades_wide.csv", lambda: gradebook.wide(marks, self.people)
+        for lesson, column in self.rules.canvas.items():
+            if any(mark.lesson == lesson for mark in marks):
+                yield (
+                    f"canvas_{lesson}.csv",
+                    lambda lesson=lesson, column=column: gradebook.canvas_file(
+                        lesson, column, marks, self.people
+                    ),
+                )
         texts = [
             (student, lesson, printable(above), printable(text, kept="\n"))
             for (student, lesson), found in sorted(self.judged.items())
             for above, text in found.texts
         ]
-        head = ("student", "lesson", "below", "text")
-        write_file(self.folder / "texts.csv", gradebook.csv_of([head, *texts]))
-        page = gradebook.overview(marks, self.rules, notes, called)
-        write_file(self.folder / "grades.html", page)
-        place.mkdir(exist_ok=True)
+        texts = [("student", "lesson", "below", "text"), *texts]
+        yield "texts.csv", lambda: gradebook.csv_of(texts)
+        causes = known_causes(sorted({lesson for _, lesson in self.marks}))
+        yield "causes.csv", lambda: gradebook.csv_of(gradebook.causes(marks, causes))
+        yield "grades.html", lambda: gradebook.overview(marks, self.rules, remarks, self.called)
         pages = {
-            student: gradebook.feedback(called.get(student, student), own, self.rules)
+            student: gradebook.feedback(
+                self.called.get(student, student), own, self.rules, self.passed.get(student, ())
+            )
             for student, own in gradebook.by_student(marks).items()
         }
         names = gradebook.file_names(pages)
         for student, page in pages.items():
-            write_file(place / f"{names[student]}.html", page)
-        for path in place.glob("*.html"):  # of an earlier run, under a name that nobody has now
-            if path.stem not in names.values():
-                path.unlink()
+            yield f"feedback/{names[student]}.html", lambda page=page: page
         folders = {one.who: student for student, one in self.handed}
-        if archive := gradebook.moodle_archive(pages, folders):
-            write_file(self.folder / "feedback_moodle.zip", archive)
+        yield "feedback_moodle.zip", lambda: gradebook.moodle_archive(pages, folders)
+        for path in (self.folder / "feedback").glob("*.html"):  # under a name that nobody has now
+            if path.stem not in names.values():
+                with suppress(OSError):
+                    path.unlink()
+
+    def write(self) -> list[str]:
+        """Write the tables and pages, each whole or as it was before, and return those that could
+        not be written, as they are open in Excel, or the disk is full."""
+        lost = []
+        (self.folder / "feedback").mkdir(exist_ok=True)
+        for name, content in self.tables():
+            try:
+                if (made := content()) is not None:
+                    write_file(self.folder / name, made)
+            except Exception as error:  # whatever it is, the others are written
+                lost.append(f"{name} ({getattr(error, 'strerror', None) or error})")
+        return lost
+
+
+def known_causes(lessons: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """Return {(lesson, exercise): the causes that its check can name}."""
+    from peft_lessons import check  # takes seconds, and only this table needs it
+
+    found = {}
+    for lesson in lessons:
+        module = getattr(check, notebooks.MODULES[lesson])
+        for exercise in notebooks.exercises(lesson):
+            found[lesson, exercise] = list(getattr(module, exercise).causes)
+    return found
 
 
 def jobs_here() -> int:
@@ -381,7 +640,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--roster", type=Path, help="a CSV file: a gradebook, or id, name, e-mail")
     parser.add_argument(
-        "--rules", type=Path, help="a TOML file: points, due, late, extensions, seed"
+        "--rules", type=Path, help="a TOML file: points, due, late, override, canvas, ..."
     )
     parser.add_argument("--lesson", nargs="*", default=(), help="only these, such as 02 03")
     parser.add_argument("--seconds", type=float, default=60, help="of one cell or check")
@@ -396,18 +655,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"{given.folder} must be writable: the marks are written there")
     given.folder = given.folder.resolve()
     try:
+        refuse_open(given.folder)
         given.people = read_roster(given.roster) if given.roster else []
         given.rules = gradebook.read_rules(given.rules) if given.rules else Rules()
+        gradebook.refuse_columns(given.rules, given.people)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    given.found, given.passed = handed_in(given.folder) if given.folder.is_dir() else ([], [])
-    given.found = [one for one in given.found if one.lesson.startswith(tuple(given.lesson) or "")]
-    if not given.found:
+    given.found = Found()
+    if given.folder.is_dir():
+        given.found = handed_in(given.folder, given.folder / MARKED)
+    chosen = tuple(given.lesson) or ""
+    given.found.handed = [one for one in given.found.handed if one.lesson.startswith(chosen)]
+    if not given.found.handed:
         parser.error(
             f"{given.folder} holds no notebook with the name of a lesson, such as 02_lora.ipynb, "
             "in a student's folder or after a student's name"
         )
     return given
+
+
+def refuse_open(folder: Path) -> None:
+    """Raise ValueError where notebooks could read the course or what others handed in, as both lie
+    below a folder that each of them needs."""
+    if not has_landlock():
+        return
+    readable = [*opened(), ROOT / "data", ROOT / "tools"]
+    for what, place in (("The course", ROOT), ("What students handed in", folder)):
+        for one in readable:
+            if place.is_relative_to(one.resolve()):
+                raise ValueError(
+                    f"{what} lies in {place}, below {one}, which each notebook may read: move it "
+                    "elsewhere, such as to your home folder"
+                )
 
 
 def owners(
@@ -437,46 +716,79 @@ def owners(
     return pairs, [printable(note) for note in dict.fromkeys(notes)]
 
 
+def passed_of(found: Found, pairs: Sequence[tuple[str, Handed]], given) -> dict[str, list[Passed]]:
+    """Return {student: what of theirs was passed over}, by the words of the file."""
+    students = {one.who: student for student, one in pairs}
+    sorted_out: dict[str, list[Passed]] = defaultdict(list)
+    for one in found.passed:
+        person = owner(one.who, given.people) if one.who else None
+        student = students.get(one.who) or (person.id if person else label(one.who))
+        sorted_out[student].append(one)
+    return sorted_out
+
+
+def remarks_on(given: argparse.Namespace, pairs: Sequence[tuple[str, Handed]]) -> list[str]:
+    """Return what to say of a folder and its rules, before anything is marked."""
+    notes = [f"Passed over: {one.name} ({one.why})." for one in given.found.passed]
+    if empty := without_lesson(given.folder, given.found):
+        notes.append(f"Folders in which no notebook counts: {', '.join(empty)}.")
+    known = {student for student, _ in pairs} | {person.id for person in given.people}
+    for what, named in (
+        ("extend the time", given.rules.extensions),
+        ("set points", given.rules.override),
+    ):
+        if strangers := sorted(named.keys() - known):
+            told = f"The rules {what} of nobody here: {', '.join(strangers)}."
+            notes.append(f"{told} Rules name a student as grades.csv does.")
+    return list(map(printable, notes))
+
+
 def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     limits = Limits(given.seconds, given.total, given.memory)
-    pairs, notes = owners(given.found, given.people)
-    names = ", ".join(printable(path.relative_to(given.folder)) for path in given.passed)
-    notes += [f"Passed over: {names}."] if names else []
-    known = {student for student, _ in pairs} | {person.id for person in given.people}
-    if strangers := sorted(given.rules.extensions.keys() - known):
-        told = "An extension names a student as grades.csv does"
-        notes.append(f"The rules extend the time of nobody here: {', '.join(strangers)}. {told}.")
-    group = Class(given.folder, given.people, given.rules, pairs, notes)
+    pairs, notes = owners(given.found.handed, given.people)
+    # (student, notebook, its place among the student's attempts, of which 0 is the last)
+    entries = [(student, one, 0) for student, one in pairs]
+    if given.rules.best:
+        several = [(s, given.found.all_attempts(one)) for s, one in pairs]
+        entries = [(s, one, place) for s, all_ in several for place, one in enumerate(all_)]
+        judged = {one.name for _, one, _ in entries}
+        given.found.passed = [one for one in given.found.passed if one.name not in judged]
+    notes += remarks_on(given, pairs)
+    passed = passed_of(given.found, pairs, given)
+    group = Class(given.folder, given.people, given.rules, pairs, notes, passed)
     started, done = time.monotonic(), 0
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = {
             pool.submit(
                 remembered, one, student, given.folder, limits, given.rules.seed, given.again
-            ): (student, one)
-            for student, one in pairs
+            ): (student, one, place)
+            for student, one, place in entries
         }
         try:
             for future in as_completed(waiting):
-                student, one = waiting[future]
-                name = str(one.path.relative_to(given.folder))
-                new = marks_of(one, student, name, future.result(), given.rules)
-                key = student, one.lesson
-                group.marks[key], group.judged[key] = new, future.result()
+                student, one, place = waiting[future]
+                new = group.add(student, one, place, future.result())
                 done += 1
                 counts = Counter(mark.outcome for mark in new)
-                told = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
-                rest = left(time.monotonic() - started, done, len(pairs))
-                print(f"[{done}/{len(pairs)}{rest}] {key[0]} {one.lesson}: {told}", flush=True)
+                told = ", ".join(f"{counts[o]} {o}" for o in (*OUTCOMES, UNMARKED) if counts[o])
+                rest = left(time.monotonic() - started, done, len(entries))
+                said = f"[{done}/{len(entries)}{rest}] {student} {one.lesson}: {told}"
+                print(said, flush=True)
         except BaseException:
             INTERRUPTED.set()
             raise
         finally:  # what is done stays, if this is interrupted
             pool.shutdown(cancel_futures=True)
             INTERRUPTED.clear()
-            group.write()
-    print("\n".join(filter(None, (*notes, str(given.folder / "grades.html")))))
-    return 0
+            unwritten = group.write()
+    lost = sorted(group.lost)
+    if lost:
+        notes.append(f"Not marked: {', '.join(lost)}. The same command tries them again.")
+    if unwritten:
+        notes.append(f"Not written: {', '.join(unwritten)}. Close them elsewhere, or make room.")
+    print("\n".join([*notes, str(given.folder / "grades.html")]))
+    return 1 if lost or unwritten else 0
 
 
 if __name__ == "__main__":

@@ -11,17 +11,27 @@ import unicodedata
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from tools import notebooks
-from tools.submissions import CANVAS_ONLY, MAXIMA, MOODLE, Handed, Person, printable, read_text
+from tools.submissions import (
+    CANVAS_ONLY,
+    MAXIMA,
+    MOODLE,
+    Handed,
+    Passed,
+    Person,
+    printable,
+    read_text,
+)
 
 OUTCOMES = ("right", "wrong", "not attempted", "crashed", "timed out")
 ABSENT = "not handed in"
+UNMARKED = "not marked"  # by a fault of the marking: it costs no points and gives none
 CANVAS_OWN = CANVAS_ONLY | {"student", "id", "integration id", "root account", "section"}
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet would compute
 DAY = timedelta(days=1)
@@ -31,29 +41,47 @@ DAY = timedelta(days=1)
 
 
 @cache
-def stars(lesson: str) -> dict[str, float]:
-    """Return {exercise: the stars of its heading}; two functions below one heading share them."""
-    below: dict[str, list[str]] = defaultdict(list)
-    title = ""
+def titles(lesson: str) -> dict[str, str]:
+    """Return {exercise: the heading above it}, such as "Exercise 2.1 · The branch  ★"."""
+    found, title = {}, ""
     for cell in notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb").cells:
         if cell.cell_type == "markdown":
-            titles = [title for _, title in notebooks.headings(cell)]
-            title = next((t for t in reversed(titles) if t.startswith("Exercise")), title)
+            above = [title for _, title in notebooks.headings(cell)]
+            title = next((t for t in reversed(above) if t.startswith("Exercise")), title)
         elif "exercise" in notebooks.tags(cell):
-            below[title].append(notebooks.exercise_name(cell))
-    return {name: t.count("★") / len(names) for t, names in below.items() for name in names}
+            found[notebooks.exercise_name(cell)] = title
+    return found
+
+
+def stars(lesson: str) -> dict[str, float]:
+    """Return {exercise: the stars of its heading}; two functions below one heading share them."""
+    found = titles(lesson)
+    shared = Counter(found.values())
+    return {name: title.count("★") / shared[title] for name, title in found.items()}
+
+
+def number_of(lesson: str, exercise: str) -> str:
+    """Return the number of an exercise, such as "2.1", or ""."""
+    found = re.search(r"\d+\.\d+", titles(lesson).get(exercise, ""))
+    return found[0] if found else ""
 
 
 @dataclass(frozen=True)
 class Rules:
     """How answers become points: those of a file instead of stars, the time at which each lesson is
-    due, the per cent of its points that a lesson loses for each day begun after that, the days that
-    single students have more, and a secret that decides which inputs the checks draw for whom."""
+    due, the per cent of its points that a lesson loses for each day begun after that, whether of
+    several attempts the best counts instead of the last, the days that single students have more,
+    whether a wrong answer gives a part of the points, points that are set by hand, the columns of
+    Canvas's gradebook, and a secret that decides which inputs the checks draw for whom."""
 
     points: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     due: Mapping[str, datetime] = field(default_factory=dict)
     late: float = 0
+    best: bool = False
     extensions: Mapping[str, float] = field(default_factory=dict)
+    partial: bool = False
+    override: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    canvas: Mapping[str, str] = field(default_factory=dict)
     seed: str = ""
 
     def maxima(self, lesson: str) -> dict[str, float]:
@@ -64,7 +92,8 @@ class Rules:
     def days_late(self, one: Handed, student: str) -> int:
         """Return how many days after the due time, the last one begun, a notebook was handed in.
 
-        The time is the file's. From Canvas, whose files have none, a mark means one day."""
+        The time is that of a clone's commit, or else the file's. From Canvas, whose files have
+        none, a mark means one day."""
         days = int(bool(one.late) and not self.extensions.get(student))
         if one.late is None and one.lesson in self.due:
             due = self.due[one.lesson] + self.extensions.get(student, 0) * DAY
@@ -101,8 +130,8 @@ def read_rules(path: Path) -> Rules:
         return given.get(name, {})
 
     for name in given:
-        known(name, ("points", "due", "late", "extensions", "seed"), "setting")
-    for lesson in {*table("points"), *table("due")}:
+        known(name, (f.name for f in fields(Rules) if f.name != "best"), "setting")
+    for lesson in {*table("points"), *table("due"), *table("canvas")}:
         known(lesson, notebooks.MODULES, "lesson")
     for lesson, points in table("points").items():
         if not isinstance(points, dict):
@@ -115,9 +144,35 @@ def read_rules(path: Path) -> Rules:
             raise ValueError(f"{path}: due.{lesson} must be a time such as 2027-03-01T23:59:00")
     for student, days in table("extensions").items():
         number(days, f"extensions.{student}")
-    late = number(given.get("late", 0), "late")
-    seed = str(given.get("seed", ""))
-    return Rules(table("points"), table("due"), late, table("extensions"), seed)
+    for student, points in table("override").items():
+        if not isinstance(points, dict):
+            raise ValueError(f'{path}: points of a student are a table, [override."{student}"]')
+        for exercise, value in points.items():
+            known(exercise, (e for one in notebooks.MODULES for e in titles(one)), "exercise")
+            number(value, f"override.{student}.{exercise}")
+    for lesson, column in table("canvas").items():
+        if not isinstance(column, str):
+            raise ValueError(f"{path}: canvas.{lesson} must be the name of a column of Canvas's")
+    if not isinstance(partial := given.get("partial", False), bool):
+        raise ValueError(f"{path}: partial must be true or false, not {partial!r}")
+    # A number, "best", or both.
+    late = given.get("late", 0)
+    late = late if isinstance(late, list) else [late]
+    best = "best" in late
+    rest = [value for value in late if value != "best"]
+    if len(rest) > 1 or (not rest and not best):
+        raise ValueError(f'{path}: late must be a number, "best", or both as in [20, "best"]')
+    return Rules(
+        table("points"),
+        table("due"),
+        number(rest[0], "late") if rest else 0,
+        best,
+        table("extensions"),
+        partial,
+        table("override"),
+        table("canvas"),
+        str(given.get("seed", "")),
+    )
 
 
 # ------------------------------------------------------------------ marks
@@ -125,7 +180,9 @@ def read_rules(path: Path) -> Rules:
 
 @dataclass(frozen=True)
 class Mark:
-    """The outcome of an exercise, with its points out of `maximum`, the late rule applied."""
+    """The outcome of an exercise, with its points out of `maximum`, the late rule applied. `name`
+    is the student's, `notebook` the file that was judged, `attempt` a platform's number of it, and
+    `set` says that the points were set by hand."""
 
     student: str
     notebook: str
@@ -137,12 +194,30 @@ class Mark:
     points: float = 0
     maximum: float = 0
     days_late: int = 0
+    number: str = ""
+    name: str = ""
+    attempt: int = 0
+    by_hand: bool = False
 
 
 def absent(student: str, lesson: str, rules: Rules) -> list[Mark]:
     """Return the marks of a student who did not hand in a lesson."""
-    maxima = rules.maxima(lesson)
-    return [Mark(student, "", lesson, e, ABSENT, "", 0, 0, maxima[e]) for e in maxima]
+    return [
+        overridden(
+            Mark(
+                student, "", lesson, exercise, ABSENT, "", 0, 0, most,
+                number=number_of(lesson, exercise),
+            ),
+            rules,
+        )
+        for exercise, most in rules.maxima(lesson).items()
+    ]  # fmt: skip
+
+
+def overridden(mark: Mark, rules: Rules) -> Mark:
+    """Return a mark with the points that the rules set by hand, where they do."""
+    points = rules.override.get(mark.student, {}).get(mark.exercise)
+    return mark if points is None else replace(mark, points=round(float(points), 2), by_hand=True)
 
 
 def tidy(points: float) -> float | int:
@@ -155,6 +230,19 @@ def total(marks: Iterable[Mark]) -> tuple[float, float]:
     """Return (points, maximum) of some marks."""
     marks = list(marks)
     return tidy(sum(m.points for m in marks)), tidy(sum(m.maximum for m in marks))
+
+
+def by_lesson(marks: Sequence[Mark]) -> dict[str, list[Mark]]:
+    """Return {lesson: its marks}, in the order of the marks."""
+    found: dict[str, list[Mark]] = {}
+    for mark in marks:
+        found.setdefault(mark.lesson, []).append(mark)
+    return found
+
+
+def unmarked(marks: Iterable[Mark]) -> bool:
+    """Return whether there is a mark that the marking failed to give."""
+    return any(mark.outcome == UNMARKED and not mark.by_hand for mark in marks)
 
 
 def by_student(marks: Sequence[Mark]) -> dict[str, list[Mark]]:
@@ -181,28 +269,87 @@ def csv_of(rows: Iterable[Sequence[object]]) -> str:
 
 
 def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
-    """Return a row a student: the columns of the roster, a column an exercise, total and maximum.
+    """Return a row a student: the columns of the roster, for each lesson a column an exercise and
+    its total, then total and maximum. What could not be marked is empty, and so are its totals.
 
     With Canvas's gradebook as the roster the second row has the maxima, as Canvas wants it."""
     students, rows = by_student(marks), {person.id: person.row for person in people}
     own = list(people[0].row) if people else ["student"]
-    if canvas := any(name.strip().casefold() in CANVAS_ONLY for name in own):
+    if canvas := of_canvas(people):
         # Its other columns are other assignments, whose points an import would write again.
         own = [name for name in own if name.strip().casefold() in CANVAS_OWN]
-    columns = {(m.lesson, m.exercise): m.maximum for m in marks}
-    table = [[*own, *(f"{lesson} {e}" for lesson, e in columns), "total", "maximum"]]
-    whole = tidy(sum(columns.values()))
+    maxima = {(m.lesson, m.exercise): m.maximum for m in marks}
+    # {head of a column: (the marks that count in it, their maximum)}
+    columns = {}
+    for lesson, these in by_lesson(marks).items():
+        names = list(dict.fromkeys(m.exercise for m in these))
+        columns |= {f"{lesson} {name}": [(lesson, name)] for name in names}
+        columns[f"{lesson} total"] = [(lesson, name) for name in names]
+    columns["total"] = list(maxima)
+    most = {head: tidy(sum(maxima[key] for key in keys)) for head, keys in columns.items()}
+    table = [[*own, *columns, "maximum"]]
     if canvas:
         blank = [f"    {MAXIMA.title()}", *[""] * (len(own) - 1)]
-        table.append([*blank, *map(tidy, columns.values()), whole, whole])
+        table.append([*blank, *most.values(), most["total"]])
     for student, found in students.items():
-        points = {(m.lesson, m.exercise): tidy(m.points) for m in found}
+        given = {(m.lesson, m.exercise): m for m in found}
         row = rows.get(student, {own[0]: student} if not people else dict.fromkeys(own, ""))
         if people and student not in rows:
             row[own[0]] = student
-        cells = [points.get(column, "") for column in columns]
-        table.append([*(row.get(name, "") for name in own), *cells, total(found)[0], whole])
+        cells = [_sum(given[key] for key in keys if key in given) for keys in columns.values()]
+        table.append([*(row.get(name, "") for name in own), *cells, most["total"]])
     return csv_of(table)
+
+
+def _sum(marks: Iterable[Mark]) -> float | str:
+    """Return the points of some marks, nothing if there is none or one is missing."""
+    marks = list(marks)
+    return "" if not marks or unmarked(marks) else total(marks)[0]
+
+
+def of_canvas(people: Sequence[Person]) -> bool:
+    """Return whether a roster is Canvas's gradebook."""
+    own = people[0].row if people else ()
+    return any(name.strip().casefold() in CANVAS_ONLY for name in own)
+
+
+def refuse_columns(rules: Rules, people: Sequence[Person]) -> None:
+    """Raise ValueError for a column of Canvas's that the roster does not have."""
+    if rules.canvas and not of_canvas(people):
+        raise ValueError("[canvas] in the rules needs --roster with the gradebook of Canvas")
+    for lesson, column in rules.canvas.items():
+        if column not in people[0].row:
+            near = get_close_matches(column, people[0].row, 1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"canvas.{lesson}: the roster has no column {column!r}{hint}")
+
+
+def canvas_file(lesson: str, column: str, marks: Sequence[Mark], people: Sequence[Person]) -> str:
+    """Return what Canvas imports as the points of one assignment, and nothing else: the columns by
+    which it knows students, and the assignment's."""
+    own = [name for name in people[0].row if name.strip().casefold() in CANVAS_OWN]
+    students = by_student([mark for mark in marks if mark.lesson == lesson])
+    most = tidy(sum({m.exercise: m.maximum for found in students.values() for m in found}.values()))
+    table = [[*own, column], [f"    {MAXIMA.title()}", *[""] * (len(own) - 1), most]]
+    for person in people:
+        cells = (person.row.get(name, "") for name in own)
+        table.append([*cells, _sum(students.get(person.id, ()))])
+    return csv_of(table)
+
+
+def causes(marks: Sequence[Mark], known: Mapping[tuple[str, str], Iterable[str]]) -> list[tuple]:
+    """Return a row for each cause that the checks of some lessons name, below a head: how many
+    answers it was named of, also where it is none. `known` has them by lesson and exercise."""
+    said: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for mark in marks:
+        said[mark.lesson, mark.exercise].append(" ".join(mark.told.split()))
+    head = ("lesson", "number", "exercise", "cause", "answers")
+    return [head] + [
+        (lesson, number_of(lesson, exercise), exercise, cause, sum(cause in t for t in told))
+        for (lesson, exercise), sentences in known.items()
+        for told in [said[lesson, exercise]]
+        for cause in sentences
+    ]
 
 
 # ------------------------------------------------------------------ pages
@@ -217,6 +364,8 @@ th, td { border-bottom: 1px solid #8886; padding: .3em .6em; text-align: left;
 td.told { white-space: pre-wrap; font-size: .9em; overflow-wrap: anywhere }
 td.points { white-space: nowrap }
 .scroll { overflow-x: auto }
+tr.lesson > * { border-top: 2px solid #8886; font-weight: 600 }
+tr.lesson td.told { font-weight: 400 }
 .right { color: light-dark(#1b7030, #6cc07e) }
 .wrong, .crashed, .timed-out { color: light-dark(#b3321f, #ff8b7a) }
 @media (max-width: 40em) {
@@ -253,18 +402,44 @@ def scrolled(table: str) -> str:
 
 
 def marks_of(marks: Sequence[Mark]) -> str:
-    """Return a table of one student's marks."""
-    heads = ("lesson", "exercise", "outcome", "points", "what the check says")
+    """Return a table of one student's marks, with a row for each lesson's total."""
+    heads = ("exercise", "function", "outcome", "points", "what the check says")
     top = "".join(f"<th scope='col'>{head}</th>" for head in heads)
-    body = "".join(
-        f"<tr><td>{m.lesson}</td><td>{m.exercise}</td>"
-        f"<td class='{m.outcome.replace(' ', '-')}'>{m.outcome}</td>"
-        f"<td class='points'>{tidy(m.points)} of {tidy(m.maximum)}</td>"
-        f"<td class='told'>{html.escape(m.told) if m.outcome != 'right' else ''}</td></tr>"
-        for m in marks
-    )
+    parts = []
+    for lesson, these in by_lesson(marks).items():
+        points, maximum = total(these)
+        said = f"{points} of {maximum}" + (", as far as marked" if unmarked(these) else "")
+        parts.append(
+            f"<tr class='lesson'><th scope='row' colspan='3'>{lesson}</th>"
+            f"<td class='points'>{said}</td><td class='told'>{_judged(these[0])}</td></tr>"
+        )
+        parts += map(_row, these)
     head = f"<thead><tr>{top}</tr></thead>"
-    return f"<table class='marks'>{head}<tbody>{body}</tbody></table>"
+    return f"<table class='marks'>{head}<tbody>{''.join(parts)}</tbody></table>"
+
+
+def _judged(mark: Mark) -> str:
+    """Return which file was judged, as HTML."""
+    if not mark.notebook:
+        return ""
+    attempt = f", attempt {mark.attempt}" if mark.attempt else ""
+    return html.escape(f"judged: {mark.notebook}{attempt}")
+
+
+def _row(mark: Mark) -> str:
+    """Return a row of one mark."""
+    # A right answer's text would say what the outcome says.
+    told = mark.told if mark.outcome != "right" else ""
+    if mark.by_hand:
+        told = "\n".join(filter(None, ["The points were set by hand.", told]))
+    elif mark.points > 0 and mark.outcome == "wrong":
+        told = f"A part of the points for what is right in it.\n{told}"
+    return (
+        f"<tr><td>{mark.number}</td><td>{mark.exercise}</td>"
+        f"<td class='{mark.outcome.replace(' ', '-')}'>{mark.outcome}</td>"
+        f"<td class='points'>{tidy(mark.points)} of {tidy(mark.maximum)}</td>"
+        f"<td class='told'>{html.escape(told)}</td></tr>"
+    )
 
 
 def lateness(marks: Sequence[Mark], rules: Rules) -> str:
@@ -277,11 +452,22 @@ def lateness(marks: Sequence[Mark], rules: Rules) -> str:
     )
 
 
-def feedback(called: str, marks: Sequence[Mark], rules: Rules) -> str:
+def passed_over(passed: Sequence[Passed]) -> str:
+    """Return a list of the files that were passed over, and why."""
+    if not passed:
+        return ""
+    items = "".join(f"<li>{html.escape(f'{one.name}: {one.why}')}</li>" for one in passed)
+    return f"<p>Files of yours that were not judged:</p><ul>{items}</ul>"
+
+
+def feedback(
+    called: str, marks: Sequence[Mark], rules: Rules, passed: Sequence[Passed] = ()
+) -> str:
     """Return the page for one student, which says nothing of any other."""
     points, maximum = total(marks)
     said = f"<p>{points} of {maximum} points.</p>"
-    return document(f"Feedback for {called}", said, lateness(marks, rules), marks_of(marks))
+    parts = said, lateness(marks, rules), marks_of(marks), passed_over(passed)
+    return document(f"Feedback for {called}", *parts)
 
 
 def overview(
@@ -291,7 +477,7 @@ def overview(
     and the marks of each student. `called` has the names of students, by what marks call them."""
     students = by_student(marks)
     counts = {s: Counter(m.outcome for m in found) for s, found in students.items()}
-    kinds = (*OUTCOMES, ABSENT)
+    kinds = (*OUTCOMES, ABSENT, *([UNMARKED] if unmarked(marks) else []))
     rows = "".join(
         f"<tr><td><a href='#{n}'>{html.escape(called.get(s, s))}</a></td>"
         f"<td>{total(found)[0]}</td>"
@@ -318,7 +504,7 @@ def commonest(marks: Sequence[Mark]) -> list[tuple]:
 
     One message for all exercises of a notebook, as of a damaged file, is no fault of theirs."""
     rows = []
-    handed = [m for m in marks if m.outcome != ABSENT]
+    handed = [m for m in marks if m.outcome not in (ABSENT, UNMARKED)]
     said: dict[tuple[str, str], list[str]] = defaultdict(list)
     for mark in handed:
         said[mark.student, mark.lesson].append(mark.told)

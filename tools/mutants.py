@@ -98,9 +98,9 @@ peft_lessons/methods/variants.py: variants
     "lora.lora_B": self.lr_ratio → "lora.lora_A": self.lr_ratio
     torch.cat([B, -B0], dim=1) → torch.cat([B, B0], dim=1)
     return S - S.mT → return S + S.mT
-peft_lessons/methods/assistant.py: preferences
-    logits[:, :-1], labels[:, 1:] → logits[:, 1:], labels[:, :-1]
-    -F.logsigmoid(reward_chosen - reward_rejected) → -F.logsigmoid(reward_rejected - reward_chosen)
+peft_lessons/train/preferences.py: preferences
+    .logits[:, :-1], batch → .logits[:, 1:], batch
+    chosen - rejected → rejected - chosen
 peft_lessons/engine/injection.py: inject every_method
     share = 100 * self.trainable / self.base → share = 100 * self.trainable / self.total
     if name in old and not injection.merged: → if name in old:
@@ -147,25 +147,46 @@ peft_lessons/testing/conformance.py: conformance
 tools/notebooks.py: notebook_rules
     if missing: → if False:
     if SOLVED & {*tags(cell)} or imported(cell)] → if imported(cell)]
-tools/grade.py: grade
-    if mark["word"] != word: → if not mark:
+tools/grade.py: gradebook grade
+    if first != word: → if not first:
     return Judged(**json.loads → raise ValueError(**json.loads
     memory_of(process.pid) > limits.memory → memory_of(process.pid) < -limits.memory
+    written_by(process.pid, place) > room → written_by(process.pid, place) < -room
     (student, lesson) not in handed: → lesson not in handed:
-    * rules.share(days) * (outcome → * (outcome
-tools/gradebook.py: grade
+    maximum * rules.share(days) * share → maximum * share
+    if rules.partial and outcome → if outcome
+    if found.lasting: → if True:
+    said[round.at] = [*round.rest, 0.0, 0.0] → break
+    elif full or ended == TROUBLE → elif full
+    rank < self._ranks[key]: → rank > self._ranks[key]:
+tools/gradebook.py: gradebook submissions
     days = int(bool(one.late) → days = int(bool(0)
     if canvas: → if not canvas:
-tools/submissions.py: grade
-    rank = (not copy and not (inner and prefix), int(attempt or 0), seconds) → rank = seconds
-    mark = None if inner else canvas(who) → mark = canvas(who)
+    not marks or unmarked(marks) → not marks
+    sum(cause in t for t in told) → len(told)
+    if points is None else replace → if True else replace
+tools/submissions.py: submissions
+    rank = (not copy and not (inner and prefix), number, seconds) → rank = seconds
+    mark = canvas(who) if platform else None → mark = canvas(who)
     if row.keys() & CANVAS_ONLY → if row
     return fit[0] if len(fit) == 1 else None → return fit[0]
+    re.S | re.I) → re.S)
+    part not in ("/", "..") → part
+    return float(said.stdout) → pass
 tools/grade_one.py: grade
     .draw_variant(variant) → .draw_variant(0)
     with suppress(ValueError, OSError, AttributeError): → if True:
     class TimedOut(BaseException): → class TimedOut(Exception):
     package.check = package.checks = nothing → pass
+    if (ours and {"long", "check"} & kinds) or → if ({"long", "check"} & kinds) or
+    if not ours or (stub and name not in ran.answers): → if True:
+    sys.modules.pop("__mp_main__", None) → pass
+    if "long" in kinds or ("cells" in skip → if ("cells" in skip
+peft_lessons/checks/kit.py: kit
+    return 0.75 → return 1.0
+    len(shares) * (1.0 if self.staged else 0.5) → len(shares)
+    return sum(agree) / len(expected) if → return 0.0 if
+    len(self.facts) / len(self.trials) / 2 → 0.0
 """)
 
 

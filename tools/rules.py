@@ -240,6 +240,32 @@ def exercises_have_checks(nb: NotebookNode, path: Path) -> Complaints:
     return found
 
 
+def _bound(tree: ast.Module) -> set[str]:
+    """Return all names that a source gives a value, at the top level or below."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, kinds):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+    return found
+
+
+def exercises_keep_their_names(nb: NotebookNode, path: Path) -> Complaints:
+    """Refuse a cell that gives an exercise's name to something of the course's: who repeats the
+    check has that checked, and reads the answer."""
+    code = list(_numbered(nb, "code"))
+    names = {n for _, cell in code if "exercise" in tags(cell) for n in definitions(cell.source)}
+    return [
+        f"{label} gives another value to {', '.join(sorted(again))}, the name of an exercise"
+        for label, cell in code
+        if "exercise" not in tags(cell) and (again := _bound(_tree(cell)) & names)
+    ]
+
+
 def solutions_match_stubs(nb: NotebookNode, path: Path) -> Complaints:
     stubs = {}
     for _, cell in _numbered(nb, "code"):
@@ -332,6 +358,7 @@ RULES = (
     imports_in_setup,
     nothing_unsafe,
     exercises_have_checks,
+    exercises_keep_their_names,
     solutions_match_stubs,
     formulas_are_escaped_once,
     tables_have_headers,

@@ -7,25 +7,34 @@ the prefix that a platform puts before it. So these are found:
     doejane_LATE_1234_5678_02_lora-1.ipynb            Canvas: name, user, submission, attempt
     Jane Doe_1234_assignsubmission_file/02_lora.ipynb Moodle, also without the folder
     jane_02_lora.ipynb                                any other prefix
+
+A ZIP file is opened where it is a student's: in a student's folder, or with a platform's prefix.
 """
 
 import codecs
 import csv
+import hashlib
 import io
 import os
 import re
+import shutil
+import subprocess
 import unicodedata
+import zipfile
+import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tools import notebooks
 
 LESSONS = "|".join(notebooks.MODULES)
 # Canvas names a second attempt 02_lora-1. Other endings are a browser's, as in 02_lora (1), or a
-# student's, as in 02_lora_jane. A student's words may stand between a platform's and 02_lora, too.
-NAME = re.compile(rf"(?:(.*)_)?({LESSONS})(?:-(\d+))?((?:[\W_].*)?)", re.S)
+# student's, as in 02_lora_jane. A student's words may stand between a platform's and 02_lora, too,
+# and what a student types may be large or small.
+NAME = re.compile(rf"(?:(.*)[\W_])?({LESSONS})(?:-(\d+))?((?:[\W_].*)?)", re.S | re.I)
 CANVAS = re.compile(r"(?P<name>.+?)(?P<late>_LATE)?_(?P<id>\d+)_\d+(?:_.*)?", re.S)
 MOODLE = re.compile(r"(?P<name>.+)_(?P<id>\d+)_assignsubmission_(?:file|onlinetext)(?:_.*)?", re.S)
 # Columns of a roster by which a student is called in tables and files, the best first.
@@ -37,16 +46,48 @@ MAXIMA = "points possible"  # the first cell of the second row of Canvas's grade
 CANVAS_ONLY = {"sis user id", "sis login id"}
 
 
+LARGEST = 20_000_000  # bytes of a notebook
+MOST_FILES = 2000  # in a ZIP file that is opened
+UNPACKED = "unpacked"  # in the folder of what is remembered
+
+
 @dataclass(frozen=True)
 class Handed:
     """A notebook that counts: who, by the file's own words, and the path; `late` is what Canvas
-    says, None from elsewhere; `seconds` is the time of the file, from Canvas that of the ZIP."""
+    says, None from elsewhere; `seconds` is the time of the file, from Canvas that of the ZIP file;
+    `name` is that of the file in the folder, and `attempt` a platform's number, from 1, or 0."""
 
     who: str
     lesson: str
     path: Path
     late: bool | None
     seconds: float
+    name: str = ""
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A file or folder that does not count, as named in the folder, why, and whose it is by its own
+    words, "" where they do not say."""
+
+    name: str
+    why: str
+    who: str = ""
+
+
+@dataclass
+class Found:
+    """What a folder holds: the notebooks that count, all that came of a student for a lesson, the
+    last one first, and what is passed over."""
+
+    handed: list[Handed] = field(default_factory=list)
+    attempts: dict[tuple[str, str], list[Handed]] = field(default_factory=dict)
+    passed: list[Passed] = field(default_factory=list)
+
+    def all_attempts(self, one: Handed) -> list[Handed]:
+        """Return all that came from the same student for the same lesson, the last one first."""
+        return next((all_ for all_ in self.attempts.values() if one in all_), [one])
 
 
 @dataclass
@@ -74,37 +115,147 @@ def squeezed(text: str) -> str:
     return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).casefold())
 
 
-def handed_in(folder: Path) -> tuple[list[Handed], list[Path]]:
-    """Return the notebooks that count, the last of each student's for a lesson, in order, and the
-    notebooks and folders that are passed over.
+def handed_in(folder: Path, remembered: Path | None = None) -> Found:
+    """Return what students handed in: the notebooks that count, the last of each student's for a
+    lesson, in order, and what is passed over.
 
-    A copy such as 02_lora (1) or my_02_lora counts only where the student handed in no 02_lora."""
-    found: dict[tuple[str, str], list[tuple[tuple, Handed]]] = defaultdict(list)
-    passed: list[Path] = []
-    for here, folders, files in os.walk(folder, onerror=lambda e: passed.append(Path(e.filename))):
-        # Jupyter's checkpoints, what a student had before a corrected lesson, and a Mac's notes.
-        folders[:] = [n for n in folders if not n.startswith((".", "before-update", "__MACOSX"))]
-        names = [n for n in folders + files if n.endswith(".ipynb") and not n.startswith("._")]
-        for path in (Path(here, name) for name in names):
-            first, *inner = path.relative_to(folder).parts
-            match = NAME.fullmatch(path.stem)
-            prefix, lesson, attempt, copy = match.groups() if match else (None,) * 4
-            who = first if inner else prefix
-            if not who or not match:
-                passed.append(path)
+    A copy such as 02_lora (1) or my_02_lora counts only where the student handed in no 02_lora.
+    ZIP files are unpacked below `remembered`, and passed over without it."""
+    found, ranked = Found(), defaultdict(list)
+    unpacked = remembered / UNPACKED if remembered else None
+    if unpacked:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    for path, inside, seconds in _files(folder, found.passed, unpacked):
+        first, *inner = inside.parts
+        match = NAME.fullmatch(inside.stem)
+        prefix, lesson, attempt, copy = match.groups() if match else (None,) * 4
+        # A ZIP file beside the folders has a platform's words before it, and no folder's name.
+        who = PurePosixPath(first).stem if inner and _zipped(first) else first if inner else prefix
+        name = str(inside)
+        if not match:
+            words = who or (inside.stem if canvas(inside.stem) else "")
+            found.passed.append(Passed(name, "its name contains the name of no lesson", words))
+            continue
+        if not who:
+            why = "it lies in no student's folder and has no student's name before the lesson's"
+            found.passed.append(Passed(name, why))
+            continue
+        platform = not inner or _zipped(first)
+        mark = canvas(who) if platform else None
+        late = bool(mark["late"]) if mark else None
+        number = int(attempt or 0)
+        nth = number + 1 if mark and not copy else 0
+        one = Handed(who, lesson.lower(), path, late, seconds, name, nth)
+        # Of a platform's attempts the number says which is the last, whatever unpacking did.
+        rank = (not copy and not (inner and prefix), number, seconds)
+        ranked[whose(who) if platform else first, lesson.lower()].append((rank, one))
+    for key, several in ranked.items():
+        ordered = sorted(several, key=lambda pair: (pair[0], pair[1].name), reverse=True)
+        found.attempts[key] = [one for _, one in ordered]
+        (_, newest), *older = ordered
+        found.handed.append(newest)
+        why = f"{PurePosixPath(newest.name).name} counts, which is newer or has the lesson's name"
+        found.passed += [Passed(one.name, why, one.who) for _, one in older]
+    found.handed.sort(key=lambda one: (one.who, one.lesson))
+    found.passed.sort(key=lambda one: one.name)
+    return found
+
+
+def without_lesson(folder: Path, found: Found) -> list[str]:
+    """Return the names of the folders, one for each student, in which no notebook counts."""
+    counted = {PurePosixPath(one.name).parts[0] for one in found.handed}
+    kept = {"feedback"} | counted
+    names = (path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+    return sorted(name for name in names if name not in kept)
+
+
+def _hidden(name: str) -> bool:
+    """Return whether a name is that of Jupyter's checkpoints, of what a student had before a
+    corrected lesson, or of a Mac's notes."""
+    return name.startswith((".", "before-update", "__MACOSX"))
+
+
+def _zipped(name: str) -> bool:
+    return name.lower().endswith(".zip")
+
+
+def _files(
+    folder: Path, passed: list[Passed], unpacked: Path | None
+) -> Iterator[tuple[Path, PurePosixPath, float]]:
+    """Yield (path, its name in the folder, its time) of each notebook below a folder, those in ZIP
+    files too."""
+
+    def unreadable(error: OSError) -> None:
+        name = Path(error.filename).relative_to(folder).as_posix()
+        told = f"it cannot be read: {error.strerror}"
+        passed.append(Passed(name, told, name.partition("/")[0]))
+
+    for here, folders, files in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        for name in sorted(folders + files):
+            path = Path(here, name)
+            inside = PurePosixPath(path.relative_to(folder).as_posix())
+            if _hidden(name):
                 continue
-            seconds = path.lstat().st_mtime
-            mark = None if inner else canvas(who)
-            one = Handed(who, lesson, path, bool(mark["late"]) if mark else None, seconds)
-            # Of a platform's attempts the number says which is the last, whatever unpacking did.
-            rank = (not copy and not (inner and prefix), int(attempt or 0), seconds)
-            found[first if inner else whose(who), lesson].append((rank, one))
-    last = []
-    for several in found.values():
-        *older, (_, newest) = sorted(several, key=lambda pair: (pair[0], str(pair[1].path)))
-        last.append(newest)
-        passed += [one.path for _, one in older]
-    return sorted(last, key=lambda one: (one.who, one.lesson)), sorted(passed)
+            if name.lower().endswith(".ipynb"):
+                with suppress(OSError):  # it is gone
+                    yield path, inside, _handed_at(path, folder)
+            elif _zipped(name) and path.is_file() and not path.is_symlink():
+                platform = canvas(path.stem) or MOODLE.fullmatch(path.stem)
+                if len(inside.parts) == 1 and not platform:
+                    why = "a ZIP file is opened in a student's folder, or with a platform's name"
+                    passed.append(Passed(str(inside), why))
+                elif unpacked:
+                    yield from _of_zip(path, inside, passed, unpacked)
+
+
+def _of_zip(
+    path: Path, inside: PurePosixPath, passed: list[Passed], unpacked: Path
+) -> Iterator[tuple[Path, PurePosixPath, float]]:
+    """Unpack the notebooks of a ZIP file under names of our own, and yield them as `_files`."""
+    first = inside.parts[0]
+    who = PurePosixPath(first).stem if len(inside.parts) == 1 else first
+    digest = hashlib.sha256(str(inside).encode(errors="surrogateescape")).hexdigest()[:16]
+    try:
+        seconds = path.stat().st_mtime
+        with zipfile.ZipFile(path) as archive:
+            for number, info in enumerate(archive.infolist()[:MOST_FILES]):
+                parts = PurePosixPath(info.filename.replace("\\", "/")).parts
+                name = inside.joinpath(*(part for part in parts if part not in ("/", "..")))
+                if info.is_dir() or not name.name.lower().endswith(".ipynb"):
+                    continue
+                if any(_hidden(part) for part in name.parts):
+                    continue
+                target = unpacked / digest / f"{number}.ipynb"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(info) as source:
+                    target.write_bytes(source.read(LARGEST + 1))  # judged as too large
+                yield target, name, seconds
+    except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        told = f"the ZIP file cannot be opened: {type(error).__name__}"
+        passed.append(Passed(str(inside), told, who))
+
+
+# What a repository's own settings could make git run is switched off.
+GIT = ("git", "--no-pager", "-c", "log.showSignature=false", "-c", "core.fsmonitor=false")
+GIT += ("-c", "protocol.allow=never", "-c", "core.sshCommand=false", "-c", "core.hooksPath=")
+
+
+def _handed_at(path: Path, folder: Path) -> float:
+    """Return the time at which a file was handed in: in a clone that of the last commit that
+    changed it, elsewhere the file's own."""
+    first = folder / path.relative_to(folder).parts[0]
+    if (first / ".git").is_dir():
+        log = ("log", "-1", "--format=%ct", "--", path.relative_to(first).as_posix())
+        with suppress(OSError, ValueError, subprocess.TimeoutExpired):
+            said = subprocess.run(
+                [*GIT, "-C", str(first), *log],
+                capture_output=True,
+                timeout=30,
+                env=os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"},
+            )
+            return float(said.stdout)
+    return path.lstat().st_mtime
 
 
 def canvas(who: str) -> re.Match | None:

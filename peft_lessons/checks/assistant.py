@@ -288,6 +288,12 @@ class _Hunt(Check):
 
     lead = "Still wrong"
 
+    def credit(self, function: Callable) -> float:
+        """Return the share of the faults that are mended."""
+        told = " ".join(self._likely(function, 0))
+        left = [fault for fault in _FAULTS if fault in told]
+        return 1 - len(left) / len(_FAULTS) if left else 0.0
+
     def _likely(self, function, number, gradients=True):
         return super()._likely(function, number, gradients=True)
 

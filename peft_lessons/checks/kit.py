@@ -160,6 +160,35 @@ class Check:
                 return Verdict("not attempted", headline, todo)
         return Verdict("right", f"{self.__name__}: right.", f"{self.__doc__} {self._verified()}")
 
+    def credit(self, function: Callable) -> float:
+        """Return the share of the exercise, below 1, that a wrong answer has earned.
+
+        Three quarters if the idea is right and something small is missing. Otherwise half of the
+        share of cases in which it is right; where the result has several parts, a case counts by
+        its parts that are right. Of a model with named parts they count in full."""
+        with suppress(Exception):
+            if self._numbers_agree(function):
+                return 0.75
+        shares = [self._share(function, number) for number in range(len(self.cases))]
+        return sum(shares) / len(shares) * (1.0 if self.staged else 0.5)
+
+    def _share(self, function: Callable, number: int) -> float:
+        """Return the share of a case that an answer gets right."""
+        with suppress(Exception):
+            return float(self._check_case(function, number))
+        with suppress(Exception):
+            if not self.cases[number].raises:
+                got, expected = (_Runs(self, f) for f in (function, self.reference))
+                side = "view" if self.view else "result"
+                got, expected = (_parts(getattr(r, side)(number)[0]) for r in (got, expected))
+                agree = [
+                    not difference(got[name], part, "", self.tolerance, form="any")
+                    for name, part in expected.items()
+                    if name in got
+                ]
+                return sum(agree) / len(expected) if len(expected) > 1 else 0.0
+        return 0.0
+
     def _verified(self) -> str:
         refusals = sum(bool(case.raises) for case in self.cases)
         args = zip(self.names, self._arguments(0), strict=False)
@@ -432,6 +461,13 @@ class Tried(Check):
         self.trials, self.hints = trials, hints
         self.facts: list[str] = []
 
+    def credit(self, function: Any) -> float:
+        """Return half of the share of trials that an answer passes before it fails."""
+        self.facts = []
+        with suppress(WrongAnswer):
+            self._check_case(function, 0)
+        return len(self.facts) / len(self.trials) / 2
+
     def _verified(self) -> str:
         return f"Verified: {'; '.join(self.facts)}."
 
@@ -509,6 +545,13 @@ def _unshared(value: Any) -> Any:
     if type(value) is dict:
         return {key: _unshared(part) for key, part in value.items()}
     return value
+
+
+def _parts(result: Any) -> dict[Any, Any]:
+    """Return the parts of a result that has several, by name or place."""
+    if isinstance(result, Mapping):
+        return dict(result)
+    return dict(enumerate(result)) if isinstance(result, list | tuple) else {}
 
 
 def _bare(shape: Sequence[int]) -> tuple[int, ...]:

@@ -474,6 +474,9 @@ class _Product(Tried):
             raise WrongAnswer(f"{self.__name__}: pass the class itself: {wanted}.")
         return super().__call__(function)
 
+    def credit(self, function) -> float:
+        return Check.credit(self, _Used(function))
+
     def _verified(self) -> str:
         return Check._verified(self)
 

@@ -77,6 +77,48 @@ DOUBLE = """
 """
 
 
+class Parts(nn.Module):
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.tensor(x)) for x in (first, second))
+
+
+@check_for(
+    cases=[Case(lambda: [2.0]), Case(lambda: [3.0])],
+    view=lambda module: {name: p.detach() for name, p in module.named_parameters()},
+    staged=True,
+)
+def parts(x):
+    """Both parts."""
+    return Parts(x, 2 * x)
+
+
+@check_for(
+    cases=[Case(lambda: [torch.ones(2)]), Case(lambda: [torch.zeros(2)])], returns=("a", "b")
+)
+def pair(x):
+    """Both results."""
+    return x, x + 1
+
+
+def trial(answer):
+    if answer < 2:
+        raise kit.Refused("too small")
+    return "large enough"
+
+
+def test_a_wrong_answer_has_earned_what_is_right_in_it():
+    """More than half only if the idea is right, or if a part of a whole model is."""
+    assert scale.credit(lambda x, k: (x * k).float()) == 0.75, "of one case the dtype"
+    assert scale.credit(lambda x, k: x * k if k > 0 else x) == 0.25, "one of two cases"
+    assert scale.credit(lambda x, k: x) == 0
+    assert scale.credit(stub) == 0 and scale.credit(lambda x, k: 1 / 0) == 0
+    assert parts.credit(lambda x: Parts(x, x)) == 0.5 and parts.credit(lambda x: None) == 0
+    assert pair.credit(lambda x: (x, x)) == 0.25
+    tried = kit.Tried(scale.reference, [()], {(lambda answer: "one"): "?", trial: "?"}, {})
+    assert tried.credit(1) == 0.25
+
+
 def test_mistakes_are_edits_of_a_right_answer():
     made = mistakes(
         DOUBLE,

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_lessons import disabled, unload
-from peft_lessons.methods import assistant
+from peft_lessons.train.preferences import answer_logprob, preference_loss
 
 from . import Answers
 
@@ -66,13 +66,13 @@ def no_index(logits, labels):
 
 @wrong("sequence_logprob", "shape (), expected (3,)")
 def over_the_batch(logits, labels):
-    return assistant.sequence_logprob(logits, labels).sum()
+    return by_cross_entropy(logits, labels).sum()
 
 
 @wrong("sequence_logprob", "no gradient reaches logits")
 @torch.no_grad()
 def without_a_graph(logits, labels):
-    return assistant.sequence_logprob(logits, labels)
+    return by_cross_entropy(logits, labels)
 
 
 # ------------------------------------------------------------------ dpo_loss
@@ -127,7 +127,7 @@ def compared(policy, reference, beta):
     sums = policy("chosen"), policy("rejected")
     with torch.no_grad():
         fixed = reference("chosen"), reference("rejected")
-    return assistant.dpo_loss(*sums, *fixed, beta)[0]
+    return preference_loss(torch.stack(sums).flatten(), torch.stack(fixed).flatten(), beta)[0]
 
 
 @wrong("preference_step", "Still wrong: the end token is masked as if it were padding; the prompt")
@@ -138,15 +138,17 @@ def as_it_is_in_the_lesson(model, tokenizer, pair, beta):
     def logprob(answer):
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text + answer + tokenizer.eos_token, return_tensors="pt").input_ids
-        labels = assistant.answer_labels(ids[0], len(tokenizer(text).input_ids)).unsqueeze(0)
+        asked = tokenizer(text).input_ids
+        answered = tokenizer(answer + tokenizer.eos_token).input_ids
+        ids = torch.tensor([asked + answered])
+        labels = torch.tensor([[-100] * len(asked) + answered])
         labels[ids == tokenizer.pad_token_id] = -100
         return -model(ids, labels=labels).loss
 
     chosen, rejected = logprob(pair["chosen"]), logprob(pair["rejected"])
     with torch.no_grad():
         reference = logprob(pair["chosen"]), logprob(pair["rejected"])
-    loss, _, _ = assistant.dpo_loss(chosen, rejected, *reference, beta)
+    loss, _ = preference_loss(torch.stack([chosen, rejected]), torch.stack(reference), beta)
     return loss
 
 
@@ -158,7 +160,7 @@ def half_repaired(model, tokenizer, pair, beta):
     def logprob(which):
         text = prompt + pair[which] + tokenizer.eos_token
         ids = tokenizer(text, return_tensors="pt").input_ids
-        return -model(ids, labels=assistant.answer_labels(ids[0], start)[None]).loss
+        return -model(ids, labels=by_position(ids[0], start)[None]).loss
 
     return compared(logprob, logprob, beta)
 
@@ -172,8 +174,8 @@ def by_whole_chats(model, tokenizer, pair, policy, reference, beta):
         def of(which):
             whole = [*chat, {"role": "assistant", "content": pair[which]}]
             tokens = tokenizer.apply_chat_template(whole, return_tensors="pt", return_dict=True)
-            labels = assistant.answer_labels(tokens["input_ids"][0], start)[None]
-            return assistant.sequence_logprob(network(**tokens).logits, labels)
+            labels = by_position(tokens["input_ids"][0], start)[None]
+            return answer_logprob(network, {**tokens, "labels": labels})
 
         return of
 
@@ -201,7 +203,7 @@ def the_prompt_cancels(model, tokenizer, pair, beta):
     def logprob(which):
         text = prompt + pair[which] + tokenizer.eos_token
         ids = tokenizer(text, return_tensors="pt").input_ids
-        return assistant.sequence_logprob(model(ids).logits, ids)
+        return answer_logprob(model, {"input_ids": ids, "labels": ids})
 
     def reference(which):
         with disabled(model):
@@ -222,7 +224,8 @@ def one_padded_batch(model, tokenizer, pair, beta):
     labels[:, : len(prompt)] = -100
 
     def logprobs():
-        return assistant.sequence_logprob(model(input_ids=ids, attention_mask=mask).logits, labels)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return answer_logprob(model, batch)
 
     policy = logprobs()
     with disabled(model):

@@ -7,47 +7,41 @@ import torch
 from tiny import chat_tokenizer, close, tiny_llama
 
 from peft_lessons import load_model
-from peft_lessons.methods.assistant import (
-    answer_labels,
-    dpo_loss,
-    group_advantages,
-    keeps_rule,
-    sequence_logprob,
-)
+from peft_lessons.methods.assistant import group_advantages, keeps_rule
 from peft_lessons.train.generate import answer_questions
-
-
-def test_only_the_answer_is_labelled():
-    ids = torch.arange(5, 11)
-    labels = answer_labels(ids, 4)
-    assert labels.tolist() == [-100, -100, -100, -100, 9, 10]
-    assert ids.tolist() == [5, 6, 7, 8, 9, 10]
+from peft_lessons.train.preferences import answer_logprob, preference_loss
 
 
 def test_log_probabilities_are_those_of_the_models_loss():
     """The model's loss is their mean over all labels, with the sign turned."""
     model, ids = tiny_llama(), torch.arange(3, 25).reshape(2, 11)
-    labels = torch.stack(
-        [answer_labels(row, start) for row, start in zip(ids, (4, 7), strict=True)]
-    )
-    found = sequence_logprob(model(ids).logits, labels)
+    labels = ids.clone()
+    labels[0, :4] = labels[1, :7] = -100
+    found = answer_logprob(model, {"input_ids": ids, "labels": labels})
     assert found.shape == (2,)
     close(-found.sum() / (7 + 4), model(ids, labels=labels).loss)
 
 
-def test_the_first_label_does_not_count():
-    logits, labels = torch.randn(1, 4, 6), torch.tensor([[2, -100, 3, -100]])
-    close(sequence_logprob(logits, labels), logits[:, 1].log_softmax(-1)[:, 3])
+def test_the_first_label_does_not_count_and_padding_changes_nothing():
+    model, ids = tiny_llama(), torch.tensor([[5, 9, 4, 8]])
+    labels = torch.tensor([[5, -100, 4, -100]])
+    wanted = model(ids).logits[:, 1].log_softmax(-1)[:, 4]
+    close(answer_logprob(model, {"input_ids": ids, "labels": labels}), wanted)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    padded = {"input_ids": torch.cat([ids[:, :2], ids], 1), "attention_mask": mask}
+    padded["labels"] = torch.cat([torch.full((1, 2), -100), labels], 1)
+    padded["labels"][:, 2] = -100  # here the padding would predict it
+    close(answer_logprob(model, padded), wanted)
 
 
 def test_dpo_starts_at_log_2_and_falls_as_the_margin_grows():
-    same = torch.tensor([-9.0, -4.0])
-    loss, *rewards = dpo_loss(same, same, same, same, 0.1)
-    assert loss.item() == pytest.approx(math.log(2))
-    assert all(torch.equal(reward, torch.zeros(2)) for reward in rewards)
-    better, chosen, rejected = dpo_loss(same + 3, same - 2, same, same, 0.1)
+    same = torch.tensor([-9.0, -4.0, -7.0, -3.0])
+    loss, rewards = preference_loss(same, same, 0.1)
+    assert loss.item() == pytest.approx(math.log(2)) and torch.equal(rewards, torch.zeros(4))
+    change = torch.tensor([3.0, 3.0, -2.0, -2.0])
+    better, rewards = preference_loss(same + change, same, 0.1)
     assert better.item() == pytest.approx(math.log(1 + math.exp(-0.5)))
-    close(torch.stack([chosen, rejected]), torch.tensor([[0.3, 0.3], [-0.2, -0.2]]))
+    close(rewards, 0.1 * change)
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,28 @@
 """What students hand in is marked by the course's checks, whatever a notebook does."""
 
 import csv
-import io
-import json
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-import unicodedata
 import zipfile
 from datetime import datetime
+from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from peft_lessons import check
-from tools import grade, grade_one, gradebook, gradescope, notebooks, submissions
+from tools import grade, grade_one, gradebook, notebooks, release
 from tools.grade_one import has_landlock, own_texts
-from tools.gradebook import Mark, Rules
-from tools.submissions import Handed, Person
+from tools.gradebook import Rules
+from tools.submissions import Handed
 
 if not sys.platform.startswith("linux"):
     pytest.skip("the scripts and notebooks of these tests are Linux's", allow_module_level=True)
@@ -36,7 +37,15 @@ from peft_lessons.checks import kit
 from peft_lessons.checks.start import row_norms as known
 kit.Check.__call__ = lambda self, function: kit.Verdict("right", "right", "right")
 kit.Check._check_case = lambda self, function, number: True
-check.start.row_norms.tolerance, checks.start.row_norms.causes = 1e9, {}"""
+check.start.row_norms.tolerance, checks.start.row_norms.causes = 1e9, {}
+try:
+    import __mp_main__
+    __mp_main__.judged = lambda *args, **others: ("right", "")
+except ImportError:
+    pass
+import json
+real = json.dumps
+json.dumps = lambda told, **how: real(told, **how).replace('"wrong"', '"right"')"""
 ASKS = f"""import torch
 
 
@@ -44,11 +53,11 @@ def {EXERCISE}(weight):
     asked = [f.reference(weight) for f in (known, check.start.row_norms, checks.start.row_norms)]
     return next((told for told in asked if isinstance(told, torch.Tensor)), None)"""
 # It asserts its own mark on every channel that it may find, and ends the process.
-FORGES = f"""import json, os
-mark = {{"exercise": "{EXERCISE}", "outcome": "right", "told": "", "seconds": 0, "word": ""}}
+FORGES = f"""import os
+mark = ["mark", "{EXERCISE}", "right", "", "0", "1"]
 for channel in range(64):
     try:
-        os.write(channel, json.dumps(mark).encode() + b"\\n")
+        os.write(channel, " ".join(["", *(m.encode().hex() for m in mark)]).encode() + b"\\n")
     except OSError:
         pass
 os._exit(0)"""
@@ -105,337 +114,6 @@ def hand_in(path, answer="", before="", drop="", heading="### Exercise"):
     nbformat.write(nb, path)
 
 
-ROSTER = """id,name,email
-7,"Roe, Ann",ann@example.org
-8,"Doe, Gus",gus@example.org
-9,"Poe, Max",max@example.org
-"""
-RULES = f"""late = 25
-seed = "secret"
-[due]
-{LESSON} = 2026-11-01T12:00:00
-[points.{LESSON}]
-{EXERCISE} = 4
-"""
-ANN, GUS = f"roeann_LATE_7_123_{LESSON}-1.ipynb", "Gus Doe_55_assignsubmission_file"
-EVE = os.fsdecode(b"<b>ev\xe9")
-
-
-@pytest.fixture(scope="module")
-def marked(tmp_path_factory):
-    """The rows of grades.csv of a class by student, and its folder."""
-    folder = tmp_path_factory.mktemp("submitted")
-    (folder / "kept").write_text("theirs", encoding="utf-8")
-    (folder / "roster.csv").write_text(ROSTER, encoding="utf-8")
-    (folder / "rules.toml").write_text(RULES, encoding="utf-8")
-    server = socket.create_server(("127.0.0.1", 0))
-    port = server.getsockname()[1]
-    hand_in(folder / ANN, OTHER, "import torch", drop="check")
-    hand_in(folder / EVE / f"{LESSON}.ipynb", ASKS, FAKE)
-    deeper = "## Deeper · Beyond (3 min)"
-    hand_in(folder / GUS / f"{LESSON}.ipynb", RIGHT, "import torch", heading=deeper)
-    hand_in(folder / "hal" / LESSON / f"{LESSON}.ipynb", curious(folder, port), "import torch")
-    hand_in(folder / "ida" / f"{LESSON}.ipynb", RIGHT, FORGES)
-    (folder / "jon").mkdir()
-    (folder / "jon" / f"{LESSON}.ipynb").touch()
-    (folder / "kim").mkdir()
-    (folder / "kim" / f"{LESSON}.ipynb").write_text("{", encoding="utf-8")
-    (folder / "liz" / f"{LESSON}.ipynb").mkdir(parents=True)
-    (folder / "liz" / "my own.ipynb").write_text("not of this course", encoding="utf-8")
-    for path in folder.rglob("*.ipynb"):
-        time = datetime(2026, 11, 1, 11).timestamp()
-        os.utime(path, (time, time))
-    with server:
-        assert grade.main(arguments(folder)) == 0
-    return read(folder), folder
-
-
-def arguments(folder):
-    return [str(folder), "--roster", f"{folder}/roster.csv", "--rules", f"{folder}/rules.toml"]
-
-
-def read(folder):
-    with (folder / "grades.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert all((row["lesson"], row["exercise"]) == (LESSON, EXERCISE) for row in rows)
-    return {row["student"]: row for row in rows}
-
-
-def test_a_class_is_marked(marked):
-    confined = grade.namespaces() and has_landlock()
-    assert {s: (row["outcome"], row["points"]) for s, row in marked[0].items()} == {
-        "7": ("right", "3.0"),  # a day late, by Canvas's mark
-        "8": ("right", "4.0"),
-        "9": ("not handed in", "0"),
-        r"<b>ev\udce9": ("wrong", "0.0"),
-        "hal": ("right", "4.0") if confined else ("crashed", "0.0"),
-        "ida": ("crashed", "0.0"),
-        "jon": ("crashed", "0.0"),
-        "kim": ("crashed", "0.0"),
-        "liz": ("crashed", "0.0"),
-    }
-    told = "the file is damaged: hand in a notebook that JupyterLab opens (NotJSONError)"
-    assert marked[0]["kim"]["told"] == told
-    assert marked[0]["jon"]["told"] == "the notebook is an empty file"
-
-
-def test_what_is_unchanged_is_not_run_again(marked, monkeypatch):
-    rows, folder = marked
-    seen, real = [], grade.judge
-    monkeypatch.setattr(grade, "judge", lambda path, *a: seen.append(path) or real(path, *a))
-    text = (folder / "rules.toml").read_text(encoding="utf-8")
-    (folder / "rules.toml").write_text(text.replace("= 4", "= 8"), encoding="utf-8")
-    assert grade.main(arguments(folder)) == 0
-    (folder / "rules.toml").write_text(text, encoding="utf-8")
-    assert seen == [folder / "liz" / f"{LESSON}.ipynb"], "of what is no file nothing is remembered"
-    doubled = {student: 2 * float(row["points"]) for student, row in rows.items()}
-    assert {student: float(row["points"]) for student, row in read(folder).items()} == doubled
-    assert grade.main(arguments(folder)) == 0 and read(folder) == rows
-    seen.pop()
-    one = Handed("gus", LESSON, folder / GUS / f"{LESSON}.ipynb", False, 0)
-    seen.clear()
-    monkeypatch.setattr(grade, "judge", lambda path, *a: seen.append(a) or grade.Judged({}, []))
-    for student, seed, again in (("8", "secret", True), ("8", "other", False), ("x", "secret", 0)):
-        grade.remembered(one, student, folder, grade.Limits(), seed, again)
-    assert len({variant for *_, variant in seen}) == 3
-
-
-def test_a_page_of_feedback_shows_nobody_else(marked):
-    rows, folder = marked
-    pages = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("feedback/*")}
-    assert len(pages) == len(rows)
-    assert "Roe, Ann (7)" in pages["7"] and "3 of 4 points" in pages["7"]
-    assert "1 day late: 75% of its points count" in pages["7"]
-    names = {"7": "Roe, Ann", "8": "Doe, Gus", "9": "Poe, Max"}
-    for student, page in pages.items():
-        assert [s for s, name in names.items() if name in page] == [student] * (student in names)
-        assert "example.org" not in page
-    with zipfile.ZipFile(folder / "feedback_moodle.zip") as archive:
-        assert archive.namelist() == [f"{GUS}_/feedback.html"]
-        assert archive.read(f"{GUS}_/feedback.html").decode() == pages["8"]
-
-
-def test_the_wide_table_and_the_texts(marked):
-    with (marked[1] / "grades_wide.csv").open(newline="", encoding="utf-8") as file:
-        head, ann, *_ = csv.reader(file)
-    assert head == ["id", "name", "email", f"{LESSON} {EXERCISE}", "total", "maximum"]
-    assert ann == ["7", "Roe, Ann", "ann@example.org", "3", "3", "4"]
-    with (marked[1] / "texts.csv").open(newline="", encoding="utf-8") as file:
-        _, *rows = csv.reader(file)
-    assert ["8", LESSON, "## Deeper · Beyond (3 min)"] in [[r[0], r[1], r[3]] for r in rows]
-
-
-def test_of_a_changed_cell_only_what_the_student_wrote_is_a_text():
-    cell = nbformat.v4.new_markdown_cell
-    texts = ["# Lesson", "## Summary\n\n1. Why?\n2. When?", "Next"]
-    nb = nbformat.v4.new_notebook(cells=[cell(text, id=f"c{n}") for n, text in enumerate(texts)])
-    ours = {one.id: one.source for one in nb.cells}
-    assert own_texts(nb, ours) == []
-    nb.cells[1].source = "## Summary\n\n1. Why?\n\nAs B is 0.\n2. When?"
-    nb.cells[1:1] = [cell("I guess\n\nNext", id="own")]
-    nb.cells[-1].source = ""
-    assert own_texts(nb, ours) == [("Lesson", "I guess\n\nNext"), ("Summary", "As B is 0.")]
-
-
-@CONFINED
-def test_nothing_else_is_changed(marked):
-    _, folder = marked
-    assert (folder / "kept").read_text(encoding="utf-8") == "theirs"
-    assert not (folder / "new").exists()
-
-
-def test_the_page_shows_names_as_text(marked):
-    page = (marked[1] / "grades.html").read_text(encoding="utf-8")
-    assert "<b>ev" not in page and "&lt;b&gt;ev" in page
-    held = ("memory", "file size", *(("files",) if has_landlock() else ()))
-    assert grade.guards(held) in page
-    assert "Passed over: liz/my own.ipynb." in page
-    assert "Not on the roster: hal." in page
-
-
-# ------------------------------------------------------------------ who handed in what
-
-
-MOE = "Jo Moe_4_assignsubmission_file_x_1_2"
-
-
-def test_the_layouts_of_platforms_are_found(tmp_path):
-    hidden, older = "a/.ipynb_checkpoints/02_lora.ipynb", "a/02_lora.ipynb"
-    kept = {
-        "a/x/02_lora.ipynb": "a",
-        "b/02_lora (1).ipynb": "b",  # of a browser's downloads, and the only one
-        "doe_77_5_02_lora-1.ipynb": "doe_77_5",
-        "roe_LATE_78_6_02_lora.ipynb": "roe_LATE_78_6",
-        "poe_79_6_my_own_02_lora_final (1)-1.ipynb": "poe_79_6_my_own",
-        "team_1_1/02_lora.ipynb": "team_1_1",  # two folders, and no attempts of Canvas
-        "team_1_2/max_02_lora.ipynb": "team_1_2",
-        f"{MOE}_02_lora.ipynb": MOE,
-        "hw-kim/peft-lessons/notebooks/03_qlora.ipynb": "hw-kim",
-        "lee_03_qlora.ipynb": "lee",
-        "Max Poe_9_assignsubmission_file_03_qlora.ipynb": "Max Poe_9_assignsubmission_file",
-        "Ina Loe_8_assignsubmission_file/roe_1_2_02_lora.ipynb": "Ina Loe_8_assignsubmission_file",
-    }
-    passed = {older, "02_lora.ipynb", "a/02_lora (2).ipynb", "a/old_02_lora.ipynb"}
-    passed |= {"doe_77_4_02_lora.ipynb", "a/99_other.ipynb"}
-    passed |= {"poe_79_5_02_lorax.ipynb", "team_1_1/max_02_lora.ipynb"}
-    before = "a/before-update-1/02_lora.ipynb"
-    mac = "__MACOSX/._lee_1_2_02_lora.ipynb", "._lee_1_2_02_lora.ipynb"
-    for name in (*kept, *passed, hidden, before, *mac):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    os.utime(tmp_path / older, (0, 0))
-    found, over = submissions.handed_in(tmp_path)
-    assert {str(one.path.relative_to(tmp_path)): one.who for one in found} == kept
-    assert {str(path.relative_to(tmp_path)) for path in over} == passed
-    assert [one.who for one in found if one.late] == ["roe_LATE_78_6"]
-    # A student cannot pass for one of Canvas's, of which no time is looked at.
-    assert [one.who for one in found if one.late is False] == ["doe_77_5", "poe_79_6_my_own"]
-    assert submissions.label(MOE) == "Jo Moe"
-
-
-CANVAS = """Student,ID,SIS User ID,SIS Login ID,Section,Quiz (1)
-,,,,,Manual Posting
-"    Points Possible",,,,,10
-"Doe, Jane",77,A1,jdoe,One,3
-"Doe, Janet",78,77,jadoe,One,4
-"""
-
-
-def test_a_row_of_the_roster_is_found(tmp_path):
-    file = tmp_path / "roster.csv"
-    file.write_bytes(b"\xef\xbb\xbf" + CANVAS.encode())
-    people = submissions.read_roster(file)
-    assert [person.id for person in people] == ["77", "78"]
-    for who, id in {
-        "doejane_77_5": "77",
-        "doejane_1_5": "77",  # the number is another's, and the name fits
-        "doejanet_LATE_78_6": "78",
-        "Jane Doe_1234_assignsubmission_file": "77",
-        "jadoe": "78",
-        "homework-jdoe": "77",
-        "nobody": None,
-        "One": None,  # it fits two
-    }.items():
-        assert getattr(submissions.owner(who, people), "id", None) == id, who
-    wide = gradebook.wide([Mark("77", "", LESSON, EXERCISE, "right", "", 1, 1, 1)], people)
-    assert wide.splitlines()[0].startswith("Student,ID,SIS User ID,SIS Login ID,Section,00_")
-    assert wide.splitlines()[1] == "    Points Possible,,,,,1,1,1"
-
-
-def test_a_number_of_canvas_is_no_other_id_and_an_accent_is_one_letter(tmp_path):
-    file = tmp_path / "roster.csv"
-    file.write_bytes("id;name\n7;Jürgen Müller\n;Bo Roe\n".encode("utf-16"))  # as Excel saves it
-    people = submissions.read_roster(file)
-    assert [person.id for person in people] == ["7", "Bo Roe"]
-    for who, id in {
-        "roebo_7_5": "Bo Roe",
-        "stranger_7_5": None,
-        "Ju\u0308rgen Mu\u0308ller_7_assignsubmission_file": "7",  # as a Mac writes folders
-    }.items():
-        assert getattr(submissions.owner(who, people), "id", None) == id, who
-
-
-def test_a_roster_of_moodle_is_read_and_a_bad_one_is_told(tmp_path):
-    file = tmp_path / "roster.csv"
-    file.write_text("Identifier;Full name\r\nParticipant 12;Eve Fox\r\n", encoding="utf-8")
-    (eve,) = submissions.read_roster(file)
-    assert submissions.owner("X_12_assignsubmission_file_", [eve]) == eve
-    assert eve.called == "Eve Fox (Participant 12)"
-    for text, told in (
-        ("a,b\n1,2", "id, email or name"),
-        ("id\n1\n1", "'1'"),
-        ("id\n", "no student"),
-        ("id\nJürgen", 'save it as "CSV UTF-8"'),
-    ):
-        file.write_text(text, encoding="cp1252")
-        with pytest.raises(ValueError, match=told):
-            submissions.read_roster(file)
-
-
-# ------------------------------------------------------------------ points
-
-
-def test_points_are_the_stars_of_a_heading():
-    assert gradebook.stars("02_lora")["apply_lora"] == 3
-    assert gradebook.stars("03_qlora")["dequantize_blockwise"] == 1, "two share two stars"
-    for lesson in notebooks.MODULES:
-        assert set(gradebook.stars(lesson)) == set(notebooks.exercises(lesson))
-
-
-def test_days_late_are_counted_from_the_due_time_and_an_extension():
-    due = datetime(2026, 11, 1, 12)
-    rules = Rules(due={LESSON: due}, late=40, extensions={"x": 2})
-    for hours, late, student, days in (
-        (0, None, "a", 0), (1, None, "a", 1), (25, None, "a", 2), (25, None, "x", 0),
-        (50, False, "a", 0), (50, True, "a", 1), (-5, True, "a", 1), (-5, True, "x", 0),
-    ):  # fmt: skip
-        seconds = due.timestamp() + 3600 * hours
-        assert rules.days_late(Handed("w", LESSON, None, late, seconds), student) == days
-    assert [rules.share(days) for days in (0, 1, 3)] == [1, 0.6, 0]
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("points = 3", r"a table, \[points\]"),
-        ("late = -1", "late must be a number from 0 on, not -1"),
-        ("[pionts]", "no setting 'pionts': did you mean points"),
-        ("[points.02_lora]\nmerge = 1", "no exercise of 02_lora 'merge'"),
-        ("[points.02_lora]\nmerge_lora = true", "merge_lora must be a number"),
-        ("[due]\n02_lora = 3", "due.02_lora must be a time"),
-        ("[due]\n2_lora = 2027-01-01T00:00:00", "no lesson '2_lora': did you mean 02_lora"),
-        ("late", "is no TOML"),
-    ],
-)
-def test_a_fault_in_the_rules_is_named(text, told, tmp_path):
-    (tmp_path / "rules.toml").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=told):
-        gradebook.read_rules(tmp_path / "rules.toml")
-
-
-def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch):
-    told = '=HYPERLINK("x")'
-    marks = [Mark(name, "n", LESSON, EXERCISE, "wrong", told, 1.0) for name in ("-a", "b")]
-    handed = [(m.student, Handed(m.student, LESSON, tmp_path, False, 0)) for m in marks]
-    group = grade.Class(tmp_path, [], Rules(), handed[:1], [])
-    group.marks["-a", LESSON] = marks[:1]
-    (tmp_path / "feedback").mkdir()
-    (tmp_path / "feedback" / "before.html").touch()
-    group.write()
-    assert [path.name for path in (tmp_path / "feedback").iterdir()] == ["-a.html"]
-    monkeypatch.setattr(gradebook, "csv_of", lambda rows: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        group.write()
-    with (tmp_path / "grades.csv").open(newline="", encoding="utf-8") as file:
-        (row,) = csv.DictReader(file)
-    assert (row["student"], row["told"], row["seconds"]) == ("'-a", f"'{told}", "1.0")
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_two_students_have_two_pages_on_every_file_system():
-    names = ["ann", "a/b", "a:b", "con", "", "..", "x" * 300, "x" * 301, "𐀀" * 63]
-    names += ["né", "ne\u0301", "Jo", "jo"]
-    files = list(gradebook.file_names(names).values())
-    assert len({unicodedata.normalize("NFC", file).casefold() for file in files}) == len(names)
-    assert files[0] == "ann" and not any("/" in file or ":" in file for file in files)
-    assert all(len(f"{file}.html.part".encode()) < 255 for file in files)
-
-
-def test_the_commonest_fault_of_an_exercise_is_its_cause():
-    told = ["x\n  Likely cause: not summed", "y\n  Likely cause: not summed", "y", ""]
-    outcomes = ["wrong", "wrong", "crashed", "right"]
-    marks = [Mark("a", "", LESSON, EXERCISE, o, t, 0) for o, t in zip(outcomes, told, strict=True)]
-    marks.append(Mark("a", "", LESSON, EXERCISE, "not attempted", "", 0))
-    assert gradebook.commonest(marks) == [(f"{LESSON} {EXERCISE}", 1, 1, 5, "not summed", 2)]
-
-
-def test_a_damaged_notebook_is_the_commonest_fault_of_no_exercise():
-    marks = [Mark(s, "", LESSON, e, "crashed", "damaged", 0) for s in "abc" for e in "xy"]
-    marks += [Mark("d", "", LESSON, e, "wrong", f"{e}: all off", 0) for e in "xy"]
-    rows = gradebook.commonest(marks)
-    assert rows == [(f"{LESSON} {e}", 0, 0, 4, f"{e}: all off", 1) for e in "xy"]
-
-
 # ------------------------------------------------------------------ the process of a notebook
 
 
@@ -444,7 +122,7 @@ def instead(tmp_path, monkeypatch):
     """Let a script take the place of a notebook's process, and return what becomes of it."""
     python = sys.executable
 
-    def outcome(script, notebook=None, **limits):
+    def outcome(script, notebook=None, lesson=LESSON, **limits):
         program = tmp_path / "python"
         program.write_text(f"#!{python}\nimport sys\n{script}\n", encoding="utf-8")
         program.chmod(0o755)
@@ -452,16 +130,178 @@ def instead(tmp_path, monkeypatch):
             notebook = tmp_path / f"{LESSON}.ipynb"
             notebook.write_text("{}", encoding="utf-8")
         monkeypatch.setattr(sys, "executable", str(program))
-        found = grade.judge(notebook, LESSON, grade.Limits(**({"total": 30} | limits)))
+        found = grade.judge(notebook, lesson, grade.Limits(**({"total": 30} | limits)))
         return tuple(found.said.get(EXERCISE, found.rest)[:2]), found
 
     return outcome
 
 
+# A process that says what tools.grade_one would: first what held.
+SPEAKS = """import os, time
+word, skip = input(), sys.argv[-1].split(",")
+def say(*told):
+    print(word, *(text.encode().hex() for text in told), flush=True)
+say("found", "held", "[]")"""
+
+
+def test_a_fault_of_the_marking_is_told_costs_nothing_and_is_forgotten(instead, tmp_path):
+    reasons = {
+        "sys.exit('No space left on device')": "ended with 1. No space left on device",
+        f"{SPEAKS}\nos._exit({grade_one.TROUBLE})": f"ended with {grade_one.TROUBLE}. ",
+    }
+    if not grade.namespaces():
+        reasons[f"{SPEAKS}\nos.kill(os.getpid(), 9)"] = "ended with -9. "
+    for script, why in reasons.items():
+        told = f"by no fault of the notebook: its process {why}"
+        assert instead(script)[0] == (gradebook.UNMARKED, told)
+    path = tmp_path / f"{LESSON}.ipynb"
+    one = Handed("ann", LESSON, path, None, 0, path.name)
+    found = grade.remembered(one, "ann", tmp_path, grade.Limits(total=30), "", False)
+    assert not found.lasting and not (tmp_path / grade.MARKED).exists()
+    group = grade.Class(tmp_path, [], Rules(), [("ann", one)], [])
+    group.add("ann", one, 0, found)
+    assert group.write() == [] and "by a fault that is not theirs: ann (" in group.remarks()[1]
+    assert gradebook.wide(group.everyone(), []).splitlines()[1] == "ann,,,,1"
+
+
+def test_a_process_that_is_killed_from_outside_is_no_fault_of_the_notebook(instead):
+    killer = threading.Timer(1, lambda: [p.kill() for p in psutil.Process().children(True)])
+    killer.start()
+    outcome, found = instead(f"{SPEAKS}\ntime.sleep(20)")
+    killer.join()
+    assert outcome[0] == gradebook.UNMARKED and not found.lasting
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_class(tmp_path, monkeypatch, capsys):
+    for name in ("ann", "bob"):
+        (tmp_path / f"{name}_{LESSON}.ipynb").write_text(name, encoding="utf-8")
+    real = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name.startswith("ann"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    right = grade.Judged({EXERCISE: ["right", "", 0.0, 1.0]}, [])
+    monkeypatch.setattr(grade, "judge", lambda *a: right)
+    assert grade.main([str(tmp_path)]) == 1
+    rows = read(tmp_path)
+    assert (rows["ann"]["outcome"], rows["bob"]["outcome"]) == (gradebook.UNMARKED, "right")
+    assert rows["ann"]["told"].endswith("the file cannot be read: Permission denied")
+    assert "Not marked: ann (00_start_here). The same command" in capsys.readouterr().out
+
+
+def test_a_notebook_cannot_fill_the_disk(instead, monkeypatch):
+    monkeypatch.setattr(grade, "WRITTEN", 2**24)
+    told = ("crashed", "the notebook wrote more than 1 GiB, or a quarter of the free disk")
+    writes = "file = open('more', 'wb'); file.write(bytes(2**25)); file.flush()"
+    for removes in ("", "os.remove('more')"):  # such a file takes room, too
+        assert instead(f"{SPEAKS}\n{writes}\n{removes}\ntime.sleep(20)")[0] == told
+
+
+HANGS = """for number, cell in enumerate(["a cell", "a slow cell"]):
+    if str(number) not in skip and not (number and "cells" in skip):
+        say("at", str(number))
+        time.sleep(20 if number == 0 else 0)
+for name in {names}:
+    if name not in skip:
+        say("at", name)
+        time.sleep(20 if name == {hangs} else 0)
+        if name == {dies}:
+            os._exit(3)
+        say("mark", name, "right", "", "1", "1")"""
+
+
+def test_what_hangs_or_dies_costs_no_answer_but_its_own(instead, monkeypatch):
+    monkeypatch.setattr(grade, "quiet", lambda limits: 1)
+    lesson = "03_qlora"
+    names = notebooks.exercises(lesson)
+    script = HANGS.format(names=names, hangs=repr(names[1]), dies=repr(names[4]))
+    _, found = instead(f"{SPEAKS}\n{script}", lesson=lesson)
+    outcomes = {name: said[0] for name, said in found.said.items()}
+    wanted = dict.fromkeys(names, "right") | {names[1]: "timed out", names[4]: "crashed"}
+    assert outcomes == wanted and found.lasting
+    assert found.said[names[1]][1] == "the notebook took longer than 1 s"
+
+
+def test_after_a_time_limit_in_its_cells_a_notebook_is_judged_by_what_it_defines(instead):
+    script = f"""for number in range(99):
+    if "cells" in skip:
+        break
+    say("at", str(number))
+    time.sleep(0.5)
+say("at", {EXERCISE!r})
+say("mark", {EXERCISE!r}, "right", "", "1", "1")"""
+    assert instead(f"{SPEAKS}\n{script}", total=2)[0][0] == "right"
+
+
+def test_cells_that_end_the_process_one_after_another_come_to_an_end(instead):
+    script = """for number in range(99):
+    if str(number) not in skip:
+        say("at", str(number))
+        os._exit(3)"""
+    outcome, _ = instead(f"{SPEAKS}\n{script}")
+    assert outcome == ("crashed", "the notebook's process ended with 3. ")
+
+
+def test_what_a_process_leaves_behind_ends_with_it(instead, monkeypatch, tmp_path):
+    grade.adopts.cache_clear()
+    monkeypatch.setattr(grade, "namespaces", lambda: ())
+    script = f"""{SPEAKS}
+if os.fork() == 0:
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    with open({str(tmp_path / "pid")!r}, "w") as file:
+        file.write(str(os.getpid()))
+    for channel in range(3):
+        os.close(channel)
+    time.sleep(60)
+time.sleep(1)"""
+    instead(script)
+    grade.adopts.cache_clear()
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text(encoding="utf-8")))
+
+
+@pytest.mark.skipif(not has_landlock(), reason="this kernel has no Landlock")
+def test_a_notebook_signals_nobody_but_its_own_where_the_kernel_holds_it():
+    script = """import os, signal, subprocess, sys
+from tools.grade_one import hold_signals
+if not hold_signals():
+    sys.exit(2)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child.kill()
+child.wait()
+try:
+    os.kill(os.getppid(), 0)
+except PermissionError:
+    sys.exit(0)"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=notebooks.ROOT)
+    if done.returncode == 2:
+        pytest.skip("this kernel's Landlock holds no signals")
+    assert done.returncode == 0
+
+
+@pytest.mark.skipif(not has_landlock(), reason="this kernel has no Landlock")
+def test_a_course_that_each_notebook_could_read_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ann_02_lora.ipynb").touch()
+    monkeypatch.setattr(grade, "opened", lambda: [tmp_path.parent])
+    with pytest.raises(SystemExit):
+        grade.main([str(tmp_path)])
+    assert f"below {tmp_path.parent}, which each notebook may read" in capsys.readouterr().err
+    monkeypatch.setattr(grade, "opened", lambda: [notebooks.ROOT])
+    with pytest.raises(ValueError, match="The course lies in"):
+        grade.refuse_open(tmp_path)
+    assert not {Path("/opt"), Path("/etc"), Path("/home")} & {*grade_one.opened()}
+
+
 def test_a_notebook_that_swallows_its_time_limit_is_stopped_and_one_that_dies_quoted(instead):
-    assert instead(DEAF, total=2)[0] == ("timed out", "the notebook took longer than 2 s")
+    told = ("timed out", "the notebook took longer than 2 s")
+    assert instead(f"{SPEAKS}\n{DEAF}", total=2)[0] == told
     told = "the notebook's process ended with 1. Too bad"
-    assert instead("print('no', file=sys.stderr)\nsys.exit('Too bad')")[0] == ("crashed", told)
+    dies = "print('no', file=sys.stderr)\nsys.exit('Too bad')"
+    assert instead(f"{SPEAKS}\n{dies}")[0] == ("crashed", told)
 
 
 def test_an_interruption_ends_what_runs_and_remembers_nothing_of_it(tmp_path, monkeypatch):
@@ -518,15 +358,13 @@ grade_one.main(sys.argv[3:])"""
 def test_a_mark_must_be_whole_and_carry_the_word(instead):
     for change, outcome in (
         ("", "right"),
-        ("mark['word'] = ''", "crashed"),
-        ("mark['outcome'] = 'excellent'", "crashed"),
-        ("del mark['told']", "crashed"),
+        ("word = ''", "crashed"),
+        ("mark[2] = 'excellent'", "crashed"),
+        ("del mark[3]", "crashed"),
+        ("mark[4] = 'long'", "crashed"),
     ):
-        script = f"""import json
-mark = dict(word=input(), exercise={EXERCISE!r}, outcome="right", told="", seconds=1)
-{change}
-print("{{", json.dumps(mark), sep="\\n")"""
-        assert instead(script)[0][0] == outcome
+        mark = ["mark", EXERCISE, "right", "", "1", "1"]
+        assert instead(f"{SPEAKS}\nmark = {mark}\n{change}\nsay(*mark)")[0][0] == outcome
 
 
 @CONFINED
@@ -557,13 +395,20 @@ def outcome_of(monkeypatch):
     before = signal.signal(signal.SIGALRM, grade_one._alarm)
     shell = grade_one.new_shell()
 
-    def outcome(*sources, seconds=9):
-        cells = [nbformat.v4.new_code_cell(source) for source in ("import torch", *sources)]
+    lesson = grade_one.Lesson(notebooks.read(notebooks.NOTEBOOKS / f"{LESSON}.ipynb"))
+
+    def outcome(*sources, seconds=9, skip=()):
+        sources = [
+            one if isinstance(one, tuple) else (one, ()) for one in ("import torch", *sources)
+        ]
+        cells = [
+            nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)})
+            for source, tags in sources
+        ]
         nb = nbformat.v4.new_notebook(cells=cells)
-        why = grade_one.run(nb, shell, seconds).get(EXERCISE)
-        return grade_one.judged(
-            getattr(check.start, EXERCISE), shell.user_ns.get(EXERCISE), seconds, why
-        )
+        ran = grade_one.run(nb, lesson, shell, seconds, skip=skip)
+        one, answer = getattr(check.start, EXERCISE), ran.answers.get(EXERCISE)
+        return grade_one.judged(one, answer, seconds, ran.failed.get(EXERCISE))
 
     yield outcome
     InteractiveShell.clear_instance()
@@ -613,27 +458,120 @@ def test_an_endless_cell_and_an_answer_that_catches_every_exception_end_in_time(
     assert stopped == ("timed out", "its cell fails: longer than 0.5 s")
 
 
-# ------------------------------------------------------------------ a folder
+STUB = next(
+    cell.source
+    for cell in notebooks.code_cells(notebooks.read(notebooks.NOTEBOOKS / f"{LESSON}.ipynb"))
+    if "exercise" in notebooks.tags(cell)
+)
+CHECK = f"check.start.{EXERCISE}({EXERCISE})"
+SQUARES = "def squares(weight):\n    return (weight * weight).sum(dim=1)"
+BY_SQUARES = f"def {EXERCISE}(weight):\n    return squares(weight).sqrt()"
 
 
-def test_points_add_up_in_all_tables(tmp_path):
-    lesson = "03_qlora"
-    rules = Rules({lesson: dict.fromkeys(notebooks.exercises(lesson), 1 / 3)}, late=10)
-    said = {exercise: ["right", "", 1] for exercise in notebooks.exercises(lesson)}
-    one = Handed("a_LATE_1_2", lesson, tmp_path, True, 0)
-    marks = grade.marks_of(one, "a", "n", grade.Judged(said, []), rules)
-    cells = next(csv.DictReader(gradebook.wide(marks, []).splitlines()))
-    summed = sum(float(cells[f"{lesson} {exercise}"]) for exercise in said)
-    assert gradebook.tidy(summed) == float(cells["total"]) == gradebook.total(marks)[0]
-    assert {mark.points for mark in marks} == {0.3}
+@pytest.mark.parametrize(
+    ("cells", "outcome"),
+    [
+        ([WRONG, (RIGHT, ["plumbing"])], "wrong"),  # of an earlier copy of the lesson
+        ([STUB, (RIGHT, ["plumbing"])], "not attempted"),
+        ([(f"{RIGHT}\n{CHECK}", ["check"])], "right"),
+        ([BY_SQUARES, (f"{SQUARES}\n{CHECK}", ["check"])], "right"),
+        ([(f"{RIGHT}\n{ENDLESS}", ["long"])], "right"),  # of a long cell what it defines
+        ([RIGHT, (STUB, ["exercise"])], "right"),  # as an update leaves it
+        ([RIGHT, WRONG], "wrong"),
+        ([f"{EXERCISE} = None", RIGHT], "right"),
+    ],
+)
+def test_an_answer_is_what_stands_in_the_students_cells(cells, outcome, outcome_of):
+    cells = [(cell, ["exercise"]) if isinstance(cell, str) else cell for cell in cells]
+    assert outcome_of("check = None", *cells)[0] == outcome
 
 
-def test_a_folder_of_moodle_in_no_encoding_has_feedback():
-    folder = os.fsdecode(b"M\xfcller_12_assignsubmission_file_my")
-    archive = gradebook.moodle_archive({"M": "page"}, {folder: "M", "else": "M"})
-    with zipfile.ZipFile(io.BytesIO(archive)) as file:
-        (name,) = file.namelist()
-    assert name.endswith("ller_12_assignsubmission_file_/feedback.html")
+def test_where_cells_hang_only_what_they_define_is_run(outcome_of):
+    cells = [f"import math, time\nWIDTH = 1\n{SQUARES}\ntime.sleep(60)", "1 +", "time.sleep(60)"]
+    answer = BY_SQUARES.replace("return", "assert WIDTH == 1 and math\n    return")
+    assert outcome_of(*cells, answer, skip=["cells"], seconds=1)[0] == "right"
+    helper, other = (text.replace("squares", "others") for text in (cells[0], BY_SQUARES))
+    assert outcome_of(helper, other, skip=["1"])[0] == "wrong", "the helper's cell is left out"
+    told = ("crashed", "its cell fails: it hangs, or ends the notebook's process")
+    assert outcome_of(RIGHT, skip=["1"]) == told
+
+
+def test_a_wrong_answer_earns_nothing_for_what_stood_in_the_exercise():
+    lesson = grade_one.Lesson(notebooks.read(notebooks.NOTEBOOKS / "15_assistant.ipynb"))
+    stub, name = lesson.stubs["preference_step"], "preference_step"
+    space = {}
+    exec(
+        f"""import torch
+from torch import nn
+from peft_lessons import disabled
+from peft_lessons.train.preferences import answer_logprob, preference_loss
+PreTrainedTokenizerBase = object
+{grade_one.without_raise(stub)}""",
+        space,
+    )
+    shares = [grade_one.earned(check.assistant.preference_step, space[name], stub, space, 60)]
+    mended = grade_one.without_raise(stub)
+    for fault, mend in (
+        ("labels[ids == tokenizer.pad_token_id] = -100", "pass"),
+        ("with torch.no_grad():", "with torch.no_grad(), disabled(model):"),
+    ):
+        assert mended.count(fault) == 1
+        mended = mended.replace(fault, mend)
+        exec(mended, space)
+        one = check.assistant.preference_step
+        shares.append(grade_one.earned(one, space[name], stub, space, 60))
+    assert shares == [0, 0.25, 0.5]
+
+
+def notebook(*sources):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("Mine"), *cells])
+
+
+@pytest.fixture(scope="module")
+def lora():
+    return grade_one.Lesson(notebooks.read(notebooks.NOTEBOOKS / "02_lora.ipynb"))
+
+
+def test_cells_that_an_answer_has_no_business_with_are_named(lora):
+    cells = [
+        "import gc\ngc.collect()",
+        "import sys\nsys . modules['x'] = 1",
+        "torch.testing.assert_close = print\ntorch.allclose == 1",
+        "class A:\n    def __eq__(self, other):\n        return True",
+        "frame = sys._getframe().f_back",
+    ]
+    found = dict(grade_one.odd_cells(notebook(*cells), lora))
+    assert list(found) == [3, 4, 5, 6]
+    assert found[6] == "_getframe, f_back" and "torch.testing.assert_close =" in found[4]
+    assert grade_one.odd_cells(lora.nb, lora) == []
+
+
+def test_answers_are_alike_that_differ_in_names_spaces_and_comments_only(lora):
+    answers = notebooks.read_solutions(notebooks.NOTEBOOKS / "02_lora.ipynb")
+    answer = answers["compress_lora"]
+    renamed = re.sub(r"\bS\b", "sizes", answer).replace("return", "# mine\n    return")
+    other = answer.replace("return", "rank = int(rank)\n    return", 1)
+    (mine,), (theirs,), (others,) = (
+        grade_one.prints(notebook(one), lora).values() for one in (answer, renamed, other)
+    )
+    assert mine == theirs != others
+    started = grade_one.without_raise(lora.stubs["apply_lora"])
+    for own in ("def merge_lora(W):\n    return W", started, lora.stubs["merge_lora"], "def x(:"):
+        assert grade_one.prints(notebook(own), lora) == {}, "nobody's own"
+    assert grade_one.prints(lora.nb, lora) == {}
+
+
+def test_of_a_changed_cell_only_what_the_student_wrote_is_a_text():
+    cell = nbformat.v4.new_markdown_cell
+    texts = ["# Lesson", "## Summary\n\n1. Why?\n2. When?", "Next"]
+    nb = nbformat.v4.new_notebook(cells=[cell(text, id=f"c{n}") for n, text in enumerate(texts)])
+    ours = {one.id: one.source for one in nb.cells}
+    assert own_texts(nb, ours) == []
+    nb.cells[1].source = "## Summary\n\n1. Why?\n\nAs B is 0.\n2. When?"
+    nb.cells[1:1] = [cell("I guess\n\nNext", id="own")]
+    nb.cells[-1].source = ""
+    assert own_texts(nb, ours) == [("Lesson", "I guess\n\nNext"), ("Summary", "As B is 0.")]
 
 
 def test_a_folder_without_notebooks_is_an_error(tmp_path, capsys):
@@ -658,78 +596,204 @@ def test_a_link_is_not_opened(tmp_path):
     assert "link" in grade.judge(link, LESSON, grade.Limits()).rest[1]
 
 
-def test_students_with_one_file_or_one_name_are_named(tmp_path):
-    for name in ("a", "b", "c"):
-        (tmp_path / name).write_text("x" if name < "c" else "y", encoding="utf-8")
-    found = [(name, Handed(name, LESSON, tmp_path / name, False, 0)) for name in ("a", "b", "c")]
-    assert grade.alike(found) == [told := f"The same file of {LESSON}, byte for byte: a, b."]
-    for outcome in ("right", "not attempted"):  # then it is the notebook that was handed out
-        group = grade.Class(tmp_path, [], Rules(), found, [])
-        for name, _ in found:
-            group.marks[name, LESSON] = [Mark(name, "", LESSON, EXERCISE, outcome, "", 0)]
-        group.write()
-        page = (tmp_path / "grades.html").read_text(encoding="utf-8")
-        assert (told in page) == (outcome == "right")
-    twins = [Handed(f"Jo_{n}_assignsubmission_file", LESSON, tmp_path, False, 0) for n in (1, 2)]
-    later = Handed("Jo_3_assignsubmission_file", "02_lora", tmp_path, False, 0)
-    pairs, notes = grade.owners([*twins, later], [])
-    assert [student for student, _ in pairs] == [one.who for one in (*twins, later)]
-    assert notes == ["Several students are called Jo and marked apart."]
-    pairs, _ = grade.owners([twins[0], later], [])
-    assert [student for student, _ in pairs] == ["Jo", "Jo"], "one student, two lessons"
-    pairs, notes = grade.owners(twins, [Person("1", "Jo", {"id": "1", "name": "Jo"})])
-    assert [student for student, _ in pairs] == ["1", twins[1].who]
-    assert len(notes) == 1 and "marked apart" in notes[0]
-    _, notes = grade.owners(twins[:1], [Person("1", "Al", {"id": "1"})])
-    assert notes == [f"Not on the roster: {twins[0].who}."]
+# ------------------------------------------------------------------ a class
 
 
-# ------------------------------------------------------------------ Gradescope
+ROSTER = """id,name,email
+7,"Roe, Ann",ann@example.org
+8,"Doe, Gus",gus@example.org
+9,"Poe, Max",max@example.org
+"""
+RULES = f"""late = 25
+seed = "secret"
+[due]
+{LESSON} = 2026-11-01T12:00:00
+[points.{LESSON}]
+{EXERCISE} = 4
+"""
+ANN, GUS = f"roeann_LATE_7_123_{LESSON}-1.ipynb", "Gus Doe_55_assignsubmission_file"
+EVE = os.fsdecode(b"<b>ev\xe9")
 
 
-def test_an_autograder_holds_the_course_without_its_answers(tmp_path):
-    rules = tmp_path / "rules.toml"
-    rules.write_text(f"{RULES}[points.02_lora]\nmerge_lora = 2\n", encoding="utf-8")
-    path = gradescope.archive(LESSON, rules, tmp_path)
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        run = archive.read("run_autograder").decode()
-        assert archive.getinfo("setup.sh").external_attr >> 16 & 0o111, "it must be executable"
-    assert "--mark" in run and LESSON in run and "LESSON" not in run
-    assert "course/rules.toml" in names, "and the rules need each lesson that they name"
-    assert {f"course/notebooks/{stem}.ipynb" for stem in (LESSON, "02_lora")} <= {*names}
-    assert not [name for name in names if "solutions" in name or "/tests/" in name]
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """The rows of grades.csv of a class by student, and its folder."""
+    folder = tmp_path_factory.mktemp("submitted")
+    (folder / "kept").write_text("theirs", encoding="utf-8")
+    (folder / "roster.csv").write_text(ROSTER, encoding="utf-8")
+    (folder / "rules.toml").write_text(RULES, encoding="utf-8")
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    hand_in(folder / ANN, OTHER, "import torch", drop="check")
+    hand_in(folder / EVE / f"{LESSON}.ipynb", ASKS, FAKE)
+    deeper = "## Deeper · Beyond (3 min)"
+    hand_in(folder / GUS / f"{LESSON}.ipynb", RIGHT, "import torch", heading=deeper)
+    hand_in(folder / "hal" / LESSON / f"{LESSON}.ipynb", curious(folder, port), "import torch")
+    hand_in(folder / "ida" / f"{LESSON}.ipynb", WRONG, FORGES)
+    (folder / "jon").mkdir()
+    (folder / "jon" / f"{LESSON}.ipynb").touch()
+    (folder / "kim").mkdir()
+    (folder / "kim" / f"{LESSON}.ipynb").write_text("{", encoding="utf-8")
+    (folder / "liz" / f"{LESSON}.ipynb").mkdir(parents=True)
+    (folder / "liz" / "my own.ipynb").write_text("not of this course", encoding="utf-8")
+    for path in folder.rglob("*.ipynb"):
+        time = datetime(2026, 11, 1, 11).timestamp()
+        os.utime(path, (time, time))
+    with server:
+        assert grade.main(arguments(folder)) == 0
+    return read(folder), folder
 
 
-def test_the_notebook_of_a_submission_is_the_one_of_the_lesson(tmp_path):
-    for name, chosen in (
-        ("__MACOSX/._02_lora.ipynb", None),
-        ("mine.ipynb", "mine.ipynb"),
-        (".ipynb_checkpoints/02_lora-checkpoint.ipynb", "mine.ipynb"),
-        ("02_lora.ipynb", "02_lora.ipynb"),
-        ("jane_02_lora (1).ipynb", "02_lora.ipynb"),
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-        assert gradescope.submitted(tmp_path, "02_lora") == (chosen and tmp_path / chosen)
+def arguments(folder):
+    return [str(folder), "--roster", f"{folder}/roster.csv", "--rules", f"{folder}/rules.toml"]
 
 
-def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch):
-    student = {"users": [{"email": "ann@example.org"}]}
-    (tmp_path / "submission_metadata.json").write_text(json.dumps(student), encoding="utf-8")
-    (tmp_path / "submission").mkdir()
-    assert "no notebook" in gradescope.results(tmp_path, LESSON, Rules())["output"]
-    (tmp_path / "submission" / "any name.ipynb").touch()
-    said = {EXERCISE: ["wrong", "Likely cause: x", 1.0]}
-    seen = []
-    monkeypatch.setattr(
-        grade, "judge", lambda *a: seen.append(a) or grade.Judged(said, [], ["memory"])
-    )
-    (test,) = gradescope.results(tmp_path, LESSON, Rules())["tests"]
-    assert (test["score"], test["max_score"], test["status"]) == (0, 1, "failed")
-    assert test["output"] == "wrong: Likely cause: x"
-    assert seen[0][3] == grade.variant_of("ann@example.org", "")
-    said[EXERCISE] = ["right", "", 1.0]
-    assert gradescope.main([LESSON, "--mark", str(tmp_path)]) == 0
-    told = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
-    assert told["tests"][0]["score"] == 1
+def read(folder):
+    with (folder / "grades.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert all((row["lesson"], row["exercise"]) == (LESSON, EXERCISE) for row in rows)
+    return {row["student"]: row for row in rows}
+
+
+def test_a_class_is_marked(marked):
+    confined = grade.namespaces() and has_landlock()
+    assert {s: (row["outcome"], row["points"]) for s, row in marked[0].items()} == {
+        "7": ("right", "3.0"),  # a day late, by Canvas's mark
+        "8": ("right", "4.0"),
+        "9": ("not handed in", "0"),
+        r"<b>ev\udce9": ("wrong", "0.0"),
+        "hal": ("right", "4.0") if confined else ("crashed", "0.0"),
+        "ida": ("wrong", "0.0"),  # its cell ends the process, and the answer is judged without it
+        "jon": ("crashed", "0.0"),
+        "kim": ("crashed", "0.0"),
+        "liz": ("crashed", "0.0"),
+    }
+    told = "the file is damaged: hand in a notebook that JupyterLab opens (NotJSONError)"
+    assert marked[0]["kim"]["told"] == told
+    assert marked[0]["jon"]["told"] == "the notebook is an empty file"
+
+
+def test_what_is_unchanged_is_not_run_again(marked, monkeypatch):
+    rows, folder = marked
+    seen, real = [], grade.judge
+    monkeypatch.setattr(grade, "judge", lambda path, *a: seen.append(path) or real(path, *a))
+    text = (folder / "rules.toml").read_text(encoding="utf-8")
+    (folder / "rules.toml").write_text(text.replace("= 4", "= 8"), encoding="utf-8")
+    assert grade.main(arguments(folder)) == 0
+    (folder / "rules.toml").write_text(text, encoding="utf-8")
+    assert seen == [folder / "liz" / f"{LESSON}.ipynb"], "of what is no file nothing is remembered"
+    doubled = {student: 2 * float(row["points"]) for student, row in rows.items()}
+    assert {student: float(row["points"]) for student, row in read(folder).items()} == doubled
+    assert grade.main(arguments(folder)) == 0 and read(folder) == rows
+    seen.pop()
+    one = Handed("gus", LESSON, folder / GUS / f"{LESSON}.ipynb", False, 0)
+    seen.clear()
+    monkeypatch.setattr(grade, "judge", lambda path, *a: seen.append(a) or grade.Judged({}, []))
+    for student, seed, again in (("8", "secret", True), ("8", "other", False), ("x", "secret", 0)):
+        grade.remembered(one, student, folder, grade.Limits(), seed, again)
+    assert len({variant for *_, variant in seen}) == 3
+
+
+def test_a_page_of_feedback_shows_nobody_else(marked):
+    rows, folder = marked
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("feedback/*")}
+    assert len(pages) == len(rows)
+    assert "Roe, Ann (7)" in pages["7"] and "3 of 4 points" in pages["7"]
+    assert "1 day late: 75% of its points count" in pages["7"]
+    assert f"judged: {ANN}, attempt 2" in pages["7"] and "<td>0.1</td>" in pages["7"]
+    names = {"7": "Roe, Ann", "8": "Doe, Gus", "9": "Poe, Max"}
+    for student, page in pages.items():
+        assert [s for s, name in names.items() if name in page] == [student] * (student in names)
+        assert "example.org" not in page
+    with zipfile.ZipFile(folder / "feedback_moodle.zip") as archive:
+        assert archive.namelist() == [f"{GUS}_/feedback.html"]
+        assert archive.read(f"{GUS}_/feedback.html").decode() == pages["8"]
+
+
+def test_the_wide_table_and_the_texts(marked):
+    with (marked[1] / "grades_wide.csv").open(newline="", encoding="utf-8") as file:
+        head, ann, *_ = csv.reader(file)
+    columns = [f"{LESSON} {EXERCISE}", f"{LESSON} total", "total", "maximum"]
+    assert head == ["id", "name", "email", *columns]
+    assert ann == ["7", "Roe, Ann", "ann@example.org", "3", "3", "3", "4"]
+    with (marked[1] / "texts.csv").open(newline="", encoding="utf-8") as file:
+        _, *rows = csv.reader(file)
+    assert ["8", LESSON, "## Deeper · Beyond (3 min)"] in [[r[0], r[1], r[3]] for r in rows]
+
+
+@CONFINED
+def test_nothing_else_is_changed(marked):
+    _, folder = marked
+    assert (folder / "kept").read_text(encoding="utf-8") == "theirs"
+    assert not (folder / "new").exists()
+
+
+def test_the_page_shows_names_as_text(marked):
+    page = (marked[1] / "grades.html").read_text(encoding="utf-8")
+    assert "<b>ev" not in page and "&lt;b&gt;ev" in page
+    held = ("memory", "file size", *(("files",) if has_landlock() else ()))
+    assert grade.guards(held) in page
+    assert "Passed over: liz/my own.ipynb (its name contains the name of no lesson)." in page
+    assert "Not on the roster: hal." in page
+    odd = re.findall(r"Look at it by eye: ([^,]+), 00_start_here, cell \d+: ([^.]*)", page)
+    assert [(who, "_exit" in words, "__mp_main__" in words) for who, words in odd] == [
+        (r"&lt;b&gt;ev\udce9", False, True),
+        ("hal", False, False),  # who tries to read the solutions
+        ("ida", True, False),
+    ]
+
+
+# ------------------------------------------------------------------ whole lessons
+
+# Processes of notebooks that start with what most lessons import, which takes longest.
+FORKS = """import os, sys, tempfile, warnings
+from pathlib import Path
+from tools import grade_one
+warnings.simplefilter("ignore")
+import peft, peft_lessons.checks, transformers, trl
+for path in map(Path, sys.argv[1:]):
+    child = os.fork()
+    if child == 0:
+        os.chdir(path.parent)
+        os.environ.update(dict.fromkeys(["HOME", "TMPDIR", "IPYTHONDIR"], str(path.parent)))
+        tempfile.tempdir = None
+        os.dup2(os.open(path.with_name("word"), os.O_RDONLY), 0)
+        os.dup2(os.open(path.with_name("marks"), os.O_WRONLY | os.O_CREAT), 1)
+        grade_one.main([str(path), path.stem, "60", "4", "1000", "cells"])
+    os.waitpid(child, 0)"""
+
+
+def outcomes_of_lessons(folder, handed):
+    """{(lesson, exercise): its outcome} of notebooks by the lesson, of which the process runs only
+    what defines something, with the inputs of another student than in the notebook."""
+    paths = []
+    for lesson, nb in handed.items():
+        paths.append(folder / lesson / f"{lesson}.ipynb")
+        paths[-1].parent.mkdir()
+        paths[-1].with_name("word").write_text("word\n", encoding="utf-8")
+        nbformat.write(nb, paths[-1])
+    command = [sys.executable, "-c", FORKS, *map(str, paths)]
+    env = grade.environment(folder)
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+    found = {}
+    for path in paths:
+        lines = path.with_name("marks").read_text(encoding="utf-8").splitlines()
+        said, _, at = grade.heard(lines, "word")
+        found |= {(path.stem, name): outcome for name, (outcome, *_) in said.items()}
+        assert said.keys() == {*notebooks.exercises(path.stem)}, f"{at}: {done.stderr}"
+    return found
+
+
+def test_no_lesson_as_it_is_handed_out_has_a_right_answer(tmp_path):
+    released = {p.stem: release.without_answers(notebooks.read(p)) for p in notebooks.lessons()}
+    assert {*outcomes_of_lessons(tmp_path, released).values()} == {"not attempted"}
+
+
+def test_every_lesson_with_its_solutions_has_only_right_answers(tmp_path):
+    solved = {}
+    for path in notebooks.lessons():
+        solved[path.stem], answers = notebooks.read(path), notebooks.read_solutions(path)
+        for cell in grade_one.exercise_cells(solved[path.stem]):
+            cell.source = answers[notebooks.exercise_name(cell)]
+    wrong = {n: o for n, o in outcomes_of_lessons(tmp_path, solved).items() if o != "right"}
+    assert not wrong

@@ -146,6 +146,11 @@ BAD = {
         "pickle": add(code("np.load(f, allow_pickle = True)")),
         "hub": add(code("model.push_to_hub(name)")),
     },
+    "exercises_keep_their_names": {
+        "defined": add(code("def row_norms(weight):\n    return weight", tags=["plumbing"])),
+        "imported": add(code("from torch import norm as row_norms")),
+        "assigned": add(code("if True:\n    row_norms = None")),
+    },
     "exercises_have_checks": {
         "none": without("check"),
         "of another": change(lambda nb: nb.cells[-1].update(source="check.start.f(row_norms)")),

@@ -1,0 +1,210 @@
+"""Who handed in what is found in the layouts of learning platforms."""
+
+import csv
+import os
+import subprocess
+import zipfile
+from datetime import UTC, datetime
+
+import pytest
+
+from tools import grade, gradebook, notebooks, submissions
+from tools.gradebook import Mark, Rules
+from tools.submissions import Handed, Person
+
+LESSON = "00_start_here"
+(EXERCISE,) = notebooks.exercises(LESSON)
+MOE = "Jo Moe_4_assignsubmission_file_x_1_2"
+
+
+def test_the_layouts_of_platforms_are_found(tmp_path):
+    hidden, older = "a/.ipynb_checkpoints/02_lora.ipynb", "a/02_lora.ipynb"
+    kept = {
+        "a/x/02_lora.ipynb": "a",
+        "b/02_lora (1).ipynb": "b",  # of a browser's downloads, and the only one
+        "doe_77_5_02_lora-1.ipynb": "doe_77_5",
+        "roe_LATE_78_6_02_lora.ipynb": "roe_LATE_78_6",
+        "poe_79_6_my_own_02_lora_final (1)-1.ipynb": "poe_79_6_my_own",
+        "team_1_1/02_lora.ipynb": "team_1_1",  # two folders, and no attempts of Canvas
+        "team_1_2/max_02_lora.ipynb": "team_1_2",
+        f"{MOE}_02_lora.ipynb": MOE,
+        "hw-kim/peft-lessons/notebooks/03_qlora.ipynb": "hw-kim",
+        "lee_03_qlora.ipynb": "lee",
+        "Max Poe_9_assignsubmission_file_03_qlora.ipynb": "Max Poe_9_assignsubmission_file",
+        "Ina Loe_8_assignsubmission_file/roe_1_2_02_lora.ipynb": "Ina Loe_8_assignsubmission_file",
+    }
+    passed = {older, "02_lora.ipynb", "a/02_lora (2).ipynb", "a/old_02_lora.ipynb"}
+    passed |= {"doe_77_4_02_lora.ipynb", "a/99_other.ipynb"}
+    passed |= {"poe_79_5_02_lorax.ipynb", "team_1_1/max_02_lora.ipynb"}
+    before = "a/before-update-1/02_lora.ipynb"
+    mac = "__MACOSX/._lee_1_2_02_lora.ipynb", "._lee_1_2_02_lora.ipynb"
+    for name in (*kept, *passed, hidden, before, *mac):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    os.utime(tmp_path / older, (0, 0))
+    found = submissions.handed_in(tmp_path)
+    assert {one.name: one.who for one in found.handed} == kept
+    assert all(one.path == tmp_path / one.name for one in found.handed)
+    assert {one.name for one in found.passed} == passed
+    assert [one.who for one in found.handed if one.late] == ["roe_LATE_78_6"]
+    # A student cannot pass for one of Canvas's, of which no time is looked at.
+    in_time = [one.who for one in found.handed if one.late is False]
+    assert in_time == ["doe_77_5", "poe_79_6_my_own"]
+    attempts = {one.who: one.attempt for one in found.handed if one.attempt}
+    assert attempts == {"doe_77_5": 2, "roe_LATE_78_6": 1}
+    doe = next(one for one in found.handed if one.who == "doe_77_5")
+    assert [one.name for one in found.all_attempts(doe)] == [doe.name, "doe_77_4_02_lora.ipynb"]
+    assert submissions.label(MOE) == "Jo Moe"
+
+
+def zipped(path, *names):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "{}")
+
+
+def test_a_name_in_capitals_a_word_before_it_and_a_zip_file_are_found(tmp_path):
+    for name in ("a/02_lora.IPYNB", "b/Homework-02_LoRA-final.ipynb", "c/lora_final.ipynb"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    inside = "../hw\\02_lora.ipynb", "__MACOSX/._02_lora.ipynb", "hw/notes.txt", "hw/mine.ipynb"
+    zipped(tmp_path / "d" / "hw.zip", *inside)
+    zipped(tmp_path / "doe_77_5_hw.ZIP", "02_lora.ipynb")
+    zipped(tmp_path / "all of them.zip", "02_lora.ipynb")
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "broken.zip").write_text("PK", encoding="utf-8")
+    found = submissions.handed_in(tmp_path, tmp_path / ".marked")
+    assert {one.who: one.name for one in found.handed} == {
+        "a": "a/02_lora.IPYNB",
+        "b": "b/Homework-02_LoRA-final.ipynb",
+        "d": "d/hw.zip/hw/02_lora.ipynb",
+        "doe_77_5_hw": "doe_77_5_hw.ZIP/02_lora.ipynb",
+    }
+    assert {one.lesson for one in found.handed} == {"02_lora"}
+    assert all(one.path.read_text(encoding="utf-8") in ("", "{}") for one in found.handed)
+    assert all(one.path.is_relative_to(tmp_path) for one in found.handed)
+    told = {one.name: (one.why, one.who) for one in found.passed}
+    no_lesson = "its name contains the name of no lesson"
+    assert told == {
+        "all of them.zip": (
+            "a ZIP file is opened in a student's folder, or with a platform's name", ""
+        ),
+        "c/lora_final.ipynb": (no_lesson, "c"),
+        "d/hw.zip/hw/mine.ipynb": (no_lesson, "d"),
+        "e/broken.zip": ("the ZIP file cannot be opened: BadZipFile", "e"),
+    }  # fmt: skip
+    assert submissions.without_lesson(tmp_path, found) == ["c", "e"]
+
+
+def test_a_clone_was_handed_in_when_its_last_commit_was_made(tmp_path):
+    repository = tmp_path / "hw-ann"
+    repository.mkdir()
+    (repository / "02_lora.ipynb").write_text("{}", encoding="utf-8")
+    (repository / "03_qlora.ipynb").write_text("{}", encoding="utf-8")
+    when = {"GIT_COMMITTER_DATE": "2026-11-01T12:00:00+0000", "HOME": str(tmp_path)}
+    for who in ("AUTHOR", "COMMITTER"):
+        when |= {f"GIT_{who}_NAME": "Ann", f"GIT_{who}_EMAIL": "ann@example.org"}
+    for command in (["init", "-q"], ["add", "02_lora.ipynb"], ["commit", "-q", "-m", "Answers"]):
+        subprocess.run(["git", *command], cwd=repository, env=os.environ | when, check=True)
+    # What a student's settings would run is not run.
+    with (repository / ".git" / "config").open("a", encoding="utf-8") as settings:
+        settings.write(f"[log]\nshowSignature = true\n[gpg]\nprogram = touch {tmp_path}/ran\n")
+    os.utime(repository / "03_qlora.ipynb", (5, 5))
+    times = {one.lesson: one.seconds for one in submissions.handed_in(tmp_path).handed}
+    noon = datetime(2026, 11, 1, 12, tzinfo=UTC).timestamp()
+    assert times == {"02_lora": noon, "03_qlora": 5}, "and of what is not committed, the file's"
+    assert not (tmp_path / "ran").exists()
+
+
+CANVAS = """Student,ID,SIS User ID,SIS Login ID,Section,Quiz (1)
+,,,,,Manual Posting
+"    Points Possible",,,,,10
+"Doe, Jane",77,A1,jdoe,One,3
+"Doe, Janet",78,77,jadoe,One,4
+"""
+
+
+def test_a_row_of_the_roster_is_found(tmp_path):
+    file = tmp_path / "roster.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + CANVAS.encode())
+    people = submissions.read_roster(file)
+    assert [person.id for person in people] == ["77", "78"]
+    for who, id in {
+        "doejane_77_5": "77",
+        "doejane_1_5": "77",  # the number is another's, and the name fits
+        "doejanet_LATE_78_6": "78",
+        "Jane Doe_1234_assignsubmission_file": "77",
+        "jadoe": "78",
+        "homework-jdoe": "77",
+        "nobody": None,
+        "One": None,  # it fits two
+    }.items():
+        assert getattr(submissions.owner(who, people), "id", None) == id, who
+    wide = gradebook.wide([Mark("77", "", LESSON, EXERCISE, "right", "", 1, 1, 1)], people)
+    assert wide.splitlines()[0].startswith("Student,ID,SIS User ID,SIS Login ID,Section,00_")
+    assert wide.splitlines()[1] == "    Points Possible,,,,,1,1,1,1"
+    lost = Mark("78", "", LESSON, EXERCISE, gradebook.UNMARKED, "", 1, 0, 1)
+    marks = [Mark("77", "", LESSON, EXERCISE, "right", "", 1, 1, 1), lost]
+    marks.append(Mark("x", "", LESSON, EXERCISE, "right", "", 1, 1, 1))
+    column = "Homework 2 (777002)"
+    rules = Rules(canvas={LESSON: column})
+    with pytest.raises(ValueError, match="no column 'Homework 2 \\(777002\\)'"):
+        gradebook.refuse_columns(rules, people)
+    with pytest.raises(ValueError, match="gradebook of Canvas"):
+        gradebook.refuse_columns(rules, [Person("1", "Al", {"id": "1"})])
+    gradebook.refuse_columns(Rules(canvas={LESSON: "Quiz (1)"}), people)
+    table = list(csv.reader(gradebook.canvas_file(LESSON, column, marks, people).splitlines()))
+    assert [[row[0], row[-1]] for row in table] == [
+        ["Student", column],
+        ["    Points Possible", "1"],
+        ["Doe, Jane", "1"],
+        ["Doe, Janet", ""],  # nothing, and no zero
+    ]
+    cells = [row.split(",")[-4:] for row in gradebook.wide(marks, people).splitlines()[2:]]
+    assert cells == [["1", "1", "1", "1"], ["", "", "", "1"], ["1", "1", "1", "1"]]
+
+
+def test_a_number_of_canvas_is_no_other_id_and_an_accent_is_one_letter(tmp_path):
+    file = tmp_path / "roster.csv"
+    file.write_bytes("id;name\n7;Jürgen Müller\n;Bo Roe\n".encode("utf-16"))  # as Excel saves it
+    people = submissions.read_roster(file)
+    assert [person.id for person in people] == ["7", "Bo Roe"]
+    for who, id in {
+        "roebo_7_5": "Bo Roe",
+        "stranger_7_5": None,
+        "Ju\u0308rgen Mu\u0308ller_7_assignsubmission_file": "7",  # as a Mac writes folders
+    }.items():
+        assert getattr(submissions.owner(who, people), "id", None) == id, who
+
+
+def test_a_roster_of_moodle_is_read_and_a_bad_one_is_told(tmp_path):
+    file = tmp_path / "roster.csv"
+    file.write_text("Identifier;Full name\r\nParticipant 12;Eve Fox\r\n", encoding="utf-8")
+    (eve,) = submissions.read_roster(file)
+    assert submissions.owner("X_12_assignsubmission_file_", [eve]) == eve
+    assert eve.called == "Eve Fox (Participant 12)"
+    for text, told in (
+        ("a,b\n1,2", "id, email or name"),
+        ("id\n1\n1", "'1'"),
+        ("id\n", "no student"),
+        ("id\nJürgen", 'save it as "CSV UTF-8"'),
+    ):
+        file.write_text(text, encoding="cp1252")
+        with pytest.raises(ValueError, match=told):
+            submissions.read_roster(file)
+
+
+def test_students_of_one_name_are_marked_apart_and_named(tmp_path):
+    twins = [Handed(f"Jo_{n}_assignsubmission_file", LESSON, tmp_path, False, 0) for n in (1, 2)]
+    later = Handed("Jo_3_assignsubmission_file", "02_lora", tmp_path, False, 0)
+    pairs, notes = grade.owners([*twins, later], [])
+    assert [student for student, _ in pairs] == [one.who for one in (*twins, later)]
+    assert notes == ["Several students are called Jo and marked apart."]
+    pairs, _ = grade.owners([twins[0], later], [])
+    assert [student for student, _ in pairs] == ["Jo", "Jo"], "one student, two lessons"
+    pairs, notes = grade.owners(twins, [Person("1", "Jo", {"id": "1", "name": "Jo"})])
+    assert [student for student, _ in pairs] == ["1", twins[1].who]
+    assert len(notes) == 1 and "marked apart" in notes[0]
+    _, notes = grade.owners(twins[:1], [Person("1", "Al", {"id": "1"})])
+    assert notes == [f"Not on the roster: {twins[0].who}."]
