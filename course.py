@@ -8,11 +8,11 @@ nothing but Python itself. An outdated Python can read its syntax and say what i
 
 from __future__ import print_function
 
+import contextlib
 import difflib
 import errno
 import glob
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -217,6 +217,8 @@ def assistant():
     """Fetch the assistant where it is missing or damaged; return the status of the attempt.
 
     A Python into which `here` or conda installed the course does it itself."""
+    import importlib.util  # Python 2 has none, and must be able to say that it is too old
+
     packages = ("gguf", "tokenizers", "transformers")
     own = not os.path.exists(STAMP) and all(map(importlib.util.find_spec, packages))
     return fetch(sys.executable if own else ready())
@@ -294,9 +296,11 @@ def wait(command, folder, variables):
 def show_help():
     """Print every command with what it does."""
     print("python course.py COMMAND    (on Windows: py course.py COMMAND)\n")
-    for table in (OWN, COMMANDS) if WHOLE else (OWN,):
-        for command, row in table.items():
-            print("  {:<23}{}".format("{} {}".format(command, row[0]).strip(), row[1]))
+    tables = (OWN, COMMANDS) if WHOLE else (OWN,)
+    rows = [("{} {}".format(c, r[0]).strip(), r[1]) for table in tables for c, r in table.items()]
+    width = max(len(command) for command, _ in rows) + 2
+    for command, told in rows:
+        print("  {}{}".format(command.ljust(width), told))
     print(
         "\nPYTHON=/path/to/python in the environment names the interpreter for .venv; otherwise it "
         "is\nthe first of {} that fits.".format(", ".join(NAMES))
@@ -308,19 +312,61 @@ def show_help():
 
 def ready():
     """Return the interpreter of .venv, which is set up first where it is missing or out of date."""
-    wanted = {"root": ROOT, "packages": fingerprint()}
-    found = read_stamp()
-    # It may be there and not run: the Python that it was made from can be gone.
-    runs = probe([PYTHON])
-    if found == wanted and runs:
+    if is_ready():
         return PYTHON
-    anew = found.get("root") != ROOT or not runs
-    set_up(anew)
-    # After the packages, so that a set-up cut short begins anew.
-    with open(STAMP, "w", encoding="utf-8") as stamp:
-        json.dump(wanted, stamp)
+    if not os.access(ROOT, os.W_OK):
+        raise Trouble(
+            "This folder cannot be written: {}. Copy the course to a folder of your own, and run "
+            "the command there.".format(ROOT)
+        )
+    with one_at_a_time():
+        if is_ready():  # by another start, for which this one has waited
+            return PYTHON
+        set_up(read_stamp().get("root") != ROOT or not probe([PYTHON]))
+        # After the packages, so that a set-up cut short begins anew.
+        with open(STAMP, "w", encoding="utf-8") as stamp:
+            json.dump({"root": ROOT, "packages": fingerprint()}, stamp)
     fetch(PYTHON)
     return PYTHON
+
+
+def is_ready():
+    """Return whether .venv is whole, up to date and made here. It may be there and not run: the
+    Python that it was made from can be gone."""
+    wanted = {"root": ROOT, "packages": fingerprint()}
+    return read_stamp() == wanted and probe([PYTHON]) is not None
+
+
+@contextlib.contextmanager
+def one_at_a_time():
+    """Hold the lock of the set-up in the block, and wait for it where another start holds it. The
+    system gives it back with the process, however that ends."""
+    with open(os.path.join(ROOT, ".venv.lock"), "ab") as file:
+        told = False
+        while not locked(file):
+            if not told:
+                print("Another start is setting up the course: waiting for it.", flush=True)
+            told = True
+            time.sleep(0.5)
+        yield
+
+
+def locked(file):
+    """Try to lock a file; return False where another process holds it. True, too, on a file system
+    without locks, as some of a network are."""
+    try:
+        if WINDOWS:
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (IOError, OSError) as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
 
 
 def read_stamp():
@@ -418,14 +464,16 @@ def install(python, uv, extra):
     target = ["-e", "." + extra] + constraints()
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
     if LINUX:
-        if not uv and attempt(pip + ["--quiet", "uv"], must=False):
+        if not uv and not attempt(pip + ["--quiet", "uv"], False):
             uv = shutil.which("uv", path=os.path.dirname(python))  # elsewhere for a user install
         choice = ["--torch-backend", "auto" if nvidia() else "cpu"]
-        if uv and attempt([uv, "pip", "install", "--python", python] + choice + target, must=False):
-            return
-        print(
-            "uv cannot install from PyTorch's own index: pip takes the ordinary build.", flush=True
-        )
+        why = "pip cannot install uv"
+        if uv:
+            failed = attempt([uv, "pip", "install", "--python", python] + choice + target, False)
+            if not failed:
+                return
+            why = "uv cannot install from PyTorch's own index ({})".format(failed)
+        print(why + ": pip takes the ordinary build.", flush=True)
     elif uv:
         attempt([uv, "pip", "install", "--python", python] + target)
         return
@@ -433,7 +481,7 @@ def install(python, uv, extra):
 
 
 def attempt(command, must=True):
-    """Run one step of the set-up; return whether it succeeded.
+    """Run one step of the set-up; return "", or its last words where it failed.
 
     Raise OSError for a full disk. For any other failure raise Trouble with its likely cause if
     `must` is true."""
@@ -458,12 +506,12 @@ def attempt(command, must=True):
     if shown:
         print("\r       \r", end="", flush=True)
     if process.returncode == 0:
-        return True
+        return ""
     if re.search(r"No space left|not enough space|disk quota|os error 112", said, re.I):
         raise OSError(errno.ENOSPC, "")
     if must:
         raise Trouble(cause(said))
-    return False
+    return (said.strip().splitlines() or ["it gave no reason"])[-1].strip()
 
 
 def cause(said):
@@ -614,4 +662,5 @@ if __name__ == "__main__":
             sys.exit("The disk is full: free some space and run the command again.")
         sys.exit("{}: {}".format(error.filename or ROOT, error.strerror or error))
     except KeyboardInterrupt:
+        sys.stderr.write("\nStopped: run the same command again.\n")
         sys.exit(130)

@@ -303,6 +303,7 @@ def main() -> int:
         )
         return 1
     except KeyboardInterrupt:
+        print(f"\nStopped: the assistant was not fetched. To fetch it: {ASSISTANT_COMMAND}")
         return 130
     return 0
 

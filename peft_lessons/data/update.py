@@ -26,7 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -358,13 +358,15 @@ class Plan:
     """List what an update does: {name: the new content, or the file to copy}, and what to remove.
 
     `saved` is the folder for the student's files as they were, "" if the update changes none.
-    `recorded` says whether the copy had a record of itself."""
+    `recorded` says whether the copy had a record of itself, `broken` names the lessons that could
+    not be read."""
 
     write: dict[str, bytes | Path]
     remove: list[str]
     rows: dict[str, Row]
     saved: str
     recorded: bool
+    broken: list[str] = field(default_factory=list)
 
 
 def notebook(data: bytes) -> Notebook | None:
@@ -404,6 +406,8 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
         untouched = there is None or digest(there) in (old["files"].get(name), digest(fresh))
         mine = notebook(there) if there is not None and name in new["cells"] else None
         lesson = notebook(fresh) if mine else None
+        if name in new["cells"] and there is not None and mine is None:
+            done.broken.append(name)
         if mine and lesson:
             merged, row = merge(mine, lesson, old["cells"].get(name, {}))
             done.rows[name] = row
@@ -511,6 +515,8 @@ def update(path: Path, copy: Path) -> Plan:
     parts = ("course.py", LESSONS, "peft_lessons")
     if not all((copy / name).exists() for name in parts) or (copy / "tools").exists():
         raise Refused(f"{copy} is no student's copy of the course.")
+    if not os.access(copy, os.W_OK):
+        raise Refused(f"{copy} cannot be written: copy the course to a folder of your own.")
     if undo(copy):
         print("An earlier update was cut short: your copy is again as it was before.")
     new, data = read_new(path)
@@ -540,6 +546,9 @@ def tell(todo: Plan) -> str:
         if todo.saved
         else "The update changed no file of yours."
     )
+    if todo.broken:
+        names = ", ".join(todo.broken)
+        told.append(f"Replaced whole, since yours could not be read: {names}.")
     if todo.saved and not todo.recorded:
         told.append("Cells of the course that you changed, other than exercises, are there only.")
     if "pyproject.toml" in todo.write:

@@ -45,14 +45,14 @@ def course(tmp_path, monkeypatch):
         if any(word in command for word in module.failing):
             if must:
                 raise module.Trouble("it failed")
-            return False
+            return "no route to the index"
         if "venv" in command:
             Path(module.PYTHON).parent.mkdir(parents=True)
             Path(module.PYTHON).touch()
             module.interpreters[module.PYTHON] = good
         if command[-1] == "uv":
             module.programs["uv"] = str(Path(command[0]).parent / "uv")
-        return True
+        return ""
 
     good = [[3, 13, 5], "linux-x86_64", True, True, "/usr/bin/python3.13"]
     module.interpreters = {"python3.13": good}
@@ -89,6 +89,14 @@ def test_its_syntax_is_that_of_the_first_python_3():
     modules = [n for n in ast.walk(tree) if isinstance(n, ast.Import)]
     names = {alias.name.split(".")[0] for node in modules for alias in node.names}
     assert names <= sys.stdlib_module_names
+    # Python 2 must come as far as the message, and has no module of a newer name.
+    first = {
+        alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+    }
+    assert first <= {
+        "contextlib", "difflib", "errno", "glob", "hashlib", "json", "os", "platform", "re",
+        "shutil", "subprocess", "sys", "tempfile", "time", "zipfile", "zlib",
+    }  # fmt: skip
 
 
 def test_the_message_names_an_outdated_python():
@@ -110,7 +118,7 @@ def test_help_explains_every_command(course, capsys):
     assert course.main([]) == 0
     shown = capsys.readouterr().out
     for command in (*course.OWN, *course.COMMANDS):
-        assert re.search(rf"(?m)^  {command}\b.* \S", shown), command
+        assert re.search(rf"(?m)^  {command}\b.*  \S", shown), command
     assert not course.ran
 
 
@@ -229,8 +237,11 @@ def test_pip_takes_over_where_that_index_or_uv_cannot_be_reached(course, failing
     course.main(["setup"])
     assert [line for line in course.ran if "install" in line][-1][1:3] == ["-m", "pip"]
     assert installed(course)[-1] == ["-e", ".[dev]"]
-    told = "cannot install from PyTorch's own index: pip takes the ordinary build"
-    assert told in capsys.readouterr().out
+    told = {
+        "--torch-backend": "uv cannot install from PyTorch's own index (no route to the index)",
+        "uv": "pip cannot install uv",
+    }[failing]
+    assert f"{told}: pip takes the ordinary build." in capsys.readouterr().out
 
 
 def test_other_systems_take_the_ordinary_build(course, monkeypatch):
@@ -295,6 +306,47 @@ def test_here_installs_into_the_python_that_runs(course):
     assert not os.path.exists(course.VENV)
 
 
+def test_two_starts_at_once_set_up_once(course, monkeypatch, capsys):
+    with course.one_at_a_time(), Path(course.ROOT, ".venv.lock").open("rb") as other:
+        assert not course.locked(other)
+    real, answers = course.locked, [False, False, True]
+
+    def locked(file):
+        if answers == [True]:  # the other start is done
+            course.set_up(anew=True)
+            Path(course.STAMP).write_text(
+                f'{{"root": "{course.ROOT}", "packages": "{course.fingerprint()}"}}',
+                encoding="utf-8",
+            )
+            course.ran.clear()
+        return answers.pop(0) and real(file)
+
+    monkeypatch.setattr(course, "locked", locked)
+    assert course.main(["setup"]) == 0 and not course.ran
+    told = "Another start is setting up the course: waiting for it.\n"
+    assert capsys.readouterr().out.count(told) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_removed(course, monkeypatch):
+    course.main(["setup"])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert course.main(["setup"]) == 0, "what is set up runs"
+    Path(course.STAMP).write_text('{"root": "/elsewhere"}', encoding="utf-8")
+    course.ran.clear()
+    with pytest.raises(course.Trouble, match=f"This folder cannot be written: {course.ROOT}"):
+        course.main(["setup"])
+    assert not course.ran and os.path.exists(course.PYTHON)
+
+
+def test_ctrl_c_says_how_to_go_on():
+    script = "import runpy, sys, os\nos.access = None\nsys.argv = ['course.py', 'setup']"
+    stop = "def stop(*a, **k):\n    raise KeyboardInterrupt\nos.path.exists = stop"
+    start = f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", f"{script}\n{stop}\n{start}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "\nStopped: run the same command again.\n"
+
+
 # ------------------------------------------------------------------ the assistant
 
 
@@ -335,7 +387,7 @@ def test_its_own_command_fails_where_it_fails(course, monkeypatch):
 @pytest.mark.parametrize("installed", [True, False])
 def test_without_venv_the_python_that_has_the_course_fetches_it(course, monkeypatch, installed):
     """That of conda or of a hub, which `assistant` must not set up once more."""
-    monkeypatch.setattr(course.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
     course.main(["assistant"])
     assert set(fetches(course)) == {sys.executable if installed else course.PYTHON}
     assert os.path.exists(course.VENV) is not installed
@@ -362,7 +414,7 @@ def test_a_full_disk_is_one_sentence(course, monkeypatch):
 def test_a_failed_step_is_named_by_its_cause(said, told):
     course = loaded()
     command = [sys.executable, "-c", f"print({said!r})\nraise SystemExit(1)"]
-    assert course.attempt(command, must=False) is False
+    assert course.attempt(command, must=False) == said
     with pytest.raises(course.Trouble, match=re.escape(told)):
         course.attempt(command)
     full = "raise OSError(28, 'No space left on device')"

@@ -323,7 +323,8 @@ def test_line_ends_of_windows_are_no_change_of_the_students(copy, new):
 
 def test_a_lesson_that_cannot_be_read_is_saved_and_replaced(copy, new):
     (copy / LESSON).write_bytes(b'{"cells": [')
-    assert update.update(new, copy).saved
+    done = update.update(new, copy)
+    assert done.saved and f"since yours could not be read: {LESSON}." in update.tell(done)
     assert (copy / "notebooks/before-update-1/02_lora.ipynb").read_bytes() == b'{"cells": ['
     assert read_sources(copy)[0] == "# LoRA, corrected"
 
@@ -528,6 +529,13 @@ def test_a_full_disk_or_a_file_in_use_is_one_sentence(copy, new, monkeypatch, ca
             steps(patch, fail)
             assert update.main([str(new), str(copy)]) == 1
         assert told in capsys.readouterr().err and tree(copy) == before
+
+
+def test_a_copy_that_cannot_be_written_is_refused(copy, new, monkeypatch, capsys):
+    before = tree(copy)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert update.main([str(new), str(copy)]) == 1 and tree(copy) == before
+    assert "cannot be written: copy the course" in capsys.readouterr().err
 
 
 def test_a_file_that_is_read_only_is_replaced(copy, new):
