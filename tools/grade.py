@@ -36,7 +36,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field, fields
@@ -732,6 +732,9 @@ def remarks_on(given: argparse.Namespace, pairs: Sequence[tuple[str, Handed]]) -
     notes = [f"Passed over: {one.name} ({one.why})." for one in given.found.passed]
     if empty := without_lesson(given.folder, given.found):
         notes.append(f"Folders in which no notebook counts: {', '.join(empty)}.")
+    if given.found.untimed:
+        names = ", ".join(given.found.untimed)
+        notes.append(f"git names no commit, so the time of the file counts: {names}.")
     known = {student for student, _ in pairs} | {person.id for person in given.people}
     for what, named in (
         ("extend the time", given.rules.extensions),
@@ -741,6 +744,26 @@ def remarks_on(given: argparse.Namespace, pairs: Sequence[tuple[str, Handed]]) -
             told = f"The rules {what} of nobody here: {', '.join(strangers)}."
             notes.append(f"{told} Rules name a student as grades.csv does.")
     return list(map(printable, notes))
+
+
+def times_of(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """Return {path: its times of access and change} of what is there."""
+    found = {}
+    for path in paths:
+        with suppress(OSError):
+            now = path.lstat()
+            found[path] = now.st_atime_ns, now.st_mtime_ns
+    return found
+
+
+def set_back(times: Mapping[Path, tuple[int, int]]) -> list[Path]:
+    """Give files the times that they had, and return those whose time of change was another: the
+    next run would take what a notebook did to another's file for its time of submission."""
+    changed = [path for path, now in times_of(times).items() if now[1] != times[path][1]]
+    for path in changed:
+        with suppress(OSError):
+            os.utime(path, ns=times[path])
+    return changed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -757,6 +780,7 @@ def main(argv: list[str] | None = None) -> int:
     notes += remarks_on(given, pairs)
     passed = passed_of(given.found, pairs, given)
     group = Class(given.folder, given.people, given.rules, pairs, notes, passed)
+    times = times_of(one.path for _, one, _ in entries)
     started, done = time.monotonic(), 0
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = {
@@ -781,6 +805,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:  # what is done stays, if this is interrupted
             pool.shutdown(cancel_futures=True)
             INTERRUPTED.clear()
+            changed = [printable(path.relative_to(given.folder)) for path in set_back(times)]
+            notes += [f"The time of {name} changed meanwhile, and is set back." for name in changed]
             unwritten = group.write()
     lost = sorted(group.lost)
     if lost:

@@ -79,11 +79,12 @@ class Passed:
 @dataclass
 class Found:
     """What a folder holds: the notebooks that count, all that came of a student for a lesson, the
-    last one first, and what is passed over."""
+    last one first, what is passed over, and files of clones of which git names no commit."""
 
     handed: list[Handed] = field(default_factory=list)
     attempts: dict[tuple[str, str], list[Handed]] = field(default_factory=dict)
     passed: list[Passed] = field(default_factory=list)
+    untimed: list[str] = field(default_factory=list)
 
     def all_attempts(self, one: Handed) -> list[Handed]:
         """Return all that came from the same student for the same lesson, the last one first."""
@@ -125,7 +126,7 @@ def handed_in(folder: Path, remembered: Path | None = None) -> Found:
     unpacked = remembered / UNPACKED if remembered else None
     if unpacked:
         shutil.rmtree(unpacked, ignore_errors=True)
-    for path, inside, seconds in _files(folder, found.passed, unpacked):
+    for path, inside, seconds in _files(folder, found, unpacked):
         first, *inner = inside.parts
         match = NAME.fullmatch(inside.stem)
         prefix, lesson, attempt, copy = match.groups() if match else (None,) * 4
@@ -180,10 +181,11 @@ def _zipped(name: str) -> bool:
 
 
 def _files(
-    folder: Path, passed: list[Passed], unpacked: Path | None
+    folder: Path, found: Found, unpacked: Path | None
 ) -> Iterator[tuple[Path, PurePosixPath, float]]:
     """Yield (path, its name in the folder, its time) of each notebook below a folder, those in ZIP
     files too."""
+    passed, untimed = found.passed, found.untimed
 
     def unreadable(error: OSError) -> None:
         name = Path(error.filename).relative_to(folder).as_posix()
@@ -199,7 +201,7 @@ def _files(
                 continue
             if name.lower().endswith(".ipynb"):
                 with suppress(OSError):  # it is gone
-                    yield path, inside, _handed_at(path, folder)
+                    yield path, inside, _handed_at(path, folder, untimed)
             elif _zipped(name) and path.is_file() and not path.is_symlink():
                 platform = canvas(path.stem) or MOODLE.fullmatch(path.stem)
                 if len(inside.parts) == 1 and not platform:
@@ -239,11 +241,13 @@ def _of_zip(
 # What a repository's own settings could make git run is switched off.
 GIT = ("git", "--no-pager", "-c", "log.showSignature=false", "-c", "core.fsmonitor=false")
 GIT += ("-c", "protocol.allow=never", "-c", "core.sshCommand=false", "-c", "core.hooksPath=")
+GIT += ("-c", "safe.directory=*")  # of whoever it is
 
 
-def _handed_at(path: Path, folder: Path) -> float:
+def _handed_at(path: Path, folder: Path, untimed: list[str]) -> float:
     """Return the time at which a file was handed in: in a clone that of the last commit that
-    changed it, elsewhere the file's own."""
+    changed it, elsewhere the file's own. Of a clone in which git names no commit, `untimed` has the
+    file then."""
     first = folder / path.relative_to(folder).parts[0]
     if (first / ".git").is_dir():
         log = ("log", "-1", "--format=%ct", "--", path.relative_to(first).as_posix())
@@ -255,6 +259,7 @@ def _handed_at(path: Path, folder: Path) -> float:
                 env=os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"},
             )
             return float(said.stdout)
+        untimed.append(path.relative_to(folder).as_posix())
     return path.lstat().st_mtime
 
 

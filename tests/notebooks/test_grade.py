@@ -57,7 +57,7 @@ FORGES = f"""import os
 mark = ["mark", "{EXERCISE}", "right", "", "0", "1"]
 for channel in range(64):
     try:
-        os.write(channel, " ".join(["", *(m.encode().hex() for m in mark)]).encode() + b"\\n")
+        os.write(channel, " ".join(["0" * 32, *(m.encode().hex() for m in mark)]).encode() + b"\\n")
     except OSError:
         pass
 os._exit(0)"""
@@ -190,6 +190,20 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_class(tmp_path, monkeypatc
     assert (rows["ann"]["outcome"], rows["bob"]["outcome"]) == (gradebook.UNMARKED, "right")
     assert rows["ann"]["told"].endswith("the file cannot be read: Permission denied")
     assert "Not marked: ann (00_start_here). The same command" in capsys.readouterr().out
+
+
+def test_the_time_of_a_file_that_a_notebook_changed_is_set_back(tmp_path, monkeypatch, capsys):
+    path = tmp_path / f"bob_{LESSON}.ipynb"
+    path.write_text("{}", encoding="utf-8")
+    os.utime(path, (5, 5))
+    monkeypatch.setattr(
+        grade, "judge", lambda *a: os.utime(path) or grade.Judged({}, ["wrong", ""])
+    )
+    grade.main([str(tmp_path)])
+    assert path.stat().st_mtime == 5
+    told = f"The time of {path.name} changed meanwhile, and is set back."
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "grades.html").read_text(encoding="utf-8")
 
 
 def test_a_notebook_cannot_fill_the_disk(instead, monkeypatch):
@@ -358,7 +372,7 @@ grade_one.main(sys.argv[3:])"""
 def test_a_mark_must_be_whole_and_carry_the_word(instead):
     for change, outcome in (
         ("", "right"),
-        ("word = ''", "crashed"),
+        ("word = 'another'", "crashed"),
         ("mark[2] = 'excellent'", "crashed"),
         ("del mark[3]", "crashed"),
         ("mark[4] = 'long'", "crashed"),

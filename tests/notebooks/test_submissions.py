@@ -111,9 +111,11 @@ def test_a_clone_was_handed_in_when_its_last_commit_was_made(tmp_path):
     with (repository / ".git" / "config").open("a", encoding="utf-8") as settings:
         settings.write(f"[log]\nshowSignature = true\n[gpg]\nprogram = touch {tmp_path}/ran\n")
     os.utime(repository / "03_qlora.ipynb", (5, 5))
-    times = {one.lesson: one.seconds for one in submissions.handed_in(tmp_path).handed}
+    found = submissions.handed_in(tmp_path)
+    times = {one.lesson: one.seconds for one in found.handed}
     noon = datetime(2026, 11, 1, 12, tzinfo=UTC).timestamp()
     assert times == {"02_lora": noon, "03_qlora": 5}, "and of what is not committed, the file's"
+    assert found.untimed == ["hw-ann/03_qlora.ipynb"]
     assert not (tmp_path / "ran").exists()
 
 
