@@ -231,7 +231,7 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
             if others is not None:
                 end_orphans(others)
             RUNNING.discard(process.pid)
-        full = shutil.disk_usage(place).free < LEAST
+        full = stopped == "full" or shutil.disk_usage(place).free < LEAST
         with open(marks.name, "rb") as written:
             lines = written.read(MOST_SAID).decode(errors="replace").splitlines()
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 1000))
@@ -282,11 +282,14 @@ def quiet(limits: Limits) -> float:
 
 def watched(process: subprocess.Popen, limits: Limits, place: Path) -> str:
     """Wait for a process that writes below `place`, where it says in the file `marks` what it does;
-    return "", or "time", "silence", "memory" or "disk" once it takes more than it may.
+    return "", or "time", "silence", "memory" or "disk" once it takes more than it may, or "full" if
+    the disk has no room for it.
 
     Raises KeyboardInterrupt once whoever marks interrupts: nothing is said of the notebook."""
     started = heard_at = time.monotonic()
     room, size = min(WRITTEN, shutil.disk_usage(place).free // 4), 0
+    if room < LEAST:
+        return "full"
     while (now := time.monotonic()) < started + limits.total:
         if INTERRUPTED.is_set():
             raise KeyboardInterrupt
@@ -343,13 +346,14 @@ def memory_of(pid: int) -> int:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a process and all that it started."""
-    for one in family(process.pid):
+    """End a process and all that it started, and wait until their files are free."""
+    for one in (found := family(process.pid)):
         with suppress(psutil.Error):
             one.kill()
     with suppress(ProcessLookupError, PermissionError, AttributeError):  # no groups on Windows
         os.killpg(process.pid, signal.SIGKILL)  # those too whose parent has ended
     process.wait()
+    psutil.wait_procs(found, timeout=5)
 
 
 @cache

@@ -321,7 +321,7 @@ def prints(nb: NotebookNode, lesson: Lesson) -> dict[str, str]:
     was handed out, have none."""
     found = {}
     for cell in notebooks.code_cells(nb):
-        if not lesson.has(cell):
+        if not lesson.has(cell) and not lesson.had(cell):
             source = notebooks.python(cell) if parsed(cell) else ""
             for name in lesson.names:
                 as_it_was = print_of(without_raise(lesson.stubs[name]), name)

@@ -340,14 +340,16 @@ def canvas_file(lesson: str, column: str, marks: Sequence[Mark], people: Sequenc
 def causes(marks: Sequence[Mark], known: Mapping[tuple[str, str], Iterable[str]]) -> list[tuple]:
     """Return a row for each cause that the checks of some lessons name, below a head: how many
     answers it was named of, also where it is none. `known` has them by lesson and exercise."""
-    said: dict[tuple[str, str], list[str]] = defaultdict(list)
+    counts: Counter[tuple[str, str, str]] = Counter()
     for mark in marks:
-        said[mark.lesson, mark.exercise].append(" ".join(mark.told.split()))
-    head = ("lesson", "number", "exercise", "cause", "answers")
-    return [head] + [
-        (lesson, number_of(lesson, exercise), exercise, cause, sum(cause in t for t in told))
+        told = " ".join(mark.told.split())
+        # One cause can begin as another does.
+        for cause in sorted(known.get((mark.lesson, mark.exercise), ()), key=len, reverse=True):
+            counts[mark.lesson, mark.exercise, cause] += cause in told
+            told = told.replace(cause, "")
+    return [("lesson", "number", "exercise", "cause", "answers")] + [
+        (lesson, number_of(lesson, exercise), exercise, cause, counts[lesson, exercise, cause])
         for (lesson, exercise), sentences in known.items()
-        for told in [said[lesson, exercise]]
         for cause in sentences
     ]
 
@@ -371,8 +373,9 @@ tr.lesson td.told { font-weight: 400 }
 @media (max-width: 40em) {
   .marks thead { display: none }
   .marks tr { display: block; border-bottom: 1px solid #8886; padding: .5em 0 }
-  .marks td { display: inline-block; border: 0; padding: 0 .6em 0 0 }
+  .marks td, .marks th { display: inline-block; border: 0; padding: 0 .6em 0 0 }
   .marks td.told { display: block }
+  tr.lesson > * { border: 0 }
 }
 """
 
@@ -433,7 +436,7 @@ def _row(mark: Mark) -> str:
     if mark.by_hand:
         told = "\n".join(filter(None, ["The points were set by hand.", told]))
     elif mark.points > 0 and mark.outcome == "wrong":
-        told = f"A part of the points for what is right in it.\n{told}"
+        told = f"Part of the points, for what is right in it.\n{told}"
     return (
         f"<tr><td>{mark.number}</td><td>{mark.exercise}</td>"
         f"<td class='{mark.outcome.replace(' ', '-')}'>{mark.outcome}</td>"

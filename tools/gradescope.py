@@ -2,7 +2,8 @@
 
 The ZIP file build/gradescope-LESSON.zip holds the course without its solutions and tests, setup.sh,
 which sets it up in Gradescope's container, and run_autograder, which judges one submission as
-tools.grade does and writes results.json: for each exercise its points and what the check says.
+tools.grade does and writes results.json: for each exercise its points and what the check says. What
+cannot be marked by no fault of its own gets no results.json, and can be run again.
 
     python -m tools.gradescope 02 --mark /autograder
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from tools import grade, notebooks
 from tools.environment import ROOT
-from tools.gradebook import Rules, read_rules, tidy, write_file
+from tools.gradebook import Rules, read_rules, tidy, unmarked, write_file
 from tools.release import COPIED, LITTER
 from tools.submissions import Handed
 
@@ -76,8 +77,11 @@ def results(folder: Path, lesson: str, rules: Rules) -> dict:
         return {"score": 0, "output": f"There is no notebook {lesson}.ipynb in what you handed in."}
     found = grade.judge(path, lesson, LIMITS, grade.variant_of(student, rules.seed))
     one = Handed(student, lesson, path, None, 0, path.name)
+    marks = grade.marks_of(one, student, found, replace(rules, due={}, late=0))
+    if unmarked(marks):  # Gradescope says then that the autograder failed
+        raise SystemExit(f"Not marked: {found.rest[1]}")
     tests = []
-    for mark in grade.marks_of(one, student, found, replace(rules, due={}, late=0)):
+    for mark in marks:
         outcome = mark.outcome
         tests.append(
             {

@@ -163,7 +163,7 @@ tools/gradebook.py: gradebook submissions
     days = int(bool(one.late) → days = int(bool(0)
     if canvas: → if not canvas:
     not marks or unmarked(marks) → not marks
-    sum(cause in t for t in told) → len(told)
+    told = told.replace(cause, "") → pass
     if points is None else replace → if True else replace
 tools/submissions.py: submissions
     rank = (not copy and not (inner and prefix), number, seconds) → rank = seconds

@@ -12,6 +12,7 @@ import time
 import zipfile
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -212,6 +213,9 @@ def test_a_notebook_cannot_fill_the_disk(instead, monkeypatch):
     writes = "file = open('more', 'wb'); file.write(bytes(2**25)); file.flush()"
     for removes in ("", "os.remove('more')"):  # such a file takes room, too
         assert instead(f"{SPEAKS}\n{writes}\n{removes}\ntime.sleep(20)")[0] == told
+    monkeypatch.setattr(grade.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
+    told = (gradebook.UNMARKED, "by no fault of the notebook: the disk is full")
+    assert instead(f"{SPEAKS}\ntime.sleep(20)")[0] == told
 
 
 HANGS = """for number, cell in enumerate(["a cell", "a slow cell"]):

@@ -105,7 +105,7 @@ def test_a_part_of_the_points_is_given_only_if_the_rules_say_so(tmp_path):
         (mark,) = grade.marks_of(one, "a", outcomes(**{EXERCISE: "crashed"}), rules)
         assert mark.points == 0
         page = gradebook.feedback("Al", [replace(mark, outcome="wrong", points=points)], rules)
-        assert ("A part of the points" in page) == partial
+        assert ("Part of the points" in page) == partial
 
 
 def test_of_several_attempts_the_last_counts_or_the_best(tmp_path, monkeypatch):
@@ -179,6 +179,9 @@ def test_causes_are_counted_also_those_that_nobody_needed():
     assert {row[:3] for row in rows} == {(LESSON, "0.1", EXERCISE)}
     assert (counts[first], counts[second], sum(counts.values())) == (2, 1, 3)
     assert list(counts) == known[LESSON, EXERCISE]
+    longer = {(LESSON, EXERCISE): [first, f"{first}, and more"]}
+    marks = [Mark("a", "", LESSON, EXERCISE, "wrong", f"Likely cause: {first}, and more.", 0)]
+    assert [row[-1] for row in gradebook.causes(marks, longer)[1:]] == [0, 1]
 
 
 def test_a_damaged_notebook_is_the_commonest_fault_of_no_exercise():
@@ -280,3 +283,6 @@ def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch, capsy
     assert told["tests"][0]["score"] == 1 and told["stdout_visibility"] == "hidden"
     assert "IN REACH" not in json.dumps(told), "what is open is nothing for students"
     assert "WITH ALL YOUR FILES IN REACH" in capsys.readouterr().out
+    monkeypatch.setattr(grade, "judge", lambda *a: grade.failed("the disk is full"))
+    with pytest.raises(SystemExit, match="the disk is full"):
+        gradescope.results(tmp_path, LESSON, Rules())

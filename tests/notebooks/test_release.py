@@ -16,6 +16,7 @@ import course
 from peft_lessons.data import update
 from tools import notebooks, release
 from tools.environment import offline_environment
+from tools.grade_one import print_of
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,14 @@ def test_no_solution_is_in_it(copied):
     for path in notebooks.lessons():
         for name, source in notebooks.read_solutions(path).items():
             assert (source.partition('"""\n')[2] or source.splitlines()[-1]) not in text, name
+    # Nor one that differs in names and spaces alone.
+    sources = [path.read_text(encoding="utf-8") for path in files if path.suffix == ".py"]
+    for path in (folder / "notebooks").glob("*.ipynb"):
+        sources += map(notebooks.python, notebooks.code_cells(notebooks.read(path)))
+    theirs = {print_of(one, name) for one in sources for name in notebooks.definitions(one)}
+    solved = map(notebooks.read_solutions, notebooks.lessons())
+    ours = {print_of(one, name) for found in solved for name, one in found.items()}
+    assert ours & theirs <= {""}
 
 
 def test_exercises_and_checks_have_no_outputs_and_the_rest_is_as_it_was(copied):
