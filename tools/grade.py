@@ -74,6 +74,7 @@ OWN_FOLDER += ("USERPROFILE", "APPDATA", "LOCALAPPDATA", "TEMP", "TMP")
 MOST_SAID = 1_000_000  # bytes of marks that a notebook's process may send
 LOOK = 0.2  # seconds between two looks at a notebook's process
 WRITTEN = 2**30  # bytes that a notebook may write, unless the disk has less than four times that
+KILLED = -9, 137  # the status of a process that is killed, as the system or unshare says it
 LEAST = 2**24  # bytes without which nobody can write a mark
 HOPELESS = 3  # cells that end the process, after which nothing is run but what defines something
 EACH = 2  # GiB that one notebook may well take: so many run at once as have that
@@ -170,24 +171,22 @@ def judge(path: Path, lesson: str, limits: Limits, variant: int = 0) -> Judged:
 def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
     """Judge a notebook by as many processes as it takes: what one hangs at, or dies of, the next
     one leaves out."""
-    names, said, skip, round = notebooks.exercises(lesson), {}, [], None
+    names, said, skip, last = notebooks.exercises(lesson), {}, [], None
     for _ in range(len(names) + HOPELESS + 2):
-        round = _round(path, lesson, limits, variant, [*skip, *said])
-        said |= round.said
-        if not round.lasting or not (waiting := [name for name in names if name not in said]):
+        last = _round(path, lesson, limits, variant, [*skip, *said])
+        said |= last.said
+        if not last.lasting or not (waiting := [name for name in names if name not in said]):
             break
-        if round.at in waiting:
-            said[round.at] = [*round.rest, 0.0, 0.0]
-        elif round.at and "cells" not in skip:
-            cells = sum(one.isdecimal() for one in skip)
-            slow = round.rest[0] == "timed out" and not round.silent
-            many = cells >= HOPELESS or slow
-            skip.append("cells" if many else round.at)
-        elif round.at and round.at not in skip:
-            skip.append(round.at)
+        if last.at in waiting:
+            said[last.at] = [*last.rest, 0.0, 0.0]
+        elif not last.at or last.at in skip:
+            break
+        elif "cells" in skip:
+            skip.append(last.at)
         else:
-            break
-    return Judged(said, round.rest, round.held, round.texts, round.odd, round.prints)
+            slow = last.rest[0] == "timed out" and not last.silent
+            skip.append("cells" if slow or len(skip) == HOPELESS else last.at)
+    return Judged(said, last.rest, last.held, last.texts, last.odd, last.prints)
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,7 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
     elif stopped == "disk":
         rest = ["crashed", "the notebook wrote more than 1 GiB, or a quarter of the free disk"]
     # Whoever killed it from outside was not the notebook, whose process is the first of its own.
-    elif full or ended == TROUBLE or "held" not in parts or ended in (-signal.SIGKILL, 137):
+    elif full or ended == TROUBLE or "held" not in parts or ended in KILLED:
         why = "the disk is full" if full else f"its process ended with {ended}. {last}"
         rest = failed(why).rest
     else:

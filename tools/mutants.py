@@ -156,7 +156,7 @@ tools/grade.py: gradebook grade
     maximum * rules.share(days) * share → maximum * share
     if rules.partial and outcome → if outcome
     if found.lasting: → if True:
-    said[round.at] = [*round.rest, 0.0, 0.0] → break
+    said[last.at] = [*last.rest, 0.0, 0.0] → break
     elif full or ended == TROUBLE → elif full
     rank < self._ranks[key]: → rank > self._ranks[key]:
 tools/gradebook.py: gradebook submissions
