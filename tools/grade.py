@@ -540,7 +540,7 @@ class Class:
     def remarks(self) -> list[str]:
         """Return what whoever marks should look at, in sentences."""
         held = [set(found.held) for found in self.judged.values() if found.held]
-        remarks = [guards(set.intersection(*held) if held else ())]
+        remarks = [guards(set.intersection(*held))] if held else []
         if self.lost:
             lost = ", ".join(sorted(self.lost))
             remarks.append(f"Not marked, by a fault that is not theirs: {lost}. Mark again.")
