@@ -43,9 +43,11 @@ from dataclasses import asdict, astuple, dataclass, field, fields
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
+from course import locked
 from peft_lessons.data import limits as machine
 from tools import gradebook, notebooks
 from tools.environment import ROOT, offline_environment
@@ -423,7 +425,6 @@ def remembered(
     found = judge(one.path, one.lesson, limits, variant)
     if found.lasting:
         with suppress(OSError):  # then it is marked again another time
-            file.parent.mkdir(exist_ok=True)
             write_file(file, json.dumps(asdict(found)))
     return found
 
@@ -662,11 +663,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         given.people = read_roster(given.roster) if given.roster else []
         given.rules = gradebook.read_rules(given.rules) if given.rules else Rules()
         gradebook.refuse_columns(given.rules, given.people)
+        given.found = Found()
+        if given.folder.is_dir():
+            given.lock = lock_of(given.folder)
+            given.found = handed_in(given.folder, given.folder / MARKED)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    given.found = Found()
-    if given.folder.is_dir():
-        given.found = handed_in(given.folder, given.folder / MARKED)
     chosen = tuple(given.lesson) or ""
     given.found.handed = [one for one in given.found.handed if one.lesson.startswith(chosen)]
     if not given.found.handed:
@@ -675,6 +677,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             "in a student's folder or after a student's name"
         )
     return given
+
+
+def lock_of(folder: Path) -> BinaryIO:
+    """Return a file that is locked until it is closed, which the end of the process does, too.
+
+    Raises ValueError while another command marks the folder."""
+    (folder / MARKED).mkdir(exist_ok=True)
+    lock = (folder / MARKED / "lock").open("ab")
+    if not locked(lock):
+        lock.close()
+        raise ValueError(f"another command marks {folder} just now: wait until it is done")
+    return lock
 
 
 def refuse_open(folder: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_fault_of_the_marking_is_told_costs_nothing_and_is_forgotten(instead, 
     path = tmp_path / f"{LESSON}.ipynb"
     one = Handed("ann", LESSON, path, None, 0, path.name)
     found = grade.remembered(one, "ann", tmp_path, grade.Limits(total=30), "", False)
-    assert not found.lasting and not (tmp_path / grade.MARKED).exists()
+    assert not found.lasting and not list((tmp_path / grade.MARKED).glob("*.json"))
     group = grade.Class(tmp_path, [], Rules(), [("ann", one)], [])
     group.add("ann", one, 0, found)
     assert group.write() == [] and "that is not theirs: ann (" in " ".join(group.remarks())
@@ -337,7 +337,8 @@ def test_an_interruption_ends_what_runs_and_remembers_nothing_of_it(tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         grade.main([str(tmp_path)])
     assert time.monotonic() - started < 30
-    assert (tmp_path / "grades.html").exists() and not (tmp_path / grade.MARKED).exists()
+    assert (tmp_path / "grades.html").exists()
+    assert not list((tmp_path / grade.MARKED).glob("*.json"))
     assert not grade.INTERRUPTED.is_set()
 
 
@@ -596,6 +597,16 @@ def test_a_folder_without_notebooks_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         grade.main([str(tmp_path)])
     assert "02_lora.ipynb" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_mark_one_folder_at_once(tmp_path, capsys):
+    (tmp_path / "ann_02_lora.ipynb").touch()
+    given = grade.parse([str(tmp_path)])
+    with pytest.raises(SystemExit):
+        grade.parse([str(tmp_path)])
+    given.lock.close()
+    grade.parse([str(tmp_path)]).lock.close()
+    assert f"another command marks {tmp_path} just now" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys, monkeypatch):
