@@ -39,7 +39,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -73,12 +73,14 @@ INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 INHERITED += ("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT")
 OWN_FOLDER = ("HOME", "TMPDIR", "IPYTHONDIR", "MPLCONFIGDIR")
 OWN_FOLDER += ("USERPROFILE", "APPDATA", "LOCALAPPDATA", "TEMP", "TMP")
-MOST_SAID = 1_000_000  # bytes of marks that a notebook's process may send
+MOST_SAID = 4_000_000  # bytes of marks that a notebook's process may send
 LOOK = 0.2  # seconds between two looks at a notebook's process
 WRITTEN = 2**30  # bytes that a notebook may write, unless the disk has less than four times that
-KILLED = -9, 137  # the status of a process that is killed, as the system or unshare says it
+KILLED = -9  # the status of a process that is killed
+DEEPEST = 100  # folders below each other: there is no room in a path for many more
+ROUNDS = 3  # times the limit of a notebook that all its processes may take together
 LEAST = 2**24  # bytes without which nobody can write a mark
-HOPELESS = 3  # cells that end the process, after which nothing is run but what defines something
+HOPELESS = 3  # cells that end the process: then nothing is run but what defines something
 EACH = 2  # GiB that one notebook may well take: so many run at once as have that
 MARKED = ".marked"
 MOST_ALIKE = 20  # pairs of a lesson that the page names
@@ -130,12 +132,22 @@ def namespaces() -> tuple[str, ...]:
     """The command that starts another without network, whose processes all end with it."""
     if sys.platform != "linux":
         return ()
-    command = ("unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
+    command = ("unshare", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")
     # With a /proc of its own it sees no other process either; some containers refuse that.
     for one in ((*command, "--mount-proc"), command):
         with suppress(OSError, subprocess.TimeoutExpired):
             if subprocess.run([*one, "true"], capture_output=True, timeout=10).returncode == 0:
                 return one
+    return ()
+
+
+@cache
+def with_us() -> tuple[str, ...]:
+    """The command that starts another which ends with this process, also where that is killed."""
+    command = ("setpriv", "--pdeathsig", "KILL")
+    with suppress(OSError, subprocess.TimeoutExpired):
+        if subprocess.run([*command, "true"], capture_output=True, timeout=10).returncode == 0:
+            return command
     return ()
 
 
@@ -147,7 +159,7 @@ def guards(held: Iterable[str]) -> str:
     kinds = ["time", "memory", *(["size of files"] if "file size" in held else [])]
     watched = "" if "memory" in held else " Memory was watched, not limited by the system."
     limited = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
-    free = "" if namespaces() or "signals" in held else " A notebook could end the marking."
+    free = "" if namespaces() else " A notebook could end the marking."
     return f"Each notebook ran {network}, {files}, with limits of {limited}.{watched}{free}"
 
 
@@ -174,14 +186,23 @@ def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
     """Judge a notebook by as many processes as it takes: what one hangs at, or dies of, the next
     one leaves out."""
     names, said, skip, last = notebooks.exercises(lesson), {}, [], None
-    for _ in range(len(names) + HOPELESS + 2):
+    end, lost = time.monotonic() + ROUNDS * limits.total, set()
+    while time.monotonic() < end:
         last = _round(path, lesson, limits, variant, [*skip, *said])
         said |= last.said
-        if not last.lasting or not (waiting := [name for name in names if name not in said]):
+        if not (waiting := [name for name in names if name not in said]):
             break
+        if not last.lasting:
+            if last.full or not last.at:
+                break
+            if last.at not in lost:
+                lost.add(last.at)
+                continue
+            # What ends so twice at one place ends itself, whatever it says of a full disk.
+            last = replace(last, rest=["crashed", "here the notebook's process ended twice"])
         if last.at in waiting:
             said[last.at] = [*last.rest, 0.0, 0.0]
-        elif not last.at or last.at in skip:
+        elif not last.at or last.at in skip or len(skip) > 2 * HOPELESS:
             break
         elif "cells" in skip:
             skip.append(last.at)
@@ -194,10 +215,11 @@ def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
 @dataclass(frozen=True)
 class Round(Judged):
     """What one process said of a notebook; `at` is the cell or the exercise at which it ended, and
-    `silent` whether it hung there."""
+    `silent` whether it hung there, `full` whether the disk was."""
 
     at: str = ""
     silent: bool = False
+    full: bool = False
 
 
 def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence[str]) -> Round:
@@ -213,7 +235,7 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
         told = (copied, lesson, limits.seconds, limits.memory, variant, ",".join(skip))
         others = children() if adopts() else None
         process = subprocess.Popen(
-            [*namespaces(), sys.executable, "-m", "tools.grade_one", *map(str, told)],
+            [*with_us(), *namespaces(), sys.executable, "-m", "tools.grade_one", *map(str, told)],
             stdin=subprocess.PIPE,
             stdout=marks,
             stderr=errors,
@@ -247,12 +269,14 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
     elif stopped == "disk":
         rest = ["crashed", "the notebook wrote more than 1 GiB, or a quarter of the free disk"]
     # Whoever killed it from outside was not the notebook, whose process is the first of its own.
-    elif full or ended == TROUBLE or "held" not in parts or ended in KILLED:
+    elif full or ended in (TROUBLE, KILLED) or "held" not in parts:
         why = "the disk is full" if full else f"its process ended with {ended}. {last}"
         rest = failed(why).rest
     else:
         rest = ["crashed", f"the notebook's process ended with {ended}. {last}"]
-    return Round(said, rest, **parts, at=at, silent=stopped == "silence")
+    if os.path.exists(place):  # folders deeper than Python removes
+        subprocess.run(["rm", "-rf", place], capture_output=True)
+    return Round(said, rest, **parts, at=at, silent=stopped == "silence", full=full)
 
 
 def heard(lines: Iterable[str], word: str) -> tuple[dict[str, list], dict, str]:
@@ -311,8 +335,11 @@ def watched(process: subprocess.Popen, limits: Limits, place: Path) -> str:
 def written_by(pid: int, place: Path) -> int:
     """Return the bytes of the files below a folder, and on Linux those of files that a process
     keeps open after it has removed them."""
-    taken = 0
-    for here, _, files in os.walk(place):
+    taken, top = 0, len(place.parts)
+    for here, folders, files in os.walk(place):
+        if len(Path(here).parts) - top > DEEPEST:
+            return sys.maxsize  # nobody has so many by accident, and below them all can be hidden
+        taken += 4096 * len(folders)
         for name in files:
             with suppress(OSError):
                 found = os.lstat(os.path.join(here, name))
@@ -670,6 +697,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     chosen = tuple(given.lesson) or ""
+    if not given.folder.is_dir():
+        parser.error(f"there is no folder {given.folder}")
+    if unknown := [c for c in chosen if not any(m.startswith(c) for m in notebooks.MODULES)]:
+        parser.error(f"no lesson starts with {unknown[0]}: write two digits, such as 02")
     given.found.handed = [one for one in given.found.handed if one.lesson.startswith(chosen)]
     if not given.found.handed:
         parser.error(
@@ -753,6 +784,11 @@ def remarks_on(given: argparse.Namespace, pairs: Sequence[tuple[str, Handed]]) -
         names = ", ".join(given.found.untimed)
         notes.append(f"git names no commit, so the time of the file counts: {names}.")
     known = {student for student, _ in pairs} | {person.id for person in given.people}
+    for student, points in given.rules.override.items():
+        for exercise, value in points.items():
+            most = max(given.rules.maxima(m).get(exercise, 0) for m in notebooks.MODULES)
+            if value > most:
+                notes.append(f"The rules set {value:g} points of {most:g}: {student}, {exercise}.")
     for what, named in (
         ("extend the time", given.rules.extensions),
         ("set points", given.rules.override),

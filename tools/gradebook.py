@@ -20,6 +20,7 @@ from pathlib import Path
 from tools import notebooks
 from tools.submissions import (
     CANVAS_ONLY,
+    LATEST,
     MAXIMA,
     MOODLE,
     Handed,
@@ -97,7 +98,8 @@ class Rules:
         days = int(bool(one.late) and not self.extensions.get(student))
         if one.late is None and one.lesson in self.due:
             due = self.due[one.lesson] + self.extensions.get(student, 0) * DAY
-            handed = datetime.fromtimestamp(one.seconds, due.tzinfo)
+            seconds = min(max(0.0, one.seconds), LATEST)  # a file may have any time
+            handed = datetime.fromtimestamp(seconds, due.tzinfo)
             days = max(0, math.ceil((handed - due) / DAY))
         return days
 

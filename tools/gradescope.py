@@ -22,7 +22,7 @@ from tools import grade, notebooks
 from tools.environment import ROOT
 from tools.gradebook import Rules, read_rules, tidy, unmarked, write_file
 from tools.release import COPIED, LITTER
-from tools.submissions import Handed
+from tools.submissions import Handed, is_hidden
 
 AUTOGRADER = ROOT / "docs" / "gradescope"
 RULES = "rules.toml"
@@ -58,11 +58,16 @@ def archive(lesson: str, rules: Path | None, place: Path) -> Path:
 
 def submitted(folder: Path, lesson: str) -> Path | None:
     """Return the notebook of a submission: the one of the lesson's name, or else the only one, and
-    no hidden file, as a Mac's notes or Jupyter's checkpoints are."""
-    found = [p for p in folder.rglob("*.ipynb") if "/." not in f"/{p.relative_to(folder)}"]
-    named = [path for path in found if lesson in path.stem]
+    no hidden file, as a Mac's notes, Jupyter's checkpoints, or what was there before an update."""
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() == ".ipynb"
+        and not any(map(is_hidden, path.relative_to(folder).parts))
+    ]
+    named = [path for path in found if lesson in path.stem.lower()]
     only = found[0] if len(found) == 1 else None
-    return max(named, key=lambda p: (p.stem == lesson, p.lstat().st_mtime), default=only)
+    return max(named, key=lambda p: (p.stem.lower() == lesson, p.lstat().st_mtime), default=only)
 
 
 def results(folder: Path, lesson: str, rules: Rules) -> dict:

@@ -157,7 +157,9 @@ tools/grade.py: gradebook grade
     if rules.partial and outcome → if outcome
     if found.lasting: → if True:
     said[last.at] = [*last.rest, 0.0, 0.0] → break
-    elif full or ended == TROUBLE → elif full
+    elif full or ended in (TROUBLE, KILLED) → elif full
+    lost.add(last.at) → pass
+    len(Path(here).parts) - top > DEEPEST → False
     rank < self._ranks[key]: → rank > self._ranks[key]:
 tools/gradebook.py: gradebook submissions
     days = int(bool(one.late) → days = int(bool(0)
@@ -172,7 +174,9 @@ tools/submissions.py: submissions
     return fit[0] if len(fit) == 1 else None → return fit[0]
     re.S | re.I) → re.S)
     part not in ("/", "..") → part
-    return float(said.stdout) → pass
+    if 0 < (seconds := float(said.stdout)) < LATEST: → if seconds := float(said.stdout):
+    if len(by_id) == 1 else None → if len(by_id) == 1 else people[0]
+    if len(whose_) > 1] → if len(whose_) > 9]
 tools/grade_one.py: grade
     .draw_variant(variant) → .draw_variant(0)
     with suppress(ValueError, OSError, AttributeError): → if True:
@@ -180,8 +184,8 @@ tools/grade_one.py: grade
     package.check = package.checks = nothing → pass
     if (ours and {"long", "check"} & kinds) or → if ({"long", "check"} & kinds) or
     if not ours or (stub and name not in ran.answers): → if True:
-    sys.modules.pop("__mp_main__", None) → pass
-    if "long" in kinds or ("cells" in skip → if ("cells" in skip
+    cell.get("id") not in lesson.long and ( → (
+    if again[0] == "right": → if False:
 peft_lessons/checks/kit.py: kit
     return 0.75 → return 1.0
     len(shares) * (1.0 if self.staged else 0.5) → len(shares)

@@ -80,7 +80,7 @@ def read(path: Path) -> NotebookNode:
 
 
 def tags(cell: NotebookNode) -> list[str]:
-    return cell.metadata.get("tags", [])
+    return cell.metadata.get("tags") or []
 
 
 def code_cells(nb: NotebookNode) -> list[NotebookNode]:

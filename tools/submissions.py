@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import unicodedata
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -42,12 +41,15 @@ IDS = ("id", "student id", "sis user id", "id number", "idnumber", "identifier",
 IDS += ("login", "sis login id", "email", "email address", "e-mail", "name", "student", "full name")
 NAMES = ("name", "student", "full name", "full_name")
 FIRST, LAST = ("first name", "first_name", "given name"), ("last name", "last_name", "surname")
+# Columns that name a group, and cells such as 8.5, which are points unless the column is an id's.
+SHARED = {"section", "sections", "group", "groups", "class", "course", "team", "root account"}
+NUMBER = re.compile(r"[\d.,]{1,5}")
 MAXIMA = "points possible"  # the first cell of the second row of Canvas's gradebook
 CANVAS_ONLY = {"sis user id", "sis login id"}
 
 
 LARGEST = 20_000_000  # bytes of a notebook
-MOST_FILES = 2000  # in a ZIP file that is opened
+MOST_UNPACKED = 100_000_000  # bytes of the notebooks in a ZIP file
 UNPACKED = "unpacked"  # in the folder of what is remembered
 
 
@@ -121,13 +123,19 @@ def handed_in(folder: Path, remembered: Path | None = None) -> Found:
     lesson, in order, and what is passed over.
 
     A copy such as 02_lora (1) or my_02_lora counts only where the student handed in no 02_lora.
-    ZIP files are unpacked below `remembered`, and passed over without it."""
+    ZIP files are unpacked below `remembered`, and passed over without it. Raises ValueError where a
+    folder holds what several students handed in, by a platform's words."""
     found, ranked = Found(), defaultdict(list)
     unpacked = remembered / UNPACKED if remembered else None
     if unpacked:
         shutil.rmtree(unpacked, ignore_errors=True)
+    several: dict[str, set[str]] = defaultdict(set)
     for path, inside, seconds in _files(folder, found, unpacked):
         first, *inner = inside.parts
+        if inner and not _zipped(first):
+            words = inside.stem if len(inner) == 1 else inner[0]
+            if mark := MOODLE.match(words) or (len(inner) == 1 and canvas(words)):
+                several[first].add(f"{mark['name']}_{mark['id']}")
         match = NAME.fullmatch(inside.stem)
         prefix, lesson, attempt, copy = match.groups() if match else (None,) * 4
         # A ZIP file beside the folders has a platform's words before it, and no folder's name.
@@ -150,8 +158,13 @@ def handed_in(folder: Path, remembered: Path | None = None) -> Found:
         # Of a platform's attempts the number says which is the last, whatever unpacking did.
         rank = (not copy and not (inner and prefix), number, seconds)
         ranked[whose(who) if platform else first, lesson.lower()].append((rank, one))
-    for key, several in ranked.items():
-        ordered = sorted(several, key=lambda pair: (pair[0], pair[1].name), reverse=True)
+    if crowded := [name for name, whose_ in several.items() if len(whose_) > 1]:
+        raise ValueError(
+            f"{folder / crowded[0]} holds what several students handed in, and is taken for one "
+            f"student's folder: mark this folder itself, or move what is in it to {folder}"
+        )
+    for key, group in ranked.items():
+        ordered = sorted(group, key=lambda pair: (pair[0], pair[1].name), reverse=True)
         found.attempts[key] = [one for _, one in ordered]
         (_, newest), *older = ordered
         found.handed.append(newest)
@@ -166,11 +179,11 @@ def without_lesson(folder: Path, found: Found) -> list[str]:
     """Return the names of the folders, one for each student, in which no notebook counts."""
     counted = {PurePosixPath(one.name).parts[0] for one in found.handed}
     kept = {"feedback"} | counted
-    names = (path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+    names = (path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     return sorted(name for name in names if name not in kept)
 
 
-def _hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Return whether a name is that of Jupyter's checkpoints, of what a student had before a
     corrected lesson, or of a Mac's notes."""
     return name.startswith((".", "before-update", "__MACOSX"))
@@ -193,11 +206,11 @@ def _files(
         passed.append(Passed(name, told, name.partition("/")[0]))
 
     for here, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not _hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for name in sorted(folders + files):
             path = Path(here, name)
             inside = PurePosixPath(path.relative_to(folder).as_posix())
-            if _hidden(name):
+            if is_hidden(name):
                 continue
             if name.lower().endswith(".ipynb"):
                 with suppress(OSError):  # it is gone
@@ -219,25 +232,30 @@ def _of_zip(
     who = PurePosixPath(first).stem if len(inside.parts) == 1 else first
     digest = hashlib.sha256(str(inside).encode(errors="surrogateescape")).hexdigest()[:16]
     try:
-        seconds = path.stat().st_mtime
+        seconds, room = path.stat().st_mtime, MOST_UNPACKED
         with zipfile.ZipFile(path) as archive:
-            for number, info in enumerate(archive.infolist()[:MOST_FILES]):
+            for number, info in enumerate(archive.infolist()):
                 parts = PurePosixPath(info.filename.replace("\\", "/")).parts
                 name = inside.joinpath(*(part for part in parts if part not in ("/", "..")))
                 if info.is_dir() or not name.name.lower().endswith(".ipynb"):
                     continue
-                if any(_hidden(part) for part in name.parts):
+                if any(is_hidden(part) for part in name.parts):
                     continue
                 target = unpacked / digest / f"{number}.ipynb"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(info) as source:
-                    target.write_bytes(source.read(LARGEST + 1))  # judged as too large
+                if NAME.fullmatch(name.stem):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(info) as source:
+                        content = source.read(LARGEST + 1)  # judged as too large
+                    if (room := room - len(content)) < 0:
+                        raise ValueError(f"more than {MOST_UNPACKED // 10**6} MB of notebooks")
+                    target.write_bytes(content)
                 yield target, name, seconds
-    except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        told = f"the ZIP file cannot be opened: {type(error).__name__}"
+    except Exception as error:  # a damaged file can raise what it likes
+        told = f"the ZIP file cannot be opened: {type(error).__name__}: {error}"
         passed.append(Passed(str(inside), told, who))
 
 
+LATEST = 4e9  # seconds of a time that is none, after the year 2096
 # What a repository's own settings could make git run is switched off.
 GIT = ("git", "--no-pager", "-c", "log.showSignature=false", "-c", "core.fsmonitor=false")
 GIT += ("-c", "protocol.allow=never", "-c", "core.sshCommand=false", "-c", "core.hooksPath=")
@@ -258,7 +276,8 @@ def _handed_at(path: Path, folder: Path, untimed: list[str]) -> float:
                 timeout=30,
                 env=os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"},
             )
-            return float(said.stdout)
+            if 0 < (seconds := float(said.stdout)) < LATEST:
+                return seconds
         untimed.append(path.relative_to(folder).as_posix())
     return path.lstat().st_mtime
 
@@ -301,7 +320,7 @@ def read_roster(path: Path) -> list[Person]:
     worksheet, or a table of your own with a column id, e-mail or name.
 
     Raises ValueError if it has no such column, or one id twice."""
-    text = read_text(path)
+    text = re.sub(r"\A(?:\s*\n|sep=.\r?\n)*", "", read_text(path))  # Excel's own first line
     head = text.partition("\n")[0]
     comma = max(",;\t", key=head.count)
     people, seen = [], set()
@@ -312,7 +331,11 @@ def read_roster(path: Path) -> list[Person]:
             f"{path}: no column of the roster is called id, email or name; rename the columns if "
             "they are in another language"
         )
-    for row in rows:
+    try:
+        found = list(rows)
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}") from None
+    for row in found:
         row = {name: (cell or "").strip() for name, cell in row.items() if name is not None}
 
         def cell(names: Iterable[str], row=row) -> str:
@@ -343,15 +366,15 @@ def owner(who: str, people: list[Person]) -> Person | None:
         rows = [(person, _lower(person)) for person in people]
         rows = [(person, row) for person, row in rows if row.keys() & CANVAS_ONLY]
         by_id = [person for person, row in rows if row.get("id") == mark["id"]]
-        if len(by_id) == 1:
-            return by_id[0]
+        if rows:  # then the number decides: another with the same name may be in another section
+            return by_id[0] if len(by_id) == 1 else None
     word = (mark or moodle)["name"] if mark or moodle else who
-    tests = [lambda p: word in p.row.values(), lambda p: squeezed(word) in _words(p)]
+    tests = [lambda p: word in _cells(p), lambda p: squeezed(word) in _words(p)]
     if moodle:
         number = f"participant {moodle['id']}"
         tests.insert(0, lambda p: number in map(str.casefold, p.row.values()))
     if not mark and not moodle:
-        tests.append(lambda p: any(c and word.endswith(f"-{c}") for c in p.row.values()))
+        tests.append(lambda p: any(c and word.endswith(f"-{c}") for c in _cells(p)))
     for test in tests:
         fit = [person for person in people if test(person)]
         if fit:
@@ -363,9 +386,16 @@ def _lower(person: Person) -> dict[str, str]:
     return {name.strip().casefold(): cell for name, cell in person.row.items()}
 
 
+def _cells(person: Person) -> list[str]:
+    """Return the cells that may name a person: not the section, nor points."""
+    cells = _lower(person)
+    named = {n: c for n, c in cells.items() if n not in SHARED and not NUMBER.fullmatch(c)}
+    return [*named.values(), *(cells[name] for name in cells.keys() - named.keys() if name in IDS)]
+
+
 def _words(person: Person) -> set[str]:
     """Return the squeezed cells of a row, and the name with its parts exchanged."""
     parts = re.split(r",\s*|\s+", person.name)
     turned = {squeezed("".join(parts[i:] + parts[:i])) for i in range(len(parts))}
-    cells = set(map(squeezed, person.row.values()))
+    cells = set(map(squeezed, _cells(person)))
     return {word for word in cells | turned if word}

@@ -1,6 +1,7 @@
 """What students hand in is marked by the course's checks, whatever a notebook does."""
 
 import csv
+import hashlib
 import os
 import re
 import signal
@@ -165,6 +166,29 @@ def test_a_fault_of_the_marking_is_told_costs_nothing_and_is_forgotten(instead, 
     assert gradebook.wide(group.everyone(), []).splitlines()[1] == "ann,,,,1"
 
 
+def test_who_ends_twice_at_one_place_ends_himself(instead):
+    told = ("crashed", "here the notebook's process ended twice")
+    answer = f"say('at', {EXERCISE!r})\nos._exit({grade_one.TROUBLE})"
+    assert instead(f"{SPEAKS}\n{answer}")[0] == told
+
+
+def test_a_notebook_ends_with_the_marking(instead, tmp_path):
+    if not grade.with_us():
+        pytest.skip("this system has no setpriv")
+    process = [*grade.with_us(), *grade.namespaces(), "sleep", "60"]
+    script = f"import subprocess, os; print(subprocess.Popen({process}).pid, flush=True); input()"
+    marker = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    child = psutil.Process(int(marker.stdout.readline()))
+    time.sleep(0.3)
+    family = [child, *child.children(recursive=True)]
+    marker.kill()
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not left
+    marker.communicate()
+
+
 def test_a_process_that_is_killed_from_outside_is_no_fault_of_the_notebook(instead):
     killer = threading.Timer(1, lambda: [p.kill() for p in psutil.Process().children(True)])
     killer.start()
@@ -211,6 +235,8 @@ def test_a_notebook_cannot_fill_the_disk(instead, monkeypatch):
     monkeypatch.setattr(grade, "WRITTEN", 2**24)
     told = ("crashed", "the notebook wrote more than 1 GiB, or a quarter of the free disk")
     writes = "file = open('more', 'wb'); file.write(bytes(2**25)); file.flush()"
+    deep = "for _ in range(150): os.mkdir('d'); os.chdir('d')"
+    assert instead(f"{SPEAKS}\n{deep}\ntime.sleep(20)")[0] == told
     for removes in ("", "os.remove('more')"):  # such a file takes room, too
         assert instead(f"{SPEAKS}\n{writes}\n{removes}\ntime.sleep(20)")[0] == told
     monkeypatch.setattr(grade.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
@@ -414,20 +440,24 @@ def outcome_of(monkeypatch):
     before = signal.signal(signal.SIGALRM, grade_one._alarm)
     shell = grade_one.new_shell()
 
-    lesson = grade_one.Lesson(notebooks.read(notebooks.NOTEBOOKS / f"{LESSON}.ipynb"))
+    lesson = grade_one.Lesson(LESSON, notebooks.read(notebooks.NOTEBOOKS / f"{LESSON}.ipynb"))
+    lesson.long.add("long")
 
     def outcome(*sources, seconds=9, skip=()):
         sources = [
             one if isinstance(one, tuple) else (one, ()) for one in ("import torch", *sources)
         ]
         cells = [
-            nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)})
-            for source, tags in sources
+            nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)}, id=f"cell-{number}")
+            for number, (source, tags) in enumerate(sources)
         ]
+        for cell in cells:
+            if "long" in cell.metadata.tags:
+                cell.id = "long"
         nb = nbformat.v4.new_notebook(cells=cells)
         ran = grade_one.run(nb, lesson, shell, seconds, skip=skip)
-        one, answer = getattr(check.start, EXERCISE), ran.answers.get(EXERCISE)
-        return grade_one.judged(one, answer, seconds, ran.failed.get(EXERCISE))
+        one = getattr(check.start, EXERCISE)
+        return grade_one.judged_answer(one, ran, EXERCISE, seconds)
 
     yield outcome
     InteractiveShell.clear_instance()
@@ -484,24 +514,34 @@ STUB = next(
 )
 CHECK = f"check.start.{EXERCISE}({EXERCISE})"
 SQUARES = "def squares(weight):\n    return (weight * weight).sum(dim=1)"
+EARLIER = f"# Of an earlier copy of the lesson\n{RIGHT}"
+AS_T = f"def {EXERCISE}(weight):\n    return t.linalg.norm(weight, dim=1)"
 BY_SQUARES = f"def {EXERCISE}(weight):\n    return squares(weight).sqrt()"
 
 
 @pytest.mark.parametrize(
     ("cells", "outcome"),
     [
-        ([WRONG, (RIGHT, ["plumbing"])], "wrong"),  # of an earlier copy of the lesson
-        ([STUB, (RIGHT, ["plumbing"])], "not attempted"),
+        ([WRONG, EARLIER], "wrong"),
+        ([STUB, EARLIER], "not attempted"),
+        ([STUB, (RIGHT, ["plumbing"])], "right"),  # a copy of a cell has its tags
         ([(f"{RIGHT}\n{CHECK}", ["check"])], "right"),
         ([BY_SQUARES, (f"{SQUARES}\n{CHECK}", ["check"])], "right"),
-        ([(f"{RIGHT}\n{ENDLESS}", ["long"])], "right"),  # of a long cell what it defines
+        ([(f"{RIGHT}\nglobals().pop({EXERCISE!r})", ["long"])], "right"),  # what it defines
+        ([BY_SQUARES, SQUARES, CHECK, "squares = None"], "right"),  # as it was at its check
+        (["import math\nfrom google.colab import drive\nimport torch as t", AS_T], "right"),
+        (["%matplotlib inline\n!true\nimport torch as t", AS_T], "right"),
+        ([f"{RIGHT}\n{EXERCISE}.__module__ = 'peft_lessons'"], "right"),
+        ([f"from peft_lessons import evaluate as {EXERCISE}"], "not attempted"),
         ([RIGHT, (STUB, ["exercise"])], "right"),  # as an update leaves it
         ([RIGHT, WRONG], "wrong"),
         ([f"{EXERCISE} = None", RIGHT], "right"),
     ],
 )
-def test_an_answer_is_what_stands_in_the_students_cells(cells, outcome, outcome_of):
+def test_an_answer_is_what_stands_in_the_students_cells(cells, outcome, outcome_of, monkeypatch):
     cells = [(cell, ["exercise"]) if isinstance(cell, str) else cell for cell in cells]
+    digest = hashlib.sha256(EARLIER.encode()).hexdigest()[:16]
+    monkeypatch.setattr(grade_one, "EARLIER", {digest})
     assert outcome_of("check = None", *cells)[0] == outcome
 
 
@@ -516,7 +556,8 @@ def test_where_cells_hang_only_what_they_define_is_run(outcome_of):
 
 
 def test_a_wrong_answer_earns_nothing_for_what_stood_in_the_exercise():
-    lesson = grade_one.Lesson(notebooks.read(notebooks.NOTEBOOKS / "15_assistant.ipynb"))
+    stem = "15_assistant"
+    lesson = grade_one.Lesson(stem, notebooks.read(notebooks.NOTEBOOKS / f"{stem}.ipynb"))
     stub, name = lesson.stubs["preference_step"], "preference_step"
     space = {}
     exec(
@@ -549,7 +590,8 @@ def notebook(*sources):
 
 @pytest.fixture(scope="module")
 def lora():
-    return grade_one.Lesson(notebooks.read(notebooks.NOTEBOOKS / "02_lora.ipynb"))
+    stem = "02_lora"
+    return grade_one.Lesson(stem, notebooks.read(notebooks.NOTEBOOKS / f"{stem}.ipynb"))
 
 
 def test_cells_that_an_answer_has_no_business_with_are_named(lora):
@@ -597,6 +639,17 @@ def test_a_folder_without_notebooks_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         grade.main([str(tmp_path)])
     assert "02_lora.ipynb" in capsys.readouterr().err
+
+
+def test_a_lesson_that_is_none_is_named(tmp_path, capsys):
+    (tmp_path / "ann_02_lora.ipynb").touch()
+    for given, told in (
+        ([str(tmp_path), "--lesson", "2"], "no lesson starts with 2: write two digits"),
+        ([str(tmp_path / "no")], "there is no folder"),
+    ):
+        with pytest.raises(SystemExit):
+            grade.parse(given)
+        assert told in capsys.readouterr().err
 
 
 def test_two_commands_do_not_mark_one_folder_at_once(tmp_path, capsys):

@@ -94,6 +94,9 @@ def test_points_that_are_set_by_hand_count_whatever_came_out(tmp_path):
     given = argparse.Namespace(folder=tmp_path, people=[], rules=rules)
     given.found = submissions.handed_in(tmp_path)
     assert "set points of nobody here: 7." in grade.remarks_on(given, [("ann", one)])[-1]
+    given.rules = Rules(override={"7": {exercise: 50}})
+    told = "The rules set 50 points of 1: 7, merge_lora."
+    assert told in grade.remarks_on(given, [("ann", one)])
 
 
 def test_a_part_of_the_points_is_given_only_if_the_rules_say_so(tmp_path):

@@ -86,15 +86,41 @@ def test_a_name_in_capitals_a_word_before_it_and_a_zip_file_are_found(tmp_path):
     assert all(one.path.is_relative_to(tmp_path) for one in found.handed)
     told = {one.name: (one.why, one.who) for one in found.passed}
     no_lesson = "its name contains the name of no lesson"
+    broken = "the ZIP file cannot be opened: BadZipFile"
     assert told == {
         "all of them.zip": (
             "a ZIP file is opened in a student's folder, or with a platform's name", ""
         ),
         "c/lora_final.ipynb": (no_lesson, "c"),
         "d/hw.zip/hw/mine.ipynb": (no_lesson, "d"),
-        "e/broken.zip": ("the ZIP file cannot be opened: BadZipFile", "e"),
+        "e/broken.zip": (f"{broken}: File is not a zip file", "e"),
     }  # fmt: skip
     assert submissions.without_lesson(tmp_path, found) == ["c", "e"]
+
+
+def test_a_damaged_or_a_huge_zip_file_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(submissions, "MOST_UNPACKED", 3)
+    zipped(tmp_path / "a" / "hw.zip", *(f"{n}/02_lora.ipynb" for n in range(9)))
+    with zipfile.ZipFile(tmp_path / "a" / "lzma.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("03_qlora.ipynb", "".join(map(str, range(999))))
+    content = (tmp_path / "a" / "lzma.zip").read_bytes()
+    (tmp_path / "a" / "lzma.zip").write_bytes(content[:60] + b"\xff" * 9 + content[69:])
+    found = submissions.handed_in(tmp_path, tmp_path / ".marked")
+    assert [one.name for one in found.handed] == ["a/hw.zip/0/02_lora.ipynb"]
+    told = {one.name: one.why for one in found.passed}
+    assert told["a/hw.zip"].endswith("ValueError: more than 0 MB of notebooks")
+    assert "cannot be opened: LZMAError" in told["a/lzma.zip"]
+
+
+def test_a_folder_with_a_whole_class_in_it_is_refused(tmp_path):
+    (tmp_path / "hw00").mkdir()
+    for name in ("doe_77_5_02_lora.ipynb", "doe_77_5_02_lora-1.ipynb"):
+        (tmp_path / "hw00" / name).touch()
+    assert len(submissions.handed_in(tmp_path).handed) == 1, "one student, twice"
+    (tmp_path / "hw00" / "roe_LATE_78_6_02_lora.ipynb").touch()
+    with pytest.raises(ValueError, match="hw00 holds what several students handed in"):
+        submissions.handed_in(tmp_path)
+    assert len(submissions.handed_in(tmp_path / "hw00").handed) == 2
 
 
 def test_a_clone_was_handed_in_when_its_last_commit_was_made(tmp_path):
@@ -116,6 +142,11 @@ def test_a_clone_was_handed_in_when_its_last_commit_was_made(tmp_path):
     noon = datetime(2026, 11, 1, 12, tzinfo=UTC).timestamp()
     assert times == {"02_lora": noon, "03_qlora": 5}, "and of what is not committed, the file's"
     assert found.untimed == ["hw-ann/03_qlora.ipynb"]
+    when["GIT_COMMITTER_DATE"] = "@99999999999999 +0000"
+    for command in (["add", "."], ["-c", "log.showSignature=false", "commit", "-qm", "Late"]):
+        subprocess.run(["git", *command], cwd=repository, env=os.environ | when, check=True)
+    found = submissions.handed_in(tmp_path)
+    assert {one.lesson: one.seconds for one in found.handed}["03_qlora"] == 5, "no such time"
     assert not (tmp_path / "ran").exists()
 
 
@@ -134,10 +165,11 @@ def test_a_row_of_the_roster_is_found(tmp_path):
     assert [person.id for person in people] == ["77", "78"]
     for who, id in {
         "doejane_77_5": "77",
-        "doejane_1_5": "77",  # the number is another's, and the name fits
+        "doejane_1_5": None,  # the number is nobody's: another Jane Doe, of another section
         "doejanet_LATE_78_6": "78",
         "Jane Doe_1234_assignsubmission_file": "77",
         "jadoe": "78",
+        "hw-3": None,  # points, or a section, are nobody's name
         "homework-jdoe": "77",
         "nobody": None,
         "One": None,  # it fits two
