@@ -26,6 +26,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -40,7 +41,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import BinaryIO
@@ -83,9 +85,11 @@ LEAST = 2**24  # bytes without which nobody can write a mark
 HOPELESS = 3  # cells that end the process: then nothing is run but what defines something
 EACH = 2  # GiB that one notebook may well take: so many run at once as have that
 MARKED = ".marked"
+HANDED = re.compile(r"\.(ipynb|zip)$", re.I)
 MOST_ALIKE = 20  # pairs of a lesson that the page names
 OWN_WORDS = 60  # letters of a text that nobody else writes by chance
 INTERRUPTED = threading.Event()
+OWN_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Ctrl+C on Windows is not for it
 RUNNING: set[int] = set()  # the processes of notebooks
 
 
@@ -152,14 +156,15 @@ def with_us() -> tuple[str, ...]:
 
 
 def guards(held: Iterable[str]) -> str:
-    """Return what held the notebooks, as a sentence; `held` is what their processes could set."""
+    """Return what held the notebooks, as a sentence; `held` is what could be set for all of them:
+    "network" says that they ran in namespaces."""
     held = set(held)
-    network = "without network" if namespaces() else "without network for Python code"
+    network = "without network" if "network" in held else "without network for Python code"
     files = "in a folder of its own" if "files" in held else "WITH ALL YOUR FILES IN REACH"
     kinds = ["time", "memory", *(["size of files"] if "file size" in held else [])]
     watched = "" if "memory" in held else " Memory was watched, not limited by the system."
     limited = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
-    free = "" if namespaces() else " A notebook could end the marking."
+    free = "" if "network" in held else " A notebook could end the marking."
     return f"Each notebook ran {network}, {files}, with limits of {limited}.{watched}{free}"
 
 
@@ -186,10 +191,13 @@ def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
     """Judge a notebook by as many processes as it takes: what one hangs at, or dies of, the next
     one leaves out."""
     names, said, skip, last = notebooks.exercises(lesson), {}, [], None
-    end, lost = time.monotonic() + ROUNDS * limits.total, set()
-    while time.monotonic() < end:
-        last = _round(path, lesson, limits, variant, [*skip, *said])
+    end, lost, found = time.monotonic() + ROUNDS * limits.total, set(), Judged({}, [])
+    while (rest := end - time.monotonic()) > 0:
+        now = replace(limits, total=min(limits.total, rest))
+        last = _round(path, lesson, now, variant, [*skip, *said])
         said |= last.said
+        if not found.held:  # the first process that came so far found all there is
+            found = last
         if not (waiting := [name for name in names if name not in said]):
             break
         if not last.lasting:
@@ -209,7 +217,7 @@ def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
         else:
             slow = last.rest[0] == "timed out" and not last.silent
             skip.append("cells" if slow or len(skip) == HOPELESS else last.at)
-    return Judged(said, last.rest, last.held, last.texts, last.odd, last.prints)
+    return Judged(said, last.rest, found.held, found.texts, found.odd, found.prints)
 
 
 @dataclass(frozen=True)
@@ -242,6 +250,7 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
             env=environment(folder),
             cwd=folder,
             start_new_session=True,
+            creationflags=OWN_GROUP,
         )
         RUNNING.add(process.pid)
         stopped = ""
@@ -260,6 +269,8 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 1000))
         last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
     said, parts, at = heard(lines, word)
+    if "held" in parts and namespaces():
+        parts["held"].append("network")
     ended = process.returncode
     if stopped in ("time", "silence"):
         seconds = limits.total if stopped == "time" else quiet(limits)
@@ -274,8 +285,9 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
         rest = failed(why).rest
     else:
         rest = ["crashed", f"the notebook's process ended with {ended}. {last}"]
-    if os.path.exists(place):  # folders deeper than Python removes
-        subprocess.run(["rm", "-rf", place], capture_output=True)
+    with suppress(OSError):  # folders deeper than Python removes
+        if os.path.exists(place):
+            subprocess.run(["rm", "-rf", place], capture_output=True)
     return Round(said, rest, **parts, at=at, silent=stopped == "silence", full=full)
 
 
@@ -300,9 +312,10 @@ def heard(lines: Iterable[str], word: str) -> tuple[dict[str, list], dict, str]:
 
 
 def quiet(limits: Limits) -> float:
-    """Return after how many seconds in which it says nothing a notebook's process hangs: each cell
-    and check ends before, unless it holds the alarm off."""
-    return 2 * limits.seconds + 5
+    """Return after how many seconds in which it says nothing a notebook's process hangs. A cell and
+    what it defines, or a check, the check again and what is earned, end before, unless the notebook
+    holds the alarm off."""
+    return 3 * limits.seconds + 5
 
 
 def watched(process: subprocess.Popen, limits: Limits, place: Path) -> str:
@@ -419,8 +432,10 @@ def course() -> str:
     """Return a hash of all that decides an outcome, besides the notebook itself."""
     digest = hashlib.sha256()
     files = [*ROOT.glob("peft_lessons/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
-    for file in sorted([*files, ROOT / "tools" / "grade_one.py"]):
+    files += [ROOT / "tools" / name for name in ("grade.py", "grade_one.py", "notebooks.py")]
+    for file in sorted(files):
         digest.update(file.read_bytes())
+    digest.update(f"{sys.version} {version('torch')}".encode())
     return digest.hexdigest()
 
 
@@ -450,7 +465,7 @@ def remembered(
         with suppress(OSError, ValueError, TypeError):
             return Judged(**json.loads(file.read_text(encoding="utf-8")))
     found = judge(one.path, one.lesson, limits, variant)
-    if found.lasting:
+    if found.lasting and not INTERRUPTED.is_set():
         with suppress(OSError):  # then it is marked again another time
             write_file(file, json.dumps(asdict(found)))
     return found
@@ -495,17 +510,19 @@ def alike(found: Iterable[tuple[str, str, Judged]]) -> list[str]:
         given = Counter(pair for _, judged in several for pair in judged.prints.items())
         answered = Counter(exercise for _, judged in several for exercise in judged.prints)
         common = {p for p, n in given.items() if n > max(3, answered[p[0]] / 3)}
-        texts = Counter(text for _, judged in several for text in own_words(judged))
+        words_of = {name: own_words(judged) for name, judged in several}
+        texts = Counter(text for found in words_of.values() for text in found)
         pairs = []
         for (name, mine), (other, theirs) in combinations(several, 2):
             both = [e for e in mine.prints if e in theirs.prints]
             equal = [e for e in both if mine.prints[e] == theirs.prints[e]]
             telling = [e for e in equal if (e, mine.prints[e]) not in common]
-            words = {t for t in own_words(mine) & own_words(theirs) if texts[t] <= 3}
+            words = {t for t in words_of[name] & words_of[other] if texts[t] <= 3}
             if words or (len(telling) > 1 and 2 * len(equal) >= len(both)):
                 says = f"{len(equal)} of {len(both)} answers have the same syntax tree"
-                says += f", and {len(words)} texts are the same" if words else ""
-                pairs.append((-len(telling) - len(words), f"{lesson}, {name} and {other}: {says}."))
+                says += f", and {len(words)} of their own texts are the same" if words else ""
+                told = f"{lesson}, {name} and {other}: {says}."
+                pairs.append((-len(telling) - len(words), told))
         notes += [told for _, told in sorted(pairs)[:MOST_ALIKE]]
         if len(pairs) > MOST_ALIKE:
             notes.append(f"{lesson}: {len(pairs) - MOST_ALIKE} more such pairs.")
@@ -588,7 +605,9 @@ class Class:
     def tables(self) -> Iterator[tuple[str, Callable[[], str | bytes | None]]]:
         """Yield (name, how to make it) of each file in the folder."""
         marks, remarks = self.everyone(), self.remarks()
-        rows = [[f.name for f in fields(Mark)], *map(astuple, marks)]
+        # No number, so that nobody takes what could not be marked for 0 points.
+        told = [replace(m, points="") if gradebook.unmarked([m]) else m for m in marks]
+        rows = [[f.name for f in fields(Mark)], *map(astuple, told)]
         yield "grades.csv", lambda: gradebook.csv_of(rows)
         yield "grades_wide.csv", lambda: gradebook.wide(marks, self.people)
         for lesson, column in self.rules.canvas.items():
@@ -609,33 +628,41 @@ class Class:
         causes = known_causes(sorted({lesson for _, lesson in self.marks}))
         yield "causes.csv", lambda: gradebook.csv_of(gradebook.causes(marks, causes))
         yield "grades.html", lambda: gradebook.overview(marks, self.rules, remarks, self.called)
-        pages = {
-            student: gradebook.feedback(
-                self.called.get(student, student), own, self.rules, self.passed.get(student, ())
-            )
-            for student, own in gradebook.by_student(marks).items()
-        }
+        students = gradebook.by_student(marks)
+        pages = {student: partial(self.page, student, own) for student, own in students.items()}
         names = gradebook.file_names(pages)
         for student, page in pages.items():
-            yield f"feedback/{names[student]}.html", lambda page=page: page
+            yield f"feedback/{names[student]}.html", page
         folders = {one.who: student for student, one in self.handed}
-        yield "feedback_moodle.zip", lambda: gradebook.moodle_archive(pages, folders)
-        for path in (self.folder / "feedback").glob("*.html"):  # under a name that nobody has now
-            if path.stem not in names.values():
-                with suppress(OSError):
-                    path.unlink()
+        yield (
+            "feedback_moodle.zip",
+            lambda: gradebook.moodle_archive({s: page() for s, page in pages.items()}, folders),
+        )
+
+    def page(self, student: str, marks: Sequence[Mark]) -> str:
+        """Return the page of feedback for a student."""
+        called, passed = self.called.get(student, student), self.passed.get(student, ())
+        return gradebook.feedback(called, marks, self.rules, passed)
 
     def write(self) -> list[str]:
         """Write the tables and pages, each whole or as it was before, and return those that could
-        not be written, as they are open in Excel, or the disk is full."""
-        lost = []
+        not be written, as they are open in Excel, or the disk is full. Those of an earlier run that
+        this one does not have go: nobody is to hand them out."""
+        lost, names = [], set()
         (self.folder / "feedback").mkdir(exist_ok=True)
         for name, content in self.tables():
             try:
                 if (made := content()) is not None:
+                    names.add(name)
                     write_file(self.folder / name, made)
             except Exception as error:  # whatever it is, the others are written
+                names.add(name)
                 lost.append(f"{name} ({getattr(error, 'strerror', None) or error})")
+        earlier = [f"feedback/{path.name}" for path in (self.folder / "feedback").glob("*.html")]
+        earlier += [f"canvas_{lesson}.csv" for lesson in notebooks.MODULES]
+        for name in {*earlier, "feedback_moodle.zip"} - names:
+            with suppress(OSError):
+                (self.folder / name).unlink()
         return lost
 
 
@@ -653,8 +680,8 @@ def known_causes(lessons: Iterable[str]) -> dict[tuple[str, str], list[str]]:
 
 def jobs_here() -> int:
     """Return how many notebooks run at once by default: one a core, as far as memory allows."""
-    memory = machine.memory()
-    return max(1, min(machine.cores(), memory // (EACH * 2**30) if memory else 1))
+    memory = machine.memory() or psutil.virtual_memory().total
+    return max(1, min(machine.cores(), memory // (EACH * 2**30)))
 
 
 def left(seconds: float, done: int, whole: int) -> str:
@@ -682,6 +709,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     if given.jobs < 1:
         parser.error("--jobs must be 1 or more")
+    if min(given.seconds, given.total, given.memory) <= 0:
+        parser.error("--seconds, --total and --memory must be above 0")
     if given.folder.is_dir() and not os.access(given.folder, os.W_OK):
         parser.error(f"{given.folder} must be writable: the marks are written there")
     given.folder = given.folder.resolve()
@@ -706,6 +735,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"{given.folder} holds no notebook with the name of a lesson, such as 02_lora.ipynb, "
             "in a student's folder or after a student's name"
+            + "".join(f"\n{one.name}: {one.why}" for one in given.found.passed[:3])
         )
     return given
 
@@ -799,20 +829,21 @@ def remarks_on(given: argparse.Namespace, pairs: Sequence[tuple[str, Handed]]) -
     return list(map(printable, notes))
 
 
-def times_of(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
-    """Return {path: its times of access and change} of what is there."""
+def times_of(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return {path: its times of access and change} of all notebooks and ZIP files in a folder."""
     found = {}
-    for path in paths:
-        with suppress(OSError):
-            now = path.lstat()
-            found[path] = now.st_atime_ns, now.st_mtime_ns
+    for here, _, files in os.walk(folder):
+        for path in (Path(here, name) for name in files if HANDED.search(name)):
+            with suppress(OSError):
+                now = path.lstat()
+                found[path] = now.st_atime_ns, now.st_mtime_ns
     return found
 
 
-def set_back(times: Mapping[Path, tuple[int, int]]) -> list[Path]:
+def set_back(folder: Path, times: Mapping[Path, tuple[int, int]]) -> list[Path]:
     """Give files the times that they had, and return those whose time of change was another: the
     next run would take what a notebook did to another's file for its time of submission."""
-    changed = [path for path, now in times_of(times).items() if now[1] != times[path][1]]
+    changed = [p for p, now in times_of(folder).items() if p in times and now[1] != times[p][1]]
     for path in changed:
         with suppress(OSError):
             os.utime(path, ns=times[path])
@@ -833,7 +864,7 @@ def main(argv: list[str] | None = None) -> int:
     notes += remarks_on(given, pairs)
     passed = passed_of(given.found, pairs, given)
     group = Class(given.folder, given.people, given.rules, pairs, notes, passed)
-    times = times_of(one.path for _, one, _ in entries)
+    times = times_of(given.folder)
     started, done = time.monotonic(), 0
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = {
@@ -858,8 +889,9 @@ def main(argv: list[str] | None = None) -> int:
         finally:  # what is done stays, if this is interrupted
             pool.shutdown(cancel_futures=True)
             INTERRUPTED.clear()
-            changed = [printable(path.relative_to(given.folder)) for path in set_back(times)]
-            notes += [f"The time of {name} changed meanwhile, and is set back." for name in changed]
+            changed = [path.relative_to(given.folder) for path in set_back(given.folder, times)]
+            told = "The time of {} changed meanwhile, and is set back."
+            notes += [told.format(printable(name)) for name in changed]
             unwritten = group.write()
     lost = sorted(group.lost)
     if lost:

@@ -64,14 +64,15 @@ SYSTEM += tuple(f"/etc/{name}" for name in (
 EARLIER = {"be4312c256f6b8d9", "f602f55528d356aa", "483f4786e2ab56e2"}
 EARLIER |= {"338f9f37f4fe3301", "eea366e858e10854", "3ee5c53ba57dbb2a"}
 # What an answer has no business with: cells with such words are named for a look by eye.
-ODD = re.compile(
-    r"_getframe|\bgc\s*\.\s*get|from\s+gc\b|import\s+gc\s+as|ctypes|sys\s*\.\s*modules|__mp_main__|__main__|\binspect\b|tracemalloc"
-    r"|json\s*\.\s*dumps|_exit\b|setattr\s*\(\s*(?:torch|builtins)"
-    r"|__eq__|__subclasses__|__globals__|__closure__|__builtins__|f_back|tb_frame|settrace|setprofile"
-    r"|builtins|grade_one|solutions|\bfork\b|os\s*\.\s*kill|__self__|__dict__|\bvars\s*\(|prlimit"
-    r"|walk_stack|_current_frames|f_locals|f_globals|gi_frame|linecache|TorchFunctionMode"
-    r"|__torch_\w+__|torch\s*\.\s*library|set_default_device|__import__|ftruncate"
-)
+ODD = re.compile("|".join((
+    r"\bgc\s*\.\s*get", r"from\s+gc\b", r"import\s+gc\s+as", "ctypes", r"sys\s*\.\s*modules",
+    "__mp_main__", r"import\s+__main__", r"\binspect\b", "tracemalloc", "linecache", "builtins",
+    "_getframe", "_current_frames", "walk_stack", "f_back", "f_locals", "f_globals", "tb_frame",
+    "gi_frame", "settrace", "setprofile", r"setattr\s*\(\s*torch", "set_default_device",
+    "TorchFunctionMode", r"__torch_\w+__", r"torch\s*\.\s*library", "__eq__", "__subclasses__",
+    "__globals__", "__closure__", "__self__", "__dict__", "__import__", "grade_one", "solutions",
+    r"\bfork\b", r"os\s*\.\s*kill", "prlimit", "ftruncate", r"_exit\b",
+)))  # fmt: skip
 SMALL = 20  # nodes of a syntax tree: shorter answers are equal by chance
 
 
@@ -79,8 +80,12 @@ class TimedOut(BaseException):
     """Not an Exception, so that `except Exception` in an answer does not catch it."""
 
 
+ARMED = False  # an alarm can come when its block has just ended
+
+
 def _alarm(signum, frame):
-    raise TimedOut
+    if ARMED:
+        raise TimedOut
 
 
 @contextmanager
@@ -97,11 +102,15 @@ def at_most(seconds: float) -> Iterator[None]:
             yield
         finally:
             timer.cancel()
+            stop(here, None)
         return
+    global ARMED
+    ARMED = True
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
+        ARMED = False
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -220,9 +229,14 @@ class Lesson:
         self.stubs = {notebooks.exercise_name(c): c.source for c in exercise_cells(nb)}
         self.long = {cell.id for cell in code if "long" in notebooks.tags(cell)}
         module = notebooks.MODULES.get(lesson, "")
-        checked = {cell.id: name for cell in code for name in self.names
-                   if notebooks.is_check_of(cell, module, name)}  # fmt: skip
-        self.checked = {cell.source: checked[cell.id] for cell in code if cell.id in checked}
+        self.checked = {
+            bare(cell.source): name
+            for cell in code
+            for name in self.names
+            if notebooks.is_check_of(cell, module, name)
+        }
+        # What a hunt's text is once its line that raises is gone.
+        self.started = {n: print_of(without_raise(stub), n) for n, stub in self.stubs.items()}
         self._known = {bare(source) for source in (*self.stubs.values(), *(c.source for c in code))}
 
     def has(self, cell: NotebookNode) -> bool:
@@ -375,8 +389,7 @@ def prints(nb: NotebookNode, lesson: Lesson) -> dict[str, str]:
         if not lesson.has(cell) and not lesson.had(cell):
             source = notebooks.python(cell) if parsed(cell) else ""
             for name in lesson.names:
-                as_it_was = print_of(without_raise(lesson.stubs[name]), name)
-                if (one := print_of(source, name)) and one != as_it_was:
+                if (one := print_of(source, name)) and one != lesson.started[name]:
                     found[name] = one
     return found
 
@@ -418,7 +431,7 @@ def run(
     ran, space = Ran(), shell.user_ns
     for number, cell in enumerate(notebooks.code_cells(nb)):
         ours, kinds = lesson.has(cell) or lesson.had(cell), {*notebooks.tags(cell)}
-        if name := lesson.checked.get(cell.source):
+        if name := lesson.checked.get(bare(cell.source)):
             ran.spaces[name] = dict(space)
         if (ours and {"long", "check"} & kinds) or not cell.source.strip():
             continue
@@ -564,7 +577,7 @@ def main(argv: list[str]) -> None:
     def mark(exercise: str, outcome: str, told: str, took: float, share: float = 0) -> None:
         say("mark", exercise, outcome, told[:MOST_TEXT], f"{took:.3f}", f"{share:.4f}")
 
-    # All that is out of reach later: the lesson and the checks.
+    # Now: from `confine` on nobody here can read the lesson and the checks.
     ours = Lesson(lesson, notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb"))
     shell, saved, restore = new_shell(), dict(vars(builtins)), vars(builtins).update
     calm, torch = neutral, import_module("torch")

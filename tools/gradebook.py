@@ -150,7 +150,8 @@ def read_rules(path: Path) -> Rules:
         if not isinstance(points, dict):
             raise ValueError(f'{path}: points of a student are a table, [override."{student}"]')
         for exercise, value in points.items():
-            known(exercise, (e for one in notebooks.MODULES for e in titles(one)), "exercise")
+            here = (name for one in notebooks.lessons() for name in titles(one.stem))
+            known(exercise, here, "exercise")
             number(value, f"override.{student}.{exercise}")
     for lesson, column in table("canvas").items():
         if not isinstance(column, str):
@@ -184,7 +185,7 @@ def read_rules(path: Path) -> Rules:
 class Mark:
     """The outcome of an exercise, with its points out of `maximum`, the late rule applied. `name`
     is the student's, `notebook` the file that was judged, `attempt` a platform's number of it, and
-    `set` says that the points were set by hand."""
+    `by_hand` says that the points were set by hand."""
 
     student: str
     notebook: str
@@ -406,14 +407,14 @@ def scrolled(table: str) -> str:
     return f"<div class='scroll' tabindex='0'>{table}</div>"
 
 
-def marks_of(marks: Sequence[Mark]) -> str:
+def marks_table(marks: Sequence[Mark]) -> str:
     """Return a table of one student's marks, with a row for each lesson's total."""
     heads = ("exercise", "function", "outcome", "points", "what the check says")
     top = "".join(f"<th scope='col'>{head}</th>" for head in heads)
     parts = []
     for lesson, these in by_lesson(marks).items():
         points, maximum = total(these)
-        said = f"{points} of {maximum}" + (", as far as marked" if unmarked(these) else "")
+        said = f"{points} of {maximum}{so_far(these)}"
         parts.append(
             f"<tr class='lesson'><th scope='row' colspan='3'>{lesson}</th>"
             f"<td class='points'>{said}</td><td class='told'>{_judged(these[0])}</td></tr>"
@@ -421,6 +422,11 @@ def marks_of(marks: Sequence[Mark]) -> str:
         parts += map(_row, these)
     head = f"<thead><tr>{top}</tr></thead>"
     return f"<table class='marks'>{head}<tbody>{''.join(parts)}</tbody></table>"
+
+
+def so_far(marks: Iterable[Mark]) -> str:
+    """Return what to say behind points of which some are missing."""
+    return ", as far as marked" if unmarked(marks) else ""
 
 
 def _judged(mark: Mark) -> str:
@@ -470,8 +476,8 @@ def feedback(
 ) -> str:
     """Return the page for one student, which says nothing of any other."""
     points, maximum = total(marks)
-    said = f"<p>{points} of {maximum} points.</p>"
-    parts = said, lateness(marks, rules), marks_of(marks), passed_over(passed)
+    said = f"<p>{points} of {maximum} points{so_far(marks)}.</p>"
+    parts = said, lateness(marks, rules), marks_table(marks), passed_over(passed)
     return document(f"Feedback for {called}", *parts)
 
 
@@ -485,7 +491,7 @@ def overview(
     kinds = (*OUTCOMES, ABSENT, *([UNMARKED] if unmarked(marks) else []))
     rows = "".join(
         f"<tr><td><a href='#{n}'>{html.escape(called.get(s, s))}</a></td>"
-        f"<td>{total(found)[0]}</td>"
+        f"<td>{total(found)[0]}{so_far(found)}</td>"
         + "".join(f"<td>{counts[s][kind] or ''}</td>" for kind in kinds)
         + "</tr>"
         for n, (s, found) in enumerate(students.items())
@@ -496,7 +502,7 @@ def overview(
     parts.append("<h2>Exercises</h2>" + rows_of(commonest(marks), EXERCISE_HEAD))
     for n, (student, found) in enumerate(students.items()):
         title = f"<h2 id='{n}'>{html.escape(called.get(student, student))}</h2>"
-        parts += [title, lateness(found, rules), marks_of(found)]
+        parts += [title, lateness(found, rules), marks_table(found)]
     return document("Marks", *parts)
 
 

@@ -27,7 +27,7 @@ from tools.submissions import Handed, is_hidden
 AUTOGRADER = ROOT / "docs" / "gradescope"
 RULES = "rules.toml"
 # Gradescope ends an autograder after ten minutes, if nothing else is chosen.
-LIMITS = grade.Limits(total=540)
+LIMITS = grade.Limits(total=540 / grade.ROUNDS)
 
 
 def archive(lesson: str, rules: Path | None, place: Path) -> Path:
@@ -47,13 +47,24 @@ def archive(lesson: str, rules: Path | None, place: Path) -> Path:
             else:
                 shutil.copy(source, course / name)
         (course / "notebooks").mkdir()
-        # The rules of a whole course are read against each lesson whose points they set.
-        for stem in {lesson, *(read_rules(rules).points if rules else ())}:
-            shutil.copy(notebooks.NOTEBOOKS / f"{stem}.ipynb", course / "notebooks")
+        shutil.copy(notebooks.NOTEBOOKS / f"{lesson}.ipynb", course / "notebooks")
         if rules:
-            shutil.copy(rules, course / RULES)
+            (course / RULES).write_text(rules_of(read_rules(rules), lesson), encoding="utf-8")
         place.mkdir(parents=True, exist_ok=True)
         return Path(shutil.make_archive(str(place / f"gradescope-{lesson}"), "zip", top))
+
+
+def rules_of(rules: Rules, lesson: str) -> str:
+    """Return what of the rules an autograder needs, in TOML: nothing of other lessons, due times or
+    extensions."""
+    tables = {f"points.{lesson}": rules.points.get(lesson, {})}
+    for student, points in rules.override.items():
+        own = {name: n for name, n in points.items() if name in notebooks.exercises(lesson)}
+        tables[f"override.{json.dumps(student)}"] = own
+    lines = [f"seed = {json.dumps(rules.seed)}", f"partial = {json.dumps(rules.partial)}"]
+    for head, points in tables.items():
+        lines += [f"[{head}]", *(f"{name} = {n}" for name, n in points.items())] if points else []
+    return "\n".join(lines) + "\n"
 
 
 def submitted(folder: Path, lesson: str) -> Path | None:

@@ -155,7 +155,7 @@ tools/grade.py: gradebook grade
     (student, lesson) not in handed: → lesson not in handed:
     maximum * rules.share(days) * share → maximum * share
     if rules.partial and outcome → if outcome
-    if found.lasting: → if True:
+    if found.lasting and → if
     said[last.at] = [*last.rest, 0.0, 0.0] → break
     elif full or ended in (TROUBLE, KILLED) → elif full
     lost.add(last.at) → pass
@@ -176,7 +176,7 @@ tools/submissions.py: submissions
     part not in ("/", "..") → part
     if 0 < (seconds := float(said.stdout)) < LATEST: → if seconds := float(said.stdout):
     if len(by_id) == 1 else None → if len(by_id) == 1 else people[0]
-    if len(whose_) > 1] → if len(whose_) > 9]
+    if len(owners) > 1} → if len(owners) > 9}
 tools/grade_one.py: grade
     .draw_variant(variant) → .draw_variant(0)
     with suppress(ValueError, OSError, AttributeError): → if True:

@@ -13,6 +13,7 @@ A ZIP file is opened where it is a student's: in a student's folder, or with a p
 
 import codecs
 import csv
+import errno
 import hashlib
 import io
 import os
@@ -43,7 +44,7 @@ NAMES = ("name", "student", "full name", "full_name")
 FIRST, LAST = ("first name", "first_name", "given name"), ("last name", "last_name", "surname")
 # Columns that name a group, and cells such as 8.5, which are points unless the column is an id's.
 SHARED = {"section", "sections", "group", "groups", "class", "course", "team", "root account"}
-NUMBER = re.compile(r"[\d.,]{1,5}")
+NUMBER = re.compile(r"\d{1,3}([.,]\d+)?")
 MAXIMA = "points possible"  # the first cell of the second row of Canvas's gradebook
 CANVAS_ONLY = {"sis user id", "sis login id"}
 
@@ -123,8 +124,8 @@ def handed_in(folder: Path, remembered: Path | None = None) -> Found:
     lesson, in order, and what is passed over.
 
     A copy such as 02_lora (1) or my_02_lora counts only where the student handed in no 02_lora.
-    ZIP files are unpacked below `remembered`, and passed over without it. Raises ValueError where a
-    folder holds what several students handed in, by a platform's words."""
+    ZIP files are unpacked below `remembered`, and passed over without it. So is a folder that holds
+    what several students handed in, by a platform's words. Raises OSError for a full disk."""
     found, ranked = Found(), defaultdict(list)
     unpacked = remembered / UNPACKED if remembered else None
     if unpacked:
@@ -132,12 +133,12 @@ def handed_in(folder: Path, remembered: Path | None = None) -> Found:
     several: dict[str, set[str]] = defaultdict(set)
     for path, inside, seconds in _files(folder, found, unpacked):
         first, *inner = inside.parts
-        if inner and not _zipped(first):
-            words = inside.stem if len(inner) == 1 else inner[0]
-            if mark := MOODLE.match(words) or (len(inner) == 1 and canvas(words)):
-                several[first].add(f"{mark['name']}_{mark['id']}")
         match = NAME.fullmatch(inside.stem)
         prefix, lesson, attempt, copy = match.groups() if match else (None,) * 4
+        if match and inner and not _zipped(first):
+            words = (prefix or "") if len(inner) == 1 else inner[0]
+            if mark := MOODLE.fullmatch(words) or (len(inner) == 1 and canvas(words)):
+                several[first].add(f"{mark['name']}_{mark['id']}")
         # A ZIP file beside the folders has a platform's words before it, and no folder's name.
         who = PurePosixPath(first).stem if inner and _zipped(first) else first if inner else prefix
         name = str(inside)
@@ -158,11 +159,10 @@ def handed_in(folder: Path, remembered: Path | None = None) -> Found:
         # Of a platform's attempts the number says which is the last, whatever unpacking did.
         rank = (not copy and not (inner and prefix), number, seconds)
         ranked[whose(who) if platform else first, lesson.lower()].append((rank, one))
-    if crowded := [name for name, whose_ in several.items() if len(whose_) > 1]:
-        raise ValueError(
-            f"{folder / crowded[0]} holds what several students handed in, and is taken for one "
-            f"student's folder: mark this folder itself, or move what is in it to {folder}"
-        )
+    crowded = {name for name, owners in several.items() if len(owners) > 1}
+    why = "its folder holds what several students handed in: mark that folder, or unpack it here"
+    for key in [key for key in ranked if key[0] in crowded]:
+        found.passed += [Passed(one.name, why, one.who) for _, one in ranked.pop(key)]
     for key, group in ranked.items():
         ordered = sorted(group, key=lambda pair: (pair[0], pair[1].name), reverse=True)
         found.attempts[key] = [one for _, one in ordered]
@@ -251,6 +251,8 @@ def _of_zip(
                     target.write_bytes(content)
                 yield target, name, seconds
     except Exception as error:  # a damaged file can raise what it likes
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         told = f"the ZIP file cannot be opened: {type(error).__name__}: {error}"
         passed.append(Passed(str(inside), told, who))
 

@@ -395,7 +395,7 @@ grade_one.has_landlock = lambda: False
 grade_one.main(sys.argv[3:])"""
     hand_in(tmp_path / f"{LESSON}.ipynb", f"import torch\n{RIGHT}", "while True:\n    pass")
     outcome, found = instead(script, tmp_path / f"{LESSON}.ipynb", total=60, seconds=1)
-    assert (outcome[0], found.held) == ("right", held)
+    assert (outcome[0], [name for name in found.held if name != "network"]) == ("right", held)
     assert "WITH ALL YOUR FILES IN REACH" in grade.guards(found.held)
     assert "Memory was watched, not limited by the system." in grade.guards(found.held)
 
@@ -813,7 +813,8 @@ def test_nothing_else_is_changed(marked):
 def test_the_page_shows_names_as_text(marked):
     page = (marked[1] / "grades.html").read_text(encoding="utf-8")
     assert "<b>ev" not in page and "&lt;b&gt;ev" in page
-    held = ("memory", "file size", *(("files",) if has_landlock() else ()))
+    held = ["memory", "file size", *["files"] * has_landlock()]
+    held += ["network"] * bool(grade.namespaces())
     assert grade.guards(held) in page
     assert "Passed over: liz/my own.ipynb (its name contains the name of no lesson)." in page
     assert "Not on the roster: hal." in page

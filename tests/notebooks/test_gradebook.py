@@ -209,7 +209,8 @@ def test_two_with_the_same_answers_or_text_are_named_unless_many_have_them():
     ]
     assert grade.alike(class_) == [
         "02_lora, ann and bob: 3 of 4 answers have the same syntax tree.",
-        "02_lora, bob and eve: 1 of 4 answers have the same syntax tree, and 1 texts are the same.",
+        "02_lora, bob and eve: 1 of 4 answers have the same syntax tree, and 1 of their own texts "
+        "are the same.",
     ]
     many = [(str(n), "02_lora", judged(a="1", b="1", text=text)) for n in range(12)]
     assert grade.alike(many) == []
@@ -240,15 +241,22 @@ def test_a_folder_of_moodle_in_no_encoding_has_feedback():
 
 def test_an_autograder_holds_the_course_without_its_answers(tmp_path):
     rules = tmp_path / "rules.toml"
-    rules.write_text("late = 25\n[points.02_lora]\nmerge_lora = 2\n", encoding="utf-8")
+    mine = f'[points.{LESSON}]\n{EXERCISE} = 4\n[override."a b"]\n{EXERCISE} = 0.5\n'
+    others = "merge_lora = 2\n[points.02_lora]\nmerge_lora = 2\n[extensions]\njdoe = 2\n"
+    text = f'late = 25\nseed = "\\"x"\npartial = true\n{mine}{others}'
+    rules.write_text(text, encoding="utf-8")
     path = gradescope.archive(LESSON, rules, tmp_path)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         run = archive.read("run_autograder").decode()
+        (tmp_path / "its.toml").write_bytes(archive.read("course/rules.toml"))
         assert archive.getinfo("setup.sh").external_attr >> 16 & 0o111, "it must be executable"
     assert "--mark" in run and LESSON in run and "LESSON" not in run
-    assert "course/rules.toml" in names, "and the rules need each lesson that they name"
-    assert {f"course/notebooks/{stem}.ipynb" for stem in (LESSON, "02_lora")} <= {*names}
+    its, ours = {LESSON: {EXERCISE: 4}}, {"a b": {EXERCISE: 0.5}}
+    wanted = Rules(points=its, override=ours, partial=True, seed='"x')
+    assert gradebook.read_rules(tmp_path / "its.toml") == wanted, "nothing of other lessons"
+    shipped = [name for name in names if name.endswith(".ipynb")]
+    assert shipped == [f"course/notebooks/{LESSON}.ipynb"]
     assert not [name for name in names if "solutions" in name or "/tests/" in name]
 
 
