@@ -174,7 +174,7 @@ def lines(command, given):
 def run(command, given):
     """Run a command of the table in the environment; return its exit status."""
     if command == "grade" and not [g for g in given if os.path.isdir(os.path.join(ROOT, g))]:
-        named = [g for g in given if not g.startswith("-")]
+        named = [g for g in given if not g.startswith("-") and not g.isdigit()]
         raise Trouble(
             "There is no folder {}.".format(named[0])
             if named

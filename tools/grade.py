@@ -95,8 +95,8 @@ RUNNING: set[int] = set()  # the processes of notebooks
 
 @dataclass(frozen=True)
 class Limits:
-    """Set the seconds of one cell or check, the seconds of a notebook in `total`, and GiB of
-    memory."""
+    """Hold the most seconds of one cell or check, those of a notebook's process in `total`, and GiB
+    of memory."""
 
     seconds: float = 60
     total: float = 600
@@ -133,7 +133,7 @@ def failed(why: object) -> Judged:
 
 @cache
 def namespaces() -> tuple[str, ...]:
-    """The command that starts another without network, whose processes all end with it."""
+    """Return the command that starts another without network, whose processes all end with it."""
     if sys.platform != "linux":
         return ()
     command = ("unshare", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")
@@ -147,7 +147,7 @@ def namespaces() -> tuple[str, ...]:
 
 @cache
 def with_us() -> tuple[str, ...]:
-    """The command that starts another which ends with this process, also where that is killed."""
+    """Return the command that starts another which ends with this process, even a killed one."""
     command = ("setpriv", "--pdeathsig", "KILL")
     with suppress(OSError, subprocess.TimeoutExpired):
         if subprocess.run([*command, "true"], capture_output=True, timeout=10).returncode == 0:

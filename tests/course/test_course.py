@@ -152,7 +152,7 @@ def test_a_wrong_command_is_one_sentence_and_installs_nothing(course):
         ("lbb", "There is no command lbb. Did you mean lab?"),
         ("zzz", "There is no command zzz. `python course.py help` lists them."),
         ("grade", "Which folder? python course.py grade FOLDER"),
-        ("grade nowhere --jobs", "There is no folder nowhere."),
+        ("grade --jobs 2 nowhere", "There is no folder nowhere."),
         ("lab 77", "There is no lesson 77: they go from 00 to 02."),
     ):
         with pytest.raises(course.Trouble, match=re.escape(told)):
