@@ -628,7 +628,7 @@ class Class:
         causes = known_causes(sorted({lesson for _, lesson in self.marks}))
         yield "causes.csv", lambda: gradebook.csv_of(gradebook.causes(marks, causes))
         yield "grades.html", lambda: gradebook.overview(marks, self.rules, remarks, self.called)
-        students = gradebook.by_student(marks)
+        students = gradebook.grouped(marks, "student")
         pages = {student: partial(self.page, student, own) for student, own in students.items()}
         names = gradebook.file_names(pages)
         for student, page in pages.items():

@@ -117,7 +117,7 @@ def at_most(seconds: float) -> Iterator[None]:
 def confine(folder: Path, memory: float) -> list[str]:
     """From here on this process and its children write to `folder` alone, read the course (not its
     solutions and checks), Python and the system's files, and hold at most `memory` GiB. Return
-    which of "memory", "file size" and "files" this system could limit.
+    which of "memory", "file size", "files" and "signals" this system could limit.
 
     Raises RuntimeError if there is another thread, which would stay free."""
     kernel_holds = has_landlock()
@@ -226,7 +226,7 @@ class Lesson:
         self.nb, self.names = nb, notebooks.exercise_names(nb)
         self.texts = {cell.id: cell.source for cell in nb.cells}
         code = [cell for cell in notebooks.code_cells(nb) if "exercise" not in notebooks.tags(cell)]
-        self.stubs = {notebooks.exercise_name(c): c.source for c in exercise_cells(nb)}
+        self.stubs = {notebooks.exercise_name(c): c.source for c in notebooks.exercise_cells(nb)}
         self.long = {cell.id for cell in code if "long" in notebooks.tags(cell)}
         module = notebooks.MODULES.get(lesson, "")
         self.checked = {
@@ -249,10 +249,6 @@ class Lesson:
         return (
             hashlib.sha256(bare(cell.source).encode(errors="replace")).hexdigest()[:16] in EARLIER
         )
-
-
-def exercise_cells(nb: NotebookNode) -> list[NotebookNode]:
-    return [cell for cell in notebooks.code_cells(nb) if "exercise" in notebooks.tags(cell)]
 
 
 def parsed(cell: NotebookNode) -> ast.Module | None:

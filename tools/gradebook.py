@@ -235,25 +235,17 @@ def total(marks: Iterable[Mark]) -> tuple[float, float]:
     return tidy(sum(m.points for m in marks)), tidy(sum(m.maximum for m in marks))
 
 
-def by_lesson(marks: Sequence[Mark]) -> dict[str, list[Mark]]:
-    """Return {lesson: its marks}, in the order of the marks."""
+def grouped(marks: Sequence[Mark], by: str) -> dict[str, list[Mark]]:
+    """Return {student or lesson, as `by` says: its marks}, in the order of the marks."""
     found: dict[str, list[Mark]] = {}
     for mark in marks:
-        found.setdefault(mark.lesson, []).append(mark)
+        found.setdefault(getattr(mark, by), []).append(mark)
     return found
 
 
 def unmarked(marks: Iterable[Mark]) -> bool:
     """Return whether there is a mark that the marking failed to give."""
     return any(mark.outcome == UNMARKED and not mark.by_hand for mark in marks)
-
-
-def by_student(marks: Sequence[Mark]) -> dict[str, list[Mark]]:
-    """Return {student: their marks}, in the order of the marks."""
-    found: dict[str, list[Mark]] = {}
-    for mark in marks:
-        found.setdefault(mark.student, []).append(mark)
-    return found
 
 
 # ------------------------------------------------------------------ tables
@@ -276,7 +268,7 @@ def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
     its total, then total and maximum. What could not be marked is empty, and so are its totals.
 
     With Canvas's gradebook as the roster the second row has the maxima, as Canvas wants it."""
-    students, rows = by_student(marks), {person.id: person.row for person in people}
+    students, rows = grouped(marks, "student"), {person.id: person.row for person in people}
     own = list(people[0].row) if people else ["student"]
     if canvas := of_canvas(people):
         # Its other columns are other assignments, whose points an import would write again.
@@ -284,7 +276,7 @@ def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
     maxima = {(m.lesson, m.exercise): m.maximum for m in marks}
     # {head of a column: (the marks that count in it, their maximum)}
     columns = {}
-    for lesson, these in by_lesson(marks).items():
+    for lesson, these in grouped(marks, "lesson").items():
         names = list(dict.fromkeys(m.exercise for m in these))
         columns |= {f"{lesson} {name}": [(lesson, name)] for name in names}
         columns[f"{lesson} total"] = [(lesson, name) for name in names]
@@ -296,9 +288,7 @@ def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
         table.append([*blank, *most.values(), most["total"]])
     for student, found in students.items():
         given = {(m.lesson, m.exercise): m for m in found}
-        row = rows.get(student, {own[0]: student} if not people else dict.fromkeys(own, ""))
-        if people and student not in rows:
-            row[own[0]] = student
+        row = rows.get(student, {own[0]: student})
         cells = [_sum(given[key] for key in keys if key in given) for keys in columns.values()]
         table.append([*(row.get(name, "") for name in own), *cells, most["total"]])
     return csv_of(table)
@@ -331,7 +321,7 @@ def canvas_file(lesson: str, column: str, marks: Sequence[Mark], people: Sequenc
     """Return what Canvas imports as the points of one assignment, and nothing else: the columns by
     which it knows students, and the assignment's."""
     own = [name for name in people[0].row if name.strip().casefold() in CANVAS_OWN]
-    students = by_student([mark for mark in marks if mark.lesson == lesson])
+    students = grouped([m for m in marks if m.lesson == lesson], "student")
     most = tidy(sum({m.exercise: m.maximum for found in students.values() for m in found}.values()))
     table = [[*own, column], [f"    {MAXIMA.title()}", *[""] * (len(own) - 1), most]]
     for person in people:
@@ -412,7 +402,7 @@ def marks_table(marks: Sequence[Mark]) -> str:
     heads = ("exercise", "function", "outcome", "points", "what the check says")
     top = "".join(f"<th scope='col'>{head}</th>" for head in heads)
     parts = []
-    for lesson, these in by_lesson(marks).items():
+    for lesson, these in grouped(marks, "lesson").items():
         points, maximum = total(these)
         said = f"{points} of {maximum}{so_far(these)}"
         parts.append(
@@ -486,7 +476,7 @@ def overview(
 ) -> str:
     """Return the instructor's page: a row a student, a row an exercise with the commonest fault,
     and the marks of each student. `called` has the names of students, by what marks call them."""
-    students = by_student(marks)
+    students = grouped(marks, "student")
     counts = {s: Counter(m.outcome for m in found) for s, found in students.items()}
     kinds = (*OUTCOMES, ABSENT, *([UNMARKED] if unmarked(marks) else []))
     rows = "".join(

@@ -99,9 +99,14 @@ def exercise_name(cell: NotebookNode) -> str:
     return name
 
 
+def exercise_cells(nb: NotebookNode) -> list[NotebookNode]:
+    """Return the cells of a notebook in which its exercises stand."""
+    return [cell for cell in code_cells(nb) if "exercise" in tags(cell)]
+
+
 def exercise_names(nb: NotebookNode) -> list[str]:
     """Return the names of a notebook's exercises, in the order of its cells."""
-    return [exercise_name(cell) for cell in code_cells(nb) if "exercise" in tags(cell)]
+    return [exercise_name(cell) for cell in exercise_cells(nb)]
 
 
 def exercises(lesson: str) -> list[str]:

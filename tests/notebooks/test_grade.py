@@ -876,7 +876,7 @@ def test_every_lesson_with_its_solutions_has_only_right_answers(tmp_path):
     solved = {}
     for path in notebooks.lessons():
         solved[path.stem], answers = notebooks.read(path), notebooks.read_solutions(path)
-        for cell in grade_one.exercise_cells(solved[path.stem]):
+        for cell in notebooks.exercise_cells(solved[path.stem]):
             cell.source = answers[notebooks.exercise_name(cell)]
     wrong = {n: o for n, o in outcomes_of_lessons(tmp_path, solved).items() if o != "right"}
     assert not wrong
