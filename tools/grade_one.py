@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 from unittest.mock import MagicMock
 
 try:
@@ -68,10 +68,11 @@ ODD = re.compile("|".join((
     r"\bgc\s*\.\s*get", r"from\s+gc\b", r"import\s+gc\s+as", "ctypes", r"sys\s*\.\s*modules",
     "__mp_main__", r"import\s+__main__", r"\binspect\b", "tracemalloc", "linecache", "builtins",
     "_getframe", "_current_frames", "walk_stack", "f_back", "f_locals", "f_globals", "tb_frame",
-    "gi_frame", "settrace", "setprofile", r"setattr\s*\(\s*torch", "set_default_device",
+    "gi_frame", "settrace", "setprofile", r"\bsetattr\s*\(", "set_default_device",
     "TorchFunctionMode", r"__torch_\w+__", r"torch\s*\.\s*library", "__eq__", "__subclasses__",
     "__globals__", "__closure__", "__self__", "__dict__", "__import__", "grade_one", "solutions",
-    r"\bfork\b", r"os\s*\.\s*kill", "prlimit", "ftruncate", r"_exit\b",
+    r"__enter__\s*\(", r"\bvars\s*\(", r"mock\s*\.\s*patch", r"\bfork\b", r"os\s*\.\s*kill",
+    "prlimit", "ftruncate", r"_exit\b",
 )))  # fmt: skip
 SMALL = 20  # nodes of a syntax tree: shorter answers are equal by chance
 
@@ -235,6 +236,7 @@ class Lesson:
             for name in self.names
             if notebooks.is_check_of(cell, module, name)
         }
+        self.calls = {name: f"check.{module}.{name}({name})" for name in self.names}
         # What a hunt's text is once its line that raises is gone.
         self.started = {n: print_of(without_raise(stub), n) for n, stub in self.stubs.items()}
         self._known = {bare(source) for source in (*self.stubs.values(), *(c.source for c in code))}
@@ -305,13 +307,12 @@ def odd_cells(nb: NotebookNode, lesson: Lesson) -> list[tuple[int, str]]:
     student's that has something in it with which an answer has no business."""
     found = []
     trees = {id(cell): parsed(cell) for cell in notebooks.code_cells(nb)}
-    aliases = {"torch"} | {
-        (alias.asname or alias.name).split(".")[0]
-        for tree in filter(None, trees.values())
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
+    aliases = {"torch"}
+    for node in (n for tree in filter(None, trees.values()) for n in ast.walk(tree)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            aliases |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Assign) and rooted(node.value, aliases):
+            aliases |= {name.id for name in node.targets if isinstance(name, ast.Name)}
     for number, cell in enumerate(nb.cells, 1):
         if cell.cell_type == "code" and not lesson.has(cell):
             # What the exercise's own text has is no word of the student's.
@@ -320,6 +321,15 @@ def odd_cells(nb: NotebookNode, lesson: Lesson) -> list[tuple[int, str]]:
             if words:
                 found.append((number, ", ".join(sorted(words))[:200]))
     return found[:MOST_ODD]
+
+
+def rooted(node: ast.expr, names: set[str]) -> bool:
+    """Return whether an expression is a part of something with one of these names, or a type."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "type"
+    if not isinstance(node, ast.Name | ast.Attribute):
+        return False
+    return ast.unparse(node).split(".")[0] in names
 
 
 def replaced(tree: ast.Module | None, modules: set[str]) -> set[str]:
@@ -431,13 +441,16 @@ def run(
             ran.spaces[name] = dict(space)
         if (ours and {"long", "check"} & kinds) or not cell.source.strip():
             continue
+        # Of a cell that ends the process what it defines is run, unless that ends it, too.
+        label = f"{number}d" if str(number) in skip else str(number)
         names = re.findall(r"(?m)^(?:def|class)\s+(\w+)", cell.source)
-        if str(number) in skip:
+        if label in skip:
             ran.failed |= dict.fromkeys(names, "it hangs, or ends the notebook's process")
             continue
-        about_to(f"{number}")
+        about_to(label)
         before = {name: space.get(name) for name in lesson.names}
         whole = cell.get("id") not in lesson.long and ("cells" not in skip or needed(cell))
+        whole = whole and label == str(number)
         error = ran_of(shell, [cell.source] if whole else definitions_of(cell), seconds)
         if whole and error and not isinstance(error, TimedOut):
             # A line that works elsewhere only, as google.colab, must not cost the imports.
@@ -452,6 +465,9 @@ def run(
                 stub = ours and bare(cell.source) == bare(lesson.stubs[name])
                 if not ours or (stub and name not in ran.answers):
                     ran.answers[name] = new
+        if not ours:
+            changed = [name for name, call in lesson.calls.items() if call in cell.source]
+            ran.spaces |= {name: dict(space) for name in changed}
     return ran
 
 
@@ -503,37 +519,52 @@ def is_courses(function: object) -> bool:
     return bool(own) and getattr(own, name, None) is function
 
 
-def at_its_check(function: object, space: dict | None) -> object:
-    """Return a function as it is where the lesson checks it: later cells may have given another
-    value to a name that it uses."""
-    if space is None or not isinstance(function, FunctionType):
-        return function
-    again = FunctionType(
-        function.__code__, space, function.__name__, function.__defaults__, function.__closure__
-    )
-    again.__kwdefaults__ = function.__kwdefaults__
-    return again
-
-
-def judged_answer(one: Callable, ran: Ran, name: str, seconds: float) -> tuple[str, str]:
-    """Return (outcome, what is said of it) of an exercise, by the names as they are at the end of
-    the notebook or, if that makes it right, as they were where the lesson checks it."""
+def judged_answer(
+    one: Callable, ran: Ran, name: str, space: dict, seconds: float
+) -> tuple[str, str]:
+    """Return (outcome, what is said of it) of an exercise, by the names of the notebook as they are
+    at its end, in `space`, or, if that makes it right, as they were where the lesson checks it:
+    later cells may have given another value to a name that the answer uses."""
     answer = ran.answers.get(name)
     outcome, told = judged(one, answer, seconds, ran.failed.get(name))
-    there = at_its_check(answer, ran.spaces.get(name))
-    if outcome in ("wrong", "crashed") and there is not answer:
-        again = judged(one, there, seconds)
+    if outcome in ("wrong", "crashed") and name in ran.spaces:
+        last = dict(space)
+        try:
+            space.clear()
+            space.update(ran.spaces[name])
+            again = judged(one, answer, seconds)
+        finally:
+            space.clear()
+            space.update(last)
         if again[0] == "right":
             return again
     return outcome, told
 
 
-def neutral(torch: ModuleType) -> None:
-    """Give PyTorch the state that a check takes for granted: tensors on the CPU, and no mode that
-    changes what functions do."""
-    torch.set_default_device(None)
-    while torch._C._len_torch_function_stack():
-        torch._C._pop_torch_function_stack()
+class Calm:
+    """Give Python and PyTorch the state that a check takes for granted, the one of when this was
+    made: functions as they were, tensors on the CPU, no mode that changes what functions do."""
+
+    def __init__(self) -> None:
+        self.torch = torch = import_module("torch")
+        modules = builtins, torch, torch.linalg, torch.nn.functional, import_module("math")
+        # Bound now: what the notebook does to builtins does nothing to a dict's own method.
+        self.restore = [(vars(module).update, dict(vars(module))) for module in modules]
+        self.tensor = dict(vars(torch.Tensor))
+
+    def __call__(self) -> None:
+        for update, before in self.restore:
+            update(before)
+        torch = self.torch
+        for name, now in dict(vars(torch.Tensor)).items():
+            before = self.tensor.get(name)
+            if before is None and hasattr(torch._C.TensorBase, name):
+                delattr(torch.Tensor, name)
+            elif before is not None and now is not before:
+                setattr(torch.Tensor, name, before)
+        torch.set_default_device(None)
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
 
 
 def missing(why: str | None) -> tuple[str, str]:
@@ -575,8 +606,7 @@ def main(argv: list[str]) -> None:
 
     # Now: from `confine` on nobody here can read the lesson and the checks.
     ours = Lesson(lesson, notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb"))
-    shell, saved, restore = new_shell(), dict(vars(builtins)), vars(builtins).update
-    calm, torch = neutral, import_module("torch")
+    shell, calm = new_shell(), Calm()
     course = hidden(notebooks.MODULES[lesson], int(variant))
     judge, credit = judged_answer, earned
     if hasattr(signal, "SIGALRM"):
@@ -600,9 +630,8 @@ def main(argv: list[str]) -> None:
             continue
         say("at", name)
         started, one, answer = now(), getattr(course, name), ran.answers.get(name)
-        restore(saved)
-        calm(torch)
-        outcome, told = judge(one, ran, name, seconds)
+        calm()
+        outcome, told = judge(one, ran, name, shell.user_ns, seconds)
         wrong = outcome == "wrong"
         share = credit(one, answer, ours.stubs[name], shell.user_ns, seconds) if wrong else 0
         mark(name, outcome, told, now() - started, float(outcome == "right") or share)

@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from tools import grade, notebooks
+from tools import grade, gradebook, notebooks
 from tools.environment import ROOT
 from tools.gradebook import Rules, read_rules, tidy, unmarked, write_file
 from tools.release import COPIED, LITTER
@@ -60,11 +60,16 @@ def rules_of(rules: Rules, lesson: str) -> str:
     tables = {f"points.{lesson}": rules.points.get(lesson, {})}
     for student, points in rules.override.items():
         own = {name: n for name, n in points.items() if name in notebooks.exercises(lesson)}
-        tables[f"override.{json.dumps(student)}"] = own
-    lines = [f"seed = {json.dumps(rules.seed)}", f"partial = {json.dumps(rules.partial)}"]
+        tables[f"override.{quoted(student)}"] = own
+    lines = [f"seed = {quoted(rules.seed)}", f"partial = {json.dumps(rules.partial)}"]
     for head, points in tables.items():
         lines += [f"[{head}]", *(f"{name} = {n}" for name, n in points.items())] if points else []
     return "\n".join(lines) + "\n"
+
+
+def quoted(text: str) -> str:
+    """Return a text as TOML writes it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def submitted(folder: Path, lesson: str) -> Path | None:
@@ -84,16 +89,22 @@ def submitted(folder: Path, lesson: str) -> Path | None:
 def results(folder: Path, lesson: str, rules: Rules) -> dict:
     """Return what results.json is to say of the submission in a folder laid out as Gradescope's:
     submission/, and submission_metadata.json with the student's address."""
-    student = ""
+    users = []
     if (metadata := folder / "submission_metadata.json").exists():
-        users = json.loads(metadata.read_text(encoding="utf-8")).get("users", [])
-        student = " ".join(sorted(str(user.get("email", "")) for user in users))
-    path = submitted(folder / "submission", lesson)
+        users = json.loads(metadata.read_text(encoding="utf-8")).get("users") or []
+    addresses = sorted(str(user.get("email", "")) for user in users)
+    student = " ".join(addresses)
+    # What is set by hand for one of a group, whatever the case of the address, is for all of it.
+    spelt = {one.casefold(): points for one, points in rules.override.items()}
+    set_ = {e: n for one in addresses for e, n in spelt.get(one.casefold(), {}).items()}
+    rules = replace(rules, due={}, late=0, override={student: set_})
+    path, found = submitted(folder / "submission", lesson), grade.Judged({}, [])
     if path is None:
-        return {"score": 0, "output": f"There is no notebook {lesson}.ipynb in what you handed in."}
-    found = grade.judge(path, lesson, LIMITS, grade.variant_of(student, rules.seed))
-    one = Handed(student, lesson, path, None, 0, path.name)
-    marks = grade.marks_of(one, student, found, replace(rules, due={}, late=0))
+        marks = gradebook.absent(student, lesson, rules)
+    else:
+        found = grade.judge(path, lesson, LIMITS, grade.variant_of(student, rules.seed))
+        one = Handed(student, lesson, path, None, 0, path.name)
+        marks = grade.marks_of(one, student, found, rules)
     if unmarked(marks):  # Gradescope says then that the autograder failed
         raise SystemExit(f"Not marked: {found.rest[1]}")
     tests = []
@@ -105,15 +116,16 @@ def results(folder: Path, lesson: str, rules: Rules) -> dict:
                 "score": tidy(mark.points),
                 "max_score": tidy(mark.maximum),
                 "status": "passed" if outcome == "right" else "failed",
-                "output": outcome if outcome == "right" else f"{outcome}: {mark.told}",
+                "output": ": ".join(filter(None, [outcome, mark.told * (outcome != "right")])),
                 "visibility": "visible",
             }
         )
     # What held the notebook is for whoever teaches: students see no output of the autograder's.
-    print(grade.guards(found.held))
+    print(grade.guards(found.held) if path else "There is no notebook of the lesson.")
     for number, words in found.odd:
         print(f"Look at it by eye: cell {number}: {words}")
-    return {"tests": tests, "stdout_visibility": "hidden"}
+    missing = {"output": f"There is no notebook {lesson}.ipynb in what you handed in."}
+    return {"tests": tests, "stdout_visibility": "hidden"} | ({} if path else missing)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -80,7 +80,7 @@ def read(path: Path) -> NotebookNode:
 
 
 def tags(cell: NotebookNode) -> list[str]:
-    return cell.metadata.get("tags") or []
+    return [tag for tag in cell.metadata.get("tags") or [] if isinstance(tag, str)]
 
 
 def code_cells(nb: NotebookNode) -> list[NotebookNode]:

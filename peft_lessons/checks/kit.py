@@ -565,12 +565,19 @@ def _strict() -> bool:
 
 @contextmanager
 def _seeded(seed: int):
-    """Use a seed inside the block; the notebook's random state is as before afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that would seed every GPU's generator too, for good, and where
-        # there is none it writes down the whole call stack, which takes longer than most answers.
-        torch.random.default_generator.manual_seed(seed)
-        yield
+    """Use a seed inside the block; the notebook's random state, and the device on which it makes
+    tensors, are as before afterwards."""
+    modes = torch._C._len_torch_function_stack()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: that would seed every GPU's generator too, for good, and where
+            # there is none it writes down the whole call stack, which takes longer than most
+            # answers.
+            torch.random.default_generator.manual_seed(seed)
+            yield
+    finally:
+        while torch._C._len_torch_function_stack() > modes:
+            torch._C._pop_torch_function_stack()
 
 
 def outcome(function, args, watch=None) -> tuple[Any, Exception | None]:

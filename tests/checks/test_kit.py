@@ -228,6 +228,15 @@ def test_wrong(name):
     assert ("Likely cause" in message) == (name == "a cause")
 
 
+def test_an_answer_that_makes_tensors_elsewhere_is_judged_here():
+    def away(x, k):
+        torch.device("meta").__enter__()
+        return x.abs()
+
+    assert "wrong values" in refusal(scale, away)
+    assert torch.ones(1).device.type == "cpu"
+
+
 def test_the_notebooks_random_numbers_are_not_disturbed():
     before = torch.get_rng_state()
     scale(lambda x, k: x * k + 0 * torch.randn(1).to(x.dtype))

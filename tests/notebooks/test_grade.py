@@ -457,7 +457,7 @@ def outcome_of(monkeypatch):
         nb = nbformat.v4.new_notebook(cells=cells)
         ran = grade_one.run(nb, lesson, shell, seconds, skip=skip)
         one = getattr(check.start, EXERCISE)
-        return grade_one.judged_answer(one, ran, EXERCISE, seconds)
+        return grade_one.judged_answer(one, ran, EXERCISE, shell.user_ns, seconds)
 
     yield outcome
     InteractiveShell.clear_instance()
@@ -516,6 +516,12 @@ CHECK = f"check.start.{EXERCISE}({EXERCISE})"
 SQUARES = "def squares(weight):\n    return (weight * weight).sum(dim=1)"
 EARLIER = f"# Of an earlier copy of the lesson\n{RIGHT}"
 AS_T = f"def {EXERCISE}(weight):\n    return t.linalg.norm(weight, dim=1)"
+OF_A_CLASS = f"""class Norms:
+    def __call__(self, weight):
+        return squares(weight).sqrt()
+
+
+{EXERCISE} = Norms()"""
 BY_SQUARES = f"def {EXERCISE}(weight):\n    return squares(weight).sqrt()"
 
 
@@ -529,6 +535,8 @@ BY_SQUARES = f"def {EXERCISE}(weight):\n    return squares(weight).sqrt()"
         ([BY_SQUARES, (f"{SQUARES}\n{CHECK}", ["check"])], "right"),
         ([(f"{RIGHT}\nglobals().pop({EXERCISE!r})", ["long"])], "right"),  # what it defines
         ([BY_SQUARES, SQUARES, CHECK, "squares = None"], "right"),  # as it was at its check
+        ([BY_SQUARES, SQUARES, f"{CHECK}\nprint(1)", "squares = None"], "right"),
+        ([OF_A_CLASS, SQUARES, CHECK, "squares = None"], "right"),
         (["import math\nfrom google.colab import drive\nimport torch as t", AS_T], "right"),
         (["%matplotlib inline\n!true\nimport torch as t", AS_T], "right"),
         ([f"{RIGHT}\n{EXERCISE}.__module__ = 'peft_lessons'"], "right"),
@@ -550,9 +558,10 @@ def test_where_cells_hang_only_what_they_define_is_run(outcome_of):
     answer = BY_SQUARES.replace("return", "assert WIDTH == 1 and math\n    return")
     assert outcome_of(*cells, answer, skip=["cells"], seconds=1)[0] == "right"
     helper, other = (text.replace("squares", "others") for text in (cells[0], BY_SQUARES))
-    assert outcome_of(helper, other, skip=["1"])[0] == "wrong", "the helper's cell is left out"
+    assert outcome_of(helper, other, skip=["1", "1d"])[0] == "wrong", "its cell is left out"
     told = ("crashed", "its cell fails: it hangs, or ends the notebook's process")
-    assert outcome_of(RIGHT, skip=["1"]) == told
+    assert outcome_of(RIGHT, skip=["1", "1d"]) == told
+    assert outcome_of(f"{RIGHT}\n1 / 0", skip=["1"])[0] == "right", "what it defines is run"
 
 
 def test_a_wrong_answer_earns_nothing_for_what_stood_in_the_exercise():
@@ -601,9 +610,12 @@ def test_cells_that_an_answer_has_no_business_with_are_named(lora):
         "torch.testing.assert_close = print\ntorch.allclose == 1",
         "class A:\n    def __eq__(self, other):\n        return True",
         "frame = sys._getframe().f_back",
+        "from torch import Tensor as T\nQ = type(torch.ones(1))",
+        "Q.abs = lambda self: 0",
     ]
     found = dict(grade_one.odd_cells(notebook(*cells), lora))
-    assert list(found) == [3, 4, 5, 6]
+    assert list(found) == [3, 4, 5, 6, 8]
+    assert found[8] == "Q.abs ="
     assert found[6] == "_getframe, f_back" and "torch.testing.assert_close =" in found[4]
     assert grade_one.odd_cells(lora.nb, lora) == []
 

@@ -243,7 +243,7 @@ def test_an_autograder_holds_the_course_without_its_answers(tmp_path):
     rules = tmp_path / "rules.toml"
     mine = f'[points.{LESSON}]\n{EXERCISE} = 4\n[override."a b"]\n{EXERCISE} = 0.5\n'
     others = "merge_lora = 2\n[points.02_lora]\nmerge_lora = 2\n[extensions]\njdoe = 2\n"
-    text = f'late = 25\nseed = "\\"x"\npartial = true\n{mine}{others}'
+    text = f'late = 25\nseed = "\\"x🔑"\npartial = true\n{mine}{others}'
     rules.write_text(text, encoding="utf-8")
     path = gradescope.archive(LESSON, rules, tmp_path)
     with zipfile.ZipFile(path) as archive:
@@ -253,7 +253,7 @@ def test_an_autograder_holds_the_course_without_its_answers(tmp_path):
         assert archive.getinfo("setup.sh").external_attr >> 16 & 0o111, "it must be executable"
     assert "--mark" in run and LESSON in run and "LESSON" not in run
     its, ours = {LESSON: {EXERCISE: 4}}, {"a b": {EXERCISE: 0.5}}
-    wanted = Rules(points=its, override=ours, partial=True, seed='"x')
+    wanted = Rules(points=its, override=ours, partial=True, seed='"x🔑')
     assert gradebook.read_rules(tmp_path / "its.toml") == wanted, "nothing of other lessons"
     shipped = [name for name in names if name.endswith(".ipynb")]
     assert shipped == [f"course/notebooks/{LESSON}.ipynb"]
@@ -277,7 +277,10 @@ def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch, capsy
     student = {"users": [{"email": "ann@example.org"}]}
     (tmp_path / "submission_metadata.json").write_text(json.dumps(student), encoding="utf-8")
     (tmp_path / "submission").mkdir()
-    assert "no notebook" in gradescope.results(tmp_path, LESSON, Rules())["output"]
+    missing = gradescope.results(tmp_path, LESSON, Rules())
+    assert "no notebook" in missing["output"] and missing["tests"][0]["score"] == 0
+    rules = Rules(override={"Ann@Example.org": {EXERCISE: 0.5}})
+    assert gradescope.results(tmp_path, LESSON, rules)["tests"][0]["score"] == 0.5
     (tmp_path / "submission" / "any name.ipynb").touch()
     said = {EXERCISE: ["wrong", "Likely cause: x", 1.0, 0.0]}
     seen = []
