@@ -215,6 +215,7 @@ def main() -> None:
     model.generation_config.max_new_tokens = NEW_TOKENS
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
+    tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"), pretty=False)  # half the bytes
     loss = mean_loss(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32), valid)
     digest = sha256((options.folder / "train.txt").read_bytes())
     (out / "NOTICE").write_text(
