@@ -96,6 +96,8 @@ def _gaps():
             logits[:, :-1], labels[:, 1:] → logits, labels
         the shift goes the wrong way: the logits at position t predict the label at t + 1
             logits[:, :-1], labels[:, 1:] → logits[:, 1:], labels[:, :-1]
+        the first label of each answer is lost: mask the labels, not the tokens that predict them
+            learned = targets != -100 → learned = (targets != -100) & (labels[:, :-1] != -100)
         this is the mean over the labels: return the sum
             .sum(1) → .sum(1) / learned.sum(1)
         this is the mean over all positions: return the sum
@@ -173,6 +175,9 @@ def _scored(result):
         the reference is left out
             policy_chosen - reference_chosen → policy_chosen
             policy_rejected - reference_rejected → policy_rejected
+        the reference is added: the logarithm of a ratio is a difference
+            policy_chosen - reference_chosen → policy_chosen + reference_chosen
+            policy_rejected - reference_rejected → policy_rejected + reference_rejected
         the loss lacks the reference: it does not cancel, since each answer has its own
             (chosen - rejected)) → (policy_chosen - policy_rejected))
         the losses of the pairs are summed: return their mean
