@@ -612,12 +612,8 @@ class Class:
         yield "grades_wide.csv", lambda: gradebook.wide(marks, self.people)
         for lesson, column in self.rules.canvas.items():
             if any(mark.lesson == lesson for mark in marks):
-                yield (
-                    f"canvas_{lesson}.csv",
-                    lambda lesson=lesson, column=column: gradebook.canvas_file(
-                        lesson, column, marks, self.people
-                    ),
-                )
+                table = partial(gradebook.canvas_file, lesson, column, marks, self.people)
+                yield f"canvas_{lesson}.csv", table
         texts = [
             (student, lesson, printable(above), printable(text, kept="\n"))
             for (student, lesson), found in sorted(self.judged.items())

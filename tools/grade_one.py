@@ -248,9 +248,8 @@ class Lesson:
 
     def had(self, cell: NotebookNode) -> bool:
         """Return whether a cell is one that the lesson no longer has, of an earlier copy."""
-        return (
-            hashlib.sha256(bare(cell.source).encode(errors="replace")).hexdigest()[:16] in EARLIER
-        )
+        digest = hashlib.sha256(bare(cell.source).encode(errors="replace")).hexdigest()
+        return digest[:16] in EARLIER
 
 
 def parsed(cell: NotebookNode) -> ast.Module | None:
