@@ -13,6 +13,7 @@ from . import plots
 from .costs import against_peft, cost_table, stored_costs
 from .explorer import Explorer, explore
 from .growing import growing_chart
+from .source import show_source
 from .study import (
     Difference,
     Spread,
