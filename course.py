@@ -203,8 +203,8 @@ def lab(given):
             "There is no lesson {}: they go from 00 to {}.".format(wanted, lessons[-1][:2])
         )
     python = ready()
-    limits = os.path.join(ROOT, "peft_lessons", "data", "limits.py")
-    cores = subprocess.check_output([python, limits]).decode().strip()
+    machine = os.path.join(ROOT, "peft_lessons", "machine.py")
+    cores = subprocess.check_output([python, machine]).decode().strip()
     # torch counts the machine's cores, of which a container or a hub may allow few.
     limited = cores != str(os.cpu_count()) and "OMP_NUM_THREADS" not in os.environ
     threads = {"OMP_NUM_THREADS": cores} if limited else {}

@@ -14,7 +14,6 @@ from . import checks as check
 from .costs import measure
 from .costs.recommend import recommend_peft_method
 from .data.base_models import load_model, load_tokenizer
-from .data.environment import check_environment
 from .data.tasks import load_task
 from .engine import (
     disabled,
@@ -28,6 +27,7 @@ from .engine import (
     unmerge,
 )
 from .hf.setup import load_and_merge_adapter, setup_peft_training, setup_qlora
+from .machine import check_environment
 from .methods.adalora import AdaLoRA
 from .methods.adapters import Adapter, BottleneckAdapter
 from .methods.dora import DoRA, DoRALayer

@@ -50,7 +50,7 @@ from typing import BinaryIO
 import psutil
 
 from course import locked
-from peft_lessons.data import limits as machine
+from peft_lessons import machine
 from tools import gradebook, notebooks
 from tools.environment import ROOT, offline_environment
 from tools.grade_one import TROUBLE, has_landlock, opened

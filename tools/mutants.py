@@ -53,7 +53,7 @@ def read(table: str) -> list[Mutant]:
 
 
 MUTANTS = read("""
-peft_lessons/methods/lora.py: lora_against_peft every_method inject
+peft_lessons/methods/lora.py: lora_against_peft every_method injection
     alpha / math.sqrt(rank) if rslora else alpha / rank → alpha / rank
     F.linear(low, self.lora_B) * self.scaling → F.linear(low, self.lora_B)
     torch.zeros(out_features, rank) → torch.randn(out_features, rank)
@@ -101,28 +101,28 @@ peft_lessons/methods/variants.py: variants
 peft_lessons/train/preferences.py: preferences
     .logits[:, :-1], batch → .logits[:, 1:], batch
     chosen - rejected → rejected - chosen
-peft_lessons/engine/injection.py: inject every_method
+peft_lessons/engine/injection.py: injection every_method
     share = 100 * self.trainable / self.base → share = 100 * self.trainable / self.total
     if name in old and not injection.merged: → if name in old:
     module.training = layer.training → pass
     p.data.float() if p.dtype in → p.data if p.dtype in
     wrapper._new_tensors(merged) → pass
-peft_lessons/engine/targets.py: inject every_method
+peft_lessons/engine/targets.py: injection every_method
     path == name or path.endswith("." + name) → path.endswith(name)
     m in model.named_modules(remove_duplicate=False) → m in model.named_modules()
-peft_lessons/engine/layer.py: inject every_method
+peft_lessons/engine/layer.py: injection every_method
     if not stored.isfinite().all(): → if not tensor.isfinite().all():
-peft_lessons/engine/files.py: adapters_io
+peft_lessons/engine/files.py: files
     with open(temporary[path], "wb") as f: → with open(path, "wb") as f:
     if "meta" not in (theirs, *ours) and theirs not in ours: → if False:
     if surplus := sorted(tensors.keys() - expected.keys()): → if surplus := []:
     if not trainable: → if False:
     tensors[key].to(slot.dtype)} → tensors[key]}
-peft_lessons/train/loop.py: training
+peft_lessons/train/loop.py: loop
     (math.isfinite(value) and math.isfinite(norm)) → math.isfinite(value)
     max(0, i - window + 1) → max(0, i - window)
     optimizer.zero_grad()  # a gradient from before → # a gradient from before
-peft_lessons/data/base_models.py: models
+peft_lessons/data/base_models.py: base_models
     end[0] if isinstance(end, list) else end → end
     attention_mask[:, -states.shape[1] :] → attention_mask[:, : states.shape[1]]
 peft_lessons/data/assistant.py: assistant

@@ -1,13 +1,14 @@
-"""The memory and the cores that a process may use, read from made-up trees of control groups."""
+"""What this machine allows, from made-up trees of control groups, and whether it is ready."""
 
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
+import torch
 
-from peft_lessons.data import environment, limits
+from peft_lessons import check_environment, machine
+from peft_lessons.data import bundled
 
 GIB = 2**30
 # The host of all trees: 64 cores and 256 GiB.
@@ -65,8 +66,8 @@ def test_the_narrowest_limit_counts(tmp_path, tree):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert limits.cores(tmp_path) == cores
-    assert limits.memory(tmp_path) == memory * GIB
+    assert machine.cores(tmp_path) == cores
+    assert machine.memory(tmp_path) == memory * GIB
 
 
 @pytest.mark.usefixtures("host")
@@ -74,37 +75,64 @@ def test_affinity_is_a_limit_too_and_systems_without_these_files_say_what_they_c
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5})
-    assert limits.cores(tmp_path) == 2
+    assert machine.cores(tmp_path) == 2
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.delattr(os, "sysconf")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert limits.cores(tmp_path) == 1
-    assert limits.memory(tmp_path) is None
+    assert machine.cores(tmp_path) == 1
+    assert machine.memory(tmp_path) is None
 
 
 def test_as_a_script_it_prints_the_cores_without_loading_torch():
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", limits.__file__],
+        [sys.executable, "-X", "importtime", machine.__file__],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(done.stdout) == limits.cores()
+    assert int(done.stdout) == machine.cores()
     assert "torch" not in done.stderr
 
 
-def rows_of(monkeypatch, threads, memory):
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(environment.limits, "cores", lambda: 2)
-    monkeypatch.setattr(environment.limits, "memory", lambda: memory)
-    torch = SimpleNamespace(get_num_threads=lambda: threads, cuda=environment.torch.cuda)
-    monkeypatch.setattr(environment, "torch", torch)
-    return {row.what: row for row in environment.check_environment().rows}
+@pytest.fixture
+def rows_of(monkeypatch):
+    def rows(threads, memory):
+        monkeypatch.setattr(os, "cpu_count", lambda: 64)
+        monkeypatch.setattr(machine, "cores", lambda: 2)
+        monkeypatch.setattr(machine, "memory", lambda: memory)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return {row.what: row for row in check_environment().rows}
+
+    return rows
 
 
-def test_the_check_of_the_machine_shows_what_is_allowed_and_marks_what_is_wrong(monkeypatch):
-    rows = rows_of(monkeypatch, threads=2, memory=8 * GIB)
+def test_the_check_of_the_machine_shows_what_is_allowed_and_marks_what_is_wrong(rows_of):
+    rows = rows_of(threads=2, memory=8 * GIB)
     assert rows["processor"].found.endswith(", 2 of 64 cores") and rows["processor"].ok is None
     assert rows["memory"].found == "8 GiB" and rows["memory"].ok
-    rows = rows_of(monkeypatch, threads=64, memory=2 * GIB)
+    rows = rows_of(threads=64, memory=2 * GIB)
     assert "2 of 64 cores, but 64 threads: set OMP_NUM_THREADS" in rows["processor"].found
     assert rows["processor"].ok is False
     assert rows["memory"].found.startswith("2 GiB, needs 4 GB") and not rows["memory"].ok
+
+
+def test_this_machine_is_ready_and_says_so():
+    readiness = check_environment()
+    assert readiness.ready, repr(readiness)
+    # The wheel's own version: torch adds +cpu or +cu130 to it only where the index has it, too.
+    assert machine.metadata.version("torch") in repr(readiness)
+    for name in ("transformers", "peft", "jupyterlab", "Python", "memory", "checksums right"):
+        assert name in repr(readiness)
+    assert "This machine is ready." in readiness._repr_html_()
+
+
+def test_a_wrong_version_and_a_damaged_file_are_named(monkeypatch):
+    version = machine.metadata.version
+    monkeypatch.setattr(
+        machine.metadata, "version", lambda name: "1.0" if name == "torch" else version(name)
+    )
+    broken = bundled.bundled_files()[0]
+    object.__setattr__(broken, "intact", False)
+    monkeypatch.setattr(bundled, "bundled_files", lambda: [broken])
+    readiness = check_environment()
+    assert not readiness.ready and readiness.verdict.startswith("Not ready")
+    assert "✗ torch" in repr(readiness) and "1.0, needs" in repr(readiness)
+    assert f"missing or damaged: {broken.path}" in repr(readiness)

@@ -1,4 +1,11 @@
-"""Check whether this machine is ready: versions, cores, memory, GPU and bundled files."""
+"""Say what this machine allows, and check whether it is ready for the course.
+
+A container or a hub allows a process less memory and fewer processor cores than its host has. The
+limits are in control groups, of version 1 or 2 (Linux kernel documentation, "Control Group v2" and
+"CFS Bandwidth Control"), and in the process's CPU affinity. Run as a script, this file prints the
+number of cores. It imports all but the standard library late, so that it can be asked before
+PyTorch is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +13,73 @@ import html
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
-import torch
-from packaging.requirements import Requirement
-
-from . import limits
-from .bundled import ASSISTANT_COMMAND, assistant_folder, bundled_files
+SYSTEM = Path("/")
 
 _MARKS = {True: "✓", False: "✗", None: "·"}
 # A machine sold with 4 GB. The largest kernel of a lesson took 3.4 GiB, JupyterLab takes 0.2.
 _NEEDED_GIB = 3.6
+
+
+def _settings(system: Path, controller: str, file: str) -> Iterator[str]:
+    """Yield what `file` holds in the process's control group and in each group above it.
+
+    `controller` is empty for version 2. In a container the path of the group is often the host's
+    path, which is not mounted. Then only the settings of the top group can be read."""
+    try:
+        groups = (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controller not in controllers.split(","):
+            continue
+        top = system / "sys/fs/cgroup" / controller
+        here = top / path.lstrip("/")
+        for folder in (here, *here.parents):
+            if not folder.is_relative_to(top):
+                break
+            with suppress(OSError):
+                yield (folder / file).read_text(encoding="utf-8").strip()
+
+
+def memory(system: Path = SYSTEM) -> int | None:
+    """Return the bytes of memory that the process may use; None where the system does not say.
+
+    `system` is the root of the file system."""
+    found = []
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    set_ = [
+        *_settings(system, "", "memory.max"),
+        *_settings(system, "memory", "memory.limit_in_bytes"),
+    ]
+    found += [int(limit) for limit in set_ if limit.isdecimal()]  # no limit is "max"
+    return min(found, default=None)
+
+
+def cores(system: Path = SYSTEM) -> int:
+    """Return how many processor cores the process may keep busy, at least 1.
+
+    `system` is the root of the file system."""
+    found = [float(os.cpu_count() or 1)]
+    if hasattr(os, "sched_getaffinity"):
+        found.append(len(os.sched_getaffinity(0)))
+    pairs = [limit.split() for limit in _settings(system, "", "cpu.max")]
+    quotas = _settings(system, "cpu", "cpu.cfs_quota_us")
+    periods = _settings(system, "cpu", "cpu.cfs_period_us")
+    pairs += zip(quotas, periods, strict=False)
+    # No quota is "max" in version 2 and -1 in version 1.
+    found += [int(quota) / int(period) for quota, period in pairs if quota.isdecimal()]
+    return max(1, int(min(found)))
+
+
+# ------------------------------------------------------------------ is it ready?
 
 
 @dataclass(frozen=True)
@@ -66,6 +128,8 @@ def _needs(found: str, fits: bool, what: str) -> str:
 
 def _packages() -> list[Row]:
     """Compare the installed version of each required package with the range the course needs."""
+    from packaging.requirements import Requirement
+
     rows = []
     for line in metadata.requires("peft-lessons") or []:
         needed = Requirement(line)
@@ -82,6 +146,8 @@ def _packages() -> list[Row]:
 
 def _files() -> Row:
     """Report the number, the size and the checksums of the bundled models and tasks."""
+    from .data.bundled import bundled_files
+
     files = bundled_files()
     broken = [f.path for f in files if not f.intact]
     size = sum(f.size for f in files) / 2**20
@@ -93,6 +159,8 @@ def _files() -> Row:
 
 def _assistant() -> Row:
     """Report the size of the assistant; it may be missing, not damaged."""
+    from .data.bundled import ASSISTANT_COMMAND, assistant_folder
+
     what = "assistant of lessons 03, 12 and 15"
     try:
         files = [*assistant_folder(verify=True).iterdir()]
@@ -106,7 +174,9 @@ def _assistant() -> Row:
 
 def _processor() -> Row:
     """Report the cores this process may use; fail if PyTorch starts more threads than cores."""
-    machine, allowed, threads = platform.machine(), limits.cores(), torch.get_num_threads()
+    import torch
+
+    machine, allowed, threads = platform.machine(), cores(), torch.get_num_threads()
     host = os.cpu_count() or allowed
     found = f"{machine}, {f'{allowed} of ' if allowed < host else ''}{host} cores"
     if threads > allowed:
@@ -117,7 +187,7 @@ def _processor() -> Row:
 
 def _memory() -> list[Row]:
     """Report the memory this process may use; return no row if the system does not say."""
-    allowed = limits.memory()
+    allowed = memory()
     if allowed is None:
         return []
     gib = allowed / 2**30
@@ -127,9 +197,15 @@ def _memory() -> list[Row]:
 
 def check_environment() -> Readiness:
     """Look at everything the lessons need, and say whether it is there."""
+    import torch
+
     fits = sys.version_info >= (3, 11)
     rows = [Row("Python", _needs(platform.python_version(), fits, "3.11 or newer"), fits)]
     rows += [*_packages(), _processor(), *_memory()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (none is needed)"
     rows += [Row("GPU", gpu, None), _files(), _assistant()]
     return Readiness(rows)
+
+
+if __name__ == "__main__":
+    print(cores())
