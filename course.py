@@ -82,11 +82,6 @@ COMMANDS = {
         "run all tests, and every lesson as shipped and solved: about ten minutes",
         ["-m pytest -q -n 2 --nbval-lax {} tests notebooks"],
     ),
-    "export": (
-        "[LESSON ...]",
-        "write the lessons' exported cells to peft_lessons/methods/",
-        ["-m tools.notebooks export"],
-    ),
     "outputs": (
         "[LESSON ...]",
         "execute lessons, all or 02 03, and store clean outputs",

@@ -1,4 +1,4 @@
-"""Export, execute and solve lessons: python -m tools.notebooks {export,outputs,solved} [02 ...]"""
+"""Execute and solve lessons: python -m tools.notebooks {outputs,solved} [02 ...]"""
 
 import argparse
 import ast
@@ -21,10 +21,9 @@ from tools import warm_kernel
 from tools.environment import ROOT, offline_environment
 
 NOTEBOOKS = ROOT / "notebooks"
-PACKAGE = ROOT / "peft_lessons"
 CELL_SECONDS = 300
 
-# The name of a lesson's module in methods/, checks/ and solutions/.
+# The name of a lesson's module in checks/ and solutions/.
 MODULES = {
     "00_start_here": "start",
     "01_why_peft": "why",
@@ -268,35 +267,13 @@ def run_solved(path: Path, cwd: Path, log: Path | None = None) -> int:
     return len(names)
 
 
-def exports(nb: NotebookNode) -> str | None:
-    """Return the module that a lesson exports to, such as methods.lora, or None."""
-    for cell in code_cells(nb):
-        for line in cell.source.splitlines():
-            if line.replace(" ", "").startswith("#|default_exp"):
-                return line.split()[-1]
-    return None
-
-
-def export(path: Path, package: Path) -> Path | None:
-    """Write the exported cells to their module in `package`; None if the lesson has none."""
-    from nbdev.export import nb_export  # takes a second, which the other commands needn't wait
-
-    module = exports(read(path))
-    if module is None:
-        return None
-    nb_export(str(path), str(package))
-    return package.joinpath(*module.split(".")).with_suffix(".py")
-
-
 def run(command: str, chosen: list[Path]) -> int:
     """Run a command on lessons, and print a line for each; return the exit status."""
     failed = []
     for path in chosen:
         start, said = time.perf_counter(), ""
         try:
-            if command == "export":
-                export(path, PACKAGE)
-            elif command == "outputs":
+            if command == "outputs":
                 store_outputs(path)
             else:
                 with tempfile.TemporaryDirectory() as folder:
@@ -314,7 +291,7 @@ def run(command: str, chosen: list[Path]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
-    parser.add_argument("command", choices=["export", "outputs", "solved"])
+    parser.add_argument("command", choices=["outputs", "solved"])
     parser.add_argument("lesson", nargs="*", help="the first characters of lessons, such as 02")
     args = parser.parse_args(argv)
     chosen = lessons(args.lesson)

@@ -168,9 +168,8 @@ def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
 def short_cells(nb: NotebookNode, path: Path) -> Complaints:
     found = []
     for label, cell in _numbered(nb, "code"):
-        lines = [line for line in cell.source.splitlines() if not line.startswith("#|")]
-        if len(lines) > MAX_LINES:
-            found.append(f"{label} has {len(lines)} lines, above {MAX_LINES}")
+        if (lines := len(cell.source.splitlines())) > MAX_LINES:
+            found.append(f"{label} has {lines} lines, above {MAX_LINES}")
     return found
 
 
@@ -178,7 +177,7 @@ def imports_in_setup(nb: NotebookNode, path: Path) -> Complaints:
     """Require imports in the first code cells only, without other code cells between."""
     found, in_setup = [], True
     for label, cell in _numbered(nb, "code"):
-        if not _tree(cell).body:  # comments only, such as #| default_exp
+        if not _tree(cell).body:
             continue
         names = imported(cell)
         if names and not in_setup:

@@ -40,8 +40,7 @@ def good():
     """Return a notebook that keeps all rules."""
     cells = [
         new_markdown_cell("# Title\n\nSee the next one."),
-        code("#| default_exp methods.start"),
-        code("#| export\nimport math"),
+        code("import math"),
         code("import base64\n%matplotlib inline"),
         new_markdown_cell("| a | |\n|:---|---|\n| b | c |\n| | |"),
         new_markdown_cell("## Part\n\n```\n# no heading\n```\n\n### Subpart"),
@@ -234,8 +233,8 @@ def test_solved_is_imports_solutions_checks_and_what_is_tagged_as_needed():
         code("draw()", tags=["plumbing"]),
     ]
     done = notebooks.solved(nb, {"row_norms": SOLUTION})
-    exported, imports, answer, check, needed = done.cells
-    assert exported.source.startswith("#| export") and "base64" in imports.source
+    imports, more, answer, check, needed = done.cells
+    assert imports.source == "import math" and "base64" in more.source
     assert answer.source == SOLUTION and notebooks.tags(check) == ["check"]
     assert needed.source == "shape = (2, 3)"
     assert STUB in [cell.source for cell in nb.cells]

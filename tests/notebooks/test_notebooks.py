@@ -1,9 +1,8 @@
-"""Every lesson keeps the rules, exports its module, and runs with its solutions."""
+"""Every lesson keeps the rules and runs with its solutions."""
 
 import base64
 import html
 import re
-import shutil
 import subprocess
 import sys
 
@@ -70,24 +69,3 @@ def test_solved(path, tmp_path):
     )
     left = [str(file.relative_to(cwd)) for file in cwd.rglob("*")]
     assert not left, f"the lesson leaves files where it runs; use a temporary folder: {left}"
-
-
-def test_modules_equal_the_lessons(tmp_path):
-    """Exported from a copy at the same depth, every module of methods/ is the one committed."""
-    (tmp_path / "notebooks").mkdir()
-    shutil.copytree(notebooks.PACKAGE / "methods", tmp_path / "peft_lessons" / "methods")
-    committed = notebooks.PACKAGE / "methods"
-    differ, fresh = [], set()
-    for path in LESSONS:
-        copy = tmp_path / "notebooks" / path.name
-        shutil.copy(path, copy)
-        module = notebooks.export(copy, tmp_path / "peft_lessons")
-        if module is None:
-            continue
-        fresh.add(module.name)
-        here = committed / module.relative_to(tmp_path / "peft_lessons" / "methods")
-        if not here.exists() or here.read_bytes() != module.read_bytes():
-            differ.append(path.stem)
-    assert not differ, f"run `make export`: these lessons differ from their modules: {differ}"
-    stale = {file.name for file in committed.glob("*.py")} - fresh - {"__init__.py"}
-    assert not stale, f"no lesson exports these modules: {stale}"
