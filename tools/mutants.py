@@ -112,8 +112,11 @@ peft_lessons/engine/targets.py: injection every_method
     m in model.named_modules(remove_duplicate=False) → m in model.named_modules()
 peft_lessons/engine/layer.py: injection every_method
     if not stored.isfinite().all(): → if not tensor.isfinite().all():
+peft_lessons/engine/atomic.py: atomic
+    with open(parts[path], "wb") as file: → with open(path, "wb") as file:
+    os.replace(old[path], path) if path in old else path.unlink() → pass
+    parts[path].chmod(path.stat().st_mode | stat.S_IWRITE) → pass
 peft_lessons/engine/files.py: files
-    with open(temporary[path], "wb") as f: → with open(path, "wb") as f:
     if "meta" not in (theirs, *ours) and theirs not in ours: → if False:
     if surplus := sorted(tensors.keys() - expected.keys()): → if surplus := []:
     if not trainable: → if False:

@@ -4,7 +4,6 @@ import argparse
 import ast
 import copy
 import logging
-import os
 import re
 import sys
 import tempfile
@@ -234,10 +233,11 @@ def clean(nb: NotebookNode, stem: str) -> NotebookNode:
 
 def store_outputs(path: Path) -> None:
     """Execute a lesson in place: its stored outputs are then those of a fresh kernel."""
+    from peft_lessons.engine import write_atomically  # takes seconds, which other commands need not
+
     done = execute(read(path), path.parent, offline_environment())
-    part = path.with_suffix(".part")
-    nbformat.write(clean(done, path.stem), part)
-    os.replace(part, path)
+    text = nbformat.writes(clean(done, path.stem)).rstrip() + "\n"
+    write_atomically({path: text.encode()})
 
 
 def run_solved(path: Path, cwd: Path, log: Path | None = None) -> int:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from .atomic import write_atomically
 from .injection import Report, fingerprint, inject, injection_of, refuse_injected, require_injection
 from .method import ATTACHED, Injection, Method, registered_methods
 from .targets import head_of, is_classifier, matches
@@ -127,32 +128,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         raise ValueError(f"save_adapter: folder={str(folder)!r} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    _replace({folder / WEIGHTS: save(tensors, metadata=header), folder / CONFIG: config})
+    write_atomically({folder / WEIGHTS: save(tensors, metadata=header), folder / CONFIG: config})
     return folder
-
-
-def _replace(files: dict[Path, bytes]) -> None:
-    """Write all files under temporary names, then rename each of them.
-
-    If one of the moves fails, those before it are taken back: old and new files never mix."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    old = {path: path.read_bytes() if path.is_file() else None for path in files}
-    try:
-        for path, content in files.items():
-            with open(temporary[path], "wb") as f:
-                f.write(content)
-                f.flush()
-                os.fsync(f.fileno())
-        try:
-            for path in files:
-                os.replace(temporary[path], path)
-        except BaseException:
-            for path in (p for p in files if not temporary[p].exists()):
-                path.unlink() if old[path] is None else path.write_bytes(old[path])
-            raise
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def _refuse_non_finite(tensors: dict[str, torch.Tensor], verb: str) -> None:

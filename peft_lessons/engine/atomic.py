@@ -1,0 +1,39 @@
+"""Write files so that an interruption never leaves half of one."""
+
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_atomically(files: Mapping[Path, bytes]) -> None:
+    """Write the content of each file, or leave all as they were and raise.
+
+    Every file is complete under a temporary name beside its place before the first one is moved
+    there. If a move fails, the old files return: old and new ones never mix. A file that is
+    replaced keeps its permissions; Windows replaces none that is read-only or open."""
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    old = {path: part.with_suffix(".old") for path, part in parts.items() if path.is_file()}
+    last = [*files][-1]
+    try:
+        for path, content in files.items():
+            with open(parts[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if path in old:
+                parts[path].chmod(path.stat().st_mode | stat.S_IWRITE)
+        for path in old.keys() - {last}:
+            shutil.copy2(path, old[path])
+        try:
+            for path, part in parts.items():
+                os.replace(part, path)
+        except BaseException:
+            if parts[last].exists():  # so not all are in their places
+                for path in (path for path, part in parts.items() if not part.exists()):
+                    os.replace(old[path], path) if path in old else path.unlink()
+            raise
+    finally:
+        for temporary in (*parts.values(), *old.values()):
+            temporary.unlink(missing_ok=True)
