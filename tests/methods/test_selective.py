@@ -49,7 +49,6 @@ from peft_lessons.engine import WEIGHTS, blocks_of, fingerprint, injection_of
 from peft_lessons.methods.selective import (
     LinearWithDiff,
     LinearWithSparse,
-    expected_open,
     gate,
     prune_diff,
 )
@@ -554,7 +553,7 @@ def test_the_penalty_is_the_number_of_open_gates_on_average(structured):
         total += whole * (1 / (1 + np.exp(-wrapper.log_alpha.detach().double().numpy()))).sum()
     penalty = method.penalty(injection_of(model))
     assert penalty.item() == pytest.approx(0.25 * total, rel=1e-5)
-    (gradient,) = torch.autograd.grad(expected_open(wrapper), wrapper.log_alpha)
+    (gradient,) = torch.autograd.grad(wrapper.expected_open(), wrapper.log_alpha)
     p = torch.sigmoid(wrapper.log_alpha)
     close(gradient, p * (1 - p) * whole)
 
@@ -588,7 +587,7 @@ def test_a_penalty_closes_gates_and_without_one_they_stay_open():
     opened = {}
     for sparsity in (0.0, 1e-2):
         model = trained("llama", DiffPruning(sparsity, targets=("q_proj",)), 20, lr=4e-3, warmup=0)
-        opened[sparsity] = sum(expected_open(w).item() for w in layers(model).values())
+        opened[sparsity] = sum(w.expected_open().item() for w in layers(model).values())
     assert opened[1e-2] < 0.75 * opened[0.0] and opened[0.0] > 0.98 * 2 * 64 * 64
 
 
