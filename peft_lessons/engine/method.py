@@ -148,6 +148,12 @@ class Method:
         ValueError if there are none."""
         return ()
 
+    def added(self, shape: Any) -> float:
+        """Return the number of trainable parameters on a `Shape` (costs/estimate.py), without a new
+        classification head. ValueError for a method without a formula."""
+        counted = sorted(m.__name__ for m in registered_methods() if "added" in vars(m))
+        raise ValueError(f"no formula for {self!r}: only for {', '.join(counted)}")
+
     # --- what it does during training
 
     def before_fit(self, injection: Injection, steps: int) -> None:

@@ -3,6 +3,7 @@ least, until a budget for the whole model is met."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -356,6 +357,10 @@ class AdaLoRA(Method):
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithAdaLoRA:
         kept = kept_of(self, path)
         return LinearWithAdaLoRA(layer, self.initial_rank, self.alpha, self.dropout, kept)
+
+    def added(self, shape: Any) -> float:
+        sizes = shape.adapted(self.targets).values()
+        return shape.layers * sum(self.initial_rank * (i + o + 1) for i, o in sizes)  # Q, P and Λ
 
     def before_fit(self, injection: Injection, steps: int) -> None:
         refuse_fit(self, allocator_of(injection), steps)

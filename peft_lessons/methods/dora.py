@@ -4,6 +4,7 @@ parameter of its own, and turn the row with LoRA's factors."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -154,6 +155,10 @@ class DoRA(LoRA):
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithDoRA:
         return LinearWithDoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
+
+    def added(self, shape: Any) -> float:
+        magnitudes = sum(o for _, o in shape.adapted(self.targets).values())
+        return super().added(shape) + shape.layers * magnitudes
 
     def before_fit(self, injection: Injection, steps: int) -> None:
         if any(wrapper in NORMS for wrapper in injection.wrappers.values()):

@@ -1,6 +1,7 @@
 """(IA)³: learned vectors that rescale keys, values and the feed-forward's inner activations."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -142,3 +143,8 @@ class IA3(Method):
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithIA3:
         return LinearWithIA3(layer, feedforward=matches(path, self.feedforward))
+
+    def added(self, shape: Any) -> float:
+        inner = shape.adapted(self.feedforward) if self.feedforward else {}
+        sizes = shape.adapted(self.targets).items()
+        return shape.layers * sum(i if path in inner else o for path, (i, o) in sizes)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -102,6 +103,10 @@ class LoRA(Method):
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithLoRA:
         return LinearWithLoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
+
+    def added(self, shape: Any) -> float:
+        sizes = shape.adapted(self.targets).values()
+        return shape.layers * sum(self.rank * (i + o) for i, o in sizes)  # A and B
 
 
 def apply_lora_to_model(

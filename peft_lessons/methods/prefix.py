@@ -176,6 +176,11 @@ class Prefix(Method):
     def attach(self, model: nn.Module) -> tuple[nn.Module, list]:
         return attach_prefix(model, self)
 
+    def added(self, shape: Any) -> float:
+        if self.projection is not None:
+            raise ValueError(f"no formula for {self!r}: only for a Prefix without an MLP")
+        return self.tokens * shape.layers * 2 * shape.kv_heads * shape.head_width
+
 
 @torch.no_grad()
 def init_prefix(model: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

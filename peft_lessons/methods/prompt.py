@@ -226,6 +226,9 @@ class Prompt(Method):
                 "needs a tokenizer: Prompt(tokens, init, tokenizer=load_tokenizer(name))"
             )
 
+    def added(self, shape: Any) -> float:
+        return self.tokens * shape.width
+
     def attach(self, model: nn.Module) -> tuple[nn.Module, list]:
         refuse_model("Prompt", model)
         refuse_long("Prompt", model, self.tokens, text=1)
