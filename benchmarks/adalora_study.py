@@ -10,32 +10,34 @@ averaging; `adalora, γ 0.1` has another weight of the regulariser than PEFT's d
 map` gives each matrix the rank that AdaLoRA's run with seed 0 left it.
 """
 
-import itertools
-from functools import partial
+from dataclasses import replace
 from typing import ClassVar
 from unittest import mock
 
 import torch
+from catalogue import schedule, setting
 from common import (
     MEASURED,
+    RUN,
     SEEDS,
     STEPS,
+    Benchmark,
     Results,
+    at_best,
     base_of,
+    hexadecimal,
     load,
+    main,
     measured,
-    missing,
     paired_counts,
     plain,
     right_answers,
-    study,
 )
 
 from peft_lessons import inject
 from peft_lessons.engine import injection_of
 from peft_lessons.methods import adalora
 from peft_lessons.methods.lora import LinearWithLoRA, LoRA
-from peft_lessons.studies.catalogue import schedule, setting
 
 LORA_RATES, ADALORA_RATES = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2, 3e-2)
 WEIGHTS = {"adalora, γ 0": 0.0, "adalora, γ 0.1": 0.1}  # of the regulariser
@@ -49,10 +51,20 @@ SETTINGS = {  # (method, rank a layer at the start, and at the end on average, s
 }
 WEIGHTED = {(name, 6, 4, 200): (1e-2, 3e-3) for name in WEIGHTS}
 BY_HAND = {("lora, map", 4, 4, 200): (3e-3,)}
-NAMES = ("method", "initial", "rank", "steps")
+KEY = ("method", "initial", "rank", "steps", *RUN)
 BEST = {"adalora": 1e-2, "lora": 3e-3, "adalora, sums": 1e-2, "lora, map": 3e-3}
 PAIRS = (("adalora", "lora"), ("adalora", "adalora, sums"), ("lora, map", "lora"))
 COUNTED = ("pruned", "back", "alive")  # triplets ever pruned; kept again later; kept at the end
+PAIRED = ("both", "only_first", "only_second", "neither")
+TABLES = {  # {table: its columns beside the key} of what a run leaves beside its row
+    "adalora_ranks": ("layer", "module", "kept", "norm"),
+    "adalora_runs": (*COUNTED, "test", "sentences", "right"),
+}
+
+
+def rows_of(table: str) -> Results:
+    """Return a table that runs fill beside their rows."""
+    return Results(table, KEY, TABLES[table])
 
 
 def by_sums(branch):
@@ -67,14 +79,20 @@ class ByMap(LoRA):
     kept: ClassVar[dict[tuple[str, str], int]] = {}  # {(layer, module): rank}
 
     def wrap(self, path, layer):
-        rank = self.kept[tuple(path.partition(".layer.")[2].split(".", 1))]
+        rank = self.kept[place_of(path)]
         return LinearWithLoRA(layer, rank, self.alpha / self.rank * rank)
 
 
-def map_of(ranks: Results, method: str, lr: float, seed: int) -> dict[tuple[str, str], int]:
+def place_of(path: str) -> tuple[str, str]:
+    """Return (layer, module) of a path."""
+    layer, module = path.partition(".layer.")[2].split(".", 1)
+    return layer, module
+
+
+def map_of(method: str, lr: float, seed: int) -> dict[tuple[str, str], int]:
     """Return {(layer, module): rank at the end} of a run of 200 steps from rank 6 to 4."""
-    run = {"method": method, "initial": "6", "steps": "200", "lr": str(lr), "seed": str(seed)}
-    rows = [row for row in ranks.rows() if all(row[k] == v for k, v in run.items())]
+    point = tuple(map(str, (method, 6, 4, 200, lr, seed)))
+    rows = [r for r in rows_of("adalora_ranks").rows() if tuple(r[c] for c in KEY) == point]
     return {(row["layer"], row["module"]): int(row["kept"]) for row in rows}
 
 
@@ -100,86 +118,100 @@ class Masks:
         return dict(zip(COUNTED, map(int, values), strict=True))
 
 
-def run(ranks, runs, task, method, initial, rank, steps, lr, seed, again=False) -> dict:
-    """Train one point and return its row; `again` is for a run whose row there is already."""
-    model, masks = base_of(task.name, seed), Masks()
+def trained(method: str, initial: int, rank: int, steps: int, lr: float, seed: int, train):
+    """Return the model of a point after `train(model)`, what that returned, and its masks."""
+    model, masks = base_of("sentiment", seed), Masks()
     if method == "lora, map":
+        ByMap.kept = map_of("adalora", 1e-2, 0)
         inject(model, ByMap(rank=rank, alpha=16, targets="all-linear"))
     elif method == "lora":
-        inject(model, setting("lora, all linear", task.name, rank=rank))
+        inject(model, setting("lora, all linear", "sentiment", rank=rank))
     else:
         size = {"initial_rank": initial, "target_rank": rank}
         size["orthogonal"] = WEIGHTS.get(method, 0.5)
-        inject(model, setting("adalora", task.name, **size, **schedule(steps)))
+        inject(model, setting("adalora", "sentiment", **size, **schedule(steps)))
     scores = by_sums if method == "adalora, sums" else adalora.triplet_scores
     with (
         mock.patch.object(adalora, "triplet_scores", scores),
         mock.patch.object(adalora, "masks_of_best", masks),
     ):
-        if again:
-            plain(model, task, steps, lr, seed)
-        row = {} if again else measured(model, task, lr, seed, steps=steps)
-    kept = row.get("trainable", 0)
-    values = dict(zip(NAMES, (method, initial, rank, steps), strict=True))
+        return model, train(model), masks
+
+
+def ranks_of(model: torch.nn.Module) -> list[dict]:
+    """Return a row for each layer of a trained AdaLoRA."""
+    rows = []
+    for path, wrapper in injection_of(model).wrappers.items():
+        layer, module = place_of(path)
+        norm = torch.linalg.norm(adalora.delta_weight(wrapper.ada)).item()
+        kept = int(wrapper.ada.lora_E.count_nonzero())
+        rows.append({"layer": layer, "module": module, "kept": kept, "norm": f"{norm:.4f}"})
+    return rows
+
+
+def answered(model: torch.nn.Module, masks: Masks) -> dict:
+    """Return which test sentences a model gets right, and what became of its triplets."""
+    right = right_answers(model, load("sentiment"))
+    row = {"test": f"{sum(right) / len(right):.5f}", "sentences": len(right)}
+    return row | {"right": hexadecimal(right)} | (masks.counts() if masks.taken else {})
+
+
+def run(method: str, initial: int, rank: int, steps: int, lr: float, seed: int) -> dict:
+    """Train one point and return its row; its ranks and its answers get rows of their own."""
+    point, task = (method, initial, rank, steps, lr, seed), load("sentiment")
+    model, row, masks = trained(*point, lambda model: measured(model, task, lr, seed, steps=steps))
+    kept = row["trainable"]
     if masks.taken:
-        wrappers = injection_of(model).wrappers
-        new = missing(ranks, (*NAMES, "lr", "seed"), [(*values.values(), lr, seed)])
-        for path, wrapper in wrappers.items():
-            ada, (out, width) = wrapper.ada, wrapper.base.weight.shape
-            left = int(ada.lora_E.count_nonzero())
-            kept -= (initial - left) * (out + width + 1)
-            layer, module = path.partition(".layer.")[2].split(".", 1)
-            place = {"lr": lr, "seed": seed, "layer": layer, "module": module}
-            norm = torch.linalg.norm(adalora.delta_weight(ada)).item()
-            if new:
-                ranks.add(**values, **place, kept=left, norm=f"{norm:.4f}")
-    if steps == STEPS[task.name]:
-        right = right_answers(model, task)
-        flags = sum(flag << i for i, flag in enumerate(right))
-        counts = masks.counts() if masks.taken else {}
-        here = {"test": f"{sum(right) / len(right):.5f}", "sentences": len(right)}
-        here["right"] = f"{flags:x}"
-        runs.add(**values, lr=lr, seed=seed, **counts, **here)
+        if rows_of("adalora_ranks").missing([point]):
+            rows_of("adalora_ranks").add(point, ranks_of(model))
+        for wrapper in injection_of(model).wrappers.values():
+            pruned = initial - int(wrapper.ada.lora_E.count_nonzero())
+            kept -= pruned * (sum(wrapper.base.weight.shape) + 1)
+    if steps == STEPS["sentiment"]:
+        rows_of("adalora_runs").add(point, [answered(model, masks)])
     return row | {"kept": kept}
 
 
-def answers(runs: Results) -> dict[tuple[str, int], list[bool]]:
+def run_again(method: str, initial: int, rank: int, steps: int, lr: float, seed: int) -> dict:
+    """Train a point whose row there is already, for its answers."""
+    point, task = (method, initial, rank, steps, lr, seed), load("sentiment")
+    model, _, masks = trained(*point, lambda model: plain(model, task, steps, lr, seed))
+    return answered(model, masks)
+
+
+def answers() -> dict[tuple[str, int], list[bool]]:
     """Return {(method, seed): the sentences that its run at its best learning rate gets right}."""
-    found = {}
-    for row in runs.rows():
-        method, flags = row["method"], int(row["right"], 16)
-        if BEST.get(method) == float(row["lr"]):
-            right = [bool(flags >> i & 1) for i in range(int(row["sentences"]))]
-            found[method, int(row["seed"])] = right
-    return found
+    right = {}
+    for row in rows_of("adalora_runs").rows():
+        if BEST.get(row["method"]) == float(row["lr"]):
+            bits, sentences = int(row["right"], 16), range(int(row["sentences"]))
+            right[row["method"], int(row["seed"])] = [bool(bits >> i & 1) for i in sentences]
+    return right
 
 
-def count_pairs(runs: Results) -> None:
-    """Write adalora_pairs.csv, for the seeds that both of two methods were run with."""
-    pairs = Results("adalora_pairs", ("first", "second", "seed", *paired_counts([], [])), anew=True)
-    found = answers(runs)
-    for (first, second), seed in itertools.product(PAIRS, SEEDS):
-        if (first, seed) in found and (second, seed) in found:
-            counts = paired_counts(found[first, seed], found[second, seed])
-            pairs.add(first=first, second=second, seed=seed, **counts)
+def pairs(_: Results) -> list[tuple]:
+    """Return (method, other, seed) for the seeds that both were run with."""
+    known = answers()
+    every = [(*pair, seed) for pair in PAIRS for seed in SEEDS]
+    return [(one, two, seed) for one, two, seed in every if {(one, seed), (two, seed)} <= {*known}]
+
+
+def count(first: str, second: str, seed: int) -> dict[str, int]:
+    """Count the sentences that both methods get right, only one, or neither."""
+    known = answers()
+    return paired_counts(known[first, seed], known[second, seed])
 
 
 if __name__ == "__main__":
-    ranks = Results("adalora_ranks", (*NAMES, "lr", "seed", "layer", "module", "kept", "norm"))
-    about = ("test", "sentences", "right")
-    runs = Results("adalora_runs", (*NAMES, "lr", "seed", *COUNTED, *about))
-    columns, tasks = ("trainable", "kept", *MEASURED), {"sentiment": load("sentiment")}
-    one = partial(run, ranks, runs)
-
-    def go(settings):
-        study("adalora_study", NAMES, columns, settings, one, tasks)
-
-    go(SETTINGS)
-    go(WEIGHTED)
-    ByMap.kept = map_of(ranks, "adalora", 1e-2, 0)
-    go(BY_HAND)
+    study = Benchmark(
+        "adalora_study", KEY, ("trainable", "kept", *MEASURED), at_best(SETTINGS, max), run
+    )
     compared = (("adalora", 6, 4, 200), ("lora", 4, 4, 200), ("adalora, sums", 6, 4, 200))
-    points = [(*setting, BEST[setting[0]], seed) for seed in SEEDS for setting in compared]
-    for point in missing(runs, (*NAMES, "lr", "seed"), points):
-        one(tasks["sentiment"], *point, again=True)
-    count_pairs(runs)
+    again = [(*setting, BEST[setting[0]], seed) for seed in SEEDS for setting in compared]
+    main(
+        study,
+        replace(study, points=at_best(WEIGHTED, max)),
+        replace(study, points=at_best(BY_HAND, max)),
+        Benchmark("adalora_runs", KEY, TABLES["adalora_runs"], again, run_again),
+        Benchmark("adalora_pairs", ("first", "second", "seed"), PAIRED, pairs, count),
+    )

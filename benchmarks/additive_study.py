@@ -7,22 +7,16 @@ Adds a row for each run on either task to data/results/additive_study.csv. On Au
 1 has about the size of (IA)³, of a prompt and of a prefix.
 """
 
+from dataclasses import replace
+
 import torch
-from common import (
-    BASES,
-    BEFORE_TOO,
-    NAMES,
-    base_of,
-    load,
-    measured,
-    study,
-)
+from catalogue import SETTINGS as NAMED
+from catalogue import TOKENS, setting
+from common import BEFORE_TOO, NAMES, RUN, Benchmark, at_best, base_of, load, main, measured
 
 from peft_lessons import inject
 from peft_lessons.engine import Method
 from peft_lessons.methods.prefix import init_prefix
-from peft_lessons.studies.catalogue import SETTINGS as NAMED
-from peft_lessons.studies.catalogue import TOKENS, setting
 
 LOW, MIDDLE, HIGH = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 HIGHEST = (1e-1, 3e-1, 1.0)
@@ -43,7 +37,6 @@ SETTINGS = {  # (task, method, variant, width or virtual tokens): rates
     ("austen", "prefix", "mlp", TOKENS): (3e-3, *HIGH),
     ("austen", "prefix", "context", TOKENS): (3e-3, 1e-2, 3e-2, *HIGHEST, 3.0),
 }
-POINT = (*NAMES, "lr", "seed")
 # Validation chose 0.001 for this one by a hair with seed 0; what do all seeds say?
 HAIR = {("sentiment", "adapter", "pfeiffer", 16): (3e-3,)}
 
@@ -61,22 +54,20 @@ def described(task: str, method: str, variant: str, size: int) -> Method:
     return setting(name if name in NAMED else method, task)
 
 
-def run(task, *point) -> dict:
+def run(name: str, method: str, variant: str, size: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
-    name, _, variant, size, lr, seed = point
-    model = base_of(name, seed)
+    model, task = base_of(name, seed), load(name)
     if variant == "context":  # the keys and values of the training text's first tokens
         ids = next(task.batches("train", 1))["input_ids"][:, :size]
         with torch.no_grad():
             layers = model(ids, use_cache=True).past_key_values.layers
         pairs = [(layer.keys[0], layer.values[0]) for layer in layers]
-    inject(model, described(*point[:4]))
+    inject(model, described(name, method, variant, size))
     if variant == "context":
         init_prefix(model, pairs)
     return measured(model, task, lr, seed, before=True)
 
 
 if __name__ == "__main__":
-    tasks = {task: load(task) for task in BASES}
-    study("additive_study", NAMES, BEFORE_TOO, SETTINGS, run, tasks)
-    study("additive_study", NAMES, BEFORE_TOO, HAIR, run, {"sentiment": tasks["sentiment"]})
+    study = Benchmark("additive_study", (*NAMES, *RUN), BEFORE_TOO, at_best(SETTINGS), run)
+    main(study, replace(study, points=at_best(HAIR)))

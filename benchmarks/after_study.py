@@ -20,12 +20,15 @@ pretrained. `intruders` counts as variants_study.py does.
 
 import itertools
 import tempfile
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import peft
 import torch
+from catalogue import setting
 from choosing_study import definitions
-from common import SEEDS, Results, base_of, load, missing
+from common import SEEDS, Benchmark, Results, base_of, load, main
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from variants_study import EPSILON, K, cosines
 
@@ -40,7 +43,6 @@ from peft_lessons import (
     unload,
 )
 from peft_lessons.data.tasks import LanguageTask, Split
-from peft_lessons.studies.catalogue import setting
 
 STEPS, DENSITY = {"austen": 100, "reviews": 100, "both": 200}, 0.5
 RATES = {"austen": (3e-2,), "reviews": (3e-3, 1e-2, 3e-2), "both": (3e-3, 1e-2, 3e-2)}
@@ -66,58 +68,73 @@ def reviews() -> LanguageTask:
     return LanguageTask("reviews", splits, tokenizer, 128)
 
 
-def trained(tasks: dict, name: str, lr: float, seed: int) -> torch.nn.Module:
+@cache
+def tasks() -> dict[str, LanguageTask]:
+    """Return the texts on which every row has a perplexity."""
+    return {"austen": load("austen"), "reviews": reviews(), "definitions": definitions()}
+
+
+@cache
+def trained(name: str, lr: float, seed: int) -> torch.nn.Module:
     """Return tinylm with an adapter that learned one kind of text, or both."""
-    streams = [tasks[text].stream(16, seed) for text in ("austen", "reviews")]
+    streams = [tasks()[text].stream(16, seed) for text in ("austen", "reviews")]
     mixed = itertools.chain.from_iterable(zip(*streams, strict=True))
-    data = tasks[name] if name in tasks else list(itertools.islice(mixed, STEPS[name]))
+    data = tasks().get(name) or list(itertools.islice(mixed, STEPS[name]))
     model = base_of("austen", seed)
     inject(model, setting("lora, all linear", "austen"))
     fit(model, data, STEPS[name], lr=lr, seed=seed, show=False)
     return model
 
 
-def measured(model: torch.nn.Module, tasks: dict, base: torch.nn.Module) -> dict:
+def best_rate(results: Results, name: str) -> float | None:
+    """Return the learning rate that validation chose with the first seed, once all were tried."""
+    first = {
+        float(row["factor"]): float(row["validation"])
+        for row in results.rows()
+        if (row["way"], row["seed"]) == (name, str(SEEDS[0]))
+    }
+    return min(first, key=first.get) if {*first} == {*RATES[name]} else None
+
+
+def points(results: Results) -> list[tuple]:
+    """Return the points that are due: what is made of the adapters waits for their rates."""
+    due = [(name, lr, SEEDS[0]) for name, rates in RATES.items() for lr in rates]
+    best = {name: best_rate(results, name) for name in RATES}
+    if None in best.values():
+        return due
+    for seed in SEEDS:
+        due += [(name, lr, seed) for name, lr in best.items()] if seed != SEEDS[0] else []
+        due += [(*way, seed) for way in WAYS]
+    return due
+
+
+def run(way: str, factor: float, seed: int) -> dict:
+    """Train an adapter, or change trained ones, and return what the row says of it."""
+    if way not in RATES:
+        return measured(changed(way, factor, seed).eval())
+    learned = [way] if way in tasks() else ["austen", "reviews"]
+    plain = deepcopy(trained(way, factor, seed))
+    losses = [evaluate(plain, tasks()[text], "validation").loss for text in learned]
+    merge(plain)
+    unload(plain)
+    return {"validation": f"{sum(losses) / len(losses):.5f}"} | measured(plain)
+
+
+def measured(model: torch.nn.Module) -> dict:
     """Return what a row says of a plain model."""
-    row = {task: f"{evaluate(model, tasks[task]).perplexity:.4f}" for task in tasks}
-    return row | {"intruders": intruders(base, model)}
+    row = {name: f"{evaluate(model, task).perplexity:.4f}" for name, task in tasks().items()}
+    return row | {"intruders": intruders(base_of("austen", 0), model)}
 
 
-def train_all(
-    results: Results, tasks: dict, base: torch.nn.Module, seed: int, folder: Path
-) -> None:
-    """Train the three adapters, each at every learning rate with the first seed and at the best one
-    with others, add rows that are missing, and save the best ones in folders of their names."""
-    for name, rates in RATES.items():
-        first = {
-            float(r["factor"]): float(r["validation"])
-            for r in results.rows()
-            if (r["way"], r["seed"]) == (name, "0")
-        }
-        if seed != SEEDS[0] or len(first) == len(rates):
-            rates = (min(first, key=first.get),)
-        if name == "both" and not missing(results, KEY, [(name, lr, seed) for lr in rates]):
-            continue  # nothing else is made of it
-        losses = {}
-        for lr in rates:
-            model = trained(tasks, name, lr, seed)
-            learned = [name] if name in tasks else ["austen", "reviews"]
-            losses[lr] = sum(evaluate(model, tasks[t], "validation").loss for t in learned)
-            if losses[lr] == min(losses.values()):
-                save_adapter(model, folder / name)
-            if missing(results, KEY, [(name, lr, seed)]):
-                merge(model)
-                unload(model)
-                row = {"validation": f"{losses[lr] / len(learned):.5f}"}
-                row |= measured(model, tasks, base)
-                results.add(way=name, factor=lr, seed=seed, **row)
-                print(name, lr, seed, row, flush=True)
-
-
-def opened(folder: Path) -> peft.PeftModel:
+def opened(seed: int) -> peft.PeftModel:
     """Return tinylm in PEFT with the adapters of both texts."""
-    model = peft.PeftModel.from_pretrained(base_of("austen", 0), folder / "austen", "austen")
-    model.load_adapter(folder / "reviews", "reviews")
+    results = Results("after_study", KEY, COLUMNS)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("austen", "reviews"):
+            save_adapter(trained(name, best_rate(results, name), seed), Path(folder, name))
+        base, first = base_of("austen", 0), Path(folder, "austen")
+        model = peft.PeftModel.from_pretrained(base, first, "austen")
+        model.load_adapter(Path(folder, "reviews"), "reviews")
     return model
 
 
@@ -131,8 +148,9 @@ def reduce(base: torch.nn.Module, model: torch.nn.Module, factor: float) -> None
         weight.copy_(U * S @ Vt)
 
 
-def changed(model: peft.PeftModel, base, way: str, factor: float, seed: int) -> torch.nn.Module:
+def changed(way: str, factor: float, seed: int) -> torch.nn.Module:
     """Return the plain model that a way makes of the adapters."""
+    model = opened(seed)
     if way == "reduced":
         reduce_intruder_dimension(
             model,
@@ -145,7 +163,7 @@ def changed(model: peft.PeftModel, base, way: str, factor: float, seed: int) -> 
     elif way == "reduced, any rank":
         model.set_adapter("austen")
         plain = model.merge_and_unload()
-        reduce(base, plain, factor)
+        reduce(base_of("austen", 0), plain, factor)
         return plain
     elif way == "scaled":
         model.add_weighted_adapter(["austen"], [factor], way, "cat")
@@ -175,23 +193,5 @@ def intruders(before: torch.nn.Module, after: torch.nn.Module) -> int:
     return sum(int((cosines(*pair) < EPSILON).sum()) for pair in weights)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    results = Results("after_study", (*KEY, *COLUMNS))
-    tasks = {"austen": load("austen"), "reviews": reviews(), "definitions": definitions()}
-    base = base_of("austen", 0)
-    for seed in SEEDS:
-        left = missing(results, KEY, [(*way, seed) for way in WAYS])
-        with tempfile.TemporaryDirectory() as name:
-            if left:
-                train_all(results, tasks, base, seed, Path(name))
-            for way, factor, _ in left:
-                row = measured(
-                    changed(opened(Path(name)), base, way, factor, seed).eval(), tasks, base
-                )
-                results.add(way=way, factor=factor, seed=seed, **row)
-                print(way, factor, seed, row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    main(Benchmark("after_study", KEY, COLUMNS, points, run))

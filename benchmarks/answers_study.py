@@ -7,12 +7,11 @@ the other studies, with three seeds. Adds a row for each run to data/results/sen
 `right` has one bit for each test sentence, as a hexadecimal number.
 """
 
-import torch
 from additive_study import described
-from common import SEEDS, Results, base_of, load, missing, plain, right_answers
+from catalogue import TOKENS, setting
+from common import SEEDS, Benchmark, base_of, hexadecimal, load, main, plain, right_answers
 
 from peft_lessons import freeze, inject
-from peft_lessons.studies.catalogue import TOKENS, setting
 
 STEPS = 200
 # (method, variant, width, rank or virtual tokens, learning rate) of the runs to be paired
@@ -51,8 +50,9 @@ NAMED = {
 KEY = ("method", "variant", "size", "lr", "seed")
 
 
-def answers(task, method: str, variant: str, size: int, lr: float, seed: int) -> list[bool]:
+def run(method: str, variant: str, size: int, lr: float, seed: int) -> dict:
     """Train one point and return which test sentences it gets right."""
+    task = load("sentiment")
     model = base_of(task.name, seed)
     if method == "head":
         freeze(model)
@@ -63,20 +63,10 @@ def answers(task, method: str, variant: str, size: int, lr: float, seed: int) ->
     elif method != "full":
         inject(model, described(task.name, method, variant, size))
     plain(model, task, STEPS, lr, seed)
-    return right_answers(model, task)
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    task, results = load("sentiment"), Results("sentiment_answers", (*KEY, "sentences", "right"))
-    points = [(*point, seed) for seed in SEEDS for point in PAIRED]
-    for point in missing(results, KEY, points):
-        right = answers(task, *point)
-        bits = f"{sum(1 << i for i, is_right in enumerate(right) if is_right):x}"
-        row = dict(zip(KEY, point, strict=True))
-        results.add(**row, sentences=len(right), right=bits)
-        print(*point, f"{sum(right) / len(right):.4f}", flush=True)
+    right = right_answers(model, task)
+    return {"sentences": len(right), "right": hexadecimal(right)}
 
 
 if __name__ == "__main__":
-    main()
+    points = [(*point, seed) for seed in SEEDS for point in PAIRED]
+    main(Benchmark("sentiment_answers", KEY, ("sentences", "right"), points, run))

@@ -13,12 +13,11 @@ What is frozen is in bfloat16, or in 4 bits, what trains in float32, and product
 perplexity of Jane Austen's novels, of which no step has seen anything.
 """
 
-import sys
-from functools import partial
+from functools import cache
 
 import torch
 from choosing_study import widened
-from common import Results, fill, to_do
+from common import RUN, Benchmark, Results, at_best, main
 from peft import LoraConfig, get_peft_model
 
 from peft_lessons import (
@@ -53,7 +52,7 @@ RATES = {
     "prompt": HIGH,
 }
 COLUMNS = ("steps", "trainable", "validation", "test", "memory", "seconds_per_step", "losses")
-TASK, NAMES = "definitions", ("task", "method")
+TASK, KEY = "definitions", ("task", "method", *RUN)
 
 
 def described(method: str) -> Method:
@@ -104,8 +103,16 @@ def answer_losses(model: torch.nn.Module, task, split: str) -> list[float]:
     return found
 
 
-def run(task, austen, name: str, method: str, lr: float, seed: int) -> dict:
+@cache
+def tasks() -> tuple:
+    """Return the questions that are learned, and novels of which nothing is."""
+    austen = load_task("austen", load_tokenizer("smollm2")).limit(validation=24)
+    return load_task(TASK).limit(train=8 * STEPS, **SIZES), austen
+
+
+def run(name: str, method: str, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
+    task, austen = tasks()
     model = build(method, seed)
     trainable = measure.parameters(model).trainable
     history = History()
@@ -123,22 +130,15 @@ def run(task, austen, name: str, method: str, lr: float, seed: int) -> dict:
     }
 
 
-def main(backwards: bool) -> None:
-    torch.set_num_threads(1)
-    results = Results("assistant_study", (*NAMES, "lr", "seed", *COLUMNS))
-    task = load_task(TASK).limit(train=8 * STEPS, **SIZES)
-    austen = load_task("austen", load_tokenizer("smollm2")).limit(validation=24)
-
-    def left() -> list[tuple]:
-        rates = {}
-        for method, start in RATES.items():
-            rows = [r for r in results.rows() if (r["method"], r["seed"]) == (method, "0")]
-            tried = {float(row["lr"]): float(row["validation"]) for row in rows}
-            rates[TASK, method] = widened(start, tried, min) if any(start) else start
-        return to_do(results, NAMES, rates, min)
-
-    fill(results, (*NAMES, "lr", "seed"), left, partial(run, task, austen), backwards)
+def points(results: Results) -> list[tuple]:
+    """Return the points that are due: more rates as long as the best lies at the edge."""
+    rates = {}
+    for method, start in RATES.items():
+        rows = [row for row in results.rows() if (row["method"], row["seed"]) == (method, "0")]
+        tried = {float(row["lr"]): float(row["validation"]) for row in rows}
+        rates[TASK, method] = widened(start, tried, min) if any(start) else start
+    return at_best(rates, min)(results)
 
 
 if __name__ == "__main__":
-    main("--backwards" in sys.argv)
+    main(Benchmark("assistant_study", KEY, COLUMNS, points, run))

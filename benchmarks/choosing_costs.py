@@ -5,22 +5,21 @@
 The rows of data/results/choosing_costs.csv have the columns of costs.csv, measured in the same way.
 """
 
-import torch
+from catalogue import BASES
 from choosing_study import RATES, build
-from common import BASES, STEPS, Results
-from costs import COLUMNS, add_costs
+from common import STEPS, Benchmark, main
+from costs import COLUMNS, KEY, costs_of
 
 MERGED = ("lora", "lora, all linear", "dora, all linear", "adalora", "ia3")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    results = Results("choosing_costs", COLUMNS, anew=True)
-    for task, base in BASES.items():
-        names = [method for method in RATES[task] if method != "base"]
-        models = {(name, "ours"): build(task, name, STEPS[task], seed=0) for name in names}
-        add_costs(results, base, models, MERGED)
+def run(base: str) -> list[dict]:
+    """Measure all methods of the study on a base."""
+    task = next(task for task, name in BASES.items() if name == base)
+    names = [method for method in RATES[task] if method != "base"]
+    models = {(name, "ours"): build(task, name, STEPS[task], seed=0) for name in names}
+    return costs_of(base, models, MERGED)
 
 
 if __name__ == "__main__":
-    main()
+    main(Benchmark("choosing_costs", KEY, COLUMNS, [(base,) for base in BASES.values()], run, True))

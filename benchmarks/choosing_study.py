@@ -13,29 +13,29 @@ nearest of other nouns' definitions has, by the mean of the last hidden states. 
 perplexity of such definitions, on which it was pretrained.
 """
 
-import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
+from catalogue import SETTINGS, schedule, setting
 from common import (
-    BASES,
     CHOICES,
     MEASURED,
+    RUN,
     STEPS,
+    Benchmark,
     Results,
+    at_best,
     base_of,
-    fill,
     load,
+    main,
     measured,
     plain,
-    to_do,
 )
 from selective_study import Watched, train_in_halves
 
 from peft_lessons import evaluate, freeze, inject, load_task, load_tokenizer
 from peft_lessons.data.tasks import LanguageTask, Split
-from peft_lessons.studies.catalogue import SETTINGS, schedule, setting
 
 ALL = 0  # examples; a row says how many they are
 FEW_STEPS = {"sentiment": 100, "austen": 50}  # on 100 examples
@@ -94,8 +94,8 @@ STAGES = (  # (examples, methods, tasks)
     (1000, EVERY, ("sentiment", "austen")),
 )
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-NAMES = ("task", "method", "examples")
-COLUMNS = (*NAMES, "lr", "seed", "steps", "trainable", *MEASURED[:-1], "memory", MEASURED[-1])
+KEY = ("task", "method", "examples", *RUN)
+COLUMNS = ("steps", "trainable", *MEASURED[:-1], "memory", MEASURED[-1])
 
 
 def rates_of(results: Results, task: str, method: str, examples: int) -> tuple[float, ...]:
@@ -160,6 +160,7 @@ def build(task: str, method: str, steps: int, seed: int) -> torch.nn.Module:
     return model
 
 
+@cache
 def definitions() -> LanguageTask:
     """Definitions of nouns, as tinylm read them in its pretraining."""
     nouns, tokenizer = load_task("wordnet"), load_tokenizer("tinylm")
@@ -191,9 +192,10 @@ def memory(model, known) -> float:
     return (names[(asked @ near.T).argmax(dim=1)] == labels).float().mean().item()
 
 
-def run(tasks: dict, known: dict, name: str, method: str, examples: int, lr: float, seed: int):
+def run(name: str, method: str, examples: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
-    task = tasks[name]
+    task = load(name)
+    known = definitions() if name == "austen" else load_task("wordnet").limit(train=780)
     if examples < task.size("train"):
         task = task.limit(train=examples)
     steps = FEW_STEPS[name] if examples == 100 else STEPS[name]
@@ -201,27 +203,23 @@ def run(tasks: dict, known: dict, name: str, method: str, examples: int, lr: flo
     if method == "diff":
         train = partial(train_in_halves, path=[], one_in=ONE_IN)
     row = measured(model, task, lr, seed, train, steps)
-    return row | {"memory": f"{memory(model, known[name]):.5f}"}
+    return row | {"memory": f"{memory(model, known):.5f}"}
 
 
-def main(backwards: bool) -> None:
-    torch.set_num_threads(1)
-    results, tasks = Results("choosing_study", COLUMNS), {task: load(task) for task in BASES}
-    known = {"sentiment": load_task("wordnet").limit(train=780), "austen": definitions()}
-    for size, methods, names in STAGES:
-        for name in names[:: -1 if backwards else 1]:
+def stage(size: int, methods: tuple[str, ...], tasks: tuple[str, ...]) -> Callable:
+    """Return what a stage still lacks, as a function of the table: its rates depend on its rows."""
 
-            def left(name=name, size=size, methods=methods) -> list[tuple]:
-                examples = size or tasks[name].size("train")
-                rates = {
-                    (name, method, examples): rates_of(results, name, method, size)
-                    for method in RATES[name]
-                    if method in methods
-                }
-                return to_do(results, NAMES, rates, CHOICES[name])
+    def points(results: Results) -> list[tuple]:
+        rates = {
+            (task, method, size or load(task).size("train")): rates_of(results, task, method, size)
+            for task in tasks
+            for method in RATES[task]
+            if method in methods
+        }
+        return at_best(rates)(results)
 
-            fill(results, (*NAMES, "lr", "seed"), left, partial(run, tasks, known), backwards)
+    return points
 
 
 if __name__ == "__main__":
-    main("--backwards" in sys.argv)
+    main(*(Benchmark("choosing_study", KEY, COLUMNS, stage(*each), run) for each in STAGES))

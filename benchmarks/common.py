@@ -1,25 +1,30 @@
-"""What the benchmarks share: tables that grow run by run, the studies of methods at their best
-learning rates, and the training step that is timed.
+"""What the benchmarks share: the runner, tables that grow run by run, and the studies of methods at
+their best learning rates.
 
-A study trains minilm on movie sentiment (200 steps), tinylm on Jane Austen's novels (100 steps), or
-both. It tries every setting at each of its learning rates with one seed, and runs the best one by
-the validation split with two seeds more. Rows that are there are not run again, so a study can be
-stopped and started at will; `--backwards` lets a second process help from the end."""
+A study states its table, its points and how to run one. The runner takes the arguments, runs what
+the table lacks and adds rows with their provenance. A row that is there is not run again, so a
+study can be stopped and started at will; `--backwards` lets a second process help from the end.
 
+Most studies train minilm on movie sentiment (200 steps), tinylm on Jane Austen's novels (100
+steps), or both. They try every setting at each of its learning rates with one seed, and run the
+best one by the validation split with two seeds more."""
+
+import argparse
 import csv
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+from catalogue import BASES
 
 from peft_lessons import evaluate, fit, load_model, load_task, measure
 from peft_lessons.engine import injection_of
 from peft_lessons.studies import stamp
-from peft_lessons.studies.catalogue import BASES
 from peft_lessons.train.loop import History
 
 FOLDER = Path(__file__).parent.parent / "data" / "results"
@@ -27,101 +32,113 @@ SEEDS = (0, 1, 2)
 
 
 class Results:
-    """A table data/results/<name>.csv that grows row by row, shared by two processes if need be."""
+    """A table data/results/<name>.csv that grows row by row, shared by two processes if need be.
 
-    def __init__(self, name: str, columns: Iterable[str], anew: bool = False):
-        self.path, self.columns = FOLDER / f"{name}.csv", (*columns, *stamp())
+    key: the columns that name a point; a point may have several rows."""
+
+    def __init__(self, name: str, key: Sequence[str], columns: Iterable[str], anew: bool = False):
+        self.path, self.key = FOLDER / f"{name}.csv", tuple(key)
+        self.columns = (*key, *columns, *stamp())
         if anew or not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(",".join(self.columns) + "\n", encoding="utf-8")
 
     def rows(self) -> list[dict[str, str]]:
+        """Return all rows."""
         with self.path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def add(self, **values) -> None:
-        """Append a row, stamped; a GPU benchmark names its own machine. ValueError for a value
-        without its column."""
+    def missing(self, points: Iterable[tuple]) -> list[tuple]:
+        """Return the points without a row yet."""
+        done = {tuple(row[column] for column in self.key) for row in self.rows()}
+        return [point for point in points if tuple(map(str, point)) not in done]
+
+    def add(self, point: tuple, rows: Iterable[Mapping]) -> None:
+        """Append the rows of a point, stamped, all at once: a run that is stopped leaves none.
+        Names without a column are left out."""
+        named = stamp() | dict(zip(self.key, point, strict=True))
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            writer.writerow(stamp() | values)
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n")
+            writer.writerows([named | row for row in rows])
 
 
-def missing(results: Results, key: Sequence[str], points: Iterable[tuple]) -> list[tuple]:
-    """The points, values of the columns `key`, without a row yet."""
-    done = {tuple(row[column] for column in key) for row in results.rows()}
-    return [point for point in points if tuple(map(str, point)) not in done]
+@dataclass(frozen=True)
+class Benchmark:
+    """State a table, the columns that name its points, the columns that are measured, and its runs.
+
+    points: all points, or a function of the table that returns those that are due by now.
+    run: returns the row of a point, or several; a row may overwrite a value of the point's name.
+    anew: whether the table begins anew, as times must that are compared."""
+
+    table: str
+    key: Sequence[str]
+    columns: Sequence[str]
+    points: Iterable[tuple] | Callable[[Results], list[tuple]]
+    run: Callable[..., Mapping | list[Mapping]]
+    anew: bool = False
 
 
-def fill(
-    results: Results,
-    key: Sequence[str],
-    to_do: Callable[[], list[tuple]],
-    run: Callable[..., dict],
-    backwards: bool = False,
-) -> None:
-    """Run the points that `to_do()` lists and add their rows, until it lists none.
+def main(*benchmarks: Benchmark) -> None:
+    """Run what the tables of these benchmarks lack, one after the other, on one core."""
+    doc = sys.modules["__main__"].__doc__
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backwards", action="store_true", help="begin with the last point")
+    place = -1 if parser.parse_args().backwards else 0
+    torch.set_num_threads(1)
+    for benchmark in benchmarks:
+        results = Results(benchmark.table, benchmark.key, benchmark.columns, benchmark.anew)
 
-    `run(*point)` returns at least the other columns than `key`."""
-    while points := to_do():
-        point = points[-1 if backwards else 0]
-        found = run(*point)
-        row = {c: found[c] for c in results.columns if c in found and c not in key}
-        if point in to_do():  # the other process may have been there too
-            results.add(**dict(zip(key, point, strict=True)), **row)
-            print(*point, row, flush=True)
+        def due(benchmark=benchmark, results=results) -> list[tuple]:
+            points = benchmark.points
+            return results.missing(points(results) if callable(points) else points)
 
-
-def to_do(
-    results: Results, names: Sequence[str], rates: dict[tuple, Sequence[float]], best: Callable
-) -> list[tuple]:
-    """(*setting, rate, seed) of the runs without a row yet, those that others wait for first.
-
-    rates: for each setting, its values of the columns `names`, the learning rates to try.
-    best: min or max, of the column `validation`."""
-
-    key = (*names, "lr", "seed")
-    done = {tuple(row[column] for column in key): row for row in results.rows()}
-    points = [(*setting, lr, SEEDS[0]) for setting, tried in rates.items() for lr in tried]
-    for setting, tried in rates.items():
-        rows = {lr: done.get(tuple(map(str, (*setting, lr, SEEDS[0])))) for lr in tried}
-        if any(tried) and all(rows.values()):
-            chosen = best(tried, key=lambda lr, rows=rows: float(rows[lr]["validation"]))
-            points += [(*setting, chosen, seed) for seed in SEEDS[1:]]
-    return missing(results, key, points)
+        while points := due():
+            point = points[place]
+            made = benchmark.run(*point)
+            rows = [made] if isinstance(made, Mapping) else made
+            if point in due():  # another process may have been there too
+                results.add(point, rows)
+                print(benchmark.table, *point, rows[-1], flush=True)
 
 
 STEPS = {"sentiment": 200, "austen": 100}
 CHOICES = {"sentiment": max, "austen": min}  # of accuracies, of perplexities
+RUN = ("lr", "seed")  # the end of the key of a study at the best learning rates
 NAMES = ("task", "method", "variant", "size")  # of a setting of a study on both tasks
 MEASURED = ("validation", "test", "test_loss", "seconds_per_step")
 BEFORE_TOO = ("steps", "trainable", "untrained", *MEASURED)
 
 
+def at_best(
+    settings: Mapping[tuple, Sequence[float]], best: Callable | None = None
+) -> Callable[[Results], list[tuple]]:
+    """Return the points of settings, {values that name it: learning rates to try}: every rate with
+    the first seed, then the best one with the others.
+
+    best: min or max, of the column `validation`; by default as the setting's first name, the task,
+    says in `CHOICES`."""
+
+    def points(results: Results) -> list[tuple]:
+        done = {tuple(row[column] for column in results.key): row for row in results.rows()}
+        first = [(*setting, lr, SEEDS[0]) for setting, rates in settings.items() for lr in rates]
+        others = []
+        for setting, rates in settings.items():
+            rows = {lr: done.get(tuple(map(str, (*setting, lr, SEEDS[0])))) for lr in rates}
+            if any(rates) and all(rows.values()):
+                choose = best or CHOICES[setting[0]]
+                chosen = choose(rates, key=lambda lr, rows=rows: float(rows[lr]["validation"]))
+                others += [(*setting, chosen, seed) for seed in SEEDS[1:]]
+        return first + others
+
+    return points
+
+
+@cache
 def load(task: str, validation: int = 250):
     """Load a task; of Austen so many blocks are enough to choose a learning rate by."""
     return load_task(task).limit(validation=validation) if task == "austen" else load_task(task)
-
-
-def study(
-    name: str,
-    names: Sequence[str],
-    columns: Sequence[str],
-    settings: dict[tuple, Sequence[float]],
-    run: Callable[..., dict],
-    tasks: dict,
-) -> None:
-    """Run every setting, {values of `names`: rates}, into data/results/<name>.csv.
-
-    tasks: {name: task}; where there are several the first of `names` is the task.
-    `run(task, *setting, lr, seed)` trains one point and returns at least the `columns`."""
-    torch.set_num_threads(1)
-    backwards = "--backwards" in sys.argv
-    results = Results(name, (*names, "lr", "seed", *columns))
-    for task in list(tasks)[:: -1 if backwards else 1]:
-        rates = {s: tried for s, tried in settings.items() if len(tasks) == 1 or s[0] == task}
-        left = partial(to_do, results, names, rates, CHOICES[task])
-        fill(results, (*names, "lr", "seed"), left, partial(run, tasks[task]), backwards)
 
 
 def base_of(task: str, seed: int) -> torch.nn.Module:
@@ -174,7 +191,12 @@ def right_answers(model: torch.nn.Module, task, split: str = "test") -> list[boo
     return right
 
 
-def paired_counts(first: list[bool], second: list[bool]) -> dict[str, int]:
+def hexadecimal(right: Sequence[bool]) -> str:
+    """Return one bit for each sentence, the first one the lowest."""
+    return f"{sum(1 << i for i, is_right in enumerate(right) if is_right):x}"
+
+
+def paired_counts(first: Sequence[bool], second: Sequence[bool]) -> dict[str, int]:
     """Count the sentences that both models get right, only one of them, or neither."""
     pairs = Counter(zip(first, second, strict=True))
     return {

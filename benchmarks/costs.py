@@ -19,7 +19,8 @@ from copy import deepcopy
 from unittest import mock
 
 import torch
-from common import BASES, Results, base_of, stepper
+from catalogue import BASES, setting
+from common import Benchmark, base_of, main, stepper
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -31,7 +32,6 @@ from peft import (
 
 from peft_lessons import DoRALayer, freeze, inject, load_task, measure, merge, unload
 from peft_lessons.engine import Method, injection_of
-from peft_lessons.studies.catalogue import setting
 from peft_lessons.testing import adapter_bytes
 
 ROUNDS, TOKENS = 15, 32  # of an answer
@@ -55,8 +55,9 @@ CHANGED = {
     "mixed": {"tokens": 16, "width": 32},
 }
 MERGED = ("lora", "lora, all linear", "ia3")
+KEY = ("base",)
 COLUMNS = (
-    *("base", "method", "whose", "trainable", "file_bytes"),
+    *("method", "whose", "trainable", "file_bytes"),
     *("seconds", "peak_bytes", "answer_1", "answer_32"),
 )
 
@@ -133,11 +134,11 @@ def answer(base: str, model: torch.nn.Module, rows: int):
     return run
 
 
-def add_costs(
-    results: Results, base: str, models: dict[tuple[str, str], torch.nn.Module], merged: tuple
-) -> None:
-    """Measure models of one base by turns, {(method, whose): model}, and add a row for each, and
-    for the course's own ones named in `merged` when they are merged."""
+def costs_of(
+    base: str, models: dict[tuple[str, str], torch.nn.Module], merged: tuple[str, ...]
+) -> list[dict]:
+    """Measure models of one base by turns, {(method, whose): model}. Return a row for each, and for
+    the course's own ones named in `merged` when they are merged."""
     task = next(task for task, name in BASES.items() if name == base)
     batches = list(itertools.islice(load_task(task).stream(BATCH[base], seed=0), ROUNDS))
     steps = {way: stepper(model, batches) for way, model in models.items()}
@@ -156,23 +157,23 @@ def add_costs(
         rows: measure.by_turns({way: answer(base, m, rows) for way, m in models.items()}, n)
         for rows, n in ANSWERS[base].items()
     }
+    rows = []
     for way in models:
-        row = {"base": base, "method": way[0], "whose": way[1]}
+        row = {"method": way[0], "whose": way[1]}
         row |= {"trainable": trained.get(way, 0), "file_bytes": files.get(way, 0)}
         row |= {"seconds": f"{seconds.get(way, 0):.4f}", "peak_bytes": peaks.get(way, 0)}
         row |= {f"answer_{n}": f"{latency[n][way]:.5f}" for n in latency}
-        results.add(**row)
-        print(*row.values(), flush=True)
+        rows.append(row)
+    return rows
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    results = Results("costs", COLUMNS, anew=True)
-    for task, base in BASES.items():
-        models = {(method, "ours"): model for method, model in ours(task).items()}
-        models |= {(method, "PEFT"): model for method, model in theirs(task).items()}
-        add_costs(results, base, models, MERGED)
+def run(base: str) -> list[dict]:
+    """Measure all methods on a base, the course's and PEFT's."""
+    task = next(task for task, name in BASES.items() if name == base)
+    models = {(method, "ours"): model for method, model in ours(task).items()}
+    models |= {(method, "PEFT"): model for method, model in theirs(task).items()}
+    return costs_of(base, models, MERGED)
 
 
 if __name__ == "__main__":
-    main()
+    main(Benchmark("costs", KEY, COLUMNS, [(base,) for base in BASES.values()], run, anew=True))

@@ -18,20 +18,21 @@ V = W + s·BA; `length` is the length of the rows that the layer multiplies by, 
 from dataclasses import dataclass
 
 import torch
-from common import SEEDS, Results, base_of, missing
+from catalogue import setting
+from common import RUN, SEEDS, Benchmark, base_of, load, main
 
-from peft_lessons import fit, inject, load_task
+from peft_lessons import fit, inject
 from peft_lessons.engine import injection_of
-from peft_lessons.studies.catalogue import setting
 
 STEPS, EVERY, TARGETS = 200, 50, ("query", "value")
 RUNS = {"full": (1e-4,), "lora": (1e-3, 3e-3), "dora": (1e-3, 3e-3)}
 SIZES = torch.logspace(-2.4, -0.4, 12).tolist()  # of a random change, as a share of the weight
 NORM_RATE = 1e-2  # which breaks LoRA
 NORM_EVERY = 10
-NORM_COLUMNS = ("method", "lr", "seed", "step", "norm", "length", "turned", "turn", "loss")
-COLUMNS = ("method", "lr", "seed", "step", "layer", "module", "delta_m", "delta_d")
-RANDOM_COLUMNS = ("size", "layer", "module", "length", "delta_m", "delta_d")
+KEY = ("method", *RUN)
+NORM_COLUMNS = ("step", "norm", "length", "turned", "turn", "loss")
+COLUMNS = ("step", "layer", "module", "delta_m", "delta_d")
+RANDOM_COLUMNS = ("layer", "module", "length", "delta_m", "delta_d")
 
 
 @dataclass
@@ -72,16 +73,15 @@ def place_of(path: str) -> dict:
     return {"layer": layer, "module": path.rpartition(".")[2]}
 
 
-def random_changes() -> None:
-    base = weights(base_of("sentiment", 0))
-    if len(Results("dora_random", RANDOM_COLUMNS).rows()) == len(SIZES) * len(base):
-        return
-    results = Results("dora_random", RANDOM_COLUMNS, anew=True)  # seconds: no need to go on
-    for size in SIZES:
-        for path, weight in base.items():
-            noise = size * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight)
-            length = {"size": f"{size:.4g}", "length": f"{weight.norm(dim=1).mean():.6f}"}
-            results.add(**length, **place_of(path), **changes(weight, weight + noise))
+def random_changes(size: str) -> list[dict]:
+    """Change every weight at random, by a share of its norm, and return a row for each."""
+    rows = []
+    torch.manual_seed(0)
+    for path, weight in weights(base_of("sentiment", 0)).items():
+        noise = float(size) * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight)
+        length = {"length": f"{weight.norm(dim=1).mean():.6f}"}
+        rows.append(place_of(path) | length | changes(weight, weight + noise))
+    return rows
 
 
 def degrees(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -98,71 +98,69 @@ def directions(model) -> dict[str, torch.Tensor]:
     return found
 
 
-def norms(task) -> None:
-    results = Results("dora_norms", NORM_COLUMNS)
-    runs = [(method, NORM_RATE, seed) for seed in SEEDS for method in ("lora", "dora")]
-    runs += [("dora, m frozen", NORM_RATE, seed) for seed in SEEDS]
-    for method, lr, seed in missing(results, ("method", "lr", "seed"), runs):
-        model, rows, seen = base_of("sentiment", seed), [], {}
-        base = weights(model)
-        inject(model, setting(method.partition(",")[0], "sentiment"))
-        if method == "dora, m frozen":
-            for wrapper in injection_of(model).wrappers.values():
-                wrapper.dora.magnitude.requires_grad_(False)
+def norms(method: str, lr: float, seed: int) -> list[dict]:
+    """Train one point and return a row for every ten steps."""
+    model, rows, seen = base_of("sentiment", seed), [], {}
+    base = weights(model)
+    inject(model, setting(method.partition(",")[0], "sentiment"))
+    if method == "dora, m frozen":
+        for wrapper in injection_of(model).wrappers.values():
+            wrapper.dora.magnitude.requires_grad_(False)
 
-        def look(step, model=model, base=base, rows=rows, seen=seen):
-            if step % NORM_EVERY:
-                return
-            V, adapted = directions(model), weights(model)
+    def look(step):
+        if step % NORM_EVERY:
+            return
+        V, adapted = directions(model), weights(model)
 
-            def mean(measure):  # over the rows of all weights
-                return f"{torch.cat([measure(path) for path in V]).mean().item():.5g}"
+        def mean(measure):  # over the rows of all weights
+            return f"{torch.cat([measure(path) for path in V]).mean().item():.5g}"
 
-            length = {path: weight.norm(dim=1) for path, weight in base.items()}
-            rows.append(
-                {
-                    "step": step,
-                    "norm": mean(lambda p: V[p].norm(dim=1) / length[p]),
-                    "length": mean(lambda p: adapted[p].norm(dim=1) / length[p]),
-                    "turned": mean(lambda p: degrees(V[p], base[p])),
-                    "turn": mean(lambda p: degrees(V[p], seen.get(p, V[p]))),
-                }
-            )
-            seen.update(V)
+        length = {path: weight.norm(dim=1) for path, weight in base.items()}
+        rows.append(
+            {
+                "step": step,
+                "norm": mean(lambda p: V[p].norm(dim=1) / length[p]),
+                "length": mean(lambda p: adapted[p].norm(dim=1) / length[p]),
+                "turned": mean(lambda p: degrees(V[p], base[p])),
+                "turn": mean(lambda p: degrees(V[p], seen.get(p, V[p]))),
+            }
+        )
+        seen.update(V)
 
-        history = fit(model, Watched(task, look), STEPS, lr=lr, seed=seed, show=False)
-        look(STEPS)
-        for row in rows:
-            losses = history.loss[max(0, row["step"] - NORM_EVERY) : max(1, row["step"])]
-            loss = f"{sum(losses) / len(losses):.5g}"
-            results.add(method=method, lr=lr, seed=seed, **row, loss=loss)
-        print(method, lr, seed, row, loss, flush=True)
+    task = Watched(load("sentiment"), look)
+    losses = fit(model, task, STEPS, lr=lr, seed=seed, show=False).loss
+    look(STEPS)
+    for row in rows:
+        lately = losses[max(0, row["step"] - NORM_EVERY) : max(1, row["step"])]
+        row["loss"] = f"{sum(lately) / len(lately):.5g}"
+    return rows
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    random_changes()
-    task, results = load_task("sentiment"), Results("dora_analysis", COLUMNS)
-    norms(task)
-    runs = [(method, lr, seed) for seed in SEEDS for method, rates in RUNS.items() for lr in rates]
-    for method, lr, seed in missing(results, ("method", "lr", "seed"), runs):
-        model, rows = base_of("sentiment", seed), []
-        base = weights(model)
-        if method != "full":
-            inject(model, setting(method, "sentiment"))
+def analysis(method: str, lr: float, seed: int) -> list[dict]:
+    """Train one point and return a row for every weight at every checkpoint."""
+    model, rows = base_of("sentiment", seed), []
+    base = weights(model)
+    if method != "full":
+        inject(model, setting(method, "sentiment"))
 
-        def look(step, model=model, base=base, rows=rows):
-            if step == 0 or step % EVERY:
-                return
+    def look(step):
+        if step and step % EVERY == 0:
             for path, weight in weights(model).items():
                 rows.append({"step": step} | place_of(path) | changes(base[path], weight))
 
-        fit(model, Watched(task, look), STEPS, lr=lr, seed=seed, show=False)
-        look(STEPS)
-        for row in rows:  # all at the end: a run that was broken off leaves no part behind
-            results.add(method=method, lr=lr, seed=seed, **row)
-        print(method, lr, seed, rows[-1], flush=True)
+    fit(model, Watched(load("sentiment"), look), STEPS, lr=lr, seed=seed, show=False)
+    look(STEPS)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    runs = [(method, lr, seed) for seed in SEEDS for method, rates in RUNS.items() for lr in rates]
+    watched = [
+        (method, NORM_RATE, seed) for seed in SEEDS for method in ("lora", "dora", "dora, m frozen")
+    ]
+    sizes = [(f"{size:.4g}",) for size in SIZES]
+    main(
+        Benchmark("dora_random", ("size",), RANDOM_COLUMNS, sizes, random_changes),
+        Benchmark("dora_norms", KEY, NORM_COLUMNS, watched, norms),
+        Benchmark("dora_analysis", KEY, COLUMNS, runs, analysis),
+    )

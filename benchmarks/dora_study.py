@@ -12,22 +12,25 @@ Then DoRA of rank 8 is paired with LoRA, seed by seed: data/results/dora_pairs.c
 the test sentences that both, only the first, only the second or neither gets right.
 """
 
+from functools import cache
+
+from catalogue import setting
 from common import (
     MEASURED,
+    RUN,
     SEEDS,
-    Results,
+    Benchmark,
+    at_best,
     base_of,
     load,
+    main,
     measured,
-    missing,
     paired_counts,
     right_answers,
-    study,
 )
 
 from peft_lessons import fit, inject
 from peft_lessons.engine import injection_of
-from peft_lessons.studies.catalogue import setting
 
 RATES = (1e-3, 3e-3, 1e-2)
 SETTINGS = dict.fromkeys((("dora", 8), ("lora", 9), ("dora", 1), ("lora", 2)), RATES)
@@ -39,38 +42,39 @@ BEST = 3e-3  # the best learning rate of all three by validation
 COUNTS = ("both", "only_first", "only_second", "neither")
 
 
-def run(task, method: str, rank: int, lr: float, seed: int) -> dict:
+def run(method: str, rank: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
-    model = base_of(task.name, seed)
-    inject(model, setting(method.removesuffix(", m frozen"), task.name, rank=rank))
+    model = base_of("sentiment", seed)
+    inject(model, setting(method.removesuffix(", m frozen"), "sentiment", rank=rank))
     if method == "dora, m frozen":
         for wrapper in injection_of(model).wrappers.values():
             wrapper.dora.magnitude.requires_grad_(False)
-    return measured(model, task, lr, seed)
+    return measured(model, load("sentiment"), lr, seed)
 
 
-def answers(task, name: str, seed: int) -> list[bool]:
+@cache
+def answers(name: str, seed: int) -> list[bool]:
     """Train e.g. "DoRA, rank 8" and return which test sentences it gets right."""
-    model, (method, rank) = base_of(task.name, seed), name.split(", rank ")
+    task, (method, rank) = load("sentiment"), name.split(", rank ")
+    model = base_of(task.name, seed)
     inject(model, setting(method.lower(), task.name, rank=int(rank)))
     fit(model, task, 200, lr=BEST, seed=seed, show=False)
     return right_answers(model, task)
 
 
-def pair(task) -> None:
-    results = Results("dora_pairs", ("method", "other", "lr", "seed", *COUNTS))
-    points = [(other, seed) for seed in SEEDS for other in OTHERS]
-    left = missing(results, ("other", "seed"), points)
-    for seed in sorted({seed for _, seed in left}):
-        first = answers(task, PAIRED, seed)
-        for other in (other for other, own in left if own == seed):
-            counts = paired_counts(first, answers(task, other, seed))
-            results.add(method=PAIRED, other=other, lr=BEST, seed=seed, **counts)
-            print(PAIRED, other, seed, counts, flush=True)
+def pair(method: str, other: str, lr: float, seed: int) -> dict[str, int]:
+    """Count the sentences that both of two methods get right, only one, or neither."""
+    return paired_counts(answers(method, seed), answers(other, seed))
 
 
 if __name__ == "__main__":
-    columns, tasks = ("steps", "trainable", *MEASURED), {"sentiment": load("sentiment")}
-    for settings in (SETTINGS, dict.fromkeys(SURVIVE, RATES[-1:]), *SAME_RATE):
-        study("dora_study", ("method", "rank"), columns, settings, run, tasks)
-    pair(tasks["sentiment"])
+    columns = ("steps", "trainable", *MEASURED)
+    every = (SETTINGS, dict.fromkeys(SURVIVE, RATES[-1:]), *SAME_RATE)
+    pairs = [(PAIRED, other, BEST, seed) for seed in SEEDS for other in OTHERS]
+    main(
+        *(
+            Benchmark("dora_study", ("method", "rank", *RUN), columns, at_best(settings, max), run)
+            for settings in every
+        ),
+        Benchmark("dora_pairs", ("method", "other", *RUN), COUNTS, pairs, pair),
+    )

@@ -6,14 +6,10 @@ Trains minilm on movie sentiment once for each point and seed and adds a row to
 data/results/lora_study.csv. Learning rates are to be chosen by the column `validation`.
 """
 
-import sys
-from functools import partial
-
-import torch
-from common import MEASURED, SEEDS, Results, base_of, fill, load, measured, missing
+from catalogue import setting
+from common import MEASURED, SEEDS, Benchmark, base_of, load, main, measured
 
 from peft_lessons import freeze, inject
-from peft_lessons.studies.catalogue import setting
 
 KEY = ("method", "targets", "rank", "alpha", "lr", "steps", "seed")
 NAMED = {"qv": "lora", "all-linear": "lora, all linear"}
@@ -54,18 +50,16 @@ def points() -> list[tuple]:
     return [*short, *rates[:3], *baselines, *modules, *long, *rates[3:], *ranks, *alphas]
 
 
-def run(task, method: str, targets: str, rank: int, alpha: int, lr: float, steps: int, seed: int):
+def run(method: str, targets: str, rank: int, alpha: int, lr: float, steps: int, seed: int) -> dict:
     """Train one point and return its measured columns."""
-    model = base_of(task.name, seed)
+    model = base_of("sentiment", seed)
     if method == "lora":
-        inject(model, setting(NAMED[targets], task.name, rank=rank, alpha=alpha))
+        inject(model, setting(NAMED[targets], "sentiment", rank=rank, alpha=alpha))
     elif method in ("head", "encoder"):
         freeze(model, modules_to_save=("encoder",) if method == "encoder" else ())
-    return measured(model, task, lr, seed, steps=steps)
+    return measured(model, load("sentiment"), lr, seed, steps=steps)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = Results("lora_study", (*KEY, "trainable", *MEASURED))
-    left = partial(missing, results, KEY, [(*p, seed) for p in points() for seed in SEEDS])
-    fill(results, KEY, left, partial(run, load("sentiment")), "--backwards" in sys.argv)
+    every = [(*point, seed) for point in points() for seed in SEEDS]
+    main(Benchmark("lora_study", KEY, ("trainable", *MEASURED), every, run))

@@ -6,10 +6,10 @@ Adds a row for each run on either task to data/results/mixing_study.csv. The siz
 many parameters as the adapters of additive_study.csv have.
 """
 
-from common import BASES, BEFORE_TOO, NAMES, base_of, load, measured, study
+from catalogue import setting
+from common import BEFORE_TOO, NAMES, RUN, Benchmark, at_best, base_of, load, main, measured
 
 from peft_lessons import inject
-from peft_lessons.studies.catalogue import setting
 
 LOW, MIDDLE = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
 SETTINGS = {  # (task, method, scale, width of the adapter): rates
@@ -21,12 +21,12 @@ SETTINGS = {  # (task, method, scale, width of the adapter): rates
 }
 
 
-def run(task, name: str, method: str, scale: int, width: int, lr: float, seed: int) -> dict:
+def run(name: str, method: str, scale: int, width: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
     model, named = base_of(name, seed), {"parallel": "parallel, scaled"}.get(method, method)
     inject(model, setting(named, name, width=width, scale=scale))
-    return measured(model, task, lr, seed, before=True)
+    return measured(model, load(name), lr, seed, before=True)
 
 
 if __name__ == "__main__":
-    study("mixing_study", NAMES, BEFORE_TOO, SETTINGS, run, {task: load(task) for task in BASES})
+    main(Benchmark("mixing_study", (*NAMES, *RUN), BEFORE_TOO, at_best(SETTINGS), run))

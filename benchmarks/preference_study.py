@@ -8,10 +8,8 @@ answers alone, and the untrained assistant, asked for a short sentence or not. T
 bfloat16, what trains is in float32.
 """
 
-import sys
-
 import torch
-from common import SEEDS, Results, fill, missing
+from common import SEEDS, Benchmark, main
 
 from peft_lessons import LoRA, disabled, evaluate, inject, load_model, load_task, load_tokenizer
 from peft_lessons.methods.assistant import keeps_rule
@@ -82,8 +80,9 @@ def scores(model, task, method: str, beta: float) -> dict[str, str]:
     return {name: f"{value:.5f}" for name, value in found.items()}
 
 
-def run(method: str, beta: float, lr: float, seed: int, steps: int = STEPS) -> dict:
-    """Train one point and return its measured columns."""
+def run(method: str, beta: float, lr: float, seed: int) -> dict:
+    """Train one point and return its measured columns; at a rate of 0 nothing trains."""
+    steps = STEPS if lr else 0
     model = load_model("smollm2", dtype=torch.bfloat16)
     torch.manual_seed(seed)
     inject(model, LoRA(rank=8, alpha=16))
@@ -114,17 +113,8 @@ def run(method: str, beta: float, lr: float, seed: int, steps: int = STEPS) -> d
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     columns = ("steps", "first_loss", "last_loss", "kept", "ended", "words", "story_words")
     columns += ("pairs_right", "margin", "chosen_ratio", "rejected_ratio", "perplexity")
-    results = Results("preference_study", (*KEY, *columns))
     untrained = [(method, 0.0, 0.0, 0) for method in ("none", "asked")]
-    points = [*untrained, *((*s, seed) for seed in SEEDS for s in SETTINGS)]
-
-    def left() -> list[tuple]:
-        return missing(results, KEY, points)
-
-    def one(method, beta, lr, seed):
-        return run(method, beta, lr, seed, steps=STEPS if lr else 0)
-
-    fill(results, KEY, left, one, "--backwards" in sys.argv)
+    points = [*untrained, *((*setting, seed) for seed in SEEDS for setting in SETTINGS)]
+    main(Benchmark("preference_study", KEY, columns, points, run))

@@ -13,7 +13,7 @@ AdamW's states, and the additional peak memory of a step.
 import gc
 
 import torch
-from common import Results, missing
+from common import Benchmark, main
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
@@ -50,8 +50,9 @@ def bytes_of_parts(model: nn.Module) -> dict[str, int]:
     return parts
 
 
-def measured(base: str, checkpointing: bool) -> dict:
+def run(base: str, checkpointing: bool) -> dict:
     """Return the measured columns of a row."""
+    gc.collect()  # what the row before left
     config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(loaded(base), config)
     model.config.use_cache = False  # of no use in training
@@ -66,16 +67,6 @@ def measured(base: str, checkpointing: bool) -> dict:
     return parts | held | {"peak": cost.peak, "trainable": cost.trainable}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    results = Results("qlora_assistant", (*KEY, *COLUMNS))
-    points = [(base, checkpointing) for base in BASES for checkpointing in (False, True)]
-    for base, checkpointing in missing(results, KEY, points):
-        row = measured(base, checkpointing)
-        results.add(base=base, checkpointing=checkpointing, **row)
-        print(base, checkpointing, row, flush=True)
-        gc.collect()
-
-
 if __name__ == "__main__":
-    main()
+    points = [(base, checkpointing) for base in BASES for checkpointing in (False, True)]
+    main(Benchmark("qlora_assistant", KEY, COLUMNS, points, run))

@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import SEEDS, STEPS, Results, base_of, load, missing, plain
+from catalogue import setting
+from common import SEEDS, STEPS, Benchmark, base_of, load, main, plain
 
 from peft_lessons import inject, load_model
 from peft_lessons.engine import injection_of
 from peft_lessons.methods.qlora import NF4Linear
-from peft_lessons.studies.catalogue import setting
 
 # The best learning rate of the study, and one ten times lower, at which updates are smaller.
 TRAINED = (("lora", 3e-2), ("qlora", 3e-2), ("qlora", 3e-3))
@@ -85,15 +85,15 @@ def changed(weights: dict[str, torch.Tensor], original: dict[str, torch.Tensor])
     return 100 * differ / sum(old.numel() for _, old in pairs)
 
 
-def run(task, method: str, lr: float, seed: int) -> dict[str, dict]:
-    """Train one adapter and return the measured columns of it on every base."""
-    trained = base_of("austen", seed)
-    inject(trained, setting(OURS[method], "austen"))
-    plain(trained, task, STEPS["austen"], lr, seed)
+def run(name: str, method: str, lr: float, seed: int) -> list[dict]:
+    """Train one adapter and return a row of it on every base."""
+    trained, task = base_of(name, seed), load(name)
+    inject(trained, setting(OURS[method], name))
+    plain(trained, task, STEPS[name], lr, seed)
     updates = {p: w.lora.delta_weight().detach() for p, w in injection_of(trained).wrappers.items()}
     base = load_model("tinylm")
     original = {p: base.get_submodule(p).weight.detach().clone() for p in updates}
-    found, reference = {}, None
+    rows, reference = [], None
     for suffix, make in BASES[method].items():
         model = copy.deepcopy(base)
         with torch.no_grad():
@@ -103,23 +103,16 @@ def run(task, method: str, lr: float, seed: int) -> dict[str, dict]:
         valid, predicted = losses(model, task, "validation")
         test, tokens = losses(model, task, "test")
         reference = test if reference is None else reference
-        found[suffix] = compared(test, reference, tokens) | {
+        row = compared(test, reference, tokens) | {
+            "method": method + suffix,
             "validation": f"{(valid.sum() / predicted.sum()).exp():.4f}",
             "test": f"{(test.sum() / tokens.sum()).exp():.4f}",
             "changed": f"{changed(weights, original):.2f}" if "rounded" in suffix else "nan",
         }
-    return found
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    results, task = Results("qlora_bases", (*KEY, *COLUMNS)), load("austen")
-    points = [("austen", method, lr, seed) for seed in SEEDS for method, lr in TRAINED]
-    for _, method, lr, seed in missing(results, KEY, points):
-        for suffix, row in run(task, method, lr, seed).items():
-            results.add(task="austen", method=method + suffix, lr=lr, seed=seed, **row)
-            print(method + suffix, lr, seed, row, flush=True)
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    points = [("austen", method, lr, seed) for seed in SEEDS for method, lr in TRAINED]
+    main(Benchmark("qlora_bases", KEY, COLUMNS, points, run))

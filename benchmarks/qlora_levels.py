@@ -12,16 +12,17 @@ absmax, which makes its error that of the weights themselves.
 """
 
 import copy
+from functools import cache
 
 import torch
-from common import Results, load, missing
+from common import Benchmark, load, main
 from qlora_bases import compared, losses
 from torch import nn
 
 from peft_lessons import load_model
 from peft_lessons.methods.qlora import NF4
 
-COLUMNS = ("levels", "error", "scaled_error", "test", "difference", "standard_error")
+COLUMNS = ("error", "scaled_error", "test", "difference", "standard_error")
 BLOCK, COUNT = 64, 16
 ROUNDS = (40, 50, 70, 200)  # levels of nearly the same error, which round other weights otherwise
 
@@ -54,16 +55,26 @@ def relative(errors: list[torch.Tensor], values: list[torch.Tensor]) -> str:
     return f"{100 * (next(squares) / next(squares)).sqrt():.3f}"
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    results, task = Results("qlora_levels", COLUMNS), load("austen")
-    base = load_model("tinylm")
-    layers = {p: m.weight.detach() for p, m in base.model.named_modules() if type(m) is nn.Linear}
-    blocks = torch.cat([weight.reshape(-1, BLOCK) for weight in layers.values()])
+@cache
+def base() -> nn.Module:
+    """Return the untrained decoder."""
+    return load_model("tinylm")
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """Return the weights of its linear layers, {path: (out, in)}."""
+    modules = base().model.named_modules()
+    return {path: m.weight.detach() for path, m in modules if type(m) is nn.Linear}
+
+
+@cache
+def every() -> dict[str, torch.Tensor]:
+    """Return all sets of levels, those to compare with first."""
+    blocks = torch.cat([weight.reshape(-1, BLOCK) for weight in weights().values()])
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     ratios, squared = (blocks / absmax).flatten(), absmax.square().expand_as(blocks).flatten()
     even = torch.ones_like(ratios)
-    every = {
+    return {
         "NF4": NF4,
         "NF4, mirrored": -NF4.flip(0),
         **{f"k-means, {n} rounds": kmeans(ratios, even, n) for n in ROUNDS},
@@ -71,30 +82,31 @@ def main() -> None:
         "int4": torch.arange(-7, 8) / 7,
         "quantiles": kmeans(ratios, even, rounds=0),
     }
-    left, reference = missing(results, ("levels",), [(name,) for name in every]), None
-    for name, levels in every.items():
-        if (name,) not in left and (name != "NF4" or not left):
-            continue  # all others are compared with NF4
-        model = copy.deepcopy(base)
-        parts = {p: rounded(w, levels.float()) for p, w in layers.items()}
-        with torch.no_grad():
-            for path, (weight, *_) in parts.items():
-                model.model.get_submodule(path).weight.copy_(weight)
-        test, tokens = losses(model, task, "test")
-        reference = test if reference is None else reference
-        row = compared(test, reference, tokens) | {
-            "levels": name,
-            "error": relative([parts[p][0] - w for p, w in layers.items()], [*layers.values()]),
-            "scaled_error": relative(
-                [near - ratio for _, ratio, near in parts.values()],
-                [ratio for _, ratio, _ in parts.values()],
-            ),
-            "test": f"{(test.sum() / tokens.sum()).exp():.4f}",
-        }
-        if (name,) in left:
-            results.add(**row)
-            print(row, flush=True)
+
+
+@cache
+def test_losses(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses and numbers of tokens of the test blocks after rounding to some levels."""
+    model = copy.deepcopy(base())
+    with torch.no_grad():
+        for path, weight in weights().items():
+            new, *_ = rounded(weight, every()[name].float())
+            model.model.get_submodule(path).weight.copy_(new)
+    return losses(model, load("austen"), "test")
+
+
+def run(name: str) -> dict:
+    """Round to one set of levels, and compare with NF4."""
+    test, tokens = test_losses(name)
+    parts = [(weight, *rounded(weight, every()[name].float())) for weight in weights().values()]
+    return compared(test, test_losses("NF4")[0], tokens) | {
+        "error": relative([new - old for old, new, *_ in parts], [old for old, *_ in parts]),
+        "scaled_error": relative(
+            [near - ratio for *_, ratio, near in parts], [ratio for *_, ratio, _ in parts]
+        ),
+        "test": f"{(test.sum() / tokens.sum()).exp():.4f}",
+    }
 
 
 if __name__ == "__main__":
-    main()
+    main(Benchmark("qlora_levels", ("levels",), COLUMNS, [(name,) for name in every()], run))

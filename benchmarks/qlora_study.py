@@ -5,11 +5,11 @@
 Trains tinylm on Jane Austen's novels and adds a row for each run to data/results/qlora_study.csv.
 """
 
-from common import base_of, load, measured, study
+from catalogue import setting
+from common import RUN, Benchmark, at_best, base_of, load, main, measured
 from peft import LoraConfig, get_peft_model
 
 from peft_lessons import inject, load_model
-from peft_lessons.studies.catalogue import setting
 
 RATES = {
     "none": (0.0,),
@@ -23,18 +23,18 @@ OURS = {"none-4bit": "qlora", "lora": "lora, all linear", "qlora": "qlora"}
 THEIRS = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
-def run(task, method: str, lr: float, seed: int) -> dict:
+def run(method: str, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
     model = base_of("austen", seed)
     if method == "qlora-peft":
         model = get_peft_model(load_model("tinylm", four_bit=True), LoraConfig(**THEIRS))
     elif method in OURS:
         inject(model, setting(OURS[method], "austen"))
-    return measured(model, task, lr, seed)
+    # Half of the validation chapters' blocks are enough to choose a rate by.
+    return measured(model, load("austen", 500), lr, seed)
 
 
 if __name__ == "__main__":
     columns = ("steps", "trainable", "validation", "test", "seconds_per_step")
-    settings = {(method,): rates for method, rates in RATES.items()}
-    # Half of the validation chapters' blocks are enough to choose a rate by.
-    study("qlora_study", ("method",), columns, settings, run, {"austen": load("austen", 500)})
+    points = at_best({(method,): rates for method, rates in RATES.items()}, min)
+    main(Benchmark("qlora_study", ("method", *RUN), columns, points, run))

@@ -15,12 +15,24 @@ gates or by the magnitude of a difference that trains without them, the second t
 from functools import partial
 from typing import ClassVar
 
-from common import BASES, BEFORE_TOO, NAMES, Results, base_of, load, measured, plain, study
+from catalogue import setting
+from common import (
+    BEFORE_TOO,
+    NAMES,
+    RUN,
+    Benchmark,
+    Results,
+    at_best,
+    base_of,
+    load,
+    main,
+    measured,
+    plain,
+)
 
 from peft_lessons import DiffPruning, fit, inject
 from peft_lessons.engine import injection_of
 from peft_lessons.methods.selective import prune_diff
-from peft_lessons.studies.catalogue import setting
 
 LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 DIFFS, SPARSE = ("gates", "magnitude"), ("random", "largest")
@@ -35,7 +47,8 @@ SETTINGS = {  # (task, method, variant, blocks, one in how many numbers, or rank
     **{("austen", "diff", kind, 200): (*HIGH, 1e-1) for kind in DIFFS},
     **{("austen", "sparse", kind, 8): (1e-2, 3e-2, 1e-1) for kind in SPARSE},
 }
-PATH = (*NAMES, "lr", "seed", "step", "expected", "nonzero", "task_loss")
+KEY = (*NAMES, *RUN)
+PATH = ("step", "expected", "nonzero", "task_loss")
 
 
 class Watched(DiffPruning):
@@ -69,7 +82,7 @@ def train_in_halves(model, task, steps: int, lr: float, seed: int, path: list[di
     return fit(model, task, steps // 2, lr=lr, seed=seed + 100, show=False)
 
 
-def run(paths: Results, task, name: str, method: str, variant: str, size: int, lr, seed) -> dict:
+def run(name: str, method: str, variant: str, size: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
     model, path, train = base_of(name, seed), [], plain
     if method == "diff":
@@ -79,14 +92,11 @@ def run(paths: Results, task, name: str, method: str, variant: str, size: int, l
         inject(model, setting("last two", name, last=size))
     else:
         inject(model, setting(f"{method}, {variant}" if variant else method, name))
-    row = measured(model, task, lr, seed, train, before=True)
-    point = dict(zip((*NAMES, "lr", "seed"), (name, method, variant, size, lr, seed), strict=True))
-    # Now, not step by step: a run that is stopped begins anew, and must leave no rows behind.
-    for step in path:
-        paths.add(**point, **step)
+    row = measured(model, load(name), lr, seed, train, before=True)
+    if path:
+        Results("diff_path", KEY, PATH).add((name, method, variant, size, lr, seed), path)
     return row
 
 
 if __name__ == "__main__":
-    run = partial(run, Results("diff_path", PATH))
-    study("selective_study", NAMES, BEFORE_TOO, SETTINGS, run, {task: load(task) for task in BASES})
+    main(Benchmark("selective_study", KEY, BEFORE_TOO, at_best(SETTINGS), run))

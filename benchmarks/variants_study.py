@@ -15,20 +15,18 @@ trained weight whose cosine with every left singular vector of the base's weight
 of the largest cosine: 1 if all are where they were.
 """
 
-from functools import partial
-
 import torch
+from catalogue import setting
 from choosing_study import definitions, memory
-from common import MEASURED, base_of, load, measured, study
+from common import MEASURED, RUN, Benchmark, at_best, base_of, load, main, measured
 
 from peft_lessons import LoftQ, inject, merge
 from peft_lessons.engine import find_targets, injection_of
 from peft_lessons.methods.qlora import dequantize
-from peft_lessons.studies.catalogue import setting
 
 TASK = "austen"
 K, EPSILON = 10, 0.5
-NAMES = ("task", "method", "rank")
+KEY = ("task", "method", "rank", *RUN)
 MIDDLE = (1e-2, 3e-2, 1e-1)  # around the best rate of LoRA of rank 8
 LOWER = (1e-3, 3e-3, 1e-2)
 WIDER = (*LOWER, 3e-2)  # where the best of the three lay at their edge
@@ -72,7 +70,7 @@ def compared(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[
     return int((found < EPSILON).sum()), found.mean().item()
 
 
-def run(known, task, name: str, method: str, rank: int, lr: float, seed: int) -> dict:
+def run(name: str, method: str, rank: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
     model = base_of(name, seed)
     layers = find_targets(model, "all-linear", (torch.nn.Linear,))
@@ -82,12 +80,12 @@ def run(known, task, name: str, method: str, rank: int, lr: float, seed: int) ->
     elif rank:
         named = {"lora": "lora, all linear"}.get(method, method)
         inject(model, setting(named, name, rank=rank))
-    row = measured(model, task, lr, seed) | {"memory": f"{memory(model, known):.5f}"}
+    row = measured(model, load(name), lr, seed)
+    row["memory"] = f"{memory(model, definitions()):.5f}"
     intruders, nearest = compared(weights, model)
     return row | {"intruders": intruders, "nearest": f"{nearest:.5f}"}
 
 
 if __name__ == "__main__":
-    rates = {(TASK, *setting): tried for setting, tried in SETTINGS.items()}
-    run = partial(run, definitions())
-    study("variants_study", NAMES, COLUMNS, rates, run, {TASK: load(TASK)})
+    points = at_best({(TASK, *setting): rates for setting, rates in SETTINGS.items()})
+    main(Benchmark("variants_study", KEY, COLUMNS, points, run))

@@ -6,12 +6,11 @@ import re
 import pandas as pd
 import pytest
 
-from peft_lessons import Study, inject, load_model, table
+from peft_lessons import Study, table
 from peft_lessons.studies import (
     Spread,
     against_peft,
     best_lr,
-    catalogue,
     load_results,
     mean_and_range,
     paired_answers,
@@ -248,18 +247,3 @@ def test_stored_costs_of_the_named_methods():
     assert lines[0].split("  ")[0] == "a step on minilm" and "PEFT's" in lines[0]
     ours, theirs = (float(n) for n in re.findall(r"(\d+) ms", lines[1]))
     assert float(lines[1].split()[-2]) == pytest.approx(ours / theirs, abs=0.02)
-
-
-# ------------------------------------------------------------------ the catalogue
-
-
-@pytest.mark.parametrize("task", catalogue.BASES)
-def test_every_setting_describes_a_method_for_the_base_of_a_task(task):
-    for name in catalogue.SETTINGS:
-        more = catalogue.schedule(200) if name == "adalora" else {}
-        assert catalogue.setting(name, task, **more)
-    for name in ("lora", "dora", "norms", "ia3"):  # the names of the layers are the base's
-        assert inject(load_model(catalogue.BASES[task]), catalogue.setting(name, task)).trainable
-    for name, other in (("lora, all", task), ("lora", "french")):
-        with pytest.raises(ValueError, match=r"must be one of .*'(lora|austen)'"):
-            catalogue.setting(name, other)

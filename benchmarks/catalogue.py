@@ -1,9 +1,7 @@
 """Named method settings: what the tables in data/results call a method, as its description.
 
-    setting("lora, all linear", "sentiment")
-    setting("pfeiffer", "austen", width=32)
-
-The one module of `studies` that knows methods; importing `studies` does not import it.
+setting("lora, all linear", "sentiment")
+setting("pfeiffer", "austen", width=32)
 """
 
 from __future__ import annotations
@@ -12,19 +10,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..data.base_models import load_tokenizer
-from ..engine import Method
-from ..methods.adalora import AdaLoRA
-from ..methods.adapters import BottleneckAdapter
-from ..methods.dora import DoRA
-from ..methods.ia3 import IA3
-from ..methods.lora import LoRA
-from ..methods.prefix import Prefix
-from ..methods.prompt import Prompt
-from ..methods.qlora import QLoRA
-from ..methods.selective import BitFit, DiffPruning, PartialFineTuning, SparseTuning
-from ..methods.unified import MixAndMatch
-from ..methods.variants import OFT, LoftQ, LoRAPlus, PiSSA, VeRA
+from peft_lessons.data.base_models import load_tokenizer
+from peft_lessons.engine import Method
+from peft_lessons.methods.adalora import AdaLoRA
+from peft_lessons.methods.adapters import BottleneckAdapter
+from peft_lessons.methods.dora import DoRA
+from peft_lessons.methods.ia3 import IA3
+from peft_lessons.methods.lora import LoRA
+from peft_lessons.methods.prefix import Prefix
+from peft_lessons.methods.prompt import Prompt
+from peft_lessons.methods.qlora import QLoRA
+from peft_lessons.methods.selective import BitFit, DiffPruning, PartialFineTuning, SparseTuning
+from peft_lessons.methods.unified import MixAndMatch
+from peft_lessons.methods.variants import OFT, LoftQ, LoRAPlus, PiSSA, VeRA
 
 BASES = {"sentiment": "minilm", "austen": "tinylm"}
 TOKENS = 16  # of a prompt or a prefix
