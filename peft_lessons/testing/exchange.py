@@ -28,6 +28,7 @@ from ..engine import (
 )
 from ..methods.qlora import QLoRA, dequantize
 from ..methods.selective import PartialFineTuning
+from ..train.loop import train_step
 from .tiny import padded_batch, perturb
 
 # What PEFT says of files that are right: of a pruned AdaLoRA that its ranks are ignored, or were
@@ -92,20 +93,14 @@ def _exchanged(base: nn.Module, ours: nn.Module, config, steps: int) -> dict[str
         return values[:, -text["input_ids"].shape[1] :] if values.dim() == 3 else values
 
     perturb(ours, 0.1, None)
-    _train(
-        ours,
-        batch,
-        steps,
-        penalty=lambda: method.penalty(injection),
-        after=lambda step: method.after_step(injection, step),
-    )
+    _train(ours, batch, steps)
     theirs, plain = copy.deepcopy(base), base
     if isinstance(method, QLoRA):
         theirs = _in_four_bits(base, set(injection.wrappers))
         plain = dequantize(unload(copy.deepcopy(ours)))
     made = get_peft_model(copy.deepcopy(theirs), config)
     perturb(made, 0.1, None)
-    _train(made, batch, steps, after=getattr(made.base_model, "update_and_allocate", None))
+    _train(made, batch, steps)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(ours, f"{folder}/ours")
         made.save_pretrained(f"{folder}/theirs")
@@ -126,15 +121,13 @@ def _exchanged(base: nn.Module, ours: nn.Module, config, steps: int) -> dict[str
     }
 
 
-def _train(model: nn.Module, batch: dict, steps: int, penalty=lambda: 0.0, after=None) -> None:
-    """Train on one batch in eval mode, without dropout, so that the values change."""
+def _train(model: nn.Module, batch: dict, steps: int) -> None:
+    """Train on one batch in eval mode, without dropout, so that the values change. PEFT leaves the
+    allocator of its AdaLoRA to the caller."""
+    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for step in range(1, steps + 1):
-        (model.eval()(**batch).loss + penalty()).backward()
-        optimizer.step()
-        if after:
-            after(step)
-        optimizer.zero_grad()
+        train_step(model.eval(), batch, optimizer, step, after=allocate)
 
 
 def _in_four_bits(base: nn.Module, quantised: set[str]) -> nn.Module:

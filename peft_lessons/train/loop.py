@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,14 +164,15 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
-def _groups(trainable: dict[str, nn.Parameter], injection: Injection | None) -> list[dict]:
-    """Return the optimizer's groups: parameters with the same factor of the learning rate."""
+def _groups(model: nn.Module, injection: Injection | None) -> list[dict]:
+    """Return the optimizer's groups: what trains, by its factor of the learning rate."""
     factors, groups = {}, {}
     for path, module in (injection.modules() if injection else {}).items():
         for name, _ in module.named_parameters():
             factors[f"{path}.{name}"] = injection.method.rate_factors.get(name, 1.0)
-    for name, parameter in trainable.items():
-        groups.setdefault(factors.get(name, 1.0), []).append(parameter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(factors.get(name, 1.0), []).append(parameter)
     return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
 
@@ -181,6 +182,67 @@ def _stream(task, batch_size: int, seed: int) -> Iterable[dict]:
         return task.stream(batch_size, seed)
     _refuse_batches("fit", task)
     return itertools.cycle(task)
+
+
+def _refuse_unready(model: nn.Module, injection: Injection | None) -> None:
+    """Raise if `fit` would train nothing, or leave out or spoil the method in the model."""
+    for path, inner in model.named_modules():
+        if path and injection_of(inner):
+            raise ValueError(
+                f"fit: the method is in model.{path}, not in the model itself, so its part in the "
+                f"training would be left out; fit(model.{path}, ...)"
+            )
+    if injection:
+        refuse_off(injection, "fit")
+        if injection.merged:
+            raise RuntimeError(
+                "fit: the method is merged, so its parameters are not used; unmerge(model) first"
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "fit: nothing in the model trains, all is frozen (an adapter loads frozen: "
+            "load_adapter(..., trainable=True) trains on)"
+        )
+
+
+def train_step(
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int = 1,
+    *,
+    clip: float | None = None,
+    after: Callable[[int], object] | None = None,
+) -> float:
+    """Take training step number `step`, counted from 1, and return the loss of the batch.
+
+    A method in the model takes part: its penalty joins the loss, and its `after_step` follows the
+    optimizer's step, as does `after`, while the gradients are still there.
+
+    Raises TrainingDiverged at a NaN or infinite loss or gradient, before it reaches the weights."""
+    injection, device = injection_of(model), _device(model)
+    loss = _loss(model, {k: v.to(device) for k, v in batch.items()}).loss
+    if injection:
+        loss = loss + injection.method.penalty(injection)
+    loss.backward()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    norm = nn.utils.clip_grad_norm_(trainable, clip or math.inf).item()
+    value = loss.item()
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        optimizer.zero_grad()
+        group = optimizer.param_groups[0]
+        raise TrainingDiverged(
+            f"step {step}: loss {value:.3g}, gradient norm {norm:.3g} at learning rate "
+            f"{group['lr'] / group.get('factor', 1.0):.2g}. The weights are those before this "
+            "step. Start again with a smaller lr, or look at the batch."
+        )
+    optimizer.step()
+    if injection:
+        injection.method.after_step(injection, step)
+    if after:
+        after(step)
+    optimizer.zero_grad()
+    return value
 
 
 def fit(
@@ -217,34 +279,17 @@ def fit(
     off by `disabled`; `TrainingDiverged` at a NaN or infinite loss or gradient, before it reaches
     the weights."""
     injection = injection_of(model)
-    for path, inner in model.named_modules():
-        if path and injection_of(inner):
-            raise ValueError(
-                f"fit: the method is in model.{path}, not in the model itself, so its part in the "
-                f"training would be left out; fit(model.{path}, ...)"
-            )
     if lr is None:
         lr = injection.method.learning_rate if injection else FULL_LEARNING_RATE
     validate("fit", steps=steps, lr=lr, batch_size=batch_size, warmup=warmup, clip=clip)
     validate("fit", weight_decay=weight_decay)
-    if injection:
-        refuse_off(injection, "fit")
-    if injection and injection.merged:
-        raise RuntimeError(
-            "fit: the method is merged, so its parameters are not used; unmerge(model) first"
-        )
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError(
-            "fit: nothing in the model trains, all is frozen (an adapter loads frozen: "
-            "load_adapter(..., trainable=True) trains on)"
-        )
+    _refuse_unready(model, injection)
     batches = _stream(task, batch_size, seed)
     if injection:
         injection.method.before_fit(injection, steps)
     history, device, was_training = History(), _device(model), model.training
     optimizer = torch.optim.AdamW(
-        _groups(trainable, injection),
+        _groups(model, injection),
         lr=lr,
         weight_decay=weight_decay,
         fused=device.type in ("cpu", "cuda"),  # one pass over the weights instead of ten
@@ -260,23 +305,7 @@ def fit(
                 rate = lr * _schedule(step, steps, round(warmup * steps))
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["factor"]
-                loss = _loss(model, {k: v.to(device) for k, v in batch.items()}).loss
-                if injection:
-                    loss = loss + injection.method.penalty(injection)
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(trainable.values(), clip or math.inf).item()
-                value = loss.item()
-                if not (math.isfinite(value) and math.isfinite(norm)):
-                    optimizer.zero_grad()
-                    raise TrainingDiverged(
-                        f"step {step + 1}: loss {value:.3g}, gradient norm {norm:.3g} "
-                        f"at learning rate {rate:.2g}. The weights are those before this step. "
-                        "Start again with a smaller lr, or look at the batch."
-                    )
-                optimizer.step()
-                if injection:
-                    injection.method.after_step(injection, step + 1)
-                optimizer.zero_grad()
+                value = train_step(model, batch, optimizer, step + 1, clip=clip)
                 history.loss.append(value)
                 history.lr.append(rate)
                 history.seconds += time.perf_counter() - started
