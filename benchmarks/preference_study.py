@@ -12,8 +12,7 @@ import torch
 from common import SEEDS, Benchmark, main
 
 from peft_lessons import LoRA, disabled, evaluate, inject, load_model, load_task, load_tokenizer
-from peft_lessons.methods.assistant import keeps_rule
-from peft_lessons.train.generate import answer_questions
+from peft_lessons.train.generate import answer_questions, keeps_rule
 from peft_lessons.train.preferences import answer_logprob, preference_loss
 
 STEPS, PAIRS, HELD_OUT, TOKENS = 24, 4, 48, 48

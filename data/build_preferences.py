@@ -17,8 +17,7 @@ from build_common import DATA, record
 from build_wordnet import UNFIT
 
 from peft_lessons import load_model, load_tokenizer
-from peft_lessons.methods.assistant import keeps_rule
-from peft_lessons.train.generate import answer_questions
+from peft_lessons.train.generate import answer_questions, keeps_rule
 from peft_lessons.train.loop import progress
 
 FOLDER = "tasks/preferences"

@@ -1,5 +1,7 @@
 """Let a language model continue a text, or an assistant answer questions."""
 
+import re
+
 import torch
 
 from ..data.chat import refuse_no_template
@@ -50,3 +52,10 @@ def answer_questions(
         written = tokenizer.batch_decode(new, skip_special_tokens=True)
         answers += [(text.strip(), end) for text, end in zip(written, ended, strict=True)]
     return answers
+
+
+def keeps_rule(text: str, ended: bool, most: int = 25) -> bool:
+    """Return whether an answer that the model ended itself is one sentence of 5 to `most` words:
+    the rule of the task "preferences"."""
+    sentences = re.findall(r"[^.!?]+[.!?](?=\s|$)", text)
+    return ended and sentences == [text] and 5 <= len(text.split()) <= most

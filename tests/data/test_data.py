@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_lessons.data.bundled import ASSISTANT
-from peft_lessons.methods.assistant import keeps_rule
+from peft_lessons.train.generate import keeps_rule
 from tools.environment import ROOT
 
 DATA = ROOT / "data"

@@ -7,8 +7,7 @@ import torch
 from tiny import chat_tokenizer, close, tiny_llama
 
 from peft_lessons import load_model
-from peft_lessons.methods.assistant import group_advantages, keeps_rule
-from peft_lessons.train.generate import answer_questions
+from peft_lessons.train.generate import answer_questions, keeps_rule
 from peft_lessons.train.preferences import answer_logprob, preference_loss
 
 
@@ -59,12 +58,6 @@ def test_dpo_starts_at_log_2_and_falls_as_the_margin_grows():
 )
 def test_the_rule_is_one_sentence_that_ends(text, ended, kept):
     assert keeps_rule(text, ended) is kept
-
-
-def test_advantages_compare_within_a_group():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-    wanted = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]])
-    assert torch.equal(group_advantages(rewards), wanted)
 
 
 def test_questions_are_answered_together_as_each_alone():
