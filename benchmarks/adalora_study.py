@@ -110,11 +110,11 @@ class Masks:
     def counts(self) -> dict[str, int]:
         """Return the triplets ever pruned, those of them that a later allocation kept, and those
         that the last one kept."""
-        kept = torch.stack(self.taken)  # (allocations, triplets)
-        ever = ~kept.all(dim=0)
-        pruned_before = (~kept).cumsum(dim=0) > 0
-        back = (kept & pruned_before).any(dim=0)
-        values = (ever.sum(), back.sum(), (ever & kept[-1]).sum())
+        alive = torch.stack(self.taken)  # (allocations, triplets)
+        ever = ~alive.all(dim=0)
+        pruned_before = (~alive).cumsum(dim=0) > 0
+        back = (alive & pruned_before).any(dim=0)
+        values = (ever.sum(), back.sum(), (ever & alive[-1]).sum())
         return dict(zip(COUNTED, map(int, values), strict=True))
 
 

@@ -170,9 +170,9 @@ def changed(way: str, factor: float, seed: int) -> torch.nn.Module:
         model.set_adapter(way)
     elif way != "base":
         torch.manual_seed(seed)  # DARE drops at random
-        kept = {} if way in ("cat", "linear") else {"density": DENSITY}
+        density = {} if way in ("cat", "linear") else {"density": DENSITY}
         svd = {"svd_rank": 16} if way.endswith("svd") else {}
-        model.add_weighted_adapter(["austen", "reviews"], [factor] * 2, way, way, **kept, **svd)
+        model.add_weighted_adapter(["austen", "reviews"], [factor] * 2, way, way, **density, **svd)
         model.set_adapter(way)
     if way == "base":
         return model.unload()

@@ -91,7 +91,7 @@ def answer_losses(model: torch.nn.Module, task, split: str) -> list[float]:
     """Return for each answer of a split its mean loss per token, in nats. The order of the answers
     is the same for every model."""
     model.eval()
-    found = []
+    means = []
     for batch in task.batches(split, 16, by_length=True):
         labels = batch.pop("labels")  # (answers, tokens)
         logits = model(**batch).logits[:, -labels.shape[1] :].float()  # behind a prompt, if any
@@ -99,8 +99,8 @@ def answer_losses(model: torch.nn.Module, task, split: str) -> list[float]:
             logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
         )
         learned = labels[:, 1:] != -100
-        found += (losses.sum(dim=1) / learned.sum(dim=1)).tolist()
-    return found
+        means += (losses.sum(dim=1) / learned.sum(dim=1)).tolist()
+    return means
 
 
 @cache

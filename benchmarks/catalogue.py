@@ -96,9 +96,9 @@ def setting(name: str, task: str, **changes: Any) -> Method:
     """Return the description of a method on the base of a task, with these fields changed.
 
     AdaLoRA takes its schedule from `changes`. Raises ValueError for an unknown name or task."""
-    for known, given in ((SETTINGS, name), (BASES, task)):
-        if given not in known:
-            raise ValueError(f"{given!r} must be one of {', '.join(map(repr, known))}")
+    for known, asked in ((SETTINGS, name), (BASES, task)):
+        if asked not in known:
+            raise ValueError(f"{asked!r} must be one of {', '.join(map(repr, known))}")
     description, fields = SETTINGS[name]
     fields = {k: v[task] if isinstance(v, dict) else v for k, v in (fields | changes).items()}
     return description(**{k: v() if callable(v) else v for k, v in fields.items()})

@@ -104,10 +104,10 @@ def rates_of(results: Results, task: str, method: str, examples: int) -> tuple[f
     if examples == ALL or not any(rates):
         return rates
     if examples == 1000:
-        found = [best_rate(results, task, method, size) for size in (ALL, 100)]
-        if None in found:
+        chosen = [best_rate(results, task, method, size) for size in (ALL, 100)]
+        if None in chosen:
             return ()
-        start = {*found, *(rate for rate in LADDER if min(found) < rate < max(found))}
+        start = {*chosen, *(rate for rate in LADDER if min(chosen) < rate < max(chosen))}
     elif method == "full" and task == "sentiment":
         start = {1e-4, 2e-4, 4e-4}
     else:

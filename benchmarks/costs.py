@@ -64,15 +64,15 @@ COLUMNS = (
 
 def methods(task: str) -> dict[str, Method]:
     """The methods of the course on the base of a task, by the name of their row."""
-    found = {}
+    described = {}
     for suffix in ("", ", all linear"):
-        found[f"lora{suffix}"] = lora = setting(f"lora{suffix}", task)
-        found[f"dora{suffix}"] = setting(f"dora{suffix}", task)
-        found[f"dora, with gradient{suffix}"] = setting(f"dora{suffix}", task)
-        found[f"adalora{suffix}"] = setting("adalora", task, targets=lora.targets, **ADALORA)
-    found |= {name: setting(name, task, **changes) for name, changes in CHANGED.items()}
-    found |= {name: setting(name, task) for name in AS_THEY_ARE}
-    return found | ({"bitfit": setting("bitfit", task)} if task == "sentiment" else {})
+        described[f"lora{suffix}"] = lora = setting(f"lora{suffix}", task)
+        described[f"dora{suffix}"] = setting(f"dora{suffix}", task)
+        described[f"dora, with gradient{suffix}"] = setting(f"dora{suffix}", task)
+        described[f"adalora{suffix}"] = setting("adalora", task, targets=lora.targets, **ADALORA)
+    described |= {name: setting(name, task, **changes) for name, changes in CHANGED.items()}
+    described |= {name: setting(name, task) for name in AS_THEY_ARE}
+    return described | ({"bitfit": setting("bitfit", task)} if task == "sentiment" else {})
 
 
 def ours(task: str) -> dict[str, torch.nn.Module]:
@@ -90,8 +90,8 @@ def ours(task: str) -> dict[str, torch.nn.Module]:
 def theirs(task: str) -> dict[str, torch.nn.Module]:
     """PEFT's, where it has the method."""
     kind = "SEQ_CLS" if task == "sentiment" else "CAUSAL_LM"
-    found, configs = methods(task), {}
-    for suffix, layers in (("", found["lora"].targets), (", all linear", ALL[BASES[task]])):
+    described, configs = methods(task), {}
+    for suffix, layers in (("", described["lora"].targets), (", all linear", ALL[BASES[task]])):
         factors = {"task_type": kind, "lora_alpha": 16, "target_modules": list(layers)}
         plan = {"tinit": 1, "tfinal": 10, "deltaT": 5, "total_step": 1000}
         configs |= {
@@ -99,7 +99,10 @@ def theirs(task: str) -> dict[str, torch.nn.Module]:
             f"dora{suffix}": LoraConfig(r=8, use_dora=True, **factors),
             f"adalora{suffix}": AdaLoraConfig(init_r=8, target_r=4, **plan, **factors),
         }
-    ia3, tokens = found["ia3"], {"task_type": kind, "num_virtual_tokens": found["prompt"].tokens}
+    ia3, tokens = (
+        described["ia3"],
+        {"task_type": kind, "num_virtual_tokens": described["prompt"].tokens},
+    )
     configs["ia3"] = IA3Config(
         task_type=kind, target_modules=ia3.targets, feedforward_modules=ia3.feedforward
     )

@@ -54,11 +54,11 @@ class Watched:
 def weights(model) -> dict[str, torch.Tensor]:
     """The weights of all targets in double precision: 1 - cosine may be as small as 1e-5."""
     if injection := injection_of(model):
-        found = {p: w.merged_tensors()[0] for p, w in injection.wrappers.items()}
+        tensors = {p: w.merged_tensors()[0] for p, w in injection.wrappers.items()}
     else:
         named = model.named_modules()
-        found = {p: m.weight for p, m in named if p.rpartition(".")[2] in TARGETS}
-    return {path: weight.detach().double().clone() for path, weight in found.items()}
+        tensors = {p: m.weight for p, m in named if p.rpartition(".")[2] in TARGETS}
+    return {path: weight.detach().double().clone() for path, weight in tensors.items()}
 
 
 def changes(before: torch.Tensor, after: torch.Tensor) -> dict[str, str]:
@@ -91,11 +91,11 @@ def degrees(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def directions(model) -> dict[str, torch.Tensor]:
     """V of all targets in double precision."""
-    found = {}
+    tensors = {}
     for path, wrapper in injection_of(model).wrappers.items():
         layer = getattr(wrapper, "dora", None) or wrapper.lora
-        found[path] = (wrapper.base.weight + layer.delta_weight()).detach().double()
-    return found
+        tensors[path] = (wrapper.base.weight + layer.delta_weight()).detach().double()
+    return tensors
 
 
 def norms(method: str, lr: float, seed: int) -> list[dict]:

@@ -65,7 +65,7 @@ def scores(model, task, method: str, beta: float) -> dict[str, str]:
             margins += [chosen - rejected]
             ratios += [torch.stack(ratio.chunk(2))]
     margin, ratio = torch.cat(margins), torch.cat(ratios, dim=1).mean(dim=1)
-    found = {
+    values = {
         "kept": sum(keeps_rule(*answer) for answer in answers) / len(answers),
         "ended": sum(ended for _, ended in answers) / len(answers),
         "words": sum(len(text.split()) for text, _ in answers) / len(answers),
@@ -76,7 +76,7 @@ def scores(model, task, method: str, beta: float) -> dict[str, str]:
         "rejected_ratio": ratio[1].item(),
         "perplexity": perplexity(model),
     }
-    return {name: f"{value:.5f}" for name, value in found.items()}
+    return {name: f"{value:.5f}" for name, value in values.items()}
 
 
 def run(method: str, beta: float, lr: float, seed: int) -> dict:

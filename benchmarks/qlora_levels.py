@@ -51,7 +51,7 @@ def rounded(weight: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, .
 
 
 def relative(errors: list[torch.Tensor], values: list[torch.Tensor]) -> str:
-    squares = (sum(t.double().square().sum() for t in given) for given in (errors, values))
+    squares = (sum(t.double().square().sum() for t in parts) for parts in (errors, values))
     return f"{100 * (next(squares) / next(squares)).sqrt():.3f}"
 
 

@@ -66,8 +66,8 @@ def compared(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[
         if isinstance(injection.method, LoftQ):
             dequantize(model)
         merge(model)
-    found = torch.stack([cosines(w, model.get_submodule(p).weight) for p, w in weights.items()])
-    return int((found < EPSILON).sum()), found.mean().item()
+    nearest = torch.stack([cosines(w, model.get_submodule(p).weight) for p, w in weights.items()])
+    return int((nearest < EPSILON).sum()), nearest.mean().item()
 
 
 def run(name: str, method: str, rank: int, lr: float, seed: int) -> dict:

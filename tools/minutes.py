@@ -78,7 +78,7 @@ def reading(cell: NotebookNode) -> float:
 
 def measured(nb: NotebookNode) -> Minutes:
     """Return the minutes of a lesson by the rule."""
-    found = Minutes()
+    minutes = Minutes()
     # The deeper section, and the level of the heading of the exercise, that a cell is in.
     section, exercise = None, 0
     for cell in nb.cells:
@@ -90,19 +90,19 @@ def measured(nb: NotebookNode) -> Minutes:
                 if title.startswith("Exercise"):
                     exercise = level
                 if stated := EXERCISE.fullmatch(title):
-                    found.exercises += int(stated[1])
-                    found.core_exercises += 0 if section else int(stated[1])
+                    minutes.exercises += int(stated[1])
+                    minutes.core_exercises += 0 if section else int(stated[1])
             if notebooks.deeper(cell):
                 section = titles[0][1]
         tagged = {"exercise", "check"} & set(notebooks.tags(cell))
         if not exercise and not tagged:
             if section:
-                found.sections[section] = found.sections.get(section, 0.0) + reading(cell)
+                minutes.sections[section] = minutes.sections.get(section, 0.0) + reading(cell)
             else:
-                found.core += reading(cell)
+                minutes.core += reading(cell)
         if "check" in notebooks.tags(cell):
             exercise = 0  # prose below a check belongs to the lesson again
-    return found
+    return minutes
 
 
 def card(nb: NotebookNode) -> Card:
@@ -127,28 +127,30 @@ def complaints(nb: NotebookNode) -> list[str]:
     """Return a sentence for each statement of minutes in a lesson that is off."""
     if not nb.cells:
         return ["the notebook has no cells"]
-    true, stated, found = measured(nb), card(nb), []
+    true, stated, problems = measured(nb), card(nb), []
     for part in ("core", "deeper"):
-        said, minutes = getattr(stated, part), getattr(true, part)
-        if is_off(said, minutes):
-            found.append(
-                f"the card says {part} {shown(said)} min, and the rule measures {minutes:.0f}"
+        written, minutes = getattr(stated, part), getattr(true, part)
+        if is_off(written, minutes):
+            problems.append(
+                f"the card says {part} {shown(written)} min, and the rule measures {minutes:.0f}"
             )
     if (stated.exercises or 0) != true.exercises:
-        told = f"the card says exercises {shown(stated.exercises)} min, and their headings"
-        found.append(f"{told} add up to {true.exercises}")
+        sums = f"the card says exercises {shown(stated.exercises)} min, and their headings"
+        problems.append(f"{sums} add up to {true.exercises}")
     elif (stated.core_exercises or 0) != true.core_exercises:
-        found.append(
+        problems.append(
             f"the card says that {shown(stated.core_exercises)} min of the exercises are in the "
             f"core, and the headings there add up to {true.core_exercises}"
         )
     for title, minutes in true.sections.items():
-        said = re.search(r"\((\d+) min\)$", title)
-        if said is None:
-            found.append(f"the heading {title!r} does not end with its minutes, as in (12 min)")
-        elif is_off(int(said[1]), minutes):
-            found.append(f"the heading {title!r} is off: the rule measures {minutes:.0f} minutes")
-    return found
+        written = re.search(r"\((\d+) min\)$", title)
+        if written is None:
+            problems.append(f"the heading {title!r} does not end with its minutes, as in (12 min)")
+        elif is_off(int(written[1]), minutes):
+            problems.append(
+                f"the heading {title!r} is off: the rule measures {minutes:.0f} minutes"
+            )
+    return problems
 
 
 # ------------------------------------------------------------------ tables and plans
@@ -186,12 +188,12 @@ def pages() -> dict[Path, str]:
             raise ValueError(f"a table links {stem}.ipynb, and there is no such lesson")
         return stated[stem]
 
-    def row(found: re.Match) -> str:
-        one = linked(found[2])
-        return f"{found[1]} {one.core} | {one.deeper or 0} | {one.exercises or 0} |"
+    def row(match: re.Match) -> str:
+        one = linked(match[2])
+        return f"{match[1]} {one.core} | {one.deeper or 0} | {one.exercises or 0} |"
 
-    def planned(found: re.Match) -> str:
-        return f"{found[1]} {stated_minutes(linked(found[2]), found[3])} |"
+    def planned(match: re.Match) -> str:
+        return f"{match[1]} {stated_minutes(linked(match[2]), match[3])} |"
 
     def plan(part: str) -> str:
         part = PLAN.sub(planned, part)
@@ -199,10 +201,10 @@ def pages() -> dict[Path, str]:
         totals[part.partition(":")[0]] = together
         return TOGETHER.sub(rf"\1 **{together}**", part)
 
-    def path(found: re.Match) -> str:
-        if found[2] not in totals:
-            raise ValueError(f"{PLANS.name} has no heading '### {found[2]}: …'")
-        return found[1] + duration(totals[found[2]])
+    def path(match: re.Match) -> str:
+        if match[2] not in totals:
+            raise ValueError(f"{PLANS.name} has no heading '### {match[2]}: …'")
+        return match[1] + duration(totals[match[2]])
 
     texts = {file: file.read_text(encoding="utf-8") for file in (README, MAP, PLANS)}
     texts[PLANS] = "### ".join(map(plan, texts[PLANS].split("### ")))
@@ -218,8 +220,8 @@ def table(lessons: list[Path]) -> tuple[str, int]:
     lines = ["lesson".ljust(20) + "".join(map(str.rjust, heads, widths))]
     for path in lessons:
         nb = notebooks.read(path)
-        true, said, wrong = measured(nb), card(nb), complaints(nb)
-        pairs = [(getattr(true, p), getattr(said, p)) for p in ("core", "deeper", "exercises")]
+        true, written, wrong = measured(nb), card(nb), complaints(nb)
+        pairs = [(getattr(true, p), getattr(written, p)) for p in ("core", "deeper", "exercises")]
         numbers = [shown(number) for pair in pairs for number in pair]
         mark = f"  core above {SITTING}" if true.core > SITTING else ""
         lines.append(path.stem.ljust(20) + "".join(map(str.rjust, numbers, widths)) + mark)
@@ -232,10 +234,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.minutes", description=__doc__)
     parser.add_argument("lesson", nargs="*", help="the first characters of lessons, such as 02")
     parser.add_argument("--write", action="store_true", help="fill tables and plans from the cards")
-    given = parser.parse_args(argv)
-    text, off = table(notebooks.lessons(given.lesson))
+    args = parser.parse_args(argv)
+    text, off = table(notebooks.lessons(args.lesson))
     print(f"{text}\ncards that are off: {off}")
-    if given.write:
+    if args.write:
         try:
             written = pages()
         except ValueError as error:

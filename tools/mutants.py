@@ -31,8 +31,8 @@ class Mutant:
     tests: str
 
     def __str__(self) -> str:
-        shown = (" ".join(text.split())[:60] for text in (self.old, self.new))
-        return f"{self.file}: {' → '.join(shown)}"
+        sides = (" ".join(text.split())[:60] for text in (self.old, self.new))
+        return f"{self.file}: {' → '.join(sides)}"
 
 
 TESTS = {path.stem: path for path in (ROOT / "tests").glob("*/test_*.py")}
@@ -40,16 +40,16 @@ TESTS = {path.stem: path for path in (ROOT / "tests").glob("*/test_*.py")}
 
 def read(table: str) -> list[Mutant]:
     """Return the mutants of a table: a file and its tests, without "test_", then its faults."""
-    found, file, tests = [], "", ""
+    mutants, file, tests = [], "", ""
     for line in table.strip().splitlines():
         if line.startswith("    "):
             old, new = line.strip().split(" → ")
-            found.append(Mutant(file, old, new, tests))
+            mutants.append(Mutant(file, old, new, tests))
         else:
             file, _, names = line.partition(": ")
             paths = [TESTS[f"test_{name}"].relative_to(ROOT) for name in names.split()]
             tests = " ".join(map(str, paths))
-    return found
+    return mutants
 
 
 MUTANTS = read("""
@@ -213,8 +213,8 @@ def noticed(mutant: Mutant, place: Path) -> str | None:
         )
     finally:
         path.write_text(text, encoding="utf-8")
-    found = re.search(r"(?m)^(?:FAILED|ERROR) (\S+)", done.stdout)
-    return found.group(1) if found and done.returncode else None
+    match = re.search(r"(?m)^(?:FAILED|ERROR) (\S+)", done.stdout)
+    return match.group(1) if match and done.returncode else None
 
 
 def main(words: Sequence[str]) -> int:

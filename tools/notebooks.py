@@ -61,16 +61,16 @@ CLEAN_METADATA = {
 
 def lessons(selection: list[str] | None = None) -> list[Path]:
     """Return all lessons in order, or those whose names start with one of `selection`."""
-    found = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    paths = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     if not selection:
-        return found
+        return paths
     for prefix in selection:
-        if not any(path.name.startswith(prefix) for path in found):
+        if not any(path.name.startswith(prefix) for path in paths):
             raise SystemExit(
                 f"no lesson starts with {prefix!r}; there are "
-                + ", ".join(path.stem for path in found)
+                + ", ".join(path.stem for path in paths)
             )
-    return [path for path in found if path.name.startswith(tuple(selection))]
+    return [path for path in paths if path.name.startswith(tuple(selection))]
 
 
 def read(path: Path) -> NotebookNode:
@@ -116,11 +116,11 @@ def read_solutions(path: Path) -> dict[str, str]:
     """Return the source of every solution to a lesson by name, {} where the lesson has none."""
     file = path.parent / "solutions" / f"{MODULES[path.stem]}.py"
     source = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines, found = source.splitlines(), {}
+    lines, sources = source.splitlines(), {}
     for name, node in definitions(source).items():
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        found[name] = "\n".join(lines[first - 1 : node.end_lineno])
-    return found
+        sources[name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return sources
 
 
 def is_check_of(cell: NotebookNode, module: str, name: str) -> bool:
@@ -138,13 +138,13 @@ def python(cell: NotebookNode) -> str:
 
 def imported(cell: NotebookNode) -> set[str]:
     """Return the top-level packages that a code cell imports."""
-    found = set()
+    packages = set()
     for node in ast.walk(ast.parse(python(cell))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            packages |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0])
-    return found
+            packages.add((node.module or "").split(".")[0])
+    return packages
 
 
 def solved(nb: NotebookNode, solutions: dict[str, str]) -> NotebookNode:
@@ -202,18 +202,18 @@ def cell_metadata(nb: NotebookNode) -> list[dict]:
     """Return the metadata of each cell: its tags, and what JupyterLab folds. That is the section
     below a heading "## Deeper · …", the source of a cell tagged plumbing, and the first output
     after "Predict before you run"."""
-    found, predict = [], False
+    every, predict = [], False
     for cell in nb.cells:
-        own = {"tags": tags(cell)} if tags(cell) else {}
+        metadata = {"tags": tags(cell)} if tags(cell) else {}
         if deeper(cell):
-            own["jp-MarkdownHeadingCollapsed"] = True
+            metadata["jp-MarkdownHeadingCollapsed"] = True
         hidden = {"source_hidden": True} if "plumbing" in tags(cell) else {}
         if cell.cell_type == "markdown":
             predict = predict or "**Predict before you run" in cell.source
         elif predict and cell.outputs:
             hidden["outputs_hidden"], predict = True, False
-        found.append(own | ({"jupyter": hidden} if hidden else {}))
-    return found
+        every.append(metadata | ({"jupyter": hidden} if hidden else {}))
+    return every
 
 
 def clean(nb: NotebookNode, stem: str) -> NotebookNode:
@@ -221,9 +221,9 @@ def clean(nb: NotebookNode, stem: str) -> NotebookNode:
     nb = copy.deepcopy(nb)
     nb.metadata = nbformat.from_dict(CLEAN_METADATA)
     nb.nbformat, nb.nbformat_minor = 4, 5
-    for number, (cell, own) in enumerate(zip(nb.cells, cell_metadata(nb), strict=True)):
+    for number, (cell, metadata) in enumerate(zip(nb.cells, cell_metadata(nb), strict=True)):
         cell.setdefault("id", f"{stem}-{number:03d}".replace("_", "-"))
-        cell.metadata = nbformat.from_dict(own)
+        cell.metadata = nbformat.from_dict(metadata)
         for output in cell.get("outputs", []):
             output.pop("transient", None)
             if len(output.get("data", ())) > 1:
@@ -252,13 +252,13 @@ def run_solved(path: Path, cwd: Path, log: Path | None = None) -> int:
         raise ValueError(f"exercises {names} and solutions {[*solutions]} do not fit together")
     env = offline_environment(log=log, strict=True)
     done = execute(solved(lesson, solutions), cwd, env, warm_kernel.name())
-    said = [
+    results = [
         output.data.get("text/plain", "")
         for cell in done.cells
         for output in cell.outputs
         if "check" in tags(cell) and "data" in output
     ]
-    missing = [n for n in names if not any(text.startswith(f"✓ {n}: ") for text in said)]
+    missing = [n for n in names if not any(text.startswith(f"✓ {n}: ") for text in results)]
     if missing:
         right = len(names) - len(missing)
         raise ValueError(
@@ -271,19 +271,19 @@ def run(command: str, chosen: list[Path]) -> int:
     """Run a command on lessons, and print a line for each; return the exit status."""
     failed = []
     for path in chosen:
-        start, said = time.perf_counter(), ""
+        start, result = time.perf_counter(), ""
         try:
             if command == "outputs":
                 store_outputs(path)
             else:
                 with tempfile.TemporaryDirectory() as folder:
-                    said = f"{run_solved(path, Path(folder))} checks right"
+                    result = f"{run_solved(path, Path(folder))} checks right"
         except (CellExecutionError, RuntimeError, TimeoutError, ValueError) as error:
             failed.append(path.stem)
             print(f"{path.stem}: {error}", file=sys.stderr)
         else:
             seconds = time.perf_counter() - start
-            print(f"{path.stem:24s} {command} {seconds:6.1f} s  {said}".rstrip(), flush=True)
+            print(f"{path.stem:24s} {command} {seconds:6.1f} s  {result}".rstrip(), flush=True)
     if failed:
         print("failed: " + ", ".join(failed), file=sys.stderr)
     return 1 if failed else 0

@@ -96,15 +96,15 @@ def executed_in_order(nb: NotebookNode, path: Path) -> Complaints:
 
 
 def raises_only_where_tagged(nb: NotebookNode, path: Path) -> Complaints:
-    found = []
+    problems = []
     for label, cell in _numbered(nb, "code"):
         raised = any(output.output_type == "error" for output in cell.outputs)
         tagged = "raises-exception" in tags(cell)
         if raised and not tagged:
-            found.append(f"{label} stores an error")
+            problems.append(f"{label} stores an error")
         if tagged and not raised:
-            found.append(f"{label} is tagged raises-exception and stores no error")
-    return found
+            problems.append(f"{label} is tagged raises-exception and stores no error")
+    return problems
 
 
 def no_stderr(nb: NotebookNode, path: Path) -> Complaints:
@@ -117,7 +117,7 @@ def no_stderr(nb: NotebookNode, path: Path) -> Complaints:
 
 
 def no_machine_paths(nb: NotebookNode, path: Path) -> Complaints:
-    found = []
+    problems = []
     for number, cell in enumerate(nb.cells):
         texts = [_DATA_URI.sub("", cell.source)]
         for output in cell.get("outputs", []):
@@ -125,9 +125,9 @@ def no_machine_paths(nb: NotebookNode, path: Path) -> Complaints:
         for text in texts:
             match = _MACHINE_PATH.search(text)
             if match or str(ROOT) in text:
-                shown = match.group() if match else "the checkout's path"
-                found.append(f"{_label(number, cell)} shows a path of a machine: {shown!r}")
-    return found
+                name = match.group() if match else "the checkout's path"
+                problems.append(f"{_label(number, cell)} shows a path of a machine: {name!r}")
+    return problems
 
 
 def small_file(nb: NotebookNode, path: Path) -> Complaints:
@@ -146,7 +146,7 @@ class _ImageAlts(HTMLParser):
 
 
 def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
-    found = []
+    problems = []
     for label, cell in _numbered(nb, "code"):
         for output in cell.outputs:
             data = output.get("data", {})
@@ -154,51 +154,51 @@ def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
             html.feed(data.get("text/html", ""))
             images = [kind for kind in data if kind.startswith("image/")]
             nested = [output.metadata.get(kind, {}).get("alt", "") for kind in images]
-            found += [
+            problems += [
                 f"{label} shows a picture whose alt text is {alt!r}: at least {MIN_ALT} characters"
                 for alt in html.alts + nested
                 if len(alt.strip()) < MIN_ALT
             ]
-    return found
+    return problems
 
 
 # --- code ---------------------------------------------------------------------------------------
 
 
 def short_cells(nb: NotebookNode, path: Path) -> Complaints:
-    found = []
+    problems = []
     for label, cell in _numbered(nb, "code"):
         if (lines := len(cell.source.splitlines())) > MAX_LINES:
-            found.append(f"{label} has {lines} lines, above {MAX_LINES}")
-    return found
+            problems.append(f"{label} has {lines} lines, above {MAX_LINES}")
+    return problems
 
 
 def imports_in_setup(nb: NotebookNode, path: Path) -> Complaints:
     """Require imports in the first code cells only, without other code cells between."""
-    found, in_setup = [], True
+    problems, in_setup = [], True
     for label, cell in _numbered(nb, "code"):
         if not _tree(cell).body:
             continue
         names = imported(cell)
         if names and not in_setup:
-            found.append(f"{label} imports {', '.join(sorted(names))} after the set-up cells")
+            problems.append(f"{label} imports {', '.join(sorted(names))} after the set-up cells")
         in_setup = in_setup and bool(names)
-    return found
+    return problems
 
 
 def nothing_unsafe(nb: NotebookNode, path: Path) -> Complaints:
     """Refuse a cell that waits for input, starts a process, loads a pickle, runs code from a
     model's files, or downloads or uploads, as far as ruff does not refuse it."""
-    found = []
+    problems = []
     for label, cell in _numbered(nb, "code"):
         for call in (node for node in ast.walk(_tree(cell)) if isinstance(node, ast.Call)):
             name = ast.unparse(call.func).rpartition(".")[2]
             first = str(getattr(call.args[0], "value", "")).split(" ")[0] if call.args else ""
             if name in _REFUSED_CALLS or ("magic" in name and first in _SHELL_MAGICS):
-                found.append(f"{label} calls {name}({first})")
+                problems.append(f"{label} calls {name}({first})")
         source = cell.source.replace(" ", "")
-        found += [f"{label} uses {option}" for option in _REFUSED_OPTIONS if option in source]
-    return found
+        problems += [f"{label} uses {option}" for option in _REFUSED_OPTIONS if option in source]
+    return problems
 
 
 # --- exercises ----------------------------------------------------------------------------------
@@ -219,38 +219,38 @@ def exercises_have_checks(nb: NotebookNode, path: Path) -> Complaints:
     module = MODULES.get(path.stem)
     if module is None:
         return [f"{path.name} is not in the map of lessons"]
-    found, waiting = [], None
+    problems, waiting = [], None
     for label, cell in _numbered(nb, "code"):
         if "exercise" in tags(cell):
             if waiting:
-                found.append(f"no check of {waiting} before {label}")
+                problems.append(f"no check of {waiting} before {label}")
             names = list(definitions(cell.source))
             if len(names) != 1:
-                found.append(f"{label} is an exercise and defines {names or 'no function'}")
+                problems.append(f"{label} is an exercise and defines {names or 'no function'}")
             waiting = names[0] if names else None
         elif "check" in tags(cell):
             if waiting and is_check_of(cell, module, waiting):
                 waiting = None
             else:
                 want = f"check.{module}.{waiting}({waiting})" if waiting else "an exercise before"
-                found.append(f"{label} is tagged check and lacks {want}")
+                problems.append(f"{label} is tagged check and lacks {want}")
     if waiting:
-        found.append(f"no check of {waiting}")
-    return found
+        problems.append(f"no check of {waiting}")
+    return problems
 
 
 def _bound(tree: ast.Module) -> set[str]:
     """Return all names that a source gives a value, at the top level or below."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    found = set()
+    bound = set()
     for node in ast.walk(tree):
         if isinstance(node, kinds):
-            found.add(node.name)
+            bound.add(node.name)
         elif isinstance(node, ast.alias):
-            found.add(node.asname or node.name)
+            bound.add(node.asname or node.name)
         elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            found.add(node.id)
-    return found
+            bound.add(node.id)
+    return bound
 
 
 def exercises_keep_their_names(nb: NotebookNode, path: Path) -> Complaints:
@@ -273,17 +273,17 @@ def solutions_match_stubs(nb: NotebookNode, path: Path) -> Complaints:
     solutions = {}
     for source in read_solutions(path).values() if path.stem in MODULES else ():
         solutions |= definitions(source)
-    found = [f"no solution to {name}" for name in stubs.keys() - solutions.keys()]
-    found += [f"a solution without stub: {name}" for name in solutions.keys() - stubs.keys()]
+    problems = [f"no solution to {name}" for name in stubs.keys() - solutions.keys()]
+    problems += [f"a solution without stub: {name}" for name in solutions.keys() - stubs.keys()]
     for name in stubs.keys() & solutions.keys():
         stub, solution = _signature(stubs[name]), _signature(solutions[name])
         for method in stub:
             if stub[method] != solution.get(method):
-                found.append(
+                problems.append(
                     f"{name}: the stub's {method}({stub[method]}) is not the solution's "
                     f"({solution.get(method)})"
                 )
-    return sorted(found)
+    return sorted(problems)
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -296,12 +296,12 @@ def _prose(cell: NotebookNode) -> str:
 
 def formulas_are_escaped_once(nb: NotebookNode, path: Path) -> Complaints:
     r"""Refuse a doubled backslash in an inline formula: it breaks the line, and \\text is lost."""
-    found = []
+    problems = []
     for label, cell in _numbered(nb, "markdown"):
         for formula in re.findall(r"(?<!\$)\$([^$\n]+)\$(?!\$)", _prose(cell)):
             if re.search(r"\\\\[a-zA-Z]", formula):
-                found.append(f"{label}: a backslash too many in ${formula}$")
-    return found
+                problems.append(f"{label}: a backslash too many in ${formula}$")
+    return problems
 
 
 def tables_have_headers(nb: NotebookNode, path: Path) -> Complaints:
@@ -315,35 +315,37 @@ def tables_have_headers(nb: NotebookNode, path: Path) -> Complaints:
 
 
 def headings_in_order(nb: NotebookNode, path: Path) -> Complaints:
-    found, levels = [], []
+    problems, levels = [], []
     for label, cell in _numbered(nb, "markdown"):
         for place, (level, title) in enumerate(headings(cell)):
             if levels and level > levels[-1] + 1:
-                found.append(f"{label}: a heading of level {level} under one of {levels[-1]}")
+                problems.append(f"{label}: a heading of level {level} under one of {levels[-1]}")
             if title.startswith("Deeper") and (place or not deeper(cell)):
-                found.append(f"{label}: {title!r} must begin its cell, as in '## Deeper · Title'")
+                problems.append(
+                    f"{label}: {title!r} must begin its cell, as in '## Deeper · Title'"
+                )
             levels.append(level)
     if levels[:1] != [1] or levels.count(1) != 1:
-        found.append("the notebook has one title of level 1, before all other headings")
+        problems.append("the notebook has one title of level 1, before all other headings")
     if not nb.cells or nb.cells[0].cell_type != "markdown":
-        found.append("the first cell holds the title")
-    return found
+        problems.append("the first cell holds the title")
+    return problems
 
 
 # --- the file -----------------------------------------------------------------------------------
 
 
 def clean_metadata(nb: NotebookNode, path: Path) -> Complaints:
-    found = []
+    problems = []
     if nb.metadata != CLEAN_METADATA:
-        found.append(f"the notebook's metadata is not the clean one: {_remake(path)}")
-    for number, (cell, own) in enumerate(zip(nb.cells, cell_metadata(nb), strict=True)):
+        problems.append(f"the notebook's metadata is not the clean one: {_remake(path)}")
+    for number, (cell, metadata) in enumerate(zip(nb.cells, cell_metadata(nb), strict=True)):
         label = _label(number, cell)
-        if cell.metadata != own:
-            found.append(f"{label} has other metadata than {own}: {_remake(path)}")
+        if cell.metadata != metadata:
+            problems.append(f"{label} has other metadata than {metadata}: {_remake(path)}")
         if unknown := set(tags(cell)) - TAGS:
-            found.append(f"{label} has unknown tags: {', '.join(sorted(unknown))}")
-    return found
+            problems.append(f"{label} has unknown tags: {', '.join(sorted(unknown))}")
+    return problems
 
 
 RULES = (

@@ -38,10 +38,10 @@ LINKED = ("LICENSE", "NOTICE", "docs/lesson.png", "docs/architecture.svg")
 
 def links(name: str, repository: str | None) -> str:
     """Return the links below a lesson's title, as HTML."""
-    found = []
+    places = []
     if repository is not None:
-        found = [("Colab", in_colab(repository, name)), ("Binder", in_binder(repository, name))]
-    opened = [f'<a href="{html.escape(address)}">Open in {place}</a>' for place, address in found]
+        places = [("Colab", in_colab(repository, name)), ("Binder", in_binder(repository, name))]
+    opened = [f'<a href="{html.escape(address)}">Open in {place}</a>' for place, address in places]
     here = f'<a href="../_sources/notebooks/{name}" download>Download the notebook</a>'
     return f'<div class="open-in">{" ".join([*opened, here])}</div>'
 
@@ -58,8 +58,8 @@ def titled(path: Path, repository: str | None = None) -> nbformat.NotebookNode:
 
 def folded(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Tag, in place, the sources and outputs that JupyterLab folds, so that myst-nb folds them."""
-    for cell, own in zip(nb.cells, notebooks.cell_metadata(nb), strict=True):
-        hidden = own.get("jupyter", {})
+    for cell, metadata in zip(nb.cells, notebooks.cell_metadata(nb), strict=True):
+        hidden = metadata.get("jupyter", {})
         parts = [part for part in ("source", "outputs") if hidden.get(f"{part}_hidden")]
         if parts:
             names = {"source": "hide-input", "outputs": "hide-output"}
@@ -124,10 +124,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.site", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "site")
     parser.add_argument("--repository", metavar="OWNER/NAME", help="of the students' copy")
-    given = parser.parse_args(argv)
-    folder = given.folder.resolve()
+    args = parser.parse_args(argv)
+    folder = args.folder.resolve()
     try:
-        status = build(folder, given.repository)
+        status = build(folder, args.repository)
     except ValueError as error:
         parser.error(str(error))
     if status == 0:

@@ -83,8 +83,8 @@ class Explorer:
             try:
                 self._seen[key] = _forms(self.show(**self.values))[0]["text/html"]
             except Exception as error:
-                told = html.escape(f"{self.values}: {''.join(format_exception_only(error))}")
-                return f'<pre style="color:var(--jp-error-color1,#c00)">{told}</pre>'
+                problem = html.escape(f"{self.values}: {''.join(format_exception_only(error))}")
+                return f'<pre style="color:var(--jp-error-color1,#c00)">{problem}</pre>'
         # JupyterLab styles tables as those of other outputs only below this class.
         return f'<div class="jp-RenderedHTMLCommon">{self._seen[key]}</div>'
 
@@ -98,10 +98,10 @@ class Explorer:
             few = values if len(values) < 9 else (values[0], "…", values[-1])
             ranges.append(f"{name.replace('_', ' ')} {', '.join(map(_label, few))}")
         how = "Run this cell in JupyterLab" if self.widget else "Install ipywidgets"
-        told = f"{how} to move: {'; '.join(ranges)}."
+        instruction = f"{how} to move: {'; '.join(ranges)}."
         data = data | {
-            "text/html": f"{data['text/html']}<p>{html.escape(told)}</p>",
-            "text/plain": f"{data['text/plain']}\n{told}",
+            "text/html": f"{data['text/html']}<p>{html.escape(instruction)}</p>",
+            "text/plain": f"{data['text/plain']}\n{instruction}",
         }
         widget = self.widget._repr_mimebundle_() if self.widget else {}
         return widget | data, metadata

@@ -23,5 +23,5 @@ def show_source(thing: type | Callable) -> None:
         raise TypeError(f"show_source: {thing.__name__} has no source in Python") from None
     longest = max((len(ticks) for ticks in re.findall("`+", source)), default=0)
     fence = "`" * max(3, longest + 1)
-    shown = {"text/markdown": f"{fence}python\n{source}\n{fence}", "text/plain": source}
-    display(shown, raw=True)
+    forms = {"text/markdown": f"{fence}python\n{source}\n{fence}", "text/plain": source}
+    display(forms, raw=True)

@@ -167,7 +167,7 @@ def paired_difference(
     run).
 
     Raises ValueError if they have no seed in common, or one has a seed twice."""
-    ours, theirs = (_by_seed(given, column, scale) for given in (runs, others))
+    ours, theirs = (_by_seed(each, column, scale) for each in (runs, others))
     gaps = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
     if not gaps:
         raise ValueError("no seed in common: there is nothing to pair")
@@ -268,11 +268,13 @@ def best_lr(runs: DataFrame) -> tuple[float, DataFrame]:
 def provenance(*runs: DataFrame) -> str:
     """Return machine, torch and date of measured rows, the note below a table; of several days the
     first and the last. Raises ValueError for no rows."""
-    found = {c: sorted({str(x) for r in runs for x in r[c]}) for c in ("machine", "torch", "date")}
-    if not found["date"]:
+    origins = {
+        c: sorted({str(x) for r in runs for x in r[c]}) for c in ("machine", "torch", "date")
+    }
+    if not origins["date"]:
         raise ValueError("there are no rows, so nothing was measured")
-    machine, version = (", ".join(found[c]) for c in ("machine", "torch"))
-    days = " to ".join(dict.fromkeys((found["date"][0], found["date"][-1])))
+    machine, version = (", ".join(origins[c]) for c in ("machine", "torch"))
+    days = " to ".join(dict.fromkeys((origins["date"][0], origins["date"][-1])))
     return f"{machine} · torch {version} · {days}"
 
 
@@ -312,10 +314,10 @@ class Study:
 
         if not ways:
             raise ValueError("name at least one way: {name: {column: value}}")
-        found = {way: _where(self.runs, values) for way, values in ways.items()}
-        if empty := [way for way, runs in found.items() if runs.empty]:
+        chosen = {way: _where(self.runs, values) for way, values in ways.items()}
+        if empty := [way for way, runs in chosen.items() if runs.empty]:
             raise ValueError(f"no run is {empty[0]!r}, {dict(ways[empty[0]])}")
-        return Study(pd.concat([runs.assign(way=way) for way, runs in found.items()]))
+        return Study(pd.concat([runs.assign(way=way) for way, runs in chosen.items()]))
 
     def __add__(self, other: Study) -> Study:
         import pandas as pd
@@ -339,9 +341,9 @@ class Study:
     def with_references(self) -> Study:
         """Return these ways between the references of their task: after the smallest trainable one,
         before LoRA and full fine-tuning."""
-        found = Study.references(_task(self.runs))
-        least, *others = found
-        return found.where(way=least) + self + found.where(way=tuple(others))
+        references = Study.references(_task(self.runs))
+        least, *others = references
+        return references.where(way=least) + self + references.where(way=tuple(others))
 
     def best(self) -> dict[str, DataFrame]:
         """Return {way: its runs at its best learning rate}."""
