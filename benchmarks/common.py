@@ -23,9 +23,8 @@ import torch
 from catalogue import BASES
 
 from peft_lessons import evaluate, fit, load_model, load_task, measure
-from peft_lessons.engine import injection_of
 from peft_lessons.studies import stamp
-from peft_lessons.train.loop import History
+from peft_lessons.train.loop import History, train_step
 
 FOLDER = Path(__file__).parent.parent / "data" / "results"
 SEEDS = (0, 1, 2)
@@ -207,26 +206,13 @@ def paired_counts(first: Sequence[bool], second: Sequence[bool]) -> dict[str, in
     }
 
 
-def stepper(model: torch.nn.Module, batches: list[dict]) -> Callable[[], None]:
+def stepper(model: torch.nn.Module, batches: list[dict]) -> Callable[[], float]:
     """A function that takes one training step on the next of the batches, going round.
 
     With a method of the course its hooks are part of the step; with PEFT's AdaLoRA its allocator,
     which PEFT leaves to the caller."""
     training = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer, stream = torch.optim.AdamW(training, lr=1e-5, fused=True), itertools.cycle(batches)
-    injection, count = injection_of(model), itertools.count(1)
+    optimizer = torch.optim.AdamW(training, lr=1e-5, fused=True)
+    stream, count = itertools.cycle(batches), itertools.count(1)
     allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
-
-    def step():
-        loss, number = model(**next(stream)).loss, next(count)
-        if injection:
-            loss = loss + injection.method.penalty(injection)
-        loss.backward()
-        optimizer.step()
-        if injection:
-            injection.method.after_step(injection, number)
-        elif allocate:
-            allocate(number)
-        optimizer.zero_grad()
-
-    return step
+    return lambda: train_step(model, next(stream), optimizer, next(count), after=allocate)
