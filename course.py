@@ -80,7 +80,7 @@ COMMANDS = {
     "test": (
         "[OPTIONS]",
         "run all tests, and every lesson as shipped and solved: about ten minutes",
-        ["-m pytest -q -n 2 --nbval-lax {} tests notebooks"],
+        ["-m pytest -q -n 2 --nbval-lax {} tests classroom notebooks"],
     ),
     "outputs": (
         "[LESSON ...]",
@@ -100,17 +100,17 @@ COMMANDS = {
     "release": (
         "[FOLDER]",
         "write the students' copy, without solutions, to build/peft-lessons",
-        ["-m tools.release"],
+        ["-m classroom.release"],
     ),
     "grade": (
         "FOLDER [OPTIONS]",
         "mark what students handed in",
-        ["-m tools.grade"],
+        ["-m classroom.grade"],
     ),
     "gradescope": (
         "LESSON [OPTIONS]",
         "write an autograder for Gradescope to build/",
-        ["-m tools.gradescope"],
+        ["-m classroom.gradescope"],
     ),
     "guide": ("", "write docs/wrong_answers.md, what the checks recognise", ["-m tools.guide"]),
     "site": (

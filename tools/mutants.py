@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tools.environment import ROOT, offline_environment
 
-COPIED = ("peft_lessons", "tests", "tools", "pyproject.toml")
+COPIED = ("peft_lessons", "classroom", "tests", "tools", "pyproject.toml")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Mutant:
         return f"{self.file}: {' → '.join(sides)}"
 
 
-TESTS = {path.stem: path for path in (ROOT / "tests").glob("*/test_*.py")}
+PLACES = ("tests/*/test_*.py", "classroom/tests/test_*.py")
+TESTS = {path.stem: path for place in PLACES for path in ROOT.glob(place)}
 
 
 def read(table: str) -> list[Mutant]:
@@ -150,7 +151,7 @@ peft_lessons/testing/conformance.py: conformance
 tools/notebooks.py: notebook_rules
     if missing: → if False:
     if SOLVED & {*tags(cell)} or imported(cell)] → if imported(cell)]
-tools/grade.py: gradebook grade
+classroom/grade.py: gradebook grade
     if first != word: → if not first:
     return Judged(**json.loads → raise ValueError(**json.loads
     memory_of(process.pid) > limits.memory → memory_of(process.pid) < -limits.memory
@@ -164,13 +165,13 @@ tools/grade.py: gradebook grade
     lost.add(last.at) → pass
     len(Path(here).parts) - top > DEEPEST → False
     rank < self._ranks[key]: → rank > self._ranks[key]:
-tools/gradebook.py: gradebook submissions
+classroom/gradebook.py: gradebook submissions
     days = int(bool(one.late) → days = int(bool(0)
     if canvas: → if not canvas:
     not marks or unmarked(marks) → not marks
     told = told.replace(cause, "") → pass
     if points is None else replace → if True else replace
-tools/submissions.py: submissions
+classroom/submissions.py: submissions
     rank = (not copy and not (inner and prefix), number, seconds) → rank = seconds
     mark = canvas(who) if platform else None → mark = canvas(who)
     if row.keys() & CANVAS_ONLY → if row
@@ -180,7 +181,7 @@ tools/submissions.py: submissions
     if 0 < (seconds := float(said.stdout)) < LATEST: → if seconds := float(said.stdout):
     if len(by_id) == 1 else None → if len(by_id) == 1 else people[0]
     if len(owners) > 1} → if len(owners) > 9}
-tools/grade_one.py: grade
+classroom/grade_one.py: grade
     .draw_variant(variant) → .draw_variant(0)
     with suppress(ValueError, OSError, AttributeError): → if True:
     class TimedOut(BaseException): → class TimedOut(Exception):

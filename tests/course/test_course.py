@@ -133,7 +133,7 @@ def test_every_command_runs_what_is_there(course):
 
 def test_arguments_go_where_the_command_wants_them(course):
     assert course.lines("test", ["-x"]) == [
-        ["-m", "pytest", "-q", "-n", "2", "--nbval-lax", "-x", "tests", "notebooks"]
+        ["-m", "pytest", "-q", "-n", "2", "--nbval-lax", "-x", "tests", "classroom", "notebooks"]
     ]
     assert course.lines("solved", ["02", "03"]) == [["-m", "tools.notebooks", "solved", "02", "03"]]
 

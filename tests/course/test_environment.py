@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from tools.environment import NEVER, ROOT, offline_environment
 
-TOPS = ("benchmarks", "data", "docs", "notebooks", "peft_lessons", "tests", "tools")
+TOPS = ("benchmarks", "classroom", "data", "docs", "notebooks", "peft_lessons", "tests", "tools")
 
 
 def test_conda_takes_its_packages_from_pyproject():

@@ -18,6 +18,7 @@ from bitsandbytes.nn import Linear4bit
 from tiny import perturb
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
+from classroom import release
 from peft_lessons import (
     LoRA,
     check_environment,
@@ -33,7 +34,6 @@ from peft_lessons import (
 from peft_lessons.data import assistant
 from peft_lessons.data.assistant import NotFetched, fetch_assistant
 from peft_lessons.data.bundled import ASSISTANT, assistant_folder, data_folder
-from tools import release
 from tools.environment import ROOT, offline_environment
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -37,7 +37,7 @@ LINES = {  # {file: (a line that is there, the line that comes below it)}
 def course(tmp_path_factory):
     """Return a copy of the course with the example's files and lines in it."""
     folder = tmp_path_factory.mktemp("course")
-    for name in ("peft_lessons", "tools", "tests", "notebooks"):
+    for name in ("peft_lessons", "tools", "classroom", "tests", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "conftest.py", "course.py", "README.md", "Makefile"):
         shutil.copy(ROOT / name, folder)

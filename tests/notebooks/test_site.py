@@ -11,7 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
-from tools import notebooks, release, site
+from classroom import release
+from tools import notebooks, site
 from tools.environment import ROOT
 
 PAGES = ["index.html", *(f"notebooks/{path.stem}.html" for path in notebooks.lessons())]

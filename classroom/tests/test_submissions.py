@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tools import grade, gradebook, notebooks, submissions
-from tools.gradebook import Mark, Rules
-from tools.submissions import Handed, Person
+from classroom import grade, gradebook, submissions
+from classroom.gradebook import Mark, Rules
+from classroom.submissions import Handed, Person
+from tools import notebooks
 
 LESSON = "00_start_here"
 (EXERCISE,) = notebooks.exercises(LESSON)

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
-from peft_lessons.data import update
+from classroom import update
 from tools.environment import ROOT
 
 STUB = 'def double(x):\n    """Twice x."""\n    raise NotImplementedError'

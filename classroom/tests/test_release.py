@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -13,10 +14,10 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import course
-from peft_lessons.data import update
-from tools import notebooks, release
+from classroom import release, update
+from classroom.grade_one import print_of
+from tools import notebooks
 from tools.environment import offline_environment
-from tools.grade_one import print_of
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,13 @@ def test_exercises_and_checks_have_no_outputs_and_the_rest_is_as_it_was(copied):
                 assert mine.source == his.source and not his.outputs
             else:
                 assert mine == his
+
+
+def test_a_copy_of_an_earlier_release_finds_the_script_that_updates_it(copied):
+    folder, archive = copied
+    (name,) = [n for n in zipfile.ZipFile(archive).namelist() if n.endswith("update.py")]
+    assert name == f"{folder.name}/peft_lessons/data/update.py"
+    assert (folder.parent / name).read_bytes() == Path(update.__file__).read_bytes()
 
 
 def elsewhere(folder):

@@ -12,9 +12,10 @@ from datetime import datetime
 
 import pytest
 
-from tools import grade, gradebook, gradescope, notebooks, submissions
-from tools.gradebook import Mark, Rules
-from tools.submissions import Handed
+from classroom import grade, gradebook, gradescope, submissions
+from classroom.gradebook import Mark, Rules
+from classroom.submissions import Handed
+from tools import notebooks
 
 LESSON = "00_start_here"
 (EXERCISE,) = notebooks.exercises(LESSON)

@@ -1,6 +1,6 @@
-"""Run one student's notebook and judge its answers: the process that tools.grade starts.
+"""Run one student's notebook and judge its answers: the process that classroom.grade starts.
 
-    python -m tools.grade_one NOTEBOOK LESSON SECONDS MEMORY VARIANT SKIP
+    python -m classroom.grade_one NOTEBOOK LESSON SECONDS MEMORY VARIANT SKIP
 
 Writes lines to standard output: what it is about to do, the limits that this system could set, what
 it finds in the student's cells, and the outcome of each exercise. They carry the word that stands
@@ -52,6 +52,7 @@ MOST_TEXTS = 100_000  # characters of all texts
 MOST_ODD = 20  # cells that are named
 CHECKS = "peft_lessons.checks"
 PACKAGE = ROOT / "peft_lessons"
+CLASSROOM = ROOT / "classroom"
 DEVICES = ("null", "zero", "random", "urandom")
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/proc", "/sys")
 SYSTEM += tuple(f"/etc/{name}" for name in (
@@ -136,13 +137,15 @@ def confine(folder: Path, memory: float) -> list[str]:
 
     file = FSAccess.EXECUTE | FSAccess.READ_FILE
     parts = [path for path in PACKAGE.iterdir() if path.name != "checks"]
+    parts += [path for path in CLASSROOM.iterdir() if path.name != "tests"]
     course = [ROOT / "data", ROOT / "tools", *(path for path in parts if path.is_dir())]
     places = [path for path in [*course, *opened()] if path.exists()]
     rules = Ruleset()
     rules.allow(*(p for p in places if p.is_dir()), rules=file | FSAccess.READ_DIR)
     rules.allow(*(p for p in places if not p.is_dir()), rules=file)
     rules.allow(*(path for path in parts if path.is_file()), rules=file)
-    rules.allow(PACKAGE, rules=FSAccess.READ_DIR)  # without it nothing in it can be imported
+    # Without it nothing in them can be imported.
+    rules.allow(PACKAGE, CLASSROOM, rules=FSAccess.READ_DIR)
     files = FSAccess.READ_FILE | FSAccess.WRITE_FILE
     rules.allow(*(Path("/dev") / name for name in DEVICES), rules=files)
     rules.allow(folder)

@@ -20,11 +20,12 @@ import psutil
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
+from classroom import grade, grade_one, gradebook, release
+from classroom.grade_one import has_landlock, own_texts
+from classroom.gradebook import Rules
+from classroom.submissions import Handed
 from peft_lessons import check
-from tools import grade, grade_one, gradebook, notebooks, release
-from tools.grade_one import has_landlock, own_texts
-from tools.gradebook import Rules
-from tools.submissions import Handed
+from tools import notebooks
 
 if not sys.platform.startswith("linux"):
     pytest.skip("the scripts and notebooks of these tests are Linux's", allow_module_level=True)
@@ -138,7 +139,7 @@ def instead(tmp_path, monkeypatch):
     return outcome
 
 
-# A process that says what tools.grade_one would: first what held.
+# A process that says what classroom.grade_one would: first what held.
 SPEAKS = """import os, time
 word, skip = input(), sys.argv[-1].split(",")
 def say(*told):
@@ -311,7 +312,7 @@ time.sleep(1)"""
 @pytest.mark.skipif(not has_landlock(), reason="this kernel has no Landlock")
 def test_a_notebook_signals_nobody_but_its_own_where_the_kernel_holds_it():
     script = """import os, signal, subprocess, sys
-from tools.grade_one import hold_signals
+from classroom.grade_one import hold_signals
 if not hold_signals():
     sys.exit(2)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -389,7 +390,7 @@ del signal.SIGALRM, signal.setitimer"""
 
 @pytest.mark.parametrize(("system", "held"), [(MACOS, ["file size"]), (WINDOWS, [])])
 def test_a_system_with_fewer_limits_marks_all_the_same(system, held, instead, tmp_path):
-    script = f"""from tools import grade_one
+    script = f"""from classroom import grade_one
 grade_one.has_landlock = lambda: False
 {system}
 grade_one.main(sys.argv[3:])"""
@@ -843,7 +844,7 @@ def test_the_page_shows_names_as_text(marked):
 # Processes of notebooks that start with what most lessons import, which takes longest.
 FORKS = """import os, sys, tempfile, warnings
 from pathlib import Path
-from tools import grade_one
+from classroom import grade_one
 warnings.simplefilter("ignore")
 import peft, peft_lessons.checks, transformers, trl
 for path in map(Path, sys.argv[1:]):

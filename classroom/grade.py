@@ -1,7 +1,7 @@
-"""Mark students' notebooks: python -m tools.grade FOLDER [--roster FILE] [--rules FILE]
+"""Mark students' notebooks: python -m classroom.grade FOLDER [--roster FILE] [--rules FILE]
 
 FOLDER holds what students handed in, as Canvas, Moodle, nbgrader or a hub of repositories hands it
-over; tools/submissions.py has the layouts. Each notebook runs in a process of its own, and each
+over; classroom/submissions.py has the layouts. Each notebook runs in a process of its own, and each
 function that it was to define is judged by the course's check, whatever became of the cells that
 call it. In FOLDER then lie
 
@@ -49,13 +49,10 @@ from typing import BinaryIO
 
 import psutil
 
-from course import locked
-from peft_lessons import machine
-from tools import gradebook, notebooks
-from tools.environment import ROOT, offline_environment
-from tools.grade_one import TROUBLE, has_landlock, opened
-from tools.gradebook import OUTCOMES, UNMARKED, Mark, Rules, write_file
-from tools.submissions import (
+from classroom import gradebook
+from classroom.grade_one import TROUBLE, has_landlock, opened
+from classroom.gradebook import OUTCOMES, UNMARKED, Mark, Rules, write_file
+from classroom.submissions import (
     LARGEST,
     Found,
     Handed,
@@ -68,6 +65,10 @@ from tools.submissions import (
     read_roster,
     without_lesson,
 )
+from course import locked
+from peft_lessons import machine
+from tools import notebooks
+from tools.environment import ROOT, offline_environment
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Nothing else of whoever marks; Windows starts no program without the last five.
@@ -240,10 +241,11 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
         folder = Path(place).resolve() / "own"
         folder.mkdir()
         copied = shutil.copyfile(path, folder / f"{lesson}.ipynb")
-        told = (copied, lesson, limits.seconds, limits.memory, variant, ",".join(skip))
+        given = copied, lesson, limits.seconds, limits.memory, variant, ",".join(skip)
+        program = sys.executable, "-m", "classroom.grade_one"
         others = children() if adopts() else None
         process = subprocess.Popen(
-            [*with_us(), *namespaces(), sys.executable, "-m", "tools.grade_one", *map(str, told)],
+            [*with_us(), *namespaces(), *program, *map(str, given)],
             stdin=subprocess.PIPE,
             stdout=marks,
             stderr=errors,
@@ -432,7 +434,8 @@ def course() -> str:
     """Return a hash of all that decides an outcome, besides the notebook itself."""
     digest = hashlib.sha256()
     files = [*ROOT.glob("peft_lessons/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
-    files += [ROOT / "tools" / name for name in ("grade.py", "grade_one.py", "notebooks.py")]
+    marking = "classroom/grade.py", "classroom/grade_one.py", "tools/notebooks.py"
+    files += [ROOT / name for name in marking]
     for file in sorted(files):
         digest.update(file.read_bytes())
     digest.update(f"{sys.version} {version('torch')}".encode())
@@ -689,7 +692,7 @@ def left(seconds: float, done: int, whole: int) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.grade", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m classroom.grade", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path)
     parser.add_argument("--roster", type=Path, help="a CSV file: a gradebook, or id, name, e-mail")
@@ -753,7 +756,7 @@ def refuse_open(folder: Path) -> None:
     below a folder that each of them needs."""
     if not has_landlock():
         return
-    readable = [*opened(), ROOT / "data", ROOT / "tools"]
+    readable = [*opened(), ROOT / "data", ROOT / "tools", ROOT / "classroom"]
     for what, place in (("The course", ROOT), ("What students handed in", folder)):
         for one in readable:
             if place.is_relative_to(one.resolve()):

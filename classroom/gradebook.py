@@ -17,8 +17,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from tools import notebooks
-from tools.submissions import (
+from classroom.submissions import (
     CANVAS_ONLY,
     LATEST,
     MAXIMA,
@@ -29,6 +28,7 @@ from tools.submissions import (
     printable,
     read_text,
 )
+from tools import notebooks
 
 OUTCOMES = ("right", "wrong", "not attempted", "crashed", "timed out")
 ABSENT = "not handed in"

@@ -1,11 +1,11 @@
-"""Write an autograder for Gradescope: python -m tools.gradescope LESSON [--rules FILE]
+"""Write an autograder for Gradescope: python -m classroom.gradescope LESSON [--rules FILE]
 
 The ZIP file build/gradescope-LESSON.zip holds the course without its solutions and tests, setup.sh,
 which sets it up in Gradescope's container, and run_autograder, which judges one submission as
-tools.grade does and writes results.json: for each exercise its points and what the check says. What
-cannot be marked by no fault of its own gets no results.json, and can be run again.
+classroom.grade does and writes results.json: for each exercise its points and what the check says.
+What cannot be marked by no fault of its own gets no results.json, and can be run again.
 
-    python -m tools.gradescope 02 --mark /autograder
+    python -m classroom.gradescope 02 --mark /autograder
 
 is what run_autograder calls: /autograder is the folder in which Gradescope lays the submission.
 """
@@ -18,11 +18,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from tools import grade, gradebook, notebooks
+from classroom import grade, gradebook
+from classroom.gradebook import Rules, read_rules, tidy, unmarked, write_file
+from classroom.release import COPIED, copy_course
+from classroom.submissions import Handed, is_hidden
+from tools import notebooks
 from tools.environment import ROOT
-from tools.gradebook import Rules, read_rules, tidy, unmarked, write_file
-from tools.release import COPIED, LITTER
-from tools.submissions import Handed, is_hidden
 
 AUTOGRADER = ROOT / "docs" / "gradescope"
 RULES = "rules.toml"
@@ -40,12 +41,7 @@ def archive(lesson: str, rules: Path | None, place: Path) -> Path:
             script = (AUTOGRADER / name).read_text(encoding="utf-8").replace("LESSON", lesson)
             (top / name).write_text(script, encoding="utf-8", newline="\n")
             (top / name).chmod(0o755)
-        for name in (*COPIED, "tools"):
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, course / name, ignore=LITTER)
-            else:
-                shutil.copy(source, course / name)
+        copy_course((*COPIED, "tools", "classroom"), course)
         (course / "notebooks").mkdir()
         shutil.copy(notebooks.NOTEBOOKS / f"{lesson}.ipynb", course / "notebooks")
         if rules:
@@ -129,7 +125,7 @@ def results(folder: Path, lesson: str, rules: Rules) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.gradescope", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m classroom.gradescope", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("lesson", help="the first characters of a lesson, such as 02")
     parser.add_argument("--rules", type=Path, help="a TOML file with points, as for marking")

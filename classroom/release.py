@@ -1,4 +1,4 @@
-"""Write the students' copy of the course: python -m tools.release [FOLDER] [--colab OWNER/NAME]
+"""Write the students' copy of the course: python -m classroom.release [FOLDER] [--colab OWNER/NAME]
 
 The copy has the lessons, the package and the data, and it runs by itself. It has no solutions, no
 tests, which hold the solutions too, and no outputs of exercises and checks. FOLDER, build/peft-
@@ -15,11 +15,12 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
 
-from peft_lessons.data import update
+from classroom import update
 from peft_lessons.data.bundled import ASSISTANT
 from tools import notebooks
 from tools.environment import ROOT
@@ -28,7 +29,9 @@ COPIED = (".gitattributes", "LICENSE", "NOTICE", "Makefile", "course.py", "pypro
 COPIED += (".binder", "peft_lessons", "data", "benchmarks", "configs")
 STUDENT = ROOT / "docs" / "student"  # what is only in the copy, a README
 # The assistant is 260 MiB, and the copy's own set-up fetches it.
-LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part", Path(ASSISTANT).name)
+LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part", Path(ASSISTANT).name, "tests")
+# Where the command `update` of an earlier copy looks for the script.
+UPDATE = "peft_lessons/data/update.py"
 
 
 def clear(folder: Path, stamp: str) -> None:
@@ -37,6 +40,15 @@ def clear(folder: Path, stamp: str) -> None:
     if folder.exists() and not (folder / stamp).exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files: name a new folder")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_course(names: Iterable[str], folder: Path) -> None:
+    """Copy files and folders of the course, without tests and litter, to another folder."""
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=LITTER)
+        else:
+            shutil.copy(ROOT / name, folder / name)
 
 
 def without_answers(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -115,12 +127,8 @@ def release(folder: Path, colab: str | None = None) -> Path:
     clear(folder, update.STAMP)
     (folder / "notebooks").mkdir(parents=True)
     (folder / update.STAMP).touch()
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=LITTER)
-        else:
-            shutil.copy(source, folder / name)
+    copy_course(COPIED, folder)
+    shutil.copy(update.__file__, folder / UPDATE)
     for file in STUDENT.iterdir():
         shutil.copy(file, folder / file.name)
     conda = (ROOT / "environment.yml").read_text(encoding="utf-8")
@@ -136,7 +144,7 @@ def release(folder: Path, colab: str | None = None) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.release", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m classroom.release", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "peft-lessons")
     parser.add_argument("--colab", metavar="OWNER/NAME", help="where the copy will be published")
     given = parser.parse_args(argv)
