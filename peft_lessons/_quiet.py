@@ -8,20 +8,26 @@ from contextlib import contextmanager
 
 # The tokenizers' threads would warn at every later fork, and a lesson's batches don't need them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Imported by peft; without a GPU it reports one missing library after another.
+# peft imports bitsandbytes, which without a GPU reports one missing library after another.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# Saving an adapter, peft asks the Hub for the base's config; without a network it says so twice,
-# and assumes that the vocabulary is unchanged, which is so here.
-warnings.filterwarnings("ignore", message="Unable to fetch remote file due to")
-warnings.filterwarnings("ignore", message="Could not find a config file in")
-# Between peft and transformers; nothing that a learner can mend.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-# peft prepares a 4-bit model with a call that transformers has renamed since.
-warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
-# It says so of every norm, although its LN_TUNING is there for norms.
-warnings.filterwarnings("ignore", message="Unsupported layer type .*Norm")
-# It reads this entry of an AdaLoRA's file as if it were a LoRA's, and then rightly as its own.
-warnings.filterwarnings("ignore", message="The following rank_pattern keys .*lora_E")
+
+# Warnings of what no learner can mend, by the library that gives each. pytest ignores them, too.
+IGNORED = (
+    # peft, when it saves an adapter: it asks the Hub for the base's config, finds no network or no
+    # config, and assumes that the vocabulary is unchanged, which is so here.
+    "Unable to fetch remote file due to",
+    "Could not find a config file in",
+    # transformers, of two names that peft still calls: the first when it wraps a model, the second
+    # when it prepares one in 4 bits.
+    "`is_gradient_checkpointing` is deprecated",
+    "`gradient_checkpointing_enable` is deprecated",
+    # peft, of every norm, although its own LN_TUNING is there for norms.
+    "Unsupported layer type .*Norm",
+    # peft, of an AdaLoRA's file: it reads this entry as a LoRA's first, and then rightly.
+    "The following rank_pattern keys .*lora_E",
+)
+for _message in IGNORED:
+    warnings.filterwarnings("ignore", message=_message)
 
 from transformers.utils import logging as transformers_logging  # noqa: E402
 

@@ -391,7 +391,6 @@ def test_autocast():
             assert p.grad.dtype == torch.float32 and p.grad.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_gradient_checkpointing_changes_no_gradient():
     model, found = injected().train(), []
     model.config.use_cache = False
