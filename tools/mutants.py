@@ -107,7 +107,7 @@ peft_lessons/engine/injection.py: injection every_method
     if name in old and not injection.merged: → if name in old:
     module.training = layer.training → pass
     p.data.float() if p.dtype in → p.data if p.dtype in
-    wrapper._new_tensors(merged) → pass
+    wrapper.new_tensors(merged) → pass
 peft_lessons/engine/targets.py: injection every_method
     path == name or path.endswith("." + name) → path.endswith(name)
     m in model.named_modules(remove_duplicate=False) → m in model.named_modules()

@@ -11,7 +11,7 @@ import hashlib
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +59,7 @@ def attached_to(model: nn.Module, kind: type[nn.Module], verb: str) -> nn.Module
     return attached
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """List the trainable parameters after `inject` or `freeze`; print it to see a table."""
 
@@ -67,7 +67,7 @@ class Report:
     trainable: int
     total: int
     base: int
-    modules: tuple[str, ...]
+    modules: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = field(repr=False, default=())
     whole: tuple[str, ...] = ()
     whole_parameters: int = 0
@@ -166,9 +166,17 @@ def freeze(model: nn.Module, modules_to_save: Iterable[str] | str = ()) -> Repor
     model.requires_grad_(False)
     for module in whole.values():
         module.requires_grad_(True)
-    n, trainable = _size(model.parameters()), _trainable(model)
-    left, fresh = frozen_head_of(model, whole), fresh_modules(model)
-    return Report(None, trainable, n, n, (), (), tuple(whole), trainable, fresh, left)
+    size, trainable = _size(model.parameters()), _trainable(model)
+    return Report(
+        method=None,
+        trainable=trainable,
+        total=size,
+        base=size,
+        whole=tuple(whole),
+        whole_parameters=trainable,
+        fresh=fresh_modules(model),
+        frozen_head=frozen_head_of(model, whole),
+    )
 
 
 def _in_mode_of(layer: nn.Module, wrapper: AdapterLayer) -> AdapterLayer:
@@ -189,6 +197,48 @@ def _restore(model: nn.Module, were_trainable: dict[str, bool]) -> None:
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def _selected(model: nn.Module, method: Method) -> list[str]:
+    """Return the names of the base's own parameters that a method trains. ValueError for a name
+    that the model has not, or that holds no floats."""
+    parameters, names = dict(model.named_parameters()), list(method.select(model))
+    for name in names:
+        if name not in parameters:
+            raise ValueError(f"{type(method).__name__}: {name!r} is not a parameter of the model")
+        if not parameters[name].is_floating_point():
+            raise ValueError(f"{type(method).__name__}: {name!r} is{IN_4_BITS[1:]}")
+    return names
+
+
+def _facts(model: nn.Module, targets: dict[str, nn.Module], in_full: Container[str]) -> dict:
+    """Return what an `Injection` records of the base before it changes."""
+    held = [path for path in head_of(model) if path in in_full]
+    digest = fingerprint(model)
+    weights = {path: getattr(layer, "weight", None) for path, layer in targets.items()}
+    return {
+        "fingerprint": digest,
+        "body": fingerprint(model, held) if held else digest,
+        "size": _size(model.parameters()),
+        "shapes": {path: tuple(getattr(w, "shape", ())) for path, w in weights.items()},
+        "were_trainable": {name: p.requires_grad for name, p in model.named_parameters()},
+    }
+
+
+def _made(
+    model: nn.Module, method: Method, targets: dict[str, nn.Module], selected: list[str]
+) -> tuple[dict[str, AdapterLayer], nn.Module | None, list]:
+    """Return the modules that a method adds, and the handles of its hooks; the model keeps its
+    layers. TypeError or ValueError for a method that makes none."""
+    made = method.wrap_all(targets)
+    for path, wrapper in made.items():
+        if not isinstance(wrapper, nn.Module):
+            raise TypeError(f"wrap returns {wrapper!r} for {path!r}: is a return missing?")
+    wrappers = {path: _in_mode_of(layer, made[path]) for path, layer in targets.items()}
+    attached, handles = method.attach(model) or (None, [])
+    if not (wrappers or attached or selected):
+        raise ValueError(f"{type(method).__name__} finds nothing to train in this model")
+    return wrappers, attached, handles
 
 
 # Parameters made under a caller's inference_mode() could never train.
@@ -213,60 +263,37 @@ def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | st
     whole = find_whole(model, modules_to_save, targets)
     for path, layer in targets.items():
         method.check(path, layer)
-    # A method that merely chooses parameters must choose some; the names are checked here, once.
+    selected = _selected(model, method)
+    frozen_head = frozen_head_of(model, (*targets, *whole, *selected))
+    facts = _facts(model, targets, {*whole, *frozen_head})
     parameters = dict(model.named_parameters())
-    chosen = list(method.select(model))
-    for name in chosen:
-        if name not in parameters:
-            raise ValueError(f"{type(method).__name__}: {name!r} is not a parameter of the model")
-        if not parameters[name].is_floating_point():
-            raise ValueError(f"{type(method).__name__}: {name!r} is{IN_4_BITS[1:]}")
-    frozen_head = frozen_head_of(model, (*targets, *whole, *chosen))
-    kept_apart = [path for path in head_of(model) if path in whole or path in frozen_head]
-    digest = fingerprint(model)
-    body = fingerprint(model, kept_apart) if kept_apart else digest
-    size = _size(parameters.values())
-    weights = {path: getattr(layer, "weight", None) for path, layer in targets.items()}
-    shapes = {path: tuple(getattr(weight, "shape", ())) for path, weight in weights.items()}
-    were_trainable = {n: p.requires_grad for n, p in parameters.items()}
     try:
-        made = method.wrap_all(targets)
-        for path, wrapper in made.items():
-            if not isinstance(wrapper, nn.Module):
-                raise TypeError(f"wrap returns {wrapper!r} for {path!r}: is a return missing?")
-        wrappers = {path: _in_mode_of(layer, made[path]) for path, layer in targets.items()}
-        attached, handles = method.attach(model) or (None, [])
-        if not (wrappers or attached or chosen):
-            raise ValueError(f"{type(method).__name__} finds nothing to train in this model")
+        wrappers, attached, handles = _made(model, method, targets, selected)
     except Exception:
-        _restore(model, were_trainable)
+        _restore(model, facts["were_trainable"])
         raise
 
     # From here on nothing can fail: the model is changed.
-    names = {f"{path}.{n}" for path, m in whole.items() for n, _ in m.named_parameters()}
-    old = {n: p.detach().clone() for n, p in parameters.items() if n in names or n in chosen}
-    frozen = {n: p.detach().clone() for n, p in parameters.items() if within(n, frozen_head)}
+    in_whole = {f"{path}.{n}" for path, m in whole.items() for n, _ in m.named_parameters()}
+    trains = {n: p for n, p in parameters.items() if n in in_whole or n in selected}
+    frozen = {n: p for n, p in parameters.items() if within(n, frozen_head)}
     model.requires_grad_(False)
-    for name in old:
-        parameters[name].requires_grad_(True)
+    for p in trains.values():
+        p.requires_grad_(True)
     for path, wrapper in wrappers.items():
         _put(model, path, wrapper)
     if attached is not None:
         model.add_module(ATTACHED, attached.train(model.training))
     model._peft_injection = injection = Injection(
-        method,
-        wrappers,
-        attached,
-        handles,
-        old,
-        tuple(whole),
-        frozen_head,
-        frozen,
-        were_trainable,
-        digest,
-        body,
-        size,
-        shapes,
+        method=method,
+        wrappers=wrappers,
+        attached=attached,
+        handles=handles,
+        whole={name: p.detach().clone() for name, p in trains.items()},
+        whole_modules=tuple(whole),
+        frozen_head=frozen_head,
+        frozen={name: p.detach().clone() for name, p in frozen.items()},
+        **facts,
     )
     for _, p in injection.added():
         p.data = p.data.float() if p.dtype in (torch.float16, torch.bfloat16) else p.data
@@ -296,16 +323,16 @@ def report(model: nn.Module) -> Report:
     inside = tuple(module + "." for module in injection.whole_modules)
     selected = (name for name in injection.whole if not name.startswith(inside))
     return Report(
-        injection.method,
-        _trainable(model),
-        injection.size + sum(added.values()),
-        injection.size,
-        tuple(adding),
-        tuple(adding.values()),
-        (*injection.whole_modules, *selected),
-        sum(t.numel() for t in injection.whole.values()),
-        fresh_modules(model),
-        injection.frozen_head,
+        method=injection.method,
+        trainable=_trainable(model),
+        total=injection.size + sum(added.values()),
+        base=injection.size,
+        modules=tuple(adding),
+        shapes=tuple(adding.values()),
+        whole=(*injection.whole_modules, *selected),
+        whole_parameters=sum(t.numel() for t in injection.whole.values()),
+        fresh=fresh_modules(model),
+        frozen_head=injection.frozen_head,
     )
 
 
@@ -323,11 +350,11 @@ def _merge_all(model: nn.Module, verb: str, merged: bool) -> None:
     # as it was, and never more than one layer's new weight is held.
     for path, wrapper in injection.wrappers.items():
         try:
-            wrapper._new_tensors(merged)
+            wrapper.new_tensors(merged)
         except (RuntimeError, TypeError, ValueError) as error:
             raise type(error)(f"{verb}: {path!r}: {error}") from None
     for wrapper in injection.wrappers.values():
-        wrapper._move(merged)
+        wrapper.set_merged(merged)
 
 
 def merge(model: nn.Module) -> None:

@@ -13,8 +13,9 @@ class AdapterLayer(nn.Module):
     `forward` returns the dtype of the base's output: in a 16-bit base, `inject` casts the added
     parameters to float32. `self.bias` is None if the base has no bias.
     A method that adds to the weight implements `delta_weight`. A method that rescales implements
-    the merge itself as `merged_tensors` and `unmerged_tensors`. `merged_tensors` is called twice
-    for each merge, and may store in a buffer what `unmerged_tensors` needs."""
+    the merge itself as `merged_tensors` and `unmerged_tensors`. The first one may set a buffer that
+    the second one needs, from the parameters alone: a merge of a whole model computes every layer
+    twice, so that it can be refused before any layer changes."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -51,13 +52,15 @@ class AdapterLayer(nn.Module):
 
         Raises RuntimeError if it is merged already (the change would count twice), ValueError if
         the result holds NaN or infinity (nothing is changed then)."""
-        self._move(merged=True)
+        self.set_merged(True)
 
     def unmerge_weights(self) -> None:
         """Undo the merge, up to rounding, and switch the branch on. Errors as above."""
-        self._move(merged=False)
+        self.set_merged(False)
 
-    def _new_tensors(self, merged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def new_tensors(self, merged: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the base layer's (weight, bias) after a merge, or after its undoing. Errors as
+        `merge_weights`, and TypeError for a bias that the base layer has no place for."""
         refuse_twice(self.merged, merged)
         with torch.no_grad():
             new = self.merged_tensors() if merged else self.unmerged_tensors()
@@ -79,8 +82,9 @@ class AdapterLayer(nn.Module):
                 )
         return new
 
-    def _move(self, merged: bool) -> None:
-        weight, bias = self._new_tensors(merged)
+    def set_merged(self, merged: bool) -> None:
+        """Merge, or undo the merge. Errors as `new_tensors`."""
+        weight, bias = self.new_tensors(merged)
         with torch.no_grad():
             self.base.weight.copy_(weight)
             if bias is not None:
