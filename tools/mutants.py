@@ -129,7 +129,13 @@ peft_lessons/train/loop.py: loop
 peft_lessons/data/base_models.py: base_models
     end[0] if isinstance(end, list) else end → end
     attention_mask[:, -states.shape[1] :] → attention_mask[:, : states.shape[1]]
+peft_lessons/data/tasks.py: tasks
+    return rng.permutation(order.reshape(-1, size)) → return order.reshape(-1, size)
+peft_lessons/hf/trainer.py: interruptions
+    save_total_limit=2, → save_total_limit=1,
 peft_lessons/data/assistant.py: assistant
+    2, inputs).swapaxes(1, 2).reshape → 2, inputs).reshape
+    HEADS if name == "attn_q" else KEY_VALUE_HEADS → HEADS if name == "attn_k" else KEY_VALUE_HEADS
     if (found := sha256_of(gguf)) != GGUF_SHA256: → if False:
     not psutil.pid_exists(int(owner)) → True
     if not _whole():  # nor was → if False:  # nor was

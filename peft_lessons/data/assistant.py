@@ -116,9 +116,8 @@ def _cause(said: str) -> str:
         r"|from versions: none"
     )
     lines = said.strip().splitlines() or ["pip gave no reason"]
-    if re.search(network, said, re.I):
-        return f"the download failed; is there a network? pip said: {lines[-1]}"
-    return f"the download failed; pip said: {lines[-1]}"
+    question = "is there a network? " if re.search(network, said, re.I) else ""
+    return f"the download failed; {question}pip said: {lines[-1]}"
 
 
 def _unpack(archive: Path, work: Path) -> Path:

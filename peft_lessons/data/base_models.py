@@ -13,6 +13,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -234,33 +235,10 @@ def load_model(
     incomplete weights, or in four bits a layer whose inputs are no multiple of 64, a dtype of other
     than 16 or 32 bits or weights already quantised; and TypeError for arguments of a wrong
     type."""
-    if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int)):
-        raise TypeError(f"labels must be an integer of at least 2 or None, got {labels!r}")
-    if labels is not None and labels < 2:
-        raise ValueError(f"labels must be at least 2, got {labels}: give one output to each class")
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating dtype such as torch.float32, got {dtype!r}")
-    if not isinstance(four_bit, bool):
-        raise TypeError(f"four_bit must be True or False, got {four_bit!r}")
-    if four_bit and dtype not in FOUR_BIT_DTYPES:
-        raise ValueError(f"four_bit computes in torch.float32, bfloat16 or float16, not in {dtype}")
+    _refuse_settings(labels, dtype, four_bit)
     name = _resolve(name)
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    if name in BUNDLED:
-        source = _bundled_model_folder(BUNDLED[name], verify)
-        kind, extra = BUNDLED[name].base if labels is None else (BUNDLED[name].classifier, {})
-        options |= extra
-        config = AutoConfig.from_pretrained(source)
-    else:
-        source, extra = name, {}
-        options |= _hub_options()
-        with _loading(name):
-            config = AutoConfig.from_pretrained(source, **_hub_options())
-        kind = _auto_class(config, labels)
-        # A classifier on a decoder finds the last real token by looking for the padding.
-        if labels is not None and getattr(config, "pad_token_id", None) is None:
-            end = getattr(config, "eos_token_id", None)
-            options["pad_token_id"] = end[0] if isinstance(end, list) else end
+    kind, source, config, extra = _source(name, labels, verify)
+    options = extra | {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if labels is not None:
         options["num_labels"] = labels
     gpus = [torch.cuda.current_device()] if four_bit and torch.cuda.is_available() else []
@@ -279,6 +257,35 @@ def load_model(
     if name in BUNDLED:
         model.name_or_path = model.config._name_or_path = BUNDLED[name].published_as
     return model.eval()
+
+
+def _source(name: str, labels: int | None, verify: bool) -> tuple[type, str | Path, Any, dict]:
+    """Return the class that loads a model, where from, the config, and options of the class."""
+    if name in BUNDLED:
+        folder = _bundled_model_folder(BUNDLED[name], verify)
+        kind, extra = BUNDLED[name].base if labels is None else (BUNDLED[name].classifier, {})
+        return kind, folder, AutoConfig.from_pretrained(folder), extra
+    options = _hub_options()
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, **options)
+    # A classifier on a decoder finds the last real token by looking for the padding.
+    if labels is not None and getattr(config, "pad_token_id", None) is None:
+        end = getattr(config, "eos_token_id", None)
+        options["pad_token_id"] = end[0] if isinstance(end, list) else end
+    return _auto_class(config, labels), name, config, options
+
+
+def _refuse_settings(labels: int | None, dtype: torch.dtype, four_bit: bool) -> None:
+    if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int)):
+        raise TypeError(f"labels must be an integer of at least 2 or None, got {labels!r}")
+    if labels is not None and labels < 2:
+        raise ValueError(f"labels must be at least 2, got {labels}: give one output to each class")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating dtype such as torch.float32, got {dtype!r}")
+    if not isinstance(four_bit, bool):
+        raise TypeError(f"four_bit must be True or False, got {four_bit!r}")
+    if four_bit and dtype not in FOUR_BIT_DTYPES:
+        raise ValueError(f"four_bit computes in torch.float32, bfloat16 or float16, not in {dtype}")
 
 
 BLOCK = 64  # weights that share a scale in 4 bits

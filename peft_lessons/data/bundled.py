@@ -29,6 +29,11 @@ def data_folder() -> Path:
     return Path(chosen) if chosen else Path(__file__).resolve().parents[2] / "data"
 
 
+_RESTORED = (
+    "Take it from a fresh copy of the course; in a clone: git checkout -- data/checksums.json"
+)
+
+
 def records() -> dict[str, dict]:
     """Read {path in data/: bytes, sha256 and rebuild command} of every bundled file.
 
@@ -36,9 +41,8 @@ def records() -> dict[str, dict]:
     file = data_folder() / "checksums.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} is missing. Take it from a fresh copy of the course; in a clone: "
-            "git checkout -- data/checksums.json. Lessons need the whole course; "
-            "PEFT_LESSONS_DATA can name a data folder elsewhere."
+            f"{file} is missing. {_RESTORED}. Lessons need the whole course; PEFT_LESSONS_DATA can "
+            "name a data folder elsewhere."
         )
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -79,10 +83,7 @@ def bundled_path(path: str, verify: bool = False) -> Path:
     converted to CRLF, ValueError says so and names the commands that restore the bundled files."""
     file, entry = data_folder() / path, records().get(path)
     if entry is None:
-        raise FileNotFoundError(
-            f"{data_folder() / 'checksums.json'} knows no {path}. Take it from a fresh copy "
-            "of the course; in a clone: git checkout -- data/checksums.json"
-        )
+        raise FileNotFoundError(f"{data_folder() / 'checksums.json'} knows no {path}. {_RESTORED}")
     remedy = (
         "Take it from a fresh copy of the course, or rebuild it from the top of the course's "
         f"folder: {entry['rebuild']}"

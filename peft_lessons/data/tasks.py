@@ -4,9 +4,9 @@ import bz2
 import csv
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -31,11 +31,9 @@ class Split:
     def pick(self, indices) -> "Split":
         """Return a split of only these examples, in this order."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(
-            **{
-                name: column and tuple(column[i] for i in indices)
-                for name, column in columns.items()
-            }
+        return replace(
+            self,
+            **{name: tuple(c[i] for i in indices) for name, c in columns.items() if c is not None},
         )
 
 
@@ -59,20 +57,13 @@ class PreferenceSplit(ChatSplit):
     rejected_targets: tuple[tuple[int, ...], ...]
 
 
-class Summary(str):
-    """Show a text in a notebook as it is, with its line breaks."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 class Task:
     """Hold labelled texts in splits, tokenised once, and return them as padded batches.
 
     Batches are dicts of long tensors: `input_ids` and `attention_mask` (size, tokens), padded on
     the right to the longest text of the batch, and `labels` (size,)."""
+
+    unit = "examples"  # what a split is counted in
 
     def __init__(self, name, splits, label_names, tokenizer, max_length, source=""):
         for split, examples in splits.items():
@@ -122,8 +113,12 @@ class Task:
     def labels(self, split: str) -> torch.Tensor:
         """Return the class indices (size,) of a split in stored order, as in `batches`.
 
-        Raises ValueError for an unknown split."""
-        return torch.tensor(self._split(split).labels)
+        Raises ValueError for an unknown split, and for a task without classes."""
+        examples = self._split(split)
+        if not self.label_names:
+            gives = f"batches({split!r}) gives them"
+            raise ValueError(f"{self.name!r} has no classes: its labels are tokens, and {gives}")
+        return torch.tensor(examples.labels)
 
     def examples(self, split: str) -> list[dict]:
         """Return [{"text": …, "label": …}, …] of a split in stored order.
@@ -173,26 +168,18 @@ class Task:
         """Return the task with only the first `n` examples of a split, balanced by class.
 
         `task.limit(train=200)` is for studies on little data. The order is kept; other splits stay
-        whole. Raises ValueError for an unknown split, or an n that leaves a class empty or exceeds
-        what the rarest class allows."""
-        splits = dict(self._splits)
-        for split, n in sizes.items():
-            examples, classes = self._split(split), len(self.label_names)
-            _at_least(split, n, classes)
-            labels = np.array(examples.labels)
-            members = [np.flatnonzero(labels == label) for label in range(classes)]
-            wanted = [n // classes + (label < n % classes) for label in range(classes)]
-            if any(len(m) < w for m, w in zip(members, wanted, strict=True)):
-                rarest = min(range(classes), key=lambda label: len(members[label]))
-                few = len(members[rarest])
-                raise ValueError(
-                    f"{split}={n} is too many for balanced classes; at most {classes * few}, as "
-                    f"{self.label_names[rarest]!r} has {few}"
-                )
-            kept = np.concatenate([m[:w] for m, w in zip(members, wanted, strict=True)])
-            splits[split] = examples.pick(np.sort(kept))
+        whole. Without classes it is the first `n`. Raises ValueError for an unknown split, or an n
+        that leaves a class empty or exceeds what the rarest class or the split allows."""
         limited = copy(self)
-        limited._splits = splits
+        limited._splits = dict(self._splits)
+        for split, n in sizes.items():
+            examples, names = self._split(split), self.label_names
+            size = len(examples.texts)
+            _at_least(split, n, len(names) or 1)
+            if not names and n > size:
+                raise ValueError(f"{split}={n} is too many; there are {size} {self.unit}")
+            rows = _balanced(np.array(examples.labels), names, split, n) if names else range(n)
+            limited._splits[split] = examples.pick(rows)
         return limited
 
     def encode(self, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -222,27 +209,6 @@ class Task:
             mask[row, : len(tokens)] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
-    def describe(self) -> Summary:
-        """Return a table of the splits: texts, classes, and mean words and tokens per text.
-
-        For two classes it has the share of the last one; for more, their number and the share of
-        the largest, which is the accuracy of always predicting it."""
-        two = len(self.label_names) == 2
-        head = f"{f'share {self.label_names[-1]}':>16}" if two else f"{'classes':>9}{'largest':>20}"
-        lines = [f"{'split':12}{'sentences':>10}{head}{'mean words':>12}{'mean tokens':>13}"]
-        for split, examples in self._splits.items():
-            counts = np.bincount(examples.labels, minlength=len(self.label_names))
-            shares, largest = counts / counts.sum(), counts.argmax()
-            cells = f"{100 * shares[-1]:>14.1f} %"
-            if not two:
-                largest = f"{self.label_names[largest]} {100 * shares[largest]:.1f} %"
-                cells = f"{np.count_nonzero(counts):>9}{largest:>20}"
-            words = np.mean([len(text.split()) for text in examples.texts])
-            tokens = np.mean([len(ids) for ids in examples.tokens])
-            count = len(examples.texts)
-            lines.append(f"{split:12}{count:>10,}{cells}{words:>12.1f}{tokens:>13.1f}")
-        return Summary("\n".join([*lines, f"source: {self.source}"]))
-
 
 class LanguageTask(Task):
     """Hold blocks of running text in splits, for next-token prediction.
@@ -251,6 +217,8 @@ class LanguageTask(Task):
     ids, and −100 on the padding, which the loss ignores. A model shifts them itself, so the first
     token of a block is never predicted. A perplexity depends on the tokenizer and `max_length`:
     compare it only with others of the same two."""
+
+    unit = "blocks"
 
     def __init__(self, name, splits, tokenizer, max_length, source=""):
         super().__init__(name, splits, (), tokenizer, max_length, source)
@@ -265,39 +233,17 @@ class LanguageTask(Task):
     def _kind(self) -> str:
         return f"blocks of up to {self.max_length} tokens"
 
-    def labels(self, split: str) -> torch.Tensor:
-        """Raise ValueError: blocks have no class. The labels that `batches` gives are the ids."""
-        self._split(split)
-        raise ValueError(
-            f"{self.name!r} has no classes: each token is the label of the one before it; "
-            f"batches({split!r}) gives them"
-        )
-
     def examples(self, split: str) -> list[dict]:
         """Return the blocks of a split, [{"text": …}, …], in stored order.
 
         Raises ValueError for an unknown split."""
         return [{"text": text} for text in self.texts(split)]
 
-    def limit(self, **sizes: int) -> "LanguageTask":
-        """Return the task with only the first `n` blocks of a split; other splits stay whole.
-
-        Raises ValueError for an unknown split, or an n below 1 or above the number of blocks."""
-        return _first(self, sizes, "blocks")
-
     def _collate(self, examples: Split) -> dict[str, torch.Tensor]:
         batch = self._pad(examples.tokens)
         # By the mask: the padding may be a token that also occurs in the text.
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}  # (size, tokens)
-
-    def describe(self) -> Summary:
-        """Return a table of the splits: blocks, tokens and characters, line ends included."""
-        lines = [f"{'split':12}{'blocks':>8}{'tokens':>12}{'characters':>13}"]
-        for split, examples in self._splits.items():
-            tokens, characters = (sum(map(len, x)) for x in (examples.tokens, examples.texts))
-            lines.append(f"{split:12}{len(examples.texts):>8,}{tokens:>12,}{characters:>13,}")
-        return Summary("\n".join([*lines, f"source: {self.source}"]))
 
 
 class ChatTask(Task):
@@ -319,18 +265,6 @@ class ChatTask(Task):
     def _kind(self) -> str:
         return super()._kind() if self.label_names else "prompts and answers"
 
-    def labels(self, split: str) -> torch.Tensor:
-        """Return the class indices (size,) of a split in stored order.
-
-        Raises ValueError for an unknown split, and for a task without classes."""
-        if not self.label_names:
-            self._split(split)
-            raise ValueError(
-                f"{self.name!r} has no classes: the tokens of an answer are its labels, which "
-                f"batches({split!r}) gives"
-            )
-        return super().labels(split)
-
     def examples(self, split: str) -> list[dict]:
         """Return [{"prompt": [message, ...], "completion": [message]}, ...] of a split in stored
         order, TRL's conversational format. Raises ValueError for an unknown split."""
@@ -346,11 +280,6 @@ class ChatTask(Task):
         prompt, completion = example["prompt"], example.get("completion", [])
         chat.refuse_messages([*prompt, *completion], "example")
         return chat.chat_text(self._tokenizer, [*prompt, *completion], ask=not completion)
-
-    def limit(self, **sizes: int) -> "ChatTask":
-        """Return the task with only the first `n` examples of a split, balanced by class if it has
-        classes; other splits stay whole. Raises ValueError as `Task.limit`."""
-        return super().limit(**sizes) if self.label_names else _first(self, sizes, "examples")
 
     def encode(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Return a padded batch, without labels, of your own texts, each as a user's message in the
@@ -368,15 +297,6 @@ class ChatTask(Task):
         # By the mask: the padding may be the token that ends an answer.
         labels[batch["attention_mask"] == 1] = torch.tensor([*itertools.chain(*targets)])
         return batch | {"labels": labels}
-
-    def describe(self) -> Summary:
-        """Return a table of the splits: examples, and mean tokens and labels of an example."""
-        lines = [f"{'split':12}{'examples':>10}{'mean tokens':>13}{'of these learned':>18}"]
-        for split, examples in self._splits.items():
-            tokens = np.mean([len(ids) for ids in examples.tokens])
-            learned = np.mean([sum(i != -100 for i in row) for row in examples.targets])
-            lines.append(f"{split:12}{len(examples.texts):>10,}{tokens:>13.1f}{learned:>18.1f}")
-        return Summary("\n".join([*lines, f"source: {self.source}"]))
 
 
 class PreferenceTask(ChatTask):
@@ -406,16 +326,18 @@ class PreferenceTask(ChatTask):
         )
 
 
-def _first(task: Task, sizes: dict[str, int], what: str) -> Task:
-    """Return a task with only the first n examples of a split. ValueError for too large an n."""
-    limited = copy(task)
-    limited._splits = dict(task._splits)
-    for split, n in sizes.items():
-        size = task.size(split)
-        if _at_least(split, n, 1) > size:
-            raise ValueError(f"{split}={n} is too many; there are {size} {what}")
-        limited._splits[split] = task._split(split).pick(range(n))
-    return limited
+def _balanced(labels: np.ndarray, names: Sequence[str], split: str, n: int) -> np.ndarray:
+    """Return the indices of the first n examples with as many of each class, in their order."""
+    members = [np.flatnonzero(labels == label) for label in range(len(names))]
+    wanted = [n // len(names) + (label < n % len(names)) for label in range(len(names))]
+    if any(len(m) < w for m, w in zip(members, wanted, strict=True)):
+        rarest = min(range(len(names)), key=lambda label: len(members[label]))
+        few = len(members[rarest])
+        raise ValueError(
+            f"{split}={n} is too many for balanced classes; at most {len(names) * few}, as "
+            f"{names[rarest]!r} has {few}"
+        )
+    return np.sort(np.concatenate([m[:w] for m, w in zip(members, wanted, strict=True)]))
 
 
 def _lengths(examples: Split) -> np.ndarray:

@@ -236,6 +236,13 @@ def test_the_loss_is_that_of_the_next_token_without_padding(austen):
         assert scores.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
+def test_a_stream_does_not_go_from_short_texts_to_long_ones(task):
+    batches = itertools.islice(task.stream(16, seed=0), 128)
+    widths = np.array([batch["input_ids"].shape[1] for batch in batches])
+    stretches = [np.corrcoef(np.arange(32), part)[0, 1] for part in widths.reshape(4, 32)]
+    assert abs(np.mean(stretches)) < 0.4 and widths.std() > 2
+
+
 def test_limit_of_blocks(austen):
     small = austen.limit(train=7, test=1)
     assert isinstance(small, LanguageTask)

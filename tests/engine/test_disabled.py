@@ -5,23 +5,17 @@ import copy
 import peft
 import pytest
 import torch
-from tiny import perturb, refused, same, state, tiny_bert, tiny_llama
+from tiny import perturb, refused, same, state, tiny_bert
 
 from peft_lessons import (
-    IA3,
     BitFit,
-    BottleneckAdapter,
-    DiffPruning,
     LoftQ,
     LoRA,
-    PartialFineTuning,
-    Prefix,
     Prompt,
     QLoRA,
     disabled,
     fit,
     inject,
-    load_adapter,
     merge,
     report,
     save_adapter,
@@ -30,19 +24,9 @@ from peft_lessons import (
 )
 from peft_lessons.engine import injection_of
 from peft_lessons.testing import padded_batch
-from peft_lessons.testing.tiny import greedy
 
 QV = LoRA(rank=4, alpha=6, targets=("query", "value"), dropout=0.5)
-METHODS = {
-    "lora": QV,
-    "ia3": IA3(("key", "value"), feedforward=()),
-    "adapters": BottleneckAdapter(width=4),
-    "prompt": Prompt(3),
-    "prefix": Prefix(3),
-    "bitfit": BitFit(),
-    "partial": PartialFineTuning(last=1),
-    "diff": DiffPruning(targets=("query",)),
-}
+METHODS = {"lora": QV, "prompt": Prompt(3), "bitfit": BitFit()}
 
 
 def made(method):
@@ -63,8 +47,12 @@ def logits(model):
 def test_the_base_inside_and_the_method_again_after_it(name):
     plain, model = made(METHODS[name])
     trained, names = logits(model), list(state(model))
+    modes = [m.training for m in model.train().modules()]
     with disabled(model) as inside:
         assert inside is model and list(state(model)) == names
+        assert [m.training for m in model.modules()] == modes
+    model.eval()
+    with disabled(model):
         assert torch.equal(logits(model), plain)
     assert torch.equal(logits(model), trained) and not torch.equal(trained, plain)
     twin = copy.deepcopy(model)
@@ -108,16 +96,6 @@ def test_gradients_are_those_without_the_block(name, backward):
         assert p.grad is None if n not in expected else torch.equal(p.grad, expected[n]), n
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_mode_stays(training):
-    _, model = made(QV)
-    model.train(training)
-    modes = [m.training for m in model.modules()]
-    with disabled(model):
-        assert [m.training for m in model.modules()] == modes
-    assert [m.training for m in model.modules()] == modes
-
-
 def test_hooks_of_others_keep_their_order():
     _, model = made(Prompt(3))
     seen = []
@@ -126,17 +104,6 @@ def test_hooks_of_others_keep_their_order():
     with disabled(model):
         logits(model)
     assert seen == ["later"] and list(model._forward_pre_hooks) == before
-
-
-def test_a_decoder_generates_as_its_base():
-    model = tiny_llama().eval()
-    batch = {k: v[:, -5:] for k, v in padded_batch(model).items()}
-    plain = greedy(model, batch)
-    inject(model, Prefix(3))
-    perturb(model, 2.0)
-    with disabled(model):
-        assert torch.equal(greedy(model, batch), plain)
-    assert not torch.equal(greedy(model, batch), plain)
 
 
 def test_a_base_in_four_bits_stays_so():
@@ -148,17 +115,6 @@ def test_a_base_in_four_bits_stays_so():
         assert path == "classifier"
     with disabled(model):
         assert torch.equal(logits(model), start)
-
-
-def test_a_loaded_head_is_that_of_the_base_again(tmp_path):
-    _, model = made(QV)
-    save_adapter(model, tmp_path)
-    other = tiny_bert(seed=0).eval()
-    torch.nn.init.normal_(other.classifier.weight)
-    plain = logits(other)
-    load_adapter(other, tmp_path)
-    with disabled(other):
-        assert torch.equal(logits(other), plain)
 
 
 def test_what_cannot_be_switched_off_is_refused():
