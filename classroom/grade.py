@@ -51,7 +51,7 @@ import psutil
 
 from classroom import gradebook
 from classroom.grade_one import TROUBLE, has_landlock, opened
-from classroom.gradebook import OUTCOMES, UNMARKED, Mark, Rules, write_file
+from classroom.gradebook import OUTCOMES, UNMARKED, Mark, Rules
 from classroom.submissions import (
     LARGEST,
     Found,
@@ -67,6 +67,7 @@ from classroom.submissions import (
 )
 from course import locked
 from peft_lessons import machine
+from peft_lessons.engine import write_atomically
 from tools import notebooks
 from tools.environment import ROOT, offline_environment
 
@@ -470,7 +471,7 @@ def remembered(
     found = judge(one.path, one.lesson, limits, variant)
     if found.lasting and not INTERRUPTED.is_set():
         with suppress(OSError):  # then it is marked again another time
-            write_file(file, json.dumps(asdict(found)))
+            write_atomically({file: json.dumps(asdict(found)).encode()})
     return found
 
 
@@ -653,7 +654,8 @@ class Class:
             try:
                 if (made := content()) is not None:
                     names.add(name)
-                    write_file(self.folder / name, made)
+                    made = made.encode() if isinstance(made, str) else made
+                    write_atomically({self.folder / name: made})
             except Exception as error:  # whatever it is, the others are written
                 names.add(name)
                 lost.append(f"{name} ({getattr(error, 'strerror', None) or error})")

@@ -551,13 +551,6 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold()
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
-
-
 def moodle_archive(pages: Mapping[str, str], folders: Mapping[str, str]) -> bytes | None:
     """Return a ZIP file that Moodle takes as feedback files of many students: a page in a folder
     named as the student's in Moodle's download, of `folders` {folder: student}. None where nothing

@@ -19,9 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from classroom import grade, gradebook
-from classroom.gradebook import Rules, read_rules, tidy, unmarked, write_file
+from classroom.gradebook import Rules, read_rules, tidy, unmarked
 from classroom.release import COPIED, copy_course
 from classroom.submissions import Handed, is_hidden
+from peft_lessons.engine import write_atomically
 from tools import notebooks
 from tools.environment import ROOT
 
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     (given.mark / "results").mkdir(exist_ok=True)
     told = json.dumps(results(given.mark, lesson, rules), indent=1)
-    write_file(given.mark / "results" / "results.json", told)
+    write_atomically({given.mark / "results" / "results.json": told.encode()})
     return 0
 
 

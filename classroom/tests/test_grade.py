@@ -789,6 +789,31 @@ def test_what_is_unchanged_is_not_run_again(marked, monkeypatch):
     assert len({variant for *_, variant in seen}) == 3
 
 
+def test_after_a_correction_of_the_course_everything_is_judged_anew(tmp_path, monkeypatch):
+    files = ["peft_lessons/checks/start.py", "peft_lessons/engine/injection.py"]
+    files += [f"notebooks/{LESSON}.ipynb", "classroom/grade_one.py", "tools/notebooks.py"]
+    files += ["classroom/grade.py"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(grade, "ROOT", tmp_path)
+    (tmp_path / "ann.ipynb").write_text("{}", encoding="utf-8")
+    one = Handed("ann", LESSON, tmp_path / "ann.ipynb", None, 0)
+    judged = []
+    monkeypatch.setattr(grade, "judge", lambda *a: judged.append(a) or grade.Judged({}, []))
+    (tmp_path / grade.MARKED).mkdir()
+    for changed in [None, *files]:
+        if changed:
+            (tmp_path / changed).write_text("# corrected", encoding="utf-8")
+        for _ in range(2):
+            grade.course.cache_clear()
+            grade.remembered(one, "ann", tmp_path, grade.Limits(), "", False)
+    grade.course.cache_clear()
+    assert len(judged) == 1 + len(files)
+    grade.remembered(one, "ann", tmp_path, grade.Limits(seconds=90), "", False)
+    assert len(judged) == 2 + len(files), "what took too long may come to an end"
+
+
 def test_a_page_of_feedback_shows_nobody_else(marked):
     rows, folder = marked
     pages = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("feedback/*")}

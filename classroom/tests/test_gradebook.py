@@ -19,6 +19,7 @@ from tools import notebooks
 
 LESSON = "00_start_here"
 (EXERCISE,) = notebooks.exercises(LESSON)
+FILES = ("grades.csv", "grades_wide.csv", "texts.csv", "causes.csv", "grades.html")
 
 # ------------------------------------------------------------------ points
 
@@ -152,7 +153,24 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch)
     with (tmp_path / "grades.csv").open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert (row["student"], row["told"], row["seconds"]) == ("'-a", f"'{told}", "1.0")
-    assert not list(tmp_path.rglob("*.part"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["feedback", *FILES])
+
+
+def test_an_interruption_leaves_the_grades_of_before(tmp_path, monkeypatch):
+    one = Handed("a", LESSON, tmp_path, None, 0)
+    group = grade.Class(tmp_path, [], Rules(), [("a", one)], [])
+    group.add("a", one, 0, outcomes(**{EXERCISE: "right"}))
+    for name in FILES:
+        (tmp_path / name).write_text("before", encoding="utf-8")
+
+    def interrupted(*files):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        group.write()
+    kept = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir() if p.is_file()}
+    assert kept == dict.fromkeys(FILES, "before")
 
 
 def test_two_students_have_two_pages_on_every_file_system():
@@ -161,7 +179,7 @@ def test_two_students_have_two_pages_on_every_file_system():
     files = list(gradebook.file_names(names).values())
     assert len({unicodedata.normalize("NFC", file).casefold() for file in files}) == len(names)
     assert files[0] == "ann" and not any("/" in file or ":" in file for file in files)
-    assert all(len(f"{file}.html.part".encode()) < 255 for file in files)
+    assert all(len(f".{file}.html.4194304.tmp".encode()) < 255 for file in files)
 
 
 def test_the_commonest_fault_of_an_exercise_is_its_cause():

@@ -1,6 +1,7 @@
 """Who handed in what is found in the layouts of learning platforms."""
 
 import csv
+import io
 import os
 import subprocess
 import zipfile
@@ -56,6 +57,27 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
     doe = next(one for one in found.handed if one.who == "doe_77_5")
     assert [one.name for one in found.all_attempts(doe)] == [doe.name, "doe_77_4_02_lora.ipynb"]
     assert submissions.label(MOE) == "Jo Moe"
+
+
+def test_two_of_one_name_are_told_apart_by_the_number_of_the_platform(tmp_path):
+    names = [f"Jo Doe_{n}_assignsubmission_file_02_lora.ipynb" for n in (1, 12)]
+    names += [f"doejo_{n}_5_02_lora.ipynb" for n in (3, 4)]
+    for name in names:
+        (tmp_path / name).touch()
+    found = submissions.handed_in(tmp_path)
+    assert sorted(one.name for one in found.handed) == sorted(names) and not found.passed
+    students = [student for student, _ in grade.owners(found.handed, [])[0]]
+    assert len({*students}) == 4
+    rows = [{"Identifier": f"Participant {n}", "Full name": "Jo Doe"} for n in (12, 1)]
+    people = [Person(row["Identifier"], "Jo Doe", row) for row in rows]
+    pairs, _ = grade.owners(found.handed, people)
+    by_number = {one.who.split("_")[1]: student for student, one in pairs}
+    assert (by_number["1"], by_number["12"]) == ("Participant 1", "Participant 12")
+    folders = {one.who: student for student, one in pairs}
+    archive = gradebook.moodle_archive({s: f"page of {s}" for s in folders.values()}, folders)
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        pages = {name.split("_")[1]: file.read(name).decode() for name in file.namelist()}
+    assert pages == {n: f"page of Participant {n}" for n in ("1", "12")}
 
 
 def zipped(path, *names):
