@@ -80,12 +80,11 @@ class LinearWithAdaLoRA(AdapterLayer):
         dropout: float = 0.0,
         kept: int | None = None,
     ):
-        validate("LinearWithAdaLoRA", rank=rank, alpha=alpha, dropout=dropout)
-        super().__init__(linear)
         out_features, in_features = linear.weight.shape
         with linear.weight.device:  # new tensors are made there
             ada = AdaLoRALayer(in_features, out_features, rank, alpha, dropout, kept)
             remember(ada)
+        super().__init__(linear)  # a layer that was refused above is not frozen
         # A score is a product of four small numbers: 16 bits would round it to zero.
         self.ada = ada.to(torch.promote_types(linear.weight.dtype, torch.float32))
 

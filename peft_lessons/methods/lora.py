@@ -55,11 +55,10 @@ class LinearWithLoRA(AdapterLayer):
         dropout: float = 0.0,
         rslora: bool = False,
     ):
-        validate("LinearWithLoRA", rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
-        super().__init__(linear)
         out_features, in_features = linear.weight.shape
         with linear.weight.device:  # new tensors are made there
             lora = LoRALayer(in_features, out_features, rank, alpha, dropout, rslora)
+        super().__init__(linear)  # a layer that was refused above is not frozen
         self.lora = lora.to(linear.weight.dtype)
 
     @property
