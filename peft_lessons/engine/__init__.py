@@ -35,7 +35,15 @@ from .injection import (
     unmerge,
 )
 from .layer import AdapterLayer
-from .method import ATTACHED, DESIGNS, Injection, Method, PeftFiles, registered_methods
+from .method import (
+    ATTACHED,
+    Injection,
+    Method,
+    PeftFiles,
+    register,
+    registered,
+    registered_methods,
+)
 from .parameters import blocks_of, chosen_by, last_blocks, own_parameters
 from .settings import near_name, refuse_entries, validate
 from .targets import (

@@ -201,7 +201,10 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
     known = [m for m in registered_methods() if m.files.kind == kind]
     if not known:
         names = ", ".join(sorted({m.files.kind for m in registered_methods()}))
-        raise ValueError(f"peft_type {kind!r} is not a method of the course; known are {names}")
+        raise ValueError(
+            f"peft_type {kind!r} is not a method of the course; known are {names}; a method of "
+            "your own is known once @register from peft_lessons.engine stands above its class"
+        )
     complaints = {}
     for method in known:
         files = method.files

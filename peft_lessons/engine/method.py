@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -32,8 +32,7 @@ class PeftFiles:
                    where these are not None, False, "none" or empty
         indices:   how the keys of whole numbers end; all other tensors are floats
         write:     (method, entries, tensors) -> (entries, tensors), applied before saving
-        read:      (class, config, tensors) -> (method, tensors), where `fields` are not enough
-        readable:  False for a method that saves in the form of another one"""
+        read:      (class, config, tensors) -> (method, tensors), where `fields` are not enough"""
 
     kind: str
     fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
@@ -45,7 +44,6 @@ class PeftFiles:
     indices: tuple[str, ...] = ()
     write: Callable | None = None
     read: Callable | None = None
-    readable: bool = True
 
     def entries(self, method: Method) -> dict[str, Any]:
         """Return the entries of adapter_config.json for a method's settings."""
@@ -55,14 +53,6 @@ class PeftFiles:
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return {field: value} of a config, with PEFT's defaults."""
         return {f: config.get(name, default) for f, (name, default) in self.fields.items()}
-
-
-# {(module, name): the class that was defined last by this name}
-_DEFINED: WeakValueDictionary[tuple[str, str], type[Method]] = WeakValueDictionary()
-
-
-# {method: its design as a change of a hidden state, or several}: lesson 11 fills it
-DESIGNS: dict[type[Method], Any] = {}
 
 
 class Method:
@@ -87,7 +77,9 @@ class Method:
         rate_factors:   {parameter of the wrapping or attached module: factor of its learning rate}
         moves_base:     how the method changes the base's own weights, in words for an error; None
                         if the base without what is added computes as before `inject`
-        design:         the method as a change of a hidden state: one or several `Design`"""
+        design:         the method as a change of a hidden state: one or several `Design`
+
+    `load_adapter` reads the files of the methods in the registry: see `register`."""
 
     files: ClassVar[PeftFiles]
     takes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
@@ -97,10 +89,6 @@ class Method:
     rate_factors: ClassVar[Mapping[str, float]] = {}
     moves_base: ClassVar[str | None] = None
     design: ClassVar[Any] = None
-
-    def __init_subclass__(cls, **options):
-        super().__init_subclass__(**options)
-        _DEFINED[cls.__module__, cls.__qualname__] = cls
 
     def __post_init__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -167,13 +155,38 @@ class Method:
         """Update the method after the optimiser's step (counted from 1), before zero_grad."""
 
 
-def registered_methods() -> list[type[Method]]:
-    """Return the registry: every method defined so far whose files can be read.
+_REGISTERED: dict[tuple[str, str], type[Method]] = {}  # by module and name
 
-    If a class was defined again, as when a notebook's cell is run twice, the last one counts, even
-    with another base class or without files."""
-    own = ((method, vars(method).get("files")) for method in list(_DEFINED.values()))
-    return [method for method, files in own if isinstance(files, PeftFiles) and files.readable]
+
+def register(method: type[Method]) -> type[Method]:
+    """Put a class of methods into the registry, so that `load_adapter` reads its files.
+
+    A decorator, written above @dataclass. A class replaces an earlier one of its name and module,
+    as when a notebook's cell is run twice. TypeError for a class without files of its own."""
+    if not isinstance(vars(method).get("files"), PeftFiles):
+        raise TypeError(
+            f"register: {method.__name__} has no files of its own: write "
+            'files = PeftFiles("MY_METHOD", ...) in the class'
+        )
+    _REGISTERED[method.__module__, method.__qualname__] = method
+    return method
+
+
+def registered_methods() -> list[type[Method]]:
+    """Return the methods whose files `load_adapter` reads."""
+    return list(_REGISTERED.values())
+
+
+@contextmanager
+def registered(method: type[Method]) -> Iterator[None]:
+    """Register a class of methods for the time of a `with` block. Errors as `register`."""
+    before = dict(_REGISTERED)
+    register(method)
+    try:
+        yield
+    finally:
+        _REGISTERED.clear()
+        _REGISTERED.update(before)
 
 
 # ------------------------------------------------------------------ what was done to a model

@@ -128,6 +128,7 @@ SETTINGS: dict[str, Rule] = {
         lambda v: isinstance(v, str) and v.strip(),
         "must be 'normal', 'vocab' or a text to start from",
     ),
+    "kept": or_none(needs(lambda v: isinstance(v, tuple), "must be a tuple of (path, flags)")),
     "tokenizer": or_none(needs(callable, "must be a tokenizer: load_tokenizer(name)")),
 }
 

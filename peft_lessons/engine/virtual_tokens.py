@@ -200,3 +200,8 @@ def refuse_recomputing(owner: str, reader: nn.Module) -> None:
             f"{owner}: gradient checkpointing switches the cache off, and the prefix with it: "
             "model.gradient_checkpointing_disable()"
         )
+
+
+def lengthen(entries: torch.Tensor, tokens: int, value: float) -> torch.Tensor:
+    """Pad each sequence (batch, T) on the left with `value`: (batch, tokens + T)."""
+    return torch.cat([entries.new_full((len(entries), tokens), value), entries], 1)

@@ -13,9 +13,11 @@ from ..engine import (
     Injection,
     Method,
     PeftFiles,
+    register,
     require_injection,
     validate,
 )
+from ..engine.design import SCALED, Design, Site
 
 
 class AdaLoRALayer(nn.Module):
@@ -298,6 +300,14 @@ def allocator_of(injection: Injection) -> RankAllocator:
     return RankAllocator([w.ada for w in injection.wrappers.values()], injection.method)
 
 
+def triplets(site: Site) -> torch.Tensor:
+    """Return α / r · ((x Aᵀ) ⊙ e) Bᵀ (AdaLoRA: Q, λ and P are A, e and B here)."""
+    ada = site.module.ada
+    low = (site.x @ ada.lora_A.T) * ada.lora_E.T  # (..., r)
+    return ada.alpha / ada.divisor * (low @ ada.lora_B.T)  # (..., out)
+
+
+@register
 @dataclass(frozen=True)
 class AdaLoRA(Method):
     """Apply AdaLoRA (Zhang et al. 2023): prune, every `delta` steps from `tinit` on, from
@@ -319,6 +329,21 @@ class AdaLoRA(Method):
     kept: tuple | None = field(default=None, repr=False)  # load_adapter's: ((path, flags), ...)
     ranks = ("initial_rank",)
     learning_rate = 1e-2  # measured in lesson 05, section 9
+    design = Design(
+        form="((x Aᵀ) ⊙ e) Bᵀ",
+        **SCALED,
+        delta=triplets,
+        example=dict(
+            initial_rank=12,
+            target_rank=8,
+            alpha=16,
+            targets="all-linear",
+            tinit=1,
+            tfinal=1,
+            delta=1,
+            total_steps=10,
+        ),
+    )
     files = PeftFiles(
         "ADALORA",
         write=to_file,

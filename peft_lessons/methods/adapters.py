@@ -2,6 +2,7 @@
 result to the output of a sublayer. Only the adapters and the classification head train."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import local
 
@@ -9,7 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Method, PeftFiles, validate
+from ..engine import AdapterLayer, Method, PeftFiles, injection_of, register, validate
+from ..engine.design import Design, Site, calls_of, only, standardised
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -184,6 +186,59 @@ def refuse_width(owner: str, linear: nn.Module, width: int) -> None:
         raise ValueError(f"{owner}: {width} numbers are no bottleneck for {linear.out_features}")
 
 
+@torch.no_grad()
+def ends(model: nn.Module, batch: Mapping) -> list[Site]:
+    """Return a Site for each adapter at the end of a BERT's sublayer; h (..., d) is the output of
+    the dense layer, `new` replaces h in the sum with the residual x (..., d)."""
+    places = injection_of(model).wrappers
+    norms = {f"{path}.LayerNorm": place.base.LayerNorm for path, place in places.items()}
+    sites, inside = [], None
+    for path, module, args, _ in calls_of(model, batch, places | norms):
+        if path in norms:
+            inside = args[0]  # of the norm's last call: x + new                   (..., d)
+        else:
+            u, x = args  # (..., d)
+            sites.append(Site(path, module, x, module.base.dense(u), inside - x))
+    return sites
+
+
+def bottleneck(reads: Callable[[Site], torch.Tensor]) -> Callable[[Site], torch.Tensor]:
+    """Return the adapter's formula s · (f(t W_downᵀ + b_down) W_upᵀ + b_up), t = reads(site)."""
+
+    def delta(site):
+        place, a = site.module, site.module.adapter
+        low = a.activation(reads(site) @ a.down.weight.T + a.down.bias)  # (..., m)
+        return place.scale * (low @ a.up.weight.T + a.up.bias)  # (..., d)
+
+    return delta
+
+
+def normed_sum(site: Site) -> torch.Tensor:
+    """Return LN(h + x) (..., d), written out."""
+    norm = site.module.base.LayerNorm
+    return standardised(site.h + site.x, norm.eps) * norm.weight + norm.bias  # (..., d)
+
+
+def adapter_design(
+    kind: str,
+    reads: Callable[[Site], torch.Tensor],
+    t: str,
+    insertion: str,
+    modified: str = "feed-forward output",
+) -> Design:
+    """Return the `Design` of a kind of adapter that reads `t`."""
+    return Design(
+        form=f"f({t} W_downᵀ + b) W_upᵀ + b′",
+        insertion=insertion,
+        modified=modified,
+        composition="h + s · u",
+        delta=bottleneck(reads),
+        sites=only(ends, lambda place: place.kind == kind),
+        example={"width": 16, "kind": kind, "scale": 2.0},
+    )
+
+
+@register
 @dataclass(frozen=True)
 class BottleneckAdapter(Method):
     """Insert adapters of inner `width` m into every block; `kind` gives their position and input:
@@ -194,6 +249,13 @@ class BottleneckAdapter(Method):
     activation: str = "gelu"
     scale: float = 1.0
     learning_rate = 3e-3  # lesson 06, Deeper, "Learning rate", compares it
+    design = (
+        adapter_design(
+            "houlsby", lambda site: site.h, "h", "sequential", "attention and feed-forward output"
+        ),
+        adapter_design("pfeiffer", normed_sum, "LN(h + x)", "sequential"),
+        adapter_design("parallel", lambda site: site.x, "x", "parallel"),
+    )
     files = PeftFiles(
         "BOTTLENECK_ADAPTER",
         fields={

@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Injection, refuse_entries, validate
+from ..engine import AdapterLayer, Injection, refuse_entries, register, validate
+from ..engine.design import ON_LINEAR, Design, Site
 from .lora import LoRA, LoRALayer
 
 
@@ -133,10 +134,25 @@ class LinearWithDoRA(AdapterLayer):
         return self.base.weight / self.merged_c[:, None] - self.dora.delta_weight(), None
 
 
+def weight_decomposed(site: Site) -> torch.Tensor:
+    """Return x (c ⊙ V)ᵀ − x Wᵀ, with V = W + s · BA and c = m / ‖V‖ (DoRA)."""
+    W, dora = site.module.base.weight, site.module.dora
+    V = W + dora.scaling * dora.lora_B @ dora.lora_A  # (out, in)
+    c = dora.magnitude / V.pow(2).sum(1).sqrt()  # (out,)
+    return site.x @ (c[:, None] * V - W).T  # (..., out)
+
+
+@register
 @dataclass(frozen=True)
 class DoRA(LoRA):
     """Apply DoRA (Liu et al. 2024) to every Linear in `targets`; settings as in `LoRA`."""
 
+    design = Design(
+        form="x (c ⊙ (W + s · BA) − W)ᵀ",
+        **ON_LINEAR,
+        delta=weight_decomposed,
+        example={"rank": 8, "alpha": 16},
+    )
     # In PEFT's files DoRA is a LoRA with a flag and a third tensor, whose key has no ".weight".
     files = replace(
         LoRA.files,

@@ -12,9 +12,11 @@ from ..engine import (
     PeftFiles,
     matches,
     refuse_entries,
+    register,
     require_among,
     validate,
 )
+from ..engine.design import SUM, Design, Site, linears, only
 
 
 def rescaled(x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -114,6 +116,21 @@ def to_file(method: Method, entries: dict, tensors: dict) -> tuple[dict, dict]:
     return entries, tensors
 
 
+def rescaled_output(site: Site) -> torch.Tensor:
+    """Return h ⊙ (l − 1), for keys and values of (IA)³."""
+    return site.h * (site.module.l.flatten() - 1)  # (..., out)
+
+
+def rescaled_input(site: Site) -> torch.Tensor:
+    """Return (x ⊙ (l − 1)) Wᵀ, for the feed-forward of (IA)³."""
+    return (site.x * (site.module.l.flatten() - 1)) @ site.module.base.weight.T  # (..., out)
+
+
+INNER = r".*\d\.output\.dense"  # in a BERT the last linear map of the feed-forward
+ON_BERT = {"targets": rf".*self\.(key|value)|{INNER}", "feedforward": INNER}
+
+
+@register
 @dataclass(frozen=True)
 class IA3(Method):
     """Apply (IA)³ (Liu et al. 2022) to every Linear in `targets`: rescale the inputs of those that
@@ -123,6 +140,26 @@ class IA3(Method):
     targets: tuple[str, ...] | str
     feedforward: tuple[str, ...] | str
     names_modules = ("targets", "feedforward")
+    design = (
+        Design(
+            form="h ⊙ (l − 1)",
+            insertion="sequential",
+            modified="keys and values",
+            composition=SUM,
+            delta=rescaled_output,
+            sites=only(linears, lambda layer: not layer.feedforward),
+            example=ON_BERT,
+        ),
+        Design(
+            form="(x ⊙ (l − 1)) Wᵀ",
+            insertion="parallel",
+            modified="feed-forward output",
+            composition=SUM,
+            delta=rescaled_input,
+            sites=only(linears, lambda layer: layer.feedforward),
+            example=ON_BERT,
+        ),
+    )
     files = PeftFiles(
         "IA3",
         write=to_file,

@@ -8,7 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Method, PeftFiles, inject, validate
+from ..engine import AdapterLayer, Method, PeftFiles, inject, register, validate
+from ..engine.design import SCALED, Design, Site
 
 
 class LoRALayer(nn.Module):
@@ -74,6 +75,13 @@ class LinearWithLoRA(AdapterLayer):
         return self.lora.delta_weight()  # s · BA (out, in)
 
 
+def low_rank(site: Site) -> torch.Tensor:
+    """Return s · x Aᵀ Bᵀ (LoRA)."""
+    lora = site.module.lora
+    return lora.scaling * (site.x @ lora.lora_A.T @ lora.lora_B.T)  # (..., out)
+
+
+@register
 @dataclass(frozen=True)
 class LoRA(Method):
     """Apply LoRA (Hu et al. 2021) to every Linear in `targets`; settings as in `LoRALayer`."""
@@ -85,6 +93,7 @@ class LoRA(Method):
     rslora: bool = False
     ranks = ("rank",)
     learning_rate = 3e-3  # the default of fit
+    design = Design("x Aᵀ Bᵀ", **SCALED, delta=low_rank, example={"rank": 8, "alpha": 16})
     # How Hugging Face PEFT's files call all this: (their name, their default).
     files = PeftFiles(
         "LORA",

@@ -1,5 +1,6 @@
 """Prefix tuning: learned keys and values, put into every layer's cache before the text's own."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from ..engine import Method, PeftFiles, attached_to, validate
+from ..engine import Method, PeftFiles, attached_to, injection_of, register, validate
+from ..engine.design import Design, Site, calls_of
 from ..engine.virtual_tokens import (
     by_name,
     cache_shape,
+    lengthen,
     reader_of,
     refuse_cache,
     refuse_layers,
@@ -22,7 +25,6 @@ from ..engine.virtual_tokens import (
     seen_in,
     text_of,
 )
-from .prompt import lengthen
 
 
 class PrefixTuning(nn.Module):
@@ -149,6 +151,59 @@ def without_mlp(method: Method, entries: dict, tensors: dict) -> tuple[dict, dic
     return entries, {n: t for n, t in tensors.items() if n not in MLP} | {"prompt_embeddings": flat}
 
 
+def heads(t: torch.Tensor, d_h: int) -> torch.Tensor:
+    """Split (batch, T, n · d_h) into heads (batch, n, T, d_h)."""
+    return t.unflatten(-1, (-1, d_h)).transpose(1, 2)
+
+
+def attention_scores(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return q kᵀ / √d_h (batch, n_h, T, S), −∞ for keys that the mask (batch, S) excludes."""
+    s = q @ k.mT / q.shape[-1] ** 0.5  # (batch, n_h, T, S)
+    return s if mask is None else s.masked_fill(~mask[:, None, None].bool(), -torch.inf)
+
+
+def gated(site: Site) -> torch.Tensor:
+    """Return λ (softmax(q P_kᵀ / √d_h) P_v − h), (batch, T, d) (He et al. 2022, section 3.1)."""
+    layer, d_h = site.module, site.module.attention_head_size
+    q, k = heads(layer.query(site.x), d_h), heads(layer.key(site.x), d_h)  # (batch, n_h, T, d_h)
+    to_prefix = attention_scores(q, site.more["keys"])  # (batch, n_h, T, p)
+    to_text = attention_scores(q, k, site.more["mask"])  # (batch, n_h, T, T)
+    gate = torch.sigmoid(to_prefix.logsumexp(-1) - to_text.logsumexp(-1))  # (batch, n_h, T)
+    u = to_prefix.softmax(-1) @ site.more["values"]  # (batch, n_h, T, d_h)
+    return (gate[..., None] * (u - heads(site.h, d_h))).transpose(1, 2).flatten(2)
+
+
+def virtual(prefix: nn.Module, layer: nn.Module, rows: torch.Tensor) -> list | torch.Tensor:
+    """Return keys and values (batch, n_h, p, d_h) of the virtual tokens in one attention layer: the
+    projections of a prompt's hidden states (batch, p, d), or with p = 0 those of the prefix."""
+    if rows.shape[1]:
+        return [heads(f(rows), layer.attention_head_size) for f in (layer.key, layer.value)]
+    P = flat_prefix(prefix).unflatten(1, prefix.layout)[:, layer.layer_idx]  # (p, 2, n_h, d_h)
+    return P.permute(1, 2, 0, 3)[:, None]  # (2, 1, n_h, p, d_h)
+
+
+@torch.no_grad()
+def attention(model: nn.Module, batch: Mapping) -> list[Site]:
+    """Return a Site for each self-attention of a BERT; h (batch, T, d) is attention to the text
+    alone. x and `new` leave out the positions of a prompt."""
+    mask, prefix, sites = batch["attention_mask"], injection_of(model).attached, []
+    layers = {
+        path: m for path, m in model.named_modules() if type(m).__name__.endswith("SelfAttention")
+    }
+    for path, layer, (rows, *_), (new, *_) in calls_of(model, batch, layers):
+        p = rows.shape[1] - mask.shape[1]
+        x, d_h = rows[:, p:], layer.attention_head_size  # (batch, T, d)
+        q, k, v = (heads(f(x), d_h) for f in (layer.query, layer.key, layer.value))
+        h = attention_scores(q, k, mask).softmax(-1) @ v  # (batch, n_h, T, d_h)
+        K, V = virtual(prefix, layer, rows[:, :p])  # (batch, n_h, p, d_h)
+        more = {"keys": K, "values": V, "mask": mask}
+        sites.append(Site(path, layer, x, h.transpose(1, 2).flatten(2), new[:, p:], more))
+    return sites
+
+
+@register
 @dataclass(frozen=True)
 class Prefix(Method):
     """Apply prefix tuning (Li & Liang 2021): `tokens` learned keys and values in every layer. With
@@ -157,6 +212,15 @@ class Prefix(Method):
     tokens: int
     projection: int | None = None
     learning_rate = 1e-2  # none suits all: lesson 09
+    design = Design(
+        form="softmax(x W_qᵀ P_kᵀ / √d_h) P_v",
+        insertion="parallel",
+        modified="attention heads",
+        composition="(1 − λ) h + λ u",
+        delta=gated,
+        sites=attention,
+        example={"tokens": 8},
+    )
     files = PeftFiles(
         "PREFIX_TUNING",
         write=without_mlp,

@@ -3,15 +3,16 @@ labels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from ..engine import Method, PeftFiles, attached_to, validate
+from ..engine import Method, PeftFiles, attached_to, register, validate
 from ..engine.virtual_tokens import (
     by_name,
+    lengthen,
     refuse_cache,
     refuse_long,
     refuse_mask,
@@ -20,6 +21,7 @@ from ..engine.virtual_tokens import (
     seen_in,
     text_of,
 )
+from .prefix import Prefix
 
 
 def prepend(prompt: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
@@ -29,11 +31,6 @@ def prepend(prompt: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     if prompt.dim() == 2:
         prompt = prompt.expand(batch, -1, -1)  # (batch, p, d), no copy
     return torch.cat([prompt.to(embeddings.dtype), embeddings], 1)  # (batch, p + T, d)
-
-
-def lengthen(entries: torch.Tensor, tokens: int, value: float) -> torch.Tensor:
-    """Pad each sequence (batch, T) on the left with `value`: (batch, tokens + T)."""
-    return torch.cat([entries.new_full((len(entries), tokens), value), entries], 1)
 
 
 def sampled_rows(table: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
@@ -191,6 +188,7 @@ def from_file(cls: type[Method], config: dict, tensors: dict) -> tuple[Method, d
     return cls(config.get("num_virtual_tokens"), "normal" if random else "vocab"), tensors
 
 
+@register
 @dataclass(frozen=True)
 class Prompt(Method):
     """Apply prompt tuning (Lester et al. 2021): prepend `tokens` learned embeddings to every text,
@@ -200,6 +198,7 @@ class Prompt(Method):
     init: str = "vocab"
     tokenizer: Any = field(default=None, repr=False, compare=False)
     learning_rate = 3e-2  # for minilm; tinylm needs 0.1 or more (lesson 08)
+    design = replace(Prefix.design, form="softmax(x W_qᵀ (H W_kᵀ)ᵀ / √d_h) H W_vᵀ")
     files = PeftFiles(
         "PROMPT_TUNING",
         write=to_file,

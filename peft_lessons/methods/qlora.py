@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, find_targets, matches, validate
+from ..engine import AdapterLayer, find_targets, matches, register, validate
 from .lora import LoRA, LoRALayer
 
 OUTERMOST = 0.9677083  # the mean of 1-1/32 and 1-1/30
@@ -212,12 +212,14 @@ class QLoRALinear(AdapterLayer):
         return 0 if self.lora is None else self.lora.delta_weight()  # (out, in)
 
 
+@register
 @dataclass(frozen=True)
 class QLoRA(LoRA):
     """Apply QLoRA (Dettmers et al. 2023): all Linears but the head in 4 bits, LoRA on `targets`."""
 
     block: int = 64
     double_quant: bool = True
+    design = replace(LoRA.design, form="x Aᵀ Bᵀ, where h has W in 4 bits")
     files = replace(
         LoRA.files,
         constants={"quantised_base": "nf4"},

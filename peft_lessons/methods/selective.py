@@ -1,5 +1,6 @@
 """Selective methods: train a chosen part of the base, from its biases to single entries."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +13,59 @@ from ..engine import (
     Method,
     PeftFiles,
     chosen_by,
+    injection_of,
     last_blocks,
     own_parameters,
+    register,
     require_injection,
     validate,
 )
+from ..engine.design import ON_LINEAR, SUM, Design, Site, calls_of, standardised
 
 
+def of_head(name: str, injection: Injection) -> bool:
+    """Return whether a parameter belongs to a module that is trained in full beside the method."""
+    return name.startswith(tuple(f"{path}." for path in injection.whole_modules))
+
+
+def values_before(injection: Injection) -> dict[str, dict[str, torch.Tensor]]:
+    """Return {path: {"weight" or "bias": initial values}} of the base's trainable parameters."""
+    before = {}
+    for name, old in injection.whole.items():
+        if not of_head(name, injection):
+            path, _, leaf = name.rpartition(".")
+            before.setdefault(path, {})[leaf] = old
+    return before
+
+
+@torch.no_grad()
+def own_layers(model: nn.Module, batch: Mapping) -> list[Site]:
+    """Return a Site for each Linear or LayerNorm of the base that is trained; h (..., d) is its
+    output with the initial values, `more` their change. For a norm, x is x̂."""
+    before, sites = values_before(injection_of(model)), []
+    layers = {path: model.get_submodule(path) for path in before}
+    for path, layer, (x, *_), new in calls_of(model, batch, layers):
+        now = dict(layer.named_parameters())
+        change = {f"Δ{leaf}": now[leaf] - old for leaf, old in before[path].items()}
+        old = now | before[path]
+        if isinstance(layer, nn.LayerNorm):
+            x = standardised(x, layer.eps)  # (..., d)
+            h = x * old["weight"]  # (..., d)
+        else:
+            h = x @ old["weight"].T  # (..., out)
+        sites.append(Site(path, layer, x, h + old.get("bias", 0), new, change))
+    return sites
+
+
+def own_change(site: Site) -> torch.Tensor:
+    """Return x ΔWᵀ + Δb, for a norm x̂ ⊙ Δg + Δb."""
+    W, b = (site.more.get(name, 0) for name in ("Δweight", "Δbias"))
+    if isinstance(W, int):
+        return b  # (out,)
+    return (site.x * W if W.dim() == 1 else site.x @ W.T) + b  # (..., out)
+
+
+@register
 @dataclass(frozen=True)
 class BitFit(Method):
     """Train every bias of the base and nothing else (Ben Zaken et al. 2022). ValueError if the
@@ -27,6 +74,14 @@ class BitFit(Method):
     names_modules = ()
     files = PeftFiles("BITFIT")
     learning_rate = 3e-3  # measured in lesson 10, section 7
+    design = Design(
+        form="Δb",
+        insertion="reads nothing",
+        modified="output of every layer that has a bias",
+        delta=lambda site: site.more["Δbias"],
+        composition=SUM,
+        sites=own_layers,
+    )
 
     def select(self, model: nn.Module) -> list[str]:
         biases = [n for n in own_parameters(model) if f".{n}".endswith((".bias", "_bias"))]
@@ -38,6 +93,7 @@ class BitFit(Method):
         return biases
 
 
+@register
 @dataclass(frozen=True)
 class PartialFineTuning(Method):
     """Train either the `last` k blocks, or the parameters and modules in `patterns`, which are ends
@@ -50,6 +106,15 @@ class PartialFineTuning(Method):
         "PARTIAL_FINE_TUNING", fields={"last": ("last_blocks", None), "patterns": ("patterns", ())}
     )
     learning_rate = 3e-4  # for the last blocks; norms take ten times as much
+    design = Design(
+        form="x ΔWᵀ + Δb; in a norm x̂ ⊙ Δg + Δb",
+        insertion="parallel",
+        modified="output of every layer chosen",
+        delta=own_change,
+        example={"last": 1},
+        composition=SUM,
+        sites=own_layers,
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,6 +168,15 @@ def read_seed(cls: type[Method], config: dict, tensors: dict) -> tuple[Method, d
     return cls(**cls.files.settings(config)), tensors
 
 
+def scattered(site: Site) -> torch.Tensor:
+    """Return x Sᵀ, with S zero but for the entries that train (sparse tuning)."""
+    rows, columns = site.module.indices.long()  # (k,) each
+    S = torch.zeros_like(site.module.base.weight)  # (out, in)
+    S[rows, columns] = site.module.values
+    return site.x @ S.T  # (..., out)
+
+
+@register
 @dataclass(frozen=True)
 class SparseTuning(Method):
     """Train as many entries of every target as a LoRA of this rank would, r · (in + out), and
@@ -116,6 +190,7 @@ class SparseTuning(Method):
     targets: tuple[str, ...] | str = "all-linear"
     ranks = ("rank",)
     learning_rate = 1e-2  # between 0.003 for minilm and 0.03 for tinylm (lesson 10)
+    design = Design("x Sᵀ", **ON_LINEAR, delta=scattered, example={"rank": 8})
     files = PeftFiles(
         "SHIRA",
         {
@@ -239,6 +314,17 @@ def from_sparse(cls: type[Method], config: dict, tensors: dict) -> tuple[Method,
     return cls(**cls.files.settings(config), gates=False), dense
 
 
+def gated_difference(site: Site) -> torch.Tensor:
+    """Return x (z ⊙ w)ᵀ, with z the mask or the gates, the matrix's own included (diff pruning)."""
+    layer = site.module
+    z = torch.ones_like(layer.w) if layer.mask is None else layer.mask  # (out, in)
+    for log_alpha in (layer.log_alpha, layer.log_alpha_all):
+        if log_alpha is not None:
+            z = z * (layer.stretch * torch.tanh(log_alpha / 2)).clamp(0, 1)
+    return site.x @ (z * layer.w).T  # (..., out)
+
+
+@register
 @dataclass(frozen=True)
 class DiffPruning(Method):
     """Learn a sparse difference to every Linear in `targets` (Guo et al. 2021). `sparsity` weights
@@ -253,6 +339,12 @@ class DiffPruning(Method):
     gates: bool = True
     learning_rate = 1e-2
     rate_factors = {"log_alpha": 100.0, "log_alpha_all": 100.0}
+    design = Design(
+        form="x (z ⊙ w)ᵀ",
+        **ON_LINEAR,
+        delta=gated_difference,
+        example={"structured": True, "targets": ("query", "value")},
+    )
     files = PeftFiles(
         "DIFF_PRUNING",
         write=to_sparse,

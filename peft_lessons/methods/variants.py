@@ -9,10 +9,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import DESIGNS, AdapterLayer, Method, PeftFiles, refuse_entries
+from ..engine import AdapterLayer, Method, PeftFiles, refuse_entries, register
+from ..engine.design import ON_LINEAR, Design, Site
 from .lora import LinearWithLoRA, LoRA
 from .qlora import NF4Linear, QLoRA
-from .unified import LINEAR, SUM, Design, Site
 
 
 def leading(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,6 +70,7 @@ def as_plain_lora(method: LoRA, entries: dict, tensors: dict) -> tuple[dict, dic
     return LoRA.files.entries(method.plain()), doubled
 
 
+# Not in the registry: what is read from its file is a LoRA.
 @dataclass(frozen=True)
 class PiSSA(LoRA):
     """Apply PiSSA (Meng et al. 2024): LoRA initialised with the r largest singular values of W, on
@@ -80,7 +81,6 @@ class PiSSA(LoRA):
     files = replace(
         LoRA.files,
         write=as_plain_lora,
-        readable=False,  # what is read is a LoRA
         tensors=LoRA.files.tensors | {"start_A": "start_A", "start_B": "start_B"},
     )
 
@@ -164,6 +164,7 @@ def start_from_loss(wrapper: nn.Module, linear: nn.Linear, method: "LoftQ") -> N
     wrapper.lora.lora_B.data.copy_(B / root)
 
 
+@register
 @dataclass(frozen=True)
 class LoftQ(QLoRA):
     """Apply LoftQ (Li et al. 2023): QLoRA with A and B initialised from the quantisation error.
@@ -174,6 +175,11 @@ class LoftQ(QLoRA):
     principal: bool = False
     learning_rate = 1e-3
     moves_base = "stores W − BA in 4 bits, not W"
+    design = replace(
+        QLoRA.design,
+        form="x Aᵀ Bᵀ, where h has Q in 4 bits",
+        example={"rank": 8, "alpha": 16, "targets": ("query", "value"), "iterations": 1},
+    )
     files = replace(
         QLoRA.files,
         constants={"quantised_base": "loftq"},
@@ -260,6 +266,13 @@ def shared_by_all(cls: type[Method], config: dict, tensors: dict) -> tuple[Metho
     return cls(**cls.files.settings(config)), own | copies
 
 
+def through_projections(site: Site) -> torch.Tensor:
+    """Return λ_b ⊙ (λ_d ⊙ (x Aᵀ)) Bᵀ (VeRA)."""
+    layer, (A, B) = site.module, site.module.factors
+    return ((site.x @ A.T) * layer.lambda_d) @ B.T * layer.lambda_b  # (..., out)
+
+
+@register
 @dataclass(frozen=True)
 class VeRA(Method):
     """Apply VeRA (Kopiczko et al. 2024) to every Linear in `targets`."""
@@ -270,6 +283,12 @@ class VeRA(Method):
     d_initial: float = 0.1
     seed: int = 0
     learning_rate = 3e-2
+    design = Design(
+        form="((x Aᵀ) ⊙ λ_d) Bᵀ ⊙ λ_b",
+        **ON_LINEAR,
+        delta=through_projections,
+        example={"rank": 8},
+    )
     files = PeftFiles(
         "VERA",
         write=shared_once,
@@ -386,6 +405,13 @@ def of_this_version(cls: type[Method], config: dict, tensors: dict) -> tuple[Met
     return cls(**cls.files.settings(config)), tensors
 
 
+def turned(site: Site) -> torch.Tensor:
+    """Return (x R − x) Wᵀ (OFT)."""
+    R = torch.block_diag(*site.module.rotation())  # (in, in)
+    return (site.x @ R - site.x) @ site.module.base.weight.T  # (..., out)
+
+
+@register
 @dataclass(frozen=True)
 class OFT(Method):
     """Apply OFT (Qiu et al. 2023) to every Linear in `targets`. With neumann=False R is exactly
@@ -396,6 +422,7 @@ class OFT(Method):
     targets: tuple[str, ...] | str = "all-linear"
     neumann: bool = True
     learning_rate = 1e-3
+    design = Design("x (R − I) Wᵀ", **ON_LINEAR, delta=turned)
     files = PeftFiles(
         "OFT",
         write=with_version,
@@ -419,27 +446,3 @@ class OFT(Method):
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithOFT:
         return LinearWithOFT(layer, self.block_size, self.neumann)
-
-
-def through_projections(site: Site) -> torch.Tensor:
-    """Return λ_b ⊙ (λ_d ⊙ (x Aᵀ)) Bᵀ (VeRA)."""
-    layer, (A, B) = site.module, site.module.factors
-    return ((site.x @ A.T) * layer.lambda_d) @ B.T * layer.lambda_b  # (..., out)
-
-
-def turned(site: Site) -> torch.Tensor:
-    """Return (x R − x) Wᵀ (OFT)."""
-    R = torch.block_diag(*site.module.rotation())  # (in, in)
-    return (site.x @ R - site.x) @ site.module.base.weight.T  # (..., out)
-
-
-DESIGNS[LoftQ] = replace(
-    DESIGNS[QLoRA],
-    form="x Aᵀ Bᵀ, where h has Q in 4 bits",
-    example=LoftQ(8, 16, ("query", "value"), iterations=1),
-)
-NEW = dict(insertion="parallel", modified=LINEAR, composition=SUM)
-DESIGNS[VeRA] = Design(
-    form="((x Aᵀ) ⊙ λ_d) Bᵀ ⊙ λ_b", **NEW, delta=through_projections, example=VeRA(rank=8)
-)
-DESIGNS[OFT] = Design(form="x (R − I) Wᵀ", **NEW, delta=turned, example=OFT())

@@ -1,6 +1,5 @@
 """Every check accepts the solution and right answers of other styles, and names what is wrong."""
 
-import gc
 import importlib
 import importlib.util
 import inspect
@@ -13,7 +12,6 @@ from peft_lessons import check
 from peft_lessons.checks import kit
 from peft_lessons.checks.compare import tensors
 from peft_lessons.checks.kit import Check, Tried, WrongAnswer
-from peft_lessons.engine import registered_methods
 from tools import notebooks
 
 LESSONS = {
@@ -56,15 +54,7 @@ CAUSES = [
     for one in found.values()
     for i, (sentence, wrong) in enumerate(one.causes.items())
 ]
-gc.freeze()  # what was imported stays: each look for what may go would go through all of it
 by_name = {"ids": lambda value: getattr(value, "__name__", None)}
-
-
-@pytest.fixture(autouse=True)
-def no_answer_stays_a_method():
-    yield
-    if any(method.__module__.startswith("exercises.") for method in registered_methods()):
-        gc.collect()
 
 
 def handed_over(answer):

@@ -40,7 +40,15 @@ from peft_lessons import (
     unload,
     unmerge,
 )
-from peft_lessons.engine import CONFIG, WEIGHTS, Method, PeftFiles, injection_of, read_adapter
+from peft_lessons.engine import (
+    CONFIG,
+    WEIGHTS,
+    Method,
+    PeftFiles,
+    injection_of,
+    read_adapter,
+    registered,
+)
 
 WHOLE = {"llama": "model.norm", "bert": "pooler"}  # trains in full, with the new head of bert
 IDS = torch.arange(3, 27).view(2, 12)
@@ -461,12 +469,19 @@ def test_an_attached_method_has_the_keys_of_peft_s_prompt_methods(tmp_path):
     save_adapter(model, tmp_path)
     head = {f"base_model.classifier.{name}" for name in ("weight", "bias")}
     assert set(load_file(tmp_path / WEIGHTS)) == {"prompt_embeddings"} | head
-    again = in_ours(tiny_bert(), tmp_path)
-    assert torch.equal(injection_of(again).attached.weight, injection_of(model).attached.weight)
-    # Entries that a method passes over are no reason to refuse.
-    load_adapter(tiny_bert(), rewrite(tmp_path, num_layers=2))
-    rewrite(tmp_path, surprise=7)
-    not_loaded(tmp_path, r"Shifted does not read surprise=7", tiny_bert())
+    with registered(Shifted):
+        again = in_ours(tiny_bert(), tmp_path)
+        assert torch.equal(injection_of(again).attached.weight, injection_of(model).attached.weight)
+        # Entries that a method passes over are no reason to refuse.
+        load_adapter(tiny_bert(), rewrite(tmp_path, num_layers=2))
+        rewrite(tmp_path, surprise=7)
+        not_loaded(tmp_path, r"Shifted does not read surprise=7", tiny_bert())
+
+
+def test_a_method_of_one_s_own_must_be_registered(tmp_path):
+    inject(model := tiny_bert(), Shifted())
+    save_adapter(model, tmp_path)
+    not_loaded(tmp_path, "'TEST_SHIFTED' is not.*@register .* above its class", tiny_bert())
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from peft_lessons import (
     LoRA,
     LoRALayer,
     LoRAPlus,
+    PiSSA,
     apply_lora_to_model,
     freeze,
     inject,
@@ -39,6 +40,8 @@ from peft_lessons.engine import (
     Method,
     PeftFiles,
     injection_of,
+    register,
+    registered,
     registered_methods,
     validate,
 )
@@ -144,8 +147,7 @@ def test_each_rule_of_the_table_refuses_and_names_what_breaks_it():
 
 
 def test_methods_and_layers_ask_the_table():
-    course = [m for m in registered_methods() if m.__module__.startswith("peft_lessons.methods.")]
-    for kind in [*course, LoRAPlus]:
+    for kind in [*registered_methods(), LoRAPlus]:
         needed = {f.name for f in fields(kind) if f.default is MISSING}
         given = {name: ("query",) if name in kind.names_modules else 4 for name in needed}
         for name in {f.name for f in fields(kind)} & SETTINGS.keys():
@@ -475,10 +477,33 @@ def test_a_field_without_a_rule_is_the_method_s_own_matter():
         Named(rank=0)
 
 
-def test_the_registry_holds_every_method():
-    assert {LoRA, Scale, ShiftEmbeddings, Norms} <= set(registered_methods())
-    assert Method not in registered_methods()
+def test_the_registry_holds_what_is_put_into_it():
+    before = registered_methods()
+    assert LoRA in before and Scale not in before and LoRAPlus not in before
+    with registered(Scale):
+        assert registered_methods() == [*before, Scale]
+    assert registered_methods() == before
     assert peft_lessons.methods.__name__ == "peft_lessons.methods"  # no function hides the package
+
+    def defined(parent):  # as a notebook's cell that is run again
+        @dataclass(frozen=True)
+        class Again(parent):
+            files = PeftFiles("TEST_AGAIN")
+
+        return Again
+
+    older, newer = defined(Method), defined(LoRA)
+    with registered(older), registered(newer):
+        assert registered_methods() == [*before, newer]
+    with pytest.raises(TypeError, match="LoRAPlus has no files of its own"):
+        register(LoRAPlus)
+
+
+def test_every_field_of_the_course_s_methods_has_a_rule():
+    for method in [*registered_methods(), LoRAPlus, PiSSA]:
+        for one in fields(method):
+            if one.name not in method.names_modules:
+                assert one.name in SETTINGS, f"{method.__name__}.{one.name} is unchecked"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -557,11 +582,3 @@ def test_the_report_names_selected_parameters_and_the_head():
     assert told.whole == ("classifier", *KeyBiases().select(model))
     assert told.whole_parameters == told.trainable == 2 * 64 + 2 * 64 + 2
     assert "classifier (new head), 2 × key.bias" in repr(told)
-
-
-def test_a_class_with_other_files_breaks_no_other_method():
-    @dataclass(frozen=True)
-    class Draft(Method):
-        files = {"kind": "TEST_DRAFT"}
-
-    assert Draft not in registered_methods() and LoRA in registered_methods()

@@ -22,8 +22,7 @@ class Answers:
 
 
 class Recipe:
-    """An answer that must not be there before it is handed over, and is made then: a class of
-    methods that is there counts among those of the course."""
+    """An answer that a function makes once it is handed over, and whose name it bears."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make, self.__name__ = make, make.__name__

@@ -374,23 +374,6 @@ def no_method():
     return defined("(Method): → :")
 
 
-@wrong("MyMethod", "another class of this name was defined after it")
-@Recipe
-def defined_again():
-    older = defined()
-    older.newer = defined()  # kept, as a notebook would keep it
-    return older
-
-
-@wrong("MyMethod", "is that of MyOther already")
-@Recipe
-def renamed():
-    other = defined("class MyMethod → class MyOther", name="MyOther")
-    mine = defined()
-    mine.older = other  # as a notebook would keep it
-    return mine
-
-
 def steering(keep_handles=True, leaves_more=False):
     """A vector for each block, which a hook adds to what the block gives."""
 

@@ -1,6 +1,5 @@
 """Every method as h + Δh, compared with running; and the method that is made by mixing two."""
 
-import gc
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -38,11 +37,11 @@ from peft_lessons import (
     inject,
 )
 from peft_lessons.engine import (
-    DESIGNS,
     AdapterLayer,
     Method,
     PeftFiles,
     injection_of,
+    registered,
     registered_methods,
 )
 from peft_lessons.methods.prefix import fill, make_room
@@ -60,7 +59,7 @@ from peft_lessons.methods.unified import (
 )
 from tools import notebooks
 
-COURSE = [m for m in registered_methods() if m.__module__.startswith("peft_lessons.")]
+COURSE = registered_methods()
 BATCH = batch_of("bert")
 EXACT = 1e-10  # in float64; what is asked for is 1e-5
 
@@ -77,21 +76,13 @@ def bert():
 BASE = bert()
 
 
-@pytest.fixture(autouse=True)
-def no_method_of_a_test_stays():
-    yield
-    if any(method.__module__ == "__main__" for method in registered_methods()):
-        gc.collect()
-
-
 # ------------------------------------------------------------------ the table
 
 
 @pytest.mark.parametrize("kind", COURSE, ids=lambda kind: kind.__name__)
 def test_every_method_of_the_course_is_its_formula(kind):
     rows, designs = check_design(kind, BASE, BATCH), designs_of(kind)
-    name = kind.__name__
-    assert None not in designs, f"{name} has no Design: add DESIGNS[{name}] to lesson 11 or later"
+    assert None not in designs, f"{kind.__name__} has no design"
     for row, design in zip(rows, designs, strict=True):
         assert row["places"] > 0 and row["gap"] < EXACT
         assert all(row[c] for c in ("form", "insertion", "modified", "composition"))
@@ -131,7 +122,7 @@ def test_looking_changes_nothing():
 
 def test_an_observer_leaves_no_hook_even_if_the_model_fails():
     model = bert()
-    inject(model, DESIGNS[LoRA].example)
+    inject(model, LoRA())
     with refused(model, "input_ids"):
         linears(model, {})
 
@@ -211,14 +202,14 @@ def test_a_wrong_declaration_is_seen_in_the_table(monkeypatch):
     def without_scale(site):
         return site.x @ site.module.lora.lora_A.T @ site.module.lora.lora_B.T
 
-    monkeypatch.setitem(DESIGNS, LoRA, replace(DESIGNS[LoRA], delta=without_scale))
+    monkeypatch.setattr(LoRA, "design", replace(LoRA.design, delta=without_scale))
     (row,) = check_design(LoRA, BASE, BATCH)
     assert row["gap"] == pytest.approx(0.5)  # s = 16 / 8 is left out
 
 
 def test_a_formula_that_is_right_at_the_start_alone_is_noticed():
     """At a start with B = 0 no change at all would be right too."""
-    model, example = bert(), DESIGNS[LoRA].example
+    model, example = bert(), LoRA(rank=8, alpha=16)
     inject(model, example)
     with torch.no_grad():
         assert all(torch.equal(s.new, s.h) for s in linears(model, BATCH))
@@ -241,14 +232,10 @@ class Still(AdapterLayer):
 
 
 def a_method(name="AMethod", bases=(Method,), **attributes):
-    """A method as a notebook defines it: of one name there is one, the last."""
+    """Return a method as a notebook defines it."""
     body = {"__module__": "__main__", "__qualname__": name, "targets": ("query",)}
     body |= {"__annotations__": {"targets": tuple}, "wrap": lambda self, path, layer: Still(layer)}
     return dataclass(frozen=True)(type(name, bases, body | attributes))
-
-
-def rows_of(name):
-    return [row for row in unified_table(BASE, BATCH) if row["method"] == name]
 
 
 def test_a_method_without_a_design_has_a_row_that_says_so():
@@ -257,7 +244,8 @@ def test_a_method_without_a_design_has_a_row_that_says_so():
     assert row["form"] == "says no design"
     assert [row[c] for c in ("insertion", "modified", "composition")] == [""] * 3
     assert [row[c] for c in ("places", "trainable", "gap")] == [None] * 3
-    assert check_design(mine(), BASE, BATCH) == rows_of("AMethod") == [row]
+    with registered(mine):
+        assert check_design(mine(), BASE, BATCH) == [row] == unified_table(BASE, BATCH)[-1:]
     child = a_method(bases=(LoRA,), files=PeftFiles("TEST_CHILD"))  # it has not its parent's
     assert check_design(child, BASE, BATCH) == [row]
 
@@ -270,28 +258,6 @@ def test_what_changes_nothing_has_no_finite_gap_and_no_place_none():
     mine = a_method(files=PeftFiles("TEST_UNSEEN"), design=unseen)
     (row,) = check_design(mine, BASE, BATCH)
     assert row["places"] == 0 and row["gap"] is None
-
-
-def test_in_a_notebook_the_last_definition_of_a_name_counts():
-    def found(name="AMethod"):
-        return [m for m in registered_methods() if m.__name__ == name]
-
-    a_method(files=PeftFiles("TEST_OLD"), design=STILL)
-    newer = a_method(files=PeftFiles("TEST_NEW"), design=STILL)
-    assert found() == [newer]
-    # With another parent, and then back again to one that comes earlier among the classes.
-    child = a_method(bases=(LoRA,), files=PeftFiles("TEST_CHILD"))
-    assert found() == [child]
-    again = a_method(files=PeftFiles("TEST_AGAIN"))
-    assert found() == [again]
-    # A stub is no method, and takes the place of what was one.
-    stub = a_method()
-    assert not found() and stub.design is None
-    # Beside the package's class the lesson's is the one in the table.
-    design = replace(STILL, form="the lesson's")
-    mine = a_method("Prompt", files=PeftFiles("TEST_PROMPT"), design=design)
-    assert found("Prompt") == [Prompt, mine]
-    assert [row["form"] for row in rows_of("Prompt")] == ["the lesson's"]
 
 
 def test_the_lesson_s_own_example_passes_the_check_of_the_exercise():
