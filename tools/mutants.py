@@ -69,7 +69,8 @@ peft_lessons/methods/dora.py: dora
     @torch.no_grad()  # a constant in → # a constant in
     self.base.weight / self.merged_c[:, None] - → self.base.weight -
     plain = y if bias is None else y - bias → plain = y
-    if layer.training and layer.dropout.p > 0: → if False:
+    if self.training and self.dropout.p > 0: → if False:
+    None if self.training else self.norms → self.norms
 peft_lessons/methods/adalora.py: adalora
     self.alpha, self.divisor = alpha, rank + 1e-5 → self.alpha, self.divisor = alpha, rank
     (step > method.tinit and step % method.delta == 0) → (step % method.delta == 0)
@@ -106,7 +107,7 @@ peft_lessons/engine/injection.py: injection every_method
     share = 100 * self.trainable / self.base → share = 100 * self.trainable / self.total
     if name in old and not injection.merged: → if name in old:
     module.training = layer.training → pass
-    p.data.float() if p.dtype in → p.data if p.dtype in
+    p.data.to(trained_dtype(p.dtype)) → p.data
     wrapper.new_tensors(merged) → pass
 peft_lessons/engine/targets.py: injection every_method
     path == name or path.endswith("." + name) → path.endswith(name)

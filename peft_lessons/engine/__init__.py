@@ -34,7 +34,7 @@ from .injection import (
     unload,
     unmerge,
 )
-from .layer import AdapterLayer
+from .layer import AdapterLayer, trained_dtype
 from .method import (
     ATTACHED,
     Injection,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import AdapterLayer, refuse_twice
+from .layer import AdapterLayer, refuse_twice, trained_dtype
 from .method import ATTACHED, Injection, Method, registered_methods
 from .targets import IN_4_BITS, find_whole, fresh_modules, frozen_head_of, head_of, within
 
@@ -296,7 +296,7 @@ def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | st
         **facts,
     )
     for _, p in injection.added():
-        p.data = p.data.float() if p.dtype in (torch.float16, torch.bfloat16) else p.data
+        p.data = p.data.to(trained_dtype(p.dtype))
         p.requires_grad_(True)
     return report(model)
 

@@ -6,12 +6,19 @@ import torch
 from torch import nn
 
 
+def trained_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of what trains beside a weight of `dtype`: the same, but at least float32,
+    since small steps would be lost in 16 bits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class AdapterLayer(nn.Module):
     """Wrap a layer of the base together with what a method adds; replaces it in the model.
 
     A subclass computes `forward` from `self.base` and, while `self.merged`, from the base alone.
-    `forward` returns the dtype of the base's output: in a 16-bit base, `inject` casts the added
-    parameters to float32. `self.bias` is None if the base has no bias.
+    What a method adds is in `trained_dtype` of the base's weight, float32 beside 16 bits; `inject`
+    casts parameters that are not. `forward` computes in that dtype and returns the dtype of the
+    base's output. `self.bias` is None if the base has no bias.
     A method that adds to the weight implements `delta_weight`. A method that rescales implements
     the merge itself as `merged_tensors` and `unmerged_tensors`. The first one may set a buffer that
     the second one needs, from the parameters alone: a merge of a whole model computes every layer

@@ -15,6 +15,7 @@ from ..engine import (
     PeftFiles,
     register,
     require_injection,
+    trained_dtype,
     validate,
 )
 from ..engine.design import SCALED, Design, Site
@@ -88,7 +89,7 @@ class LinearWithAdaLoRA(AdapterLayer):
             remember(ada)
         super().__init__(linear)  # a layer that was refused above is not frozen
         # A score is a product of four small numbers: 16 bits would round it to zero.
-        self.ada = ada.to(torch.promote_types(linear.weight.dtype, torch.float32))
+        self.ada = ada.to(trained_dtype(linear.weight.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (..., out)

@@ -10,7 +10,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Method, PeftFiles, injection_of, register, validate
+from ..engine import (
+    AdapterLayer,
+    Method,
+    PeftFiles,
+    injection_of,
+    register,
+    trained_dtype,
+    validate,
+)
 from ..engine.design import Design, Site, calls_of, only, standardised
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -66,7 +74,7 @@ class Place(AdapterLayer):
         super().__init__(base)
         with linear.weight.device:  # new tensors are made there
             self.adapter = Bottleneck(linear.out_features, method.width, method.activation)
-        self.adapter.to(torch.promote_types(linear.weight.dtype, torch.float32))
+        self.adapter.to(trained_dtype(linear.weight.dtype))
         self.kind, self.scale = method.kind, method.scale
 
     def added_to(self, h: torch.Tensor, x: torch.Tensor | None, norm: nn.Module) -> torch.Tensor:

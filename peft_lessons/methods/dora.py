@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Injection, refuse_entries, register, validate
+from ..engine import AdapterLayer, Injection, refuse_entries, register, trained_dtype, validate
 from ..engine.design import ON_LINEAR, Design, Site
 from .lora import LoRA, LoRALayer
 
@@ -71,31 +71,6 @@ class DoRALayer(LoRALayer):
         return F.linear(x.to(V.dtype), V).to(x.dtype)  # (..., out)
 
 
-NORMS = {}  # {layer: its ‖V‖ (out,)}: full only inside `with cached_norms(model)`
-
-
-def row_ratios(layer: "LinearWithDoRA") -> torch.Tensor:
-    """Return c = m / ‖V‖ (out,) of a `LinearWithDoRA`, from NORMS in eval mode if it is there."""
-    norms = None if layer.training else NORMS.get(layer)
-    if norms is None:
-        norms = layer.dora.row_norms(layer.base.weight)
-    return layer.dora.magnitude / norms
-
-
-def rescaled(layer: "LinearWithDoRA", x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return x (c ⊙ V)ᵀ + b (..., out) from x (..., in) and y = x Wᵀ + b (..., out), without
-    building the matrix c ⊙ V."""
-    dora, weight, bias = layer.dora, layer.base.weight, layer.base.bias
-    x = layer.dropout(x.to(dora.lora_A.dtype))  # (..., in)
-    if layer.training and layer.dropout.p > 0:  # the base's part sees the dropped x as well
-        plain = F.linear(x, weight.to(x.dtype))  # (..., out)
-    else:
-        plain = y if bias is None else y - bias  # (..., out)
-    branch = F.linear(F.linear(x, dora.lora_A), dora.lora_B) * dora.scaling  # (..., out)
-    # Where c = 1 and B = 0, what is added to y is 0 to the last bit.
-    return (y + (row_ratios(layer) * (plain + branch) - plain)).to(y.dtype)  # (..., out)
-
-
 class LinearWithDoRA(AdapterLayer):
     """Wrap a frozen Linear and learn magnitude and direction of its rows: y = x (c ⊙ V)ᵀ + b."""
 
@@ -110,13 +85,33 @@ class LinearWithDoRA(AdapterLayer):
         validate("DoRA", dropout=dropout)
         with linear.weight.device:  # new tensors are made there
             dora = DoRALayer(linear.in_features, linear.out_features, rank, alpha, rslora=rslora)
-        start(dora.to(torch.promote_types(linear.weight.dtype, torch.float32)), linear.weight)
+        start(dora.to(trained_dtype(linear.weight.dtype)), linear.weight)
         super().__init__(linear)  # a layer that was refused above is not frozen
         self.dora, self.dropout = dora, nn.Dropout(dropout)
+        self.norms: torch.Tensor | None = None  # ‖V‖ (out,) inside `with cached_norms(model)`
         self.register_buffer("merged_c", None, persistent=False)
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"norms": None}  # a copy outlives the block of its original
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) if self.merged else rescaled(self, x, self.base(x))
+        y = self.base(x)  # (..., out)
+        return y if self.merged else self.rescaled(x, y)
+
+    def rescaled(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return x (c ⊙ V)ᵀ + b (..., out) from x (..., in) and y = x Wᵀ + b (..., out), without
+        building the matrix c ⊙ V."""
+        dora, weight, bias = self.dora, self.base.weight, self.base.bias
+        x = self.dropout(x.to(dora.lora_A.dtype))  # (..., in)
+        if self.training and self.dropout.p > 0:  # the base's part sees the dropped x as well
+            plain = F.linear(x, weight.to(x.dtype))  # (..., out)
+        else:
+            plain = y if bias is None else y - bias  # (..., out)
+        branch = F.linear(F.linear(x, dora.lora_A), dora.lora_B) * dora.scaling  # (..., out)
+        norms = None if self.training else self.norms  # V changes with each step
+        c = dora.magnitude / (dora.row_norms(weight) if norms is None else norms)  # (out,)
+        # Where c = 1 and B = 0, what is added to y is 0 to the last bit.
+        return (y + (c * (plain + branch) - plain)).to(y.dtype)  # (..., out)
 
     def merged_tensors(self) -> tuple[torch.Tensor, None]:
         c = self.dora.magnitude / self.dora.row_norms(self.base.weight)  # (out,), not cached
@@ -124,9 +119,9 @@ class LinearWithDoRA(AdapterLayer):
             "DoRA",
             ~(c.abs() < 1e-6),
             c,
-            "m / ‖V‖ of row {at}{more} is {value:g}: "
-            "merged, the row would be lost; look at its magnitude",
-        )  # NaN: see merge
+            "m / ‖V‖ of row {at}{more} is {value:g}: merged, the row would be lost; look at its "
+            "magnitude",  # merge itself refuses NaN
+        )
         self.merged_c = c
         return c[:, None] * self.dora.adapted(self.base.weight), None
 
@@ -177,7 +172,7 @@ class DoRA(LoRA):
         return super().added(shape) + shape.layers * magnitudes
 
     def before_fit(self, injection: Injection, steps: int) -> None:
-        if any(wrapper in NORMS for wrapper in injection.wrappers.values()):
+        if any(wrapper.norms is not None for wrapper in injection.wrappers.values()):
             raise RuntimeError("fit: within cached_norms V must not change; leave the block first")
 
 
@@ -192,11 +187,12 @@ def cached_norms(model: nn.Module) -> Iterator[nn.Module]:
         raise ValueError("cached_norms: the model holds no DoRA; inject(model, DoRA(...)) first")
     if any(layer.merged for layer in layers):
         raise RuntimeError("cached_norms: merged, DoRA computes no norms; unmerge(model) first")
-    before = dict(NORMS)
+    before = [layer.norms for layer in layers]
     try:
         with torch.inference_mode(False):
-            NORMS.update({layer: layer.dora.row_norms(layer.base.weight) for layer in layers})
+            for layer in layers:
+                layer.norms = layer.dora.row_norms(layer.base.weight)
         yield model
     finally:
-        NORMS.clear()
-        NORMS.update(before)
+        for layer, norms in zip(layers, before, strict=True):
+            layer.norms = norms

@@ -14,6 +14,7 @@ from ..engine import (
     refuse_entries,
     register,
     require_among,
+    trained_dtype,
     validate,
 )
 from ..engine.design import SUM, Design, Site, linears, only
@@ -65,7 +66,7 @@ class LinearWithIA3(AdapterLayer):
         super().__init__(linear)
         out_features, in_features = linear.weight.shape
         shape = (1, in_features) if feedforward else (out_features, 1)
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        dtype = trained_dtype(linear.weight.dtype)
         ones = torch.ones(shape, dtype=dtype, device=linear.weight.device)
         self.l, self.feedforward = nn.Parameter(ones), feedforward  # (out, 1) or (1, in)
 

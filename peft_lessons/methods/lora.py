@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Method, PeftFiles, inject, register, validate
+from ..engine import AdapterLayer, Method, PeftFiles, inject, register, trained_dtype, validate
 from ..engine.design import SCALED, Design, Site
 
 
@@ -60,7 +60,7 @@ class LinearWithLoRA(AdapterLayer):
         with linear.weight.device:  # new tensors are made there
             lora = LoRALayer(in_features, out_features, rank, alpha, dropout, rslora)
         super().__init__(linear)  # a layer that was refused above is not frozen
-        self.lora = lora.to(linear.weight.dtype)
+        self.lora = lora.to(trained_dtype(linear.weight.dtype))
 
     @property
     def linear(self) -> nn.Linear:

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from ..engine import Method, PeftFiles, attached_to, injection_of, register, validate
+from ..engine import Method, PeftFiles, attached_to, injection_of, register, trained_dtype, validate
 from ..engine.design import Design, Site, calls_of
 from ..engine.virtual_tokens import (
     by_name,
@@ -136,7 +136,7 @@ def attach_prefix(model: nn.Module, method: "Prefix") -> tuple[nn.Module, list]:
     sizes = dict(prefix_length=method.tokens, hidden_size=method.projection, width=heads * head_dim)
     with reader.device:  # new tensors are made there
         prefix = PrefixInCache(layers, heads, head_dim, **sizes)
-    prefix.to(torch.promote_types(reader.dtype, torch.float32))
+    prefix.to(trained_dtype(reader.dtype))
     before = reader.register_forward_pre_hook(prefix.before, with_kwargs=True)
     return prefix, [before, reader.register_forward_hook(prefix.after, with_kwargs=True)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..engine import Method, PeftFiles, attached_to, register, validate
+from ..engine import Method, PeftFiles, attached_to, register, trained_dtype, validate
 from ..engine.virtual_tokens import (
     by_name,
     lengthen,
@@ -164,14 +164,14 @@ def initial_prompt(method: "Prompt", table: torch.Tensor) -> torch.Tensor:
         if method.init == "normal":
             return torch.randn(method.tokens, width)  # std 1: as PEFT's RANDOM
         if method.init == "vocab":
-            return sampled_rows(table, method.tokens, width).float()
+            return sampled_rows(table, method.tokens, width)
         ids = method.tokenizer(method.init)["input_ids"]
         if not ids or min(ids) < 0 or max(ids) >= vocabulary:
             raise ValueError(
                 f"Prompt: init={method.init!r} gives the tokens {ids}, but the model knows 0 to "
                 f"{vocabulary - 1}: give a text, and the model's own tokenizer"
             )
-        return rows_of(ids, table, method.tokens).float()  # (p, d)
+        return rows_of(ids, table, method.tokens)  # (p, d)
 
 
 STARTS = {"normal": "RANDOM", "vocab": "SAMPLE_VOCAB"}
@@ -233,7 +233,9 @@ class Prompt(Method):
         refuse_long("Prompt", model, self.tokens, text=1)
         table = model.get_input_embeddings().weight  # (V, d)
         prompt = PromptHook(self.tokens, table.shape[1])
-        prompt.prompt_embeddings = nn.Parameter(initial_prompt(self, table))
+        prompt.prompt_embeddings = nn.Parameter(
+            initial_prompt(self, table).to(trained_dtype(table.dtype))
+        )
         before = model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
         return prompt, [before, model.register_forward_hook(prompt.after_forward)]
 

@@ -18,6 +18,7 @@ from ..engine import (
     own_parameters,
     register,
     require_injection,
+    trained_dtype,
     validate,
 )
 from ..engine.design import ON_LINEAR, SUM, Design, Site, calls_of, standardised
@@ -133,7 +134,7 @@ class LinearWithSparse(AdapterLayer):
 
     def __init__(self, linear: nn.Linear, positions: torch.Tensor):
         super().__init__(linear)
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        dtype = trained_dtype(linear.weight.dtype)
         device, columns = linear.weight.device, linear.weight.shape[1]
         zeros = torch.zeros(len(positions), dtype=dtype, device=device)
         self.values = nn.Parameter(zeros)  # (k,)
@@ -237,7 +238,7 @@ class LinearWithDiff(AdapterLayer):
 
     def __init__(self, linear: nn.Linear, stretch: float, structured: bool, gates: bool):
         super().__init__(linear)
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        dtype = trained_dtype(linear.weight.dtype)
         zeros = torch.zeros_like(linear.weight, dtype=dtype)
         self.w, self.stretch = nn.Parameter(zeros), stretch  # (out, in)
         self.log_alpha = nn.Parameter(zeros + START) if gates else None  # (out, in)

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Method, PeftFiles, refuse_entries, register
+from ..engine import AdapterLayer, Method, PeftFiles, refuse_entries, register, trained_dtype
 from ..engine.design import ON_LINEAR, Design, Site
 from .lora import LinearWithLoRA, LoRA
 from .qlora import NF4Linear, QLoRA
@@ -18,7 +18,7 @@ from .qlora import NF4Linear, QLoRA
 def leading(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A (rank, in) and B (out, rank) whose product BA is the best approximation of a weight
     (out, in) of that rank: singular vectors times the square root of their singular values."""
-    precise = torch.promote_types(weight.dtype, torch.float32)
+    precise = trained_dtype(weight.dtype)
     U, S, V = torch.linalg.svd(weight.detach().to(precise), full_matrices=False)
     root = S[:rank].sqrt()  # (rank,)
     return root[:, None] * V[:rank], U[:, :rank] * root  # (rank, in), (out, rank)
@@ -38,7 +38,6 @@ class LinearWithPiSSA(LinearWithLoRA):
     ):
         super().__init__(linear, rank, alpha, dropout, rslora)
         A, B = leading(linear.weight, rank)
-        self.lora.to(A.dtype)  # in 16 bits A would not be A₀
         for name, factor in {"lora_A": A, "lora_B": B}.items():
             trains = getattr(self.lora, name)
             trains.data.copy_(factor / math.sqrt(self.lora.scaling))
@@ -159,7 +158,6 @@ def start_from_loss(wrapper: nn.Module, linear: nn.Linear, method: "LoftQ") -> N
         linear.weight.detach(), method.rank, quantize, method.iterations, method.principal
     )
     wrapper.base.like = linear.weight.detach().new_empty(0)  # in 16 bits W − BA is no longer W's
-    wrapper.lora.to(A.dtype)
     wrapper.lora.lora_A.data.copy_(A / root)
     wrapper.lora.lora_B.data.copy_(B / root)
 
@@ -314,7 +312,7 @@ class VeRA(Method):
         outs, ins = zip(*(layer.weight.shape for layer in layers.values()), strict=True)
         shared = Projections(self.rank, max(ins), max(outs), self.seed)
         like = next(iter(layers.values())).weight
-        shared.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        shared.to(like.device, trained_dtype(like.dtype))
         return {
             path: LinearWithVeRA(layer, shared, self.dropout, self.d_initial)
             for path, layer in layers.items()
@@ -371,11 +369,12 @@ class LinearWithOFT(AdapterLayer):
         super().__init__(linear)
         blocks, above = linear.in_features // block_size, block_size * (block_size - 1) // 2
         self.block_size, self.neumann = block_size, neumann
-        self.entries = nn.Parameter(linear.weight.new_zeros(blocks, above))
+        dtype = trained_dtype(linear.weight.dtype)
+        self.entries = nn.Parameter(linear.weight.new_zeros(blocks, above, dtype=dtype))
 
     def rotation(self) -> torch.Tensor:
         """Return R (blocks, size, size)."""
-        precise = torch.promote_types(self.entries.dtype, torch.float32)  # 16 bits make no rotation
+        precise = trained_dtype(self.entries.dtype)  # 16 bits make no rotation
         S = skew(self.entries.to(precise), self.block_size)  # (blocks, size, size)
         return cayley_neumann(S) if self.neumann else cayley(S)
 
