@@ -258,7 +258,7 @@ def test_what_is_not_finite_in_the_last_layer_leaves_the_first_one_unmerged(dtyp
         merge(model)
 
 
-def test_the_layer_alone_follows_its_base():
+def test_the_layer_alone_trains_in_32_bits_beside_16():
     layer = LinearWithLoRA(nn.Linear(8, 6, dtype=torch.bfloat16), rank=2, alpha=3)
     assert layer.lora.lora_A.dtype == torch.float32
     assert layer(torch.ones(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16

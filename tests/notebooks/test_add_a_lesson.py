@@ -118,4 +118,4 @@ def test_a_new_lesson_is_executed_and_tested(course):
     stored = notebooks.read(EXAMPLE / "notebooks" / "16_lora_xs.ipynb")
     assert [cell.source for cell in fresh.cells] == [cell.source for cell in stored.cells]
     (proof,) = [c for c in fresh.cells if "nbval-check-output" in notebooks.tags(c)]
-    assert proof.outputs[0].text == "True True\n"
+    assert proof.outputs[0].text == "True True True\n"
