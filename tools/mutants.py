@@ -54,7 +54,7 @@ def read(table: str) -> list[Mutant]:
 
 
 MUTANTS = read("""
-peft_lessons/methods/lora.py: lora_against_peft every_method injection
+peft_lessons/methods/lora.py: lora every_method injection
     alpha / math.sqrt(rank) if rslora else alpha / rank → alpha / rank
     F.linear(low, self.lora_B) * self.scaling → F.linear(low, self.lora_B)
     torch.zeros(out_features, rank) → torch.randn(out_features, rank)

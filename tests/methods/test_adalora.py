@@ -35,7 +35,6 @@ from peft_lessons import (
     load_adapter,
     merge,
     save_adapter,
-    unload,
 )
 from peft_lessons.engine import CONFIG, WEIGHTS, injection_of
 from peft_lessons.methods.adalora import (
@@ -293,15 +292,6 @@ def test_the_start():
         assert not ada.lora_E.any()
         assert ada.lora_A.std().item() == pytest.approx(0.02, rel=0.05)
         assert ada.lora_B.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-def test_merged_before_the_schedule_it_is_pefts():
-    theirs, ours = trained_pair(tiny_llama())
-    merge(ours)
-    merged, plain = theirs.merge_and_unload().state_dict(), unload(ours).state_dict()
-    assert merged.keys() == plain.keys()
-    for name in merged:
-        close(merged[name], plain[name])
 
 
 @pytest.fixture(scope="module")

@@ -175,15 +175,6 @@ def test_other_names_are_other_places():
         assert found == shapes
 
 
-@BASES
-def test_merged_the_weights_are_those_of_peft(name):
-    theirs, ours = pair(name)
-    merge(ours)
-    merged, plain = theirs.merge_and_unload(), unload(ours)
-    for (_, e), (_, p) in zip(merged.named_parameters(), plain.named_parameters(), strict=True):
-        assert torch.equal(e, p)
-
-
 # ------------------------------------------------------------------ files
 
 

@@ -48,7 +48,6 @@ from peft_lessons import (
 from peft_lessons.engine import WEIGHTS, blocks_of, fingerprint, injection_of
 from peft_lessons.methods.selective import (
     LinearWithDiff,
-    LinearWithSparse,
     gate,
     prune_diff,
 )
@@ -401,33 +400,6 @@ def test_a_sparse_mask_that_does_not_fit_is_refused(fields, told):
         inject(model, SparseTuning(**fields))
 
 
-@SPARSE
-def test_values_of_a_16_bit_base_are_float32_and_a_meta_model_gets_them_too(positions):
-    model = tiny_llama().to(torch.bfloat16)
-    inject(model, SparseTuning(2, positions))
-    assert {w.values.dtype for w in layers(model).values()} == {torch.float32}
-    assert model(torch.ones(1, 3).long()).logits.dtype == torch.bfloat16
-    with torch.device("meta"):
-        model = tiny_llama()
-    inject(model, SparseTuning(2, positions))
-    assert all(w.values.is_meta and w.indices.is_meta for w in layers(model).values())
-
-
-def test_a_sparse_file_holds_positions_and_values(tmp_path):
-    model = trained("llama", SparseTuning(2, "largest", targets=("q_proj", "down_proj")))
-    save_adapter(model, tmp_path)
-    file, stem = load_file(tmp_path / WEIGHTS), "base_model.model.model.layers.0.mlp.down_proj"
-    wrapper = layers(model)["model.layers.0.mlp.down_proj"]
-    assert isinstance(wrapper, LinearWithSparse)
-    assert torch.equal(file[f"{stem}.shira_indices"], wrapper.indices)
-    assert torch.equal(file[f"{stem}.shira_weight"], wrapper.values)
-    back = tiny_llama()
-    load_adapter(back, tmp_path)
-    assert injection_of(back).method == injection_of(model).method
-    assert same(entries(back), entries(model))
-    assert sum(int((d != 0).sum()) for d in entries(back).values()) <= 4 * 2 * (64 + 96)
-
-
 def test_a_file_of_peft_s_that_names_no_seed_opens(tmp_path):
     config = peft.ShiraConfig(r=2, target_modules=["q_proj"], init_weights=False)
     theirs = peft.get_peft_model(tiny_llama(), config).eval()
@@ -680,14 +652,6 @@ def test_what_is_pruned_stays_sparse_in_further_training():
 
 
 # ------------------------------------------------------------------ files
-
-
-@SELECTS
-def test_the_file_of_a_selection_holds_just_that(kind, tmp_path):
-    model = injected("bert", SELECTING[kind])
-    save_adapter(model, tmp_path)
-    file = load_file(tmp_path / WEIGHTS)
-    assert {key.removeprefix("base_model.model.") for key in file} == training(model)
 
 
 def saved_diff(folder, keep=60):
