@@ -1,4 +1,4 @@
-"""LoRA-XS: a small trainable square between two factors that come from the weight and are frozen."""
+"""LoRA-XS: a small trainable square between two frozen factors that come from the weight."""
 
 from dataclasses import dataclass
 from typing import Any
