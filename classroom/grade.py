@@ -65,8 +65,8 @@ from classroom.submissions import (
     read_roster,
     without_lesson,
 )
-from course import locked
 from peft_lessons import machine
+from peft_lessons.commands import locked
 from peft_lessons.engine import write_atomically
 from tools import notebooks
 from tools.environment import ROOT, offline_environment

@@ -214,7 +214,9 @@ def test_without_a_record_answers_and_unknown_cells_stay_and_the_rest_is_the_cou
 def hand_out(folder, cells=FIRST, files=None, released="2026-01-01", recorded=True):
     """Write a small copy of the course and its ZIP file, whose path is returned."""
     folder.mkdir(parents=True)
-    inner = {"course.py": (ROOT / "course.py").read_text(encoding="utf-8"), "README.md": "read\n"}
+    own = ("course.py", "peft_lessons/commands.py")
+    inner = {name: (ROOT / name).read_text(encoding="utf-8") for name in own}
+    inner["README.md"] = "read\n"
     inner["pyproject.toml"] = "[project]\n"
     inner["peft_lessons/data/update.py"] = Path(update.__file__).read_text(encoding="utf-8")
     inner[LESSON] = json.dumps(lesson(cells), indent=1) + "\n"

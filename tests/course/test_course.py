@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -16,11 +17,12 @@ import pytest
 from tools.environment import ROOT
 
 SCRIPT = ROOT / "course.py"
+COMMANDS = ROOT / "peft_lessons" / "commands.py"
 
 
-def loaded(script=SCRIPT):
-    """Return course.py as a module of its own."""
-    spec = importlib.util.spec_from_file_location("course", script)
+def loaded(script=COMMANDS):
+    """Return the commands as a module of its own."""
+    spec = importlib.util.spec_from_file_location("commands", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -31,13 +33,13 @@ def course(tmp_path, monkeypatch):
     """Return the module in an empty folder, with every outside program replaced by a record."""
     for name in ("CI", "PYTHON", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "notebooks").mkdir()
+    for name in ("tools", "notebooks", "peft_lessons"):
+        (tmp_path / name).mkdir()
     for lesson in ("00_start_here.ipynb", "02_lora.ipynb"):
         (tmp_path / "notebooks" / lesson).touch()
-    for name in ("course.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    module = loaded(tmp_path / "course.py")
+    for name in ("peft_lessons/commands.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    module = loaded(tmp_path / "peft_lessons" / "commands.py")
     module.ran, module.failing, module.programs = [], (), {}
 
     def attempt(command, must=True):
@@ -79,36 +81,47 @@ def installed(course):
     return [line[line.index("install") + 1 :] for line in course.ran if "install" in line]
 
 
-# ------------------------------------------------------------------ any Python 3 can read it
+# ------------------------------------------------------------------ any Python can read it
 
 
-def test_its_syntax_is_that_of_the_first_python_3():
+def imports(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {ast.unparse(node).split()[1].split(".")[0] for node in found}
+
+
+def test_any_python_can_read_it_and_the_commands_need_python_alone():
     tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
     newer = ast.JoinedStr | ast.AnnAssign | ast.NamedExpr | ast.AsyncFunctionDef | ast.Match
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, newer)]
-    modules = [n for n in ast.walk(tree) if isinstance(n, ast.Import)]
-    names = {alias.name.split(".")[0] for node in modules for alias in node.names}
-    assert names <= sys.stdlib_module_names
-    # Python 2 must come as far as the message, and has no module of a newer name.
-    first = {
-        alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
-    }
-    assert first <= {
-        "contextlib", "difflib", "errno", "glob", "hashlib", "json", "os", "platform", "re",
-        "shutil", "subprocess", "sys", "tempfile", "time", "zipfile", "zlib",
-    }  # fmt: skip
+    assert imports(SCRIPT) == {"os", "runpy", "subprocess", "sys"}
+    assert imports(COMMANDS) <= sys.stdlib_module_names
 
 
-def test_the_message_names_an_outdated_python():
-    source = SCRIPT.read_text(encoding="utf-8")
-    before = "import sys; sys.version_info = (3, 4, 0)\n"
-    start = source.index('if __name__ == "__main__"')
+@pytest.mark.parametrize(
+    ("command", "newer", "output"),
+    [
+        ("lab", {"python3.13": 1, "python3.12": 0}, "python3.12 lab 02"),
+        ("lab", {"uv": 0}, "uv run --no-project --python 3.13 python lab 02"),
+        ("lab", {}, None),
+        ("here", {"python3.12": 0}, None),
+    ],
+)
+def test_an_outdated_python_hands_over_or_is_named(command, newer, output, tmp_path):
+    for name, status in newer.items():
+        program = f'#!/bin/sh\n[ {status} = 1 ] && exit 1\necho {name} "$@"\n'
+        (tmp_path / name).write_text(program, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    source = f"import sys\nsys.version_info, sys.argv = (3, 4, 0), ['', {command!r}, '02']\n"
+    source += SCRIPT.read_text(encoding="utf-8").replace("__file__", repr(str(SCRIPT)))
     done = subprocess.run(
-        [sys.executable, "-c", f"{before}def main(given): 1 / 0\n{source[start:]}"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.startswith("This is Python 3.4, and the course needs 3.11 or newer")
+        [sys.executable, "-c", source], env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    if output:
+        assert done.stdout == f"{output}\n".replace(" lab", f" {SCRIPT} lab")
+    else:
+        told = "This is Python 3.4, and the course needs 3.11 or newer: try python3\n"
+        assert (done.returncode, done.stderr) == (1, told)
 
 
 # ------------------------------------------------------------------ commands
@@ -117,14 +130,14 @@ def test_the_message_names_an_outdated_python():
 def test_help_explains_every_command(course, capsys):
     assert course.main([]) == 0
     shown = capsys.readouterr().out
-    for command in (*course.OWN, *course.COMMANDS):
+    for command in course.COMMANDS:
         assert re.search(rf"(?m)^  {command}\b.*  \S", shown), command
     assert not course.ran
 
 
 def test_every_command_runs_what_is_there(course):
     for command in course.COMMANDS:
-        for line in loaded().lines(command, []):
+        for line in loaded().lines_of(command, []):
             if line[0] == "-m":
                 assert importlib.util.find_spec(line[1]), line
             else:
@@ -132,10 +145,12 @@ def test_every_command_runs_what_is_there(course):
 
 
 def test_arguments_go_where_the_command_wants_them(course):
-    assert course.lines("test", ["-x"]) == [
+    assert course.lines_of("test", ["-x"]) == [
         ["-m", "pytest", "-q", "-n", "2", "--nbval-lax", "-x", "tests", "classroom", "notebooks"]
     ]
-    assert course.lines("solved", ["02", "03"]) == [["-m", "tools.notebooks", "solved", "02", "03"]]
+    assert course.lines_of("solved", ["02", "03"]) == [
+        ["-m", "tools.notebooks", "solved", "02", "03"]
+    ]
 
 
 def test_a_command_runs_offline_in_the_environment_and_its_failure_is_ours(course, monkeypatch):
@@ -166,7 +181,7 @@ def test_lab_opens_a_lesson(course):
         command, folder, _ = course.ran[-1]
         assert command[:3] == [course.PYTHON, "-m", "jupyterlab"]
         assert command[-1].startswith(opened) and command[-1].endswith(".ipynb")
-        assert folder == os.path.join(course.ROOT, "notebooks")
+        assert folder == course.ROOT / "notebooks"
     assert "--no-browser" in command
 
 
@@ -269,9 +284,9 @@ def test_a_set_up_that_is_cut_short_starts_again(course):
     course.failing = ("-e",)
     with pytest.raises(course.Trouble):
         course.main(["setup"])
-    assert not Path(course.STAMP).exists()
+    assert not course.READY.exists()
     course.failing = ()
-    litter = Path(course.VENV) / "litter"
+    litter = course.VENV / "litter"
     litter.touch()
     course.ran.clear()
     course.main(["setup"])
@@ -284,7 +299,7 @@ def test_a_set_up_that_was_moved_or_is_incomplete_starts_again(course, stamp):
     if stamp == "python is gone":
         del course.interpreters[course.PYTHON]
     else:
-        Path(course.STAMP).write_text(stamp, encoding="utf-8")
+        course.READY.write_text(stamp, encoding="utf-8")
     course.ran.clear()
     course.main(["setup"])
     assert any("venv" in line for line in course.ran)
@@ -303,21 +318,18 @@ def test_here_installs_into_the_python_that_runs(course):
     course.main(["here"])
     assert installed(course)[-1][:2] == ["--python", sys.executable]
     assert installed(course)[-1][-2:] == ["-e", "."]
-    assert not os.path.exists(course.VENV)
+    assert not course.VENV.exists()
 
 
 def test_two_starts_at_once_set_up_once(course, monkeypatch, capsys):
-    with course.one_at_a_time(), Path(course.ROOT, ".venv.lock").open("rb") as other:
+    with course.one_at_a_time(), (course.ROOT / ".venv.lock").open("rb") as other:
         assert not course.locked(other)
     real, answers = course.locked, [False, False, True]
 
     def locked(file):
         if answers == [True]:  # the other start is done
             course.set_up(anew=True)
-            Path(course.STAMP).write_text(
-                f'{{"root": "{course.ROOT}", "packages": "{course.fingerprint()}"}}',
-                encoding="utf-8",
-            )
+            course.READY.write_text(json.dumps(course.this_set_up()), encoding="utf-8")
             course.ran.clear()
         return answers.pop(0) and real(file)
 
@@ -331,7 +343,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_removed(course,
     course.main(["setup"])
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert course.main(["setup"]) == 0, "what is set up runs"
-    Path(course.STAMP).write_text('{"root": "/elsewhere"}', encoding="utf-8")
+    course.READY.write_text('{"root": "/elsewhere"}', encoding="utf-8")
     course.ran.clear()
     with pytest.raises(course.Trouble, match=f"This folder cannot be written: {course.ROOT}"):
         course.main(["setup"])
@@ -339,8 +351,8 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_removed(course,
 
 
 def test_ctrl_c_says_how_to_go_on():
-    script = "import runpy, sys, os\nos.access = None\nsys.argv = ['course.py', 'setup']"
-    stop = "def stop(*a, **k):\n    raise KeyboardInterrupt\nos.path.exists = stop"
+    script = "import pathlib, runpy, sys\nsys.argv = ['course.py', 'setup']"
+    stop = "def stop(*a, **k):\n    raise KeyboardInterrupt\npathlib.Path.exists = stop"
     start = f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     command = [sys.executable, "-c", f"{script}\n{stop}\n{start}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -358,7 +370,7 @@ def fetches(course):
 
 def test_it_comes_last_and_the_set_up_is_complete_without_it(course, monkeypatch):
     def fails(*call):
-        assert Path(course.STAMP).exists(), "interrupted here, the packages are not installed anew"
+        assert course.READY.exists(), "interrupted here, the packages are not installed anew"
         course.ran.append(call)
         return 1
 
@@ -390,7 +402,7 @@ def test_without_venv_the_python_that_has_the_course_fetches_it(course, monkeypa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
     course.main(["assistant"])
     assert set(fetches(course)) == {sys.executable if installed else course.PYTHON}
-    assert os.path.exists(course.VENV) is not installed
+    assert course.VENV.exists() is not installed
 
 
 # ------------------------------------------------------------------ what can be missing

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-import course
+from peft_lessons import commands
 from tools import guide
 from tools.environment import ROOT
 
 LESSONS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUOTED = README.partition("**A real assistant")[2].partition("## ")[0]
-COMMANDS = {*course.OWN, *course.COMMANDS}
+COMMANDS = {*commands.COMMANDS}
 GUIDES = ["CONTRIBUTING.md", "docs/instructors.md", "docs/hub.md", "data/README.md"]
 PAGES = ["README.md", "CHANGELOG.md", "docs/site/start.md", "docs/student/README.md", *GUIDES]
 
@@ -50,7 +50,7 @@ def test_ci_types_what_the_readme_types_and_names_no_python():
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/instructors.md"])
 def test_the_minutes_of_the_tests_are_those_of_the_help(page):
-    (minutes,) = re.findall(r"about (\w+) minutes", course.COMMANDS["test"][1])
+    (minutes,) = re.findall(r"about (\w+) minutes", commands.COMMANDS["test"].purpose)
     text = (ROOT / page).read_text(encoding="utf-8")
     assert re.findall(r"about (\w+) minutes on two cores", text) == [minutes]
 
@@ -78,7 +78,9 @@ def test_the_list_of_wrong_answers_is_that_of_the_checks():
 
 
 def test_every_benchmark_is_run_by_a_command():
-    run = {Path(line[0]).name for name in ("results", "costs") for line in course.lines(name, [])}
+    run = {
+        Path(line[0]).name for name in ("results", "costs") for line in commands.lines_of(name, [])
+    }
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
     assert scripts - run == {"catalogue.py", "common.py"}, "which are no scripts"
 
