@@ -8,10 +8,7 @@ import torch
 import torch.nn as nn
 
 from ..engine import Method, PeftFiles, inject, injection_of, register, registered_methods
-from ..engine.design import (  # noqa: F401  lesson 11 shows them all
-    LINEAR,
-    SCALED,
-    SUM,
+from ..engine.design import (  # noqa: F401  lesson 11 imports them from here
     Design,
     Site,
     calls_of,
@@ -20,8 +17,7 @@ from ..engine.design import (  # noqa: F401  lesson 11 shows them all
     linears,
 )
 from .adapters import BottleneckAdapter, ends  # noqa: F401
-from .lora import low_rank  # noqa: F401
-from .prefix import Prefix, attention, gated  # noqa: F401
+from .prefix import Prefix, attention  # noqa: F401
 from .selective import of_head, own_change, own_layers  # noqa: F401
 
 

@@ -144,13 +144,13 @@ class Bench:
         self,
         model: nn.Module,
         expected: torch.Tensor,
-        told: str,
+        headline: str,
         *facts: str,
         tolerance: float = 0.0,
     ) -> None:
-        """Raise MethodError, `told` and `facts`, unless the model gives the expected logits."""
+        """Raise MethodError, `headline` and `facts`, unless the model gives the expected logits."""
         if not (off := _off(self.logits(model), expected)) <= tolerance:
-            raise MethodError(f"{told} (logits are off by {off:.2g})", *facts)
+            raise MethodError(f"{headline} (logits are off by {off:.2g})", *facts)
 
     def loss(self, model: nn.Module) -> torch.Tensor:
         """Return the loss in train mode, drawn from the same random numbers each time."""
@@ -333,10 +333,10 @@ def _as_designed(method: Method, bench: Bench) -> str:
     """Check that its formula gives the change that the model computes, for all its fields."""
     cls = type(method)
     if vars(cls).get("design") is None:
-        told = "Write design = Design(form, insertion, modified, composition, delta=...)."
+        hint = "Write design = Design(form, insertion, modified, composition, delta=...)."
         if cls.design is not None:
-            told = f"The design of its parent class does not count. {told}"
-        raise MethodError("it has no design", told)
+            hint = f"The design of its parent class does not count. {hint}"
+        raise MethodError("it has no design", hint)
     for design in designs_of(cls):
         # Not by isinstance: the lesson's own Design is another class than the package's.
         if not all(hasattr(design, f.name) for f in dataclasses.fields(Design)):
@@ -355,7 +355,7 @@ def _as_designed(method: Method, bench: Bench) -> str:
         )
     if cause:
         raise MethodError(f"the design's formula is off by {off:.2g} of what running gives", cause)
-    told = []
+    settings = []
     for name, value, changed in _variants(method, bench):
         other, cause, _ = _compared(changed, bench)
         if cause:
@@ -364,9 +364,9 @@ def _as_designed(method: Method, bench: Bench) -> str:
                 f"{name}={value!r} it is off by {other:.2g} of the change",
                 f"Is {name!r} missing in delta?",
             )
-        told.append(f"{name}={value!r}")
+        settings.append(f"{name}={value!r}")
         off = max(off, other)
-    also = f", and with {', '.join(told)}" if told else ""
+    also = f", and with {', '.join(settings)}" if settings else ""
     return f"Δh by the formula is what the model computes (gap {off:.0e}) at {places} places{also}"
 
 
@@ -404,8 +404,8 @@ def _refuse_words(design: Design, site: Site) -> None:
     """Refuse an insertion that says parallel where a formula reads h alone, or the reverse."""
 
     def reads(name: str) -> bool:
-        given = getattr(site, name)
-        other = dataclasses.replace(site, **{name: given + torch.randn_like(given)})
+        values = getattr(site, name)
+        other = dataclasses.replace(site, **{name: values + torch.randn_like(values)})
         return not torch.equal(design.delta(other), design.delta(site))
 
     x, h = reads("x"), reads("h")
@@ -432,19 +432,19 @@ def _formula_cause(
     def close(a: torch.Tensor, b: torch.Tensor) -> bool:
         return bool((a - b).abs().max() <= _EXACT * b.abs().max())
 
-    ran, told = flat([s.new - s.h for s in sites]), flat([delta(s) for s in sites])
+    ran, formula = flat([s.new - s.h for s in sites]), flat([delta(s) for s in sites])
     if not ran.any():
         return "Running changes no state at these places: does it modify others?"
-    if close(told, flat([s.new for s in sites])):
-        whole = "delta gives the new state h + Δh: it must give the change alone."
+    if close(formula, flat([s.new for s in sites])):
+        state = "delta gives the new state h + Δh: it must give the change alone."
         alone = "forward returns the change alone: add h, which is self.base(x)."
         if all(close(site.new, site.h) for site in start):
-            return whole[0].upper() + whole[1:]
+            return state[0].upper() + state[1:]
         if not any(site.new.any() for site in start):
             return alone[0].upper() + alone[1:]
-        return f"Either {whole.rstrip('.')}; or {alone}"
-    factor = (told @ ran) / (ran @ ran)
-    if factor and close(told, factor * ran):
+        return f"Either {state.rstrip('.')}; or {alone}"
+    factor = (formula @ ran) / (ran @ ran)
+    if factor and close(formula, factor * ran):
         if abs(factor + 1) < _EXACT:
             return "Its sign is reversed."
         times = f"It is {number(factor)} times what running gives, everywhere"
@@ -456,7 +456,7 @@ def _formula_cause(
     rest = [delta(s) - (s.new - s.h) for s in sites]
     if all(close(r, r.flatten(0, -2)[0].expand_as(r)) for r in rest):
         return "It is off by the same vector for every token: is a bias missing, or added twice?"
-    largest = [number(t.abs().max()) for t in (told, ran)]
+    largest = [number(t.abs().max()) for t in (formula, ran)]
     return f"The largest entry is {largest[0]} by the formula and {largest[1]} in the model."
 
 
@@ -553,9 +553,9 @@ def _refuse_unreached(seen: dict[str, bool | None], starts: dict[str, bool], ste
 
 def _as_set(method: Method, bench: Bench) -> str:
     """Check that each field that the class itself declares has an effect."""
-    own, tried = get_annotations(type(method)), []
+    declared, tried = get_annotations(type(method)), []
     for name, value, changed in _variants(method, bench):
-        if name not in own:
+        if name not in declared:
             continue
         tried.append(name)
         both = zip(_seen(method, bench), _seen(changed, bench), strict=True)
@@ -564,11 +564,13 @@ def _as_set(method: Method, bench: Bench) -> str:
                 f"{name!r} has no effect: with {name}={value!r} it computes and learns the same",
                 "Use it, or leave the field out.",
             )
-    left = [f.name for f in dataclasses.fields(method) if f.name in own and f.name not in tried]
+    left = [
+        f.name for f in dataclasses.fields(method) if f.name in declared and f.name not in tried
+    ]
     if not bench.fields or not (tried or left):
         return "no other value of a field is tried"
-    told = [f"another {' or '.join(tried)} has an effect"] if tried else []
-    return "; ".join(told + [f"no other {name} is tried" for name in left])
+    facts = [f"another {' or '.join(tried)} has an effect"] if tried else []
+    return "; ".join(facts + [f"no other {name} is tried" for name in left])
 
 
 def _shapes(method: Method, bench: Bench, base: nn.Module | None = None) -> list:
@@ -615,7 +617,7 @@ def _as_saved(method: Method, bench: Bench) -> str:
 
 def _refuse_file(method: Method, bench: Bench, because: tuple[str, Any] | None = None) -> None:
     model = bench.perturbed(method, head=True)
-    expected, loaded, told = bench.logits(model), bench.model(), ""
+    expected, loaded, problem = bench.logits(model), bench.model(), ""
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_adapter(model, folder)
@@ -628,26 +630,26 @@ def _refuse_file(method: Method, bench: Bench, because: tuple[str, Any] | None =
         try:
             load_adapter(loaded, folder)
         except Exception as error:
-            told = f"load_adapter raised {summary(error)}."
+            problem = f"load_adapter raised {summary(error)}."
         else:
             off = _off(bench.logits(loaded), expected)
             if off > bench.rounding * expected.abs().max():
-                told = f"The logits are off by {off:.2g} once it is loaded."
-        if told:
-            raise MethodError(_file_cause(method, injection_of(model), because), told)
+                problem = f"The logits are off by {off:.2g} once it is loaded."
+        if problem:
+            raise MethodError(_file_cause(method, injection_of(model), because), problem)
         if bench.loaded is not None and because is None:
             _refuse_other_file(bench.loaded, loaded, Path(folder))
 
 
 def _refuse_other_file(expected: Method, loaded: nn.Module, folder: Path) -> None:
     """Refuse a file that gives another method, or that differs once it is saved again."""
-    found = injection_of(loaded).method
+    method = injection_of(loaded).method
     for name in expected.names_modules:
         if getattr(expected, name, None) == "all-linear":  # its file holds the names
-            named = getattr(found, name, None)
+            named = getattr(method, name, None)
             expected = dataclasses.replace(expected, **{name: named})
-    if found != expected:
-        raise MethodError(f"loaded it is {found!r}, expected {expected!r}")
+    if method != expected:
+        raise MethodError(f"loaded it is {method!r}, expected {expected!r}")
     again = save_adapter(loaded, folder / "again")
     (config, tensors, header), other = read_adapter(folder), read_adapter(again)
     same = (config, header, tensors.keys()) == (other[0], other[2], other[1].keys())
@@ -713,12 +715,12 @@ def _as_merged(method: Method, bench: Bench) -> str:
         unmerge(model)
     except TypeError as error:
         raise MethodError("it can be merged but not unmerged", f"{summary(error)}.") from None
-    told = "merged and unmerged, the base is not what it was"
+    headline = "merged and unmerged, the base is not what it was"
     hint = "unmerged_tensors must be the inverse of merged_tensors, for weight and bias."
-    bench.require(model, expected, told, hint, tolerance=tolerance)
+    bench.require(model, expected, headline, hint, tolerance=tolerance)
     merge(model)
-    told = "merged and unloaded, the base computes something else"
-    bench.require(unload(model), expected, told, tolerance=tolerance)
+    headline = "merged and unloaded, the base computes something else"
+    bench.require(unload(model), expected, headline, tolerance=tolerance)
     return "it merges, and can be taken out again"
 
 
@@ -778,8 +780,8 @@ def _as_copied(method: Method, bench: Bench) -> str:
             "A hook gets the model as its argument: read your module from there.",
         )
     unload(twin)
-    told = "taken out of a deep copy, it is out of the model itself as well"
-    bench.require(model, expected, told)
+    headline = "taken out of a deep copy, it is out of the model itself as well"
+    bench.require(model, expected, headline)
     return "a deep copy is independent"
 
 
@@ -809,17 +811,17 @@ def _as_cast(method: Method, bench: Bench) -> str:
         # Layer after layer rounds to a unit in the last place.
         tolerance = 64 * torch.finfo(dtype).eps * expected.abs().max()
         if bench.keeps_base:
-            told = f"on a {dtype} base it computes something else than in 64 bits"
-            bench.require(model, expected, told, tolerance=tolerance)
-        told = f"merged or unmerged in {dtype}, it computes something else"
+            headline = f"on a {dtype} base it computes something else than in 64 bits"
+            bench.require(model, expected, headline, tolerance=tolerance)
+        headline = f"merged or unmerged in {dtype}, it computes something else"
         hint = "Make parameters in the base's dtype: inject lifts those of 16 bits to 32."
         try:
             merge(model)
         except TypeError:
             continue
-        bench.require(model, logits, told, hint, tolerance=tolerance)
+        bench.require(model, logits, headline, hint, tolerance=tolerance)
         unmerge(model)
-        bench.require(model, logits, told, hint, tolerance=tolerance)
+        bench.require(model, logits, headline, hint, tolerance=tolerance)
     return "it computes, learns and merges in 16 and 64 bits"
 
 
@@ -870,11 +872,11 @@ def _as_exchanged(method: Method, bench: Bench) -> str:
     """Check that PEFT reads its files, and that it reads PEFT's."""
     if bench.peft is None:
         return "files are not compared with PEFT"
-    with _readable(method, bench), warnings.catch_warnings(record=True) as said:
+    with _readable(method, bench), warnings.catch_warnings(record=True) as caught:
         (row,) = interoperability({"": bench.base}, {"": (method, bench.peft)})
-    told = [str(w.message) for w in said]
-    if told := [text for text in told if not any(known in text for known in _NOT_OF_FILES)]:
-        raise MethodError(f"PEFT warns of its files: {told[0].splitlines()[0]}")
+    messages = [str(w.message) for w in caught]
+    if messages := [text for text in messages if not any(known in text for known in _NOT_OF_FILES)]:
+        raise MethodError(f"PEFT warns of its files: {messages[0].splitlines()[0]}")
     if row["refused"] or row["effect"] < 0.01:
         raise MethodError(f"nothing is exchanged with PEFT: {row['refused'] or 'no effect'}")
     for way in ("ours → PEFT", "PEFT → ours"):

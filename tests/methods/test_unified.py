@@ -35,6 +35,7 @@ from peft_lessons import (
     check,
     fit,
     inject,
+    merge,
 )
 from peft_lessons.engine import (
     AdapterLayer,
@@ -94,6 +95,19 @@ def test_every_method_of_the_course_is_its_formula(kind):
     told = inject(model, designs[0].example or kind())
     head = sum(p.numel() for p in model.classifier.parameters())
     assert rows[0]["trainable"] == told.trainable - head
+
+
+@pytest.mark.parametrize("kind", COURSE, ids=lambda kind: kind.__name__)
+def test_merged_it_adds_nothing_in_training_either(kind):
+    model = bert()
+    inject(model, designs_of(kind)[0].example or kind())
+    try:
+        merge(perturb(model).train())
+    except TypeError:  # no weight computes it
+        return
+    for wrapper in injection_of(model).wrappers.values():
+        x = torch.randn(3, wrapper.base.weight.shape[1])
+        assert torch.equal(wrapper(x), wrapper.base(x))
 
 
 def test_the_table_has_a_row_for_each_design_and_is_computed():
