@@ -400,6 +400,14 @@ def test_a_sparse_mask_that_does_not_fit_is_refused(fields, told):
         inject(model, SparseTuning(**fields))
 
 
+@SPARSE
+def test_the_positions_lie_on_the_device_of_the_weight(positions):
+    with torch.device("meta"):
+        model = tiny_llama()
+    inject(model, SparseTuning(2, positions))
+    assert all(wrapper.indices.is_meta for wrapper in layers(model).values())
+
+
 def test_a_file_of_peft_s_that_names_no_seed_opens(tmp_path):
     config = peft.ShiraConfig(r=2, target_modules=["q_proj"], init_weights=False)
     theirs = peft.get_peft_model(tiny_llama(), config).eval()
