@@ -146,5 +146,5 @@ def refuse_entries(owner: str, good: torch.Tensor, value: torch.Tensor, message:
     wrong = (~good).nonzero().tolist()
     at = wrong[0][0] if value.dim() == 1 else wrong[0]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    shown = message.format(at=at, value=value[tuple(wrong[0])].item(), more=more)
-    raise ValueError(f"{owner}: {shown}")
+    sentence = message.format(at=at, value=value[tuple(wrong[0])].item(), more=more)
+    raise ValueError(f"{owner}: {sentence}")

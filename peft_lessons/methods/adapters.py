@@ -168,7 +168,7 @@ def last_linear(path: str, layer: nn.Module) -> nn.Module | None:
 def places(model: nn.Module, kind: str) -> dict[str, nn.Module]:
     """Return {path: module} of all modules to wrap for adapters of a kind, block by block.
     ValueError for an OPT block with post-norm."""
-    found = {}
+    modules = {}
     for path, block in model.named_modules():
         if type(block).__name__ in LAYOUTS:
             attention, feed_forward, norm = LAYOUTS[type(block).__name__]
@@ -179,8 +179,8 @@ def places(model: nn.Module, kind: str) -> dict[str, nn.Module]:
                 )
             wanted = (attention, feed_forward) if kind == "houlsby" else (norm, feed_forward)
             inside = f"{path}." if path else ""  # the model may be one block
-            found |= {inside + n: block.get_submodule(n) for n in wanted if n}
-    return found
+            modules |= {inside + n: block.get_submodule(n) for n in wanted if n}
+    return modules
 
 
 def refuse_width(owner: str, linear: nn.Module, width: int) -> None:
@@ -279,9 +279,9 @@ class BottleneckAdapter(Method):
     )
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
-        if not (found := places(model, self.kind)):
+        if not (modules := places(model, self.kind)):
             raise ValueError(f"the model has no block whose places are known: {', '.join(LAYOUTS)}")
-        return found
+        return modules
 
     def check(self, path: str, layer: nn.Module) -> None:
         if linear := last_linear(path, layer):

@@ -175,9 +175,9 @@ class IA3(Method):
             require_among(self.targets, self.feedforward, "feedforward")
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
-        found = super().find(model)
-        require_among(found, self.feedforward, "feedforward")
-        return found
+        targets = super().find(model)
+        require_among(targets, self.feedforward, "feedforward")
+        return targets
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithIA3:
         return LinearWithIA3(layer, feedforward=matches(path, self.feedforward))

@@ -303,14 +303,14 @@ def from_sparse(cls: type[Method], config: dict, tensors: dict) -> tuple[Method,
     for indices that are repeated or out of range."""
     dense = dict(tensors)
     for stem, shape in config["shapes"].items():
-        indices, found = dense.pop(f"{stem}.indices"), dense.pop(f"{stem}.values")  # (kept)
+        indices, values = dense.pop(f"{stem}.indices"), dense.pop(f"{stem}.values")  # (kept)
         size = torch.Size(shape).numel()
-        if len(indices) != len(found) or len(indices.unique()) != len(indices):
+        if len(indices) != len(values) or len(indices.unique()) != len(indices):
             raise ValueError(f"{stem}: each value needs an index of its own")
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
             raise ValueError(f"{stem}: indices lie outside 0 to {size - 1}")
-        w, mask = torch.zeros(size, dtype=found.dtype), torch.zeros(size, dtype=torch.bool)
-        w[indices.long()], mask[indices.long()] = found, True
+        w, mask = torch.zeros(size, dtype=values.dtype), torch.zeros(size, dtype=torch.bool)
+        w[indices.long()], mask[indices.long()] = values, True
         dense |= {f"{stem}.w": w.view(shape), f"{stem}.mask": mask.view(shape)}
     return cls(**cls.files.settings(config), gates=False), dense
 

@@ -82,14 +82,14 @@ def row_of(design: Design, method: Method, model: nn.Module, batch: Mapping) -> 
     sites, the trainable parameters outside a head, and the `gap`."""
     changed = perturbed(model, method)
     injection, sites = injection_of(changed), design.sites(changed, batch)
-    own = [
+    trainable = [
         p
         for name, p in changed.named_parameters()
         if p.requires_grad and not of_head(name, injection)
     ]
     return {choice: getattr(design, choice) for choice in CHOICES} | {
         "places": len(sites),
-        "trainable": sum(p.numel() for p in own),
+        "trainable": sum(p.numel() for p in trainable),
         "gap": gap(sites, design.delta) if sites else None,
     }
 

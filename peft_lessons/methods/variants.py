@@ -258,10 +258,10 @@ def shared_once(method: Method, entries: dict, tensors: dict) -> tuple[dict, dic
 def shared_by_all(cls: type[Method], config: dict, tensors: dict) -> tuple[Method, dict]:
     """Return the method, and the tensors with A and B in each layer that has a λ_b."""
     pair = {name: tensors[f"base_model.{name}"] for name in SHARED}
-    own = {key: tensor for key, tensor in tensors.items() if not key.endswith(SHARED)}
-    paths = [key.removesuffix("vera_lambda_b") for key in own if key.endswith("vera_lambda_b")]
+    rest = {key: tensor for key, tensor in tensors.items() if not key.endswith(SHARED)}
+    paths = [key.removesuffix("vera_lambda_b") for key in rest if key.endswith("vera_lambda_b")]
     copies = {path + name: pair[name] for path in paths for name in SHARED}
-    return cls(**cls.files.settings(config)), own | copies
+    return cls(**cls.files.settings(config)), rest | copies
 
 
 def through_projections(site: Site) -> torch.Tensor:
@@ -397,8 +397,8 @@ def with_version(method: Method, entries: dict, tensors: dict) -> tuple[dict, di
 
 def of_this_version(cls: type[Method], config: dict, tensors: dict) -> tuple[Method, dict]:
     """Return the method and the tensors. ValueError for the other series of older versions."""
-    found = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
-    old = found is None or tuple(map(int, found.groups())) < (0, 18)
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+    old = version is None or tuple(map(int, version.groups())) < (0, 18)
     if config.get("use_cayley_neumann", True) and old:
         raise ValueError("PEFT before 0.18 had another series for R: train it anew")
     return cls(**cls.files.settings(config)), tensors
