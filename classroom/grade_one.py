@@ -18,7 +18,6 @@ import builtins
 import ctypes
 import hashlib
 import json
-import linecache
 import os
 import re
 import signal
@@ -30,7 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 try:
@@ -184,16 +183,14 @@ def has_landlock() -> bool:
     return False
 
 
-def hidden(module: str, variant: int = 0) -> ModuleType:
+def hidden(module: str, variant: int = 0) -> SimpleNamespace:
     """Return a lesson's module of checks, which draw the inputs of a variant. By its name, and by
     those of all checks, a notebook finds only what does nothing."""
     package = import_module("peft_lessons")
-    import_module("peft_lessons.checks.kit").draw_variant(variant)
-    course = getattr(package.check, module)
+    draw_variant = import_module("peft_lessons.checks.kit").draw_variant
+    course = draw_variant(getattr(package.check, module), variant)
     nothing = MagicMock()
     sys.modules.update({name: nothing for name in sys.modules if name.startswith(CHECKS)})
-    for file in [file for file in linecache.cache if file.startswith("<")]:
-        del linecache.cache[file]  # the sources of wrong answers, and of right ones
     package.check = package.checks = nothing
     return course
 

@@ -189,7 +189,7 @@ classroom/submissions.py: submissions
     if len(by_id) == 1 else None → if len(by_id) == 1 else people[0]
     if len(owners) > 1} → if len(owners) > 9}
 classroom/grade_one.py: grade
-    .draw_variant(variant) → .draw_variant(0)
+    getattr(package.check, module), variant) → getattr(package.check, module), 0)
     with suppress(ValueError, OSError, AttributeError): → if True:
     class TimedOut(BaseException): → class TimedOut(Exception):
     package.check = package.checks = nothing → pass
@@ -201,7 +201,7 @@ peft_lessons/checks/kit.py: kit
     return 0.75 → return 1.0
     len(shares) * (1.0 if self.staged else 0.5) → len(shares)
     return sum(agree) / len(expected) if → return 0.0 if
-    len(self.facts) / len(self.trials) / 2 → 0.0
+    return passed / len(self.trials) / 2 → return 0.0
 """)
 
 

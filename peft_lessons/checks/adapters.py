@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from ..methods.adapters import Adapter, Bottleneck
-from .kit import Case, check_for, gradients_of
+from .calls import gradients_of
+from .kit import Case, check_for
 from .mistakes import mistakes
 
 # ------------------------------------------------------------------ adapter_forward

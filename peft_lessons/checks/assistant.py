@@ -13,7 +13,7 @@ from ..data.base_models import load_tokenizer
 from ..engine import inject
 from ..methods.lora import LoRA
 from ..testing.tiny import perturb, tiny_llama
-from .kit import Case, Check, check_for, gradients_of
+from .kit import Case, check_for
 from .mistakes import mistakes
 
 # ------------------------------------------------------------------ answer_labels
@@ -285,41 +285,25 @@ def _step(*faults: str) -> Callable:
     return preference_step
 
 
-class _Hunt(Check):
-    """Compare the loss and its gradients for the adapter with those of each set of faults.
-
-    With the adapter on in the reference the loss is log 2 whatever else is wrong: only the
-    gradients tell the faults apart."""
-
-    lead = "Still wrong"
-
-    def credit(self, function: Callable) -> float:
-        """Return the share of the faults that are mended."""
-        told = " ".join(self._likely(function, 0))
-        left = [fault for fault in _FAULTS if fault in told]
-        return 1 - len(left) / len(_FAULTS) if left else 0.0
-
-    def _likely(self, function, number, gradients=True):
-        return super()._likely(function, number, gradients=True)
-
-    def _gradients(self, function, number):
-        args = self._arguments(number)
-        wanted = [p for p in args[0].parameters() if p.requires_grad]
-        return {"model": gradients_of(function(*args), wanted)}
+_QUESTIONS = [
+    ("What is a lantern?", "A lamp in a case.", "Well, let me think about that word.", 0.3),
+    ("Name a colour.", "I would be very happy to name one: green.", "Green.", 0.1),
+]
 
 
-def _hunted(reference: Callable) -> Check:
-    questions = [
-        ("What is a lantern?", "A lamp in a case.", "Well, let me think about that word.", 0.3),
-        ("Name a colour.", "I would be very happy to name one: green.", "Green.", 0.1),
-    ]
-    cases = [Case(lambda q=q: _pair(*q)) for q in questions]
-    sets = [faults for n in (1, 2, 3, 4) for faults in combinations(_FAULTS, n)]
-    causes = {"; ".join(faults): _step(*faults) for faults in sets}
-    return _Hunt(reference, cases, causes, returns="the loss", gradients=("model",))
-
-
-@_hunted
+# With the adapter on in the reference the loss is log 2 whatever else is wrong: only the gradients
+# tell the faults apart.
+@check_for(
+    cases=[Case(lambda question=question: _pair(*question)) for question in _QUESTIONS],
+    causes={
+        "; ".join(faults): _step(*faults)
+        for n in (1, 2, 3, 4)
+        for faults in combinations(_FAULTS, n)
+    },
+    bugs=_FAULTS,
+    returns="the loss",
+    gradients=("model",),
+)
 def preference_step(model, tokenizer, pair, beta):
     """The loss of a pair, and its gradients for the adapter alone."""
     return _step()(model, tokenizer, pair, beta)

@@ -2,34 +2,18 @@
 
 import math
 import statistics
-import traceback
 from collections.abc import Callable
-from typing import Any
 
 from ..studies import student_t
 from .compare import difference
-from .kit import Case, Check, WrongAnswer, outcome, refused
+from .kit import Case, check_for, refused
 from .mistakes import mistakes
-
-
-class _AnyForm(Check):
-    """Accept an array or a tensor of the right numbers for a list or a tuple of them."""
-
-    def __init__(self, reference: Callable, **settings: Any) -> None:
-        super().__init__(reference, **settings)
-        self.form = "any"
-
-
-def _check_by(kind: type[Check], **settings: Any) -> Callable[[Callable], Check]:
-    """Return a decorator that turns a reference function into a check of this kind."""
-    return lambda reference: kind(reference, **settings)
-
 
 # ------------------------------------------------------------------ pareto_front
 
 
-@_check_by(
-    _AnyForm,
+@check_for(
+    form="any",
     cases=[
         Case(lambda: [[3.0, 1.0, 2.0, 4.0, 2.5], [80.0, 70.0, 79.0, 78.0, 75.0]]),
         Case(lambda: [[5, 2, 9, 4], [0.90, 0.70, 0.91, 0.89]], note="none dominates another"),
@@ -140,32 +124,28 @@ def _bytes(n_params, n_trainable, bits):
     return (n_params - n_trainable) * _BITS[bits] / 8, 16 * n_trainable
 
 
-class _Fits(Check):
-    """Show the bytes of a case: True or False alone says little."""
-
-    def _described(self, number: int) -> str:
-        n_params, n_trainable, gpu_gb, bits = self._arguments(number)
-        sizes = [*_bytes(n_params, n_trainable, bits), 7 / 8 * gpu_gb * _GB]
-        need, room = sum(sizes[:2]), sizes[2]
-        if abs(need - room) < 2**-10 * _GB:
-            frozen, trained, room = (f"{size:,.0f} bytes" for size in sizes)
-        else:
-            frozen, trained, room = (f"{size / _GB:.3f} GiB" for size in sizes)
-        note = self.cases[number].note
-        return (
-            f"n_params={n_params:_}, n_trainable={n_trainable:_}, gpu_gb={gpu_gb:.6g}, bits={bits}"
-            + (f" ({note})" if note else "")
-            + f". The frozen weights take {frozen} and the trainable parameters {trained}; seven "
-            f"eighths of the GPU are {room}"
-        )
+def _with_bytes(note, n_params, n_trainable, gpu_gb, bits):
+    """Describe a call with its bytes: True or False alone says little."""
+    sizes = [*_bytes(n_params, n_trainable, bits), 7 / 8 * gpu_gb * _GB]
+    need, room = sum(sizes[:2]), sizes[2]
+    if abs(need - room) < 2**-10 * _GB:
+        frozen, trained, room = (f"{size:,.0f} bytes" for size in sizes)
+    else:
+        frozen, trained, room = (f"{size / _GB:.3f} GiB" for size in sizes)
+    return (
+        f"n_params={n_params:_}, n_trainable={n_trainable:_}, gpu_gb={gpu_gb:.6g}, bits={bits}"
+        + (f" ({note})" if note else "")
+        + f". The frozen weights take {frozen} and the trainable parameters {trained}; seven "
+        f"eighths of the GPU are {room}"
+    )
 
 
 def _threshold(n_trainable, gpu_gb, bits, note="", n_params=70_000_000_000):
     return Case(lambda: [n_params, n_trainable, gpu_gb, bits], note=note)
 
 
-@_check_by(
-    _Fits,
+@check_for(
+    describe=_with_bytes,
     cases=[
         (_N, _T, 24, 16),
         (_N, _T, 12, 16),
@@ -285,8 +265,8 @@ def fits(n_params, n_trainable, gpu_gb, bits):
 _SEEDS = "a and b rise and fall together from seed to seed"
 
 
-@_check_by(
-    _AnyForm,
+@check_for(
+    form="any",
     cases=[
         Case(lambda: [[84.7, 85.6, 83.9], [84.1, 84.8, 83.4]], note=_SEEDS),
         Case(lambda: [[0.81, 0.79, 0.84, 0.80, 0.86], [0.83, 0.78, 0.83, 0.84, 0.85]]),
@@ -413,47 +393,25 @@ def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
     return Case(lambda: _situation(gpu_gb, seeds, noise, **given), note=note)
 
 
-class _Choice(_AnyForm):
-    """Check a choice, which may call the learner's `paired_difference`."""
+def _with_means(note, needs, gpu_gb, scores):
+    means = ", ".join(f"{name} {statistics.fmean(values):.4g}" for name, values in scores.items())
+    described = f"needs={needs!r}, gpu_gb={gpu_gb}, scores with the means {means}"
+    return described + (f" ({note})" if note else "")
 
-    def _described(self, number: int) -> str:
-        needs, gpu_gb, scores = self._arguments(number)
-        means = ", ".join(f"{name} {statistics.fmean(given):.4g}" for name, given in scores.items())
-        note = self.cases[number].note
-        told = f"needs={needs!r}, gpu_gb={gpu_gb}, scores with the means {means}"
-        return told + (f" ({note})" if note else "")
 
-    def _check_case(self, function: Callable, number: int) -> bool:
-        __tracebackhide__ = True
-        written = super()._check_case(function, number)
-        if not written:
-            _, error = outcome(function, self._arguments(number))
-            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-            name = frame.f_code.co_name
-            if name == paired_difference.__name__:
-                raise WrongAnswer(
-                    f"{self.__name__}: your {name} is not written yet.",
-                    "Write exercise 13.2 first, or compute the interval here.",
-                ) from error
-            if name != self.__name__:
-                raise WrongAnswer(
-                    f"{self.__name__}: {name}, which your answer calls, is not written yet."
-                ) from error
-        return written
+_TOLERANCE = 1e-3
 
-    def _likely(self, function: Callable, number: int, gradients: bool = False) -> list[str]:
-        if told := super()._likely(function, number, gradients):
-            return told
-        got, _ = outcome(function, self._arguments(number))
-        expected = self.reference(*self._arguments(number))["behind"]
-        behind = got.get("behind") if isinstance(got, dict) else None
 
-        def off(values: bool) -> str | None:
-            return difference(behind, expected, "", self.tolerance, values, form="any")
+def _of_the_intervals(got, expected):
+    """Ask for exercise 13.2 where the values of `behind` are wrong."""
+    behind = got.get("behind") if isinstance(got, dict) else None
 
-        if off(values=False) or not off(values=True):
-            return []
-        return ["Does your paired_difference pass its check in exercise 13.2?"]
+    def off(values: bool) -> str | None:
+        return difference(behind, expected["behind"], "", _TOLERANCE, values, form="any")
+
+    if off(values=False) or not off(values=True):
+        return None
+    return "Does your paired_difference pass its check in exercise 13.2?"
 
 
 def _in_order(answer: dict) -> dict:
@@ -462,8 +420,11 @@ def _in_order(answer: dict) -> dict:
     return first | dict(answer)
 
 
-@_check_by(
-    _Choice,
+@check_for(
+    form="any",
+    calls={"paired_difference": "Write exercise 13.2 first, or compute the interval here."},
+    describe=_with_means,
+    hint=_of_the_intervals,
     cases=[
         *(_called(_EIGHT_BILLION, gpu, noise=0.2) for gpu in (24, 160, 16, 8, 20.7, 19.5)),
         _called(_THREE_BILLION, 80, noise=0.2),
@@ -479,7 +440,7 @@ def _in_order(answer: dict) -> dict:
     returns="the answer",
     view=_in_order,
     staged=True,
-    tolerance=1e-3,
+    tolerance=_TOLERANCE,
     causes=mistakes(
         """
         def defend_choice(needs, gpu_gb, scores):

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from .kit import Case, Forbid, check_for, gradients_of
+from .calls import gradients_of
+from .kit import Case, Forbid, check_for
 from .mistakes import mistakes, scaling_mistakes
 
 
@@ -128,7 +129,7 @@ def _adapted(shape, out, in_, rank, alpha, bias=True, trained=True, dtype=torch.
             c = magnitude / norm
             return c * (base + branch) + b
         """,
-        f"""
+        """
         the bias is rescaled too: it is added as it is
             (base + branch) + b → (base + branch + b)
         the bias is left out
@@ -139,7 +140,9 @@ def _adapted(shape, out, in_, rank, alpha, bias=True, trained=True, dtype=torch.
             c * (base + branch) → c * base + branch
         the base is counted twice: add (c − 1)·(x Wᵀ) to base(x), not c·(x Wᵀ)
             c * (base + branch) → base + c * (base + branch)
-        {scaling_mistakes("alpha / r")}
+        """,
+        scaling_mistakes("alpha / r"),
+        """
         the scaling alpha / r is missing in the norm
             2 * s * → 2 *
             s**2 * → ∅

@@ -6,9 +6,8 @@ peft takes seconds to import, so it is imported where it is needed.
 import copy
 import re
 import tempfile
-import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from ..testing.wording import kind, summary
 from .compare import difference, few, state
-from .kit import Case, Check, Refused, Tried, Verdict
+from .kit import Case, Refused, check_for
 from .mistakes import mistakes
-
-
-class _Quiet(Check):
-    """Check without showing PEFT's warnings about the trials."""
-
-    def __call__(self, function: Callable) -> Verdict:
-        __tracebackhide__ = True
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return super().__call__(function)
-
-
-class _Tried(_Quiet, Tried):
-    """Check by trials, without PEFT's warnings."""
 
 
 def _called(function: Callable, *args: Any, told: str) -> Any:
@@ -235,12 +220,7 @@ def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: 
             raise Refused(f"in {path!r} {told}", names)
 
 
-@partial(
-    _Tried,
-    cases=[("lora", None)],
-    trials=dict.fromkeys([_fits("bert"), _fits("llama")], "your function"),
-    hints={},
-)
+@check_for(trials=dict.fromkeys([_fits("bert"), _fits("llama")], "your function"), quiet=True)
 def config_for(method, model):
     """Each config fits its model, and its method is applied to the right layers."""
 
@@ -288,26 +268,24 @@ def _to_serve(which: str, adapters: list[str | None]) -> list[Any]:
     return [model, inputs, adapters]
 
 
-class _Served(_Quiet):
+def _served_afterwards(model, inputs, adapters):
     """Ask of the model only that the same adapter is active as before."""
-
-    def _check_arguments(self, args, function, number, changes, refuse) -> None:
-        __tracebackhide__ = True
-        if (active := args[0].active_adapters) != ["b"]:
-            refuse(f"the active adapter is {active} afterwards, and was ['b']")
-        if any(getattr(m, "_disable_adapters", False) for m in args[0].modules()):
-            refuse("the adapters are switched off afterwards: disable_adapter() is a context")
-        super()._check_arguments(args, function, number, changes, refuse)
+    if (active := model.active_adapters) != ["b"]:
+        return f"the active adapter is {active} afterwards, and was ['b']"
+    if any(getattr(m, "_disable_adapters", False) for m in model.modules()):
+        return "the adapters are switched off afterwards: disable_adapter() is a context"
+    return None
 
 
-@partial(
-    _Served,
+@check_for(
     cases=[
         Case(lambda: _to_serve("llama", ["b", "a", None, "a"]), note="two LoRAs; b is active"),
         Case(lambda: _to_serve("bert", ["a", None, "b"]), note="two heads; in train mode"),
     ],
     returns="logits",
     changes=("model",),
+    afterwards=_served_afterwards,
+    quiet=True,
     causes=mistakes(
         """
         def mixed_batch(model, inputs, adapters):
@@ -460,14 +438,13 @@ def _trains_both(function: Callable) -> str:
     return "three batches train the adapter and the head; path holds both"
 
 
-@partial(
-    _Tried,
-    cases=[(None, "adapter", [])],
+@check_for(
     trials=dict.fromkeys([_goes_on_from_the_file, _trains_both], "your function"),
     hints={
         "empty parameter list": f"Nothing trains: {_IS_TRAINABLE}.",
         "require grad": "Nothing trains in this forward: the adapter is frozen, or merged.",
     },
+    quiet=True,
 )
 def resume(base, path, data, lr=1e-2):
     """Training goes on from the file, with adapter and head, and the file holds both afterwards."""

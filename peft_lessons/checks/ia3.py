@@ -5,7 +5,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from .kit import Case, check_for, gradients_of
+from .calls import gradients_of
+from .kit import Case, check_for
 from .mistakes import mistakes
 
 # ------------------------------------------------------------------ ia3_sizes

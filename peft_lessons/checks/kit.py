@@ -1,44 +1,42 @@
 """Build checks from cases, a reference and named causes; a check has three outcomes.
 
-A check is a reference function under `@check_for`. The reference has the name and parameters of the
-exercise, and its docstring is the sentence shown for a right answer. Expected values come from the
-reference. A cause is a sentence with a wrong function, and is named only if that function returns
-the same as the learner's.
+A check is a reference under `@check_for`: a function or a class. The reference has the name and
+parameters of the exercise, and its docstring is the sentence shown for a right answer. Expected
+values come from the reference. A cause is a sentence with a wrong function, and is named only if
+that function returns the same as the learner's.
+
+An answer is called once per case. What may be wrong is then looked at in the order of `_LOOKS`.
+Where the results of an answer cannot be compared with those of a reference, trials judge it.
 """
 
-import dis
+import copy
 import html
 import inspect
-import linecache
 import os
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from numbers import Real
-from types import FrameType, TracebackType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..testing.wording import kind, summary
-from .compare import bare, difference, shown, state, tensors
-
-# The seed of calls, apart from the cases' own: a function that draws must not draw its arguments.
-_CALLS = 2**31 - 1
-
-# Added to the seeds of cases. Marking gives each student another, so that nobody's answer can be
-# fitted to the numbers that the check in the notebook shows.
-_variant = 0
-
-
-def draw_variant(number: int) -> None:
-    """Let the cases of all checks draw other random numbers: those of a variant, 0 as in a
-    notebook. What a case states in full stays as it is."""
-    global _variant
-    _variant = number
+from .calls import (
+    Watch,
+    function_of,
+    gradients_of,
+    is_stub,
+    leaves,
+    lines_of,
+    module_of,
+    outcome,
+    seeded,
+)
+from .compare import difference, shown, state
 
 
 class WrongAnswer(AssertionError):
@@ -103,7 +101,163 @@ class Forbid:
     sentence: str
 
 
+class Refused(Exception):
+    """Report a fault found by a trial, or by `adapt`: a headline, and facts."""
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
+
+
 class Check:
+    """Check an answer: return a verdict if it is right or not attempted, else raise WrongAnswer.
+
+    causes: {sentence: wrong function}, as `mistakes` makes them.
+    adapt: a function of the answer, whose result is checked in its place: it may make a function of
+        a class, or raise `Refused`. It gets the causes too.
+    quiet: whether warnings are hidden while the answer is checked.
+    verified: a function of the facts of a right answer, whose text the learner reads."""
+
+    def __init__(
+        self,
+        reference: Callable,
+        causes: Mapping[str, Callable] | None = None,
+        adapt: Callable[[Any], Any] = _as_it_is,
+        quiet: bool = False,
+        verified: Callable[[list[str]], str] | None = None,
+    ) -> None:
+        self.reference, self.causes = reference, {} if causes is None else causes
+        self.adapt, self.quiet, self.verified = adapt, quiet, verified or _verified
+        self.signature = inspect.signature(reference)
+        self.names = list(self.signature.parameters)
+        self.variant = 0
+        self.__name__, self.__doc__ = reference.__name__, inspect.getdoc(reference)
+
+    @property
+    def right(self) -> Callable | None:
+        """Return the right answer that the causes are edits of, where they are."""
+        return getattr(self.causes, "right", None)
+
+    def __call__(self, answer: Any) -> Verdict:
+        __tracebackhide__ = True
+        with _without_warnings() if self.quiet else nullcontext():
+            facts = list(self._facts(self._adapted(answer)))
+        if facts:
+            told = f"{self.__doc__} {self.verified(facts)}"
+            return Verdict("right", f"{self.__name__}: right.", told)
+        headline = f"{self.__name__}: not attempted yet."
+        todo = "Write the function, run its cell, then run this cell again."
+        if _strict():
+            raise WrongAnswer(headline, todo)
+        return Verdict("not attempted", headline, todo)
+
+    def of_variant(self, number: int) -> "Check":
+        """Return this check with cases that draw other random numbers."""
+        other = copy.copy(self)
+        other.variant = number
+        for cached in ("_right", "_causes"):
+            vars(other).pop(cached, None)
+        return other
+
+    def _adapted(self, answer: Any) -> Any:
+        __tracebackhide__ = True
+        try:
+            function = self.adapt(answer)
+        except Refused as refused:
+            raise self._wrong(*refused.args) from None
+        self._check_signature(function)
+        return function
+
+    def _wrong(self, headline: str, *facts: str) -> WrongAnswer:
+        return WrongAnswer(f"{self.__name__}: {_sentence(headline)}", *facts)
+
+    def _check_signature(self, function: Callable) -> None:
+        __tracebackhide__ = True
+        if not self.names:
+            return
+        if not callable(function):
+            raise self._wrong(f"pass the function itself, not {kind(function)}")
+        try:
+            given = inspect.signature(function)
+        except ValueError:  # some functions written in C have none
+            return
+        names = list(given.parameters)
+        try:
+            for count in {*self._counts(), len(self.names)}:
+                given.bind(*self.names[:count])
+            fits = names == self.names or sorted(names) != sorted(self.names)
+        except TypeError:
+            fits = False
+        if not fits:
+            wanted, yours = (_without_annotations(s) for s in (self.signature, given))
+            facts = f"Expected {self.__name__}{wanted}", f"Yours is {self.__name__}{yours}"
+            raise self._wrong("the parameters differ", *facts)
+
+    def _counts(self) -> set[int]:
+        """Return the numbers of arguments with which an answer is called."""
+        optional = [p.default is not p.empty for p in self.signature.parameters.values()]
+        return {len(self.names) - sum(optional)}
+
+    def _facts(self, function: Any) -> Iterator[str]:
+        """Yield what is right of an answer, nothing for a stub; raise WrongAnswer at a fault."""
+        raise NotImplementedError
+
+    def credit(self, answer: Any) -> float:
+        """Return the share of the exercise, below 1, that a wrong answer has earned."""
+        raise NotImplementedError
+
+
+class Tried(Check):
+    """Check an answer by trials: each trial gets it, and returns a sentence about what is right or
+    raises `Refused`. The reference has the exercise's name and parameters, and is not called.
+
+    trials: {trial: who raised it if it ends in another error}.
+    hints: {part of that error's message: its meaning here}."""
+
+    def __init__(
+        self,
+        reference: Callable,
+        trials: Mapping[Callable[[Any], str], str],
+        hints: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(reference, **settings)
+        self.trials, self.hints = trials, hints or {}
+
+    def credit(self, answer: Any) -> float:
+        """Return half of the share of trials that an answer passes before it fails."""
+        passed = 0
+        with suppress(WrongAnswer):
+            for _ in self._facts(answer):
+                passed += 1
+        return passed / len(self.trials) / 2
+
+    def _facts(self, function: Any) -> Iterator[str]:
+        __tracebackhide__ = True
+        module = module_of(function)
+        for number, (trial, who) in enumerate(self.trials.items()):
+            fact, error = outcome(trial, [function])
+            if number == 0 and is_stub(error, module):
+                return
+            if isinstance(error, Refused):
+                raise self._wrong(*error.args)
+            if error is not None:
+                told = [hint for text, hint in self.hints.items() if text in str(error)][:1]
+                facts = *getattr(error, "__notes__", []), *told, *lines_of(error, module)[-2:]
+                raise self._wrong(f"{who} raised {summary(error)}", *facts) from error
+            yield fact
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Describe what is wrong with a call. If nothing but `missing` is wrong, that is said first."""
+
+    problem: str
+    facts: Sequence[str] = ()
+    missing: str = ""
+
+
+class Compared(Check):
     """Call a learner's function on every case and compare it with the reference.
 
     returns: the name of the result, or of each part of a tuple.
@@ -112,287 +266,298 @@ class Check:
         those of the result.
     staged: whether the view is an ordered dict of parts, so that the first of several faults is
         named: a cause then agrees with the learner's function up to the first wrong part.
-    gradients: the arguments whose gradients must agree too.
+    gradients: the arguments whose gradients must agree too; of a module, its trainable parameters.
     forbid: shapes that must not be computed; the last sentence counts if a shape occurs twice.
     changes: the arguments that may be changed in place; if the reference returns one of them, the
         learner's function must return it too, and no copy.
-    exact_dtype: whether the dtype is the point, so that no other is accepted."""
-
-    lead = "Likely cause"  # of the sentence that names a cause
+    afterwards: a function of the arguments after the call that returns what is wrong with them.
+    form: which dtypes and types serve: the "same", a "wider" one or "any"; see `difference`.
+    describe: a function of a case's note and arguments that says how the answer was called.
+    hint: a function of the result and the expected one, whose sentence explains a wrong result
+        that no cause explains.
+    most_causes: how many causes are named together at most; more say nothing.
+    calls: {another exercise that an answer may call: what to do while it is not written}.
+    bugs: in a bug hunt, the faults of the code that the learner gets: each set of them is a cause,
+        which only results and gradients together tell apart."""
 
     def __init__(
         self,
         reference: Callable,
         cases: Sequence[Case | tuple],
-        causes: Mapping[str, Callable] | None = None,
         returns: str | tuple[str, ...] = "the result",
         view: Callable[[Any], Any] | None = None,
         staged: bool = False,
         gradients: tuple[str, ...] = (),
         forbid: Sequence[Forbid] = (),
         changes: tuple[str, ...] = (),
+        afterwards: Callable[..., str | None] | None = None,
         tolerance: float = 1e-5,
-        exact_dtype: bool = False,
+        form: str = "wider",
+        describe: Callable[..., str] | None = None,
+        hint: Callable[[Any, Any], str | None] | None = None,
+        most_causes: int | None = None,
+        calls: Mapping[str, str] | None = None,
+        bugs: Sequence[str] = (),
+        **settings: Any,
     ) -> None:
-        self.reference, self.returns, self.view = reference, returns, view
-        self.gradients, self.forbid, self.changes = gradients, forbid, changes
-        self.tolerance, self.staged = tolerance, staged
-        self.form = "same" if exact_dtype else "wider"
+        super().__init__(reference, **settings)
         self.cases = [c if isinstance(c, Case) else Case(lambda c=c: c) for c in cases]
-        self.signature = inspect.signature(reference)
-        self.names = list(self.signature.parameters)
-        self.causes = dict(causes or {})
-        # The right answer that the causes are edits of, where they are.
-        self.right = getattr(causes, "right", None)
-        # {variant: the runs of the reference and of the causes}, for the next wrong answer, too.
-        self._known: dict[int, tuple[_Runs, dict[str, _Runs]]] = {}
-        self.__name__, self.__doc__ = reference.__name__, inspect.getdoc(reference)
+        self.returns, self.view, self.staged = returns, view, staged
+        self.gradients, self.forbid, self.changes = gradients, forbid, changes
+        self.afterwards, self.tolerance, self.form = afterwards, tolerance, form
+        self.describe, self.hint, self.most_causes = describe or self._described, hint, most_causes
+        self.calls, self.bugs = calls or {}, bugs
 
-    def __call__(self, function: Callable) -> Verdict:
-        __tracebackhide__ = True
-        self._check_signature(function)
-        for number in range(len(self.cases)):
-            if not self._check_case(function, number):
-                headline = f"{self.__name__}: not attempted yet."
-                todo = "Write the function, run its cell, then run this cell again."
-                if _strict():
-                    raise WrongAnswer(headline, todo)
-                return Verdict("not attempted", headline, todo)
-        return Verdict("right", f"{self.__name__}: right.", f"{self.__doc__} {self._verified()}")
+    def arguments(self, number: int, function: Callable | None = None) -> list[Any]:
+        """Build the arguments of a case, after its earlier call of this function if it has one."""
+        case = self.cases[number]
+        with seeded(number + self.variant):
+            args = _unshared(case.make())
+            return list(case.earlier(function or self.reference, *args) if case.earlier else args)
 
-    def credit(self, function: Callable) -> float:
-        """Return the share of the exercise, below 1, that a wrong answer has earned.
+    def _counts(self) -> set[int]:
+        if all(p.default is p.empty for p in self.signature.parameters.values()):
+            return {len(self.names)}
+        return {len(self._right.call(number).args) for number in range(len(self.cases))}
 
-        Three quarters if the idea is right and something small is missing. Otherwise half of the
-        share of cases in which it is right; where the result has several parts, a case counts by
-        its parts that are right. Of a model with named parts they count in full."""
-        with suppress(Exception):
-            if self._numbers_agree(function):
-                return 0.75
-        shares = [self._share(function, number) for number in range(len(self.cases))]
-        return sum(shares) / len(shares) * (1.0 if self.staged else 0.5)
-
-    def _share(self, function: Callable, number: int) -> float:
-        """Return the share of a case that an answer gets right."""
-        with suppress(Exception):
-            return float(self._check_case(function, number))
-        with suppress(Exception):
-            if not self.cases[number].raises:
-                got, expected = (_Runs(self, f) for f in (function, self.reference))
-                side = "view" if self.view else "result"
-                got, expected = (_parts(getattr(r, side)(number)[0]) for r in (got, expected))
-                agree = [
-                    not difference(got[name], part, "", self.tolerance, form="any")
-                    for name, part in expected.items()
-                    if name in got
-                ]
-                return sum(agree) / len(expected) if len(expected) > 1 else 0.0
-        return 0.0
-
-    def _verified(self) -> str:
-        refusals = sum(bool(case.raises) for case in self.cases)
-        args = zip(self.names, self._arguments(0), strict=False)
-        kept = [n for n, arg in args if n not in self.changes and not isinstance(arg, Real)]
-        told = [
-            f"cases in which the result agrees: {len(self.cases) - refusals}",
-            f"bad calls that are refused and change nothing: {refusals}" if refusals else "",
-            f"gradients that agree: {', '.join(self.gradients)}" if self.gradients else "",
-            f"arguments left unchanged: {', '.join(kept)}" if kept else "",
-        ]
-        return f"Verified: {'; '.join(filter(None, told))}."
-
-    def _check_signature(self, function: Callable) -> None:
-        __tracebackhide__ = True
-        if not callable(function):
-            given = kind(function)
-            raise WrongAnswer(f"{self.__name__}: pass the function itself, not {given}.")
-        try:
-            given = inspect.signature(function)
-        except ValueError:  # some functions written in C have none
-            return
-        theirs = list(given.parameters)
-        try:
-            for count in self._counts:
-                given.bind(*self.names[:count])
-            given.bind(*self.names)
-            fits = theirs == self.names or sorted(theirs) != sorted(self.names)
-        except TypeError:
-            fits = False
-        if not fits:
-            wanted, yours = (_parameters(s) for s in (self.signature, given))
-            facts = f"Expected {self.__name__}{wanted}", f"Yours is {self.__name__}{yours}"
-            raise WrongAnswer(f"{self.__name__}: the parameters differ.", *facts)
+    # Each is run in a case at most once, for all answers.
+    @cached_property
+    def _right(self) -> "_Runs":
+        return _Runs(self, self.reference)
 
     @cached_property
-    def _counts(self) -> set[int]:
-        """Return the numbers of arguments of the cases, computed once: some build models."""
-        return {len(self._arguments(number)) for number in range(len(self.cases))}
+    def _causes(self) -> dict[str, "_Runs"]:
+        return {sentence: _Runs(self, self.adapt(f)) for sentence, f in self.causes.items()}
 
-    def _check_case(self, function: Callable, number: int) -> bool:
-        """Raise WrongAnswer for the first fault; return False if the answer is still the stub."""
+    def _facts(self, function: Callable) -> Iterator[str]:
         __tracebackhide__ = True
-        case, args = self.cases[number], self._arguments(number, function)
-        module = getattr(function, "__module__", None) or ""  # what C made may have none
-        watch = _Watch(self.forbid, args, module) if self.forbid else None
-        got, error = outcome(function, args, watch)
-        if number == 0 and is_stub(error, module):
+        yours = _Runs(self, function)
+        if self._is_stub(yours):
+            return
+        for number in range(len(self.cases)):
+            if fault := self._fault(yours, number):
+                raise self._refusal(fault, yours, number) from yours.call(number).error
+        refusals = sum(bool(case.raises) for case in self.cases)
+        args = zip(self.names, self._right.call(0).args, strict=False)
+        kept = [n for n, arg in args if n not in self.changes and not isinstance(arg, Real)]
+        yield f"cases in which the result agrees: {len(self.cases) - refusals}"
+        if refusals:
+            yield f"bad calls that are refused and change nothing: {refusals}"
+        if self.gradients:
+            yield f"gradients that agree: {', '.join(self.gradients)}"
+        if kept:
+            yield f"arguments left unchanged: {', '.join(kept)}"
+
+    def _is_stub(self, yours: "_Runs") -> bool:
+        __tracebackhide__ = True
+        error = yours.call(0).error
+        if not is_stub(error, yours.module):
             return False
-
-        def refuse(problem: str, *facts: str, missing: str = "") -> None:
-            """Raise WrongAnswer. With `missing`, first say if all numbers agree."""
-            __tracebackhide__ = True
-            told = f"Called with: {self._described(number)}"
-            problem += "" if problem.endswith(("?", "!")) else "."
-            if missing and self._numbers_agree(function):
-                facts = (told, *facts)
-                problem, told = f"The idea is right. Still missing: {missing}.", f"Here, {problem}"
-            raise WrongAnswer(f"{self.__name__}: {problem}", told, *facts) from error
-
-        wanted = " or ".join(e.__name__ for e in case.raises)
-        due = f", where {wanted} was expected" if wanted else ""
-        if error is not None and not isinstance(error, case.raises):
-            lines = own_lines(traceback.walk_tb(error.__traceback__), module)
-            missing = "the refusal of a bad call" if case.raises else ""
-            problem = f"your function raised {summary(error)}{due}"
-            refuse(problem, *lines[-4:], missing=missing)
-        if case.raises:
-            if error is None:
-                refuse(f"nothing was raised{due}", missing="the refusal of a bad call")
-            if case.mentions not in str(error):
-                problem = f"the message does not name {case.mentions!r}: {summary(error)}"
-                refuse(problem, missing="a name in the error's message")
-            self._check_arguments(args, function, number, (), refuse)
-            return True
-        own = self._arguments(number)
-        with _seeded(_CALLS):
-            expected = self.reference(*own)
-        problem = self._difference(got, expected)
-        if self.view and problem is None:
-            seen, unusable = outcome(self.view, [got])
-            if unusable:
-                lines = own_lines(traceback.walk_tb(unusable.__traceback__), module)[-2:]
-                facts = *lines, *self._likely(function, number)
-                refuse(f"the returned value cannot be used: {summary(unusable)}", *facts)
-            with _seeded(_CALLS):
-                problem = self._view_difference(seen, self.view(expected))
-        if problem:
-            missing = "the dtype" if " dtype " in problem else "the type"
-            refuse(problem, *self._likely(function, number), missing=missing)
-        if watch and watch.formed:
-            problem = f"a tensor of shape {watch.formed} is formed on the way"
-            missing = "a way without so large a tensor"
-            refuse(problem, watch.sentence, *watch.lines, missing=missing)
-        for name, arg, ours in zip(self.names, args, own, strict=False):
-            if name in self.changes and expected is ours and got is not arg:
-                problem = f"the result is not the argument {name} itself: change {name} in place"
-                refuse(problem, missing="the change in place")
-        # Before the gradients: autograd meets a change in place with a less telling error.
-        self._check_arguments(args, function, number, self.changes, refuse)
-        try:
-            runs = _Runs(self, function), _Runs(self, self.reference)
-            problem = self._gradient_difference(*runs, number)
-        except Exception as failed:
-            lines = own_lines(traceback.walk_tb(failed.__traceback__), module)
-            refuse(f"it fails when gradients are computed: {summary(failed)}", *lines[-4:])
-        if problem:
-            refuse(problem, *self._likely(function, number, gradients=True))
+        name = function_of(error)
+        if self.calls and name != self.__name__:
+            if todo := self.calls.get(name):
+                raise self._wrong(f"your {name} is not written yet", todo) from error
+            told = f"{name}, which your answer calls, is not written yet"
+            raise self._wrong(told) from error
         return True
 
-    def _difference(self, got: Any, expected: Any, form: str = "") -> str | None:
-        values, form = not self.view, form or self.form
-        return difference(got, expected, self.returns, self.tolerance, values, form)
+    def _refusal(self, fault: _Fault, yours: "_Runs", number: int) -> WrongAnswer:
+        case = self.cases[number]
+        called = f"Called with: {self.describe(case.note, *self.arguments(number))}"
+        if fault.missing and self._numbers_agree(yours):
+            headline = f"The idea is right. Still missing: {fault.missing}"
+            return self._wrong(headline, f"Here, {_sentence(fault.problem)}", called, *fault.facts)
+        return self._wrong(fault.problem, called, *fault.facts)
 
-    def _view_difference(self, seen: Any, expected: Any, form: str = "") -> str | None:
-        return difference(seen, expected, "", self.tolerance, form=form or self.form)
+    def _described(self, note: str, *args: Any) -> str:
+        return ", ".join(map(shown, self.names, args)) + (f" ({note})" if note else "")
 
-    def _numbers_agree(self, function: Callable) -> bool:
-        """Return whether the numbers are right in all cases with a result, whatever their form."""
-        right, yours = _Runs(self, self.reference), _Runs(self, function)
+    # ------------------------------------------------------------------ what may be wrong
 
-        def agree(number: int) -> bool:
-            (got, error), (expected, _) = yours.result(number), right.result(number)
-            if error or self._difference(got, expected, "any"):
-                return False
-            if self.view:
-                (seen, error), (expected, _) = yours.view(number), right.view(number)
-                if error or self._view_difference(seen, expected, "any"):
-                    return False
-            try:
-                return not self._gradient_difference(yours, right, number)
-            except Exception:  # its gradients cannot be computed
-                return False
+    def _fault(self, yours: "_Runs", number: int) -> _Fault | None:
+        """Return the first fault of an answer in a case."""
+        looks = _LOOKS_AT_A_REFUSAL if self.cases[number].raises else _LOOKS
+        return next(filter(None, (look(self, yours, number) for look in looks)), None)
 
-        return all(agree(i) for i, case in enumerate(self.cases) if not case.raises)
+    def _another_error(self, yours: "_Runs", number: int) -> _Fault | None:
+        error, case = yours.call(number).error, self.cases[number]
+        if error is None or isinstance(error, case.raises):
+            return None
+        problem = f"your function raised {summary(error)}{_due(case)}"
+        missing = "the refusal of a bad call" if case.raises else ""
+        return _Fault(problem, lines_of(error, yours.module)[-4:], missing)
 
-    def _check_arguments(self, args, function, number, changes, refuse) -> None:
-        __tracebackhide__ = True
-        before = self._arguments(number, function)
-        although = " although the call was refused" if self.cases[number].raises else ""
+    def _no_refusal(self, yours: "_Runs", number: int) -> _Fault | None:
+        error, case = yours.call(number).error, self.cases[number]
+        if error is None:
+            return _Fault(f"nothing was raised{_due(case)}", missing="the refusal of a bad call")
+        if case.mentions not in str(error):
+            problem = f"the message does not name {case.mentions!r}: {summary(error)}"
+            return _Fault(problem, missing="a name in the error's message")
+        return None
+
+    def _wrong_result(self, yours: "_Runs", number: int) -> _Fault | None:
+        problem = self._difference(yours, number)
+        if self.view and problem is None:
+            _, unusable = yours.view(number)
+            if unusable:
+                lines = lines_of(unusable, yours.module)[-2:]
+                facts = *lines, *self._likely(yours, number)
+                return _Fault(f"the returned value cannot be used: {summary(unusable)}", facts)
+            problem = self._view_difference(yours, number)
+        if problem is None:
+            return None
+        missing = "the dtype" if " dtype " in problem else "the type"
+        return _Fault(problem, self._likely(yours, number), missing)
+
+    def _too_large_a_tensor(self, yours: "_Runs", number: int) -> _Fault | None:
+        if not self.forbid:
+            return None
+        args = self.arguments(number, yours.function)
+        shapes = {shape: f.sentence for f in self.forbid for shape in f.shapes(*args)}
+        watch = Watch(shapes, args, yours.module)
+        outcome(yours.function, args, watch)
+        if not watch.formed:
+            return None
+        problem = f"a tensor of shape {watch.formed} is formed on the way"
+        facts = watch.sentence, *watch.lines
+        return _Fault(problem, facts, "a way without so large a tensor")
+
+    def _copy_for_a_change(self, yours: "_Runs", number: int) -> _Fault | None:
+        call, expected = yours.call(number), self._right.call(number)
+        for name, arg, changed in zip(self.names, call.args, expected.args, strict=False):
+            if name in self.changes and expected.result is changed and call.result is not arg:
+                problem = f"the result is not the argument {name} itself: change {name} in place"
+                return _Fault(problem, missing="the change in place")
+        return None
+
+    def _changed_arguments(self, yours: "_Runs", number: int) -> _Fault | None:
+        args, case = yours.call(number).args, self.cases[number]
+        if self.afterwards and (problem := self.afterwards(*args)):
+            return _Fault(problem)
+        although = " although the call was refused" if case.raises else ""
+        before = self.arguments(number, yours.function)
         for name, arg, fresh in zip(self.names, args, before, strict=False):
-            if name in changes:
+            if name in self.changes and not case.raises:
                 continue
             now, then = {name: state(arg, name)}, {name: state(fresh, name)}
             if problem := difference(now, then, "", 0.0):
                 told = f"the argument {name} was changed{although}: leave it as it was"
-                refuse(told, problem, missing="unchanged arguments")
+                return _Fault(told, [problem], "unchanged arguments")
+        return None
 
-    def _arguments(self, number: int, function: Callable | None = None) -> list[Any]:
-        case = self.cases[number]
-        with _seeded(number + _variant):
-            args = _unshared(case.make())
-            return list(case.earlier(function or self.reference, *args) if case.earlier else args)
+    def _wrong_gradient(self, yours: "_Runs", number: int) -> _Fault | None:
+        try:
+            problem = self._gradient_difference(yours, self._right, number)
+        except Exception as error:
+            lines = lines_of(error, yours.module)[-4:]
+            return _Fault(f"it fails when gradients are computed: {summary(error)}", lines)
+        if problem is None:
+            return None
+        return _Fault(problem, self._likely(yours, number, gradients=True))
 
-    def _described(self, number: int) -> str:
-        note = self.cases[number].note
-        args = map(shown, self.names, self._arguments(number))
-        return ", ".join(args) + (f" ({note})" if note else "")
+    # ------------------------------------------------------------------ comparisons
 
-    def _likely(self, function: Callable, number: int, gradients: bool = False) -> list[str]:
-        """Name the causes whose wrong function does what the learner's does, here and before.
+    def _difference(self, yours: "_Runs", number: int, form: str = "") -> str | None:
+        got, expected = yours.call(number).result, self._right.call(number).result
+        values, form = not self.view, form or self.form
+        return difference(got, expected, self.returns, self.tolerance, values, form)
+
+    def _view_difference(self, yours: "_Runs", number: int, form: str = "") -> str | None:
+        (got, _), (expected, _) = yours.view(number), self._right.view(number)
+        return difference(got, expected, "", self.tolerance, form=form or self.form)
+
+    def _gradient_difference(self, yours: "_Runs", against: "_Runs", number: int) -> str | None:
+        if not self.gradients:
+            return None
+        expected, got = against.gradients(number), yours.gradients(number)
+        for name in self.gradients:
+            for wanted, gradient in zip(expected[name], got[name], strict=True):
+                if gradient is None and wanted is not None:
+                    cut = "detach(), .data, .item(), no_grad() and torch.tensor() cut it off"
+                    return f"no gradient reaches {name} ({cut})"
+                what = f"the gradient of {name}"
+                if problem := difference(gradient, wanted, what, 10 * self.tolerance):
+                    return problem
+        return None
+
+    def _numbers_agree(self, yours: "_Runs") -> bool:
+        """Return whether the numbers are right in all cases with a result, whatever their form."""
+
+        def agree(number: int) -> bool:
+            if yours.call(number).error or self._difference(yours, number, "any"):
+                return False
+            if self.view and (yours.view(number)[1] or self._view_difference(yours, number, "any")):
+                return False
+            try:
+                return not self._gradient_difference(yours, self._right, number)
+            except Exception:  # its gradients cannot be computed
+                return False
+
+        return all(agree(number) for number in self._with_a_result())
+
+    def _with_a_result(self) -> list[int]:
+        return [number for number, case in enumerate(self.cases) if not case.raises]
+
+    # ------------------------------------------------------------------ likely causes
+
+    def _likely(self, yours: "_Runs", number: int, gradients: bool = False) -> list[str]:
+        """Name the causes that explain a wrong answer, or say what else is known of its result."""
+        gradients = gradients or bool(self.bugs)
+        named = self._agreeing(yours, number, gradients)
+        if self.most_causes and len(named) > self.most_causes:
+            return []
+        if named:
+            lead = "Still wrong" if self.bugs else "Likely cause"
+            return [f"{lead}: {', or '.join(named)}."]
+        if gradients:
+            return []
+        got, expected = yours.call(number).result, self._right.call(number).result
+        if self.hint and (told := self.hint(got, expected)):
+            return [told]
+        for name, arg in zip(self.names, self.arguments(number), strict=False):
+            if isinstance(arg, torch.Tensor) and not difference(got, arg):
+                return [f"Your result equals the argument {name}."]
+        return []
+
+    def _agreeing(self, yours: "_Runs", number: int, gradients: bool) -> list[str]:
+        """Return the causes whose wrong function does what the learner's does, here and before.
 
         In the cases before it was right: what would have failed there is not the cause. Of True
         and False one is right by chance half of the time: there all cases must agree."""
-        results = [i for i, case in enumerate(self.cases) if not case.raises]
-        yours = _Runs(self, function)
-        if _variant not in self._known:
-            causes = {sentence: _Runs(self, wrong) for sentence, wrong in self.causes.items()}
-            self._known[_variant] = _Runs(self, self.reference), causes
-        right, causes = self._known[_variant]
 
+        @cache
         def same(sentence: str, i: int) -> bool:
-            theirs = causes[sentence]
+            wrong = self._causes[sentence]
             if not gradients:
-                return self._same_result(yours, theirs, right, i)
+                return self._same_result(yours, wrong, i)
             with suppress(Exception):  # a wrong function need not work in every case
-                agree = self._same_result(yours, theirs, right, i)
-                return agree and not self._gradient_difference(yours, theirs, i)
+                agree = self._same_result(yours, wrong, i)
+                return agree and not self._gradient_difference(yours, wrong, i)
             return False
 
-        told, _ = right.result(number)
-        before = [i for i in results if i <= number or isinstance(told, bool)]
-        named = [sentence for sentence in causes if all(same(sentence, i) for i in before)]
+        numbers = self._with_a_result()
+        undecided = isinstance(self._right.call(number).result, bool)
+        before = [i for i in numbers if i <= number or undecided]
+        named = [sentence for sentence in self._causes if all(same(sentence, i) for i in before)]
         if len(named) > 1:  # these cases do not tell them apart, but perhaps a later one does
-            counts = {s: sum(same(s, i) for i in results) for s in named}
+            counts = {sentence: sum(same(sentence, i) for i in numbers) for sentence in named}
             named = [s for s, count in counts.items() if count == max(counts.values())]
-        if not named and not gradients:
-            got, _ = yours.result(number)
-            for name, arg in zip(self.names, self._arguments(number), strict=False):
-                if isinstance(arg, torch.Tensor) and not difference(got, arg):
-                    return [f"Your result equals the argument {name}."]
-        return [f"{self.lead}: {', or '.join(named)}."] if named else []
+        return named
 
-    def _same_result(self, yours: "_Runs", theirs: "_Runs", right: "_Runs", number: int) -> bool:
-        (got, error), (wrong, wrong_error) = yours.result(number), theirs.result(number)
-        if error or wrong_error:
+    def _same_result(self, yours: "_Runs", wrong: "_Runs", number: int) -> bool:
+        ours, theirs = yours.call(number), wrong.call(number)
+        if ours.error or theirs.error:
             return False
-        if self.view and not difference(got, wrong, values=False, form=self.form):
+        got, other = ours.result, theirs.result
+        if self.view and not difference(got, other, values=False, form=self.form):
             # A result so wrong that it has no view is known by its parts' types and shapes.
-            (got, error), (wrong, wrong_error) = yours.view(number), theirs.view(number)
-            if error and wrong_error:
-                return (type(error), str(error)) == (type(wrong_error), str(wrong_error))
-            if self.staged and not (error or wrong_error):
-                return self._same_stages(got, wrong, right.view(number)[0])
-        return not difference(got, wrong, tolerance=self.tolerance, form=self.form)
+            (got, error), (other, other_error) = yours.view(number), wrong.view(number)
+            if error and other_error:
+                return (type(error), str(error)) == (type(other_error), str(other_error))
+            if self.staged and not (error or other_error):
+                return self._same_stages(got, other, self._right.view(number)[0])
+        return not difference(got, other, tolerance=self.tolerance, form=self.form)
 
     def _same_stages(self, got: dict, wrong: dict, right: dict) -> bool:
         for part, value in right.items():
@@ -402,139 +567,132 @@ class Check:
                 return True
         return True
 
-    def _gradient_difference(self, yours: "_Runs", against: "_Runs", number: int) -> str | None:
-        if not self.gradients:
-            return None
-        expected, got = against.gradients(number), yours.gradients(number)
-        for name in self.gradients:
-            for ours, theirs in zip(expected[name], got[name], strict=True):
-                if theirs is None and ours is not None:
-                    cut = "detach(), .data, .item(), no_grad() and torch.tensor() cut it off"
-                    return f"no gradient reaches {name} ({cut})"
-                what = f"the gradient of {name}"
-                if problem := difference(theirs, ours, what, 10 * self.tolerance):
-                    return problem
-        return None
+    # ------------------------------------------------------------------ credit
 
-    def _gradients(self, function, number) -> dict[str, list[torch.Tensor | None]]:
-        """Return the gradients of a fixed weighted sum of the result's entries."""
-        named = dict(zip(self.names, self._arguments(number), strict=False))
-        leaves = [(n, t) for n in self.gradients for t in tensors(named[n])]
-        wanted = [t.requires_grad_() for _, t in leaves]
-        with torch.enable_grad(), _seeded(_CALLS):
-            result = function(*named.values())
-            result = self.view(result) if self.view else result
-            grads = gradients_of(result, wanted)
-        pairs = list(zip(leaves, grads, strict=True))
-        return {name: [g for (n, _), g in pairs if n == name] for name in self.gradients}
+    def credit(self, answer: Any) -> float:
+        """Return the share of the exercise, below 1, that a wrong answer has earned.
+
+        Three quarters if the idea is right and something small is missing. Otherwise half of the
+        share of cases in which it is right; where the result has several parts, a case counts by
+        its parts that are right. Of a model with named parts they count in full, and in a bug hunt
+        the bugs that are mended."""
+        try:
+            yours = _Runs(self, self.adapt(answer))
+        except Refused:
+            return 0.0
+        if self.bugs:
+            told = " ".join(self._likely(yours, 0))
+            left = sum(bug in told for bug in self.bugs)
+            return 1 - left / len(self.bugs) if left else 0.0
+        with suppress(Exception):
+            if self._numbers_agree(yours):
+                return 0.75
+        shares = [self._share(yours, number) for number in range(len(self.cases))]
+        return sum(shares) / len(shares) * (1.0 if self.staged else 0.5)
+
+    def _share(self, yours: "_Runs", number: int) -> float:
+        """Return the share of a case that an answer gets right."""
+        with suppress(Exception):
+            if not self._fault(yours, number):
+                return 1.0
+        with suppress(Exception):
+            if not self.cases[number].raises:
+                got, expected = (_parts(r.compared(number)) for r in (yours, self._right))
+                agree = [
+                    not difference(got[name], part, "", self.tolerance, form="any")
+                    for name, part in expected.items()
+                    if name in got
+                ]
+                return sum(agree) / len(expected) if len(expected) > 1 else 0.0
+        return 0.0
+
+
+# A change in place before the gradients: autograd meets it with a less telling error.
+_LOOKS = (
+    Compared._another_error,
+    Compared._wrong_result,
+    Compared._too_large_a_tensor,
+    Compared._copy_for_a_change,
+    Compared._changed_arguments,
+    Compared._wrong_gradient,
+)
+_LOOKS_AT_A_REFUSAL = (
+    Compared._another_error,
+    Compared._no_refusal,
+    Compared._changed_arguments,
+)
+
+
+@dataclass(frozen=True)
+class _Call:
+    args: Sequence[Any]
+    result: Any
+    error: Exception | None
 
 
 class _Runs:
-    """Cache the results of a function in the cases of a check: a case is run once, when it is
-    needed. A wrong answer is compared with some twenty causes."""
+    """Run a function in the cases of a check: in each once, when that is needed. A wrong answer is
+    compared with some twenty causes."""
 
-    def __init__(self, check: Check, function: Callable) -> None:
-        self.result = cache(lambda n: outcome(function, check._arguments(n, function)))
-        self.view = cache(lambda n: outcome(check.view, [self.result(n)[0]]))
-        self.gradients = cache(lambda n: check._gradients(function, n))
+    def __init__(self, check: Compared, function: Callable) -> None:
+        self.check, self.function, self.module = check, function, module_of(function)
+        self.call, self.view, self.gradients = map(cache, (self._call, self._view, self._gradients))
 
+    def compared(self, number: int) -> Any:
+        """Return what is compared of a result: its view, if there is one."""
+        return self.view(number)[0] if self.check.view else self.call(number).result
 
-class Refused(Exception):
-    """Report a fault found by a trial: a headline, and facts."""
+    def _call(self, number: int) -> _Call:
+        args = self.check.arguments(number, self.function)
+        return _Call(args, *outcome(self.function, args))
 
+    def _view(self, number: int) -> tuple[Any, Exception | None]:
+        return outcome(self.check.view, [self.call(number).result])
 
-class Tried(Check):
-    """Check an answer by trials: each trial gets it, and returns a sentence about what is right or
-    raises `Refused`. The function below has the exercise's name and parameters.
-
-    trials: {trial: who raised it if it ends in another error}.
-    hints: {part of that error's message: its meaning here}."""
-
-    def __init__(
-        self,
-        reference: Callable,
-        cases: Sequence[Case | tuple],
-        trials: Mapping[Callable[[Any], str], str],
-        hints: Mapping[str, str],
-    ) -> None:
-        super().__init__(reference, cases)
-        self.trials, self.hints = trials, hints
-        self.facts: list[str] = []
-
-    def credit(self, function: Any) -> float:
-        """Return half of the share of trials that an answer passes before it fails."""
-        self.facts = []
-        with suppress(WrongAnswer):
-            self._check_case(function, 0)
-        return len(self.facts) / len(self.trials) / 2
-
-    def _verified(self) -> str:
-        return f"Verified: {'; '.join(self.facts)}."
-
-    def _check_case(self, function: Callable, number: int) -> bool:
-        __tracebackhide__ = True
-        return self._passes(function, getattr(function, "__module__", None) or "")
-
-    def _passes(self, answer: Any, module: str) -> bool:
-        """Run the trials as `_check_case` does, for an answer from the learner's `module`."""
-        __tracebackhide__ = True
-        self.facts = []
-        for trial, who in self.trials.items():
-            fact, error = outcome(trial, [answer])
-            if not self.facts and is_stub(error, module):
-                return False
-            if isinstance(error, Refused):
-                headline, *facts = error.args
-                mark = "" if headline.endswith("?") else "."
-                raise WrongAnswer(f"{self.__name__}: {headline}{mark}", *facts)
-            if error is not None:
-                told = [hint for text, hint in self.hints.items() if text in str(error)][:1]
-                self._blame(f"{who} raised {summary(error)}", told, error, module)
-            self.facts.append(fact)
-        return True
-
-    def _blame(self, problem: str, told: Sequence[str], error: Exception, module: str) -> None:
-        __tracebackhide__ = True
-        lines = own_lines(traceback.walk_tb(error.__traceback__), module)[-2:]
-        notes = getattr(error, "__notes__", [])
-        raise WrongAnswer(f"{self.__name__}: {problem}.", *notes, *told, *lines) from error
-
-
-def gradients_of(result: Any, wanted: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Return the gradients of a fixed weighted sum of the result's entries, None where there is
-    none."""
-    flat = torch.cat([bare(t).reshape(-1).double() for t in tensors(result)])
-    loss = flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64)
-    if not loss.requires_grad:
-        return [None] * len(wanted)
-    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
+    def _gradients(self, number: int) -> dict[str, list[torch.Tensor | None]]:
+        """Return the gradients of a fixed weighted sum of the result's entries."""
+        args = self.check.arguments(number, self.function)
+        named = dict(zip(self.check.names, args, strict=False))
+        wanted = [(n, t.requires_grad_()) for n in self.check.gradients for t in leaves(named[n])]
+        with torch.enable_grad(), seeded():
+            result = self.function(*args)
+            result = self.check.view(result) if self.check.view else result
+            gradients = gradients_of(result, [t for _, t in wanted])
+        pairs = list(zip(wanted, gradients, strict=True))
+        return {name: [g for (n, _), g in pairs if n == name] for name in self.check.gradients}
 
 
 def check_for(**settings: Any) -> Callable[[Callable], Check]:
-    """Return a decorator that turns a reference function into a `Check` with these settings."""
-    return lambda reference: Check(reference, **settings)
+    """Return a decorator that turns a reference into a check with these settings: those of `Tried`
+    if it has trials, else those of `Compared`; and those of `Check`."""
+    form = Tried if "trials" in settings else Compared
+    return lambda reference: form(reference, **settings)
 
 
-class _Watch(TorchDispatchMode):
-    """Record the first new tensor of a forbidden shape, and the learner's line that computed it."""
+def draw_variant(checks: ModuleType, number: int) -> SimpleNamespace:
+    """Return a lesson's checks with cases that draw other random numbers: those of a variant, 0 as
+    in a notebook. What a case states in full stays as it is.
 
-    def __init__(self, forbid: Sequence[Forbid], args: Sequence[Any], module: str) -> None:
-        super().__init__()
-        self.sentences = {_bare(shape): f.sentence for f in forbid for shape in f.shapes(*args)}
-        self.given = {t.untyped_storage().data_ptr() for t in tensors(args)}
-        self.module, self.formed, self.sentence, self.lines = module, None, "", []
+    Marking gives each student another variant, so that nobody's answer can be fitted to the numbers
+    that the check in the notebook shows."""
+    variants = {}
+    for name, one in vars(checks).items():
+        if isinstance(one, Check):
+            variants[name] = one.of_variant(number)
+    return SimpleNamespace(**variants)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in tensors(result):
-            if t.layout != torch.strided:
-                continue
-            # A view of an argument, such as a transposed weight, is not formed: it costs nothing.
-            new = t.untyped_storage().data_ptr() not in self.given
-            if new and not self.formed and _bare(t.shape) in self.sentences:
-                self.formed, self.sentence = tuple(t.shape), self.sentences[_bare(t.shape)]
-                self.lines = own_lines(traceback.walk_stack(None), self.module)[:1]
-        return result
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(("?", "!")) else f"{text}."
+
+
+def _verified(facts: Sequence[str]) -> str:
+    return f"Verified: {'; '.join(facts)}."
+
+
+def _due(case: Case) -> str:
+    wanted = " or ".join(error.__name__ for error in case.raises)
+    return f", where {wanted} was expected" if wanted else ""
 
 
 def _unshared(value: Any) -> Any:
@@ -554,61 +712,18 @@ def _parts(result: Any) -> dict[Any, Any]:
     return dict(enumerate(result)) if isinstance(result, list | tuple) else {}
 
 
-def _bare(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(n for n in shape if n != 1))
-
-
 def _strict() -> bool:
     # nbgrader would give an untouched stub full marks if it raised nothing.
     return os.environ.get("PEFT_LESSONS_STRICT") == "1" or "NBGRADER_EXECUTION" in os.environ
 
 
 @contextmanager
-def _seeded(seed: int):
-    """Use a seed inside the block; the notebook's random state, and the device on which it makes
-    tensors, are as before afterwards."""
-    modes = torch._C._len_torch_function_stack()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed: that would seed every GPU's generator too, for good, and where
-            # there is none it writes down the whole call stack, which takes longer than most
-            # answers.
-            torch.random.default_generator.manual_seed(seed)
-            yield
-    finally:
-        while torch._C._len_torch_function_stack() > modes:
-            torch._C._pop_torch_function_stack()
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-def outcome(function, args, watch=None) -> tuple[Any, Exception | None]:
-    """Return (result, None) or (None, exception) of a call, always with the same random numbers."""
-    __tracebackhide__ = True
-    with _seeded(_CALLS), watch or nullcontext():
-        try:
-            return function(*args), None
-        except Exception as error:
-            return None, error
-
-
-def is_stub(error: Exception | None, module: str) -> bool:
-    """Return whether an error is the learner's own NotImplementedError: torch raises it too."""
-    if not isinstance(error, NotImplementedError):
-        return False
-    last: TracebackType = error.__traceback__
-    while last.tb_next:
-        last = last.tb_next
-    frame = last.tb_frame
-    raised = frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and frame.f_globals.get("__name__") == module
-
-
-def own_lines(frames: Iterable[tuple[FrameType, int]], module: str) -> list[str]:
-    """Return the learner's lines among some frames: those from the module of their function."""
-    own = [(f, n) for f, n in frames if f.f_globals.get("__name__") == module]
-    codes = [(f.f_code, n, linecache.getline(f.f_code.co_filename, n).strip()) for f, n in own]
-    return [f"Line {n} in {code.co_name}: {text}" for code, n, text in codes]
-
-
-def _parameters(signature: inspect.Signature) -> inspect.Signature:
+def _without_annotations(signature: inspect.Signature) -> inspect.Signature:
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     return inspect.Signature(bare)

@@ -47,11 +47,13 @@ def _branch(leading, out, in_, rank, alpha, dtype=torch.float32):
             low = x @ A.T
             return alpha / r * (low @ B.T)
         """,
-        f"""
+        """
         alpha is left out: only 1 / r scales
             alpha / r → 1 / r
-        {scaling_mistakes("alpha / r")}
-        {_WIDTHS}
+        """,
+        scaling_mistakes("alpha / r"),
+        _WIDTHS,
+        """
         the output of the base is added: return the branch alone
             x @ A.T → x @ A.T; W = B @ A
             return alpha / r * (low @ B.T) → return x @ W.T + alpha / r * (low @ B.T)
@@ -89,13 +91,17 @@ _MERGES = [
             r = A.shape[0]
             return weight + alpha / r * (B @ A)
         """,
-        f"""
+        """
         alpha is left out: only 1 / r scales
             alpha / r → 1 / r
-        {scaling_mistakes("alpha / r")}
+        """,
+        scaling_mistakes("alpha / r"),
+        """
         the update is subtracted, not added
             weight + → weight -
-        {_WIDTHS}
+        """,
+        _WIDTHS,
+        """
         this is the update alone: add it to the weight
             weight + → ∅
         alpha / r scales the weight too: only the update is scaled
@@ -124,13 +130,17 @@ def merge_lora(weight, A, B, alpha):
             r = A.shape[0]
             return merged_weight - alpha / r * (B @ A)
         """,
-        f"""
+        """
         alpha is left out: only 1 / r scales
             alpha / r → 1 / r
-        {scaling_mistakes("alpha / r")}
+        """,
+        scaling_mistakes("alpha / r"),
+        """
         the update is added again, not subtracted
             merged_weight - → merged_weight +
-        {_WIDTHS}
+        """,
+        _WIDTHS,
+        """
         this is the update alone: subtract it from the merged weight
             merged_weight - → ∅
         """,
@@ -258,8 +268,8 @@ def _table(ids, alpha, vocabulary=23, d=12, rank=4):
             update = A.T[ids] @ B.T
             return weight[ids] + alpha / r * update
         """,
-        f"""
-        {scaling_mistakes("alpha / r")}
+        scaling_mistakes("alpha / r"),
+        """
         alpha is divided by the vocabulary's size: the rank is A.shape[0]
             A.shape[0] → A.shape[1]
         the token table's own rows are missing: this is the update alone

@@ -26,9 +26,10 @@ reference: a check has an independent reference, and the tests compare the right
 '''
 
 import ast
-import linecache
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from itertools import chain
 from textwrap import dedent
 from typing import Any
 
@@ -55,41 +56,64 @@ alpha is divided by √r, as in rsLoRA
 """
 
 
-class Mistakes(dict):
-    """Hold {sentence: wrong function} and the `right` function that they are edits of."""
+class Mistakes(Mapping):
+    """Hold {sentence: wrong function} and the `right` function that they are edits of.
 
-    def __init__(self, right: Callable, wrong: Mapping[str, Callable]) -> None:
-        super().__init__(wrong)
-        self.right = right
+    sources: {sentence: source, or a function that no edit can express}. They are compiled when they
+    are first asked for: most people who import the course never run into a mistake."""
+
+    def __init__(self, right: str, sources: Mapping[str, str | Callable], names: Mapping) -> None:
+        self._right, self._sources, self._names = right, sources, names
+        self._compiled = cache(self._compile)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __getitem__(self, sentence: str) -> Callable:
+        source = self._sources[sentence]
+        return self._compiled(source, sentence) if isinstance(source, str) else source
+
+    @property
+    def right(self) -> Callable:
+        return self._compiled(self._right, "the right answer")
+
+    def _compile(self, source: str, title: str) -> Callable:
+        """Return the last function or class that a source defines."""
+        name = ast.parse(source).body[-1].name
+        space = KNOWN | dict(self._names)
+        exec(compile(source, f"<{name}: {title}>", "exec"), space)
+        return space[name]
 
 
-def mistakes(right: str, wrong: str, **names: Any) -> Mistakes:
-    """Make {sentence: wrong function} from the source of the right one and the text of the edits.
+def mistakes(right: str, *wrong: str, **names: Any) -> Mistakes:
+    """Make {sentence: wrong function} from the source of the right one and texts of the edits.
 
     The source may use `names`, math, torch, nn and F. Raise ValueError if the old text of an edit
     does not occur exactly once, so that every edit changes exactly one place, and for a sentence
     with a full stop, which the check adds."""
     source = dedent(right).strip() + "\n"
-    found: dict[str, Callable] = {}
-    for sentence, edits in read(wrong):
-        if sentence in found:
+    sources: dict[str, str | Callable] = {}
+    for sentence, edits in chain.from_iterable(map(read, wrong)):
+        if sentence in sources:
             raise ValueError(f"{sentence!r} occurs twice")
         if sentence.endswith("."):
             raise ValueError(f"{sentence!r}: leave out the full stop, which the check adds")
-        if edits and edits[0].startswith("= "):
+        if not edits:
+            raise ValueError(f"{sentence!r} has no edit: write old → new below it, indented")
+        if edits[0].startswith("= "):
             name = edits[0].removeprefix("= ")
             if len(edits) > 1 or not callable(names.get(name)):
                 raise ValueError(f"{sentence!r}: {edits} must be one name of a function you pass")
-            found[sentence] = names[name]
+            sources[sentence] = names[name]
         else:
-            if not edits:
-                raise ValueError(f"{sentence!r} has no edit: write old → new below it")
             try:
-                wrong_source = edited(source, edits)
+                sources[sentence] = edited(source, edits)
             except ValueError as error:
                 raise ValueError(f"{sentence!r}: {error}") from None
-            found[sentence] = compiled(wrong_source, sentence, names)
-    return Mistakes(compiled(source, "the right answer", names), found)
+    return Mistakes(source, sources, names)
 
 
 def scaling_mistakes(text: str) -> str:
@@ -99,20 +123,33 @@ def scaling_mistakes(text: str) -> str:
 
 
 def read(text: str) -> list[tuple[str, list[str]]]:
-    """Return (sentence, its edits) for each mistake in a text."""
-    found: list[tuple[list[str], list[str]]] = []
-    for line in text.replace("→\n", "→ ").splitlines():
-        if not (line := " ".join(line.split())):
+    """Return (sentence, its edits) for each mistake in a text. Edits are indented deeper than their
+    sentence."""
+    entries: list[tuple[list[str], list[str]]] = []
+    depth = 0
+    for indented in text.replace("→\n", "→ ").splitlines():
+        line = " ".join(indented.split())
+        if not line:
             continue
-        if "→" in line or line.startswith("= "):
-            if not found:
-                raise ValueError(f"{line!r} has no sentence above it")
-            found[-1][1].append(line)
-        elif not found or found[-1][1]:
-            found.append(([line], []))
+        indent = len(indented) - len(indented.lstrip())
+        is_edit = "→" in line or line.startswith("= ")
+        if entries and indent > depth:
+            if not is_edit:
+                raise ValueError(
+                    f"{line!r} has no →: an edit stands on one line, so edit each line by itself"
+                )
+            entries[-1][1].append(line)
+        elif is_edit:
+            raise ValueError(
+                f"{line!r} has no sentence above it, or is not indented below it: a sentence has "
+                "no → and does not begin with ="
+            )
+        elif not entries or entries[-1][1]:
+            entries.append(([line], []))
+            depth = indent
         else:
-            found[-1][0].append(line)
-    return [(" ".join(said), edits) for said, edits in found]
+            entries[-1][0].append(line)
+    return [(" ".join(lines), edits) for lines, edits in entries]
 
 
 def edited(source: str, edits: list[str]) -> str:
@@ -126,13 +163,3 @@ def edited(source: str, edits: list[str]) -> str:
             raise ValueError(f"{old!r} is there {times} times, not once, in\n{source}")
         source = source.replace(old, "" if new == "∅" else new)
     return source
-
-
-def compiled(source: str, title: str, names: Mapping[str, Any]) -> Callable:
-    """Return the last function that a source defines; tracebacks show its lines."""
-    name = ast.parse(source).body[-1].name
-    file = f"<{name}: {title}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    space = KNOWN | dict(names)
-    exec(compile(source, file, "exec"), space)
-    return space[name]

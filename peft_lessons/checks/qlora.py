@@ -5,9 +5,10 @@ import math
 import torch
 
 from ..methods.qlora import NF4, dequantize_nf4, quantize_nf4
+from .calls import outcome
 from .compare import tensors
-from .kit import Case, Check, Refused, Tried, Verdict, WrongAnswer, check_for, outcome
-from .mistakes import Mistakes, mistakes, scaling_mistakes
+from .kit import Case, Refused, check_for
+from .mistakes import mistakes, scaling_mistakes
 
 # ------------------------------------------------------------------ bits_per_parameter
 
@@ -373,12 +374,14 @@ def _grid_case(out=24, in_=128, rank=4, alpha=10):
             lost = error.item() if error > 1e-4 else 0.0
             return weight, lost
         """,
-        f"""
+        """
         the nibbles are swapped: the first number is in the high one
             packed >> 4, packed & 15 → packed & 15, packed >> 4
         the codes are unpacked in two halves: high and low nibbles alternate
             dim=1 → dim=0
-        {scaling_mistakes("alpha / r")}
+        """,
+        scaling_mistakes("alpha / r"),
+        """
         the weight is re-quantised before its error is measured, so that nothing seems lost
             weight, lost → again, 0.0
         the re-quantised weight is returned: return the merged one, and only measure the
@@ -458,31 +461,10 @@ def _product(*parts):
     return dict(zip(_PRODUCT, parts, strict=True))
 
 
-class _Product(Tried):
-    """Check a `torch.autograd.Function` by its output, what it keeps and what backward returns."""
-
-    def __init__(self, reference, cases, causes: Mistakes) -> None:
-        used = Mistakes(causes.right, {s: _Used(wrong) for s, wrong in causes.items()})
-        Check.__init__(self, reference, cases, used, returns="", view=dict, staged=True)
-
-    def __call__(self, function) -> Verdict:
-        __tracebackhide__ = True
-        if isinstance(function, type) and issubclass(function, torch.autograd.Function):
-            function = _Used(function)
-        elif not isinstance(function, _Used):
-            wanted = f"class {self.__name__}(torch.autograd.Function)"
-            raise WrongAnswer(f"{self.__name__}: pass the class itself: {wanted}.")
-        return super().__call__(function)
-
-    def credit(self, function) -> float:
-        return Check.credit(self, _Used(function))
-
-    def _verified(self) -> str:
-        return Check._verified(self)
-
-    def _check_case(self, function, number: int) -> bool:
-        __tracebackhide__ = True
-        return Check._check_case(self, function, number)
+def _used(function):
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        return _Used(function)
+    raise Refused("pass the class itself: class FourBitProduct(torch.autograd.Function)")
 
 
 def _product_case(leading, out, in_, note=""):
@@ -494,8 +476,18 @@ def _product_case(leading, out, in_, note=""):
     return Case(make, note=note)
 
 
-def _product_check(reference):
-    causes = mistakes(
+@check_for(
+    cases=[
+        _product_case((5,), 64, 64, "a square weight"),
+        _product_case((2, 3), 48, 128),
+        _product_case((2, 3, 2), 96, 64),
+        _product_case((), 40, 64, "a single vector x"),
+    ],
+    returns="",
+    view=dict,
+    staged=True,
+    adapt=_used,
+    causes=mistakes(
         """
         class FourBitProduct(torch.autograd.Function):
             @staticmethod
@@ -544,17 +536,8 @@ def _product_check(reference):
             grad @ again → grad.reshape(-1, len(again)) @ again
         """,
         dequantize_nf4=dequantize_nf4,
-    )
-    cases = [
-        _product_case((5,), 64, 64, "a square weight"),
-        _product_case((2, 3), 48, 128),
-        _product_case((2, 3, 2), 96, 64),
-        _product_case((), 40, 64, "a single vector x"),
-    ]
-    return _Product(reference, cases, causes)
-
-
-@_product_check
+    ),
+)
 def FourBitProduct(x, packed, absmax, shape):
     """The gradient of x is right, and nothing keeps W′ between forward and backward."""
     codes = unpack_nibbles.reference(packed)
@@ -584,58 +567,51 @@ def _error(levels, ratios):
     return 100 * ((nearest - ratios).norm() / ratios.norm()).item()
 
 
-class _Levels(Tried):
-    """Check levels by their error on some weights, not by their values."""
+def _trial(make, count, margin, what):
+    """Make a trial: `count` levels for these weights, the error within a margin of the reference's.
 
-    def __init__(self, reference, weights, causes: Mistakes) -> None:
-        self.all_causes = causes
-        trials = {self._trial(*given): "your function" for given in weights}
-        super().__init__(reference, [Case(lambda: [_normal(), 16])], trials, {})
-        self.causes, self.right = dict(causes), causes.right
+    The levels themselves are not compared."""
 
-    def _trial(self, make, count, margin, what):
-        """Make a trial: `count` levels for these weights, the error within a margin of ours."""
+    def trial(function) -> str:
+        ratios = make()
+        argument = ratios.clone()
+        got = function(argument, count)
+        called = f"Called with: ratios {tuple(ratios.shape)}, count={count} ({what})"
 
-        def trial(function) -> str:
-            ratios = make()
-            given = ratios.clone()
-            got = function(given, count)
-            told = f"Called with: ratios {tuple(ratios.shape)}, count={count} ({what})"
+        def refuse(problem: str) -> None:
+            raise Refused(problem, called, *_named(got, ratios, count))
 
-            def refuse(problem: str) -> None:
-                raise Refused(problem, told, *self._named(got, ratios, count))
+        if got is None:
+            refuse("the result is None: is a return statement missing?")
+        if not isinstance(got, torch.Tensor) or not got.is_floating_point():
+            refuse("the result is not a tensor of floating-point numbers")
+        if tuple(got.shape) != (count,):
+            refuse(f"the levels have shape {tuple(got.shape)}, expected {(count,)}")
+        if not torch.equal(argument, ratios):
+            raise Refused("the argument ratios was changed: leave it as it was", called)
+        if not got.isfinite().all():
+            refuse(f"{(~got.isfinite()).sum()} of {count} levels are NaN or infinite")
+        best, levels = kmeans_levels.reference(ratios, count), got.detach().sort().values
+        yours, due = _error(levels, ratios), _error(best, ratios)
+        if yours > (1 + margin) * due:
+            refuse(f"the error of your levels is {yours:.2f} %, where {due:.2f} % is possible")
+        if not torch.equal(levels, got):
+            missing = "The idea is right. Still missing: ascending order of the levels"
+            raise Refused(missing, called)
+        beaten = f", where NF4 has {_error(NF4, ratios):.1f} %" if count == len(NF4) else ""
+        return f"{count} levels for {what} have an error of {yours:.1f} %{beaten}"
 
-            if got is None:
-                refuse("the result is None: is a return statement missing?")
-            if not isinstance(got, torch.Tensor) or not got.is_floating_point():
-                refuse("the result is not a tensor of floating-point numbers")
-            if tuple(got.shape) != (count,):
-                refuse(f"the levels have shape {tuple(got.shape)}, expected {(count,)}")
-            if not torch.equal(given, ratios):
-                raise Refused("the argument ratios was changed: leave it as it was", told)
-            if not got.isfinite().all():
-                refuse(f"{(~got.isfinite()).sum()} of {count} levels are NaN or infinite")
-            best, levels = self.reference(ratios, count), got.detach().sort().values
-            yours, due = _error(levels, ratios), _error(best, ratios)
-            if yours > (1 + margin) * due:
-                refuse(f"the error of your levels is {yours:.2f} %, where {due:.2f} % is possible")
-            if not torch.equal(levels, got):
-                raise Refused(
-                    "The idea is right. Still missing: ascending order of the levels", told
-                )
-            beaten = f", where NF4 has {_error(NF4, ratios):.1f} %" if count == len(NF4) else ""
-            return f"{count} levels for {what} have an error of {yours:.1f} %{beaten}"
+    return trial
 
-        return trial
 
-    def _named(self, got, ratios, count) -> list[str]:
-        """Name the causes whose wrong function gives these levels."""
-        named = []
-        for sentence, wrong in self.all_causes.items():
-            levels, _ = outcome(wrong, [ratios.clone(), count])
-            if _alike(got, levels):
-                named.append(sentence)
-        return [f"{self.lead}: {', or '.join(named)}."] if named else []
+def _named(got, ratios, count) -> list[str]:
+    """Name the causes whose wrong function gives these levels."""
+    named = [
+        sentence
+        for sentence, wrong in kmeans_levels.causes.items()
+        if _alike(got, outcome(wrong, [ratios.clone(), count])[0])
+    ]
+    return [f"Likely cause: {', or '.join(named)}."] if named else []
 
 
 def _alike(got, levels) -> bool:
@@ -646,14 +622,17 @@ def _alike(got, levels) -> bool:
     return bool((got.double().sort().values - levels.double().sort().values).abs().max() < 1e-3)
 
 
-def _levels_check(reference):
-    weights = [
-        (_normal, 16, 0.01, "normal weights in blocks of 64"),
-        (_normal, 4, 0.01, "the same weights"),
-        # Where a level starts without weights, equally good answers differ more.
-        (_pruned, 8, 0.15, "weights of which half are 0"),
-    ]
-    causes = mistakes(
+@check_for(
+    trials=dict.fromkeys(
+        [
+            _trial(_normal, 16, 0.01, "normal weights in blocks of 64"),
+            _trial(_normal, 4, 0.01, "the same weights"),
+            # Where a level starts without weights, equally good answers differ more.
+            _trial(_pruned, 8, 0.15, "weights of which half are 0"),
+        ],
+        "your function",
+    ),
+    causes=mistakes(
         """
         def kmeans_levels(ratios, count, rounds=50):
             levels = torch.quantile(ratios, (torch.arange(count) + 0.5) / count)
@@ -686,11 +665,8 @@ def _levels_check(reference):
             nearest = (ratios → levels = levels.unique(); nearest = (ratios
             in range(count): → in range(len(levels)):
         """,
-    )
-    return _Levels(reference, weights, causes)
-
-
-@_levels_check
+    ),
+)
 def kmeans_levels(ratios, count, rounds=50):
     """Levels that make the squared error small, also where a level starts without weights."""
     # The cells of sorted weights are runs: their sums are differences of running sums.

@@ -385,7 +385,7 @@ def _trained(kind):
 
 
 @check_for(
-    exact_dtype=True,
+    form="same",
     cases=[
         Case(lambda: _trained("some")),
         Case(lambda: _trained("nothing"), note="nothing has changed"),

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .kit import Case, Check, Verdict
+from .kit import Case, check_for
 from .mistakes import mistakes
-from .trials import Trials
+from .trials import HINTS, TRIALS, method_class
 
 
 def _in_torch(function: Callable) -> Callable:
     """Return the function with a tensor in place of an array that it returns."""
+    if not callable(function):
+        return function
 
     @wraps(function)
     def answer(*args: Any) -> Any:
@@ -22,23 +24,6 @@ def _in_torch(function: Callable) -> Callable:
         return torch.from_numpy(result) if isinstance(result, np.ndarray) else result
 
     return answer
-
-
-class _AnyArray(Check):
-    """Accept a NumPy array for a tensor, and name at most two causes."""
-
-    def __call__(self, function: Callable) -> Verdict:
-        __tracebackhide__ = True
-        return super().__call__(_in_torch(function) if callable(function) else function)
-
-    def _likely(self, function: Callable, number: int, gradients: bool = False) -> list[str]:
-        told = super()._likely(function, number, gradients)
-        return [] if sum(cause in line for cause in self.causes for line in told) > 2 else told
-
-
-def _check_for(**settings: Any) -> Callable[[Callable], Check]:
-    """Return a decorator that turns a reference function into such a check."""
-    return lambda reference: _AnyArray(reference, **settings)
 
 
 # ------------------------------------------------------------------ prefix_as_adapter
@@ -51,7 +36,9 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
     return [t.to(dtype) for t in (x, w_q, prefix_k + common, prefix_v)]
 
 
-@_check_for(
+@check_for(
+    adapt=_in_torch,
+    most_causes=2,
     cases=[
         # All matrices are square first: one that is wrongly transposed then has its cause.
         Case(lambda: _one_head(T=6, d=6, d_h=6, p=6), note="T = d = d_h = p"),
@@ -163,7 +150,9 @@ def _states(*shape, scale, heads=None, gate=None):
     return [h, delta, scale, shares if gate is None else torch.full_like(shares, gate)]
 
 
-@_check_for(
+@check_for(
+    adapt=_in_torch,
+    most_causes=2,
     cases=[
         Case(lambda: _states(2, 5, 8, scale=0.25), note="no gate"),
         Case(lambda: _states(2, 5, 8, scale=1.0), note="no gate"),
@@ -249,15 +238,16 @@ def compose(h, delta, scale, gate=None):
 # ------------------------------------------------------------------ MyMethod
 
 
-class _OwnMethod(Trials):
+def _with_what_is_allowed(facts: list[str]) -> str:
     """Say what the trials allow and a reader may not expect."""
+    moved = any("step 0 is not the base" in fact for fact in facts)
+    start = "Note that training does not start from the base, which is allowed. "
+    return (
+        f"{start if moved else ''}Verified: {'; '.join(facts)}. "
+        "Only you know whether Δh is an idea of your own."
+    )
 
-    def _verified(self) -> str:
-        moved = any("step 0 is not the base" in fact for fact in self.facts)
-        start = "Note that training does not start from the base, which is allowed. "
-        return (start if moved else "") + super()._verified()
 
-
-@_OwnMethod
+@check_for(trials=TRIALS, hints=HINTS, adapt=method_class, verified=_with_what_is_allowed)
 def MyMethod():
     """It passes every check that the course's methods pass."""

@@ -58,8 +58,15 @@ def stub(x, k):
     raise NotImplementedError
 
 
+def hunt(x, k):
+    raise NotImplementedError(
+        "remove this line when you start the hunt",
+    )
+
+
 def test_an_untouched_stub_is_not_attempted_and_refused_in_strict_mode(monkeypatch):
     monkeypatch.setenv("PEFT_LESSONS_STRICT", "0")
+    assert scale(hunt).status == "not attempted"
     assert repr(scale(stub)) == (
         "○ scale: not attempted yet.\n  Write the function, run its cell, then run this cell again."
     )
@@ -115,8 +122,8 @@ def test_a_wrong_answer_has_earned_what_is_right_in_it():
     assert scale.credit(stub) == 0 and scale.credit(lambda x, k: 1 / 0) == 0
     assert parts.credit(lambda x: Parts(x, x)) == 0.5 and parts.credit(lambda x: None) == 0
     assert pair.credit(lambda x: (x, x)) == 0.25
-    tried = kit.Tried(scale.reference, [()], {(lambda answer: "one"): "?", trial: "?"}, {})
-    assert tried.credit(1) == 0.25
+    trials = {(lambda answer: "one"): "?", trial: "?"}
+    assert check_for(trials=trials)(lambda: None).credit(1) == 0.25
 
 
 def test_mistakes_are_edits_of_a_right_answer():
@@ -137,7 +144,7 @@ def test_mistakes_are_edits_of_a_right_answer():
         """,
         half=lambda x: x / 2,
     )
-    assert made.right(5) == 10
+    assert made.right(5) == 10 and len(made) == 5
     assert check_for(cases=[(5,)], causes=made)(made.right).right is made.right
     assert {sentence: wrong(5) for sentence, wrong in made.items()} == {
         "the factor is left out, which leaves x as it was": 5,
@@ -152,9 +159,12 @@ def test_an_edit_that_is_void_or_double_is_an_error():
         ("it is void\n z → x", "'z' is there 0 times"),
         ("it hits more than it says\n x → 3", "'it hits more than it says': 'x' is there 2 times"),
         ("it ends.\n 2 → 3", "'it ends.': leave out the full stop"),
-        ("one\n 2 → 3\n one\n 2 → 4", "'one' occurs twice"),
+        ("one\n 2 → 3\none\n 2 → 4", "'one' occurs twice"),
         ("it has no edit", "'it has no edit' has no edit"),
         ("2 → 3", "'2 → 3' has no sentence above it"),
+        ("2 becomes 3: 2 → 3\n 2 → 3", "'2 becomes 3: 2 → 3' has no sentence above it, or is not"),
+        ("one\n 2 → 3\n= 4\n 2 → 4", "'= 4' has no sentence above it, or is not indented below"),
+        ("two lines\n y = 2 * x\n return y → return 3", "'y = 2 * x' has no →: an edit stands on"),
         ("two arrows\n 2 → 3 → 4", "'2 → 3 → 4' must be old → new"),
         ("nothing is left\n 2 →", "'2 →' must be old → new, with ∅ for nothing"),
         ("an unknown function\n = nope", "must be one name of a function you pass"),
@@ -303,7 +313,13 @@ def half(x, k):
 
 
 def of_torch(x, k):
+    if k == 0:
+        raise NotImplementedError("k may not be 0")
     return torch.empty(2, device="meta").to("cpu")
+
+
+def of_a_library(x, k):
+    return torch.distributions.Distribution().sample() * k
 
 
 def test_what_raises_is_a_crash_and_no_stub():
@@ -311,6 +327,7 @@ def test_what_raises_is_a_crash_and_no_stub():
         (endless, "RecursionError: maximum recursion", 6),
         (half, "NotImplementedError.", 3),
         (of_torch, "NotImplementedError: Cannot copy out of meta tensor", 3),
+        (of_a_library, "NotImplementedError.", 3),
     ):
         message = refusal(scale, answer)
         assert f"your function raised {told}" in message
@@ -396,7 +413,7 @@ def test_a_wider_float_is_right_where_the_dtype_is_not_the_point():
         return divided(x.double(), k)
 
     assert divide(wide).status == "right"
-    exact = check_for(cases=divide.cases, exact_dtype=True)(divide.reference)
+    exact = check_for(cases=divide.cases, form="same")(divide.reference)
     assert exact(divided).status == "right"
     assert "Still missing: the dtype.\n  Here, the result has dtype float64" in refusal(exact, wide)
     assert "wrong values" in refusal(divide, lambda x, k: divided(x.bfloat16(), k).double())
