@@ -1,7 +1,6 @@
 """Answers to the exercises of lesson 05."""
 
 import torch
-import torch.nn.functional as F
 
 from . import Answers
 
@@ -15,11 +14,6 @@ wrong, right = answers.wrong, answers.right
 @wrong("orthogonality_penalty", "RuntimeError: The size of tensor a (4)")
 def identity_of_out(P, Q):
     return (P.T @ P - torch.eye(P.shape[0])).pow(2).sum()
-
-
-@wrong("orthogonality_penalty", "the squares are averaged over the entries")
-def mean_square(P, Q):
-    return sum(F.mse_loss(g, torch.eye(len(g)).to(g)) for g in (P.T @ P, Q @ Q.T))
 
 
 @right("orthogonality_penalty")
@@ -37,14 +31,6 @@ def expanded(P, Q):
 
 
 # ------------------------------------------------------------------ update_importance
-
-
-@wrong("update_importance", "the uncertainty is measured from the old sensitivity")
-def uncertainty_first(weight, grad, sensitivity, uncertainty, beta1, beta2):
-    i = (weight * grad).abs()
-    u = torch.lerp((i - sensitivity).abs(), uncertainty, beta2)
-    s = torch.lerp(i, sensitivity, beta1)
-    return s, u, s * u
 
 
 @wrong("update_importance", "the result has 2 items, expected 3")
@@ -72,18 +58,6 @@ def through_the_old_one(weight, grad, sensitivity, uncertainty, beta1, beta2):
 # ------------------------------------------------------------------ cubic_budget
 
 
-@wrong("cubic_budget", "after total − tfinal the share that is left is negative")
-def end_not_held(step, initial, final, tinit, tfinal, total):
-    share = 1 - max(step - tinit, 0) / (total - tfinal - tinit)
-    return int(final + (initial - final) * share**3)
-
-
-@wrong("cubic_budget", "tfinal is taken for a step")
-def until_tfinal(step, initial, final, tinit, tfinal, total):
-    left = min(1.0, max(0.0, (tfinal - step) / (tfinal - tinit)))
-    return final + int((initial - final) * left**3)
-
-
 @right("cubic_budget")
 def clamped(step, initial, final, tinit, tfinal, total):
     done = (step - tinit) / (total - tfinal - tinit)
@@ -107,19 +81,6 @@ def kth_value(scores, budget):
     pooled = torch.cat(scores)
     cut = pooled.kthvalue(len(pooled) - budget).values
     return [s > cut for s in scores]
-
-
-@wrong("mask_to_budget", "all triplets whose score equals the threshold are pruned, as in PEFT")
-def as_in_the_library(scores, budget):
-    pooled = torch.cat(scores)
-    cut = pooled.kthvalue(len(pooled) - budget).values if budget < len(pooled) else -1e9
-    return [s > cut for s in scores]
-
-
-@wrong("mask_to_budget", "all triplets whose score equals the threshold stay")
-def at_least_the_last(scores, budget):
-    cut = torch.cat(scores).sort(descending=True).values[budget - 1]
-    return [s >= cut for s in scores]
 
 
 @wrong("mask_to_budget", "RuntimeError: stack expects each tensor to be equal size")
@@ -172,52 +133,12 @@ def ties_apart(scores, budget):
 # ------------------------------------------------------------------ adalora_step
 
 
-@wrong("adalora_step", "the regulariser is left out: the loss is the task's")
-def as_shipped(model, batch, optimizer, allocator, step):
-    loss = model(**batch).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
-    allocator.update(step)
-    return loss.detach()
-
-
 @wrong("adalora_step", "RuntimeError: the allocator finds no gradients")
 def cleared_to_none(model, batch, optimizer, allocator, step):
     loss = model(**batch).loss + allocator.penalty()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    allocator.update(step)
-    return loss.detach()
-
-
-@wrong("adalora_step", "but not in the gradients: add it before backward()")
-def added_as_a_number(model, batch, optimizer, allocator, step):
-    loss = model(**batch).loss + allocator.penalty().item()
-    loss.backward()
-    optimizer.step()
-    allocator.update(step)
-    optimizer.zero_grad()
-    return loss.detach()
-
-
-@wrong("adalora_step", "the regulariser is added after optimizer.step()")
-def added_at_the_end(model, batch, optimizer, allocator, step):
-    loss = model(**batch).loss
-    loss.backward()
-    optimizer.step()
-    allocator.update(step)
-    optimizer.zero_grad()
-    return (loss + allocator.penalty()).detach()
-
-
-@wrong("adalora_step", "nothing is learned")
-def cleared_before_the_step(model, batch, optimizer, allocator, step):
-    loss = model(**batch).loss + allocator.penalty()
-    loss.backward()
-    optimizer.zero_grad(set_to_none=False)
-    optimizer.step()
     allocator.update(step)
     return loss.detach()
 
@@ -268,18 +189,6 @@ def with_a_closure(model, batch, optimizer, allocator, step):
 
 
 # ------------------------------------------------------------------ spend_by_hand
-
-
-@wrong("spend_by_hand", "layers of rank 0 are still among the target modules")
-def all_are_targets(ranks, scaling):
-    entries = one_layer_at_a_time(ranks, scaling)
-    return {**entries, "target_modules": [*ranks]}
-
-
-@wrong("spend_by_hand", "every branch has the same α")
-def alpha_of_lora(ranks, scaling):
-    entries = one_layer_at_a_time(ranks, scaling)
-    return entries | {"alpha_pattern": dict.fromkeys(entries["rank_pattern"], scaling)}
 
 
 @wrong("spend_by_hand", "the keys of the result differ: missing 'target_modules'")

@@ -20,20 +20,9 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ adapter_forward
 
 
-@wrong("adapter_forward", "h is missing: the adapter adds its output to h")
-def without_the_residual(h, w_down, b_down, w_up, b_up):
-    return F.linear(F.gelu(F.linear(h, w_down, b_down)), w_up, b_up)
-
-
 @wrong("adapter_forward", "your function raised RuntimeError")
 def not_transposed(h, w_down, b_down, w_up, b_up):
     return h + F.gelu(h @ w_down + b_down) @ w_up + b_up
-
-
-@wrong("adapter_forward", "the argument h was changed")
-def in_place(h, w_down, b_down, w_up, b_up):
-    h += F.gelu(h @ w_down.T + b_down) @ w_up.T + b_up
-    return h
 
 
 @right("adapter_forward")
@@ -60,46 +49,6 @@ def by_layers(h, w_down, b_down, w_up, b_up):
 # ------------------------------------------------------------------ adapted_output
 
 
-@wrong("adapted_output", "the adapter's input is added once more")
-def residual_inside(x, h, adapter, norm, kind):
-    t = {"houlsby": h, "pfeiffer": norm(x + h), "parallel": x}[kind]
-    return norm(x + h + (t + adapter(t)))
-
-
-@wrong("adapted_output", "Pfeiffer's adapter is added to x + h, not to LN(x + h)")
-def after_the_sum(x, h, adapter, norm, kind):
-    if kind == "pfeiffer":
-        y = norm(x + h)
-        return norm(y + adapter(y))
-    return norm(x + h + adapter(h if kind == "houlsby" else x))
-
-
-@wrong("adapted_output", "Pfeiffer's adapter is added to LN(x + h)")
-def norm_first(x, h, adapter, norm, kind):
-    if kind == "pfeiffer":
-        y = norm(x + h)
-        return y + adapter(y)
-    return branches(x, h, adapter, norm, kind)
-
-
-@wrong("adapted_output", "the adapter's output is added after the norm")
-def outside(x, h, adapter, norm, kind):
-    t = {"houlsby": h, "pfeiffer": norm(x + h), "parallel": x}[kind]
-    return norm(x + h) + adapter(t)
-
-
-@wrong("adapted_output", "every kind reads x")
-def other_names(x, h, adapter, norm, kind):
-    t = {"Houlsby": h, "Pfeiffer": norm(x + h)}.get(kind, x)
-    return norm(x + h + adapter(t))
-
-
-@wrong("adapted_output", "houlsby and parallel are swapped")
-def changed_places(x, h, adapter, norm, kind):
-    t = {"parallel": h, "pfeiffer": norm(x + h), "houlsby": x}[kind]
-    return norm(x + h + adapter(t))
-
-
 @right("adapted_output")
 def branches(x, h, adapter, norm, kind):
     total = x + h
@@ -118,12 +67,6 @@ def chosen(x, h, adapter, norm, kind):
 
 
 # ------------------------------------------------------------------ fold_linear_adapter
-
-
-@wrong("fold_linear_adapter", "the adapter reads the layer's input x, not its output")
-def as_lora(w_down, b_down, w_up, b_up, weight, bias):
-    """W + BA, as for LoRA: that branch reads the layer's input."""
-    return torch.addmm(weight, w_up, w_down), w_up @ (w_down @ bias + b_down) + b_up + bias
 
 
 @wrong("fold_linear_adapter", "your function raised RuntimeError")
@@ -173,64 +116,6 @@ def sequential(layer, width, at="dense", make=Adapter):
         old = getattr(output, at)
         setattr(output, at, nn.Sequential(old, make(output.dense.out_features, width)))
     return layer
-
-
-@wrong("insert_adapters", "the adapters are frozen with the base")
-def as_shipped(layer, width):
-    for output in (layer.attention.output, layer.output):
-        output.adapter = Adapter(output.dense.out_features, width)
-        output.register_forward_hook(lambda module, args, h: h + module.adapter(h))
-    layer.requires_grad_(False)
-    return layer
-
-
-@wrong("insert_adapters", "the block does not hold the adapters")
-def held_by_its_hook_alone(layer, width):
-    layer.requires_grad_(False)
-    for output in outputs(layer):
-        adapter = Adapter(output.dense.out_features, width)
-        output.dense.register_forward_hook(partial(called, adapter))
-    return layer
-
-
-@wrong("insert_adapters", "both sublayers share one adapter")
-def one_for_both(layer, width):
-    adapter = Adapter(layer.output.dense.out_features, width)
-    return sequential(layer, width, make=lambda d, m: adapter)
-
-
-@wrong("insert_adapters", "the adapter comes after the layer norm, and the residual is added twice")
-def frozen_first(layer, width):
-    """The hunt after the first repair."""
-    layer.requires_grad_(False)
-    for output in outputs(layer):
-        output.adapter = Adapter(output.dense.out_features, width)
-        output.register_forward_hook(lambda module, args, h: h + module.adapter(h))
-    return layer
-
-
-@wrong("insert_adapters", "in a hook of dense, `module` is dense itself")
-def adapter_of_dense(layer, width):
-    layer.requires_grad_(False)
-    for output in outputs(layer):
-        output.adapter = Adapter(output.dense.out_features, width)
-        output.dense.register_forward_hook(lambda module, args, h: module.adapter(args[0]))
-    return layer
-
-
-class Detached(Adapter):
-    def forward(self, h):
-        return h + (super().forward(h) - h).detach()
-
-
-@wrong("insert_adapters", "no gradient reaches the adapters")
-def cut_off(layer, width):
-    return sequential(layer, width, make=Detached)
-
-
-@wrong("insert_adapters", "the adapter comes after the layer norm")
-def behind_the_norm(layer, width):
-    return sequential(layer, width, at="LayerNorm")
 
 
 @wrong("insert_adapters", "the block's output right after the insertion (that of the base)")
@@ -283,13 +168,6 @@ def called(adapter, module, args, h):
 
 # ------------------------------------------------------------------ adapter_parameters
 
-PLACES = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}
-
-
-@wrong("adapter_parameters", "both biases are counted with d parameters")
-def biases_of_d(d, m, layers, kind):
-    return 2 * layers * PLACES[kind] * d * (m + 1)
-
 
 @right("adapter_parameters")
 def built(d, m, layers, kind):
@@ -304,16 +182,6 @@ def factored(d, m, layers, kind):
 
 
 # ------------------------------------------------------------------ identity_gap
-
-
-@wrong("identity_gap", "both sizes are squared")
-def ratio_of_variances(adapter, h):
-    return by_means(adapter, h) ** 2
-
-
-@wrong("identity_gap", "the ratio is computed for each vector and then averaged")
-def averaged(adapter, h):
-    return (F.pairwise_distance(adapter(h), h, eps=0) / h.norm(dim=-1)).mean().item()
 
 
 @right("identity_gap")

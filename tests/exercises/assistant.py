@@ -27,12 +27,6 @@ def joined(ids, answer_start):
     return torch.cat([ids.new_full((answer_start,), -100), ids[answer_start:]])
 
 
-@wrong("answer_labels", "the argument ids was changed")
-def in_place(ids, answer_start):
-    ids[:answer_start] = -100
-    return ids
-
-
 @wrong("answer_labels", "shape")
 def answer_alone(ids, answer_start):
     return ids[answer_start:]
@@ -69,12 +63,6 @@ def over_the_batch(logits, labels):
     return by_cross_entropy(logits, labels).sum()
 
 
-@wrong("sequence_logprob", "no gradient reaches logits")
-@torch.no_grad()
-def without_a_graph(logits, labels):
-    return by_cross_entropy(logits, labels)
-
-
 # ------------------------------------------------------------------ dpo_loss
 
 
@@ -98,22 +86,6 @@ def by_cross_entropy_of_two(
     return F.cross_entropy(rewards, first), *rewards.unbind(1)
 
 
-@wrong("dpo_loss", "use F.logsigmoid")
-def exponential(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
-    chosen = beta * (policy_chosen - reference_chosen)
-    rejected = beta * (policy_rejected - reference_rejected)
-    return torch.log(1 + torch.exp(rejected - chosen)).mean(), chosen, rejected
-
-
-@wrong("dpo_loss", "no gradient reaches policy_chosen")
-def rewards_detached_before_the_loss(
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta
-):
-    chosen = beta * (policy_chosen - reference_chosen).detach()
-    rejected = beta * (policy_rejected - reference_rejected).detach()
-    return -F.logsigmoid(chosen - rejected).mean(), chosen, rejected
-
-
 # ------------------------------------------------------------------ preference_step
 
 
@@ -128,41 +100,6 @@ def compared(policy, reference, beta):
     with torch.no_grad():
         fixed = reference("chosen"), reference("rejected")
     return preference_loss(torch.stack(sums).flatten(), torch.stack(fixed).flatten(), beta)[0]
-
-
-@wrong("preference_step", "Still wrong: the end token is masked as if it were padding; the prompt")
-def as_it_is_in_the_lesson(model, tokenizer, pair, beta):
-    chat = [{"role": "user", "content": pair["prompt"]}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-
-    def logprob(answer):
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        asked = tokenizer(text).input_ids
-        answered = tokenizer(answer + tokenizer.eos_token).input_ids
-        ids = torch.tensor([asked + answered])
-        labels = torch.tensor([[-100] * len(asked) + answered])
-        labels[ids == tokenizer.pad_token_id] = -100
-        return -model(ids, labels=labels).loss
-
-    chosen, rejected = logprob(pair["chosen"]), logprob(pair["rejected"])
-    with torch.no_grad():
-        reference = logprob(pair["chosen"]), logprob(pair["rejected"])
-    loss, _ = preference_loss(torch.stack([chosen, rejected]), torch.stack(reference), beta)
-    return loss
-
-
-@wrong("preference_step", "Still wrong: the reference is computed with the adapter on; log-prob")
-def half_repaired(model, tokenizer, pair, beta):
-    prompt = prompt_of(tokenizer, pair["prompt"])
-    start = len(tokenizer(prompt).input_ids)
-
-    def logprob(which):
-        text = prompt + pair[which] + tokenizer.eos_token
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        return -model(ids, labels=by_position(ids[0], start)[None]).loss
-
-    return compared(logprob, logprob, beta)
 
 
 def by_whole_chats(model, tokenizer, pair, policy, reference, beta):
@@ -184,13 +121,6 @@ def by_whole_chats(model, tokenizer, pair, policy, reference, beta):
 
 @right("preference_step")
 def by_a_base_of_its_own(model, tokenizer, pair, beta):
-    base = unload(copy.deepcopy(model))
-    return by_whole_chats(model, tokenizer, pair, model, base, beta)
-
-
-@wrong("preference_step", "no gradient reaches model")
-@torch.no_grad()
-def without_gradients(model, tokenizer, pair, beta):
     base = unload(copy.deepcopy(model))
     return by_whole_chats(model, tokenizer, pair, model, base, beta)
 

@@ -17,34 +17,9 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ rslora_scaling
 
 
-@wrong("rslora_scaling", "rank**1/2 is (rank**1) / 2")
-def no_brackets(alpha, rank):
-    return alpha / rank**1/2  # fmt: skip
-
-
 @wrong("rslora_scaling", "raised TypeError")
 def root_of_an_int(alpha, rank):
     return alpha / torch.sqrt(rank)
-
-
-@wrong("rslora_scaling", "which suits Adam's first step")
-def as_in_lora(alpha, rank):
-    return alpha / rank
-
-
-@wrong("rslora_scaling", "alpha is left out")
-def without_alpha(alpha, rank):
-    return 1 / math.sqrt(rank)
-
-
-@wrong("rslora_scaling", "this is the exponent p")
-def the_exponent(alpha, rank):
-    return 0.5
-
-
-@wrong("rslora_scaling", "the result is rounded down to a whole number")
-def cut(alpha, rank):
-    return int(alpha / math.sqrt(rank))
 
 
 @right("rslora_scaling")
@@ -69,14 +44,6 @@ def b(name):
     return "lora_B" in name.split(".")
 
 
-@wrong("loraplus_groups", "a bias is in B's group")
-def as_peft(named_parameters, lr, ratio):
-    rows = [(n, p) for n, p in named_parameters if p.requires_grad]
-    ups = [p for n, p in rows if b(n) or p.ndim == 1]
-    rest = [p for n, p in rows if not (b(n) or p.ndim == 1)]
-    return [dict(params=rest, lr=lr), dict(params=ups, lr=lr * ratio)]
-
-
 def split(is_b):
     """Two groups by the name alone, all else as it should be."""
 
@@ -90,26 +57,8 @@ def split(is_b):
     return answer
 
 
-capital = wrong("loraplus_groups", "other names have a capital B too")(split(lambda n: "B" in n))
-end_b = wrong("loraplus_groups", "other names have a capital B too")(split(lambda n: "_B" in n))
-any_lora = wrong("loraplus_groups", "A is in B's group too")(split(lambda n: "lora_" in n))
-small = wrong("loraplus_groups", "no B is found")(split(lambda n: "lora_b" in n))
 first = wrong("loraplus_groups", "no B is found")(split(lambda n: n.startswith("lora_B")))
-last = wrong("loraplus_groups", "lora_B is looked for at the end of a name")(
-    split(lambda n: n.endswith("lora_B"))
-)
-peft_only = wrong("loraplus_groups", "only PEFT's names are found")(
-    split(lambda n: n.endswith("lora_B.default.weight"))
-)
-not_b = wrong("loraplus_groups", "the lists are swapped")(split(lambda n: not b(n)))
 found = right("loraplus_groups")(split(lambda n: n.find("lora_B") >= 0))
-
-
-@wrong("loraplus_groups", "empty after the pass for B")
-def b_first(named_parameters, lr, ratio):
-    ups = [p for n, p in named_parameters if p.requires_grad and b(n)]
-    rest = [p for n, p in named_parameters if p.requires_grad and not b(n)]
-    return [{"params": rest, "lr": lr}, {"params": ups, "lr": lr * ratio}]
 
 
 @wrong("loraplus_groups", "is a string, expected a tensor")
@@ -159,48 +108,6 @@ def svd(W):
     return torch.linalg.svd(W, full_matrices=False)
 
 
-@wrong("pissa_init", "torch.linalg.svd returns Vᵀ already, whose rows are the vectors")
-def numpy_s_v(weight, rank):
-    U, S, V = svd(weight)
-    A, B = (V.T[:rank].T * S[:rank].sqrt()).T, U[:, :rank] * S[:rank].sqrt()
-    return A, B, weight - B @ A
-
-
-@wrong("pissa_init", "the columns of Vᵀ are scaled")
-def without_none(weight, rank):
-    U, S, V = svd(weight)
-    root = S[:rank].sqrt()
-    A, B = root * V[:rank], U[:, :rank] * root
-    return A, B, weight - B @ A
-
-
-@wrong("pissa_init", "the singular values are in A")
-def all_in_a(weight, rank):
-    U, S, V = svd(weight)
-    A, B = S[:rank, None] * V[:rank], U[:, :rank]
-    return A, B, weight - B @ A
-
-
-@wrong("pissa_init", "the rows of U are taken")
-def rows_of_u(weight, rank):
-    U, S, V = svd(weight)
-    root = S[:rank].sqrt()
-    A, B = root[:, None] * V[:rank], U[:rank].T * root
-    return A, B, weight - B @ A
-
-
-@wrong("pissa_init", "A and B are swapped")
-def b_before_a(weight, rank):
-    A, B = leading(weight, rank)
-    return B, A, weight - B @ A
-
-
-@wrong("pissa_init", "A and B are transposed")
-def turned_round(weight, rank):
-    A, B = leading(weight, rank)
-    return A.T, B.T, weight - B @ A
-
-
 @wrong("pissa_init", "A is a NumPy array, expected a tensor")
 def arrays(weight, rank):
     U, S, V = np.linalg.svd(weight.numpy(), full_matrices=False)
@@ -247,52 +154,6 @@ def from_eigenvectors(weight, rank):
 # ------------------------------------------------------------------ loftq_init
 
 
-@wrong("loftq_init", "this is the result of one step")
-def once(weight, rank, quantize, steps):
-    Q = quantize(weight)
-    return *leading(weight - Q, rank), Q
-
-
-@wrong("loftq_init", "this is one step too few")
-def from_step_one(weight, rank, quantize, steps):
-    Q = quantize(weight)
-    A, B = leading(weight - Q, rank)
-    for _ in range(2, steps):
-        Q = quantize(weight - B @ A)
-        A, B = leading(weight - Q, rank)
-    return A, B, Q
-
-
-@wrong("loftq_init", "what Q and the old BA leave")
-def of_the_rest(weight, rank, quantize, steps):
-    rest = weight
-    for _ in range(steps):
-        Q = quantize(rest)
-        A, B = leading(rest - Q, rank)
-        rest = rest - B @ A
-    return A, B, Q
-
-
-@wrong("loftq_init", "the first step starts from W's own factors")
-def as_pissa(weight, rank, quantize, steps):
-    A, B = leading(weight, rank)
-    for _ in range(steps):
-        Q = quantize(weight - B @ A)
-        A, B = leading(weight - Q, rank)
-    return A, B, Q
-
-
-@wrong("loftq_init", "the singular values are in B")
-def unsplit(weight, rank, quantize, steps):
-    BA = 0
-    for _ in range(steps):
-        Q = quantize(weight - BA)
-        U, S, V = svd(weight - Q)
-        A, B = V[:rank], U[:, :rank] * S[:rank]
-        BA = B @ A
-    return A, B, Q
-
-
 @wrong("loftq_init", "A has shape (12, 12), expected (3, 12)")
 def full_rank(weight, rank, quantize, steps):
     return alternate(weight, min(weight.shape), quantize, steps)
@@ -321,34 +182,6 @@ def recursive(weight, rank, quantize, steps):
 
 
 # ------------------------------------------------------------------ intruder_dimensions
-
-
-@wrong("intruder_dimensions", "compared only with w0's vector of the same index")
-def place_by_place(w0, w1, k, eps):
-    U0, U1 = svd(w0)[0], svd(w1)[0]
-    return sum(abs(torch.dot(U0[:, j], U1[:, j])) < eps for j in range(k)).item()
-
-
-@wrong("intruder_dimensions", "over the wrong axis")
-def other_axis(w0, w1, k, eps):
-    return ((svd(w0)[0].T @ svd(w1)[0][:, :k]).abs().amax(1) < eps).sum()
-
-
-@wrong("intruder_dimensions", "w0 and w1 are swapped")
-def who_is_lost(w0, w1, k, eps):
-    return sum(max((svd(w1)[0].T @ u).abs()) < eps for u in svd(w0)[0].T[:k])
-
-
-@wrong("intruder_dimensions", "one cosine below eps is not enough")
-def one_is_enough(w0, w1, k, eps):
-    U0, U1 = svd(w0)[0], svd(w1)[0]
-    return sum(any(abs(u @ U1[:, j]) < eps for u in U0.T) for j in range(k))
-
-
-@wrong("intruder_dimensions", "the rows of U are compared")
-def loops_over_rows(w0, w1, k, eps):
-    U0, U1 = svd(w0)[0], svd(w1)[0]
-    return sum(all(abs(u @ v) < eps for v in U0) for u in U1[:k])
 
 
 @wrong("intruder_dimensions", "the result is 0.1")

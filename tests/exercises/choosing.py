@@ -18,27 +18,6 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ pareto_front
 
 
-@wrong("pareto_front", "the sweep by cost meets points of equal cost in the order of the lists")
-def sweep(costs, scores):
-    front, best = [], -math.inf
-    for i in sorted(range(len(costs)), key=lambda i: costs[i]):
-        if scores[i] > best:
-            front.append(i)
-            best = scores[i]
-    return front
-
-
-@wrong("pareto_front", "the result holds points")
-def the_points(costs, scores):
-    return [(costs[i], scores[i]) for i in pareto_by_a_sweep(costs, scores)]
-
-
-@wrong("pareto_front", "the result is a mask")
-def a_mask(costs, scores):
-    front = pareto_by_a_sweep(costs, scores)
-    return [i in front for i in range(len(costs))]
-
-
 @right("pareto_front")
 def pareto_by_a_sweep(costs, scores):
     best, front = (math.inf, -math.inf), []
@@ -46,16 +25,6 @@ def pareto_by_a_sweep(costs, scores):
         if scores[i] > best[1] or (costs[i], scores[i]) == best:
             best = costs[i], scores[i]
             front.append(i)
-    return front
-
-
-@wrong("pareto_front", "with >= the sweep by cost also keeps a more expensive point")
-def sweep_with_equals(costs, scores):
-    front, best = [], -math.inf
-    for i in sorted(range(len(costs)), key=lambda i: costs[i]):
-        if scores[i] >= best:
-            front.append(i)
-            best = scores[i]
     return front
 
 
@@ -79,12 +48,6 @@ def with_numpy(costs, scores):
 
 
 # ------------------------------------------------------------------ fits
-
-
-@wrong("fits", "the whole GPU is used")
-def whole_card(n_params, n_trainable, gpu_gb, bits):
-    frozen = 2 if bits == 16 else NF4_BITS / 8
-    return frozen * (n_params - n_trainable) + 16 * n_trainable <= gpu_gb * GIB
 
 
 @wrong("fits", "is the float")
@@ -129,13 +92,6 @@ def with_a_branch(n_params, n_trainable, gpu_gb, bits):
 # ------------------------------------------------------------------ paired_difference
 
 
-@wrong("paired_difference", "divided by √(n − 1)")
-def by_the_root_of_the_degrees(scores_a, scores_b):
-    d = np.array(scores_a) - np.array(scores_b)
-    half = student_t(len(d) - 1) * d.std(ddof=1) / (len(d) - 1) ** 0.5
-    return d.mean(), d.mean() - half, d.mean() + half
-
-
 @wrong("paired_difference", "nothing was raised, where ValueError was expected")
 def any_length(scores_a, scores_b):
     d = [a - b for a, b in zip(scores_a, scores_b, strict=False)]
@@ -177,26 +133,6 @@ def in_a_loop(scores_a, scores_b):
 # ------------------------------------------------------------------ defend_choice
 
 
-@wrong("defend_choice", "too few seeds would then excuse any method")
-def not_clearly_worse(needs, gpu_gb, scores):
-    answer = with_a_sweep(needs, gpu_gb, scores)
-    behind = answer["behind"]
-    names = [name for name in needs if needs[name] <= 0.875 * gpu_gb]
-    if names:
-        good = [name for name in names if name not in behind or not behind[name][1] > 0]
-        answer["method"] = method = min(good, key=needs.get)
-        answer["left"] = 0.875 * gpu_gb - needs[method]
-    return answer
-
-
-@wrong("defend_choice", "it is in GiB already")
-def in_bytes(needs, gpu_gb, scores):
-    room, method = 0.875 * gpu_gb * GIB, min(needs, key=needs.get)
-    if needs[method] <= room:
-        return with_a_sweep(needs, gpu_gb * GIB, scores)
-    return {"method": "does not fit", "left": room - needs[method], "behind": {}}
-
-
 def paired_difference():
     """A stub of another exercise."""
     raise NotImplementedError
@@ -212,17 +148,6 @@ def before_its_helper(needs, gpu_gb, scores):
 def rounded_intervals(needs, gpu_gb, scores):
     answer = with_a_sweep(needs, gpu_gb, scores)
     behind = {n: [round(v, 1) for v in interval] for n, interval in answer["behind"].items()}
-    return answer | {"behind": behind}
-
-
-@wrong("defend_choice", "`behind` has the opposite sign")
-def other_minus_best(needs, gpu_gb, scores):
-    answer = with_a_sweep(needs, gpu_gb, scores)
-    behind = {n: (-mean, -high, -low) for n, (mean, low, high) in answer["behind"].items()}
-    good = [n for n in needs if n not in behind or behind[n][2] <= 1]
-    names = [n for n in good if needs[n] <= 0.875 * gpu_gb]
-    if names:
-        answer["method"] = min(names, key=needs.get)
     return answer | {"behind": behind}
 
 

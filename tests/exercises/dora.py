@@ -17,12 +17,6 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ decompose
 
 
-@wrong("decompose", "the norms are those of the columns, with a dimension kept")
-def as_in_the_paper(weight):
-    magnitude = weight.norm(p=2, dim=0, keepdim=True)
-    return magnitude, weight / magnitude
-
-
 @wrong("decompose", "your function raised RuntimeError: The size of tensor a (20)")
 def not_broadcast(weight):
     magnitude = weight.norm(dim=1)
@@ -79,12 +73,6 @@ def bias_required(x, weight, bias, A, B, alpha, magnitude):
     return c * (plain + branch) + bias
 
 
-@wrong("dora_output", "the base is counted twice")
-def base_twice(x, weight, bias, A, B, alpha, magnitude):
-    plain, branch, c = steps(x, weight, A, B, alpha, magnitude)
-    return F.linear(x, weight, bias) + c * plain + c * branch
-
-
 @wrong("dora_output", "That is as large as the weight: V, weight ** 2, or a copy")
 def directly(x, weight, bias, A, B, alpha, magnitude):
     V = weight + alpha / len(A) * (B @ A)
@@ -112,12 +100,6 @@ def diagonal_of_all_pairs(x, weight, bias, A, B, alpha, magnitude):
     square = weight.norm(dim=1) ** 2 + 2 * s * ((weight @ A.T) * B).sum(1)
     square = square + s * s * (B @ (A @ A.T) @ B.T).diagonal()
     return plus(magnitude / square.sqrt().detach() * (plain + branch), bias)
-
-
-@wrong("dora_output", "no gradient reaches magnitude")
-def c_detached(x, weight, bias, A, B, alpha, magnitude):
-    plain, branch, c = steps(x, weight, A, B, alpha, magnitude)
-    return plus(c.detach() * (plain + branch), bias)
 
 
 @right("dora_output")
@@ -158,12 +140,6 @@ def stacked(x, weight, bias, A, B, alpha, magnitude):
 
 
 # ------------------------------------------------------------------ magnitude_direction_change
-
-
-@wrong("magnitude_direction_change", "each weight is compared as one long vector")
-def flat(w0, w1):
-    delta_m = (w1.norm(dim=1) - w0.norm(dim=1)).abs().mean().item()
-    return delta_m, 1 - F.cosine_similarity(w0.flatten(), w1.flatten(), dim=0).item()
 
 
 @right("magnitude_direction_change")
@@ -213,43 +189,6 @@ class Repaired(nn.Module):
 right("DoRALinear")(Repaired)
 
 
-@wrong("DoRALinear", "a gradient flows through the norm")
-class OneFault(Repaired):
-    """The last one, which no output shows."""
-
-    def norm(self, V):
-        return V.norm(dim=1, keepdim=True)
-
-
-@wrong("DoRALinear", "the bias of the layer is lost")
-class TwoFaults(OneFault):
-    def forward(self, x):
-        V = self.adapted()
-        return F.linear(x, self.magnitude[:, None] * V / self.norm(V))
-
-
-@wrong("DoRALinear", "the bias of the layer is lost")
-class ThreeFaults(TwoFaults):
-    def norm(self, V):
-        return V.norm(dim=0, keepdim=True)
-
-
-@wrong("DoRALinear", "the magnitude starts as ones")
-class AllFaults(ThreeFaults):
-    """The stub as it is given."""
-
-    def first(self, linear):
-        return torch.ones(linear.out_features)
-
-
-@wrong("DoRALinear", "compute the norm of V = W + s·BA")
-class NormOnce(Repaired):
-    def norm(self, V):
-        if not hasattr(self, "once"):
-            self.once = V.norm(dim=1, keepdim=True).detach()
-        return self.once
-
-
 @wrong("DoRALinear", "the list of trainable parameters differs: missing 'magnitude'")
 class MagnitudeIsNoParameter(Repaired):
     def __init__(self, linear, rank=8, alpha=16.0):
@@ -263,36 +202,6 @@ class BaseTrains(Repaired):
     def __init__(self, linear, rank=8, alpha=16.0):
         super().__init__(linear, rank, alpha)
         linear.weight.requires_grad_(True)
-
-
-@wrong("DoRALinear", "V is detached, so A and B learn nothing")
-class NoGradient(Repaired):
-    @torch.no_grad()
-    def forward(self, x):
-        return super().forward(x)
-
-
-@wrong("DoRALinear", "lora_A starts at zero as lora_B does, so that no gradient reaches either")
-class DeadStart(Repaired):
-    """All four faults mended, and a start that never learns."""
-
-    def __init__(self, linear, rank=8, alpha=16.0):
-        super().__init__(linear, rank, alpha)
-        nn.init.zeros_(self.lora_A)
-
-
-@wrong("DoRALinear", "the argument linear was changed")
-class BaseChanged(Repaired):
-    """The same function, but what it wraps is no longer what it was."""
-
-    def __init__(self, linear, rank=8, alpha=16.0):
-        super().__init__(linear, rank, alpha)
-        if linear.bias is not None:
-            linear.bias.data += 1e-4
-
-    def forward(self, x):
-        y = super().forward(x)
-        return y if self.linear.bias is None else y - 1e-4
 
 
 @wrong("DoRALinear", "the returned value cannot be used: RuntimeError")

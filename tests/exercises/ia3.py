@@ -17,13 +17,6 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ ia3_sizes
 
 
-@wrong("ia3_sizes", "keys and values are counted as wide as the model")
-def head_of_the_keys(config):
-    n_kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    width = n_kv * (config.hidden_size // n_kv)
-    return {"k": width, "v": width, "ff": config.intermediate_size}
-
-
 @wrong("ia3_sizes", "the result['k'] is 128, expected 32")
 def one_dim_for_all(config):
     return dict.fromkeys(("k", "v", "ff"), config.hidden_size)
@@ -98,26 +91,9 @@ def by_the_share(config):
 # ------------------------------------------------------------------ ia3_linear
 
 
-@wrong("ia3_linear", "the output is scaled in both cases")
-def always_after(x, weight, bias, vector, feedforward):
-    return F.linear(x, weight, bias).mul(vector)
-
-
-@wrong("ia3_linear", "the bias of k and v is added after the scaling")
-def rows_without_bias(x, weight, bias, vector, feedforward):
-    return F.linear(x, weight * (vector if feedforward else vector[:, None]), bias)
-
-
 @wrong("ia3_linear", "your function raised TypeError")
 def bias_is_always_there(x, weight, bias, vector, feedforward):
     return x * vector @ weight.T + bias if feedforward else (x @ weight.T + bias) * vector
-
-
-@wrong("ia3_linear", "the argument x was changed")
-def in_place(x, weight, bias, vector, feedforward):
-    if feedforward:
-        return F.linear(x.mul_(vector), weight, bias)
-    return F.linear(x, weight, bias).mul_(vector)
 
 
 @right("ia3_linear")
@@ -145,11 +121,6 @@ def with_a_layer(x, weight, bias, vector, feedforward):
 
 
 # ------------------------------------------------------------------ merge_ia3
-
-
-@wrong("merge_ia3", "columns are scaled for keys and values")
-def never_turned(weight, bias, vector, feedforward):
-    return weight * vector, bias if feedforward or bias is None else bias * vector
 
 
 @wrong("merge_ia3", "your function raised TypeError")
@@ -199,28 +170,12 @@ def by_the_unit_vectors(weight, bias, vector, feedforward):
 # ------------------------------------------------------------------ ia3_as_lora
 
 
-@wrong("ia3_as_lora", "the change loses its sign")
-def roots(weight, vector):
-    root = (vector - 1).abs().sqrt()
-    return root[:, None] * weight, torch.diag(root)
-
-
 @wrong("ia3_as_lora", "holds nan")
 def roots_of_negatives(weight, vector):
     root = (vector - 1).sqrt()
     if len(weight) <= weight.shape[1]:
         return root[:, None] * weight, torch.diag(root)
     return torch.eye(weight.shape[1]), (root * root)[:, None] * weight
-
-
-@wrong("ia3_as_lora", "r is the smaller of out and in: where there are more rows")
-def always_rank_out(weight, vector):
-    return weight.clone(), torch.diag(vector - 1)
-
-
-@wrong("ia3_as_lora", "the order is reversed: return A first")
-def b_first(weight, vector):
-    return torch.diag(vector - 1), weight.clone()
 
 
 @wrong("ia3_as_lora", "A has shape (1, 20), expected (12, 20)")
@@ -281,16 +236,6 @@ class ByHand(nn.Module):
         return torch.einsum("bngqk,bknd->bqngd", weights, v).flatten(2)
 
 
-@wrong("IA3Attention", "the query has a vector too")
-class Stub(ByHand):
-    """The three vectors of the hunt as it is given."""
-
-    def __init__(self, q_proj, k_proj, v_proj, n_heads):
-        super().__init__(q_proj, k_proj, v_proj, n_heads)
-        for name in ("l_q", "l_k", "l_v"):
-            setattr(self, name, nn.Parameter(torch.ones(q_proj.out_features)))
-
-
 @right("IA3Attention")
 class InHeads(ByHand):
     """Vectors of another shape, (n_kv, d_h) and (1, n_kv · d_h)."""
@@ -309,21 +254,6 @@ class InHeads(ByHand):
         return y.transpose(1, 2).flatten(2)
 
 
-@wrong("IA3Attention", "scaled after the heads are repeated")
-class NarrowVectors(ByHand):
-    """The hunt after its vectors are narrowed."""
-
-    def forward(self, x):
-        def heads(t):
-            return t.unflatten(-1, (-1, self.q.out_features // self.n_heads)).transpose(1, 2)
-
-        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        k, v = k * heads(self.l_k[None, None]), v * heads(self.l_v[None, None])
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return y.transpose(1, 2).flatten(2)
-
-
 @wrong("IA3Attention", "(that of the base) is None, expected a tensor")
 class NoReturn(ByHand):
     def forward(self, x):
@@ -335,28 +265,6 @@ class Random(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__(q_proj, k_proj, v_proj, n_heads)
         self.l_k.data.add_(0.02 * torch.randn(self.l_k.shape))
-
-
-@wrong("IA3Attention", "no gradient reaches the vectors, so they learn nothing")
-class NoGradient(ByHand):
-    @torch.no_grad()
-    def forward(self, x):
-        return super().forward(x)
-
-
-@wrong("IA3Attention", "l_k and l_v are plain tensors")
-class NoParameters(ByHand):
-    def __init__(self, q_proj, k_proj, v_proj, n_heads):
-        super().__init__(q_proj, k_proj, v_proj, n_heads)
-        del self.l_k, self.l_v
-        self.l_k, self.l_v = torch.ones(k_proj.out_features), torch.ones(v_proj.out_features)
-
-
-@wrong("IA3Attention", "the base trains too")
-class BaseTrains(ByHand):
-    def __init__(self, q_proj, k_proj, v_proj, n_heads):
-        super().__init__(q_proj, k_proj, v_proj, n_heads)
-        self.requires_grad_(True)
 
 
 @right("IA3Attention")

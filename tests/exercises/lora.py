@@ -63,12 +63,6 @@ def squeezed_factors(weight, A, B, alpha):
     return weight + alpha / len(A) * (B.squeeze() @ A.squeeze())
 
 
-@wrong("merge_lora", "the argument weight was changed")
-def in_place(weight, A, B, alpha):
-    weight += alpha / len(A) * (B @ A)
-    return weight
-
-
 # ------------------------------------------------------------------ unmerge_lora
 
 

@@ -13,13 +13,6 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ split_prefix
 
 
-@wrong("split_prefix", "mixes tokens and heads")
-def reshaped_at_the_end(flat, layers, n_kv, d_h):
-    blocks = flat.chunk(2 * layers, dim=1)
-    shaped = [b.reshape(n_kv, len(flat), d_h) for b in blocks]
-    return list(zip(shaped[::2], shaped[1::2], strict=True))
-
-
 @wrong("split_prefix", "is a tensor, expected a tuple of 2")
 def not_pairs(flat, layers, n_kv, d_h):
     return list(flat.view(-1, layers, 2, n_kv, d_h).permute(1, 2, 3, 0, 4))
@@ -56,26 +49,6 @@ def scores_of(q, k, prefix_k):
     k, prefix_k = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, prefix_k))
     text = q @ k.mT / q.shape[-1] ** 0.5
     return q @ prefix_k.mT / q.shape[-1] ** 0.5, text + torch.full_like(text, -torch.inf).triu(1)
-
-
-@wrong("prefix_gate", "this is the ratio of prefix to text")
-def a_ratio(q, k, prefix_k):
-    prefix, text = scores_of(q, k, prefix_k)
-    return (prefix.logsumexp(-1) - text.logsumexp(-1)).exp()
-
-
-@wrong("prefix_gate", "exp overflows for large scores")
-def overflowing(q, k, prefix_k):
-    a, b = (scores.exp().sum(-1) for scores in scores_of(q, k, prefix_k))
-    return a / (a + b)
-
-
-@wrong("prefix_gate", "one maximum is subtracted from all scores")
-def one_maximum(q, k, prefix_k):
-    prefix, text = scores_of(q, k, prefix_k)
-    largest = max(prefix.max(), text.max())
-    a, b = ((scores - largest).exp().sum(-1) for scores in (prefix, text))
-    return a / (a + b)
 
 
 @wrong("prefix_gate", "your function raised RuntimeError")
@@ -118,7 +91,6 @@ def by_attention_to_ones(q, k, prefix_k):
 # ------------------------------------------------------------------ context_to_prefix
 
 
-@wrong("context_to_prefix", "the model is in train mode, so dropout is active")
 @torch.no_grad()
 def in_any_mode(model, ids):
     cache = model(ids[None]).past_key_values
@@ -180,20 +152,6 @@ def in_two_parts(model, ids):
 # ------------------------------------------------------------------ attend
 
 
-@wrong("attend", "the prefix's keys are among the values, and its values among the keys")
-def the_stub(q, k, v, prefix_k, prefix_v):
-    if not prefix_k.any():
-        prefix_k, prefix_v = prefix_k[:, :0], prefix_v[:, :0]
-    K, V = torch.cat([prefix_v, k], 1), torch.cat([prefix_k, v], 1)
-    return F.scaled_dot_product_attention(q, K, V, is_causal=True)
-
-
-@wrong("attend", "prefix and text each have their own softmax, and their outputs are added")
-def added(q, k, v, prefix_k, prefix_v):
-    text = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return text + F.scaled_dot_product_attention(q, prefix_k, prefix_v)
-
-
 @wrong("attend", "expected (3, 6, 8)")
 def queries_for_the_prefix(q, k, v, prefix_k, prefix_v):
     q, K, V = (torch.cat(pair, 1) for pair in ((prefix_k, q), (prefix_k, k), (prefix_v, v)))
@@ -209,13 +167,6 @@ def in_loops(q, k, v, prefix_k, prefix_v):
         V = torch.cat([prefix_v[h], v[h, : t + 1]])
         out[h, t] = (K @ q[h, t] / q.shape[-1] ** 0.5).softmax(0) @ V
     return out
-
-
-@wrong("attend", "filled with −100")
-def filled_with_a_number(q, k, v, prefix_k, prefix_v):
-    prefix, text = scores_of(q, k, prefix_k)
-    weights = torch.cat([prefix, text.masked_fill(text == -torch.inf, -1e2)], -1).softmax(-1)
-    return weights @ torch.cat([prefix_v, v], 1)
 
 
 @right("attend")

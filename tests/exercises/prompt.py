@@ -18,21 +18,9 @@ def cosines(prompt, embeddings):
     return F.cosine_similarity(prompt[:, None], embeddings[None], dim=-1)
 
 
-@wrong("nearest_tokens", "this is a dot product, which prefers rows with a large norm")
-def only_the_prompt_normalised(prompt, embeddings, k):
-    unit = prompt / prompt.norm(dim=1, keepdim=True)
-    return torch.topk(unit @ embeddings.T, k, dim=-1)[1]
-
-
 @wrong("nearest_tokens", "is a tuple of 2, expected a tensor")
 def both_of_topk(prompt, embeddings, k):
     return tuple(cosines(prompt, embeddings).topk(k))
-
-
-@wrong("nearest_tokens", "a row of zeros has no direction")
-def divided_by_zero(prompt, embeddings, k):
-    lengths = prompt.norm(dim=1)[:, None] * embeddings.norm(dim=1)[None]
-    return (prompt @ embeddings.T / lengths).topk(k).indices
 
 
 @wrong("nearest_tokens", "has shape (3,), expected (3, 4)")
@@ -56,31 +44,6 @@ def by_distance_of_directions(prompt, embeddings, k):
 # ------------------------------------------------------------------ init_from_text
 
 
-@wrong("init_from_text", "the text is repeated too few times")
-def rounded_down(ids, embeddings, p):
-    ids = ids.repeat(p // len(ids)) if len(ids) < p else ids
-    return embeddings[ids[:p]]
-
-
-@wrong("init_from_text", "each token is repeated by itself")
-def interleaved(ids, embeddings, p):
-    times = -(-p // len(ids))
-    return embeddings[ids].repeat_interleave(times, dim=0)[:p]
-
-
-@wrong("init_from_text", "the rows after the end of the text are zero")
-def rest_is_zero(ids, embeddings, p):
-    rows = torch.zeros(p, embeddings.shape[1])
-    n = min(p, len(ids))
-    rows[:n] = embeddings[ids[:n]]
-    return rows
-
-
-@wrong("init_from_text", "the text begins with its second token")
-def one_too_far(ids, embeddings, p):
-    return torch.stack([embeddings[ids[(i + 1) % len(ids)]] for i in range(p)])
-
-
 @right("init_from_text")
 def by_cycle(ids, embeddings, p):
     return torch.stack([embeddings[i] for i in itertools.islice(itertools.cycle(ids.tolist()), p)])
@@ -94,12 +57,6 @@ def by_embedding(ids, embeddings, p):
 
 
 # ------------------------------------------------------------------ prompt_ensemble
-
-
-@wrong("prompt_ensemble", "the weights lose their sign")
-def absolute(prompts, weights):
-    weights = [abs(w) for w in weights]
-    return by_zip(prompts, weights)
 
 
 @wrong("prompt_ensemble", "nothing was raised, where ValueError was expected")
@@ -157,46 +114,6 @@ right("prepend_prompt")(mended)
 wrong("prepend_prompt", "the mask's ones are put after the text")(hunted())  # the stub as given
 wrong("prepend_prompt", "each position holds the next token: a Hugging")(hunted(mask=True))
 wrong("prepend_prompt", "no gradient reaches the prompt")(hunted(mask=True, labels=True))
-
-
-@wrong("prepend_prompt", "the labels are rolled by hand")
-def rolled(embeddings, mask, labels, prompt):
-    labels = labels if labels is None else labels.roll(-1, dims=1)
-    return mended(embeddings, mask, labels, prompt)
-
-
-@wrong("prepend_prompt", "the labels are shifted to the right by one position")
-def shifted_right(embeddings, mask, labels, prompt):
-    joined, mask, labels = mended(embeddings, mask, labels, prompt)
-    if labels is not None:
-        labels = F.pad(labels, (1, 0), value=-100)[:, :-1]
-    return joined, mask, labels
-
-
-@wrong("prepend_prompt", "the last virtual token holds the first token of the text")
-def first_token_too(embeddings, mask, labels, prompt):
-    joined, mask, labels = mended(embeddings, mask, labels, prompt)
-    if labels is not None:
-        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return joined, mask, labels
-
-
-@wrong("prepend_prompt", "expanded rows all share the memory of prompt")
-def weaker_in_place(embeddings, mask, labels, prompt):
-    joined, longer, labels = mended(embeddings, mask, labels, prompt)
-    if mask is not None:
-        virtual = prompt.to(embeddings.dtype).expand(len(mask), -1, -1)
-        with torch.no_grad():
-            for one, kept in zip(virtual, mask, strict=True):
-                one.mul_(kept.float().mean())
-        joined = torch.cat([virtual, embeddings], dim=1)
-    return joined, longer, labels
-
-
-@wrong("prepend_prompt", "no gradient reaches")
-@torch.no_grad()
-def nothing_learns(embeddings, mask, labels, prompt):
-    return mended(embeddings, mask, labels, prompt)
 
 
 @wrong("prepend_prompt", "your function raised AttributeError: 'NoneType'")

@@ -16,14 +16,6 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ bits_per_parameter
 
 
-@wrong("bits_per_parameter", "its code of double_bits replaces it")
-def first_absmax_kept(bits, block, absmax_bits=32, double_block=None, double_bits=8):
-    total = bits + absmax_bits / block
-    if double_block:
-        total += double_bits / block + absmax_bits / (block * double_block)
-    return total
-
-
 @wrong("bits_per_parameter", "Expected bits_per_parameter(bits, block, absmax_bits=32")
 def without_defaults(bits, block, absmax_bits, double_block, double_bits):
     return bits + double_bits / block + absmax_bits / (block * double_block)
@@ -48,14 +40,6 @@ def recursive(bits, block, absmax_bits=32, double_block=None, double_bits=8):
 
 
 # ------------------------------------------------------------------ unpack_nibbles
-
-
-@wrong("unpack_nibbles", "the high nibble is masked, but not shifted")
-def not_shifted(packed):
-    codes = torch.empty(2 * len(packed), dtype=torch.uint8)
-    codes[0::2] = packed & 0xF0
-    codes[1::2] = packed & 0x0F
-    return codes
 
 
 @right("unpack_nibbles")
@@ -83,14 +67,6 @@ def byte_by_byte(packed):
 
 
 # ------------------------------------------------------------------ normal_float_levels
-
-
-@wrong("normal_float_levels", "the zero appears twice")
-def zero_twice(bits):
-    n = 2**bits
-    steps = torch.linspace(1 - 1 / (4 * n) - 1 / (4 * (n - 1)), 0.5, n // 2).tolist()
-    half = torch.tensor([NormalDist().inv_cdf(p) for p in steps])
-    return torch.cat([-half, half.flip(0)]) / half.max()
 
 
 @wrong("normal_float_levels", "your function raised StatisticsError")
@@ -124,14 +100,6 @@ def by_comprehension(bits):
 
 def middles(levels):
     return (levels[:-1] + levels[1:]) / 2
-
-
-@wrong("quantize_blockwise", "each row starts a new block")
-def rows_are_padded(x, levels, block):
-    parts = [part for row in x.reshape(-1, x.shape[-1]) for part in row.split(block)]
-    absmax = torch.stack([part.abs().max() for part in parts])
-    scaled = torch.cat([part / top for part, top in zip(parts, absmax, strict=True)])
-    return torch.bucketize(scaled, middles(levels)).to(torch.uint8), absmax
 
 
 @wrong("quantize_blockwise", "your function raised RuntimeError: shape '[-1, 16]' is invalid for")
@@ -174,12 +142,6 @@ def scaled_boundaries(x, levels, block):
 
 
 # ------------------------------------------------------------------ dequantize_blockwise
-
-
-@wrong("dequantize_blockwise", "repeat gives neighbouring numbers different absmax values")
-def blocks_across(codes, absmax, levels, block, shape):
-    values = F.pad(levels[codes.long()], (0, -len(codes) % block))
-    return (values.view(block, -1) * absmax).flatten()[: len(codes)].view(shape)
 
 
 @wrong("dequantize_blockwise", "your function raised IndexError: The shape of the mask [240]")
@@ -238,13 +200,6 @@ wrong("merge_into_4bit", "the nibbles are swapped: the first number is in the hi
 wrong("merge_into_4bit", "the scaling alpha / r is left out")(hunted(1))
 wrong("merge_into_4bit", "the weight is re-quantised before its error is measured")(hunted(2))
 wrong("merge_into_4bit", "the error is divided by the norm of the base")(hunted(3))
-
-
-@wrong("merge_into_4bit", "the error is divided by the norm of the update")
-def relative_to_the_update(packed, absmax, A, B, alpha, shape):
-    update = B @ A * (alpha / len(A))
-    weight = dequantize_nf4(packed, absmax, shape) + update
-    return weight, ((requantized(weight) - weight).norm() / update.norm()).item()
 
 
 right("merge_into_4bit")(hunted(4))

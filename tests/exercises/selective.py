@@ -33,19 +33,6 @@ def chosen(is_bias):
     return answer
 
 
-inside = wrong("select_bitfit", "bias_scale is not a bias")(chosen(lambda last, p: "bias" in last))
-vectors = wrong("select_bitfit", "bias_scale is not a bias")(
-    chosen(lambda last, p: p.dim() == 1 and "bias" in last)
-)
-all_vectors = wrong("select_bitfit", "not every vector is a bias")(
-    chosen(lambda last, p: p.dim() == 1)
-)
-alone = wrong("select_bitfit", "may also end in _bias")(chosen(lambda last, p: last == "bias"))
-by_heart = wrong("select_bitfit", "not only in_proj_bias")(
-    chosen(lambda last, p: last in ("bias", "in_proj_bias"))
-)
-
-
 @right("select_bitfit")
 def by_a_walk(model):
     found = {}
@@ -59,53 +46,6 @@ def by_a_walk(model):
 
 
 # ------------------------------------------------------------------ sparse_linear
-
-
-@wrong("sparse_linear", "weight")
-def in_place(x, weight, bias, indices, values):
-    weight.view(-1)[indices] += values.detach()
-    return nn.functional.linear(x, weight, bias)
-
-
-@wrong("sparse_linear", "cut off from the graph")
-def with_data(x, weight, bias, indices, values):
-    S = torch.zeros_like(weight)
-    S.view(-1).data[indices] = values.data
-    return nn.functional.linear(x, weight + S, bias)
-
-
-@wrong("sparse_linear", "share its memory")
-def in_a_view(x, weight, bias, indices, values):
-    flat = weight.flatten()
-    flat[indices] += values
-    return nn.functional.linear(x, flat.view(weight.shape), bias)
-
-
-@wrong("sparse_linear", "S stays zero")
-def thrown_away(x, weight, bias, indices, values):
-    flat = weight.flatten()
-    flat.index_add(0, indices, values)
-    return nn.functional.linear(x, flat.view(weight.shape), bias)
-
-
-@wrong("sparse_linear", "p is divided by the number of rows")
-def divided_by_rows(x, weight, bias, indices, values):
-    rows = len(weight)
-    S = torch.zeros_like(weight).index_put((indices // rows, indices % rows), values)
-    return nn.functional.linear(x, weight + S, bias)
-
-
-@wrong("sparse_linear", "row and column are swapped")
-def other_way_round(x, weight, bias, indices, values):
-    W = weight.clone()
-    W[indices % weight.shape[1], indices // weight.shape[1]] += values
-    return x @ W.T + bias
-
-
-@wrong("sparse_linear", "W is counted twice")
-def twice(x, weight, bias, indices, values):
-    W = weight.flatten().scatter(0, indices, values).view(weight.shape)
-    return nn.functional.linear(x, weight + W, bias)
 
 
 @right("sparse_linear")
@@ -127,17 +67,6 @@ def entry_by_entry(x, weight, bias, indices, values):
 # ------------------------------------------------------------------ hard_concrete
 
 
-@wrong("hard_concrete", "the gradient of 1 / (1 + ∞) is 0 · ∞")
-def without_sigmoid(log_alpha, u, low=-1.5, high=1.5, temperature=1.0):
-    odds = (1 - u) / u * torch.exp(-log_alpha)
-    return (low + (high - low) / (1 + odds ** (1 / temperature))).clamp(0, 1)
-
-
-@wrong("hard_concrete", "low and high are not used")
-def as_in_the_lesson(log_alpha, u, low=-1.5, high=1.5, temperature=1.0):
-    return (torch.sigmoid((torch.logit(u) + log_alpha) / temperature) * 3 - 1.5).clamp(0, 1)
-
-
 @right("hard_concrete")
 def by_clamping_u(log_alpha, u, low=-1.5, high=1.5, temperature=1.0):
     u = u.clamp(1e-7, 1 - 1e-7)
@@ -153,23 +82,6 @@ def by_draws(log_alpha, low=-1.5, high=1.5, temperature=1.0):
     u = torch.rand(10_000, *log_alpha.shape, dtype=log_alpha.dtype)
     s = torch.sigmoid((torch.logit(u) + log_alpha) / temperature)
     return (s * (high - low) + low > 0).to(log_alpha.dtype).mean(0).sum()
-
-
-@wrong("expected_l0", "the open gates of one draw")
-def by_one_draw(log_alpha, low=-1.5, high=1.5, temperature=1.0):
-    u = torch.rand(log_alpha.shape)
-    s = torch.sigmoid((torch.logit(u) + log_alpha) / temperature)
-    return (s * (high - low) + low > 0).float().sum()
-
-
-@wrong("expected_l0", "a whole number")
-def by_counting(log_alpha, low=-1.5, high=1.5, temperature=1.0):
-    return (log_alpha / temperature > math.log(-low / high)).sum()
-
-
-@wrong("expected_l0", "log(−low / (high − low)) is the logarithm of s")
-def log_of_s(log_alpha, low=-1.5, high=1.5, temperature=1.0):
-    return torch.sigmoid(log_alpha - temperature * math.log(-low / (high - low))).sum()
 
 
 @right("expected_l0")
@@ -188,41 +100,6 @@ def by_view(before, after):
         at = (before[name].view(-1) != new.view(-1)).nonzero().view(-1)
         if len(at):
             diff[name] = (at, new.view(-1)[at])
-    return diff
-
-
-def bits(t):
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return t.reshape(-1).view(whole[t.element_size()])
-
-
-@wrong("sparse_diff", "nothing else changed is skipped")
-def equal_is_the_same(before, after):
-    diff = {}
-    for name, new in after.items():
-        at = (bits(before[name]) != bits(new)).nonzero().flatten()
-        if len(at) and not torch.equal(before[name], new):
-            diff[name] = (at, new.flatten()[at])
-    return diff
-
-
-@wrong("sparse_diff", "an unchanged NaN as a change")
-def equal_decides(before, after):
-    diff = {}
-    for name, new in after.items():
-        if not torch.equal(before[name], new):
-            at = (bits(before[name]) != bits(new)).nonzero().flatten()
-            diff[name] = (at, new.flatten()[at])
-    return diff
-
-
-@wrong("sparse_diff", "int32 reads two entries of bfloat16 at once")
-def always_int32(before, after):
-    diff = {}
-    for name, new in after.items():
-        at = (before[name].view(torch.int32) != new.view(torch.int32)).flatten().nonzero().flatten()
-        if len(at):
-            diff[name] = (at, new.flatten()[at])
     return diff
 
 
@@ -293,15 +170,6 @@ def last_refused(before, diff):
     return nothing_refused(before, diff)
 
 
-@wrong("apply_sparse_diff", "everything that did not change is 0")
-def from_zeros(before, diff):
-    refuse(before, diff)
-    after = {name: torch.zeros_like(old) for name, old in before.items()}
-    for name, (at, values) in diff.items():
-        after[name].put_(at, values)
-    return after
-
-
 @right("apply_sparse_diff")
 def by_a_contiguous_copy(before, diff):
     refuse(before, diff)
@@ -325,15 +193,6 @@ def trained(model):
 
 def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-
-
-@wrong("make_optimizer", "the optimiser holds the frozen parameters too: give it")
-def a_group_without_decay(model, names):
-    model.zero_grad()
-    unfreeze(model, names)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    groups = [{"params": trained(model)}, {"params": frozen, "lr": 0.0, "weight_decay": 0.0}]
-    return adamw(groups)
 
 
 @right("make_optimizer")

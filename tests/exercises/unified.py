@@ -20,12 +20,6 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ prefix_as_adapter
 
 
-@wrong("prefix_as_adapter", "exp overflows for large scores")
-def overflowing(x, w_q, prefix_k, prefix_v):
-    weights = (x @ w_q.T @ prefix_k.T / len(w_q) ** 0.5).exp()
-    return weights / weights.sum(-1, keepdim=True) @ prefix_v
-
-
 @wrong("prefix_as_adapter", "expected (3, 5, 6)")
 def without_a_batch(x, w_q, prefix_k, prefix_v):
     rows = x.reshape(-1, x.shape[-1])
@@ -54,28 +48,11 @@ def as_an_array(x, w_q, prefix_k, prefix_v):
 # ------------------------------------------------------------------ compose
 
 
-@wrong("compose", "the gates are repeated as a whole")
-def heads_in_turn(h, delta, scale, gate=None):
-    """Channel c gets the gate of head c modulo n."""
-    if gate is None:
-        return h + scale * delta
-    own = gate[..., torch.arange(h.shape[-1]) % gate.shape[-1]]
-    return (1 - own) * h + own * scale * delta
-
-
 @wrong("compose", "your function raised RuntimeError")
 def laid_as_they_are(h, delta, scale, gate=None):
     if gate is None:
         return h + scale * delta
     return (1 - gate) * h + gate * scale * delta
-
-
-@wrong("compose", "the result is h")
-def in_general(h, delta, scale, gate=None):
-    """A gate of one would also do where there is none, were it not for h."""
-    gate = torch.ones_like(h[..., :1]) if gate is None else gate
-    share = gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1)
-    return share * h + (1 - share) * scale * delta if (share < 1).any() else h + scale * delta
 
 
 @right("compose")
@@ -87,12 +64,6 @@ def in_float64(h, delta, scale, gate=None):
         gate = gate.flatten(-2)
         kept, change = kept - gate * kept, change * gate
     return kept.add(change)
-
-
-@wrong("compose", "nothing of h is left where λ is 1")
-def beside_the_whole(h, delta, scale, gate=None):
-    share = 1 if gate is None else gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1)
-    return h + share * scale * delta
 
 
 @right("compose")

@@ -2,8 +2,6 @@
 
 import math
 
-import torch
-
 from . import Answers
 
 answers = Answers()
@@ -21,11 +19,6 @@ def no_defaults(n_params, n_trainable, weight, grad, master, moments):
 @wrong("training_bytes", "the result is 6,797,135,872, expected 13,535,551,488")
 def wrong_default(n_params, n_trainable, weight=1, grad=2, master=4, moments=8):
     return int(n_params * weight + n_trainable * (grad + master + moments))
-
-
-@wrong("training_bytes", "the default values are used: use the arguments")
-def arguments_ignored(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
-    return 16 * n_trainable + 2 * (n_params - n_trainable)
 
 
 @right("training_bytes")
@@ -50,11 +43,6 @@ def a_whole_float(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
 # ------------------------------------------------------------------ step_flops
 
 
-@wrong("step_flops", "4 of the 6 operations for each trainable weight are in 4·N already")
-def six_on_top(n_params, n_trainable, tokens):
-    return 4 * n_params * tokens + 6 * n_trainable * tokens
-
-
 @right("step_flops")
 def full_minus_saved(n_params, n_trainable, tokens):
     return 6 * n_params * tokens - 2 * (n_params - n_trainable) * tokens
@@ -77,14 +65,6 @@ def arrows_of_frozen_and_trained(n_params, n_trainable, tokens):
 
 
 # ------------------------------------------------------------------ largest_rank
-
-
-@wrong("largest_rank", "one too large for the budget")
-def first_that_does_not_fit(shapes, budget_bytes, bytes_per_parameter):
-    rank = 1
-    while rank * sum(map(sum, shapes)) * bytes_per_parameter <= budget_bytes:
-        rank += 1
-    return rank
 
 
 @right("largest_rank")
@@ -113,39 +93,9 @@ def by_parameters(shapes, budget_bytes, bytes_per_parameter):
 # ------------------------------------------------------------------ count_parameters
 
 
-def _true_size(p):
-    return p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()
-
-
-@wrong("count_parameters", "the tied weight is counted twice")
-def as_shipped(model):
-    total = trainable = 0
-    for tensor in model.state_dict(keep_vars=True).values():
-        total += tensor.numel()
-        if tensor.requires_grad:
-            trainable += tensor.numel()
-    return total, trainable
-
-
-@wrong("count_parameters", "parameters of equal values are counted once")
-def once_by_value(model):
-    unique = []
-    for p in model.parameters():
-        if not any(torch.equal(p, other) for other in unique):
-            unique.append(p)
-    return sum(map(_true_size, unique)), sum(_true_size(p) for p in unique if p.requires_grad)
-
-
 @wrong("count_parameters", "total is 0, expected 58")
 def placeholder(model):
     return 0, 0
-
-
-@wrong("count_parameters", "data_ptr() is 0 for every parameter on the meta device")
-def by_storage(model):
-    names = model.named_parameters(remove_duplicate=False)
-    unique = {p.data_ptr(): (_true_size(p), p.requires_grad) for _, p in names}.values()
-    return sum(n for n, _ in unique), sum(n for n, trains in unique if trains)
 
 
 @right("count_parameters")
