@@ -146,12 +146,14 @@ peft_lessons/checks/compare.py: kit
     if gap.max() <= tolerance → if gap.mean() <= tolerance
     if not _serves(got.dtype, expected.dtype, form): → if False:
     return form == "wider" and floats and → return floats and
-peft_lessons/checks/kit.py: kit
+peft_lessons/checks/calls.py: kit
     flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64) → flat.sum()
-    raised = frame.f_code.co_code[last.tb_lasti] == → raised = True or
-    if theirs is None and ours is not None: → if False:
-    if missing and self._numbers_agree(function): → if missing:
-    in results if i <= number → in results if i == number
+    return own and "NotImplementedError" in code.co_names and "raise" in line → return own
+    own = frame.f_globals.get("__name__") == module → own = True
+peft_lessons/checks/compared.py: kit
+    if gradient is None and wanted is not None: → if False:
+    if fault.missing and self._numbers_agree(yours): → if fault.missing:
+    in numbers if i <= number → in numbers if i == number
 peft_lessons/testing/conformance.py: conformance
     isinstance(error, ValueError | TypeError) and named → named
     isinstance(error, ValueError | TypeError) and named → isinstance(error, ValueError | TypeError)
@@ -197,10 +199,11 @@ classroom/grade_one.py: grade
     if not ours or (stub and name not in ran.answers): → if True:
     cell.get("id") not in lesson.long and ( → (
     if again[0] == "right": → if False:
-peft_lessons/checks/kit.py: kit
+peft_lessons/checks/compared.py: kit
     return 0.75 → return 1.0
     len(shares) * (1.0 if self.staged else 0.5) → len(shares)
     return sum(agree) / len(expected) if → return 0.0 if
+peft_lessons/checks/kit.py: kit
     return passed / len(self.trials) / 2 → return 0.0
 """)
 

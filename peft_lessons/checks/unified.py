@@ -38,7 +38,6 @@ def _one_head(*batch, T=6, d=10, d_h=4, p=3, common=0.0, dtype=torch.float32):
 
 @check_for(
     adapt=_in_torch,
-    most_causes=2,
     cases=[
         # All matrices are square first: one that is wrongly transposed then has its cause.
         Case(lambda: _one_head(T=6, d=6, d_h=6, p=6), note="T = d = d_h = p"),
@@ -152,7 +151,6 @@ def _states(*shape, scale, heads=None, gate=None):
 
 @check_for(
     adapt=_in_torch,
-    most_causes=2,
     cases=[
         Case(lambda: _states(2, 5, 8, scale=0.25), note="no gate"),
         Case(lambda: _states(2, 5, 8, scale=1.0), note="no gate"),
