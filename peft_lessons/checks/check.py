@@ -1,12 +1,11 @@
 """What every check has: three outcomes of an answer, and what each of them says."""
 
-import copy
 import html
 import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +49,6 @@ class Refused(Exception):
     """Report a fault found by a trial, or by `adapt`: a headline, and facts."""
 
 
-def _as_it_is(answer: Any) -> Any:
-    return answer
-
-
 class Check:
     """Check an answer: return a verdict if it is right or not attempted, else raise WrongAnswer.
 
@@ -67,7 +62,7 @@ class Check:
         self,
         reference: Callable,
         causes: Mapping[str, Callable] | None = None,
-        adapt: Callable[[Any], Any] = _as_it_is,
+        adapt: Callable[[Any], Any] = lambda answer: answer,
         quiet: bool = False,
         verified: Callable[[list[str]], str] | None = None,
     ) -> None:
@@ -75,7 +70,6 @@ class Check:
         self.adapt, self.quiet, self.verified = adapt, quiet, verified or _verified
         self.signature = inspect.signature(reference)
         self.names = list(self.signature.parameters)
-        self.variant = 0
         self.__name__, self.__doc__ = reference.__name__, inspect.getdoc(reference)
 
     @property
@@ -85,7 +79,7 @@ class Check:
 
     def __call__(self, answer: Any) -> Verdict:
         __tracebackhide__ = True
-        with _without_warnings() if self.quiet else nullcontext():
+        with warnings.catch_warnings(action="ignore") if self.quiet else nullcontext():
             facts = list(self._facts(self._adapted(answer)))
         if facts:
             told = f"{self.__doc__} {self.verified(facts)}"
@@ -97,12 +91,8 @@ class Check:
         return Verdict("not attempted", headline, todo)
 
     def of_variant(self, number: int) -> "Check":
-        """Return this check with cases that draw other random numbers."""
-        other = copy.copy(self)
-        other.variant = number
-        for cached in ("_right", "_causes"):
-            vars(other).pop(cached, None)
-        return other
+        """Return this check with cases that draw other random numbers, where it draws any."""
+        return self
 
     def _adapted(self, answer: Any) -> Any:
         __tracebackhide__ = True
@@ -164,13 +154,6 @@ def _verified(facts: Sequence[str]) -> str:
 def _strict() -> bool:
     # nbgrader would give an untouched stub full marks if it raised nothing.
     return os.environ.get("PEFT_LESSONS_STRICT") == "1" or "NBGRADER_EXECUTION" in os.environ
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _without_annotations(signature: inspect.Signature) -> inspect.Signature:

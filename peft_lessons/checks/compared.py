@@ -4,6 +4,7 @@ An answer is called once per case. What may be wrong is then looked at in the or
 cause is named only if its wrong function returns the same as the learner's.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -114,7 +115,14 @@ class Compared(Check):
         self.gradients, self.forbid, self.changes = gradients, forbid, changes
         self.afterwards, self.tolerance, self.form = afterwards, tolerance, form
         self.describe, self.hint = describe or self._described, hint
-        self.calls, self.bugs = calls or {}, bugs
+        self.calls, self.bugs, self.variant = calls or {}, bugs, 0
+
+    def of_variant(self, number: int) -> "Compared":
+        other = copy.copy(self)
+        other.variant = number
+        for cached in ("_right", "_causes"):
+            vars(other).pop(cached, None)
+        return other
 
     def arguments(self, number: int, function: Callable | None = None) -> list[Any]:
         """Build the arguments of a case, after its earlier call of this function if it has one."""
