@@ -94,7 +94,7 @@ def {EXERCISE}(weight):
 
 
 # It is right only if the check draws other numbers than in the notebook.
-SHOWN = float(getattr(check.start, EXERCISE)._arguments(0)[0].flatten()[0])
+SHOWN = float(getattr(check.start, EXERCISE).arguments(0)[0].flatten()[0])
 OTHER = f"""{RIGHT.replace(f"def {EXERCISE}", "def honest")}
 
 
