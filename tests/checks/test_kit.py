@@ -7,6 +7,7 @@ import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 from torch import nn
+from transformers import LlamaConfig
 
 from peft_lessons.checks import kit
 from peft_lessons.checks.compare import difference
@@ -187,6 +188,28 @@ def test_what_an_answer_changes_deep_in_an_argument_is_seen_and_whole_in_the_nex
         assert "the argument parts was changed" in refusal(total, empties)
 
 
+def test_whatever_an_answer_changes_in_a_model_or_its_config_is_seen():
+    @check_for(cases=[Case(lambda: [nn.Linear(2, 2), LlamaConfig(), torch.ones(2)])])
+    def applied(model, config, x):
+        """The output."""
+        return model(x).detach()
+
+    def changing(change):
+        return lambda model, config, x: (
+            applied.reference(model, config, x),
+            change(model, config),
+        )[0]
+
+    for change, name in (
+        (lambda model, config: model.eval(), "model"),
+        (lambda model, config: model.requires_grad_(False), "model"),
+        (lambda model, config: model.weight.data.add_(1e-7), "model"),
+        (lambda model, config: model.register_buffer("seen", torch.ones(1)), "model"),
+        (lambda model, config: setattr(config, "hidden_size", 1), "config"),
+    ):
+        assert f"the argument {name} was changed" in refusal(applied, changing(change))
+
+
 # ------------------------------------------------------------------ wrong
 
 
@@ -247,6 +270,12 @@ def test_an_answer_that_makes_tensors_elsewhere_is_judged_here():
     assert torch.ones(1).device.type == "cpu"
 
 
+def test_gradients_are_compared_where_the_notebook_computes_none():
+    with torch.no_grad():
+        assert scale(lambda x, k: k * x).status == "right"
+        assert "no gradient reaches x" in refusal(scale, lambda x, k: (k * x).detach())
+
+
 def test_the_notebooks_random_numbers_are_not_disturbed():
     before = torch.get_rng_state()
     scale(lambda x, k: x * k + 0 * torch.randn(1).to(x.dtype))
@@ -267,6 +296,10 @@ def test_a_cause_is_named_that_every_case_bears_out():
 
     assert refusal(times, lambda a, b: a + b).endswith("Likely cause: plus.")
     assert refusal(times, lambda a, b: a + a).endswith("Likely cause: twice.")
+    # Of three that agree none is named: that many say nothing.
+    three = dict.fromkeys("abc", causes["plus one"])
+    many = check_for(cases=[(4, 4)], causes=three)(times.reference)
+    assert "Likely cause" not in refusal(many, causes["plus one"])
     # A cause that would have failed before is not named.
     assert "Likely cause: plus one." in refusal(times, lambda a, b: a * b + 1)
     assert "Likely cause" not in refusal(times, lambda a, b: a * b + (a != b))
@@ -419,6 +452,14 @@ def test_a_wider_float_is_right_where_the_dtype_is_not_the_point():
     assert "wrong values" in refusal(divide, lambda x, k: divided(x.bfloat16(), k).double())
 
 
+def test_another_16_bit_float_is_no_wider_one():
+    @check_for(cases=[Case(lambda: [torch.randn(3).half()])])
+    def doubled(x):
+        return 2 * x
+
+    assert "the result has dtype bfloat16" in refusal(doubled, lambda x: 2 * x.bfloat16())
+
+
 def test_whole_numbers_of_any_dtype_are_right_and_a_float_is_not():
     @check_for(cases=[Case(lambda: [torch.arange(20, dtype=torch.uint8)])])
     def halves(codes):
@@ -553,6 +594,22 @@ class YesInt(int):
         ({"v": 1}, {"k": 1}, "the keys of the result differ: missing 'k', too many 'v'"),
         (T([1, 3]), T([1, 2]), "the result has wrong values: expected [1, 2], got [1, 3]"),
         (T([0.0, 1e-6]), T([0.0, 0.0]), None),
+        (T([1e6, 1.0]), T([1e6 + 1, 2.0]), None),
+        (1e6 + 1, 1e6, None),
+        (float("nan"), float("nan"), None),
+        (True, 1, "the result is True, expected the int 1"),
+        ([1.0], T([1.0]), "the result is a list of 1, expected a tensor"),
+        (torch.zeros(0, 3), torch.zeros(0, 3), None),
+        (torch.zeros(0, 3), torch.zeros(3, 0), "the result has shape (0, 3), expected (3, 0)"),
+        (T([100_000, 1]), T([100_001, 1]), "the result has wrong values: expected [100,001, 1]"),
+        (T([1.0, float("inf")]), T([1.0, 2.0]), "the result holds inf in 1 of 2 entries"),
+        (T([1.0, float("nan")]), T([1.0, float("nan")]), None),
+        (T([1.0, 2.0]), T([1.0, float("nan")]), "the result has wrong values: expected [1, nan]"),
+        # The last bits of 16 are rounding, and more is not.
+        (T([1.0, 1 + 2**-10]).half(), T([1.0, 1.0]).half(), None),
+        (T([1.0, 1 + 2**-7]).half(), T([1.0, 1.0]).half(), "the result has wrong values"),
+        (T([1.0, 1 + 2**-7]).bfloat16(), T([1.0, 1.0]).bfloat16(), None),
+        (T([1.0, 1 + 2**-4]).bfloat16(), T([1.0, 1.0]).bfloat16(), "the result has wrong values"),
         # What says of itself that it is right.
         (YesInt(7), 8, "the result is a YesInt, expected the int 8"),
     ],
