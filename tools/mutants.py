@@ -148,8 +148,8 @@ peft_lessons/checks/compare.py: kit
     return form == "wider" and floats and → return floats and
 peft_lessons/checks/calls.py: kit
     flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64) → flat.sum()
-    return own and "NotImplementedError" in code.co_names and "raise" in line → return own
-    own = frame.f_globals.get("__name__") == module → own = True
+    is_learners and "NotImplementedError" in code.co_names and "raise" in line → is_learners
+    is_learners = frame.f_globals.get("__name__") == module → is_learners = True
 peft_lessons/checks/compared.py: kit
     if gradient is None and wanted is not None: → if False:
     if fault.missing and self._numbers_agree(yours): → if fault.missing:

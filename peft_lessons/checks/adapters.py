@@ -289,9 +289,9 @@ def _inserted(layer):
     ordered = sorted(trained, key=lambda p: tuple(p.shape))
     with torch.enable_grad():
         y = layer(x)
-        found = gradients_of(y, ordered)
+        computed = gradients_of(y, ordered)
     seen[output] = y.detach()
-    pairs = zip(ordered, found, strict=True)
+    pairs = zip(ordered, computed, strict=True)
     seen[gradients] = [torch.zeros_like(p) if g is None else g for p, g in pairs]
     return seen
 

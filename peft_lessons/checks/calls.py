@@ -61,8 +61,8 @@ def is_stub(error: Exception | None, module: str) -> bool:
     *_, (frame, number) = traceback.walk_tb(error.__traceback__)
     code = frame.f_code
     line = linecache.getline(code.co_filename, number) or "raise"  # there may be no source
-    own = frame.f_globals.get("__name__") == module
-    return own and "NotImplementedError" in code.co_names and "raise" in line
+    is_learners = frame.f_globals.get("__name__") == module
+    return is_learners and "NotImplementedError" in code.co_names and "raise" in line
 
 
 def function_of(error: Exception) -> str:
@@ -73,9 +73,12 @@ def function_of(error: Exception) -> str:
 
 def own_lines(frames: Iterable[tuple[FrameType, int]], module: str) -> list[str]:
     """Return the learner's lines among some frames: those from the module of their function."""
-    own = [(f, n) for f, n in frames if f.f_globals.get("__name__") == module]
-    codes = [(f.f_code, n, linecache.getline(f.f_code.co_filename, n).strip()) for f, n in own]
-    return [f"Line {n} in {code.co_name}: {text}" for code, n, text in codes]
+    lines = []
+    for frame, number in frames:
+        if frame.f_globals.get("__name__") == module:
+            text = linecache.getline(frame.f_code.co_filename, number).strip()
+            lines.append(f"Line {number} in {frame.f_code.co_name}: {text}")
+    return lines
 
 
 def lines_of(error: Exception, module: str) -> list[str]:
@@ -109,7 +112,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, sentences: dict[tuple, str], args: Sequence[Any], module: str) -> None:
         super().__init__()
         self.sentences = {_unordered(shape): sentence for shape, sentence in sentences.items()}
-        self.given = {t.untyped_storage().data_ptr() for t in tensors(args)}
+        self.memory = {t.untyped_storage().data_ptr() for t in tensors(args)}
         self.module, self.formed, self.sentence, self.lines = module, None, "", []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -118,7 +121,7 @@ class Watch(TorchDispatchMode):
             if t.layout != torch.strided:
                 continue
             # A view of an argument, such as a transposed weight, is not formed: it costs nothing.
-            new = t.untyped_storage().data_ptr() not in self.given
+            new = t.untyped_storage().data_ptr() not in self.memory
             if new and not self.formed and _unordered(t.shape) in self.sentences:
                 self.formed, self.sentence = tuple(t.shape), self.sentences[_unordered(t.shape)]
                 self.lines = own_lines(traceback.walk_stack(None), self.module)[:1]

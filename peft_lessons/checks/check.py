@@ -82,8 +82,8 @@ class Check:
         with warnings.catch_warnings(action="ignore") if self.quiet else nullcontext():
             facts = list(self._facts(self._adapted(answer)))
         if facts:
-            told = f"{self.__doc__} {self.verified(facts)}"
-            return Verdict("right", f"{self.__name__}: right.", told)
+            details = f"{self.__doc__} {self.verified(facts)}"
+            return Verdict("right", f"{self.__name__}: right.", details)
         headline = f"{self.__name__}: not attempted yet."
         todo = "Write the function, run its cell, then run this cell again."
         if _strict():
@@ -113,18 +113,18 @@ class Check:
         if not callable(function):
             raise self._wrong(f"pass the function itself, not {kind(function)}")
         try:
-            given = inspect.signature(function)
+            signature = inspect.signature(function)
         except ValueError:  # some functions written in C have none
             return
-        names = list(given.parameters)
+        names = list(signature.parameters)
         try:
             for count in {*self._counts(), len(self.names)}:
-                given.bind(*self.names[:count])
+                signature.bind(*self.names[:count])
             fits = names == self.names or sorted(names) != sorted(self.names)
         except TypeError:
             fits = False
         if not fits:
-            wanted, yours = (_without_annotations(s) for s in (self.signature, given))
+            wanted, yours = (_without_annotations(s) for s in (self.signature, signature))
             facts = f"Expected {self.__name__}{wanted}", f"Yours is {self.__name__}{yours}"
             raise self._wrong("the parameters differ", *facts)
 

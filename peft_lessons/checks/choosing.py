@@ -360,7 +360,7 @@ def paired_difference(scores_a, scores_b):
 # ------------------------------------------------------------------ defend_choice
 
 
-def _situation(gpu_gb, seeds=3, noise=0.4, **given):
+def _situation(gpu_gb, seeds=3, noise=0.4, **methods):
     """Return {method: (GiB, mean score)} as the arguments of a call. The scores rise and fall
     together from seed to seed, with small differences."""
 
@@ -370,10 +370,10 @@ def _situation(gpu_gb, seeds=3, noise=0.4, **given):
 
     shared = wave(lambda s: 2.0 * math.cos(3.1 * (s - 1)))
     needs, scores = {}, {}
-    for i, (name, (size, score)) in enumerate(given.items()):
+    for i, (name, (size, score)) in enumerate(methods.items()):
         needs[name] = size
-        own = wave(lambda s, i=i: math.sin(7.3 * i * s + s))
-        scores[name] = [score + a + noise * b for a, b in zip(shared, own, strict=True)]
+        small = wave(lambda s, i=i: math.sin(7.3 * i * s + s))
+        scores[name] = [score + a + noise * b for a, b in zip(shared, small, strict=True)]
     return [needs, gpu_gb, scores]
 
 
@@ -386,11 +386,11 @@ _PERPLEXITIES = {"lora": (35.4, -40.0), "qlora": (13.0, -40.3), "prefix": (34.5,
 _SEVENTY_BILLION = {"lora": (133.2, 77.0), "qlora": (40.0, 76.0), "prompt": (131.3, 60.0)}
 
 
-def _called(given, gpu_gb, seeds=3, noise=0.4, note=""):
+def _called(methods, gpu_gb, seeds=3, noise=0.4, note=""):
     """Return the case of a situation."""
-    if min(size for size, _ in given.values()) > gpu_gb * 7 / 8:
+    if min(size for size, _ in methods.values()) > gpu_gb * 7 / 8:
         note = "nothing fits"
-    return Case(lambda: _situation(gpu_gb, seeds, noise, **given), note=note)
+    return Case(lambda: _situation(gpu_gb, seeds, noise, **methods), note=note)
 
 
 def _with_means(note, needs, gpu_gb, scores):

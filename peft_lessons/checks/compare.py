@@ -66,8 +66,8 @@ def _difference(got, expected, what, tolerance, values, form) -> str | None:
         return None
     else:
         return _scalar_difference(got, expected, what, tolerance)
-    found = (_difference(got[k], expected[k], n, tolerance, values, form) for n, k in parts)
-    return next((text for text in found if text is not None), None)
+    problems = (_difference(got[k], expected[k], n, tolerance, values, form) for n, k in parts)
+    return next((text for text in problems if text is not None), None)
 
 
 def _equivalent(got: Any, expected: Any, form: str) -> Any:
@@ -148,14 +148,14 @@ def _tensor_difference(got, expected, what, tolerance, values, form) -> str | No
     if gap.max() <= tolerance * (size or 1.0):
         return None
     if got.numel() <= 4:
-        told = f"expected {numbers(expected)}, got {numbers(got)}"
+        detail = f"expected {numbers(expected)}, got {numbers(got)}"
     else:
         at = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
-        told = (
+        detail = (
             f"expected {number(expected[at])} at {list(at)}, got {number(got[at])}; "
             f"{(gap > tolerance * (size or 1.0)).sum()} of {gap.numel()} entries are off"
         )
-    return f"{_clause(what, 'has')} wrong values: {told}{_pattern(got, expected, tolerance)}"
+    return f"{_clause(what, 'has')} wrong values: {detail}{_pattern(got, expected, tolerance)}"
 
 
 def _serves(got: torch.dtype, expected: torch.dtype, form: str) -> bool:
@@ -179,9 +179,9 @@ def _pattern(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str
     if got.numel() > 1 and size > 0 and size.isfinite():
         factor = (got * expected).sum() / (expected * expected).sum()
         near = max(tolerance, 1e-6) * factor.abs() * size
-        told = number(factor)
-        if told not in ("0", "1") and (got - factor * expected).abs().max() <= near:
-            return f"; yours is {told} times the expected values everywhere"
+        times = number(factor)
+        if times not in ("0", "1") and (got - factor * expected).abs().max() <= near:
+            return f"; yours is {times} times the expected values everywhere"
     return ""
 
 
@@ -190,8 +190,8 @@ def _scalar_difference(got: Any, expected: Any, what: str, tolerance: float) -> 
         return None
     if isinstance(expected, bool) or not isinstance(expected, Real):
         got = bool(got) if isinstance(got, np.bool_) else got
-        told = f"{what}:" if what.startswith("whether ") else _clause(what, "is")
-        return f"{told} {got!r}, expected {expected!r}"
+        clause = f"{what}:" if what.startswith("whether ") else _clause(what, "is")
+        return f"{clause} {got!r}, expected {expected!r}"
     if not isinstance(expected, Integral):
         if abs(got - expected) <= tolerance * (abs(expected) or 1.0):
             return None
@@ -199,16 +199,16 @@ def _scalar_difference(got: Any, expected: Any, what: str, tolerance: float) -> 
             return None
     # Beside a count all digits of a float are shown: 5,479.9999 is not 5,480.
     exactly = isinstance(expected, Integral) and not isinstance(got, Integral)
-    told = f"{float(got):,}" if exactly else number(got)
-    return f"{_clause(what, 'is')} {told}, expected {number(expected)}"
+    value = f"{float(got):,}" if exactly else number(got)
+    return f"{_clause(what, 'is')} {value}, expected {number(expected)}"
 
 
 def _sets(got: Any, expected: Any) -> str:
     """Return the names that only one of two collections has, as a text."""
     missing = [v for v in expected if v not in got]
     extra = [v for v in got if v not in expected]
-    told = [f"missing {few(missing)}"] if missing else []
-    return ", ".join(told + ([f"too many {few(extra)}"] if extra else []))
+    parts = [f"missing {few(missing)}"] if missing else []
+    return ", ".join(parts + ([f"too many {few(extra)}"] if extra else []))
 
 
 def few(names: list) -> str:
@@ -219,8 +219,8 @@ def few(names: list) -> str:
 
 def numbers(t: torch.Tensor) -> str:
     """Format the entries of a small tensor."""
-    shown = [number(v) for v in t.reshape(-1)]
-    return f"[{', '.join(shown)}]" if t.ndim else shown[0]
+    entries = [number(v) for v in t.reshape(-1)]
+    return f"[{', '.join(entries)}]" if t.ndim else entries[0]
 
 
 def _dtype(t: torch.Tensor) -> str:

@@ -155,14 +155,14 @@ class Compared(Check):
                 raise self._refusal(fault, yours, number) from yours.call(number).error
         refusals = sum(bool(case.raises) for case in self.cases)
         args = zip(self.names, self._right.call(0).args, strict=False)
-        kept = [n for n, arg in args if n not in self.changes and not isinstance(arg, Real)]
+        unchanged = [n for n, arg in args if n not in self.changes and not isinstance(arg, Real)]
         yield f"cases in which the result agrees: {len(self.cases) - refusals}"
         if refusals:
             yield f"bad calls that are refused and change nothing: {refusals}"
         if self.gradients:
             yield f"gradients that agree: {', '.join(self.gradients)}"
-        if kept:
-            yield f"arguments left unchanged: {', '.join(kept)}"
+        if unchanged:
+            yield f"arguments left unchanged: {', '.join(unchanged)}"
 
     def _is_stub(self, yours: "_Runs") -> bool:
         __tracebackhide__ = True
@@ -173,8 +173,8 @@ class Compared(Check):
         if self.calls and name != self.__name__:
             if todo := self.calls.get(name):
                 raise self._wrong(f"your {name} is not written yet", todo) from error
-            told = f"{name}, which your answer calls, is not written yet"
-            raise self._wrong(told) from error
+            headline = f"{name}, which your answer calls, is not written yet"
+            raise self._wrong(headline) from error
         return True
 
     def _refusal(self, fault: _Fault, yours: "_Runs", number: int) -> WrongAnswer:
@@ -257,9 +257,9 @@ class Compared(Check):
             if name in self.changes and not case.raises:
                 continue
             now, then = {name: state(arg, name)}, {name: state(fresh, name)}
-            if problem := difference(now, then, "", 0.0):
-                told = f"the argument {name} was changed{although}: leave it as it was"
-                return _Fault(told, [problem], "unchanged arguments")
+            if change := difference(now, then, "", 0.0):
+                problem = f"the argument {name} was changed{although}: leave it as it was"
+                return _Fault(problem, [change], "unchanged arguments")
         return None
 
     def _wrong_gradient(self, yours: "_Runs", number: int) -> _Fault | None:
@@ -329,8 +329,8 @@ class Compared(Check):
         if gradients:
             return []
         got, expected = yours.call(number).result, self._right.call(number).result
-        if self.hint and (told := self.hint(got, expected)):
-            return [told]
+        if self.hint and (explained := self.hint(got, expected)):
+            return [explained]
         for name, arg in zip(self.names, self.arguments(number), strict=False):
             if isinstance(arg, torch.Tensor) and not difference(got, arg):
                 return [f"Your result equals the argument {name}."]
@@ -362,10 +362,10 @@ class Compared(Check):
         return named
 
     def _same_result(self, yours: "_Runs", wrong: "_Runs", number: int) -> bool:
-        ours, theirs = yours.call(number), wrong.call(number)
-        if ours.error or theirs.error:
+        answer, mistake = yours.call(number), wrong.call(number)
+        if answer.error or mistake.error:
             return False
-        got, other = ours.result, theirs.result
+        got, other = answer.result, mistake.result
         if self.view and not difference(got, other, values=False, form=self.form):
             # A result so wrong that it has no view is known by its parts' types and shapes.
             (got, error), (other, other_error) = yours.view(number), wrong.view(number)
@@ -397,8 +397,8 @@ class Compared(Check):
         except Refused:
             return 0.0
         if self.bugs:
-            told = " ".join(self._likely(yours, 0))
-            left = sum(bug in told for bug in self.bugs)
+            named = " ".join(self._likely(yours, 0))
+            left = sum(bug in named for bug in self.bugs)
             return 1 - left / len(self.bugs) if left else 0.0
         with suppress(Exception):
             if self._numbers_agree(yours):

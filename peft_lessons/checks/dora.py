@@ -317,8 +317,8 @@ def _used(module):
         y = module(x)
         seen[output] = y.detach()
         wanted = (A, B, m, x)
-        found = gradients_of(y, wanted)
-    for name, p, gradient in zip(gradients, wanted, found, strict=True):
+        computed = gradients_of(y, wanted)
+    for name, p, gradient in zip(gradients, wanted, computed, strict=True):
         seen[name] = torch.zeros_like(p) if gradient is None else gradient
     return seen
 

@@ -22,12 +22,12 @@ from .kit import Case, Refused, check_for
 from .mistakes import mistakes
 
 
-def _called(function: Callable, *args: Any, told: str) -> Any:
+def _called(function: Callable, *args: Any, call: str) -> Any:
     """Return what the function gives; an error gets a note of how the function was called."""
     try:
         return function(*args)
     except Exception as error:
-        error.add_note(told)
+        error.add_note(call)
         raise
 
 
@@ -117,7 +117,7 @@ def _fits(family: str) -> Callable[[Callable], str]:
             where = f"Called with: method={method!r}, model: a small {name}."
             right = list(_TYPES)[:number]
             try:
-                config = _called(function, method, model, told=where)
+                config = _called(function, method, model, call=where)
             except NotImplementedError:
                 if not right:
                     raise
@@ -154,23 +154,23 @@ def _is_of_the_method(config: Any, method: str) -> None:
     if (got := config.peft_type.value) != _TYPES[method]:
         raise Refused(f"this is a config of {got}, expected one of {_TYPES[method]}")
     if (dora := getattr(config, "use_dora", False)) != (method == "dora"):
-        told = "use_dora=True makes a DoRA" if dora else "a DoRA is a LoRA with use_dora=True"
-        raise Refused(f"use_dora is {dora}: {told}")
+        reason = "use_dora=True makes a DoRA" if dora else "a DoRA is a LoRA with use_dora=True"
+        raise Refused(f"use_dora is {dora}: {reason}")
 
 
 def _knows_its_task(config: Any, method: str, family: str) -> None:
     due = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
-    given = config.task_type and str(getattr(config.task_type, "value", config.task_type))
-    if given == due:
+    task = config.task_type and str(getattr(config.task_type, "value", config.task_type))
+    if task == due:
         return
     facts = []
-    if method in _PROMPTS and not given:
+    if method in _PROMPTS and not task:
         facts = ["get_peft_model raises KeyError: None."]
-    elif family == "bert" and given in (None, "FEATURE_EXTRACTION"):
+    elif family == "bert" and task in (None, "FEATURE_EXTRACTION"):
         facts = ["PEFT then leaves the new classification head frozen, at its random start."]
-    if not given:
+    if not task:
         raise Refused(f"task_type is missing: {due!r} is due", *facts)
-    raise Refused(f"task_type is {given!r}, but the model's class says {due!r}", *facts)
+    raise Refused(f"task_type is {task!r}, but the model's class says {due!r}", *facts)
 
 
 def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: str) -> None:
@@ -185,8 +185,8 @@ def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: 
     asked = [asked] if isinstance(asked, str) else sorted(asked or ())
     if heads := {name.partition(".")[0] for name in [*places, *asked]} & {*_HEADS}:
         tied = "it is tied to the embedding, and merging would change both"
-        told = "it trains in full already" if family == "bert" else tied
-        raise Refused(f"the head {heads.pop()!r} is a target too: {told}")
+        reason = "it trains in full already" if family == "bert" else tied
+        raise Refused(f"the head {heads.pop()!r} is a target too: {reason}")
     linears = [n for n, m in _original(family).named_modules() if isinstance(m, nn.Linear)]
     due = [name for name in linears if re.search(r"layers?\.\d", name)]  # inside the blocks
     if method == "ia3":
@@ -195,29 +195,29 @@ def _sits_where_it_should(adapted: nn.Module, config: Any, method: str, family: 
     if missing := [name for name in due if name not in places]:
         ends = {name.rpartition(".")[2] for name, _ in adapted.named_modules()}
         unknown = [n for n in asked if re.fullmatch(r"[a-z_]+", n) and n not in ends]
-        told = []
+        reasons = []
         if not asked:
-            told = ["Without target_modules PEFT takes its default for this architecture."]
+            reasons = ["Without target_modules PEFT takes its default for this architecture."]
         elif unknown:
-            told = [
+            reasons = [
                 f"No layer is called {few(unknown)}: PEFT does not complain as long as another "
                 "name matches."
             ]
-        raise Refused(f"{len(missing)} of {len(due)} layers are left out: {few(missing)}", *told)
+        raise Refused(f"{len(missing)} of {len(due)} layers are left out: {few(missing)}", *reasons)
     spare = [] if method == "ia3" else ["bert.pooler.dense"]
     if extra := [name for name in places if name not in due + spare]:
-        told = []
+        reasons = []
         if any(name.endswith("attention.output.dense") for name in extra):
-            own = "" if asked else ", and PEFT's default for a BERT does"
-            told = [f"output.dense also matches attention.output.dense{own}."]
-        raise Refused(f"layers are adapted that should not be: {few(extra)}", *told)
+            default = "" if asked else ", and PEFT's default for a BERT does"
+            reasons = [f"output.dense also matches attention.output.dense{default}."]
+        raise Refused(f"layers are adapted that should not be: {few(extra)}", *reasons)
     for path, layer in places.items() if method == "ia3" else ():
         if layer.is_feedforward != _is_second(path):
-            told = "the input is scaled: for keys and values scale the output"
+            problem = "the input is scaled: for keys and values scale the output"
             if _is_second(path):
-                told = "the output is scaled: for the second feed-forward matrix scale the input"
+                problem = "the output is scaled: for the second feed-forward matrix scale the input"
             names = "feedforward_modules names the layers whose input is scaled."
-            raise Refused(f"in {path!r} {told}", names)
+            raise Refused(f"in {path!r} {problem}", names)
 
 
 @check_for(trials=dict.fromkeys([_fits("bert"), _fits("llama")], "your function"), quiet=True)
@@ -322,11 +322,11 @@ def mixed_batch(model, inputs, adapters):
     """Each row is what its adapter alone computes, and the same adapter is active as before."""
     model.eval()
     with torch.no_grad(), model.disable_adapter():
-        whole = {None: model(**inputs).logits}
+        logits = {None: model(**inputs).logits}
     for name in set(adapters) - {None}:
         model.set_adapter(name)
-        whole[name] = model(**inputs).logits.detach()
-    return torch.stack([whole[name][i] for i, name in enumerate(adapters)])
+        logits[name] = model(**inputs).logits.detach()
+    return torch.stack([logits[name][i] for i, name in enumerate(adapters)])
 
 
 # ------------------------------------------------------------------ resume
@@ -371,12 +371,12 @@ def _apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
     return [k for k in b if k not in a or _off(a[k], b[k]) > 2e-5]
 
 
-def _resumed(function: Callable, folder: Path, data: list, told: str) -> nn.Module:
+def _resumed(function: Callable, folder: Path, data: list, call: str) -> nn.Module:
     """Save the model in which training has begun, and return what the function makes of it."""
     from peft import PeftModel
 
     _begun().save_pretrained(str(folder))
-    model = _called(function, _base(), str(folder), data, 3e-3, told=told)
+    model = _called(function, _base(), str(folder), data, 3e-3, call=call)
     if not isinstance(model, PeftModel):
         raise Refused(
             f"the result is {kind(model)}, expected the PEFT model",
@@ -387,21 +387,21 @@ def _resumed(function: Callable, folder: Path, data: list, told: str) -> nn.Modu
 
 def _goes_on_from_the_file(function: Callable) -> str:
     """Try it without a batch: the model is what the file holds."""
-    told = "Tried without a batch: data is an empty list."
+    call = "Tried without a batch: data is an empty list."
     with tempfile.TemporaryDirectory() as folder:
-        model = _resumed(function, Path(folder) / "adapter", [], told)
+        model = _resumed(function, Path(folder) / "adapter", [], call)
         wrong = _apart(_held(model), _held(_begun()))
     if any(not _is_head(key) for key in wrong):
         raise Refused(
             "it starts from scratch: the adapter is not that of the file",
-            told,
+            call,
             "get_peft_model puts a new adapter into the model, and replaces a loaded adapter of "
             "the same name: from_pretrained alone makes a PEFT model of a base.",
         )
     if wrong:
         raise Refused(
             f"the adapter is that of the file, but the head is not: {few(wrong)}",
-            told,
+            call,
             "Besides the adapter, the file holds the trained head (modules_to_save).",
         )
     return "it starts with the adapter and the head of the file"

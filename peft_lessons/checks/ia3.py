@@ -362,8 +362,8 @@ def _used(module):
     with torch.enable_grad():
         y = module(x)
         seen[output] = y.detach()
-        found = gradients_of(y, (l_k, l_v, x))
-    for name, p, gradient in zip(gradients, (l_k, l_v, x), found, strict=True):
+        computed = gradients_of(y, (l_k, l_v, x))
+    for name, p, gradient in zip(gradients, (l_k, l_v, x), computed, strict=True):
         seen[name] = torch.zeros_like(p) if gradient is None else gradient
         if p is not x:
             seen[name] = seen[name].flatten()

@@ -66,8 +66,8 @@ class Tried(Check):
             if isinstance(error, Refused):
                 raise self._wrong(*error.args)
             if error is not None:
-                told = [hint for text, hint in self.hints.items() if text in str(error)][:1]
-                facts = *getattr(error, "__notes__", []), *told, *lines_of(error, module)[-2:]
+                hints = [hint for text, hint in self.hints.items() if text in str(error)][:1]
+                facts = *getattr(error, "__notes__", []), *hints, *lines_of(error, module)[-2:]
                 raise self._wrong(f"{who} raised {summary(error)}", *facts) from error
             yield fact
 

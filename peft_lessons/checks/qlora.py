@@ -437,16 +437,16 @@ class _Used:
 
     def __call__(self, x, packed, absmax, shape):
         y = self.function.apply(x.detach().requires_grad_(), packed, absmax, shape)
-        ctx, given = y.grad_fn, {t.untyped_storage().data_ptr() for t in (packed, absmax)}
-        kept = tensors([*ctx.saved_tensors, *vars(ctx).values()])
-        kept = {t.untyped_storage().data_ptr(): t for t in kept}
+        ctx, arguments = y.grad_fn, {t.untyped_storage().data_ptr() for t in (packed, absmax)}
+        on_ctx = tensors([*ctx.saved_tensors, *vars(ctx).values()])
+        on_ctx = {t.untyped_storage().data_ptr(): t for t in on_ctx}
         with torch.no_grad():
             results = ctx.apply(_grad_y(y))
         results = results if isinstance(results, tuple | list) else (results,)
         others = zip(("packed", "absmax", "shape"), results[1:], strict=False)
         return _product(
             y.detach(),
-            sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in given),
+            sum(t.untyped_storage().nbytes() for at, t in on_ctx.items() if at not in arguments),
             len(results),
             results[0],
             [name for name, result in others if result is not None],

@@ -41,8 +41,8 @@ def _made(cls: type[Method]) -> Method:
         if is_stub(error, cls.__module__):
             raise
         names = [repr(p.name) for p in _required(cls)]
-        told = [f"{' and '.join(names)} has no default."] if names else []
-        facts = *getattr(error, "__notes__", []), *told, *lines_of(error, cls.__module__)[-2:]
+        missing = [f"{' and '.join(names)} has no default."] if names else []
+        facts = *getattr(error, "__notes__", []), *missing, *lines_of(error, cls.__module__)[-2:]
         raise Refused(f"MyMethod() raised {summary(error)}", *facts) from error
 
 
