@@ -145,7 +145,7 @@ def test_mistakes_are_edits_of_a_right_answer():
         """,
         half=lambda x: x / 2,
     )
-    assert made.right(5) == 10 and len(made) == 5
+    assert made.right(5) == 10 and len(made) == 4
     assert check_for(cases=[(5,)], causes=made)(made.right).right is made.right
     assert {sentence: wrong(5) for sentence, wrong in made.items()} == {
         "the factor is left out, which leaves x as it was": 5,
