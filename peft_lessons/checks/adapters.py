@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from ..methods.adapters import Adapter, Bottleneck
-from .calls import gradients_of
+from .calls import gradients_or_zeros
 from .kit import Case, check_for
 from .mistakes import mistakes
 
@@ -289,10 +289,8 @@ def _inserted(layer):
     ordered = sorted(trained, key=lambda p: tuple(p.shape))
     with torch.enable_grad():
         y = layer(x)
-        computed = gradients_of(y, ordered)
+        seen[gradients] = gradients_or_zeros(y, ordered)
     seen[output] = y.detach()
-    pairs = zip(ordered, computed, strict=True)
-    seen[gradients] = [torch.zeros_like(p) if g is None else g for p, g in pairs]
     return seen
 
 

@@ -104,6 +104,12 @@ def gradients_of(result: Any, wanted: Sequence[torch.Tensor]) -> list[torch.Tens
     return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
+def gradients_or_zeros(result: Any, wanted: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the same gradients, zeros where there is none."""
+    gradients = zip(gradients_of(result, wanted), wanted, strict=True)
+    return [torch.zeros_like(p) if gradient is None else gradient for gradient, p in gradients]
+
+
 class Watch(TorchDispatchMode):
     """Record the first new tensor of a forbidden shape, and the learner's line that computed it.
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from .calls import gradients_of
+from .calls import gradients_or_zeros
 from .kit import Case, Forbid, check_for
 from .mistakes import mistakes, scaling_mistakes
 
@@ -316,10 +316,7 @@ def _used(module):
     with torch.enable_grad():
         y = module(x)
         seen[output] = y.detach()
-        wanted = (A, B, m, x)
-        computed = gradients_of(y, wanted)
-    for name, p, gradient in zip(gradients, wanted, computed, strict=True):
-        seen[name] = torch.zeros_like(p) if gradient is None else gradient
+        seen |= dict(zip(gradients, gradients_or_zeros(y, (A, B, m, x)), strict=True))
     return seen
 
 

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from .calls import gradients_of
+from .calls import gradients_or_zeros
 from .kit import Case, check_for
 from .mistakes import mistakes
 
@@ -362,12 +362,8 @@ def _used(module):
     with torch.enable_grad():
         y = module(x)
         seen[output] = y.detach()
-        computed = gradients_of(y, (l_k, l_v, x))
-    for name, p, gradient in zip(gradients, (l_k, l_v, x), computed, strict=True):
-        seen[name] = torch.zeros_like(p) if gradient is None else gradient
-        if p is not x:
-            seen[name] = seen[name].flatten()
-    return seen
+        to_k, to_v, to_x = gradients_or_zeros(y, (l_k, l_v, x))
+    return seen | dict(zip(gradients, (to_k.flatten(), to_v.flatten(), to_x), strict=True))
 
 
 @check_for(
