@@ -601,7 +601,7 @@ class YesInt(int):
         ([1.0], T([1.0]), "the result is a list of 1, expected a tensor"),
         (torch.zeros(0, 3), torch.zeros(0, 3), None),
         (torch.zeros(0, 3), torch.zeros(3, 0), "the result has shape (0, 3), expected (3, 0)"),
-        (T([100_000, 1]), T([100_001, 1]), "the result has wrong values: expected [100,001, 1]"),
+        (T([100_000, 1]), T([100_001, 1]), "the result has wrong values: expected [100,001"),
         (T([1.0, float("inf")]), T([1.0, 2.0]), "the result holds inf in 1 of 2 entries"),
         (T([1.0, float("nan")]), T([1.0, float("nan")]), None),
         (T([1.0, 2.0]), T([1.0, float("nan")]), "the result has wrong values: expected [1, nan]"),
