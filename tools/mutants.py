@@ -150,9 +150,11 @@ peft_lessons/checks/calls.py: kit
     flat @ torch.linspace(-1, 1.5, flat.numel(), dtype=torch.float64) → flat.sum()
     is_learners and "NotImplementedError" in code.co_names and "raise" in line → is_learners
     is_learners = frame.f_globals.get("__name__") == module → is_learners = True
-peft_lessons/checks/compared.py: kit
+peft_lessons/checks/runs.py: kit
     if gradient is None and wanted is not None: → if False:
-    if fault.missing and self._numbers_agree(yours): → if fault.missing:
+peft_lessons/checks/compared.py: kit
+    if fault.missing and yours.numbers_agree(self.right_runs): → if fault.missing:
+peft_lessons/checks/causes.py: kit
     in numbers if i <= number → in numbers if i == number
 peft_lessons/testing/conformance.py: conformance
     isinstance(error, ValueError | TypeError) and named → named

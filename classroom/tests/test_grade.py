@@ -39,7 +39,7 @@ FAKE = """from peft_lessons import check, checks
 from peft_lessons.checks import kit
 from peft_lessons.checks.start import row_norms as known
 kit.Check.__call__ = lambda self, function: kit.Verdict("right", "right", "right")
-kit.Compared._fault = lambda self, yours, number: None
+kit.Compared._facts = lambda self, function: iter(["right"])
 check.start.row_norms.tolerance, checks.start.row_norms.causes = 1e9, {}
 try:
     import __mp_main__

@@ -2,16 +2,19 @@
 
 import copy
 import re
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 from torch import nn
+from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from peft_lessons.checks import kit
 from peft_lessons.checks.compare import difference
-from peft_lessons.checks.kit import Case, Forbid, WrongAnswer, check_for
+from peft_lessons.checks.kit import Case, Forbid, WrongAnswer, check_for, draw_variant
 from peft_lessons.checks.mistakes import mistakes
 
 
@@ -303,6 +306,79 @@ def test_a_cause_is_named_that_every_case_bears_out():
     # A cause that would have failed before is not named.
     assert "Likely cause: plus one." in refusal(times, lambda a, b: a * b + 1)
     assert "Likely cause" not in refusal(times, lambda a, b: a * b + (a != b))
+
+
+def test_of_true_and_false_a_cause_must_agree_in_all_cases():
+    @check_for(cases=[(2,), (3,), (5,)], causes={"always": lambda n: True})
+    def is_even(n):
+        return n % 2 == 0
+
+    assert refusal(is_even, lambda n: True).endswith("Likely cause: always.")
+    assert "Likely cause" not in refusal(is_even, lambda n: n < 4)
+
+
+def test_an_answer_that_is_no_function_is_made_one_and_so_is_a_cause():
+    def product(answer):
+        if isinstance(answer, str):
+            raise kit.Refused("pass a list", "Not its name.")
+        return lambda x: answer[0] * x
+
+    @check_for(cases=[(2,)], adapt=product, causes={"three": [3]})
+    def double(x):
+        return 2 * x
+
+    assert double([2]).status == "right" and double.credit("two") == 0
+    assert refusal(double, "two") == "✗ double: pass a list.\n  Not its name."
+    assert refusal(double, [3]).endswith("Likely cause: three.")
+
+
+def test_what_is_asked_of_the_arguments_afterwards_and_warnings():
+    def in_eval_mode(model, x):
+        return "the model is in eval mode" if not model.training else None
+
+    @check_for(
+        cases=[Case(lambda: [nn.Linear(2, 2), torch.ones(2)])],
+        changes=("model",),
+        afterwards=in_eval_mode,
+        quiet=True,
+    )
+    def applied(model, x):
+        warnings.warn("of a library", stacklevel=2)
+        return model(x)
+
+    with warnings.catch_warnings(record=True) as caught:
+        assert applied(applied.reference).status == "right"
+    assert not caught
+    assert "the model is in eval mode.\n" in refusal(applied, lambda model, x: model.eval()(x))
+
+
+def test_gradients_of_a_model_are_those_of_what_trains_and_an_argument_may_have_none():
+    def partly_frozen():
+        model = nn.Linear(2, 2)
+        model.bias.requires_grad_(False)
+        return [model, torch.ones(2), torch.ones(2)]
+
+    @check_for(cases=[Case(partly_frozen)], gradients=("model", "unused"))
+    def applied(model, x, unused):
+        return model(x)
+
+    def detached(*parts):
+        return lambda model, x, unused: F.linear(
+            x, *(p.detach() if n in parts else p for n, p in model.named_parameters())
+        )
+
+    assert applied(detached("bias")).status == "right"
+    assert "no gradient reaches model" in refusal(applied, detached("weight"))
+
+
+def test_a_variant_draws_other_numbers_and_expects_what_belongs_to_them():
+    twice = check_for(cases=[Case(lambda: [torch.randn(3)])] * 2)(lambda x: x)
+    assert not torch.equal(twice.arguments(0)[0], twice.arguments(1)[0]), "each case its own"
+    scale(scale.reference)  # so that its own results are known
+    other = draw_variant(SimpleNamespace(scale=scale, torch=torch), 3000).scale
+    assert not torch.equal(other.arguments(0)[0], scale.arguments(0)[0])
+    assert other(lambda x, k: k * x).status == "right"
+    assert refusal(other, lambda x, k: x + k).endswith("Likely cause: it is added.")
 
 
 # ------------------------------------------------------------------ crashes
