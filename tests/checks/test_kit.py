@@ -232,6 +232,24 @@ def test_gradients_that_cancel_in_a_sum_are_compared():
     assert refusal(shares, lambda x: x * 1).endswith("Your result equals the argument x.")
 
 
+def test_a_gradient_that_is_off_by_a_thousandth_is_wrong():
+    message = refusal(squares, lambda x: 1.001 * x * x - 0.001 * (x * x).detach())
+    assert "the gradient of x has wrong values" in message
+
+
+def test_results_that_cannot_be_used_have_one_cause_if_they_fail_alike():
+    @check_for(
+        cases=[(4,)],
+        view=lambda result: {"one over a half": 1 / result.half},
+        causes={"there is no half": lambda x: SimpleNamespace()},
+    )
+    def halved(x):
+        return SimpleNamespace(half=x / 2)
+
+    assert refusal(halved, lambda x: SimpleNamespace(x=x)).endswith("cause: there is no half.")
+    assert "Likely cause" not in refusal(halved, lambda x: SimpleNamespace(half=0))
+
+
 def with_numpy(x, k):
     return torch.from_numpy(x.numpy() * k)
 
