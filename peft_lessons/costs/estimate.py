@@ -54,13 +54,7 @@ from transformers import (
 )
 
 from ..engine import Method, inject, matches, one_by_one, validate
-from ..methods.adalora import AdaLoRA
-from ..methods.dora import DoRA
-from ..methods.ia3 import IA3
-from ..methods.lora import LoRA
-from ..methods.prefix import Prefix
-from ..methods.prompt import Prompt
-from ..methods.qlora import QLoRA
+from ..engine.facts import Kept
 from . import measure
 
 GB, GIB = 10**9, 2**30  # the unit of byte counts, and that of a GPU's memory
@@ -102,6 +96,23 @@ _COUNTED_AS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _COUNTED_AS |= {"attention_dropout": 0.0, "sliding_window": None}
 
 
+def _refuse_uncounted(config: Any) -> None:
+    """Raise ValueError for a configuration for which the formulas do not hold."""
+    known = isinstance(config, PreTrainedConfig)
+    kind = config.model_type if known else type(config).__name__
+    if kind not in ("llama", "mistral", "qwen3", "smollm3"):
+        raise ValueError(
+            f"no formula for a {kind}: only for the configuration of a llama, mistral, qwen3 "
+            "or smollm3; traced_activations takes any"
+        )
+    for name, counted in _COUNTED_AS.items():
+        if (value := getattr(config, name, counted)) != counted:
+            raise ValueError(
+                f"no formula for a {kind} with {name}={value!r}: only for {counted!r}; "
+                "traced_activations takes any"
+            )
+
+
 @dataclass(frozen=True)
 class Shape:
     """Hold the sizes of a transformer that its memory depends on. A size may be a fraction: see
@@ -130,20 +141,8 @@ class Shape:
             if model not in MODELS:
                 raise ValueError(f"model={model!r} must be one of {', '.join(map(repr, MODELS))}")
             model = MODELS[model]
-        config = isinstance(model, PreTrainedConfig)
-        kind = model.model_type if config else type(model).__name__
-        if kind not in ("llama", "mistral", "qwen3", "smollm3"):
-            raise ValueError(
-                f"no formula for a {kind}: only for the configuration of a llama, mistral, qwen3 "
-                "or smollm3; traced_activations takes any"
-            )
+        _refuse_uncounted(model)
         heads = model.num_attention_heads
-        for name, counted in _COUNTED_AS.items():
-            if (said := getattr(model, name, counted)) != counted:
-                raise ValueError(
-                    f"no formula for a {kind} with {name}={said!r}: only for {counted!r}; "
-                    "traced_activations takes any"
-                )
         return cls(
             layers=model.num_hidden_layers,
             width=model.hidden_size,
@@ -153,7 +152,7 @@ class Shape:
             head_width=getattr(model, "head_dim", None) or model.hidden_size // heads,
             vocabulary=model.vocab_size,
             tied=model.tie_word_embeddings,
-            qk_norm=kind == "qwen3",
+            qk_norm=model.model_type == "qwen3",
         )
 
     @classmethod
@@ -206,24 +205,7 @@ class Shape:
     def added(self, method: Method | None) -> float:
         """Return the number of trainable parameters of a method, without a new classification
         head; None is full fine-tuning. Raises ValueError for a method without a formula."""
-        if method is None:
-            return self.parameters
-        if isinstance(method, Prompt):
-            return method.tokens * self.width
-        if isinstance(method, Prefix) and method.projection is None:
-            return method.tokens * self.layers * 2 * self.kv_heads * self.head_width
-        if isinstance(method, IA3):
-            inner = self.adapted(method.feedforward) if method.feedforward else {}
-            sizes = self.adapted(method.targets).items()
-            return self.layers * sum(size[0 if path in inner else 1] for path, size in sizes)
-        if isinstance(method, LoRA | DoRA | AdaLoRA):
-            sizes, r = self.adapted(method.targets).values(), _rank(method)
-            outs, values = isinstance(method, DoRA), r * isinstance(method, AdaLoRA)
-            return self.layers * sum(r * (i + o) + outs * o + values for i, o in sizes)
-        raise ValueError(
-            f"no formula for {method!r}: only for LoRA, DoRA, AdaLoRA, QLoRA, IA3, Prompt and a "
-            "Prefix without an MLP"
-        )
+        return self.parameters if method is None else method.added(self)
 
 
 @cache
@@ -234,10 +216,6 @@ def _llama_of(n_params: float, tied: bool) -> Shape:
         shape = Shape(d / 128, d, 3.5 * d, d / 128, d / 512, 128, 128256, tied)
         low, high = (d, high) if shape.parameters < n_params else (low, d)
     return shape
-
-
-def _rank(method: Method) -> int:
-    return method.initial_rank if isinstance(method, AdaLoRA) else method.rank
 
 
 # ------------------------------------------------------------------ activations by the formula
@@ -256,6 +234,98 @@ _PLACES = {
 
 def _place(path: str) -> int:
     return _PLACES[path.rpartition(".")[2]]
+
+
+class _Blocks:
+    """Add up by part what the blocks of a model keep for the backward pass, in bytes."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        method: Method | None,
+        batch: int,
+        context: int,
+        weight: int,
+        adapter: int,
+    ):
+        self.shape, self.full = shape, method is None
+        self.method = Kept() if method is None else method.keeps(shape)
+        self.e, self.a = weight, weight if adapter is None else adapter
+        self.context = context + self.method.prompt
+        self.tokens = batch * self.context
+        self.bytes = dict.fromkeys(_IN_A_BLOCK, 0.0)
+        paths = [*self.method.branches, *self.method.scaled, *self.method.inner]
+        self.start = min(map(_place, paths), default=_QKV if self.method.prefix else _BEFORE)
+        self.flowing = self.full or self.method.prompt > 0  # into the first block too
+        self.changed = {path.rpartition(".")[2][0] for path in paths}  # "q", "k", "v", ...
+        self.changed |= {"k", "v"} if self.method.prefix else set()
+
+    def keep(self, part: str, numbers: float, at: float | None = None) -> None:
+        """Keep `numbers` bytes a token in every block, in the first one if a gradient reaches
+        it."""
+        everywhere = at is None or self.flowing or at > self.start
+        self.bytes[part] += (self.shape.layers - (not everywhere)) * numbers * self.tokens
+
+    def reads(self, place: int) -> bool:
+        """Return whether the module at this position needs its input for a gradient of its own."""
+        adapted = any(_place(path) == place for path in self.method.branches)
+        return self.full or (self.a == self.e and adapted)
+
+    def norm(self, width: float, groups: float = 1) -> float:
+        """Return the bytes a token of an RMSNorm over so many groups of `width` in all."""
+        return 4 * (width + groups) + (self.e * width if self.full else 0)
+
+    def norms(self) -> None:
+        """Keep what norms read, and if they train, what they have divided."""
+        shape = self.shape
+        self.keep("norms", self.norm(shape.width), _BEFORE)
+        self.keep("norms", self.norm(shape.width), _OUTPUT + 0.5)
+        if shape.qk_norm:
+            for name, heads in (("q", shape.heads), ("k", shape.kv_heads)):
+                size = self.norm(heads * shape.head_width, heads)
+                self.keep("norms", size, _ATTENTION if name in self.changed else _BEFORE)
+
+    def attention(self, fused: bool) -> None:
+        """Keep queries, keys, values, and the attention's result."""
+        shape, e, before = self.shape, self.e, self.method.prefix
+        q, k = (n * shape.head_width for n in (shape.heads, shape.kv_heads))
+        keys = self.context + before
+        if self.reads(_QKV):
+            self.keep("attention", e * shape.width)
+        # A prefix brings a mask, for which keys and values are repeated for every query head.
+        keys_and_values = e * (q if before or not fused else k) * keys / self.context
+        if fused:
+            rows = 4 * shape.heads  # of the scores one number a row
+            self.keep("attention", 2 * e * q + 2 * keys_and_values + rows, _ATTENTION)
+            if before:
+                self.keep("attention", e * keys, _ATTENTION)
+            return
+        # Of a product each side is kept for the other's gradient.
+        for size, others in ((e * q, {"k"}), (keys_and_values, {"q"}), (keys_and_values, {*"qk"})):
+            self.keep("attention", size, _ATTENTION if self.changed & others else _BEFORE)
+        softmax = 4 if e == 4 else 4 + e  # computed in float32, and kept in both
+        self.keep("attention", softmax * shape.heads * keys, _ATTENTION)
+        if self.reads(_OUTPUT):
+            self.keep("attention", e * q)
+
+    def feedforward(self) -> None:
+        """Keep the inputs of the gated feed-forward's products."""
+        if self.reads(_INNER):
+            self.keep("feed-forward", self.e * self.shape.width)
+        self.keep("feed-forward", self.e * self.shape.feedforward * 3, _INNER + 0.5)
+        if self.reads(_LAST):
+            self.keep("feed-forward", self.e * self.shape.feedforward)
+
+    def additions(self) -> None:
+        """Keep what the method adds."""
+        method, e, a = self.method, self.e, self.a
+        for i, o in method.branches.values():
+            self.keep("method", a * method.rank + (a * i if a != e else 0))
+            self.keep("method", method.outputs * e * o + method.weights * e * i * o / self.tokens)
+        self.keep("method", sum(e * o for _, o in method.scaled.values()))
+        # Two layers that read the same share what is kept.
+        shared = {_place(path): e * i for path, (i, _) in method.inner.items()}
+        self.keep("method", sum(shared.values()))
 
 
 def activations(
@@ -283,73 +353,21 @@ def activations(
 
     Raises ValueError for a shape or a method without a formula, or a size below 1."""
     validate("activations", batch=batch, context=context)
-    shape, e, a = Shape.of(model), weight, weight if adapter is None else adapter
-    d, f = shape.width, shape.feedforward
-    q, k = (n * shape.head_width for n in (shape.heads, shape.kv_heads))
-    full, before = method is None, method.tokens if isinstance(method, Prefix) else 0
-    context += method.tokens if isinstance(method, Prompt) else 0
-    tokens, keys = batch * context, context + before
-    adapts = shape.adapted(method.targets) if isinstance(method, LoRA | DoRA | AdaLoRA) else {}
-    scaled = shape.adapted(method.targets) if isinstance(method, IA3) else {}
-    inputs = shape.adapted(method.feedforward) if scaled and method.feedforward else {}
-    if not (full or adapts or scaled or isinstance(method, Prompt | Prefix)):
-        shape.added(method)  # which says that there is no formula
-    start = min(map(_place, adapts | scaled), default=_ATTENTION - 1 if before else _BEFORE)
-    flowing = full or isinstance(method, Prompt)  # into the first block too
-    kept = dict.fromkeys((*_IN_A_BLOCK, "head"), 0.0)
-
-    def keep(part: str, numbers: float, at: int | None = None) -> None:
-        """Keep `numbers` bytes a token in every block, in the first one if a gradient reaches
-        it."""
-        blocks = shape.layers if at is None or flowing or at > start else shape.layers - 1
-        kept[part] += blocks * numbers * tokens
-
-    def reads(place: int) -> bool:
-        """Return whether the module at this position needs its input for a gradient of its own."""
-        return full or (a == e and any(_place(path) == place for path in adapts))
-
-    norm = 4 * (d + 1) + (e * d if full else 0)
-    keep("norms", norm, _BEFORE)
-    keep("norms", norm, _OUTPUT + 0.5)
-    own = {leaf[0] for leaf in (p.rpartition(".")[2] for p in adapts | scaled)}  # "q", "k", "v"
-    own |= {"k", "v"} if before else set()
-    if shape.qk_norm:
-        for name, wide, n in (("q", q, shape.heads), ("k", k, shape.kv_heads)):
-            size = 4 * (wide + n) + (e * wide if full else 0)
-            keep("norms", size, _ATTENTION if name in own else _BEFORE)
-    if reads(_QKV):
-        keep("attention", e * d)
-    # A prefix brings a mask, for which keys and values are repeated for every query head.
-    keys_and_values = e * (q if before or not fused else k) * keys / context
-    if fused:
-        keep("attention", 2 * e * q + 2 * keys_and_values + 4 * shape.heads, _ATTENTION)
-        if before:
-            keep("attention", e * keys, _ATTENTION)
-    else:
-        # Of a product each side is kept for the other's gradient.
-        for size, others in ((e * q, {"k"}), (keys_and_values, {"q"}), (keys_and_values, {*"qk"})):
-            keep("attention", size, _ATTENTION if own & others else _BEFORE)
-        softmax = 4 if e == 4 else 4 + e  # computed in float32, and kept in both
-        keep("attention", softmax * shape.heads * keys, _ATTENTION)
-        if reads(_OUTPUT):
-            keep("attention", e * q)
-    if reads(_INNER):
-        keep("feed-forward", e * d)
-    keep("feed-forward", e * f * 3, _INNER + 0.5)
-    if reads(_LAST):
-        keep("feed-forward", e * f)
-    for i, o in adapts.values():
-        keep("method", a * _rank(method) + (a * i if a != e else 0))
-        if isinstance(method, DoRA):  # as PEFT's: two more outputs, and the change of the weight
-            keep("method", 2 * e * o + e * i * o / tokens)
-    keep("method", sum(e * o for path, (_, o) in scaled.items() if path not in inputs))
-    keep("method", sum({_place(path): e * i for path, (i, _) in inputs.items()}.values()))
+    shape, full = Shape.of(model), method is None
+    blocks = _Blocks(shape, method, batch, context, weight, adapter)
+    blocks.norms()
+    blocks.attention(fused)
+    blocks.feedforward()
+    blocks.additions()
+    kept = blocks.bytes
     if checkpointing:
-        kept = {"inputs of blocks": e * d * shape.layers * tokens, "norms": 0.0, "head": 0.0}
-    kept["norms"] += norm * tokens
-    read = e * d if full or labels or chunked else 0  # a classifier's head trains in any case
-    kept["head"] += (read + (0 if labels or chunked else 4 * shape.vocabulary)) * tokens
-    return kept
+        inputs = weight * shape.width * shape.layers * blocks.tokens
+        kept = {"inputs of blocks": inputs, "norms": 0.0}
+    kept["norms"] += blocks.norm(shape.width) * blocks.tokens  # the last one
+    # A classifier's head trains in any case.
+    read = weight * shape.width if full or labels or chunked else 0
+    logits = 0 if labels or chunked else 4 * shape.vocabulary
+    return kept | {"head": (read + logits) * blocks.tokens}
 
 
 # ------------------------------------------------------------------ activations by running
@@ -518,7 +536,8 @@ def training_memory(
             raise ValueError(f"recipe={recipe!r} must be one of {', '.join(map(repr, RECIPES))}")
         recipe = RECIPES[recipe]
     trains, full, e = shape.added(method), method is None, int(recipe.frozen)
-    packed = shape.in_linears if isinstance(method, QLoRA) else 0
+    needs = Kept() if full else method.keeps(shape)
+    packed = shape.in_linears if needs.packed else 0
     # A classifier has a small head of its own instead of the one for tokens.
     head = shape.vocabulary * shape.width if labels and not shape.tied else 0
     trains -= head if full else 0
@@ -526,7 +545,7 @@ def training_memory(
     sizes = {"batch": batch, "context": context, "weight": e, "labels": labels}
     sizes |= {"adapter": e if full else int(recipe.weight)}
     kept = activations(shape, method, checkpointing=checkpointing, chunked=chunked, **sizes)
-    tokens = batch * (context + (method.tokens if isinstance(method, Prompt) else 0))
+    tokens = batch * (context + needs.prompt)
     at_work = 2 * e * tokens * (shape.width + shape.feedforward)
     if checkpointing:
         all_blocks = activations(shape, method, **sizes)

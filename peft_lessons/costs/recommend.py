@@ -17,103 +17,75 @@ import html
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..data.base_models import nf4
-from ..engine import Method, validate
-from ..hf.setup import learning_rates
-from ..methods.adalora import AdaLoRA
-from ..methods.dora import DoRA
-from ..methods.ia3 import IA3
-from ..methods.lora import LoRA
-from ..methods.prefix import Prefix
-from ..methods.prompt import Prompt
-from ..methods.qlora import QLoRA
+from ..engine import Method, method_facts, validate
+from ..engine.facts import InPeft, Recommended
+from ..methods.lora import FACTORS
 from ..studies import Explorer, Table, explore, table
 from .estimate import GB, GIB, Memory, Shape, training_memory
 from .evidence import evidence
 
 FULL, NOTHING = "full fine-tuning", "does not fit"
-TOKENS = 16  # of a prompt or a prefix, as in the study
-# The rank of TRL's command line, and the largest that vLLM loads by default.
-FACTORS = {"rank": 16, "alpha": 32}
 STEP = 16  # texts in a step of the optimizer
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Describe a method that may be recommended: its name in the study, the method for a Llama, the
-    name and settings of its configuration in PEFT, its name in `setup_peft_training`, and whether
-    it trains with gradient checkpointing (a prefix needs the cache, which checkpointing switches
-    off)."""
+    """Describe a method that may be recommended: its name in the study, the method for a Llama, how
+    PEFT does it, and what there is to say of it. Full fine-tuning is not PEFT's."""
 
     study: str
     method: Method | None
-    config: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    trainer: str = ""
-    checkpointing: bool = True
+    row: InPeft | None
+    advice: Recommended
+
+    @property
+    def checkpointing(self) -> bool:
+        """Return whether it trains with gradient checkpointing."""
+        return self.row is None or self.row.checkpointing
+
+    @property
+    def four_bit(self) -> bool:
+        """Return whether the base is loaded in 4 bits."""
+        return self.row is not None and self.row.four_bit
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of PEFT's configuration: those of the method that are not PEFT's
+        defaults. The layers of a method that is not for all are left to PEFT, which knows them for
+        other models than a Llama too."""
+        method = self.method
+        specific = [n for n in method.names_modules if getattr(method, n, None) != "all-linear"]
+        values = {
+            entry: value
+            for name, (entry, default) in method.files.fields.items()
+            if name not in specific and (value := getattr(method, name)) != default
+        }
+        return values | dict(self.row.flags)
 
 
-_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-_DORA = _LORA | {"use_dora": True}
-_ADALORA = {"init_r": 24, "target_r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-_VIRTUAL = {"num_virtual_tokens": TOKENS}
+def _candidates() -> dict[str, Candidate]:
+    return {
+        facts.advice.title: Candidate(
+            facts.points[-1].method, kind(**facts.advice.fields), facts.peft[0], facts.advice
+        )
+        for kind, facts in method_facts().items()
+        if facts.advice
+    }
 
+
+_FULL = Candidate("full", None, None, Recommended(FULL, {}, "if it beats LoRA on your task"))
 # In the order in which they are recommended: the first that fits.
-CANDIDATES: dict[str, Candidate] = {
-    "LoRA": Candidate("lora, all linear", LoRA(**FACTORS), "LoraConfig", _LORA, "lora"),
-    "QLoRA": Candidate("qlora", QLoRA(**FACTORS), "LoraConfig", _LORA, "qlora"),
-    "DoRA": Candidate("dora, all linear", DoRA(**FACTORS), "LoraConfig", _DORA, "dora"),
-    "AdaLoRA": Candidate(
-        "adalora",
-        AdaLoRA(24, 16, 32, "all-linear", tinit=100, tfinal=300, delta=10, total_steps=1000),
-        "AdaLoraConfig",
-        _ADALORA | {"tinit": 100, "tfinal": 300, "deltaT": 10, "total_step": 1000},
-        "adalora",
-    ),
-    "(IA)³": Candidate(
-        "ia3", IA3(("k_proj", "v_proj", "down_proj"), ("down_proj",)), "IA3Config", {}, "ia3"
-    ),
-    "prefix tuning": Candidate(
-        "prefix", Prefix(TOKENS), "PrefixTuningConfig", _VIRTUAL, "prefix", False
-    ),
-    "prompt tuning": Candidate(
-        "prompt",
-        Prompt(TOKENS, init="normal"),
-        "PromptTuningConfig",
-        _VIRTUAL | {"prompt_tuning_init": "SAMPLE_VOCAB"},
-        "prompt",
-    ),
-    FULL: Candidate("full", None),
-}
+CANDIDATES: dict[str, Candidate] = _candidates() | {FULL: _FULL}
 NAMES = (*CANDIDATES, NOTHING)  # all that can be recommended
 
-# The reason to take a method that is named as an alternative.
-REASONS = {
-    "LoRA": "one base in 16 bits",
-    "QLoRA": "the smallest base, and a slower step",
-    "DoRA": "ahead of LoRA on one of our three tasks, and slower",
-    "AdaLoRA": "where layers should differ in rank",
-    "(IA)³": "for the smallest files",
-    "prefix tuning": "for many tasks on an untouched base",
-    "prompt tuning": "for many tasks on an untouched base",
-    FULL: "if it beats LoRA on your task",
-}
 _SERVED = "vLLM, SGLang and llama.cpp"
 _REFUSED = f"{_SERVED} refuse this adapter (November 2026)"
-SERVERS = {  # whether a server loads what is trained
-    "LoRA": f"{_SERVED} load the adapter (November 2026).",
-    "QLoRA": f"{_SERVED} load the adapter (November 2026). It was trained on a 4-bit base, so "
-    "test it on the base that you serve.",
-    FULL: "It is a plain model, which every server loads.",
-    "prefix tuning": f"{_REFUSED}, and a prefix cannot be merged.",
-    "prompt tuning": f"{_REFUSED}, and a prompt cannot be merged. vLLM takes its vectors as input "
-    "with --enable-prompt-embeds.",
-}
 
 # A classifier's new head is saved with its adapter, in `modules_to_save`.
 _HEAD = (
@@ -209,72 +181,51 @@ def _task(task_type: Any) -> str:
     raise ValueError(f"recommend_peft_method: task_type={task_type!r} must be one of {known}")
 
 
-class Advice(str):
+@dataclass(frozen=True, repr=False)
+class Advice:
     """Hold a name of `NAMES` and the reasons for it; made by `recommend_peft_method`.
 
     An Advice made by its name alone has `config`, `arguments` and `quantization`, and no reasons.
 
+    name: what is recommended, which str() gives too.
     learning_rate: to start with, None for "does not fit".
     sentences: memory, alternatives, server, data and evidence.
     fits: a table of LoRA, QLoRA, full fine-tuning and the alternatives, with bytes by component.
     evidence: a table of what was measured nearest in size.
-    alternatives: two other names."""
+    alternatives: two other names.
+    task, context, batch: PEFT's name of the task, tokens per text, texts per step."""
 
+    name: str
     learning_rate: float | None = None
+    sentences: tuple[str, ...] = ()
     fits: Table | None = None
     evidence: Table | None = None
     alternatives: tuple[str, ...] = ()
-    sentences: tuple[str, ...] = ()
-    _peft_task: str = "CAUSAL_LM"
-    _sizes: tuple[int, int] = (1024, 1)  # tokens, texts per step
+    task: str = "CAUSAL_LM"
+    context: int = 1024
+    batch: int = 1
+
+    @property
+    def candidate(self) -> Candidate:
+        """Return what is recommended, nothing of PEFT's for "does not fit"."""
+        return CANDIDATES.get(self.name, _FULL)
 
     @property
     def config(self) -> Any:
         """Return a new configuration of PEFT (PEFT writes the layers that it finds into it), None
         for full fine-tuning and "does not fit"."""
-        candidate = CANDIDATES.get(self)
-        if candidate is None or not candidate.config:
+        if self.candidate.row is None:
             return None
         import peft  # takes seconds
 
-        kind = getattr(peft, candidate.config)
-        return kind(task_type=self._peft_task, **candidate.settings)
+        kind = getattr(peft, self.candidate.row.config)
+        return kind(task_type=self.task, **self.candidate.settings)
 
     @property
     def code(self) -> str:
         """Return lines to paste into a script with PEFT and TRL, or transformers' Trainer for a
         classifier; "" without a learning rate, as for "does not fit"."""
-        candidate, (tokens, texts) = CANDIDATES.get(self), self._sizes
-        if candidate is None or self.learning_rate is None:
-            return ""
-        lines = []
-        if candidate.config:
-            settings = {"task_type": self._peft_task, **candidate.settings}
-            inside = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-            lines.append(f"peft_config = {candidate.config}({inside})")
-        if self == "QLoRA":
-            lines.append(f"quantization_config = BitsAndBytesConfig({_NF4})")
-        # TRL and bf16=True load a base in float32 unless told otherwise. All that trains in full
-        # fine-tuning stays in float32: 16 bytes a parameter with its gradient and Adam.
-        load = f'"dtype": "{"float32" if self == FULL else "bfloat16"}"'
-        given = f"learning_rate={self.learning_rate:g}, per_device_train_batch_size={texts}"
-        given += f", gradient_accumulation_steps={max(1, round(STEP / texts))}"
-        given += f", gradient_checkpointing={candidate.checkpointing}, bf16=True"
-        if self._peft_task == "CAUSAL_LM":
-            lines.append(
-                f"args = SFTConfig({given}, max_length={tokens}, model_init_kwargs={{{load}}})"
-            )
-            names = ["args", *(line.partition(" = ")[0] for line in lines[:-1])]
-            passed = ", ".join(f"{name}={name}" for name in names)
-            lines.append(f'trainer = SFTTrainer("MODEL", {passed}, train_dataset=dataset)')
-        else:
-            if self == "QLoRA":
-                load += ', "quantization_config": quantization_config'
-            lines.append(f"args = TrainingArguments({given})")
-            lines.append(
-                f"load = {{{load}}}  # AutoModelForSequenceClassification, from_pretrained"
-            )
-        return "\n".join(lines)
+        return "" if self.learning_rate is None else _script(self)
 
     @property
     def arguments(self) -> dict[str, Any] | None:
@@ -283,22 +234,22 @@ class Advice(str):
 
         PEFT keeps an adapter in float32, at 16 bytes a parameter with its gradient and Adam; the
         bfloat16 adapter counted here takes as much together with its master copy."""
-        candidate = CANDIDATES.get(self)
-        if candidate is None or not candidate.trainer:
+        row = self.candidate.row
+        if row is None:
             return None
-        rank = {} if candidate.trainer in ("ia3", "prefix", "prompt") else {"rank": FACTORS["rank"]}
-        return {"method": candidate.trainer, "checkpointing": candidate.checkpointing} | rank
+        rank = {"rank": FACTORS["rank"]} if row.ranks else {}
+        return {"method": row.name, "checkpointing": row.checkpointing} | rank
 
     @property
     def quantization(self) -> Any:
         """Return the `quantization_config` to load the base with for QLoRA, else None."""
-        return nf4(torch.bfloat16) if self == "QLoRA" else None
+        return nf4(torch.bfloat16) if self.candidate.four_bit else None
 
     @property
     def why(self) -> str:
         """Return the sentences and both tables as text."""
-        told = (textwrap.fill(sentence, 100) for sentence in self.sentences)
-        return "\n".join((*told, *map(repr, self._tables)))
+        paragraphs = (textwrap.fill(sentence, 100) for sentence in self.sentences)
+        return "\n".join((*paragraphs, *map(repr, self._tables)))
 
     @property
     def _tables(self) -> list[Table]:
@@ -307,17 +258,50 @@ class Advice(str):
     @property
     def _first(self) -> str:
         rate = self.learning_rate
-        return str(self) if rate is None else f"{self!s}, learning rate {rate:g} to start with"
+        return self.name if rate is None else f"{self.name}, learning rate {rate:g} to start with"
+
+    def __str__(self) -> str:
+        return self.name
 
     def __repr__(self) -> str:
         lines = (part for line in self.code.splitlines() for part in textwrap.wrap(line, 100))
         return "\n".join(filter(None, (self._first, *lines, self.why)))
 
     def _repr_html_(self) -> str:
-        told = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
+        paragraphs = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
         code = f"<pre>{html.escape(self.code)}</pre>" if self.code else ""
-        shown = "".join(each._repr_html_() for each in self._tables)
-        return f"<p><strong>{html.escape(self._first)}</strong></p>{code}{told}{shown}"
+        tables = "".join(each._repr_html_() for each in self._tables)
+        return f"<p><strong>{html.escape(self._first)}</strong></p>{code}{paragraphs}{tables}"
+
+
+def _script(advice: Advice) -> str:
+    """Return the lines of `Advice.code`."""
+    candidate, lines = advice.candidate, []
+    if candidate.row is not None:
+        settings = {"task_type": advice.task, **candidate.settings}
+        inside = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        lines.append(f"peft_config = {candidate.row.config}({inside})")
+    if candidate.four_bit:
+        lines.append(f"quantization_config = BitsAndBytesConfig({_NF4})")
+    # TRL and bf16=True load a base in float32 unless told otherwise. All that trains in full
+    # fine-tuning stays in float32: 16 bytes a parameter with its gradient and Adam.
+    load = f'"dtype": "{"float32" if candidate.row is None else "bfloat16"}"'
+    arguments = f"learning_rate={advice.learning_rate:g}"
+    arguments += f", per_device_train_batch_size={advice.batch}"
+    arguments += f", gradient_accumulation_steps={max(1, round(STEP / advice.batch))}"
+    arguments += f", gradient_checkpointing={candidate.checkpointing}, bf16=True"
+    if advice.task == "CAUSAL_LM":
+        arguments += f", max_length={advice.context}, model_init_kwargs={{{load}}}"
+        names = ["args", *(line.partition(" = ")[0] for line in lines)]
+        passed = ", ".join(f"{name}={name}" for name in names)
+        lines.append(f"args = SFTConfig({arguments})")
+        lines.append(f'trainer = SFTTrainer("MODEL", {passed}, train_dataset=dataset)')
+    else:
+        if candidate.four_bit:
+            load += ', "quantization_config": quantization_config'
+        lines.append(f"args = TrainingArguments({arguments})")
+        lines.append(f"load = {{{load}}}  # AutoModelForSequenceClassification, from_pretrained")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -379,47 +363,50 @@ def recommend_peft_method(
     needs = asked.needs()
     fitting = [name for name in CANDIDATES if needs[name].total <= asked.usable]
     chosen = fitting[0] if fitting else NOTHING
-    advice = Advice(chosen)
-    advice._peft_task, advice._sizes = TASKS[kind][0], (context, batch)
-    advice.alternatives = _alternatives(chosen, fitting)
-    advice.learning_rate = _rate(chosen, asked)
-    measured, advice.evidence = evidence(
+    alternatives = _alternatives(chosen, fitting)
+    measured, evidence_table = evidence(
         kind, model_size_b, num_examples, {name: c.study for name, c in CANDIDATES.items()}
     )
-    advice.fits = _fits(list(dict.fromkeys((*_SHOWN, *advice.alternatives))), needs, asked)
     sentences = (
         _decision(chosen, needs, asked),
-        _others(advice.alternatives, needs, asked.usable),
+        _others(alternatives, needs, asked.usable),
         _full(needs, asked),
         _server(chosen, kind),
         _data(num_examples),
         measured,
     )
-    advice.sentences = tuple(filter(None, sentences))
-    return advice
+    return Advice(
+        chosen,
+        learning_rate=_rate(chosen, asked),
+        sentences=tuple(filter(None, sentences)),
+        fits=_fits(list(dict.fromkeys((*_SHOWN, *alternatives))), needs, asked),
+        evidence=evidence_table,
+        alternatives=alternatives,
+        task=TASKS[kind][0],
+        context=context,
+        batch=batch,
+    )
 
 
 _SHOWN = ("LoRA", "QLoRA", FULL)
-_PREFERRED = (FULL, "LoRA", "QLoRA", "DoRA", "(IA)³", "prompt tuning", "prefix tuning", "AdaLoRA")
 
 
 def _alternatives(chosen: str, fitting: Sequence[str]) -> tuple[str, str]:
-    """Return two other names: those that fit first, and of the others full fine-tuning last."""
-    others = [name for name in _PREFERRED if name != chosen]
-    others.sort(key=lambda name: (name not in fitting, name == FULL and name not in fitting))
-    return tuple(others[:2])
+    """Return two other names: those that fit first, full fine-tuning first where it fits and last
+    where it does not."""
+
+    def order(name: str) -> tuple[bool, bool, bool]:
+        fits = name in fitting
+        return not fits, (name == FULL) != fits, CANDIDATES[name].advice.last
+
+    return tuple(sorted((name for name in CANDIDATES if name != chosen), key=order)[:2])
 
 
 def _rate(chosen: str, asked: _Asked) -> float | None:
     if chosen == NOTHING:
         return None
-    speaks = asked.size >= SPEAKS[asked.kind]
-    if chosen == FULL:
-        return FULL_RATES[speaks]
-    column = "language models" if speaks else "small models"
-    return next(
-        row[column] for row in learning_rates() if row["method"] == CANDIDATES[chosen].trainer
-    )
+    row = CANDIDATES[chosen].row
+    return (FULL_RATES if row is None else row.rates)[asked.size >= SPEAKS[asked.kind]]
 
 
 def _decision(chosen: str, needs: Mapping[str, Memory], asked: _Asked) -> str:
@@ -454,7 +441,7 @@ def _at_most(size: float) -> str:
 def _others(alternatives: Sequence[str], needs: Mapping[str, Memory], usable: float) -> str:
     left = {name: (usable - needs[name].total) / GB for name in alternatives}
     fitting = [
-        f"{name} (leaves {room:.1f} GB; {REASONS[name]})"
+        f"{name} (leaves {room:.1f} GB; {CANDIDATES[name].advice.reason})"
         for name, room in left.items()
         if room >= 0
     ]
@@ -485,11 +472,19 @@ def _full(needs: Mapping[str, Memory], asked: _Asked) -> str:
 
 
 def _server(chosen: str, kind: str) -> str:
+    """Say whether a server loads what is trained."""
     if chosen == NOTHING:
         return ""
-    if kind == "classification" and chosen in ("LoRA", "QLoRA"):
+    candidate = CANDIDATES[chosen]
+    if candidate.row is None:
+        return "It is a plain model, which every server loads."
+    if not candidate.advice.served:
+        reason = candidate.advice.no_merge
+        return f"{_REFUSED}, {f'and {reason}' if reason else 'so merge it before serving'}."
+    if kind == "classification":
         return _HEAD
-    return SERVERS.get(chosen, f"{_REFUSED}, so merge it before serving.")
+    tested = " It was trained on a 4-bit base, so test it on the base that you serve."
+    return f"{_SERVED} load the adapter (November 2026).{tested if candidate.four_bit else ''}"
 
 
 def _data(examples: int) -> str:

@@ -40,6 +40,7 @@ from .method import (
     Injection,
     Method,
     PeftFiles,
+    method_facts,
     register,
     registered,
     registered_methods,
@@ -48,9 +49,12 @@ from .parameters import blocks_of, chosen_by, last_blocks, own_parameters
 from .settings import near_name, refuse_entries, validate
 from .targets import (
     find_targets,
+    fresh_beyond_head,
     fresh_modules,
     head_of,
     is_classifier,
+    is_fresh,
+    is_transposed,
     matches,
     one_by_one,
     refuse_packed,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
 
+from .facts import Facts, Kept
 from .layer import AdapterLayer
 from .settings import SETTINGS, validate
 from .targets import find_targets, names_of
@@ -78,6 +79,7 @@ class Method:
         moves_base:     how the method changes the base's own weights, in words for an error; None
                         if the base without what is added computes as before `inject`
         design:         the method as a change of a hidden state: one or several `Design`
+        facts:          what the course says of it beside its mathematics, a `Facts`
 
     `load_adapter` reads the files of the methods in the registry: see `register`."""
 
@@ -89,6 +91,7 @@ class Method:
     rate_factors: ClassVar[Mapping[str, float]] = {}
     moves_base: ClassVar[str | None] = None
     design: ClassVar[Any] = None
+    facts: ClassVar[Facts | None] = None
 
     def __post_init__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -139,7 +142,15 @@ class Method:
     def added(self, shape: Any) -> float:
         """Return the number of trainable parameters on a `Shape` (costs/estimate.py), without a new
         classification head. ValueError for a method without a formula."""
-        counted = sorted(m.__name__ for m in registered_methods() if "added" in vars(m))
+        self._refuse_formula("added")
+
+    def keeps(self, shape: Any) -> Kept:
+        """Return what a training step on a `Shape` keeps because of the method. ValueError for a
+        method without a formula."""
+        self._refuse_formula("keeps")
+
+    def _refuse_formula(self, formula: str) -> NoReturn:
+        counted = sorted(m.__name__ for m in registered_methods() if formula in vars(m))
         raise ValueError(f"no formula for {self!r}: only for {', '.join(counted)}")
 
     # --- what it does during training
@@ -187,6 +198,14 @@ def registered(method: type[Method]) -> Iterator[None]:
     finally:
         _REGISTERED.clear()
         _REGISTERED.update(before)
+
+
+def method_facts() -> dict[type[Method], Facts]:
+    """Return {method: its facts} of the registered methods that state their own, in the order of
+    the lessons that introduce them."""
+    own = ((method, vars(method).get("facts")) for method in registered_methods())
+    stated = [(method, facts) for method, facts in own if facts is not None]
+    return dict(sorted(stated, key=lambda row: row[1].lesson))
 
 
 # ------------------------------------------------------------------ what was done to a model

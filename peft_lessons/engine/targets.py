@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .layer import AdapterLayer
 from .settings import near_name
@@ -184,6 +185,21 @@ def _nothing_found(name: str, is_pattern: bool, usable: list[str], kinds: str) -
 def fresh_modules(model: nn.Module) -> tuple[str, ...]:
     """Return the newly initialised modules (a new head): always trained and saved in full."""
     return tuple(getattr(model, "fresh_modules", ()))
+
+
+def is_fresh(model: nn.Module, path: str) -> bool:
+    """Return whether a module is newly initialised, or part of such a module (RoBERTa's head)."""
+    return any(f"{path}.".startswith(f"{top}.") for top in fresh_modules(model))
+
+
+def fresh_beyond_head(model: nn.Module) -> list[str]:
+    """Return the new modules that PEFT does not treat as a head: a pooler, a head's first layer."""
+    return [path for path in fresh_modules(model) if path not in ("classifier", "score")]
+
+
+def is_transposed(model: nn.Module) -> bool:
+    """Return whether layers store their weights as GPT-2's do; PEFT would find out and warn."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def head_of(model: nn.Module) -> tuple[str, ...]:

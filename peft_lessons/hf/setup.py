@@ -11,20 +11,25 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .. import methods  # noqa: F401  each registers itself
 from .._quiet import errors_only
 from ..data.base_models import load_model, load_tokenizer
-from ..engine import read_adapter, refuse_misfit, refuse_other_base, validate
-
-_PREFIX = {"num_virtual_tokens": 16}
-# Rows of the vocabulary: PEFT's default draws numbers fifty times as large as they are.
-_PROMPT = _PREFIX | {"prompt_tuning_init": "SAMPLE_VOCAB"}
+from ..engine import (
+    fresh_beyond_head,
+    is_fresh,
+    method_facts,
+    read_adapter,
+    refuse_misfit,
+    refuse_other_base,
+    validate,
+)
+from ..engine.facts import InPeft
 
 
 def setup_qlora(model_name: str, rank: int = 64):
@@ -67,7 +72,7 @@ def _prepared(model, checkpointing: bool = True):
 def _refuse_wide(model: nn.Module, rank: int, owner: str) -> None:
     for path, layer in model.named_modules():
         # A head is narrower than any rank, and no method of low rank touches it.
-        if not isinstance(layer, nn.Linear | Conv1D) or _fresh(model, path):
+        if not isinstance(layer, nn.Linear | Conv1D) or is_fresh(model, path):
             continue
         conv = isinstance(layer, Conv1D)
         sizes = (layer.nx, layer.nf) if conv else (layer.in_features, layer.out_features)
@@ -78,124 +83,25 @@ def _refuse_wide(model: nn.Module, rank: int, owner: str) -> None:
             )
 
 
-def _fresh(model: nn.Module, path: str) -> bool:
-    """Return whether a module is newly initialised, or part of such a module (RoBERTa's head)."""
-    return any(f"{path}.".startswith(f"{top}.") for top in model.fresh_modules)
+# ------------------------------------------------------------------ the methods
 
-
-# ------------------------------------------------------------------ the configs
-
-# Each takes the model and a rank, and gives the settings.
-_Settings = Callable[[nn.Module, int], dict]
-
-
-def _lora(model: nn.Module, rank: int) -> dict:
-    targets = "all-linear"  # but the head, which PEFT knows by its name
-    heads = map(model.get_submodule, model.fresh_modules)
-    if _beyond(model) or not all(isinstance(head, nn.Linear) for head in heads):
-        layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        targets = [path for path in layers if not _fresh(model, path)]
-    return {
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": targets,
-        "fan_in_fan_out": _transposed(model),
-    }
-
-
-def _transposed(model: nn.Module) -> bool:
-    """Return whether layers store their weights as GPT-2's do; PEFT would find out and warn."""
-    return any(isinstance(module, Conv1D) for module in model.modules())
-
-
-def _beyond(model: nn.Module) -> list[str]:
-    """Return the new modules that PEFT does not treat as a head: a pooler, a head's first layer."""
-    return [path for path in model.fresh_modules if path not in ("classifier", "score")]
-
-
-def _adalora(model: nn.Module, rank: int) -> dict:
-    settings = _lora(model, rank) | {"init_r": math.ceil(1.5 * rank), "target_r": rank}
-    # "r" is LoRA's. The schedule is a stand-in: train_with_peft fits it to the run's steps.
-    return {k: v for k, v in settings.items() if k != "r"} | {"total_step": 1000}
-
-
-def _ia3(model: nn.Module, rank: int) -> dict:
-    from peft.utils.constants import (
-        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEED_FORWARD,
-    )
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
-
-    kind = model.config.model_type
-    if kind in ("bert", "roberta", "deberta-v2"):
-        # PEFT's own "output.dense" also takes the attention's output, which (IA)³ leaves alone.
-        second = r".*layer\.\d+\.output\.dense"
-        return {
-            "target_modules": rf".*self\.(key|value)(_proj)?|{second}",
-            "feedforward_modules": second,
-        }
-    if kind not in TARGETS:
-        raise ValueError(
-            f"method='ia3': where its three vectors go in a model of type {kind!r} is not known; "
-            "give a config: IA3Config(target_modules=[keys, values, the second feed-forward "
-            "matrix], feedforward_modules=[the latter])"
-        )
-    second, targets = FEED_FORWARD[kind], TARGETS[kind]
-    ends = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-    if {"k_proj", "v_proj"} <= ends:  # for several families PEFT names the query, too
-        targets = ["k_proj", "v_proj", *second]
-    return {
-        "target_modules": targets,
-        "feedforward_modules": second,
-        "fan_in_fan_out": _transposed(model),
-    }
-
-
-def _norms(model: nn.Module, rank: int) -> dict:
-    paths = [path for path, module in model.named_modules() if "Norm" in type(module).__name__]
-    if not paths:
-        raise ValueError(f"method='norms': {type(model).__name__} has no norm to train")
-    return {"target_modules": sorted({path.rpartition(".")[2] for path in paths})}
-
-
-# {method: (PEFT's config class, its settings)}
-_CONFIGS: dict[str, tuple[str, _Settings]] = {
-    "lora": ("LoraConfig", _lora),
-    "rslora": ("LoraConfig", lambda *a: _lora(*a) | {"use_rslora": True}),
-    "dora": ("LoraConfig", lambda *a: _lora(*a) | {"use_dora": True}),
-    "qlora": ("LoraConfig", _lora),
-    "adalora": ("AdaLoraConfig", _adalora),
-    "ia3": ("IA3Config", _ia3),
-    "prefix": ("PrefixTuningConfig", lambda *_: _PREFIX),
-    "prompt": ("PromptTuningConfig", lambda *_: _PROMPT),
-    "norms": ("LNTuningConfig", _norms),
+# {name: how PEFT does it}, as every method of the course says of itself.
+_ROWS: dict[str, InPeft] = {
+    row.name: row for facts in method_facts().values() for row in facts.peft
 }
-HF_METHODS = tuple(_CONFIGS)
-
-_TRL = "TRL's documentation, PEFT Integration"
-_COMPARISON = "PEFT's method_comparison (MetaMathQA, Llama-3.2-3B)"
-# {method: (learning rate for small models, for language models, source of the latter)}. The small
-# ones are near the best of this course's studies on its two small models.
-_RATES: dict[str, tuple[float, float, str]] = {
-    "lora": (1e-3, 2e-4, f"{_TRL}: 2e-4 for SFT; Unsloth's hyperparameters guide: 2e-4"),
-    "rslora": (1e-3, 1e-4, f"{_COMPARISON}, lora/llama-3.2-3B-rank64-rslora: 1e-4"),
-    "dora": (1e-3, 1e-4, f"{_COMPARISON}, lora/llama-3.2-3B-rank32-dora: 1e-4"),
-    "qlora": (1e-3, 2e-4, f"{_TRL}: 2e-4 for SFT; Unsloth's hyperparameters guide: 2e-4"),
-    "adalora": (3e-3, 1e-3, "PEFT's example peft_adalora_seq2seq.py (BART-base): 1e-3"),
-    "ia3": (3e-2, 5e-3, f"{_COMPARISON}, ia3/llama-3.2-3B-all-attn-5k-lr0.005: 5e-3"),
-    "prefix": (3e-2, 1e-3, f"{_COMPARISON}, prefixtuning/llama-3.2-3B-lr_0.001: 1e-3, 5,000 steps"),
-    "prompt": (1e-1, 2e-2, f"{_TRL}: 1e-2 to 3e-2, 2e-2 in its example"),
-    "norms": (1e-2, 1e-3, "no published default: start with a sweep"),
-}
+HF_METHODS = tuple(_ROWS)
 
 
 def learning_rates() -> list[dict]:
     """Return a row for each method of `HF_METHODS`: "method", the default learning rates of
     `train_with_peft` for "small models" and for "language models", and the "source" of the latter.
+    Those for small models are near the best of this course's studies on its two small models.
 
     All learning rates are starting points: a few runs on your task must decide."""
     return [
-        {"method": method, "small models": small, "language models": language, "source": source}
-        for method, (small, language, source) in _RATES.items()
+        {"method": name, "small models": small, "language models": language, "source": row.source}
+        for name, row in _ROWS.items()
+        for small, language in (row.rates,)
     ]
 
 
@@ -205,35 +111,31 @@ def rate_of(model) -> float:
     A model that generates text counts as a language model, except tinylm. Classifiers, encoders and
     tinylm get the learning rates of small models. A method outside `HF_METHODS` gets LoRA's."""
     config, base = model.active_peft_config, model.get_base_model()
-    kind = type(config).__name__
-    method = next((m for m, (name, _) in _CONFIGS.items() if name == kind), "lora")
-    for variant, flag in {"rslora": "use_rslora", "dora": "use_dora"}.items():
-        method = variant if getattr(config, flag, False) else method
-    small, language, _ = _RATES[method]
+    same = [row for row in _ROWS.values() if row.config == type(config).__name__]
+
+    def flags(row: InPeft) -> int:
+        """Return how many flags the row shares with the configuration, -1 if one differs."""
+        shared = [getattr(config, name, None) == value for name, value in row.flags.items()]
+        return len(shared) if all(shared) else -1
+
+    small, language = max(same or [_ROWS["lora"]], key=flags).rates
     speaks = base.can_generate() and Path(base.name_or_path).name != "tinylm"
     return language if speaks else small
 
 
-_OURS_ALONE = {
-    "adapter": "BottleneckAdapter",
-    "bitfit": "BitFit",
-    "partial": "PartialFineTuning",
-    "diff": "DiffPruning",
-    "mixed": "MixAndMatch",
-}
-
-
-def _known(method: str) -> str:
+def _row(method: str) -> InPeft:
+    """Return the row of a method. TypeError or ValueError for a name outside `HF_METHODS`."""
     if not isinstance(method, str):
         raise TypeError(f"method must be one of {', '.join(HF_METHODS)}, got {method!r}")
-    if method.lower() in _OURS_ALONE:
-        raise ValueError(
-            f"method={method!r}: PEFT does not have it; the course does: "
-            f"inject(model, {_OURS_ALONE[method.lower()]}(...))"
-        )
-    if method not in HF_METHODS:
-        raise ValueError(f"method={method!r} is unknown; known are {', '.join(HF_METHODS)}")
-    return method
+    if method in _ROWS:
+        return _ROWS[method]
+    for kind, facts in method_facts().items():
+        if facts.only_here and facts.only_here == method.lower():
+            raise ValueError(
+                f"method={method!r}: PEFT does not have it; the course does: "
+                f"inject(model, {kind.__name__}(...))"
+            )
+    raise ValueError(f"method={method!r} is unknown; known are {', '.join(HF_METHODS)}")
 
 
 # ------------------------------------------------------------------ set up
@@ -278,15 +180,15 @@ def setup_peft_training(
     for a base with a fresh pooler, and as `load_model`."""
     import peft
 
-    kind, settings = _CONFIGS[_known(method)]
+    row = _row(method)
     validate("setup_peft_training", rank=rank, seed=seed)
-    checkpointing = _checkpoints(method, checkpointing)
+    checkpointing = _checkpoints(row, checkpointing)
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file; name a folder")
     dtype = _dtype(dtype)
     tokenizer = load_tokenizer(model_name)
-    model = load_model(model_name, labels, dtype=dtype, seed=seed, four_bit=method == "qlora")
+    model = load_model(model_name, labels, dtype=dtype, seed=seed, four_bit=row.four_bit)
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{model_name!r} has an encoder and a decoder, and here one text is trained on: take a "
@@ -299,25 +201,12 @@ def setup_peft_training(
         )
     # A decoder's classifier finds the last real token by it.
     model.config.pad_token_id = tokenizer.pad_token_id
-    if kind in ("LoraConfig", "AdaLoraConfig"):
-        _refuse_wide(model, math.ceil(1.5 * rank) if method == "adalora" else rank, method)
-    if method == "qlora":
+    _refuse_wide(model, math.ceil(row.ranks * rank), method)
+    if row.four_bit:
         model = _prepared(model, checkpointing)
     elif checkpointing:
         model.gradient_checkpointing_enable(_NON_REENTRANT)
-    task = "CAUSAL_LM" if labels is None else "SEQ_CLS"
-    chosen = settings(model, rank)
-    stands_before = kind in ("PrefixTuningConfig", "PromptTuningConfig")
-    if stands_before and _beyond(model):
-        raise ValueError(
-            f"method={method!r}: {_beyond(model)[0]!r} of {model_name!r} comes untrained, and "
-            "with a prompt or a prefix PEFT trains and saves only the head: take another method "
-            "or base"
-        )
-    if model.fresh_modules and not stands_before:
-        # By itself PEFT trains the head, but not a pooler that came as fresh as it.
-        chosen["modules_to_save"] = list(model.fresh_modules)
-    config = getattr(peft, kind)(task_type=task, **chosen)
+    config = _config(model, model_name, row, rank, labels is not None)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = peft.get_peft_model(model, config)
@@ -327,14 +216,34 @@ def setup_peft_training(
     return model.train(), tokenizer
 
 
-def _checkpoints(method: str, wanted: bool | None) -> bool:
+def _config(model: nn.Module, name: str, row: InPeft, rank: int, classifier: bool):
+    """Return PEFT's configuration of a method for the model of this name. ValueError for virtual
+    tokens beside a fresh pooler, which would not train."""
+    import peft
+
+    kind = getattr(peft, row.config)
+    chosen = {**row.settings(model, rank), **row.flags}
+    virtual = issubclass(kind, peft.PromptLearningConfig)
+    if virtual and (beyond := fresh_beyond_head(model)):
+        raise ValueError(
+            f"method={row.name!r}: {beyond[0]!r} of {name!r} comes untrained, and "
+            "with a prompt or a prefix PEFT trains and saves only the head: take another method "
+            "or base"
+        )
+    if model.fresh_modules and not virtual:
+        # By itself PEFT trains the head, but not a pooler that came as fresh as it.
+        chosen["modules_to_save"] = list(model.fresh_modules)
+    return kind(task_type="SEQ_CLS" if classifier else "CAUSAL_LM", **chosen)
+
+
+def _checkpoints(row: InPeft, wanted: bool | None) -> bool:
     """Return whether gradient checkpointing is on. TypeError for a value that is not a bool,
-    ValueError for a prefix."""
+    ValueError for a method that does not allow it."""
     if wanted is None:
-        return method == "qlora"
+        return row.four_bit
     if not isinstance(wanted, bool):
         raise TypeError(f"checkpointing must be True, False or None, got {wanted!r}")
-    if wanted and method == "prefix":
+    if wanted and not row.checkpointing:
         raise ValueError(
             "checkpointing=True: gradient checkpointing switches off the cache, which holds the "
             "prefix: set checkpointing=False, or take method='prompt'"

@@ -1,6 +1,7 @@
 """AdaLoRA starts every layer with some rank to spare and prunes the parts that the loss depends on
 least, until a budget for the whole model is met."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from ..engine import (
     validate,
 )
 from ..engine.design import SCALED, Design, Site
+from ..engine.facts import Facts, InPeft, Kept, Point, Recommended
+from .lora import in_peft as lora_in_peft
 
 
 class AdaLoRALayer(nn.Module):
@@ -308,6 +311,15 @@ def triplets(site: Site) -> torch.Tensor:
     return ada.alpha / ada.divisor * (low @ ada.lora_B.T)  # (..., out)
 
 
+def in_peft(model: nn.Module, rank: int) -> dict[str, Any]:
+    """Return the settings of PEFT's AdaLoraConfig for a model: LoRA's, with ranks to spare."""
+    settings = lora_in_peft(model, rank)
+    del settings["r"]
+    # The schedule is a stand-in: train_with_peft fits it to the run's steps.
+    ranks = {"init_r": math.ceil(1.5 * rank), "target_r": rank}
+    return settings | ranks | {"total_step": 1000}
+
+
 @register
 @dataclass(frozen=True)
 class AdaLoRA(Method):
@@ -368,6 +380,27 @@ class AdaLoRA(Method):
         others=("rank_pattern", "r", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
         off={"init_lora_weights": (True, False, "gaussian")},
     )  # as LoRA's
+    facts = Facts(
+        "05",
+        points=(Point("adalora", "AdaLoRA", (6, 0)),),
+        peft=(
+            InPeft(
+                "adalora",
+                "AdaLoraConfig",
+                (3e-3, 1e-3),
+                "PEFT's example peft_adalora_seq2seq.py (BART-base): 1e-3",
+                in_peft,
+                ranks=1.5,
+            ),
+        ),
+        advice=Recommended(
+            "AdaLoRA",
+            {"initial_rank": 24, "target_rank": 16, "alpha": 32, "targets": "all-linear"}
+            | {"tinit": 100, "tfinal": 300, "delta": 10, "total_steps": 1000},
+            "where layers should differ in rank",
+            last=True,
+        ),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -395,6 +428,9 @@ class AdaLoRA(Method):
 
     def after_step(self, injection: Injection, step: int) -> None:
         allocator_of(injection).update(step)
+
+    def keeps(self, shape: Any) -> Kept:
+        return Kept(branches=shape.adapted(self.targets), rank=self.initial_rank)
 
 
 def ranks(model: nn.Module) -> dict[str, int]:

@@ -20,6 +20,7 @@ from ..engine import (
     validate,
 )
 from ..engine.design import Design, Site, calls_of, only, standardised
+from ..engine.facts import Facts, OnMap, Point
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -276,6 +277,17 @@ class BottleneckAdapter(Method):
             f"adapter.{name}": f"adapter.{name}"
             for name in ("down.weight", "down.bias", "up.weight", "up.bias")
         },
+    )
+    facts = Facts(
+        "06",
+        points=(
+            Point("pfeiffer", "Pfeiffer\nadapter", (6, 1)),
+            Point("parallel", "parallel\nadapter", (6, 5)),
+        ),
+        place=OnMap(
+            "adapter", "adapter", 1, "one adapter after attention and one after the feed-forward"
+        ),
+        only_here="adapter",
     )
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:

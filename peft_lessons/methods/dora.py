@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from ..engine import AdapterLayer, Injection, refuse_entries, register, trained_dtype, validate
 from ..engine.design import ON_LINEAR, Design, Site
-from .lora import LoRA, LoRALayer
+from ..engine.facts import COMPARISON, Facts, InPeft, Kept, Mark, Point, Recommended
+from .lora import FACTORS, LoRA, LoRALayer, in_peft
 
 
 def refuse_rows(owner: str, norms: torch.Tensor) -> None:
@@ -158,6 +159,23 @@ class DoRA(LoRA):
             "dora.magnitude": "lora_magnitude_vector",
         },
     )
+    facts = Facts(
+        "04",
+        points=(Point("dora, all linear", "DoRA", (6, 0)),),
+        mark=Mark("DoRA", "m", "the magnitudes m of DoRA beside A and B"),
+        peft=(
+            InPeft(
+                "dora",
+                "LoraConfig",
+                (1e-3, 1e-4),
+                f"{COMPARISON}, lora/llama-3.2-3B-rank32-dora: 1e-4",
+                in_peft,
+                {"use_dora": True},
+                ranks=1,
+            ),
+        ),
+        advice=Recommended("DoRA", FACTORS, "ahead of LoRA on one of our three tasks, and slower"),
+    )
 
     def check(self, path: str, layer: nn.Linear) -> None:
         super().check(path, layer)
@@ -174,6 +192,10 @@ class DoRA(LoRA):
     def before_fit(self, injection: Injection, steps: int) -> None:
         if any(wrapper.norms is not None for wrapper in injection.wrappers.values()):
             raise RuntimeError("fit: within cached_norms V must not change; leave the block first")
+
+    def keeps(self, shape: Any) -> Kept:
+        # As PEFT's: two more outputs of a layer, and the change of its weight.
+        return replace(super().keeps(shape), outputs=2, weights=1)
 
 
 @contextmanager

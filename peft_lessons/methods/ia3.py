@@ -10,6 +10,7 @@ from ..engine import (
     AdapterLayer,
     Method,
     PeftFiles,
+    is_transposed,
     matches,
     refuse_entries,
     register,
@@ -18,6 +19,7 @@ from ..engine import (
     validate,
 )
 from ..engine.design import SUM, Design, Site, linears, only
+from ..engine.facts import COMPARISON, Facts, InPeft, Kept, OnMap, Point, Recommended
 
 
 def rescaled(x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -131,6 +133,39 @@ INNER = r".*\d\.output\.dense"  # in a BERT the last linear map of the feed-forw
 ON_BERT = {"targets": rf".*self\.(key|value)|{INNER}", "feedforward": INNER}
 
 
+def in_peft(model: nn.Module, rank: int) -> dict[str, Any]:
+    """Return the settings of PEFT's IA3Config for a model: keys, values and the second feed-forward
+    matrix. ValueError for a model whose layers PEFT does not know."""
+    from peft.utils.constants import (  # takes seconds
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEED_FORWARD,
+    )
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
+
+    kind = model.config.model_type
+    if kind in ("bert", "roberta", "deberta-v2"):
+        # PEFT's own "output.dense" also takes the attention's output, which (IA)³ leaves alone.
+        second = r".*layer\.\d+\.output\.dense"
+        return {
+            "target_modules": rf".*self\.(key|value)(_proj)?|{second}",
+            "feedforward_modules": second,
+        }
+    if kind not in TARGETS:
+        raise ValueError(
+            f"method='ia3': where its three vectors go in a model of type {kind!r} is not known; "
+            "give a config: IA3Config(target_modules=[keys, values, the second feed-forward "
+            "matrix], feedforward_modules=[the latter])"
+        )
+    second, targets = FEED_FORWARD[kind], TARGETS[kind]
+    ends = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if {"k_proj", "v_proj"} <= ends:  # for several families PEFT names the query, too
+        targets = ["k_proj", "v_proj", *second]
+    return {
+        "target_modules": targets,
+        "feedforward_modules": second,
+        "fan_in_fan_out": is_transposed(model),
+    }
+
+
 @register
 @dataclass(frozen=True)
 class IA3(Method):
@@ -168,6 +203,25 @@ class IA3(Method):
         fields={"targets": ("target_modules", None), "feedforward": ("feedforward_modules", None)},
         others=("init_ia3_weights",),
     )  # how it started says nothing of where it is
+    facts = Facts(
+        "07",
+        points=(Point("ia3", "(IA)³", (0, 12)),),
+        place=OnMap("IA3", "(IA)³", 2, "the (IA)³ scales of keys, values and inner activations"),
+        peft=(
+            InPeft(
+                "ia3",
+                "IA3Config",
+                (3e-2, 5e-3),
+                f"{COMPARISON}, ia3/llama-3.2-3B-all-attn-5k-lr0.005: 5e-3",
+                in_peft,
+            ),
+        ),
+        advice=Recommended(
+            "(IA)³",
+            {"targets": ("k_proj", "v_proj", "down_proj"), "feedforward": ("down_proj",)},
+            "for the smallest files",
+        ),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -186,3 +240,9 @@ class IA3(Method):
         inner = shape.adapted(self.feedforward) if self.feedforward else {}
         sizes = shape.adapted(self.targets).items()
         return shape.layers * sum(i if path in inner else o for path, (i, o) in sizes)
+
+    def keeps(self, shape: Any) -> Kept:
+        scaled = shape.adapted(self.targets)
+        inner = shape.adapted(self.feedforward) if self.feedforward else {}
+        outer = {path: size for path, size in scaled.items() if path not in inner}
+        return Kept(scaled=outer, inner=inner)

@@ -8,8 +8,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..engine import AdapterLayer, Method, PeftFiles, inject, register, trained_dtype, validate
+from ..engine import (
+    AdapterLayer,
+    Method,
+    PeftFiles,
+    fresh_beyond_head,
+    inject,
+    is_fresh,
+    is_transposed,
+    register,
+    trained_dtype,
+    validate,
+)
 from ..engine.design import SCALED, Design, Site
+from ..engine.facts import COMPARISON, SFT, Facts, InPeft, Kept, OnMap, Point, Recommended
 
 
 class LoRALayer(nn.Module):
@@ -81,6 +93,25 @@ def low_rank(site: Site) -> torch.Tensor:
     return lora.scaling * (site.x @ lora.lora_A.T @ lora.lora_B.T)  # (..., out)
 
 
+# The rank of TRL's command line, and the largest that vLLM loads by default.
+FACTORS = {"rank": 16, "alpha": 32}
+
+
+def in_peft(model: nn.Module, rank: int) -> dict[str, Any]:
+    """Return the settings of PEFT's LoraConfig for a model: all linear layers but a new head."""
+    targets = "all-linear"  # but the head, which PEFT knows by its name
+    heads = map(model.get_submodule, model.fresh_modules)
+    if fresh_beyond_head(model) or not all(isinstance(head, nn.Linear) for head in heads):
+        layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        targets = [path for path in layers if not is_fresh(model, path)]
+    return {
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": targets,
+        "fan_in_fan_out": is_transposed(model),
+    }
+
+
 @register
 @dataclass(frozen=True)
 class LoRA(Method):
@@ -108,6 +139,27 @@ class LoRA(Method):
         others=("ensure_weight_tying", "megatron_core", "qalora_group_size"),  # of other options
         off={"init_lora_weights": (True, False, "gaussian")},
     )  # others change the base
+    facts = Facts(
+        "02",
+        points=(
+            Point("lora", "LoRA (q, v)", (-6, 5)),
+            Point("lora, all linear", "LoRA (all linear)", (6, 2)),
+        ),
+        place=OnMap("LoRA", "LoRA", 0, "the LoRA factors A and B beside each linear map"),
+        peft=(
+            InPeft("lora", "LoraConfig", (1e-3, 2e-4), SFT, in_peft, ranks=1),
+            InPeft(
+                "rslora",
+                "LoraConfig",
+                (1e-3, 1e-4),
+                f"{COMPARISON}, lora/llama-3.2-3B-rank64-rslora: 1e-4",
+                in_peft,
+                {"use_rslora": True},
+                ranks=1,
+            ),
+        ),
+        advice=Recommended("LoRA", FACTORS, "one base in 16 bits", served=True),
+    )
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithLoRA:
         return LinearWithLoRA(layer, self.rank, self.alpha, self.dropout, self.rslora)
@@ -115,6 +167,9 @@ class LoRA(Method):
     def added(self, shape: Any) -> float:
         sizes = shape.adapted(self.targets).values()
         return shape.layers * sum(self.rank * (i + o) for i, o in sizes)  # A and B
+
+    def keeps(self, shape: Any) -> Kept:
+        return Kept(branches=shape.adapted(self.targets), rank=self.rank)
 
 
 def apply_lora_to_model(

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from ..engine import Method, PeftFiles, attached_to, injection_of, register, trained_dtype, validate
 from ..engine.design import Design, Site, calls_of
+from ..engine.facts import COMPARISON, Facts, InPeft, Kept, OnMap, Point, Recommended
 from ..engine.virtual_tokens import (
     by_name,
     cache_shape,
@@ -236,6 +237,28 @@ class Prefix(Method):
             "init_weights",
         ),
     )
+    facts = Facts(
+        "09",
+        points=(Point("prefix", "prefix", (-6, 0)),),
+        place=OnMap("prefix", "prefix", 3, "the keys and values of a prefix in every block"),
+        peft=(
+            # Checkpointing switches off the cache, which holds the prefix.
+            InPeft(
+                "prefix",
+                "PrefixTuningConfig",
+                (3e-2, 1e-3),
+                f"{COMPARISON}, prefixtuning/llama-3.2-3B-lr_0.001: 1e-3, 5,000 steps",
+                flags={"num_virtual_tokens": 16},
+                checkpointing=False,
+            ),
+        ),
+        advice=Recommended(
+            "prefix tuning",
+            {"tokens": 16},
+            "for many tasks on an untouched base",
+            no_merge="a prefix cannot be merged",
+        ),
+    )
 
     def attach(self, model: nn.Module) -> tuple[nn.Module, list]:
         return attach_prefix(model, self)
@@ -244,6 +267,10 @@ class Prefix(Method):
         if self.projection is not None:
             raise ValueError(f"no formula for {self!r}: only for a Prefix without an MLP")
         return self.tokens * shape.layers * 2 * shape.kv_heads * shape.head_width
+
+    def keeps(self, shape: Any) -> Kept:
+        self.added(shape)  # which refuses an MLP
+        return Kept(prefix=self.tokens)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..engine import Method, PeftFiles, attached_to, register, trained_dtype, validate
+from ..engine.facts import TRL, Facts, InPeft, Kept, OnMap, Point, Recommended
 from ..engine.virtual_tokens import (
     by_name,
     lengthen,
@@ -216,6 +217,28 @@ class Prompt(Method):
             "num_transformer_submodules",
         ),
     )
+    facts = Facts(
+        "08",
+        points=(Point("prompt", "prompt", (6, 0)),),
+        place=OnMap("prompt", "prompt", 3, "the virtual tokens of a prompt, before the text"),
+        peft=(
+            # PEFT's default draws numbers fifty times as large as those of the vocabulary.
+            InPeft(
+                "prompt",
+                "PromptTuningConfig",
+                (1e-1, 2e-2),
+                f"{TRL}: 1e-2 to 3e-2, 2e-2 in its example",
+                flags={"num_virtual_tokens": 16, "prompt_tuning_init": "SAMPLE_VOCAB"},
+            ),
+        ),
+        advice=Recommended(
+            "prompt tuning",
+            {"tokens": 16},
+            "for many tasks on an untouched base",
+            no_merge="a prompt cannot be merged. vLLM takes its vectors as input with "
+            "--enable-prompt-embeds",
+        ),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -238,6 +261,9 @@ class Prompt(Method):
         )
         before = model.register_forward_pre_hook(prompt.before_forward, with_kwargs=True)
         return prompt, [before, model.register_forward_hook(prompt.after_forward)]
+
+    def keeps(self, shape: Any) -> Kept:
+        return Kept(prompt=self.tokens)
 
 
 def prompt_of(model: nn.Module) -> PromptTuning:

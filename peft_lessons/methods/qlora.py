@@ -4,13 +4,15 @@ of a base that is stored in four bits."""
 import math
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from ..engine import AdapterLayer, find_targets, matches, register, validate
-from .lora import LoRA, LoRALayer
+from ..engine.facts import SFT, Facts, InPeft, Kept, Mark, Point, Recommended
+from .lora import FACTORS, LoRA, LoRALayer, in_peft
 
 OUTERMOST = 0.9677083  # the mean of 1-1/32 and 1-1/30
 
@@ -227,6 +229,13 @@ class QLoRA(LoRA):
         | {"block": ("quantised_block", 64), "double_quant": ("quantised_double", True)},
         own=("quantised_base", "quantised_block", "quantised_double"),
     )
+    facts = Facts(
+        "03",
+        points=(Point("qlora", "QLoRA", (-6, 0)),),
+        mark=Mark("QLoRA", "4 bit", "the linear maps in 4 bits, as in QLoRA"),
+        peft=(InPeft("qlora", "LoraConfig", (1e-3, 2e-4), SFT, in_peft, ranks=1, four_bit=True),),
+        advice=Recommended("QLoRA", FACTORS, "the smallest base, and a slower step", served=True),
+    )
 
     def adapts(self, path: str) -> bool:
         """Return whether the layer at `path` gets LoRA."""
@@ -249,6 +258,9 @@ class QLoRA(LoRA):
     def wrap(self, path: str, layer: nn.Linear) -> QLoRALinear:
         lora = super().wrap(path, layer).lora if self.adapts(path) else None
         return QLoRALinear(layer, lora, self.block, self.double_quant)
+
+    def keeps(self, shape: Any) -> Kept:
+        return replace(super().keeps(shape), packed=True)
 
 
 @torch.inference_mode(False)  # under a caller's inference mode the weights could never train

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,7 @@ from ..engine import (
     validate,
 )
 from ..engine.design import ON_LINEAR, SUM, Design, Site, calls_of, standardised
+from ..engine.facts import Facts, InPeft, OnMap, Point
 
 
 def of_head(name: str, injection: Injection) -> bool:
@@ -83,6 +85,12 @@ class BitFit(Method):
         composition=SUM,
         sites=own_layers,
     )
+    facts = Facts(
+        "10",
+        points=(Point("bitfit", "BitFit", (6, 0)),),
+        place=OnMap("BitFit", "BitFit", 5, "the biases b of linear maps and norms"),
+        only_here="bitfit",
+    )
 
     def select(self, model: nn.Module) -> list[str]:
         biases = [n for n in own_parameters(model) if f".{n}".endswith((".bias", "_bias"))]
@@ -92,6 +100,14 @@ class BitFit(Method):
                 "PartialFineTuning(patterns=...) for its norms, or LoRA"
             )
         return biases
+
+
+def norms_in_peft(model: nn.Module, rank: int) -> dict[str, Any]:
+    """Return the settings of PEFT's LNTuningConfig for a model. ValueError if it has no norms."""
+    paths = [path for path, module in model.named_modules() if "Norm" in type(module).__name__]
+    if not paths:
+        raise ValueError(f"method='norms': {type(model).__name__} has no norm to train")
+    return {"target_modules": sorted({path.rpartition(".")[2] for path in paths})}
 
 
 @register
@@ -115,6 +131,21 @@ class PartialFineTuning(Method):
         example={"last": 1},
         composition=SUM,
         sites=own_layers,
+    )
+    facts = Facts(
+        "10",
+        points=(Point("norms", "norms", (-6, 0)), Point("last two", "last two blocks", (0, -17))),
+        place=OnMap("norms", "norms", 5, "the two norms of every block"),
+        peft=(
+            InPeft(
+                "norms",
+                "LNTuningConfig",
+                (1e-2, 1e-3),
+                "no published default: start with a sweep",
+                norms_in_peft,
+            ),
+        ),
+        only_here="partial",
     )
 
     def __post_init__(self):
@@ -206,6 +237,7 @@ class SparseTuning(Method):
         others=("mask_type", "init_weights"),
         indices=("shira_indices",),
     )
+    facts = Facts("10", points=(Point("sparse", "random entries", (-6, 4)),))
 
     def check(self, path: str, layer: nn.Module) -> None:
         super().check(path, layer)
@@ -360,6 +392,7 @@ class DiffPruning(Method):
         others=("shapes",),
         indices=("indices",),
     )
+    facts = Facts("10", only_here="diff")
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithDiff:
         return LinearWithDiff(layer, self.stretch, self.structured, self.gates)

@@ -16,6 +16,7 @@ from ..engine.design import (  # noqa: F401  lesson 11 imports them from here
     gap,
     linears,
 )
+from ..engine.facts import Facts, Point
 from .adapters import BottleneckAdapter, ends  # noqa: F401
 from .prefix import Prefix, attention  # noqa: F401
 from .selective import of_head, own_change, own_layers  # noqa: F401
@@ -40,6 +41,7 @@ class MixAndMatch(Method):
         fields={"tokens": ("tokens", None), "width": ("width", None), "scale": ("scale", 4.0)},
         tensors={"embedding": "prompt_embeddings", **BottleneckAdapter.files.tensors},
     )
+    facts = Facts("11", points=(Point("mixed", "mix-and-match", (6, 0)),), only_here="mixed")
 
     @property
     def adapter(self) -> BottleneckAdapter:

@@ -10,6 +10,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 
+from ..engine import method_facts
+from ..engine.facts import Mark, OnMap
 from .figures import COLORS, GREY, SHARP, figure, show
 
 INK = "#333333"  # of text and arrows
@@ -92,25 +94,25 @@ def arrow(
         ax.annotate(text, middle, (0, 4), textcoords="offset points", ha="center", color=color)
 
 
-# {place: (colour, label, what trains there)}. Pink: virtual tokens. Light blue: parts of the base.
-PLACES: dict[str, tuple[str, str, str]] = {
-    "prompt": (COLORS[3], "prompt", "the virtual tokens of a prompt, before the text"),
-    "prefix": (COLORS[3], "prefix", "the keys and values of a prefix in every block"),
-    "LoRA": (COLORS[0], "LoRA", "the LoRA factors A and B beside each linear map"),
-    "adapter": (COLORS[1], "adapter", "one adapter after attention and one after the feed-forward"),
-    "IA3": (COLORS[2], "(IA)³", "the (IA)³ scales of keys, values and inner activations"),
-    "BitFit": (COLORS[5], "BitFit", "the biases b of linear maps and norms"),
-    "norms": (COLORS[5], "norms", "the two norms of every block"),
-    "head": (COLORS[4], "head", "the head on top"),
-}
+# The places of the map in the order of reading; the methods say what trains there (`OnMap`).
+# Virtual tokens are pink, parts of the base light blue.
+PLACES = ("prompt", "prefix", "LoRA", "adapter", "IA3", "BitFit", "norms", "head")
+HEAD = OnMap("head", "head", 4, "the head on top")
 _BASE = ("BitFit", "norms", "head")  # parts of the base; what other methods add is dashed until lit
 _GHOST, _FRAME = "#c4c4c4", "#b0b0b0"
 LINEAR_MAPS = ("query", "key", "value", "output", "up", "down")
-# What two children of LoRA do to each linear map; shown only where they are named.
-MARKS = {
-    "DoRA": ("m", "the magnitudes m of DoRA beside A and B"),
-    "QLoRA": ("4 bit", "the linear maps in 4 bits, as in QLoRA"),
-}
+
+
+def places() -> dict[str, OnMap]:
+    """Return {name of a place: what trains there} in the order of reading."""
+    stated = [facts.place for facts in method_facts().values() if facts.place] + [HEAD]
+    return dict(sorted(((p.name, p) for p in stated), key=lambda p: PLACES.index(p[0])))
+
+
+def marks() -> dict[str, Mark]:
+    """Return {name: mark} of what children of LoRA do to each linear map; shown only where they
+    are named."""
+    return {facts.mark.name: facts.mark for facts in method_facts().values() if facts.mark}
 
 
 class _Map:
@@ -119,12 +121,17 @@ class _Map:
 
     def __init__(self, ax: Axes, lit: Sequence[str], targets: Sequence[str]):
         self.ax, self.lit, self.targets = ax, lit, targets
+        self.places = places()
+
+    def color(self, place: str) -> str:
+        """Return the colour of a place."""
+        return COLORS[self.places[place].color]
 
     def part(self, place: str, *args: Any, text: str = "", **kw: Any) -> None:
         """Draw a box of a place: coloured if lit, else grey in the base and a dashed outline for
         what a method would add."""
         if place in self.lit:
-            box(self.ax, *args, text=text, color=PLACES[place][0], lit=True, **kw)
+            box(self.ax, *args, text=text, color=self.color(place), lit=True, **kw)
         elif place in _BASE:
             box(self.ax, *args, text=text, **kw)
         else:
@@ -133,10 +140,9 @@ class _Map:
     def label(self, place: str, x: float, y: float, **kw: Any) -> None:
         """Write the label of a place if it is lit."""
         if place in self.lit:
-            color, label, _ = PLACES[place]
-            dark = [0.6 * part for part in to_rgb(color)]
+            dark = [0.6 * part for part in to_rgb(self.color(place))]
             look = {"ha": "center", "va": "center", "size": 9, "weight": "bold", "color": dark}
-            self.ax.text(x, y, label, **look | kw)
+            self.ax.text(x, y, self.places[place].label, **look | kw)
 
     def path(self, *points: tuple[float, float], color: str = INK) -> None:
         """Draw a line with an arrow at its end."""
@@ -161,7 +167,7 @@ class _Map:
     def adapter(self, x: float) -> None:
         """Draw a bottleneck, wide at both ends."""
         lit = "adapter" in self.lit
-        color = PLACES["adapter"][0] if lit else _GHOST
+        color = self.color("adapter") if lit else _GHOST
         half = [(0, 30), (9, 12), (18, 12), (27, 30)]
         corners = [(x + dx, 160 + dy) for dx, dy in half]
         corners += [(px, 320 - py) for px, py in reversed(corners)]
@@ -201,7 +207,7 @@ class _Map:
             self.linear(121, y, text)
             arrow(self.ax, (191, y), (266, y))
         self.label("BitFit", 197, 253, ha="right")
-        color = PLACES["prefix"][0] if "prefix" in self.lit else _GHOST
+        color = self.color("prefix") if "prefix" in self.lit else _GHOST
         for y, text in ((160, "$P_k$"), (92, "$P_v$")):
             self.scale(206, y)
             self.label("IA3", 206, y - 19)
@@ -242,12 +248,13 @@ def block_map(*lit: str, caption: str = "", targets: Iterable[str] = LINEAR_MAPS
         raise ValueError(f"targets={targets!r} must be a sequence, such as ('query', 'value')")
     if other := [name for name in targets if name not in LINEAR_MAPS]:
         raise ValueError(f"targets: {other[0]!r} must be one of {', '.join(LINEAR_MAPS)}")
-    if unknown := [name for name in lit if name not in {*PLACES, *MARKS}]:
-        raise ValueError(f"block_map: {unknown[0]!r} must be one of {', '.join([*PLACES, *MARKS])}")
+    known = (*PLACES, *marks())
+    if unknown := [name for name in lit if name not in known]:
+        raise ValueError(f"block_map: {unknown[0]!r} must be one of {', '.join(known)}")
     chosen = [place for place in PLACES if place in (lit or PLACES)]
-    marks = [mark for mark in MARKS if mark in lit]
+    signs = [marks()[name] for name in lit if name not in PLACES]
     fig, ax = canvas(776, 326, 7.76)
-    draw = _Map(ax, [*chosen, *marks], targets)
+    draw = _Map(ax, [*chosen, *(mark.name for mark in signs)], targets)
     box(ax, 88, 36, 590, 266, color=_FRAME, dashed=True)
     ax.text(676, 306, "× L blocks", ha="right", va="bottom", size=9, color=INK)
     draw.embeddings()
@@ -266,16 +273,16 @@ def block_map(*lit: str, caption: str = "", targets: Iterable[str] = LINEAR_MAPS
         key += " Dashed: where other methods add something."
     elif set(targets) != set(LINEAR_MAPS):
         key += " Dashed: where LoRA could also be added."
-    for mark in marks:
-        key += f" {MARKS[mark][0]}: {mark} only."
+    for mark in signs:
+        key += f" {mark.sign}: {mark.name} only."
     ax.text(88, 16, key, va="center", size=8, color=INK)
-    told = "; ".join(PLACES[place][2] for place in chosen)
-    marked = f" Marked: {'; '.join(MARKS[mark][1] for mark in marks)}." if marks else ""
+    trained = "; ".join(draw.places[place].trains for place in chosen)
+    marked = f" Marked: {'; '.join(mark.meaning for mark in signs)}." if signs else ""
     if set(targets) != set(LINEAR_MAPS):
-        told = told.replace("each linear map", " and ".join(targets))
+        trained = trained.replace("each linear map", " and ".join(targets))
     alt = (
         "A transformer block from left to right: token embeddings, multi-head attention, add and "
-        f"norm, feed-forward, add and norm, and then a head. Lit as trainable: {told}.{marked}"
+        f"norm, feed-forward, add and norm, and then a head. Lit as trainable: {trained}.{marked}"
     )
     show(fig, alt, caption, SHARP)
 

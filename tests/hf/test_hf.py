@@ -408,7 +408,7 @@ def test_adalora_reaches_its_ranks_within_the_run(run, monkeypatch):
 
 
 def test_an_unknown_method_is_refused_and_the_known_are_listed():
-    with pytest.raises(ValueError, match=r"'lroa' is unknown; known are lora, rslora, dora"):
+    with pytest.raises(ValueError, match=r"'lroa' is unknown; known are lora, rslora, qlora"):
         setup_peft_training("tinylm", "lroa")
     with pytest.raises(ValueError, match=r"PEFT does not have it; .* BitFit"):
         setup_peft_training("tinylm", "bitfit")

@@ -202,7 +202,6 @@ def test_the_adviser_counts_what_the_trainer_switches_on(name, folder, monkeypat
     model, _ = setup_peft_training(folder, **given)
     assert model.is_gradient_checkpointing == given["checkpointing"]
     config, advised = model.active_peft_config, Advice(name)
-    advised._peft_task = "CAUSAL_LM"
     for setting in ("r", "init_r", "target_r", "lora_alpha", "num_virtual_tokens", "use_dora"):
         assert getattr(config, setting, None) == getattr(advised.config, setting, None), setting
 

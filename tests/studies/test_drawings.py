@@ -6,13 +6,13 @@ import re
 import sys
 
 import pytest
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from peft_lessons import plots, table
+from peft_lessons.engine import method_facts
 from peft_lessons.studies import drawings, explore, figures, growing, growing_chart
-from peft_lessons.studies.drawings import PLACES
+from peft_lessons.studies.drawings import places
 from tools.notebooks import WIDGET
 
 ALT = "A line that rises with the rank."
@@ -34,38 +34,14 @@ def texts(fig):
 # ------------------------------------------------------------------ drawings
 
 
-def test_a_still_shows_itself_at_its_true_size():
-    fig, ax = plots.canvas(100, 50)
-    plots.box(ax, 10, 10, 30, 20, "W", lit=True)
-    plots.arrow(ax, (40, 20), (60, 20), text="x")
-    shown = plots.still(fig, ALT, "caption", dpi=200)
-    assert shown.width == 720 and len(shown.png) < 60_000
-    page = shown._repr_mimebundle_()[0]["text/html"]
-    assert 'width="720"' in page and "max-width:100%;height:auto" in page
-    assert texts(fig) == ["W", "x"]
-    assert plots.still(plots.figure()[0], ALT).width == 720
-    assert plots.still(plots.figure()[0], ALT, dpi=90).width == 648
-
-
-def test_the_fullest_pictures_are_small(monkeypatch):
-    shown = []
-    monkeypatch.setattr(figures, "display", shown.append)
-    plots.block_map()
-    growing_chart("14")
-    assert [max(len(still.png), 60_000) for still in shown] == [60_000, 60_000]
-
-
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", drawings.PLACES)
 def test_only_the_named_place_is_lit(place, drawn):
     plots.block_map(place, caption="here")
     ((fig, alt, caption),) = drawn
-    color, label, told = PLACES[place]
-    edges = {to_hex(patch.get_edgecolor()).upper() for patch in fig.axes[0].patches}
-    assert edges & {known.upper() for known, *_ in PLACES.values()} == {color.upper()}
-    labels = {name for _, name, _ in PLACES.values()}
-    assert labels & {*texts(fig)} == {label, "head"}  # a head has its name in any case
-    assert told in alt and caption == "here"
-    assert not any(other in alt for *_, other in PLACES.values() if other != told)
+    labels = {each.label for each in places().values()}
+    assert labels & {*texts(fig)} == {places()[place].label, "head"}  # a head has its name always
+    assert [name for name, each in places().items() if each.trains in alt] == [place]
+    assert caption == "here"
 
 
 def test_lora_is_lit_at_its_targets_only(drawn):
@@ -108,8 +84,8 @@ def test_the_picture_of_lora_names_its_parts(drawn):
 def test_without_a_name_the_map_shows_all_places(drawn):
     plots.block_map()
     ((fig, alt, _),) = drawn
-    assert {label for _, label, _ in PLACES.values()} <= {*texts(fig)}
-    assert all(told in alt for *_, told in PLACES.values())
+    assert {place.label for place in places().values()} <= {*texts(fig)}
+    assert all(place.trains in alt for place in places().values())
 
 
 def test_the_marks_of_dora_and_qlora_are_shown_where_they_are_named(drawn):
@@ -121,14 +97,6 @@ def test_the_marks_of_dora_and_qlora_are_shown_where_they_are_named(drawn):
     assert "Marked: the magnitudes m of DoRA" in drawn[2][1] and "Marked" not in drawn[0][1]
 
 
-def test_the_virtual_tokens_of_a_prompt_are_read_with_the_text(drawn):
-    for lit in ("prompt", "head"):
-        plots.block_map(lit)
-    joined = [[line.get_ydata()[0] for line in fig.axes[0].lines
-               if list(line.get_xdata()) == [66, 76]] for fig, *_ in drawn]  # fmt: skip
-    assert [len(rows) for rows in joined] == [5, 3]
-
-
 def test_an_unknown_place_is_refused(drawn):
     with pytest.raises(ValueError, match="'lora' must be one of prompt, prefix, LoRA, adapter"):
         drawings.block_map("head", "lora")
@@ -138,13 +106,15 @@ def test_an_unknown_place_is_refused(drawn):
 # ------------------------------------------------------------------ the growing chart
 
 
-@pytest.mark.parametrize("lesson", growing.LESSONS)
+@pytest.mark.parametrize("lesson", ["00", "02", "06", "10", "12"])
 def test_the_chart_names_what_a_lesson_knows_and_no_name_covers_another(lesson, drawn):
     growing_chart(lesson, "A title")
     ((fig, alt, caption),) = drawn
     (ax,) = fig.axes
-    known = {name: own for own, name, _ in growing.INTRODUCED.values() if own <= max(lesson, "01")}
-    assert {*texts(fig)} == {*known, growing.FULL} and ax.get_title() == "A title"
+    known = {growing.HEAD.label: "01"}
+    known |= {p.label: facts.lesson for facts in method_facts().values() for p in facts.points}
+    known = {label: own for label, own in known.items() if own <= max(lesson, "01")}
+    assert {*texts(fig)} == {*known, growing.FULL.label} and ax.get_title() == "A title"
     bold = {text.get_text() for text in ax.texts if text.get_weight() == "bold"}
     assert bold == {name for name, own in known.items() if own == max(lesson, "01")}
     assert ("This lesson adds no point" in caption) == (not bold)
