@@ -25,7 +25,7 @@ from .setup import HF_METHODS, setup_peft_training
 from .trainer import train_with_peft
 
 
-def arguments(given: list[str] | None = None) -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="peft_lessons.hf.cli", description=__doc__.split(":")[0])
     parser.add_argument("--model", default="tinylm", help="a bundled name, a folder or a Hub id")
@@ -51,7 +51,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="./output")
-    return parser.parse_args(given)
+    return parser.parse_args(words)
 
 
 def examples(data: str) -> list:
@@ -59,20 +59,20 @@ def examples(data: str) -> list:
     ValueError names a line that is not JSON."""
     if data in LOADERS:
         return load_task(data).examples("train")
-    found = []
+    rows = []
     # Not splitlines(), which also cuts at the separators that a text may hold, such as U+2028.
     with open(data, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                found += [json.loads(line)] if line.strip() else []
+                rows += [json.loads(line)] if line.strip() else []
             except ValueError:
                 raise ValueError(f"{data}, line {number} is not JSON: {line[:60]!r}") from None
-    return found
+    return rows
 
 
-def main(given: list[str] | None = None) -> dict:
+def main(words: list[str] | None = None) -> dict:
     """Train, and print the results as JSON in the first process."""
-    options = vars(arguments(given))
+    options = vars(arguments(words))
     names = ("labels", "rank", "checkpointing")
     set_up = {name: options.pop(name) for name in names} | {"seed": options["seed"]}
     place = [options.pop(name) for name in ("model", "method", "output")]
@@ -91,22 +91,22 @@ _COMPLAINT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Diverged|: error): \S")
 TWO_CPUS = Path(__file__).resolve().parents[2] / "configs" / "two_cpus.yaml"
 
 
-def launch(*given: str, timeout: float = 600) -> dict:
+def launch(*words: str, timeout: float = 600) -> dict:
     """Run `accelerate launch --config_file configs/two_cpus.yaml -m peft_lessons.hf.cli` with the
-    arguments in `given` and return what it prints. RuntimeError with the errors of the processes if
+    arguments in `words` and return what it prints. RuntimeError with the errors of the processes if
     it fails."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(TWO_CPUS), "-m", "peft_lessons.hf.cli"]
     # More threads than cores, shared by several processes, would be many times slower.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *given], capture_output=True, text=True, env=environment, timeout=timeout
+        [*command, *words], capture_output=True, text=True, env=environment, timeout=timeout
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         # The launcher ends with a summary, in which the error is not.
-        said = [line for line in lines if _COMPLAINT.match(line)] or lines[-5:]
-        raise RuntimeError("the launched training failed:\n" + "\n".join(dict.fromkeys(said)))
+        errors = [line for line in lines if _COMPLAINT.match(line)] or lines[-5:]
+        raise RuntimeError("the launched training failed:\n" + "\n".join(dict.fromkeys(errors)))
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -349,8 +349,8 @@ def _refuse_other_template(base_model_name: str, folder: Path) -> None:
     """Raise ValueError if the adapter was saved with another chat template than the base has."""
     if not _has_tokenizer(folder):
         return
-    theirs = load_tokenizer(folder).chat_template
-    if theirs and theirs != load_tokenizer(base_model_name).chat_template:
+    template = load_tokenizer(folder).chat_template
+    if template and template != load_tokenizer(base_model_name).chat_template:
         raise ValueError(
             f"the adapter in {str(folder)!r} was trained with another chat template than "
             f"{base_model_name!r} has: in the base's template its answers would be worse. Name the "
@@ -414,9 +414,9 @@ def _new_folder(path: str | os.PathLike) -> Path:
 def _save_whole(model, tokenizer, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as beside:
-        whole = Path(beside) / "model"
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
+        complete = Path(beside) / "model"
+        model.save_pretrained(complete)
+        tokenizer.save_pretrained(complete)
         if target.exists():
             target.rmdir()
-        shutil.move(whole, target)
+        shutil.move(complete, target)

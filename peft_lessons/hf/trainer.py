@@ -96,26 +96,8 @@ def train_with_peft(
     checkpoints without `resume`, and for `resume` with a method that Trainer cannot resume
     (AdaLoRA, P-tuning, a prefix with an MLP); TrainingDiverged for a loss that is NaN or
     infinite."""
-    from peft import PeftModel
-
     owner = "train_with_peft"
-    if not isinstance(model, PeftModel):
-        raise TypeError(
-            f"{owner}: model is a {type(model).__name__}, not PEFT's; first: "
-            "model, tokenizer = setup_peft_training(name, method)"
-        )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            f"{owner}: nothing trains; a loaded adapter is frozen unless it was loaded "
-            "with is_trainable=True"
-        )
-    if list(model.peft_config) != ["default"]:
-        raise ValueError(
-            f"{owner}: the model holds the adapters {', '.join(map(repr, model.peft_config))}, but "
-            "here one is trained and saved, named 'default'"
-        )
-    if any(getattr(module, "merged", False) for module in model.modules()):
-        raise ValueError(f"{owner}: the adapter is merged; model.unmerge_adapter() first")
+    _refuse_model(model, owner)
     rate = rate_of(model) if learning_rate is None else learning_rate
     validate(owner, batch_size=batch_size, lr=rate, epochs=epochs, seed=seed)
     counts = {"steps": steps, "checkpoint_every": checkpoint_every}
@@ -151,6 +133,29 @@ def train_with_peft(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         return _run(trainer, checkpoint, folder)
+
+
+def _refuse_model(model, owner: str) -> None:
+    """Raise TypeError for a model that is not PEFT's, ValueError for one that cannot be trained."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"{owner}: model is a {type(model).__name__}, not PEFT's; first: "
+            "model, tokenizer = setup_peft_training(name, method)"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"{owner}: nothing trains; a loaded adapter is frozen unless it was loaded "
+            "with is_trainable=True"
+        )
+    if list(model.peft_config) != ["default"]:
+        raise ValueError(
+            f"{owner}: the model holds the adapters {', '.join(map(repr, model.peft_config))}, but "
+            "here one is trained and saved, named 'default'"
+        )
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(f"{owner}: the adapter is merged; model.unmerge_adapter() first")
 
 
 @contextmanager
@@ -212,24 +217,24 @@ def prepare(model, tokenizer, data: Iterable, max_length: int, name: str = "data
 
 
 def _example(item, tokenizer, max_length: int, classes: int | None, rows: int, where: str) -> dict:
-    given = {"text": item} if isinstance(item, str) else item
-    if isinstance(given, Mapping) and {"messages", "prompt", "completion"} & given.keys():
-        given = _conversation(given, tokenizer, max_length, classes, where)
-    if not isinstance(given, Mapping) or not {"text", "input_ids"} & given.keys():
+    fields = {"text": item} if isinstance(item, str) else item
+    if isinstance(fields, Mapping) and {"messages", "prompt", "completion"} & fields.keys():
+        fields = _conversation(fields, tokenizer, max_length, classes, where)
+    if not isinstance(fields, Mapping) or not {"text", "input_ids"} & fields.keys():
         raise ValueError(
             f'{where} has neither "text" nor "input_ids", "messages", or "prompt" and "completion":'
             f" {item!r:.80}"
         )
-    label = given.get("labels", given.get("label"))
+    label = fields.get("labels", fields.get("label"))
     mask = None
-    if "input_ids" in given:
-        ids = _whole_numbers(given["input_ids"], f'{where}: "input_ids"')
-        mask = given.get("attention_mask", [1] * len(ids))
+    if "input_ids" in fields:
+        ids = _whole_numbers(fields["input_ids"], f'{where}: "input_ids"')
+        mask = fields.get("attention_mask", [1] * len(ids))
         if len(mask) != len(ids):
             raise ValueError(f"{where} has {len(ids)} tokens and a mask of {len(mask)}")
         ids = list(compress(ids, mask))[:max_length]
-    elif isinstance(given["text"], str):
-        ids = tokenizer(given["text"], truncation=True, max_length=max_length)["input_ids"]
+    elif isinstance(fields["text"], str):
+        ids = tokenizer(fields["text"], truncation=True, max_length=max_length)["input_ids"]
     else:
         raise ValueError(f'{where}: "text" is not a string: {item!r:.80}')
     if outside := [i for i in ids if not 0 <= i < rows]:
@@ -260,20 +265,20 @@ def _example(item, tokenizer, max_length: int, classes: int | None, rows: int, w
     return example | {"labels": labels}
 
 
-def _conversation(given, tokenizer, max_length: int, classes: int | None, where: str) -> dict:
+def _conversation(talk, tokenizer, max_length: int, classes: int | None, where: str) -> dict:
     """Return the ids and labels of a conversation. Errors as `train_with_peft`."""
     if classes is not None:
         raise ValueError(
             f"{where} is a conversation, and the model is a classifier: set it up without labels, "
             'or give "text" and "label"'
         )
-    if "messages" in given:
-        _, *made = chat_tokens(tokenizer, given["messages"], where=where)
-    elif missing := {"prompt", "completion"} - given.keys():
+    if "messages" in talk:
+        _, *tokens = chat_tokens(tokenizer, talk["messages"], where=where)
+    elif missing := {"prompt", "completion"} - talk.keys():
         raise ValueError(f'{where} has no "{missing.pop()}", which belongs to a prompt\'s example')
     else:
-        _, *made = pair_tokens(tokenizer, given["prompt"], given["completion"], where)
-    ids, labels = fitted(*made, max_length, where)
+        _, *tokens = pair_tokens(tokenizer, talk["prompt"], talk["completion"], where)
+    ids, labels = fitted(*tokens, max_length, where)
     return {"input_ids": ids, "labels": labels}
 
 
@@ -286,10 +291,10 @@ def _whole_numbers(values, what: str) -> list[int]:
 
 def _class(label, classes: int, where: str, item) -> int:
     try:
-        whole = not isinstance(label, bool) and int(label) == label
+        is_class = not isinstance(label, bool) and int(label) == label
     except (TypeError, ValueError):  # nothing, a word, a list, NaN
-        whole = False
-    if not whole:
+        is_class = False
+    if not is_class:
         raise ValueError(f'{where} has no "label", a class of 0 to {classes - 1}: {item!r:.80}')
     if not 0 <= int(label) < classes:
         raise ValueError(f"{where} has label {label}, but the model has classes 0 to {classes - 1}")
@@ -430,16 +435,16 @@ def _checkpoint(folder: Path, resume: bool, steps: int) -> Path | None:
             f"output_dir={str(folder)!r} holds the adapter of a finished run: take another folder"
         )
     names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*"))
-    found = sorted(int(name[1]) for name in names if name)
-    if found and not resume:
+    saved = sorted(int(name[1]) for name in names if name)
+    if saved and not resume:
         raise ValueError(
-            f"output_dir={str(folder)!r} holds {len(found)} checkpoints of an older run: take "
+            f"output_dir={str(folder)!r} holds {len(saved)} checkpoints of an older run: take "
             "another folder, or resume=True to go on with it"
         )
     # Trainer writes its state last. From a checkpoint at the end it would take one step too many.
-    paths = [folder / f"checkpoint-{number}" for number in found if number < steps]
-    whole = [path for path in paths if (path / "trainer_state.json").is_file()]
-    return whole[-1] if whole else None
+    paths = [folder / f"checkpoint-{number}" for number in saved if number < steps]
+    complete = [path for path in paths if (path / "trainer_state.json").is_file()]
+    return complete[-1] if complete else None
 
 
 def _run(trainer: PeftTrainer, checkpoint: Path | None, folder: Path) -> dict:
