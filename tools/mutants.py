@@ -207,6 +207,14 @@ peft_lessons/checks/compared.py: kit
     return sum(agree) / len(expected) if → return 0.0 if
 peft_lessons/checks/kit.py: kit
     return passed / len(self.trials) / 2 → return 0.0
+peft_lessons/costs/evidence.py: recommend
+    max(size, examples) / min(size, examples) → abs(size - examples)
+    math.sqrt(small * LLAMA) → (small + LLAMA) / 2
+peft_lessons/costs/recommend.py: recommend
+    [asked.size >= SPEAKS[asked.kind]] → [asked.size > SPEAKS[asked.kind]]
+    (usable - m.total) / GB → (usable - m.total) / GIB
+peft_lessons/costs/estimate.py: estimate
+    at > self.start → at >= self.start
 """)
 
 

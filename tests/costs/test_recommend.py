@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 from peft_lessons import recommend_peft_method
 from peft_lessons.costs import evidence
 from peft_lessons.costs import recommend as module
-from peft_lessons.costs.estimate import GIB
+from peft_lessons.costs.estimate import GB, GIB
 from peft_lessons.costs.evidence import assistant_runs, assistant_table, benchmark, nearest_size
 from peft_lessons.costs.recommend import (
     CANDIDATES,
@@ -106,12 +106,15 @@ def test_a_chunked_loss_makes_a_long_text_fit():
 @pytest.mark.parametrize(
     ("kind", "size", "model"),
     [
-        ("generation", 0.003, "tinylm"),
-        ("generation", 0.135, "SmolLM2"),
-        ("generation", 0.5, "SmolLM2"),
-        ("generation", 1, "Llama-3.2-3B"),
+        # On both sides of the geometric means of 3.2 million, 135 million and 3.2 billion.
+        ("generation", 0.020, "tinylm"),
+        ("generation", 0.022, "SmolLM2"),
+        ("generation", 0.65, "SmolLM2"),
+        ("generation", 0.66, "Llama-3.2-3B"),
         ("generation", 70, "Llama-3.2-3B"),
-        ("classification", 0.1, "minilm"),
+        # And of 22.6 million and 3.2 billion.
+        ("classification", 0.26, "minilm"),
+        ("classification", 0.28, "Llama-3.2-3B"),
         ("classification", 8, "Llama-3.2-3B"),
     ],
 )
@@ -120,7 +123,7 @@ def test_the_evidence_is_of_the_model_nearest_in_size(kind, size, model, monkeyp
     monkeypatch.setattr(evidence, "load_results", stored_and(runs))
     advice = recommend_peft_method(size, 80, kind, 1000)
     assert model in advice.sentences[-1] and model in advice.evidence.columns[0]
-    assert ("yours is a classifier" in advice.why) == (kind == "classification" and size > 1)
+    assert ("yours is a classifier" in advice.why) == (kind == "classification" and size > 0.27)
 
 
 def assistant(**tests):
@@ -268,15 +271,33 @@ def test_whether_a_server_loads_it():
     assert module._server(NOTHING, "generation") == ""
 
 
-def test_the_learning_rate_depends_on_the_kind_of_model():
+@pytest.mark.parametrize("name", ["LoRA", FULL])
+def test_the_learning_rate_depends_on_the_kind_of_model(name, monkeypatch):
+    only(name, monkeypatch)
+    small, large = {"LoRA": (1e-3, 2e-4), FULL: (2e-4, 2e-5)}[name]
     for kind, size, rate in (
-        ("generation", 8, 2e-4),
-        ("generation", 0.003, 1e-3),
-        ("classification", 0.1, 1e-3),
-        ("classification", 8, 2e-4),
+        ("generation", 0.049, small),
+        ("generation", 0.05, large),
+        ("classification", 0.49, small),
+        ("classification", 0.5, large),
     ):
-        assert recommend_peft_method(size, 80, kind, 1000).learning_rate == rate
+        assert recommend_peft_method(size, 2000, kind, 1000).learning_rate == rate
     assert recommend_peft_method(70, 8, "generation", 1000).learning_rate is None
+
+
+def test_the_table_is_in_gigabytes_of_a_billion_bytes():
+    advice = recommend_peft_method(8, 24, "generation", 1000)
+    base, trained, step, whole, left = advice.fits.cells[0][1:6]
+    assert (base, whole) == ("16.0 GB", f"{needs_of(8, False)['LoRA'].total / GB:.1f} GB")
+    parts = sum(float(cell.removesuffix(" GB")) for cell in (base, trained, step))
+    assert parts == pytest.approx(float(whole.removesuffix(" GB")), abs=0.1)
+    assert f"so {left} are left" in advice.sentences[0]
+
+
+def test_a_tenth_of_the_gpu_is_not_tight():
+    room = usable_bytes(24)
+    assert not module.is_tight(room - 0.1001 * 24 * GIB, 24)
+    assert module.is_tight(room - 0.0999 * 24 * GIB, 24)
 
 
 def test_what_does_not_fit_says_what_would():
