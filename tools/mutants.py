@@ -214,7 +214,7 @@ peft_lessons/costs/recommend.py: recommend
     [asked.size >= SPEAKS[asked.kind]] → [asked.size > SPEAKS[asked.kind]]
     (usable - m.total) / GB → (usable - m.total) / GIB
 peft_lessons/costs/estimate.py: estimate
-    at > self.start → at >= self.start
+    self.full or self.method.prompt > 0 → self.full
 """)
 
 
