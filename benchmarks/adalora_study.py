@@ -143,7 +143,7 @@ def ranks_of(model: torch.nn.Module) -> list[dict]:
     rows = []
     for path, wrapper in injection_of(model).wrappers.items():
         layer, module = place_of(path)
-        norm = torch.linalg.norm(adalora.delta_weight(wrapper.ada)).item()
+        norm = torch.linalg.norm(wrapper.ada.delta_weight()).item()
         kept = int(wrapper.ada.lora_E.count_nonzero())
         rows.append({"layer": layer, "module": module, "kept": kept, "norm": f"{norm:.4f}"})
     return rows

@@ -54,10 +54,9 @@ class AdaLoRALayer(nn.Module):
         low = x @ (self.lora_A * self.lora_E).T  # (..., kept)
         return low @ self.lora_B.T * self.alpha / self.divisor  # (..., out)
 
-
-def delta_weight(ada: AdaLoRALayer) -> torch.Tensor:
-    """Return α / r · P Λ Q, (out, in)."""
-    return ada.lora_B @ (ada.lora_A * ada.lora_E) * ada.alpha / ada.divisor
+    def delta_weight(self) -> torch.Tensor:
+        """Return α / r · P Λ Q, (out, in)."""
+        return self.lora_B @ (self.lora_A * self.lora_E) * self.alpha / self.divisor
 
 
 def remember(ada: AdaLoRALayer) -> None:
@@ -99,7 +98,7 @@ class LinearWithAdaLoRA(AdapterLayer):
         return y if self.merged else (y + self.ada(x)).to(y.dtype)  # (..., out)
 
     def delta_weight(self) -> torch.Tensor:
-        return delta_weight(self.ada)  # (out, in)
+        return self.ada.delta_weight()  # (out, in)
 
 
 def orthogonality(branches: Sequence[AdaLoRALayer]) -> torch.Tensor:
@@ -378,8 +377,8 @@ class AdaLoRA(Method):
         tensors={f"ada.{name}": name for name in (*PARTS, "mask")},
         # PEFT's r is LoRA's, and means nothing here; the rest is of other options
         others=("rank_pattern", "r", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
-        off={"init_lora_weights": (True, False, "gaussian")},
-    )  # as LoRA's
+        off={"init_lora_weights": (True, False, "gaussian")},  # as LoRA's
+    )
     facts = Facts(
         "05",
         points=(Point("adalora", "AdaLoRA", (6, 0)),),

@@ -22,9 +22,8 @@ def refuse_rows(owner: str, norms: torch.Tensor) -> None:
         owner,
         norms.isfinite() & (norms > 0),
         norms,
-        "length of row {at}{more} is "
-        "{value:g}: such a row has no direction, and DoRA divides by its length; leave "
-        "this layer out of targets",
+        "length of row {at}{more} is {value:g}: such a row has no direction, and DoRA divides by "
+        "its length; leave this layer out of targets",
     )
 
 

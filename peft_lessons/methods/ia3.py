@@ -94,9 +94,8 @@ class LinearWithIA3(AdapterLayer):
             "IA3",
             stored.abs() >= least,
             stored,
-            "l holds {value:.3g} at {at}{more}: what "
-            "was multiplied by it is lost, and no division brings it back; load the base "
-            "again",
+            "l holds {value:.3g} at {at}{more}: what was multiplied by it is lost, and no "
+            "division brings it back; load the base again",
         )
         keeps = self.feedforward or bias is None
         return weight / self.l, None if keeps else bias / self.l.flatten()  # (out, in), (out,)
@@ -201,8 +200,8 @@ class IA3(Method):
         write=to_file,
         tensors={"l": "ia3_l"},
         fields={"targets": ("target_modules", None), "feedforward": ("feedforward_modules", None)},
-        others=("init_ia3_weights",),
-    )  # how it started says nothing of where it is
+        others=("init_ia3_weights",),  # how it started says nothing of where it is
+    )
     facts = Facts(
         "07",
         points=(Point("ia3", "(IA)³", (0, 12)),),

@@ -137,8 +137,8 @@ class LoRA(Method):
         },
         tensors={"lora.lora_A": "lora_A.weight", "lora.lora_B": "lora_B.weight"},
         others=("ensure_weight_tying", "megatron_core", "qalora_group_size"),  # of other options
-        off={"init_lora_weights": (True, False, "gaussian")},
-    )  # others change the base
+        off={"init_lora_weights": (True, False, "gaussian")},  # others change the base
+    )
     facts = Facts(
         "02",
         points=(

@@ -355,10 +355,9 @@ def refuse_far(R: torch.Tensor, dtype: torch.dtype) -> None:
             "OFT",
             condition * torch.finfo(dtype).eps < 1,
             condition,
-            "block {at}{more} has a "
-            "condition number of {value:.0f}: the series is far from a rotation there, and unmerge "
-            "would magnify what merge rounds away; model.float() before merge, or keep the adapter "
-            "beside the base",
+            "block {at}{more} has a condition number of {value:.0f}: the series is far from a "
+            "rotation there, and unmerge would magnify what merge rounds away; model.float() "
+            "before merge, or keep the adapter beside the base",
         )
 
 
