@@ -419,6 +419,7 @@ def test_a_wrong_set_up_is_refused(folders):
         ("minilm", {}, "is an encoder.*labels=2"),
         ("tinylm", dict(rank=300), r"rank=300 is above min\(in, out\) of 'model.layers.0.self_a"),
         ("gpt2", dict(rank=100), r"rank=100 is above .* 'transformer.h.0.attn.c_attn'"),
+        ("tinylm", dict(method="adalora", rank=65), r"rank=98 is above min\(in, out\)"),
         ("tinylmm", {}, "there is no model 'tinylmm'"),
         ("tinylm", dict(dtype=torch.float16), "needs a GPU"),
         ("tinylm", dict(seed=None), "seed=None must be a whole number"),
