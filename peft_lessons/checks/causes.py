@@ -43,7 +43,7 @@ def _agreeing(yours: Runs, number: int, gradients: bool) -> list[str]:
 
     @cache
     def same(sentence: str, i: int) -> bool:
-        wrong = check.wrong[sentence]
+        wrong = check.cause_runs[sentence]
         if not gradients:
             return _same_result(yours, wrong, i)
         with suppress(Exception):  # a wrong function need not work in every case
@@ -54,7 +54,7 @@ def _agreeing(yours: Runs, number: int, gradients: bool) -> list[str]:
     numbers = check.with_a_result
     undecided = isinstance(check.right_runs.call(number).result, bool)
     before = [i for i in numbers if i <= number or undecided]
-    named = [sentence for sentence in check.wrong if all(same(sentence, i) for i in before)]
+    named = [sentence for sentence in check.cause_runs if all(same(sentence, i) for i in before)]
     if len(named) > 1:  # these cases do not tell them apart, but perhaps a later one does
         counts = {sentence: sum(same(sentence, i) for i in numbers) for sentence in named}
         named = [s for s, count in counts.items() if count == max(counts.values())]

@@ -97,7 +97,7 @@ class Compared(Check):
     def of_variant(self, number: int) -> "Compared":
         other = copy.copy(self)
         other.variant = number
-        for cached in ("right_runs", "wrong"):
+        for cached in ("right_runs", "cause_runs"):
             vars(other).pop(cached, None)
         return other
 
@@ -119,7 +119,7 @@ class Compared(Check):
         return Runs(self, self.reference)
 
     @cached_property
-    def wrong(self) -> dict[str, Runs]:
+    def cause_runs(self) -> dict[str, Runs]:
         return {sentence: Runs(self, self.adapt(f)) for sentence, f in self.causes.items()}
 
     @property
