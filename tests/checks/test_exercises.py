@@ -49,8 +49,8 @@ WRONG = [(lesson, *answer) for lesson in LESSONS for answer in ANSWERS[lesson].w
 RIGHT = [(lesson, *answer) for lesson in LESSONS for answer in ANSWERS[lesson].rights]
 CAUSES = [
     pytest.param(one, sentence, wrong, id=f"{one.__name__}-{i}")
-    for found in CHECKS.values()
-    for one in found.values()
+    for lesson in LESSONS
+    for one in CHECKS[lesson].values()
     for i, (sentence, wrong) in enumerate(one.causes.items())
 ]
 by_name = {"ids": lambda value: getattr(value, "__name__", None)}
@@ -114,12 +114,12 @@ def test_right_answer_in_another_style(lesson, name, answer):
     assert CHECKS[lesson][name](handed_over(answer)).status == "right"
 
 
-@pytest.mark.parametrize(("lesson", "name", "answer", "told"), WRONG, **by_name)
-def test_a_wrong_answer_gets_its_cause(lesson, name, answer, told):
+@pytest.mark.parametrize(("lesson", "name", "answer", "words"), WRONG, **by_name)
+def test_a_wrong_answer_gets_its_cause(lesson, name, answer, words):
     message = refusal(CHECKS[lesson][name], handed_over(answer))
-    assert told in message
+    assert words in message
     # A cause that is named is the one that this answer was written for, or none is.
-    assert "Likely cause" not in message or told in message.partition("Likely cause: ")[2]
+    assert "Likely cause" not in message or words in message.partition("Likely cause: ")[2]
     assert message.startswith(f"✗ {name}: ")
     assert len(message.splitlines()) <= 5
 
@@ -127,17 +127,17 @@ def test_a_wrong_answer_gets_its_cause(lesson, name, answer, told):
 @pytest.mark.parametrize(("one", "sentence", "wrong"), CAUSES)
 def test_a_cause_is_named_alone(one, sentence, wrong):
     """The wrong function behind every cause is refused, with this cause and no other."""
-    told = refusal(one, wrong)
+    message = refusal(one, wrong)
     lead = "Still wrong" if getattr(one, "bugs", ()) else "Likely cause"
-    assert told.splitlines()[-1].strip() == f"{lead}: {sentence}.", (
+    assert message.splitlines()[-1].strip() == f"{lead}: {sentence}.", (
         f"expected the cause {sentence!r} alone. If the check names several causes, add a case "
         "that tells them apart. If the check names none because the answer fails a case that must "
-        f"raise, move the mistake to tests/exercises/. The check says:\n{told}"
+        f"raise, move the mistake to tests/exercises/. The check says:\n{message}"
     )
 
 
 @pytest.mark.parametrize(
-    "one", [one for found in CHECKS.values() for one in found.values() if one.right], **by_name
+    "one", [CHECKS[k][n] for k, n in EXERCISES if CHECKS[k][n].right], **by_name
 )
 def test_what_mistakes_are_edits_of_is_right(one):
     assert one(one.right).status == "right"
@@ -280,8 +280,8 @@ def faults(one, solution):
 @pytest.mark.parametrize(("lesson", "name"), EXERCISES)
 def test_a_fault_that_any_answer_may_have_is_named(lesson, name):
     one, solution = CHECKS[lesson][name], SOLUTIONS[lesson][name]
-    for answer, told in faults(one, solution):
-        assert told in refusal(one, answer)
+    for answer, words in faults(one, solution):
+        assert words in refusal(one, answer)
     first = []
 
     def constant(*args):
@@ -323,8 +323,8 @@ def test_stub_has_the_signature_of_the_solution(lesson, monkeypatch):
         assert inspect.signature(names[name]) == inspect.signature(solution)
         assert names[name].__doc__ == solution.__doc__
         assert CHECKS[lesson][name](names[name]).status == "not attempted"
-        found = [c for c in nb.cells if notebooks.is_check_of(c, lesson, name)]
-        assert len(found) == 1, f"one cell tagged check must be check.{lesson}.{name}({name})"
+        cells = [c for c in nb.cells if notebooks.is_check_of(c, lesson, name)]
+        assert len(cells) == 1, f"one cell tagged check must be check.{lesson}.{name}({name})"
 
 
 def test_flops_are_those_that_torch_counts():

@@ -159,7 +159,7 @@ def test_mistakes_are_edits_of_a_right_answer():
 
 
 def test_an_edit_that_is_void_or_double_is_an_error():
-    for edits, told in (
+    for edits, words in (
         ("it is void\n z → x", "'z' is there 0 times"),
         ("it hits more than it says\n x → 3", "'it hits more than it says': 'x' is there 2 times"),
         ("it ends.\n 2 → 3", "'it ends.': leave out the full stop"),
@@ -173,7 +173,7 @@ def test_an_edit_that_is_void_or_double_is_an_error():
         ("nothing is left\n 2 →", "'2 →' must be old → new, with ∅ for nothing"),
         ("an unknown function\n = nope", "must be one name of a function you pass"),
     ):
-        with pytest.raises(ValueError, match=re.escape(told)):
+        with pytest.raises(ValueError, match=re.escape(words)):
             mistakes(DOUBLE, edits)
 
 
@@ -275,10 +275,10 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong(name):
-    answer, told = WRONG[name]
+    answer, words = WRONG[name]
     message = refusal(scale, answer)
     assert message.startswith("✗ scale: ")
-    assert told in message
+    assert words in message
     assert ("Likely cause" in message) == (name == "a cause")
 
 
@@ -450,14 +450,14 @@ def of_a_library(x, k):
 
 
 def test_what_raises_is_a_crash_and_no_stub():
-    for answer, told, lines in (
+    for answer, words, lines in (
         (endless, "RecursionError: maximum recursion", 6),
         (half, "NotImplementedError.", 3),
         (of_torch, "NotImplementedError: Cannot copy out of meta tensor", 3),
         (of_a_library, "NotImplementedError.", 3),
     ):
         message = refusal(scale, answer)
-        assert f"your function raised {told}" in message
+        assert f"your function raised {words}" in message
         assert len(message.splitlines()) == lines
 
 
@@ -478,9 +478,9 @@ def divide(x, k):
     return x / k
 
 
-def divided(x, k, kind=ValueError, told="k is 0"):
+def divided(x, k, kind=ValueError, message="k is 0"):
     if k == 0:
-        raise kind(told)
+        raise kind(message)
     return x / k
 
 
@@ -496,7 +496,7 @@ FORM = {
         "your function raised KeyError: 'k is",
     ),
     "nameless": (
-        lambda x, k: divided(x, k, told="no"),
+        lambda x, k: divided(x, k, message="no"),
         "a name in the error's message",
         "the message does not name 'k': ValueError: no.",
     ),
@@ -508,14 +508,14 @@ FORM = {
 
 @pytest.mark.parametrize("name", FORM)
 def test_what_is_right_but_for_its_form_is_told_so_first(name):
-    answer, missing, told = FORM[name]
+    answer, missing, words = FORM[name]
     message = refusal(divide, answer)
     if missing:
-        start = f"✗ divide: The idea is right. Still missing: {missing}.\n  Here, {told}"
+        start = f"✗ divide: The idea is right. Still missing: {missing}.\n  Here, {words}"
         assert message.startswith(start)
     else:
         assert "idea" not in message
-        assert told in message
+        assert words in message
 
 
 @check_for(cases=[Case(lambda: [torch.randn(3, 4)])], gradients=("x",))
@@ -531,8 +531,8 @@ def test_an_idea_is_right_only_with_its_gradients_and_as_an_ordinary_tensor():
 
     assert "idea" not in refusal(squares, in_place)
     assert "idea" not in refusal(squares, lambda x: x * x + 1j * x)
-    told = "the result is in a sparse layout, expected an ordinary tensor"
-    assert told in refusal(squares, lambda x: (x * x).to_sparse())
+    words = "the result is in a sparse layout, expected an ordinary tensor"
+    assert words in refusal(squares, lambda x: (x * x).to_sparse())
 
 
 def test_a_wider_float_is_right_where_the_dtype_is_not_the_point():
@@ -638,7 +638,7 @@ def answer(model, times):
 
 
 def test_modules_refusals_and_earlier_calls():
-    for answer, told in (
+    for answer, words in (
         (variant(last="return model.weight"), "is a tensor, expected a module (Linear)"),
         (variant("return model"), "the weight has wrong values"),
         (variant(last="return nn.ReLU()"), "the returned value cannot be used: AttributeError"),
@@ -647,7 +647,7 @@ def test_modules_refusals_and_earlier_calls():
         (variant(last="return copy.deepcopy(model)"), "is not the argument model itself: change"),
     ):
         message = refusal(grow, answer)
-        assert told in message and "equals the argument" not in message
+        assert words in message and "equals the argument" not in message
 
 
 def test_modules_pass():
@@ -668,7 +668,7 @@ class YesInt(int):
 
 
 @pytest.mark.parametrize(
-    ("got", "expected", "told"),
+    ("got", "expected", "words"),
     [
         (1.0 + 1e-7, 1.0, None),
         (T(5480.0), 5480, None),
@@ -708,9 +708,9 @@ class YesInt(int):
         (YesInt(7), 8, "the result is a YesInt, expected the int 8"),
     ],
 )
-def test_difference(got, expected, told):
-    found = difference(got, expected)
-    assert found is None if told is None else found.startswith(told)
+def test_difference(got, expected, words):
+    problem = difference(got, expected)
+    assert problem is None if words is None else problem.startswith(words)
 
 
 def test_difference_names_the_parts():
@@ -773,21 +773,21 @@ def test_verdicts_and_refusals_in_ipython_show_no_line_of_ours(tmp_path, monkeyp
         return result, re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
 
     shell.run_cell(CELLS).raise_error()
-    for answer, told, color in (
+    for answer, words, color in (
         ("right", "✓ scale: right.", "success-color1"),
         ("todo", "○ scale: not attempted yet.", "border-color1"),
     ):
         result, out = shown(answer)
         data, _ = shell.display_formatter.format(result.result)
-        assert f"{told}\n  " in out and data["text/plain"] == repr(result.result)
-        assert f"<strong>{told}</strong>" in data["text/html"]
+        assert f"{words}\n  " in out and data["text/plain"] == repr(result.result)
+        assert f"<strong>{words}</strong>" in data["text/html"]
         assert f"var(--jp-{color}, " in data["text/html"]
-    for answer, told in (
+    for answer, words in (
         ("wrong", "Likely cause: it is added."),
         ("crash", "Line 8 in crash: return y @ y"),
     ):
         result, out = shown(answer)
         assert isinstance(result.error_in_exec, WrongAnswer)
-        assert out.strip() == str(result.error_in_exec) and told in out
+        assert out.strip() == str(result.error_in_exec) and words in out
     shell.history_manager.end_session()
     assert "a &lt; b &amp; c" in kit.Verdict("right", "f: right.", "a < b & c")._repr_html_()

@@ -12,12 +12,12 @@ class Answers:
         self.wrongs: list[tuple[str, Callable, str]] = []
         self.rights: list[tuple[str, Callable]] = []
 
-    def wrong(self, exercise: str, told: str) -> Callable[[Callable], Callable]:
-        """A wrong answer below; `told` must be part of the message that refuses it."""
-        return lambda function: self.wrongs.append((exercise, function, told)) or function
+    def wrong(self, exercise: str, words: str) -> Callable[[Callable], Callable]:
+        """Add the wrong answer below; `words` must be part of the message that refuses it."""
+        return lambda function: self.wrongs.append((exercise, function, words)) or function
 
     def right(self, exercise: str) -> Callable[[Callable], Callable]:
-        """A right answer below, in another style than the solution's."""
+        """Add the right answer below, in another style than the solution's."""
         return lambda function: self.rights.append((exercise, function)) or function
 
 
