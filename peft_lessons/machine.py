@@ -52,31 +52,31 @@ def memory(system: Path = SYSTEM) -> int | None:
     """Return the bytes of memory that the process may use; None where the system does not say.
 
     `system` is the root of the file system."""
-    found = []
+    limits = []
     with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    set_ = [
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    settings = [
         *_settings(system, "", "memory.max"),
         *_settings(system, "memory", "memory.limit_in_bytes"),
     ]
-    found += [int(limit) for limit in set_ if limit.isdecimal()]  # no limit is "max"
-    return min(found, default=None)
+    limits += [int(limit) for limit in settings if limit.isdecimal()]  # no limit is "max"
+    return min(limits, default=None)
 
 
 def cores(system: Path = SYSTEM) -> int:
     """Return how many processor cores the process may keep busy, at least 1.
 
     `system` is the root of the file system."""
-    found = [float(os.cpu_count() or 1)]
+    counts = [float(os.cpu_count() or 1)]
     if hasattr(os, "sched_getaffinity"):
-        found.append(len(os.sched_getaffinity(0)))
+        counts.append(len(os.sched_getaffinity(0)))
     pairs = [limit.split() for limit in _settings(system, "", "cpu.max")]
     quotas = _settings(system, "cpu", "cpu.cfs_quota_us")
     periods = _settings(system, "cpu", "cpu.cfs_period_us")
     pairs += zip(quotas, periods, strict=False)
     # No quota is "max" in version 2 and -1 in version 1.
-    found += [int(quota) / int(period) for quota, period in pairs if quota.isdecimal()]
-    return max(1, int(min(found)))
+    counts += [int(quota) / int(period) for quota, period in pairs if quota.isdecimal()]
+    return max(1, int(min(counts)))
 
 
 # ------------------------------------------------------------------ is it ready?
@@ -87,7 +87,7 @@ class Row:
     """Record one finding; `ok` is None if the course needs nothing of it."""
 
     what: str
-    found: str
+    value: str
     ok: bool | None
 
 
@@ -108,22 +108,22 @@ class Readiness:
 
     def __repr__(self) -> str:
         width = max(len(row.what) for row in self.rows)
-        lines = [f"{_MARKS[r.ok]} {r.what:<{width}}  {r.found}" for r in self.rows]
+        lines = [f"{_MARKS[r.ok]} {r.what:<{width}}  {r.value}" for r in self.rows]
         return "\n".join((*lines, self.verdict))
 
     def _repr_html_(self) -> str:
         body = "".join(
             f'<tr><td>{_MARKS[r.ok]}</td><td style="text-align:left">{html.escape(r.what)}</td>'
-            f'<td style="text-align:left">{html.escape(r.found)}</td></tr>'
+            f'<td style="text-align:left">{html.escape(r.value)}</td></tr>'
             for r in self.rows
         )
         summary = f"<summary><strong>{html.escape(self.verdict)}</strong></summary>"
         return f"<details{'' if self.ready else ' open'}>{summary}<table>{body}</table></details>"
 
 
-def _needs(found: str, fits: bool, what: str) -> str:
-    """Return what was found, and if it does not fit, what is needed."""
-    return found if fits else f"{found}, needs {what}"
+def _needs(value: str, fits: bool, what: str) -> str:
+    """Return what the machine has and, if it does not fit, what is needed."""
+    return value if fits else f"{value}, needs {what}"
 
 
 def _packages() -> list[Row]:
@@ -151,10 +151,10 @@ def _files() -> Row:
     files = bundled_files()
     broken = [f.path for f in files if not f.intact]
     size = sum(f.size for f in files) / 2**20
-    found = f"{len(files)} files, {size:.0f} MiB, checksums right"
+    value = f"{len(files)} files, {size:.0f} MiB, checksums right"
     if broken:
-        found = f"missing or damaged: {', '.join(broken)}; data/README.md says how to restore them"
-    return Row("bundled models and data", found, not broken)
+        value = f"missing or damaged: {', '.join(broken)}; data/README.md says how to restore them"
+    return Row("bundled models and data", value, not broken)
 
 
 def _assistant() -> Row:
@@ -178,11 +178,11 @@ def _processor() -> Row:
 
     machine, allowed, threads = platform.machine(), cores(), torch.get_num_threads()
     host = os.cpu_count() or allowed
-    found = f"{machine}, {f'{allowed} of ' if allowed < host else ''}{host} cores"
+    value = f"{machine}, {f'{allowed} of ' if allowed < host else ''}{host} cores"
     if threads > allowed:
         # Threads that wait for each other on a core of another are several times slower than one.
-        return Row("processor", f"{found}, but {threads} threads: set OMP_NUM_THREADS", False)
-    return Row("processor", found, None)
+        return Row("processor", f"{value}, but {threads} threads: set OMP_NUM_THREADS", False)
+    return Row("processor", value, None)
 
 
 def _memory() -> list[Row]:

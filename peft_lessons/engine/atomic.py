@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,8 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
     Every file is complete under a temporary name beside its place before the first one is moved
     there. If a move fails, the old files return: old and new ones never mix. A file that is
     replaced keeps its permissions; Windows replaces none that is read-only or open."""
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    writer = f"{os.getpid()}-{threading.get_native_id()}"
+    parts = {path: path.with_name(f".{path.name}.{writer}.tmp") for path in files}
     old = {path: part.with_suffix(".old") for path, part in parts.items() if path.is_file()}
     last = [*files][-1]
     try:

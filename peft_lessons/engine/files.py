@@ -43,7 +43,7 @@ _SAYS_NOTHING = {
     "task_type",
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WHOLE = (torch.int32, torch.int64)
+_INTEGERS = (torch.int32, torch.int64)
 _OFF = (None, False, {}, [], "none")
 
 
@@ -110,7 +110,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         entries, tensors = files.write(method, entries, tensors)
     if entries.get("target_modules") == "all-linear":
         entries["target_modules"] = list(injection.wrappers)
-    own = {name: entries.pop(name) for name in files.own}
+    private = {name: entries.pop(name) for name in files.own}
     entries = {
         "peft_type": files.kind,
         "task_type": _task_of_file(model, injection),
@@ -120,9 +120,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         "modules_to_save": list(injection.in_full) or None,
     }
     config = (json.dumps(entries, indent=2) + "\n").encode()
-    said = {_OWN: json.dumps(own) if own else "", _FROZEN: ",".join(injection.frozen_head)}
+    notes = {_OWN: json.dumps(private) if private else "", _FROZEN: ",".join(injection.frozen_head)}
     header = {"format": "pt", _BASE: injection.body}
-    header |= {name: text for name, text in said.items() if text}
+    header |= {name: text for name, text in notes.items() if text}
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_adapter: folder={str(folder)!r} is a file; name a folder")
@@ -171,7 +171,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tenso
         fits = _FLOATS
         made_of = "16-, 32- or 64-bit floats: it was quantised, or it is not an adapter"
         if key.rpartition(".")[2] in indices:
-            fits, made_of = _WHOLE, "32- or 64-bit whole numbers where it has indices"
+            fits, made_of = _INTEGERS, "32- or 64-bit whole numbers where it has indices"
         if tensor.dtype not in fits:
             raise ValueError(
                 f"{key!r} holds {tensor.dtype} numbers, but an adapter is made of {made_of}"
@@ -222,12 +222,12 @@ def _method_of(config: dict, tensors: dict) -> tuple[Method, dict[str, torch.Ten
             except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
                 raise ValueError(f"{CONFIG} describes no {method.__name__}: {error}") from None
         complaints[method.__name__] = wrong
-    said = "; ".join(f"{name} {', '.join(wrong)}" for name, wrong in complaints.items())
+    reasons = "; ".join(f"{name} {', '.join(wrong)}" for name, wrong in complaints.items())
     from peft import PeftType  # takes seconds, which a file that fits need not wait
 
     by_peft = ". PEFT can load it: PeftModel.from_pretrained(model, folder)"
     raise ValueError(
-        f"this {kind} adapter uses what the course does not have: {said}"
+        f"this {kind} adapter uses what the course does not have: {reasons}"
         + (by_peft if kind in PeftType.__members__ else "")
     )
 
@@ -268,10 +268,10 @@ def load_adapter(
     paths = [path for path, _ in model.named_modules()]
     frozen = header[_FROZEN].split(",") if _FROZEN in header else []
     trains = [name for name in saved if name not in frozen]
-    whole = [name for name in trains if any(matches(path, (name,)) for path in paths)]
+    to_save = [name for name in trains if any(matches(path, (name,)) for path in paths)]
 
     skeleton = _on_meta(model)
-    inject(skeleton, method, modules_to_save=whole)
+    inject(skeleton, method, modules_to_save=to_save)
     expected = dict(_slots(skeleton, injection_of(skeleton), bool(frozen)))
     refuse_misfit(expected, tensors)
     for key, slot in expected.items():
@@ -283,7 +283,7 @@ def load_adapter(
         # The head of a half-precision model may be too narrow for what the file holds.
         _refuse_non_finite({key: tensors[key].to(slot.dtype)}, f"load_adapter as {slot.dtype}")
 
-    result = inject(model, method, modules_to_save=whole)
+    result = inject(model, method, modules_to_save=to_save)
     with torch.no_grad():
         for key, slot in _slots(model, injection_of(model), bool(frozen)):
             slot.copy_(tensors[key])
@@ -308,13 +308,13 @@ def refuse_misfit(expected: Mapping[str, Any], tensors: Mapping[str, Any]) -> No
 
 def refuse_other_base(model: nn.Module, config: dict, header: dict) -> None:
     """Raise ValueError if an adapter, as read by `read_adapter`, belongs to another base."""
-    theirs, saved = header.get(_BASE), config.get("modules_to_save") or []
+    digest, saved = header.get(_BASE), config.get("modules_to_save") or []
     # A head that the file holds may be another one in the model: the file's takes its place.
     held = [head for head in head_of(model) if head in saved]
-    ours = {fingerprint(model)} | ({fingerprint(model, held)} if held else set())
+    digests = {fingerprint(model)} | ({fingerprint(model, held)} if held else set())
     remedy = "load its own base, or pass check_base=False if you mean it"
-    if theirs is not None:
-        if "meta" not in (theirs, *ours) and theirs not in ours:
+    if digest is not None:
+        if "meta" not in (digest, *digests) and digest not in digests:
             raise ValueError(f"the adapter was made for a base with other weights: {remedy}")
         return
     # PEFT's own files carry no fingerprint, only a name, which may be missing.

@@ -91,10 +91,10 @@ class Report:
                 for n in self.whole
             )
             names = [end if n == 1 else f"{n} × {end}" for end, n in ends.items()]
-            shown = ", ".join(names[:3])
+            parts = ", ".join(names[:3])
             if len(names) > 3:
-                shown += f" and {sum([*ends.values()][3:])} more"
-            rows.append(("of the base, trains", self.whole_parameters, shown))
+                parts += f" and {sum([*ends.values()][3:])} more"
+            rows.append(("of the base, trains", self.whole_parameters, parts))
         share = 100 * self.trainable / self.base
         rows.append(("trainable", self.trainable, f"{share:.3g} % of the base's {self.base:,}"))
         head = repr(self.method) if self.method else "all frozen except what is named below"
@@ -110,8 +110,8 @@ class Report:
 def _on_lines(text: str, indent: int) -> str:
     """Wrap a text at 100 characters, after a comma alone; further lines are indented."""
     tied = re.sub(r"(?<!,) ", "\N{NO-BREAK SPACE}", text)
-    shown = textwrap.fill(tied, 100, subsequent_indent=" " * indent, break_long_words=False)
-    return shown.replace("\N{NO-BREAK SPACE}", " ")
+    lines = textwrap.fill(tied, 100, subsequent_indent=" " * indent, break_long_words=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
@@ -162,9 +162,9 @@ def freeze(model: nn.Module, modules_to_save: Iterable[str] | str = ()) -> Repor
 
     Raises ValueError if a name matches nothing, RuntimeError if a method is in the model."""
     refuse_injected(model)
-    whole = find_whole(model, modules_to_save, ())
+    saved = find_whole(model, modules_to_save, ())
     model.requires_grad_(False)
-    for module in whole.values():
+    for module in saved.values():
         module.requires_grad_(True)
     size, trainable = _size(model.parameters()), _trainable(model)
     return Report(
@@ -172,10 +172,10 @@ def freeze(model: nn.Module, modules_to_save: Iterable[str] | str = ()) -> Repor
         trainable=trainable,
         total=size,
         base=size,
-        whole=tuple(whole),
+        whole=tuple(saved),
         whole_parameters=trainable,
         fresh=fresh_modules(model),
-        frozen_head=frozen_head_of(model, whole),
+        frozen_head=frozen_head_of(model, saved),
     )
 
 
@@ -211,9 +211,9 @@ def _selected(model: nn.Module, method: Method) -> list[str]:
     return names
 
 
-def _facts(model: nn.Module, targets: dict[str, nn.Module], in_full: Container[str]) -> dict:
+def _facts(model: nn.Module, targets: dict[str, nn.Module], saved: Container[str]) -> dict:
     """Return what an `Injection` records of the base before it changes."""
-    held = [path for path in head_of(model) if path in in_full]
+    held = [path for path in head_of(model) if path in saved]
     digest = fingerprint(model)
     weights = {path: getattr(layer, "weight", None) for path, layer in targets.items()}
     return {
@@ -260,12 +260,12 @@ def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | st
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     refuse_injected(model)
     targets = method.find(model)
-    whole = find_whole(model, modules_to_save, targets)
+    saved = find_whole(model, modules_to_save, targets)
     for path, layer in targets.items():
         method.check(path, layer)
     selected = _selected(model, method)
-    frozen_head = frozen_head_of(model, (*targets, *whole, *selected))
-    facts = _facts(model, targets, {*whole, *frozen_head})
+    frozen_head = frozen_head_of(model, (*targets, *saved, *selected))
+    facts = _facts(model, targets, {*saved, *frozen_head})
     parameters = dict(model.named_parameters())
     try:
         wrappers, attached, handles = _made(model, method, targets, selected)
@@ -274,8 +274,8 @@ def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | st
         raise
 
     # From here on nothing can fail: the model is changed.
-    in_whole = {f"{path}.{n}" for path, m in whole.items() for n, _ in m.named_parameters()}
-    trains = {n: p for n, p in parameters.items() if n in in_whole or n in selected}
+    in_full = {f"{path}.{n}" for path, m in saved.items() for n, _ in m.named_parameters()}
+    trains = {n: p for n, p in parameters.items() if n in in_full or n in selected}
     frozen = {n: p for n, p in parameters.items() if within(n, frozen_head)}
     model.requires_grad_(False)
     for p in trains.values():
@@ -290,7 +290,7 @@ def inject(model: nn.Module, method: Method, modules_to_save: Iterable[str] | st
         attached=attached,
         handles=handles,
         whole={name: p.detach().clone() for name, p in trains.items()},
-        whole_modules=tuple(whole),
+        whole_modules=tuple(saved),
         frozen_head=frozen_head,
         frozen={name: p.detach().clone() for name, p in frozen.items()},
         **facts,

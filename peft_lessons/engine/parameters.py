@@ -58,8 +58,8 @@ def last_blocks(model: nn.Module, k: int) -> list[str]:
 def chosen_by(model: nn.Module, patterns: tuple[str, ...] | str) -> list[str]:
     """Return the names of the parameters that `patterns` match. ValueError for a pattern without a
     match, for 4-bit weights, and for one of two tied weights."""
-    own = own_parameters(model)
-    everything = [name for _, names in own.values() for name in names]
+    parameters = own_parameters(model)
+    everything = [name for _, names in parameters.values() for name in names]
     modules = {path: m for path, m in model.named_modules() if path and matches(path, patterns)}
     refuse_packed(modules, "patterns")
     for pattern, rule in one_by_one(patterns):
@@ -74,12 +74,14 @@ def chosen_by(model: nn.Module, patterns: tuple[str, ...] | str) -> list[str]:
                     + near_name(pattern, everything)
                 )
             )
-    chosen = [n for n, (_, names) in own.items() if any(within(name, patterns) for name in names)]
+    chosen = [
+        n for n, (_, names) in parameters.items() if any(within(name, patterns) for name in names)
+    ]
     for name in chosen:
-        said = next(n for n in own[name][1] if within(n, patterns))
-        if left := [n for n in own[name][1] if not within(n, patterns)]:
+        match = next(n for n in parameters[name][1] if within(n, patterns))
+        if left := [n for n in parameters[name][1] if not within(n, patterns)]:
             raise ValueError(
-                f"patterns: {said!r} is also {left[0]!r} (tied weights), so training "
+                f"patterns: {match!r} is also {left[0]!r} (tied weights), so training "
                 "one trains both: name both, or neither"
             )
     return chosen

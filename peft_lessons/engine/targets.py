@@ -125,47 +125,55 @@ def find_targets(
         heads = fresh_modules(model) or ("lm_head",)
         tied = _tied(model, {path: modules[path] for path in usable})
         inside = tuple(f"{path}." for path in head_of(model))
-        found = [
+        paths = [
             path
             for path in usable
             if not (matches(path, heads) or f"{path}.".startswith(inside) or path in tied)
         ]
-        if not found:
+        if not paths:
             raise ValueError(f"targets='all-linear': the model has no {kinds} besides its head")
     else:
         for name, rule in one_by_one(targets):
             if not any(matches(path, rule) for path in modules):
                 raise ValueError(_nothing_found(name, isinstance(targets, str), usable, kinds))
-        found = [path for path in modules if matches(path, targets)]
-        if not found:
+        paths = [path for path in modules if matches(path, targets)]
+        if not paths:
             raise ValueError(f"targets is empty: name at least one {kinds}: {_leaves(usable)}")
-    for path in found:
-        module = modules[path]
-        if isinstance(module, AdapterLayer):
-            raise ValueError(f"targets: {path!r} is wrapped already; unload(model) first")
-        if type(module) not in takes and _packed(module):
-            raise ValueError(f"targets: {path!r} is a {type(module).__name__}{IN_4_BITS}")
-        if type(module) not in takes:
-            raise ValueError(
-                f"targets: {path!r} is a {type(module).__name__}, but only {kinds} can be wrapped"
-                + (
-                    "; a Conv1D stores its weight as (in, out): convert it to a Linear first"
-                    if type(module).__name__ == "Conv1D"
-                    else f"; those are called {_leaves(usable)} (a longer part of the path, as "
-                    "'mlp.dense', tells modules of one name apart)"
-                )
-            )
-        parent = model.get_submodule(path.rpartition(".")[0])
-        fast = isinstance(parent, nn.TransformerEncoderLayer)
-        if fast and torch.backends.mha.get_fastpath_enabled():
-            raise ValueError(
-                f"targets: {path!r} is part of a TransformerEncoderLayer, which in eval mode reads "
-                "the weights past whatever wraps them; call "
-                "torch.backends.mha.set_fastpath_enabled(False) first"
-            )
-    targeted = {path: modules[path] for path in found}
+    for path in paths:
+        _refuse_unfit(model, path, takes, usable)
+    targeted = {path: modules[path] for path in paths}
     _refuse_tied(model, targeted, "targets")
     return targeted
+
+
+def _refuse_unfit(
+    model: nn.Module, path: str, takes: tuple[type[nn.Module], ...], usable: list[str]
+) -> None:
+    """Raise ValueError for a module that cannot be wrapped."""
+    module = model.get_submodule(path)
+    kinds = " or ".join(t.__name__ for t in takes)
+    if isinstance(module, AdapterLayer):
+        raise ValueError(f"targets: {path!r} is wrapped already; unload(model) first")
+    if type(module) not in takes and _packed(module):
+        raise ValueError(f"targets: {path!r} is a {type(module).__name__}{IN_4_BITS}")
+    if type(module) not in takes:
+        raise ValueError(
+            f"targets: {path!r} is a {type(module).__name__}, but only {kinds} can be wrapped"
+            + (
+                "; a Conv1D stores its weight as (in, out): convert it to a Linear first"
+                if type(module).__name__ == "Conv1D"
+                else f"; those are called {_leaves(usable)} (a longer part of the path, as "
+                "'mlp.dense', tells modules of one name apart)"
+            )
+        )
+    parent = model.get_submodule(path.rpartition(".")[0])
+    fast = isinstance(parent, nn.TransformerEncoderLayer)
+    if fast and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            f"targets: {path!r} is part of a TransformerEncoderLayer, which in eval mode reads "
+            "the weights past whatever wraps them; call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
 
 
 def _leaves(paths: Iterable[str]) -> str:
@@ -235,7 +243,7 @@ def find_whole(
         "modules_to_save",
     )
     names = tuple(dict.fromkeys((*fresh_modules(model), *names)))
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for name in names:
         here = {p: m for p, m in model.named_modules() if p and matches(p, (name,))}
         if not here:
@@ -243,13 +251,13 @@ def find_whole(
             raise ValueError(
                 f"modules_to_save: {name!r} matches no module of the model{near_name(name, known)}"
             )
-        found.update(here)
-    refuse_packed(found, "modules_to_save")
-    for path, module in found.items():
+        modules.update(here)
+    refuse_packed(modules, "modules_to_save")
+    for path, module in modules.items():
         if not list(module.parameters()):
             raise ValueError(f"modules_to_save: {path!r} has no parameters to train")
         for target in wrapped:
             if (path + ".").startswith(target + ".") or target.startswith(path + "."):
                 raise ValueError(f"{path!r} trains in full, so {target!r} cannot be a target too")
-    _refuse_tied(model, found, "modules_to_save")
-    return found
+    _refuse_tied(model, modules, "modules_to_save")
+    return modules

@@ -24,9 +24,9 @@ def by_name(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[st
 def text_of(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Return the text of a call: ids (batch, T) or embeddings (batch, T, d). ValueError for none,
     or another shape."""
-    given = inputs.get("inputs_embeds")
-    text = inputs.get("input_ids") if given is None else given
-    if text is None or text.dim() != (2 if given is None else 3):
+    embeddings = inputs.get("inputs_embeds")
+    text = inputs.get("input_ids") if embeddings is None else embeddings
+    if text is None or text.dim() != (2 if embeddings is None else 3):
         shape = None if text is None else tuple(text.shape)
         raise ValueError(
             f"the text, of shape {shape}, must be input_ids of shape (batch, tokens) or "
@@ -154,9 +154,9 @@ def refuse_mask(owner: str, mask: torch.Tensor | None) -> None:
     if mask is None or (tensor and mask.dim() == 2):
         return
     # With a static cache, generate makes a mask of four dimensions and room for the text alone.
-    shown = f"of shape {tuple(mask.shape)}" if tensor else "is not a tensor and"
+    what = f"of shape {tuple(mask.shape)}" if tensor else "is not a tensor and"
     raise ValueError(
-        f"{owner}: attention_mask {shown} cannot be extended by the virtual tokens: give one of "
+        f"{owner}: attention_mask {what} cannot be extended by the virtual tokens: give one of "
         "shape (batch, tokens), and generate without cache_implementation='static'"
     )
 

@@ -106,12 +106,12 @@ def rows_of(monkeypatch):
 
 def test_the_check_of_the_machine_shows_what_is_allowed_and_marks_what_is_wrong(rows_of):
     rows = rows_of(threads=2, memory=8 * GIB)
-    assert rows["processor"].found.endswith(", 2 of 64 cores") and rows["processor"].ok is None
-    assert rows["memory"].found == "8 GiB" and rows["memory"].ok
+    assert rows["processor"].value.endswith(", 2 of 64 cores") and rows["processor"].ok is None
+    assert rows["memory"].value == "8 GiB" and rows["memory"].ok
     rows = rows_of(threads=64, memory=2 * GIB)
-    assert "2 of 64 cores, but 64 threads: set OMP_NUM_THREADS" in rows["processor"].found
+    assert "2 of 64 cores, but 64 threads: set OMP_NUM_THREADS" in rows["processor"].value
     assert rows["processor"].ok is False
-    assert rows["memory"].found.startswith("2 GiB, needs 4 GB") and not rows["memory"].ok
+    assert rows["memory"].value.startswith("2 GiB, needs 4 GB") and not rows["memory"].ok
 
 
 def test_this_machine_is_ready_and_says_so():

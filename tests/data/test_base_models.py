@@ -305,9 +305,9 @@ def test_a_model_loads_whatever_its_licence_looks_like(copy_of_data):
     (copy_of_data / "models/minilm/LICENSE").unlink()
     (copy_of_data / "models/minilm/NOTICE").write_text("see elsewhere\r\n", encoding="utf-8")
     load_model("minilm", verify=True)
-    found = {file.path: file for file in bundled_files()}
+    states = {file.path: file for file in bundled_files()}
     for name, present in (("LICENSE", False), ("NOTICE", True)):
-        file = found[f"models/minilm/{name}"]
+        file = states[f"models/minilm/{name}"]
         assert file.present == present and not file.intact
 
 
@@ -322,7 +322,7 @@ def test_unknown_name(load, monkeypatch):
 
 
 def test_wrong_arguments_are_refused():
-    for given, error, match in (
+    for arguments, error, match in (
         (dict(labels=1), ValueError, "labels must be at least 2, got 1"),
         (dict(labels=True), TypeError, "labels must be an integer"),
         (dict(dtype=torch.int8), TypeError, "dtype must be a floating dtype"),
@@ -330,7 +330,7 @@ def test_wrong_arguments_are_refused():
         (dict(dtype=torch.float64, four_bit=True), ValueError, "not in torch.float64"),
     ):
         with pytest.raises(error, match=match):
-            load_model("minilm", **given)
+            load_model("minilm", **arguments)
 
 
 def test_a_local_folder(tiny):
@@ -363,8 +363,8 @@ def test_a_decoder_with_several_end_tokens_pads_with_the_first(tiny, tmp_path):
 def test_incomplete_weights(tiny, tmp_path):
     shutil.copytree(tiny / "llama", tmp_path / "llama")
     file = tmp_path / "llama/model.safetensors"
-    kept = {k: v for k, v in load_file(file).items() if "q_proj" not in k}
-    save_file(kept, file, metadata={"format": "pt"})
+    rest = {k: v for k, v in load_file(file).items() if "q_proj" not in k}
+    save_file(rest, file, metadata={"format": "pt"})
     for labels in (None, 2):
         with pytest.raises(ValueError, match=r"lack or do not fit .*q_proj"):
             load_model(tmp_path / "llama", labels=labels)

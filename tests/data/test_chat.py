@@ -66,8 +66,8 @@ def test_the_assistants_own_template():
     assert learned(tokenizer, ids, labels) == ["Four.<|im_end|>", "Seven.<|im_end|>"]
     task = load_task("reviews")
     batch = next(task.batches("test", 2))
-    kept = batch["labels"][batch["labels"] != -100]
-    assert kept[1::2].tolist() == [tokenizer.eos_token_id] * 2 == [tokenizer.pad_token_id] * 2
+    answer = batch["labels"][batch["labels"] != -100]
+    assert answer[1::2].tolist() == [tokenizer.eos_token_id] * 2 == [tokenizer.pad_token_id] * 2
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_reviews_are_the_sentiment_sentences_as_questions(reviews, tokenizer):
     example = reviews.examples("test")[7]
     asked = "Is this movie review positive or negative? Answer with one word.\n\n"
     assert example == {"prompt": [user(asked + text)], "completion": [assistant(label)]}
-    shown = reviews.render(example)
-    assert shown == reviews.texts("test")[7] and shown.endswith(f"{label}{tokenizer.eos_token}\n")
+    chat = reviews.render(example)
+    assert chat == reviews.texts("test")[7] and chat.endswith(f"{label}{tokenizer.eos_token}\n")
     assert reviews.render({"prompt": example["prompt"]}).endswith("assistant: ")
     assert "negative / positive" in repr(reviews)
 
@@ -249,8 +249,8 @@ def test_preferences_hold_the_chosen_answers_first(preferences, tokenizer):
         learned(tokenizer, ids.tolist(), labels.tolist())
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
     ]
-    told = ["Four.", "It is seven.", "Well, let us see.", "Six"]
-    assert answers == [[f"{answer}{tokenizer.eos_token}"] for answer in told]
+    expected = ["Four.", "It is seven.", "Well, let us see.", "Six"]
+    assert answers == [[f"{answer}{tokenizer.eos_token}"] for answer in expected]
     assert batch["labels"][batch["attention_mask"] == 0].eq(-100).all()
     shuffled = next(task.batches("train", 2, seed=1))["input_ids"]
     assert sorted(shuffled.tolist()) == sorted(batch["input_ids"].tolist())

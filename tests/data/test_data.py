@@ -59,13 +59,13 @@ def letters(text: str) -> str:
 
 
 def test_the_files_are_those_of_the_checksums_and_of_the_readme():
-    found = {
+    paths = {
         file.relative_to(DATA).as_posix()
         for folder in ("models", "reference", "tasks")
         for file in (DATA / folder).rglob("*")
         if file.is_file()
     }
-    assert {path for path in found if not path.startswith(f"{ASSISTANT}/")} == set(CHECKSUMS)
+    assert {path for path in paths if not path.startswith(f"{ASSISTANT}/")} == set(CHECKSUMS)
     for path, entry in CHECKSUMS.items():
         content = (DATA / path).read_bytes()
         assert len(content) == entry["bytes"], path
@@ -95,8 +95,8 @@ def test_a_text_is_there_once_and_decides_its_split(rows):
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_readme_counts(rows, domain):
     mine = [row for row in rows if row[0] == domain]
-    ((_, read, dropped, kept),) = table_rows(domain)[:1]
-    assert number(read) - number(dropped) == number(kept) == len(mine)
+    ((_, read, dropped, rest),) = table_rows(domain)[:1]
+    assert number(read) - number(dropped) == number(rest) == len(mine)
     for split in SPLITS:
         (row,) = table_rows(domain, split)
         ratings = [rating for _, s, rating, _ in mine if s == split]
@@ -162,15 +162,15 @@ def test_build_refuses_another_archive(tmp_path, monkeypatch, script):
 @pytest.fixture(scope="module")
 def chapters():
     """Return every chapter of the novels: (split, novel, number) and its paragraphs."""
-    found = {}
+    result = {}
     for split in SPLITS:
         text = bz2.decompress((DATA / f"tasks/austen/{split}.txt.bz2").read_bytes()).decode()
         for line in text.removesuffix("\n").split("\n"):
             if heading := re.fullmatch(r"# (.+), chapter (\d+)", line):
-                found[split, heading[1], int(heading[2])] = current = []
+                result[split, heading[1], int(heading[2])] = current = []
             else:
                 current.append(line)
-    return found
+    return result
 
 
 def test_every_chapter_is_in_the_split_of_its_heading(chapters):
@@ -180,9 +180,9 @@ def test_every_chapter_is_in_the_split_of_its_heading(chapters):
         share = share_of(f"{novel}, chapter {chapter}")
         assert split == ("train" if share < 0.8 else "validation" if share < 0.9 else "test")
     assert len(numbers) == 6
-    for novel, found in numbers.items():
-        assert sorted(found) == list(range(1, len(found) + 1))
-        assert table_rows(novel) == [[novel, str(len(found))]]
+    for novel, listed in numbers.items():
+        assert sorted(listed) == list(range(1, len(listed) + 1))
+        assert table_rows(novel) == [[novel, str(len(listed))]]
 
 
 def test_no_paragraph_is_in_two_splits(chapters):
@@ -190,7 +190,7 @@ def test_no_paragraph_is_in_two_splits(chapters):
     for (split, *_), paragraphs in chapters.items():
         for paragraph in paragraphs:
             splits.setdefault(letters(paragraph), {})[split] = paragraph
-    shared = [next(iter(found.values())) for found in splits.values() if len(found) > 1]
+    shared = [next(iter(places.values())) for places in splits.values() if len(places) > 1]
     assert all(len(paragraph) < 20 for paragraph in shared)
     assert '"Not at all."' in shared
 
@@ -290,14 +290,14 @@ def test_the_decoder_is_what_the_readme_says():
     count = sum(tensor.numel() for tensor in tensors.values())
     config = json.loads((DATA / "models/tinylm/config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"]
-    for told in (
+    for phrase in (
         f"{len(tensors)} tensors, {count:,} parameters, in fp16",
         f"hidden size {config['hidden_size']}, {config['num_hidden_layers']} layers, "
         f"{config['num_attention_heads']} heads and {config['num_key_value_heads']} key-value "
         f"heads, intermediate size {config['intermediate_size']}",
         f"vocabulary of {config['vocab_size']:,}",
     ):
-        assert told in flat
+        assert phrase in flat
 
 
 def test_the_notice_names_every_bundled_component_and_claims_no_more_than_is_given():

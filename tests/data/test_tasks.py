@@ -140,11 +140,11 @@ def test_stream_pads_little(task):
 def test_limit_takes_the_first_of_each_class(task):
     small = task.limit(train=101, test=20)
     texts, labels = task.texts("train"), task.labels("train").tolist()
-    kept = list(zip(small.texts("train"), small.labels("train").tolist(), strict=True))
+    rows = list(zip(small.texts("train"), small.labels("train").tolist(), strict=True))
     for label, n in ((0, 51), (1, 50)):
         first = [t for t, y in zip(texts, labels, strict=True) if y == label][:n]
-        assert [t for t, y in kept if y == label] == first
-    assert [t for t, _ in kept] == [t for t in texts if t in set(small.texts("train"))]
+        assert [t for t, y in rows if y == label] == first
+    assert [t for t, _ in rows] == [t for t in texts if t in set(small.texts("train"))]
     assert (small.size("train"), small.size("test")) == (101, 20) and task.size("train") > 6_000
     with pytest.raises(ValueError, match=r"train=99999 is too many.*at most 6370"):
         task.limit(train=99999)
@@ -267,13 +267,13 @@ def test_refusals_of_language_tasks(austen, tokenizer):
 
 
 def test_bad_max_length():
-    for name, length, told in (
+    for name, length, message in (
         ("austen", 1, "be an integer of at least 2, got 1"),
         ("austen", 513, "be at most the model's 512, got 513"),
         ("sentiment", 2, ".*got 2"),
         ("sentiment", 16.0, ".*got 16.0"),
     ):
-        with pytest.raises(ValueError, match=f"max_length must {told}"):
+        with pytest.raises(ValueError, match=f"max_length must {message}"):
             load_task(name, max_length=length)
 
 
@@ -293,15 +293,15 @@ def test_a_compressed_table_of_your_own_is_read(own_tweets):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (TWEETS.encode(), "Invalid data stream"),
         (bz2.compress(TWEETS.encode())[:-1], "ended before"),
         (bz2.compress(TWEETS.encode("latin-1")), "can't decode byte"),
     ],
 )
-def test_a_table_that_cannot_be_unpacked_is_refused_with_the_remedy(own_tweets, content, told):
-    with pytest.raises(ValueError, match=rf"tweets\.csv\.bz2 is not UTF-8 .*{told}.*README\.md"):
+def test_a_table_that_cannot_be_unpacked_is_refused_with_the_remedy(own_tweets, content, message):
+    with pytest.raises(ValueError, match=rf"tweets\.csv\.bz2 is not UTF-8 .*{message}.*README\.md"):
         own_tweets(content)
     with pytest.raises(ValueError, match=r"damaged: its sha256 is wrong.*python build\.py"):
         own_tweets(content, sha256="0" * 64)

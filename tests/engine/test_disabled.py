@@ -128,12 +128,12 @@ def test_what_cannot_be_switched_off_is_refused():
     unmerge(model)
     squeezed = tiny_bert(intermediate_size=128)
     inject(squeezed, LoftQ(4, 8, ("query",), iterations=1))
-    told = "LoftQ stores W − BA in 4 bits, not W, .*load the base again"
-    with refused(squeezed, told), disabled(squeezed):
+    message = "LoftQ stores W − BA in 4 bits, not W, .*load the base again"
+    with refused(squeezed, message), disabled(squeezed):
         pass
     theirs = peft.get_peft_model(tiny_bert(), peft.LoraConfig(target_modules=["query"]))
-    told = r"PeftModel .*with model.disable_adapter\(\)"
-    with pytest.raises(TypeError, match=told), disabled(theirs):
+    message = r"PeftModel .*with model.disable_adapter\(\)"
+    with pytest.raises(TypeError, match=message), disabled(theirs):
         pass
 
 

@@ -101,11 +101,11 @@ def test_modules_that_train_in_full_go_to_peft_and_back_without_a_warning(name, 
     theirs.save_pretrained(tmp_path / "theirs")
     ours = build()
     untouched = state(ours)
-    told = load_adapter(ours, tmp_path / "theirs")
+    summary = load_adapter(ours, tmp_path / "theirs")
     assert torch.equal(logits(ours), logits(theirs))
     assert not torch.equal(logits(ours), logits(build()))
     assert not any(p.requires_grad for p in ours.parameters())
-    assert told.fresh == (("classifier",) if name == "bert" else ())
+    assert summary.fresh == (("classifier",) if name == "bert" else ())
     # Back to PEFT, through our files.
     save_adapter(ours, tmp_path / "again")
     assert torch.equal(logits(in_peft(build(), tmp_path / "again")), logits(theirs))
@@ -117,6 +117,7 @@ def test_a_new_head_goes_with_its_task_type(tmp_path):
     save_adapter(ours, tmp_path)
     config = read_config(tmp_path)
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["classifier"]
+    assert config["inference_mode"] is True  # as PEFT's own files say
     tensors = load_file(tmp_path / WEIGHTS)
     assert torch.equal(tensors["base_model.model.classifier.weight"], ours.classifier.weight)
     # PEFT without a task type leaves the head at random and out of the file.
@@ -181,8 +182,8 @@ def test_trainable_trains_on_and_frozen_says_how(tmp_path):
     with pytest.raises(ValueError, match="trainable=True"):
         fit(in_ours(tiny_bert(), tmp_path), TinyTask(), 2, show=False)
     model = tiny_bert()
-    told = load_adapter(model, tmp_path, trainable=True)
-    assert told.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    summary = load_adapter(model, tmp_path, trainable=True)
+    assert summary.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     before = state(model)
     fit(model, TinyTask(), 3, show=False)
     moving = {n for n, now in state(model).items() if not torch.equal(before[n], now)}
@@ -485,14 +486,14 @@ def test_a_method_of_one_s_own_must_be_registered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ending", "dtype", "told"),
+    ("ending", "dtype", "message"),
     [("indices", torch.float32, "whole numbers"), ("values", torch.int32, "32- or 64-bit floats")],
 )
-def test_only_indices_are_whole_numbers(ending, dtype, told, tmp_path):
+def test_only_indices_are_whole_numbers(ending, dtype, message, tmp_path):
     save_adapter(adapted(tiny_llama(), DiffPruning(targets=("q_proj",))), tmp_path)
     key = f"base_model.model.model.layers.0.self_attn.q_proj.{ending}"
     rewrite(tmp_path, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
-    not_loaded(tmp_path, f"{key}' holds {dtype} numbers, but .*{told}")
+    not_loaded(tmp_path, f"{key}' holds {dtype} numbers, but .*{message}")
 
 
 def test_two_tensors_with_one_name_are_refused(tmp_path, monkeypatch):

@@ -105,9 +105,9 @@ def another_head(model):
 def saved(family, folder, method, modules_to_save=()):
     """Return (a model with the method, saved in the folder; the report of inject)."""
     ours = base_of(family)
-    told = inject(ours, method, modules_to_save)
+    summary = inject(ours, method, modules_to_save)
     save_adapter(perturb(ours), folder)
-    return ours, told
+    return ours, summary
 
 
 def in_ours(base, folder, **options):
@@ -135,17 +135,17 @@ def apart(a, b):
 @EACH
 def test_the_report_says_that_the_head_is_frozen_and_how_to_train_it(family):
     model, (_, head, targets) = base_of(family), CLASSIFIERS[family]
-    told = inject(model, LoRA(4, 6, targets))
-    assert told.frozen_head == head and repr(report(model)) == repr(told)
+    summary = inject(model, LoRA(4, 6, targets))
+    assert summary.frozen_head == head and repr(report(model)) == repr(summary)
     assert not any(p.requires_grad for path in head for p in model.get_submodule(path).parameters())
-    lines = repr(told).splitlines()
+    lines = repr(summary).splitlines()
     assert f"  Frozen in the classification head: {', '.join(head)}." in lines
     assert f"  To train the head too, pass modules_to_save={head!r}." in lines
     unload(model)
     assert repr(freeze(model)).splitlines()[-2:] == lines[-2:]
 
-    told = inject(model, LoRA(4, 6, targets), modules_to_save=head)
-    assert told.whole == head and not told.frozen_head and "Frozen" not in repr(told)
+    summary = inject(model, LoRA(4, 6, targets), modules_to_save=head)
+    assert summary.whole == head and not summary.frozen_head and "Frozen" not in repr(summary)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_the_report_says_that_the_head_is_frozen_and_how_to_train_it(family):
     ],
 )
 def test_a_head_that_the_method_trains_is_not_called_frozen(family, method, tmp_path):
-    ours, told = saved(family, tmp_path, method)
-    assert not told.frozen_head and "Frozen" not in repr(told)
+    ours, summary = saved(family, tmp_path, method)
+    assert not summary.frozen_head and "Frozen" not in repr(summary)
     config = read_config(tmp_path)
     assert config["task_type"] is None and config["modules_to_save"] is None
     assert torch.equal(logits(in_ours(base_of(family), tmp_path)), logits(ours))
@@ -193,9 +193,9 @@ def test_the_file_gives_the_same_logits_on_any_head(family, row, tmp_path):
     for base in (base_of(family), another_head(base_of(family))):
         assert apart(opened_by_peft(deepcopy(base), tmp_path), ours) < 1e-6
         before = state(base)
-        told = load_adapter(base, tmp_path, trainable=True)
+        summary = load_adapter(base, tmp_path, trainable=True)
         assert apart(base, ours) < 1e-6
-        assert training(base) == training(ours) and told.frozen_head == head
+        assert training(base) == training(ours) and summary.frozen_head == head
         assert save_adapter(base, tmp_path / "again") and same(state(unload(base)), before)
     if row != "PiSSA":  # it becomes a LoRA on the way
         assert same_adapter(tmp_path / "again", tmp_path)
@@ -224,9 +224,16 @@ def test_a_part_of_a_head_is_not_a_head_for_peft(tmp_path):
 
 def test_a_head_of_which_one_module_trains_is_whole_in_the_file(tmp_path):
     """PEFT takes every module for a head whose name ends in "classifier"."""
-    ours, told = saved("distilbert", tmp_path, LoRA(4, 6, ("q_lin",)), ("classifier",))
-    assert told.whole == ("classifier",) and told.frozen_head == ("pre_classifier",)
+    ours, summary = saved("distilbert", tmp_path, LoRA(4, 6, ("q_lin",)), ("classifier",))
+    assert summary.whole == ("classifier",) and summary.frozen_head == ("pre_classifier",)
     assert apart(opened_by_peft(another_head(base_of("distilbert")), tmp_path), ours) < 1e-6
+
+
+def test_a_base_that_differs_in_the_end_of_one_weight_is_another():
+    model, other = base_of("bert"), base_of("bert")
+    with torch.no_grad():
+        other.bert.encoder.layer[1].output.dense.weight[-8:] += 1.0
+    assert fingerprint(model) == fingerprint(base_of("bert")) != fingerprint(other)
 
 
 @pytest.mark.parametrize("method", [BottleneckAdapter(8), LoRA(4, 6, ("query",))])

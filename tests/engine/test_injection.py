@@ -59,16 +59,16 @@ def injected():
 
 def test_only_the_factors_and_a_new_head_train():
     model = tiny_bert()
-    told = inject(model, LoRA(rank=4, alpha=6, targets=("query", "value")))
+    summary = inject(model, LoRA(rank=4, alpha=6, targets=("query", "value")))
     training = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in n or n.startswith("classifier.") for n in training)
     assert {"classifier.weight", "classifier.bias"} <= training
-    assert told.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert told.trainable == 4 * 4 * (64 + 64) + 2 * 64 + 2
-    assert told.total == sum(p.numel() for p in model.parameters())
-    assert len(told.modules) == 4 and told.fresh == ("classifier",)
-    text = repr(told)
-    assert "new head" in text and f"{told.trainable:,}" in text and "64→64" in text
+    assert summary.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert summary.trainable == 4 * 4 * (64 + 64) + 2 * 64 + 2
+    assert summary.total == sum(p.numel() for p in model.parameters())
+    assert len(summary.modules) == 4 and summary.fresh == ("classifier",)
+    text = repr(summary)
+    assert "new head" in text and f"{summary.trainable:,}" in text and "64→64" in text
     assert repr(report(model)) == text
 
 
@@ -95,15 +95,15 @@ def test_what_is_added_is_in_the_mode_of_its_layer():
 
 
 def test_targets_are_whole_segments_patterns_or_all_linear():
-    def found(targets):
+    def targeted(targets):
         return inject(tiny_llama(), LoRA(rank=2, alpha=3, targets=targets)).modules
 
-    assert found(("layers.1.self_attn.q_proj",)) == ("model.layers.1.self_attn.q_proj",)
-    assert len(found(["q_proj", "v_proj"])) == 4
-    assert len(found(r".*\.mlp\..*_proj")) == 6
-    every = found("all-linear")
+    assert targeted(("layers.1.self_attn.q_proj",)) == ("model.layers.1.self_attn.q_proj",)
+    assert len(targeted(["q_proj", "v_proj"])) == 4
+    assert len(targeted(r".*\.mlp\..*_proj")) == 6
+    every = targeted("all-linear")
     assert len(every) == 14 and not any("lm_head" in path for path in every)
-    assert found(("o_proj",)) == tuple(f"model.layers.{i}.self_attn.o_proj" for i in (0, 1))
+    assert targeted(("o_proj",)) == tuple(f"model.layers.{i}.self_attn.o_proj" for i in (0, 1))
 
 
 BAD = {
@@ -137,8 +137,8 @@ REFUSED = {  # values that break a rule of the table of settings
 def test_each_rule_of_the_table_refuses_and_names_what_breaks_it():
     for name, values in REFUSED.items():
         for value in values:
-            told = re.escape(f"LoRALayer: {name}={value!r} ")
-            with pytest.raises(ValueError, match=told + "(must|is the share)"):
+            message = re.escape(f"LoRALayer: {name}={value!r} ")
+            with pytest.raises(ValueError, match=message + "(must|is the share)"):
                 validate("LoRALayer", **{name: value})
     with pytest.raises(KeyError, match="LoRALayer: no rule is called 'rnak'; did you mean 'rank'?"):
         validate("LoRALayer", rnak=0)
@@ -149,10 +149,10 @@ def test_each_rule_of_the_table_refuses_and_names_what_breaks_it():
 def test_methods_and_layers_ask_the_table():
     for kind in [*registered_methods(), LoRAPlus]:
         needed = {f.name for f in fields(kind) if f.default is MISSING}
-        given = {name: ("query",) if name in kind.names_modules else 4 for name in needed}
+        values = {name: ("query",) if name in kind.names_modules else 4 for name in needed}
         for name in {f.name for f in fields(kind)} & SETTINGS.keys():
             with pytest.raises(ValueError, match=f"{kind.__name__}: {name}=<obj"):
-                kind(**given | {name: object()})
+                kind(**values | {name: object()})
     for name, value in (("rank", 0), ("alpha", 0), ("dropout", 1.0), ("rslora", "no")):
         with pytest.raises(ValueError, match=f"{name}="):
             LoRALayer(8, 8, **{name: value})
@@ -203,11 +203,11 @@ UNFIT = {
 
 @pytest.mark.parametrize("case", UNFIT)
 def test_layers_that_do_not_fit_are_refused_and_nothing_changes(case):
-    build, targets, told = UNFIT[case]
+    build, targets, message = UNFIT[case]
     model = build()
     if targets == ("0", "1"):
         model = nn.Sequential(nn.Linear(4, 4), model)
-    with refused(model, told):
+    with refused(model, message):
         inject(model, LoRA(33 if case == "narrow" else 2, 3, targets))
 
 
@@ -278,19 +278,19 @@ def test_a_merge_that_needs_a_bias_is_refused_by_a_layer_without_one():
 
 def test_freeze_leaves_the_head_and_what_is_named():
     model = tiny_bert()
-    told = freeze(model, modules_to_save="pooler")
+    summary = freeze(model, modules_to_save="pooler")
     training = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n.rpartition(".")[0] for n in training} == {"classifier", "bert.pooler.dense"}
-    assert told.trainable == told.whole_parameters == 64 * 64 + 64 + 2 * 64 + 2
+    assert summary.trainable == summary.whole_parameters == 64 * 64 + 64 + 2 * 64 + 2
     with pytest.raises(ValueError, match="matches no module"):
         freeze(model, modules_to_save=("nope",))
 
 
 def test_the_share_is_one_of_the_base():
     """An adapter as large as its base trains 100 % of it, not half of all that is there then."""
-    told = inject(nn.Sequential(nn.Linear(6, 6, bias=False)), LoRA(3, 3, ("0",)))
-    assert (told.trainable, told.base, told.total) == (36, 36, 72)
-    assert "100 % of the base's 36" in repr(told)
+    summary = inject(nn.Sequential(nn.Linear(6, 6, bias=False)), LoRA(3, 3, ("0",)))
+    assert (summary.trainable, summary.base, summary.total) == (36, 36, 72)
+    assert "100 % of the base's 36" in repr(summary)
 
 
 def test_a_long_line_of_the_report_goes_on_below():
@@ -394,16 +394,16 @@ def test_autocast():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    model, found = injected().train(), []
+    model, gradients = injected().train(), []
     model.config.use_cache = False
     for reentrant in (None, True, False):
         if reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
         model(IDS, labels=IDS).loss.backward()
-        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
 
 
 # ------------------------------------------------------------------ the smallest methods
@@ -510,9 +510,9 @@ def test_every_field_of_the_course_s_methods_has_a_rule():
 def test_an_attached_method(training):
     model = tiny_llama().train(training)
     before = model(IDS).logits
-    told = inject(model, ShiftEmbeddings())
+    summary = inject(model, ShiftEmbeddings())
     assert injection_of(model).attached.training is training
-    assert told.trainable == 64 and torch.equal(model(IDS).logits, before)
+    assert summary.trainable == 64 and torch.equal(model(IDS).logits, before)
     nn.init.normal_(injection_of(model).attached.shift)
     assert not torch.allclose(model(IDS).logits, before)
     with pytest.raises(TypeError, match="ShiftEmbeddings adds lies outside the layers"):
@@ -523,9 +523,9 @@ def test_an_attached_method(training):
 def test_a_selecting_method():
     model = tiny_llama()
     untouched = state(model)
-    told = inject(model, Norms())
+    summary = inject(model, Norms())
     training = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert len(training) == 4 and told.trainable == 4 * 64 and told.total == told.base
+    assert len(training) == 4 and summary.trainable == 4 * 64 and summary.total == summary.base
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight.add_(1.0)
     assert same(state(unload(model)), untouched)
@@ -578,7 +578,7 @@ def test_the_report_names_selected_parameters_and_the_head():
         def select(self, model):
             return [n for n, _ in model.named_parameters() if n.endswith("key.bias")]
 
-    told = inject(model, KeyBiases())
-    assert told.whole == ("classifier", *KeyBiases().select(model))
-    assert told.whole_parameters == told.trainable == 2 * 64 + 2 * 64 + 2
-    assert "classifier (new head), 2 × key.bias" in repr(told)
+    summary = inject(model, KeyBiases())
+    assert summary.whole == ("classifier", *KeyBiases().select(model))
+    assert summary.whole_parameters == summary.trainable == 2 * 64 + 2 * 64 + 2
+    assert "classifier (new head), 2 × key.bias" in repr(summary)

@@ -59,6 +59,31 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_global_one_alone():
     assert same(state(one), state(two)) and not same(state(one), state(other))
 
 
+def test_the_seed_decides_the_order_and_the_dropout_each():
+    batches = [next(TASK.batches("test", 16))]
+    dropped = [train(injected(), 3, batches, seed=seed).loss for seed in (1, 1, 2)]
+    assert dropped[0] == dropped[1] != dropped[2]
+    still = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ordered = [train(tiny_bert(**still), 3, seed=seed).loss for seed in (1, 1, 2)]
+    assert ordered[0] == ordered[1] != ordered[2]
+
+
+def test_clip_and_weight_decay_reach_the_optimizer():
+    def distances(**settings):
+        model = injected()
+        before = state(model)
+        train(model, 1, lr=0.01, warmup=0, **settings)
+        after = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        moved = {name: (p - before[name]).abs().max().item() for name, p in after.items()}
+        return [max(moved[n] for n in moved if n.endswith(end)) for end in ("lora_A", "lora_B")]
+
+    # A gets no gradient in the first step, as B is 0.
+    (a, b), (_, clipped), (decayed, _) = (
+        distances(**settings) for settings in ({}, dict(clip=1e-10), dict(weight_decay=1.0))
+    )
+    assert a == 0 < decayed and clipped < 0.1 * b
+
+
 def test_smooth_loss_is_the_mean_of_the_last_steps():
     history = History(loss=[8.0, 4.0, 0.0, 2.0])
     assert history.smooth_loss(2) == [8.0, 6.0, 2.0, 1.0]
