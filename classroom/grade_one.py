@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 try:
     import resource
@@ -183,13 +182,29 @@ def has_landlock() -> bool:
     return False
 
 
+class Unchecked:
+    """Take the place of the checks, and of what they return, while a student's notebook runs: each
+    name in one is another one, and nothing can be computed with it."""
+
+    def __getattr__(self, name: str) -> "Unchecked":
+        if name.startswith("_"):  # what Python and IPython ask of any object
+            raise AttributeError(f"{self!r}: {name}")
+        return Unchecked()
+
+    def __call__(self, *args: object, **options: object) -> "Unchecked":
+        return Unchecked()
+
+    def __repr__(self) -> str:
+        return "not checked here: the marking does it afterwards"
+
+
 def hidden(module: str, variant: int = 0) -> SimpleNamespace:
     """Return a lesson's module of checks, which draw the inputs of a variant. By its name, and by
     those of all checks, a notebook finds only what does nothing."""
     package = import_module("peft_lessons")
     draw_variant = import_module("peft_lessons.checks.kit").draw_variant
     course = draw_variant(getattr(package.check, module), variant)
-    nothing = MagicMock()
+    nothing = Unchecked()
     sys.modules.update({name: nothing for name in sys.modules if name.startswith(CHECKS)})
     package.check = package.checks = nothing
     return course

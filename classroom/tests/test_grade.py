@@ -1,5 +1,6 @@
 """What students hand in is marked by the course's checks, whatever a notebook does."""
 
+import copy
 import csv
 import hashlib
 import os
@@ -18,12 +19,14 @@ from types import SimpleNamespace
 import nbformat
 import psutil
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
+from torch.utils._device import DeviceContext
 
 from classroom import grade, grade_one, gradebook, release
 from classroom.grade_one import has_landlock, own_texts
 from classroom.gradebook import Rules
-from classroom.submissions import Handed
+from classroom.submissions import LARGEST, Handed
 from peft_lessons import check
 from tools import notebooks
 
@@ -73,7 +76,8 @@ CONFINED = pytest.mark.skipif(
 
 def curious(folder, port):
     """An answer that is right only if nothing outside can be read, changed or reached."""
-    solutions = notebooks.NOTEBOOKS / "solutions" / "start.py"
+    answers = "notebooks/solutions/start.py", "peft_lessons/checks/start.py", "classroom/tests/*"
+    reads = " ".join(str(notebooks.ROOT / place) for place in answers)
     return f"""{RIGHT.replace(f"def {EXERCISE}", "def honest")}
 
 
@@ -85,7 +89,8 @@ def tried(command):
 def {EXERCISE}(weight):
     assert tried("true") and tried("touch mine")
     assert not tried("echo more >> {folder}/kept") and not tried("rm {folder}/kept")
-    assert not tried("touch {folder}/new") and not tried("cat {solutions}")
+    assert not tried("touch {folder}/new")
+    assert not tried("for file in {reads}; do cat $file && exit; done; exit 1")
     assert not tried("exec 3<>/dev/tcp/127.0.0.1/{port}")
     try:
         bytearray(5 * 2**30)
@@ -165,6 +170,7 @@ def test_a_fault_of_the_marking_is_told_costs_nothing_and_is_forgotten(instead, 
     group.add("ann", one, 0, found)
     assert group.write() == [] and "that is not theirs: ann (" in " ".join(group.remarks())
     assert gradebook.wide(group.everyone(), []).splitlines()[1] == "ann,,,,1"
+    assert read(tmp_path)["ann"]["points"] == ""
 
 
 def test_who_ends_twice_at_one_place_ends_himself(instead):
@@ -565,6 +571,14 @@ def test_where_cells_hang_only_what_they_define_is_run(outcome_of):
     assert outcome_of(f"{RIGHT}\n1 / 0", skip=["1"])[0] == "right", "what it defines is run"
 
 
+def test_nothing_can_be_computed_with_what_takes_the_place_of_the_checks():
+    verdict = grade_one.Unchecked().start.row_norms(abs, help=True)
+    assert "not checked here" in repr(verdict) and verdict.status != "right"
+    for compute in (float, int, len, list, lambda one: one + 1, lambda one: one["status"]):
+        with pytest.raises(TypeError):
+            compute(verdict)
+
+
 def test_a_wrong_answer_earns_nothing_for_what_stood_in_the_exercise():
     stem = "15_assistant"
     lesson = grade_one.Lesson(stem, notebooks.read(notebooks.NOTEBOOKS / f"{stem}.ipynb"))
@@ -636,6 +650,25 @@ def test_answers_are_alike_that_differ_in_names_spaces_and_comments_only(lora):
     assert grade_one.prints(lora.nb, lora) == {}
 
 
+def test_a_cell_is_the_courses_also_as_colab_shows_it(lora):
+    for cell in release.folded_in_colab(copy.deepcopy(lora.nb)).cells:
+        assert cell.cell_type != "code" or lora.has(cell)
+
+
+def test_a_check_finds_pytorch_as_it_was(monkeypatch):
+    calm = grade_one.Calm()
+    x, known = torch.ones(2), torch.allclose
+    monkeypatch.setattr(torch, "allclose", lambda *args: True)
+    monkeypatch.setattr("builtins.abs", lambda number: 0)
+    torch.Tensor.abs = lambda self: self * 0
+    mode = DeviceContext("meta")
+    mode.__enter__()
+    torch.set_default_device("meta")
+    calm()
+    assert torch.allclose is known and abs(-1) == 1 and float(-x.abs().sum()) == -2
+    assert torch.ones(1).device.type == "cpu" and not torch._C._len_torch_function_stack()
+
+
 def test_of_a_changed_cell_only_what_the_student_wrote_is_a_text():
     cell = nbformat.v4.new_markdown_cell
     texts = ["# Lesson", "## Summary\n\n1. Why?\n2. When?", "Next"]
@@ -689,6 +722,8 @@ def test_a_link_is_not_opened(tmp_path):
     link = tmp_path / "link.ipynb"
     link.symlink_to(target)
     assert "link" in grade.judge(link, LESSON, grade.Limits()).rest[1]
+    os.truncate(target, LARGEST + 1)
+    assert grade.judge(target, LESSON, grade.Limits()) == grade.judge(link, LESSON, grade.Limits())
 
 
 # ------------------------------------------------------------------ a class

@@ -5,10 +5,11 @@ import csv
 import io
 import json
 import os
+import re
 import unicodedata
 import zipfile
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
@@ -41,6 +42,10 @@ def test_days_late_are_counted_from_the_due_time_and_an_extension():
         seconds = due.timestamp() + 3600 * hours
         assert rules.days_late(Handed("w", LESSON, None, late, seconds), student) == days
     assert [rules.share(days) for days in (0, 1, 3)] == [1, 0.6, 0]
+    elsewhere = Rules(due={LESSON: due.replace(tzinfo=timezone(timedelta(hours=5)))})
+    times = [due.replace(tzinfo=UTC).timestamp() - 3600 * hours for hours in (6, 4)] + [-1e18, 1e18]
+    days = [elsewhere.days_late(Handed("w", LESSON, None, None, seconds), "a") for seconds in times]
+    assert days[:3] == [0, 1, 0] and days[3] > 9999, "a file may have any time"
 
 
 @pytest.mark.parametrize(
@@ -131,8 +136,22 @@ def test_of_several_attempts_the_last_counts_or_the_best(tmp_path, monkeypatch):
             rows = [row for row in csv.DictReader(table) if row["student"] == "doe_77"]
         assert {row["notebook"] for row in rows} == {file} and len(rows) == len(names)
         assert {round(float(row["points"]) / float(row["maximum"]), 9) for row in rows} == {points}
-        page = (tmp_path / "feedback" / "doe_77.html").read_text(encoding="utf-8")
+        doe, roe = (f"feedback/{student}.html" for student in ("doe_77", "roe_78"))
+        page = (tmp_path / doe).read_text(encoding="utf-8")
         assert ("doe_77_4_02_lora.ipynb: " in page) == ("best" not in late)
+        assert "doe_77" not in (tmp_path / roe).read_text(encoding="utf-8")
+
+
+def test_options_reach_the_judge(tmp_path, monkeypatch):
+    for lesson in (LESSON, "02_lora"):
+        (tmp_path / f"ann_{lesson}.ipynb").write_text("{}", encoding="utf-8")
+    judged = []
+    result = grade.Judged({}, ["wrong", ""])
+    monkeypatch.setattr(grade, "judge", lambda *a: judged.append(a) or result)
+    options = ["--seconds", "1", "--total", "2", "--memory", "3", "--lesson", "00"]
+    assert grade.main([str(tmp_path), *options]) == 0
+    variant = grade.variant_of("ann", "")
+    assert judged == [(tmp_path / f"ann_{LESSON}.ipynb", LESSON, grade.Limits(1, 2, 3), variant)]
 
 
 def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch):
@@ -142,7 +161,8 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch)
     group = grade.Class(tmp_path, [], Rules(), handed[:1], [])
     group.marks["-a", LESSON] = marks[:1]
     (tmp_path / "feedback").mkdir()
-    (tmp_path / "feedback" / "before.html").touch()
+    for earlier in ("feedback/before.html", "canvas_02_lora.csv", "feedback_moodle.zip"):
+        (tmp_path / earlier).touch()
     group.write()
     assert [path.name for path in (tmp_path / "feedback").iterdir()] == ["-a.html"]
     monkeypatch.setattr(gradebook, "csv_of", lambda rows: 1 / 0)
@@ -171,6 +191,18 @@ def test_an_interruption_leaves_the_grades_of_before(tmp_path, monkeypatch):
         group.write()
     kept = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir() if p.is_file()}
     assert kept == dict.fromkeys(FILES, "before")
+
+
+def test_a_page_shows_text_as_text_and_says_how_far_it_is_marked():
+    marks = [
+        Mark("a", "n", LESSON, EXERCISE, outcome, f"<b>{outcome}", 0)
+        for outcome in ("right", "wrong", gradebook.UNMARKED)
+    ]
+    page = gradebook.feedback("Al", marks, Rules(), [submissions.Passed("<i>.ipynb", "<u>why")])
+    assert not {"<b>", "<i>", "<u>"} & {*re.findall("<.>", page)} and "&lt;b&gt;wrong" in page
+    assert "0 of 0 points, as far as marked" in page
+    assert "&lt;b&gt;right" not in page, "the outcome says it"
+    assert not gradebook.unmarked([replace(marks[-1], by_hand=True)])
 
 
 def test_two_students_have_two_pages_on_every_file_system():
@@ -290,11 +322,19 @@ def test_the_notebook_of_a_submission_is_the_one_of_the_lesson(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
         assert gradescope.submitted(tmp_path, "02_lora") == (chosen and tmp_path / chosen)
+    for name, seconds, chosen in (("x/02_lora.ipynb", 5, "."), ("y/02_lora.ipynb", 4e9, "y")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (seconds, seconds))
+        assert gradescope.submitted(tmp_path, "02_lora").parent == tmp_path / chosen
 
 
 def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch, capsys):
-    student = {"users": [{"email": "ann@example.org"}]}
-    (tmp_path / "submission_metadata.json").write_text(json.dumps(student), encoding="utf-8")
+    def hand_in(*addresses):
+        student = {"users": [{"email": address} for address in addresses]}
+        (tmp_path / "submission_metadata.json").write_text(json.dumps(student), encoding="utf-8")
+
+    hand_in("ann@example.org")
     (tmp_path / "submission").mkdir()
     missing = gradescope.results(tmp_path, LESSON, Rules())
     assert "no notebook" in missing["output"] and missing["tests"][0]["score"] == 0
@@ -309,7 +349,15 @@ def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch, capsy
     (test,) = gradescope.results(tmp_path, LESSON, Rules())["tests"]
     assert (test["score"], test["max_score"], test["status"]) == (0, 1, "failed")
     assert test["output"] == "wrong: Likely cause: x" and test["name"] == f"0.1 {EXERCISE}"
-    assert seen[0][3] == grade.variant_of("ann@example.org", "")
+    assert seen[0][2].total * grade.ROUNDS < 600, "Gradescope ends it after ten minutes"
+    for group in (("bob@example.org", "Ann@Example.org"), ("ANN@example.org", "bob@example.org")):
+        hand_in(*group)
+        assert gradescope.results(tmp_path, LESSON, rules)["tests"][0]["score"] == 0.5
+    hand_in("bob@example.org", "ann@example.org")
+    gradescope.results(tmp_path, LESSON, rules)
+    variants = [one[3] for one in seen]
+    assert variants[0] == grade.variant_of("ann@example.org", "")
+    assert variants[-1] == grade.variant_of("ann@example.org bob@example.org", "")
     said[EXERCISE] = ["right", "", 1.0, 1.0]
     assert gradescope.main([LESSON, "--mark", str(tmp_path)]) == 0
     told = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))

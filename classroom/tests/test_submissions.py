@@ -121,6 +121,20 @@ def test_a_name_in_capitals_a_word_before_it_and_a_zip_file_are_found(tmp_path):
     assert submissions.without_lesson(tmp_path, found) == ["c", "e"]
 
 
+def test_zip_files_of_one_name_keep_apart_and_a_link_to_another_is_not_opened(tmp_path):
+    for student, content in (("ann", "her own"), ("bob", "his own")):
+        (tmp_path / student).mkdir()
+        with zipfile.ZipFile(tmp_path / student / "hw.zip", "w") as archive:
+            for lesson in ("02_lora", "03_qlora"):
+                archive.writestr(f"{lesson}.ipynb", f"{content}, {lesson}")
+    (tmp_path / "eve").mkdir()
+    (tmp_path / "eve" / "hw.zip").symlink_to(tmp_path / "bob" / "hw.zip")
+    found = submissions.handed_in(tmp_path, tmp_path / ".marked")
+    texts = {(one.who, one.path.read_text(encoding="utf-8")) for one in found.handed}
+    owned = {("ann", "her own"), ("bob", "his own")}
+    assert texts == {(s, f"{c}, {n}") for s, c in owned for n in ("02_lora", "03_qlora")}
+
+
 def test_a_damaged_or_a_huge_zip_file_stops_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(submissions, "MOST_UNPACKED", 3)
     zipped(tmp_path / "a" / "hw.zip", *(f"{n}/02_lora.ipynb" for n in range(9)))
@@ -199,6 +213,7 @@ def test_a_row_of_the_roster_is_found(tmp_path):
         "jadoe": "78",
         "hw-3": None,  # points, or a section, are nobody's name
         "homework-jdoe": "77",
+        "homeworkjdoe": None,
         "nobody": None,
         "One": None,  # it fits two
     }.items():
@@ -229,9 +244,11 @@ def test_a_row_of_the_roster_is_found(tmp_path):
 
 def test_a_number_of_canvas_is_no_other_id_and_an_accent_is_one_letter(tmp_path):
     file = tmp_path / "roster.csv"
-    file.write_bytes("id;name\n7;Jürgen Müller\n;Bo Roe\n".encode("utf-16"))  # as Excel saves it
+    rows = "id;first name;last name\n7;Jürgen;Müller\n;Bo;Roe\n"
+    file.write_bytes(rows.encode("utf-16"))  # as Excel saves it
     people = submissions.read_roster(file)
     assert [person.id for person in people] == ["7", "Bo Roe"]
+    assert people[0].called == "Jürgen Müller (7)"
     for who, id in {
         "roebo_7_5": "Bo Roe",
         "stranger_7_5": None,
