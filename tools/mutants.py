@@ -111,6 +111,8 @@ peft_lessons/engine/injection.py: injection every_method
     module.training = layer.training → pass
     p.data.to(trained_dtype(p.dtype)) → p.data
     wrapper.new_tensors(merged) → pass
+peft_lessons/train/generate.py: preferences
+    (new == tokenizer.eos_token_id).any(dim=1) → (rows == tokenizer.eos_token_id).any(dim=1)
 peft_lessons/engine/targets.py: injection every_method
     path == name or path.endswith("." + name) → path.endswith(name)
     m in model.named_modules(remove_duplicate=False) → m in model.named_modules()

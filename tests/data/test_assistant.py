@@ -101,6 +101,8 @@ def test_a_damaged_one_is_named_and_made_again(place, tmp_path, damage):
     weights, record = (place / "smollm2" / name for name in ("model.safetensors", "checksums.json"))
     if damage == "truncated":
         weights.write_bytes(b"weig")
+        with pytest.raises(ValueError, match="is damaged: model"):
+            assistant_folder()
     elif damage == "another byte":
         weights.write_bytes(b"Weights")
         assistant_folder()  # a load looks at sizes alone

@@ -68,6 +68,9 @@ def test_questions_are_answered_together_as_each_alone():
     together = answer_questions(model, tokenizer, questions, tokens=6)
     alone = [answer_questions(model, tokenizer, [q], tokens=6)[0] for q in questions]
     assert together == alone == answer_questions(model, tokenizer, questions, tokens=6, size=2)
+    longer = answer_questions(model, tokenizer, questions, tokens=12)
+    assert [end for _, end in together] == [a == b for a, b in zip(together, longer, strict=True)]
+    assert not all(end for _, end in together)  # the questions hold the end token, too
     torch.manual_seed(0)
     sampled = answer_questions(model, tokenizer, questions, tokens=6, temperature=1.5)
     assert sampled != together
