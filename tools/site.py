@@ -30,6 +30,7 @@ GUIDES = (
     "docs/devices.md",
     "docs/wrong_answers.md",
     "CONTRIBUTING.md",
+    "docs/architecture.md",
     "CHANGELOG.md",
     "data/README.md",
 )
