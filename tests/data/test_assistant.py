@@ -366,6 +366,23 @@ def test_a_conversion_would_write_the_configs_of_the_fetched_one(tmp_path):
 
 
 @pytest.mark.assistant
+def test_a_conversion_would_write_the_tokenizer_of_the_fetched_one(tmp_path):
+    fetched = data_folder() / ASSISTANT / "tokenizer.json"
+    stored = json.loads(fetched.read_text(encoding="utf-8"))
+    special = {entry["content"] for entry in stored["added_tokens"]}
+    words = sorted(stored["model"]["vocab"], key=stored["model"]["vocab"].get)
+    fields = {
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in stored["model"]["merges"]],
+        "tokenizer.ggml.token_type": [3 if word in special else 1 for word in words],
+        "tokenizer.chat_template": "",
+    }
+    reader = SimpleNamespace(get_field=lambda name: SimpleNamespace(contents=lambda: fields[name]))
+    assistant._write_tokenizer(reader, tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")) == stored
+
+
+@pytest.mark.assistant
 def test_it_answers_stops_at_its_end_token_and_is_quiet(real, question, recwarn, caplog):
     assert answered(real, question) == "The capital of France is Paris.<|im_end|>"
     assert not recwarn.list and not caplog.records
