@@ -106,7 +106,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Result:
     """What became of a notebook: {exercise: (outcome, what is said, seconds, share of the points)},
     (outcome, what is said) of the exercises of which nothing was said, the limits that held, texts
     of the student's own, [number of a cell, odd words in it], and {exercise: the hash of its
@@ -125,9 +125,9 @@ class Judged:
         return self.rest[:1] != [UNMARKED]
 
 
-def failed(why: object) -> Judged:
+def failed(why: object) -> Result:
     """Return what becomes of a notebook that cannot be marked, by no fault of its own."""
-    return Judged({}, [UNMARKED, f"by no fault of the notebook: {why}"])
+    return Result({}, [UNMARKED, f"by no fault of the notebook: {why}"])
 
 
 # ------------------------------------------------------------------ one notebook
@@ -177,23 +177,23 @@ def environment(folder: Path) -> dict[str, str]:
     return env | {"PYTHONPATH": os.pathsep.join([str(ROOT), env["PYTHONPATH"]])}
 
 
-def judge(path: Path, lesson: str, limits: Limits, variant: int = 0) -> Judged:
+def judge(path: Path, lesson: str, limits: Limits, variant: int = 0) -> Result:
     """Return what becomes of a notebook, whatever it is; `variant` chooses the checks' inputs."""
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
-            return Judged({}, ["crashed", "the notebook is a link, no file, or larger than 20 MB"])
+            return Result({}, ["crashed", "the notebook is a link, no file, or larger than 20 MB"])
         if not path.stat().st_size:
-            return Judged({}, ["crashed", "the notebook is an empty file"])
-        return _judge(path, lesson, limits, variant)
+            return Result({}, ["crashed", "the notebook is an empty file"])
+        return _in_rounds(path, lesson, limits, variant)
     except Exception as error:  # whatever it is, the others are marked
         return failed(f"{type(error).__name__}: {error}")
 
 
-def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
+def _in_rounds(path: Path, lesson: str, limits: Limits, variant: int) -> Result:
     """Judge a notebook by as many processes as it takes: what one hangs at, or dies of, the next
     one leaves out."""
     names, said, skip, last = notebooks.exercises(lesson), {}, [], None
-    end, lost, found = time.monotonic() + ROUNDS * limits.total, set(), Judged({}, [])
+    end, lost, found = time.monotonic() + ROUNDS * limits.total, set(), Result({}, [])
     while (rest := end - time.monotonic()) > 0:
         now = replace(limits, total=min(limits.total, rest))
         last = _round(path, lesson, now, variant, [*skip, *said])
@@ -219,11 +219,11 @@ def _judge(path: Path, lesson: str, limits: Limits, variant: int) -> Judged:
         else:
             slow = last.rest[0] == "timed out" and not last.silent
             skip.append("cells" if slow or len(skip) == HOPELESS else last.at)
-    return Judged(said, last.rest, found.held, found.texts, found.odd, found.prints)
+    return Result(said, last.rest, found.held, found.texts, found.odd, found.prints)
 
 
 @dataclass(frozen=True)
-class Round(Judged):
+class Round(Result):
     """What one process said of a notebook; `at` is the cell or the exercise at which it ended, and
     `silent` whether it hung there, `full` whether the disk was."""
 
@@ -451,7 +451,7 @@ def variant_of(student: str, seed: str) -> int:
 
 def remembered(
     one: Handed, student: str, folder: Path, limits: Limits, seed: str, again: bool
-) -> Judged:
+) -> Result:
     """Return what becomes of a notebook, from FOLDER/.marked where the notebook, the course, the
     limits and the seed are those of an earlier run."""
     variant = variant_of(student, seed)
@@ -467,7 +467,7 @@ def remembered(
     file = folder / MARKED / f"{key.hexdigest()}.json"
     if not again:
         with suppress(OSError, ValueError, TypeError):
-            return Judged(**json.loads(file.read_text(encoding="utf-8")))
+            return Result(**json.loads(file.read_text(encoding="utf-8")))
     found = judge(one.path, one.lesson, limits, variant)
     if found.lasting and not INTERRUPTED.is_set():
         with suppress(OSError):  # then it is marked again another time
@@ -475,7 +475,7 @@ def remembered(
     return found
 
 
-def marks_of(one: Handed, student: str, found: Judged, rules: Rules, name: str = "") -> list[Mark]:
+def marks_of(one: Handed, student: str, found: Result, rules: Rules, name: str = "") -> list[Mark]:
     """Return the marks of one notebook, one for each exercise of its lesson; `name` is the
     student's."""
     days, marks = rules.days_late(one, student), []
@@ -501,20 +501,20 @@ def marks_of(one: Handed, student: str, found: Judged, rules: Rules, name: str =
     return marks
 
 
-def alike(found: Iterable[tuple[str, str, Judged]]) -> list[str]:
+def alike(found: Iterable[tuple[str, str, Result]]) -> list[str]:
     """Return a sentence for each two students, (name, lesson, what became of the notebook), whose
     answers have the same syntax trees, or who wrote the same text.
 
     An answer that a third of those who answered gave is nobody's own."""
-    groups: dict[str, list[tuple[str, Judged]]] = defaultdict(list)
-    for name, lesson, judged in found:
-        groups[lesson].append((name, judged))
+    groups: dict[str, list[tuple[str, Result]]] = defaultdict(list)
+    for name, lesson, result in found:
+        groups[lesson].append((name, result))
     notes = []
     for lesson, several in sorted(groups.items()):
-        given = Counter(pair for _, judged in several for pair in judged.prints.items())
-        answered = Counter(exercise for _, judged in several for exercise in judged.prints)
+        given = Counter(pair for _, result in several for pair in result.prints.items())
+        answered = Counter(exercise for _, result in several for exercise in result.prints)
         common = {p for p, n in given.items() if n > max(3, answered[p[0]] / 3)}
-        words_of = {name: own_words(judged) for name, judged in several}
+        words_of = {name: own_words(result) for name, result in several}
         texts = Counter(text for found in words_of.values() for text in found)
         pairs = []
         for (name, mine), (other, theirs) in combinations(several, 2):
@@ -533,9 +533,9 @@ def alike(found: Iterable[tuple[str, str, Judged]]) -> list[str]:
     return notes
 
 
-def own_words(judged: Judged) -> set[str]:
+def own_words(result: Result) -> set[str]:
     """Return the texts of a notebook that are long enough to be somebody's own, without spaces."""
-    texts = ("".join(text.split()).casefold() for _, text in judged.texts)
+    texts = ("".join(text.split()).casefold() for _, text in result.texts)
     return {text for text in texts if len(text) >= OWN_WORDS}
 
 
@@ -551,7 +551,7 @@ class Class:
     notes: list[str]
     passed: dict[str, list[Passed]] = field(default_factory=dict)
     marks: dict[tuple[str, str], list[Mark]] = field(default_factory=dict)
-    judged: dict[tuple[str, str], Judged] = field(default_factory=dict)
+    results: dict[tuple[str, str], Result] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.lost: set[str] = set()
@@ -559,7 +559,7 @@ class Class:
         self.called = {person.id: person.called for person in self.people}
         self._names = {person.id: person.name for person in self.people}
 
-    def add(self, student: str, one: Handed, place: int, found: Judged) -> list[Mark]:
+    def add(self, student: str, one: Handed, place: int, found: Result) -> list[Mark]:
         """Take in what became of a notebook, and return its marks. Of several attempts the one with
         the most points counts, of equal ones the last, which has the lowest `place`."""
         new = marks_of(one, student, found, self.rules, self._names.get(student, ""))
@@ -568,7 +568,7 @@ class Class:
         if lost:
             self.lost.add(f"{self.called.get(student, student)} ({one.lesson})")
         if key not in self._ranks or rank < self._ranks[key]:
-            self.marks[key], self.judged[key], self._ranks[key] = new, found, rank
+            self.marks[key], self.results[key], self._ranks[key] = new, found, rank
         return new
 
     def everyone(self) -> list[Mark]:
@@ -588,12 +588,12 @@ class Class:
 
     def remarks(self) -> list[str]:
         """Return what whoever marks should look at, in sentences."""
-        held = [set(found.held) for found in self.judged.values() if found.held]
+        held = [set(found.held) for found in self.results.values() if found.held]
         remarks = [guards(set.intersection(*held))] if held else []
         if self.lost:
             lost = ", ".join(sorted(self.lost))
             remarks.append(f"Not marked, by a fault that is not theirs: {lost}. Mark again.")
-        for (student, lesson), found in sorted(self.judged.items()):
+        for (student, lesson), found in sorted(self.results.items()):
             if found.odd:
                 cells = "; ".join(f"cell {number}: {words}" for number, words in found.odd)
                 told = f"Look at it by eye: {self.called.get(student, student)}, {lesson}, {cells}."
@@ -601,7 +601,7 @@ class Class:
         # Who did nothing has the notebook that was handed out, as others have.
         tried = [
             (self.called.get(key[0], key[0]), key[1], found)
-            for key, found in sorted(self.judged.items())
+            for key, found in sorted(self.results.items())
             if any(mark.outcome != "not attempted" for mark in self.marks[key])
         ]
         return list(map(printable, [*remarks, *alike(tried), *self.notes]))
@@ -620,7 +620,7 @@ class Class:
                 yield f"canvas_{lesson}.csv", table
         texts = [
             (student, lesson, printable(above), printable(text, kept="\n"))
-            for (student, lesson), found in sorted(self.judged.items())
+            for (student, lesson), found in sorted(self.results.items())
             for above, text in found.texts
         ]
         texts = [("student", "lesson", "below", "text"), *texts]
@@ -860,8 +860,8 @@ def main(argv: list[str] | None = None) -> int:
     if given.rules.best:
         several = [(s, given.found.all_attempts(one)) for s, one in pairs]
         entries = [(s, one, place) for s, all_ in several for place, one in enumerate(all_)]
-        judged = {one.name for _, one, _ in entries}
-        given.found.passed = [one for one in given.found.passed if one.name not in judged]
+        names = {one.name for _, one, _ in entries}
+        given.found.passed = [one for one in given.found.passed if one.name not in names]
     notes += remarks_on(given, pairs)
     passed = passed_of(given.found, pairs, given)
     group = Class(given.folder, given.people, given.rules, pairs, notes, passed)

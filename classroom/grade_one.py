@@ -506,7 +506,7 @@ def told_of(error: BaseException, seconds: float) -> str:
     return told[:500]
 
 
-def judged(
+def outcome_of_check(
     one: Callable, function: object, seconds: float, why: str | None = None
 ) -> tuple[str, str]:
     """Return (outcome, what is said of it) of an answer, by the course's own check; `why` is what
@@ -533,20 +533,20 @@ def is_courses(function: object) -> bool:
     return bool(own) and getattr(own, name, None) is function
 
 
-def judged_answer(
+def outcome_of_answer(
     one: Callable, ran: Ran, name: str, space: dict, seconds: float
 ) -> tuple[str, str]:
     """Return (outcome, what is said of it) of an exercise, by the names of the notebook as they are
     at its end, in `space`, or, if that makes it right, as they were where the lesson checks it:
     later cells may have given another value to a name that the answer uses."""
     answer = ran.answers.get(name)
-    outcome, told = judged(one, answer, seconds, ran.failed.get(name))
+    outcome, told = outcome_of_check(one, answer, seconds, ran.failed.get(name))
     if outcome in ("wrong", "crashed") and name in ran.spaces:
         last = dict(space)
         try:
             space.clear()
             space.update(ran.spaces[name])
-            again = judged(one, answer, seconds)
+            again = outcome_of_check(one, answer, seconds)
         finally:
             space.clear()
             space.update(last)
@@ -622,7 +622,7 @@ def main(argv: list[str]) -> None:
     ours = Lesson(lesson, notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb"))
     shell, calm = new_shell(), Calm()
     course = hidden(notebooks.MODULES[lesson], int(variant))
-    judge, credit = judged_answer, earned
+    judge, credit = outcome_of_answer, earned
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, _alarm)
     say("found", "held", json.dumps(confine(path.parent, float(memory))))

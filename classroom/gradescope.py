@@ -95,7 +95,7 @@ def results(folder: Path, lesson: str, rules: Rules) -> dict:
     spelt = {one.casefold(): points for one, points in rules.override.items()}
     set_ = {e: n for one in addresses for e, n in spelt.get(one.casefold(), {}).items()}
     rules = replace(rules, due={}, late=0, override={student: set_})
-    path, found = submitted(folder / "submission", lesson), grade.Judged({}, [])
+    path, found = submitted(folder / "submission", lesson), grade.Result({}, [])
     if path is None:
         marks = gradebook.absent(student, lesson, rules)
     else:

@@ -124,9 +124,9 @@ def release(folder: Path, colab: str | None = None) -> Path:
     `colab` is the GitHub repository, OWNER/NAME or its address, where the copy will be published.
     Raises ValueError for a folder that holds something else, or for another form of repository."""
     colab = colab and owner_and_name(colab)
-    clear(folder, update.STAMP)
+    clear(folder, update.RECORD)
     (folder / "notebooks").mkdir(parents=True)
-    (folder / update.STAMP).touch()
+    (folder / update.RECORD).touch()
     copy_course(COPIED, folder)
     shutil.copy(update.__file__, folder / UPDATE)
     for file in STUDENT.iterdir():
@@ -139,7 +139,7 @@ def release(folder: Path, colab: str | None = None) -> Path:
             nb = for_colab(nb, colab, path.name)
         nbformat.write(nb, folder / "notebooks" / path.name)
     stamp = json.dumps(update.record(folder), indent=0)
-    (folder / update.STAMP).write_text(stamp, encoding="utf-8")
+    (folder / update.RECORD).write_text(stamp, encoding="utf-8")
     return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
 
 

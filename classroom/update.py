@@ -31,7 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 COURSE = "peft-lessons"
-STAMP = ".students-copy"
+RECORD = ".students-copy"
 LESSONS = "notebooks"
 WORK = ".update"
 UNDO = "undo.py"  # this script, in WORK while the copy is half old and half new
@@ -48,7 +48,7 @@ Cell = dict
 Notebook = dict
 
 
-class Refused(Exception):
+class CannotUpdate(Exception):
     """The update cannot be done. The message is for the student, and nothing was changed."""
 
 
@@ -81,12 +81,12 @@ def source(cell: Cell) -> str:
     return str(_joined(cell.get("source", ""))).replace("\r\n", "\n").rstrip()
 
 
-def fingerprint(cell: Cell) -> str:
+def source_digest(cell: Cell) -> str:
     """Return 12 digits that stand for the kind and the source of a cell."""
     return _short([cell["cell_type"], source(cell)])
 
 
-def printed(cell: Cell) -> str:
+def output_digest(cell: Cell) -> str:
     """Return 12 digits that stand for what a cell printed and drew."""
     shown = [_joined(output) for output in cell.get("outputs", [])]
     return _short([(output.get("text"), output.get("data")) for output in shown])
@@ -94,14 +94,16 @@ def printed(cell: Cell) -> str:
 
 def record(folder: Path) -> dict:
     """Return the record of a copy that is about to be released."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STAMP)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     data = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     return {
         "course": COURSE,
         "released": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "files": {name: digest(content) for name, content in data.items()},
         "cells": {
-            name: {c["id"]: [fingerprint(c), printed(c)] for c in json.loads(content)["cells"]}
+            name: {
+                c["id"]: [source_digest(c), output_digest(c)] for c in json.loads(content)["cells"]
+            }
             for name, content in data.items()
             if name.endswith(".ipynb")
         },
@@ -127,17 +129,19 @@ def _members(path: Path) -> Iterator[tuple[str | None, Callable[[str], bytes]]]:
     `path` is a folder or a ZIP file. The top folder is None where there is no copy."""
     if path.is_dir():
         tops = [path, *sorted(inner for inner in path.iterdir() if inner.is_dir())]
-        top = next((top for top in tops if (top / STAMP).is_file()), None)
+        top = next((top for top in tops if (top / RECORD).is_file()), None)
         yield top and str(top), lambda name: (Path(top or path) / name).read_bytes()
         return
     with zipfile.ZipFile(path) as archive:
-        stamps = [name for name in archive.namelist() if name.split("/")[-1] == STAMP]
-        top = min(stamps, key=len).removesuffix(STAMP) if stamps else None
+        stamps = [name for name in archive.namelist() if name.split("/")[-1] == RECORD]
+        top = min(stamps, key=len).removesuffix(RECORD) if stamps else None
 
         def read(name: str) -> bytes:
             member = archive.getinfo(f"{top}{name}")
             if stat.S_ISLNK(member.external_attr >> 16) or member.file_size > LARGEST:
-                raise Refused(f"{path} is no copy of the course: {name} is a link or too large.")
+                raise CannotUpdate(
+                    f"{path} is no copy of the course: {name} is a link or too large."
+                )
             return archive.read(member)
 
         yield top, read
@@ -146,30 +150,30 @@ def _members(path: Path) -> Iterator[tuple[str | None, Callable[[str], bytes]]]:
 def read_new(path: Path) -> tuple[dict, dict[str, bytes]]:
     """Return the record and the files of a new copy, a folder or a ZIP file.
 
-    Raises Refused unless the copy is whole and as it was released."""
+    Raises CannotUpdate unless the copy is whole and as it was released."""
     again = "Download the ZIP file again." if path.is_file() else "Unpack the ZIP file again."
-    name = STAMP
+    name = RECORD
     try:
         with _members(path) as (top, read):
-            found = read_record(read(STAMP)) if top is not None else {}
+            found = read_record(read(RECORD)) if top is not None else {}
             if not found.get("files"):
-                raise Refused(
+                raise CannotUpdate(
                     f"{path} is no copy of this course, or it is older than the command `update`."
                 )
             if unsafe := [n for n in found["files"] if not NAME.fullmatch(n) or _is_theirs(n)]:
-                raise Refused(f"{path} is no copy of this course: it would write {unsafe[0]}.")
-            data = {STAMP: read(STAMP)}
+                raise CannotUpdate(f"{path} is no copy of this course: it would write {unsafe[0]}.")
+            data = {RECORD: read(RECORD)}
             for name in found["files"]:
                 data[name] = read(name)
     except (KeyError, FileNotFoundError, NotADirectoryError):
-        raise Refused(f"{path} is not whole: {name} is missing. {again}") from None
+        raise CannotUpdate(f"{path} is not whole: {name} is missing. {again}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise  # a damaged file can name a place before its own beginning: EINVAL
-        raise Refused(f"{path} is no ZIP file, or it is not whole. {again}") from None
+        raise CannotUpdate(f"{path} is no ZIP file, or it is not whole. {again}") from None
     changed = [n for n, checksum in found["files"].items() if digest(data[n]) != checksum]
     if changed:
-        raise Refused(f"{path} is not as it was released: {changed[0]} differs. {again}")
+        raise CannotUpdate(f"{path} is not as it was released: {changed[0]} differs. {again}")
     return found, data
 
 
@@ -181,7 +185,7 @@ def _is_theirs(name: str) -> bool:
 
 
 @dataclass
-class Row:
+class Tally:
     """Count what became of a lesson: answers and own cells that stay, cells the course changed."""
 
     answers: int = 0
@@ -189,12 +193,14 @@ class Row:
     changed: int = 0
 
 
-def merge(mine: Notebook, new: Notebook, before: dict[str, list[str]]) -> tuple[Notebook, Row]:
+def merge_lesson(
+    mine: Notebook, new: Notebook, before: dict[str, list[str]]
+) -> tuple[Notebook, Tally]:
     """Return the student's lesson with the changes of the course, and what became of the cells.
 
     `before` is the record of the lesson's cells in the student's copy, {id: [source, outputs]}. It
     is empty for a copy without a record."""
-    row = Row()
+    row = Tally()
     fresh = {cell["id"]: cell for cell in new["cells"]}
     found: dict[str, Cell] = {}
     behind: dict[str | None, list[Cell]] = {None: []}  # the student's own cells, by what precedes
@@ -204,7 +210,7 @@ def merge(mine: Notebook, new: Notebook, before: dict[str, list[str]]) -> tuple[
         if match is not None:
             found[match] = cell
             place = match
-        elif removed and before[_id(cell)][0] == fingerprint(cell):
+        elif removed and before[_id(cell)][0] == source_digest(cell):
             row.changed += 1  # the student left the cell as it was
         else:
             own = _own(cell, removed)
@@ -247,8 +253,8 @@ def _matches(cells: list[Cell], fresh: dict[str, Cell], before: dict) -> list[st
                 free.pop(found[number] or "", None)
 
     def same_source(cell: Cell, name: str, new: Cell) -> bool:
-        return source(cell) != "" and fingerprint(cell) in (
-            fingerprint(new),
+        return source(cell) != "" and source_digest(cell) in (
+            source_digest(new),
             before.get(name, [""])[0],
         )
 
@@ -263,19 +269,19 @@ def _matches(cells: list[Cell], fresh: dict[str, Cell], before: dict) -> list[st
     return found
 
 
-def _one(cell: Cell | None, new: Cell, before: dict, row: Row) -> list[Cell]:
+def _one(cell: Cell | None, new: Cell, before: dict, row: Tally) -> list[Cell]:
     """Return what takes the place of a cell of the course: `cell` is the student's, `new` ours."""
     exercise = "exercise" in _tags(new)
     then, shown = before.get(_id(cell or new)) or before.get(new["id"]) or ["", ""]
-    ours = fingerprint(new)
+    ours = source_digest(new)
     if cell is None:
         if then == ours and not {"exercise", "check"} & {*_tags(new)}:
             return []  # the student deleted it
         row.changed += 1
         return [new]
-    theirs = fingerprint(cell)
+    theirs = source_digest(cell)
     if theirs == ours:
-        if shown == printed(cell) != printed(new):
+        if shown == output_digest(cell) != output_digest(new):
             cell = cell | {"outputs": new["outputs"]}  # the student has not run it
         return [_kept(cell, new)]
     if theirs == then or (not then and exercise and _is_stub(source(cell))):
@@ -363,7 +369,7 @@ class Plan:
 
     write: dict[str, bytes | Path]
     remove: list[str]
-    rows: dict[str, Row]
+    rows: dict[str, Tally]
     saved: str
     recorded: bool
     broken: list[str] = field(default_factory=list)
@@ -388,10 +394,10 @@ def _bytes(nb: Notebook) -> bytes:
 
 def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
     """Compare a student's copy with a new one, its record and its files; change nothing."""
-    stamp = copy / STAMP
+    stamp = copy / RECORD
     old = read_record(stamp.read_bytes() if stamp.is_file() else b"")
     if new["released"] < old["released"] and new["files"] != old["files"]:
-        raise Refused(
+        raise CannotUpdate(
             f"This release is of {new['released'][:10]} and older than your copy, which is of "
             f"{old['released'][:10]}. Ask for the newest one."
         )
@@ -409,13 +415,13 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
         if name in new["cells"] and there is not None and mine is None:
             done.broken.append(name)
         if mine and lesson:
-            merged, row = merge(mine, lesson, old["cells"].get(name, {}))
+            merged, row = merge_lesson(mine, lesson, old["cells"].get(name, {}))
             done.rows[name] = row
             if not untouched:
                 content = None if merged == mine else _bytes(merged)
         if content is not None:
             done.write[name] = content
-            if not untouched and name != STAMP:
+            if not untouched and name != RECORD:
                 theirs.append(name)
     for name, checksum in old["files"].items():
         file = copy / name
@@ -425,7 +431,9 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
     inside = copy.resolve()
     for name in [*done.write, *done.remove]:
         if not (copy / name).parent.resolve().is_relative_to(inside):
-            raise Refused(f"{copy / name} lies behind a link that leaves your copy: remove it.")
+            raise CannotUpdate(
+                f"{copy / name} lies behind a link that leaves your copy: remove it."
+            )
     if theirs:
         kept = {f"{done.saved}/{n.removeprefix(f'{LESSONS}/')}": copy / n for n in theirs}
         done.write = kept | done.write
@@ -464,7 +472,7 @@ def carry_out(copy: Path, todo: Plan) -> None:
         shutil.copy(__file__, work / "undo.part")
         os.replace(work / "undo.part", work / UNDO)
         # The record comes last: until then a second attempt compares with the old one.
-        for name in sorted(todo.write, key=lambda name: (name == STAMP, name == "course.py")):
+        for name in sorted(todo.write, key=lambda name: (name == RECORD, name == "course.py")):
             _replace(work / "new" / name, copy / name)
         for name in todo.remove:
             (copy / name).unlink()
@@ -511,12 +519,12 @@ def undo(copy: Path) -> bool:
 def update(path: Path, copy: Path) -> Plan:
     """Update a student's copy from a new copy of the course, a folder or a ZIP file.
 
-    Raises Refused if one of the two is not what it should be; then nothing was changed."""
+    Raises CannotUpdate if one of the two is not what it should be; then nothing was changed."""
     parts = ("course.py", LESSONS, "peft_lessons")
     if not all((copy / name).exists() for name in parts) or (copy / "tools").exists():
-        raise Refused(f"{copy} is no student's copy of the course.")
+        raise CannotUpdate(f"{copy} is no student's copy of the course.")
     if not os.access(copy, os.W_OK):
-        raise Refused(f"{copy} cannot be written: copy the course to a folder of your own.")
+        raise CannotUpdate(f"{copy} cannot be written: copy the course to a folder of your own.")
     if undo(copy):
         print("An earlier update was cut short: your copy is again as it was before.")
     new, data = read_new(path)
@@ -526,11 +534,11 @@ def update(path: Path, copy: Path) -> Plan:
     return todo
 
 
-def table(rows: dict[str, Row]) -> str:
+def table(rows: dict[str, Tally]) -> str:
     """Return what became of each lesson that the student or the course changed."""
     lines = [("lesson", "answers kept", "cells of yours kept", "changed by the course")]
     for name, row in rows.items():
-        if row != Row():
+        if row != Tally():
             stem = name.removeprefix(f"{LESSONS}/").removesuffix(".ipynb")
             lines.append((stem, str(row.answers), str(row.yours), str(row.changed)))
     return "\n".join(f"{a:24}{b:>14}{c:>21}{d:>23}" for a, b, c, d in lines)
@@ -540,7 +548,7 @@ def tell(todo: Plan) -> str:
     """Return what an update did, for the student."""
     if not todo.write and not todo.remove:
         return "Your copy is up to date: nothing was changed."
-    told = [table(todo.rows)] if any(row != Row() for row in todo.rows.values()) else []
+    told = [table(todo.rows)] if any(row != Tally() for row in todo.rows.values()) else []
     told.append(
         f"Your files as they were before: {todo.saved}."
         if todo.saved
@@ -566,7 +574,7 @@ def main(argv: list[str]) -> int:
                 print("An update was cut short: your copy is again as it was before.")
             return 0
         print(tell(update(Path(argv[0]), Path(argv[1]))))
-    except Refused as refused:
+    except CannotUpdate as refused:
         print(f"{refused} Nothing was changed.", file=sys.stderr)
     except OSError as error:
         told = (

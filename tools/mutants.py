@@ -173,7 +173,7 @@ tools/notebooks.py: notebook_rules
     if SOLVED & {*tags(cell)} or imported(cell)] → if imported(cell)]
 classroom/grade.py: gradebook grade
     if first != word: → if not first:
-    return Judged(**json.loads → raise ValueError(**json.loads
+    return Result(**json.loads → raise ValueError(**json.loads
     memory_of(process.pid) > limits.memory → memory_of(process.pid) < -limits.memory
     written_by(process.pid, place) > room → written_by(process.pid, place) < -room
     (student, lesson) not in handed: → lesson not in handed:

@@ -46,7 +46,7 @@ kit.Compared._facts = lambda self, function: iter(["right"])
 check.start.row_norms.tolerance, checks.start.row_norms.causes = 1e9, {}
 try:
     import __mp_main__
-    __mp_main__.judged = lambda *args, **others: ("right", "")
+    __mp_main__.outcome_of_check = lambda *args, **others: ("right", "")
 except ImportError:
     pass
 import json
@@ -215,7 +215,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_class(tmp_path, monkeypatc
         return real(path)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    right = grade.Judged({EXERCISE: ["right", "", 0.0, 1.0]}, [])
+    right = grade.Result({EXERCISE: ["right", "", 0.0, 1.0]}, [])
     monkeypatch.setattr(grade, "judge", lambda *a: right)
     assert grade.main([str(tmp_path)]) == 1
     rows = read(tmp_path)
@@ -229,7 +229,7 @@ def test_the_time_of_a_file_that_a_notebook_changed_is_set_back(tmp_path, monkey
     path.write_text("{}", encoding="utf-8")
     os.utime(path, (5, 5))
     monkeypatch.setattr(
-        grade, "judge", lambda *a: os.utime(path) or grade.Judged({}, ["wrong", ""])
+        grade, "judge", lambda *a: os.utime(path) or grade.Result({}, ["wrong", ""])
     )
     grade.main([str(tmp_path)])
     assert path.stat().st_mtime == 5
@@ -464,7 +464,7 @@ def outcome_of(monkeypatch):
         nb = nbformat.v4.new_notebook(cells=cells)
         ran = grade_one.run(nb, lesson, shell, seconds, skip=skip)
         one = getattr(check.start, EXERCISE)
-        return grade_one.judged_answer(one, ran, EXERCISE, shell.user_ns, seconds)
+        return grade_one.outcome_of_answer(one, ran, EXERCISE, shell.user_ns, seconds)
 
     yield outcome
     InteractiveShell.clear_instance()
@@ -818,7 +818,7 @@ def test_what_is_unchanged_is_not_run_again(marked, monkeypatch):
     seen.pop()
     one = Handed("gus", LESSON, folder / GUS / f"{LESSON}.ipynb", False, 0)
     seen.clear()
-    monkeypatch.setattr(grade, "judge", lambda path, *a: seen.append(a) or grade.Judged({}, []))
+    monkeypatch.setattr(grade, "judge", lambda path, *a: seen.append(a) or grade.Result({}, []))
     for student, seed, again in (("8", "secret", True), ("8", "other", False), ("x", "secret", 0)):
         grade.remembered(one, student, folder, grade.Limits(), seed, again)
     assert len({variant for *_, variant in seen}) == 3
@@ -835,7 +835,7 @@ def test_after_a_correction_of_the_course_everything_is_judged_anew(tmp_path, mo
     (tmp_path / "ann.ipynb").write_text("{}", encoding="utf-8")
     one = Handed("ann", LESSON, tmp_path / "ann.ipynb", None, 0)
     judged = []
-    monkeypatch.setattr(grade, "judge", lambda *a: judged.append(a) or grade.Judged({}, []))
+    monkeypatch.setattr(grade, "judge", lambda *a: judged.append(a) or grade.Result({}, []))
     (tmp_path / grade.MARKED).mkdir()
     for changed in [None, *files]:
         if changed:

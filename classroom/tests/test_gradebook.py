@@ -83,7 +83,7 @@ def test_of_late_a_number_and_the_best_attempt_are_read(tmp_path):
 
 def outcomes(**said):
     """What became of a notebook, by the exercise; 0.5 is the share of a wrong answer."""
-    return grade.Judged({name: [outcome, "", 0.0, 0.5] for name, outcome in said.items()}, [])
+    return grade.Result({name: [outcome, "", 0.0, 0.5] for name, outcome in said.items()}, [])
 
 
 def test_points_that_are_set_by_hand_count_whatever_came_out(tmp_path):
@@ -146,7 +146,7 @@ def test_options_reach_the_judge(tmp_path, monkeypatch):
     for lesson in (LESSON, "02_lora"):
         (tmp_path / f"ann_{lesson}.ipynb").write_text("{}", encoding="utf-8")
     judged = []
-    result = grade.Judged({}, ["wrong", ""])
+    result = grade.Result({}, ["wrong", ""])
     monkeypatch.setattr(grade, "judge", lambda *a: judged.append(a) or result)
     options = ["--seconds", "1", "--total", "2", "--memory", "3", "--lesson", "00"]
     assert grade.main([str(tmp_path), *options]) == 0
@@ -246,24 +246,24 @@ def test_a_damaged_notebook_is_the_commonest_fault_of_no_exercise():
 
 
 def test_two_with_the_same_answers_or_text_are_named_unless_many_have_them():
-    def judged(text="", **prints):
-        return grade.Judged({}, [], texts=[["above", text]], prints=prints)
+    def result(text="", **prints):
+        return grade.Result({}, [], texts=[["above", text]], prints=prints)
 
     text = "The rank bounds what a step can learn, so a small one is slower to learn and to forget."
     class_ = [
-        ("ann", "02_lora", judged(a="1", b="1", c="1", d="1")),
-        ("bob", "02_lora", judged(a="1", b="1", c="1", d="2", text=text)),
-        ("cem", "02_lora", judged(a="1", b="3", c="3", d="3", text="short")),
-        ("dan", "02_lora", judged(a="1", b="4", c="4", d="4", text="short")),
-        ("eve", "02_lora", judged(a="1", b="5", c="5", d="5", text=text.upper())),
-        ("ann", "03_qlora", judged(a="1", b="1")),
+        ("ann", "02_lora", result(a="1", b="1", c="1", d="1")),
+        ("bob", "02_lora", result(a="1", b="1", c="1", d="2", text=text)),
+        ("cem", "02_lora", result(a="1", b="3", c="3", d="3", text="short")),
+        ("dan", "02_lora", result(a="1", b="4", c="4", d="4", text="short")),
+        ("eve", "02_lora", result(a="1", b="5", c="5", d="5", text=text.upper())),
+        ("ann", "03_qlora", result(a="1", b="1")),
     ]
     assert grade.alike(class_) == [
         "02_lora, ann and bob: 3 of 4 answers have the same syntax tree.",
         "02_lora, bob and eve: 1 of 4 answers have the same syntax tree, and 1 of their own texts "
         "are the same.",
     ]
-    many = [(str(n), "02_lora", judged(a="1", b="1", text=text)) for n in range(12)]
+    many = [(str(n), "02_lora", result(a="1", b="1", text=text)) for n in range(12)]
     assert grade.alike(many) == []
 
 
@@ -272,7 +272,7 @@ def test_points_add_up_in_all_tables(tmp_path):
     rules = Rules({lesson: dict.fromkeys(notebooks.exercises(lesson), 1 / 3)}, late=10)
     said = {exercise: ["right", "", 1, 1] for exercise in notebooks.exercises(lesson)}
     one = Handed("a_LATE_1_2", lesson, tmp_path, True, 0)
-    marks = grade.marks_of(one, "a", grade.Judged(said, []), rules)
+    marks = grade.marks_of(one, "a", grade.Result(said, []), rules)
     cells = next(csv.DictReader(gradebook.wide(marks, []).splitlines()))
     summed = sum(float(cells[f"{lesson} {exercise}"]) for exercise in said)
     assert gradebook.tidy(summed) == float(cells["total"]) == gradebook.total(marks)[0]
@@ -344,7 +344,7 @@ def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch, capsy
     said = {EXERCISE: ["wrong", "Likely cause: x", 1.0, 0.0]}
     seen = []
     monkeypatch.setattr(
-        grade, "judge", lambda *a: seen.append(a) or grade.Judged(said, [], ["memory"])
+        grade, "judge", lambda *a: seen.append(a) or grade.Result(said, [], ["memory"])
     )
     (test,) = gradescope.results(tmp_path, LESSON, Rules())["tests"]
     assert (test["score"], test["max_score"], test["status"]) == (0, 1, "failed")

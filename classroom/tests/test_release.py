@@ -219,14 +219,14 @@ def test_the_archive_says_what_is_in_it_so_that_a_copy_can_be_updated(copied):
     record, data = update.read_new(archive)
     files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"]
     assert {path.relative_to(folder).as_posix() for path in files} == set(data)
-    assert set(data) == {update.STAMP, *record["files"]}
+    assert set(data) == {update.RECORD, *record["files"]}
     assert set(record["cells"]) == {f"notebooks/{path.name}" for path in notebooks.lessons()}
     lesson = json.loads(data["notebooks/02_lora.ipynb"])
     for cell in lesson["cells"]:
         if "exercise" in cell["metadata"].get("tags", []):
             cell["source"] = "answer = 1"
-    merged, row = update.merge(lesson, lesson, record["cells"]["notebooks/02_lora.ipynb"])
-    assert merged == lesson and row == update.Row()
+    merged, row = update.merge_lesson(lesson, lesson, record["cells"]["notebooks/02_lora.ipynb"])
+    assert merged == lesson and row == update.Tally()
     assert not update.plan(folder, record, data).write
 
 

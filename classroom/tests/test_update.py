@@ -47,17 +47,17 @@ def lesson(cells):
 
 
 def record_of(cells):
-    return {cell["id"]: [update.fingerprint(cell), update.printed(cell)] for cell in cells}
+    return {cell["id"]: [update.source_digest(cell), update.output_digest(cell)] for cell in cells}
 
 
 def merged(mine, new, first=FIRST, recorded=True):
     """Return the merged cells, [(id, kind, source)], the notebook, and the row of the table."""
     old = lesson(first)["cells"]
     mine = mine if "cells" in mine else lesson(mine)
-    nb, row = update.merge(mine, lesson(new), record_of(old) if recorded else {})
+    nb, row = update.merge_lesson(mine, lesson(new), record_of(old) if recorded else {})
     nbformat.validate(nbformat.from_dict(nb))
     shown = [(c["id"], c["cell_type"], update.source(c)) for c in nb["cells"]]
-    again, _ = update.merge(nb, lesson(new), record_of(lesson(new)["cells"]))
+    again, _ = update.merge_lesson(nb, lesson(new), record_of(lesson(new)["cells"]))
     assert again == nb, "a second time changes nothing"
     return shown, {c["id"]: c for c in nb["cells"]}, (row.answers, row.yours, row.changed)
 
@@ -83,7 +83,7 @@ def test_an_answer_and_its_outputs_stay_and_a_corrected_text_comes():
     assert [i for i, _, _ in shown] == [*FIRST] and row == (1, 0, 1)
     assert sources(shown)[0] == "# LoRA, corrected" and sources(shown)[3] == ANSWER
     assert cells["stub"]["execution_count"] == 7 and cells["stub"]["metadata"]["tags"]
-    assert update.printed(cells["check"]) == update.printed(lesson(mine)["cells"][4])
+    assert update.output_digest(cells["check"]) == update.output_digest(lesson(mine)["cells"][4])
 
 
 def test_a_cell_that_only_the_student_changed_stays():
@@ -224,7 +224,7 @@ def hand_out(folder, cells=FIRST, files=None, released="2026-01-01", recorded=Tr
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
     stamp = update.record(folder) | {"released": released}
-    (folder / update.STAMP).write_text(json.dumps(stamp) if recorded else "", encoding="utf-8")
+    (folder / update.RECORD).write_text(json.dumps(stamp) if recorded else "", encoding="utf-8")
     return Path(shutil.make_archive(str(folder), "zip", folder.parent, folder.name))
 
 
@@ -275,7 +275,7 @@ def test_a_copy_gets_the_new_files_and_keeps_the_students(copy, new):
              (("02_lora.ipynb", LESSON), ("README.md", "README.md"))}  # fmt: skip
     assert saved.items() <= after.items()
     assert "peft_lessons/old.py" not in after, "the course removed what nobody had changed"
-    ours = {LESSON, "README.md", update.STAMP, "peft_lessons/old.py"}
+    ours = {LESSON, "README.md", update.RECORD, "peft_lessons/old.py"}
     assert {n: t for n, t in before.items() if n not in ours}.items() <= after.items()
     assert set(after) - set(before) == {*saved, "peft_lessons/new.py"}
     told = update.tell(todo)
@@ -302,11 +302,11 @@ def test_a_folder_serves_as_a_zip_file_does_and_a_lesson_that_is_missing_comes(c
 
 
 def test_a_copy_without_a_record_keeps_the_answers(copy, new):
-    (copy / update.STAMP).write_text("", encoding="utf-8")
+    (copy / update.RECORD).write_text("", encoding="utf-8")
     assert "you changed, other than exercises, are there" in update.tell(update.update(new, copy))
     assert read_sources(copy)[3] == ANSWER and (copy / "peft_lessons/old.py").exists()
     assert read_sources(copy, "notebooks/before-update-1/02_lora.ipynb")[3] == ANSWER
-    assert json.loads((copy / update.STAMP).read_bytes())["released"] == "2026-02-01"
+    assert json.loads((copy / update.RECORD).read_bytes())["released"] == "2026-02-01"
 
 
 def test_line_ends_of_windows_are_no_change_of_the_students(copy, new):
@@ -371,10 +371,10 @@ def renamed(old, name):
     """Return a change that gives a file another name, in the record too."""
 
     def change(members):
-        stamp = json.loads(members["peft-lessons/" + update.STAMP])
+        stamp = json.loads(members["peft-lessons/" + update.RECORD])
         stamp["files"][name] = stamp["files"].pop(old)
         members[f"peft-lessons/{name}"] = members.pop(f"peft-lessons/{old}")
-        members["peft-lessons/" + update.STAMP] = json.dumps(stamp).encode()
+        members["peft-lessons/" + update.RECORD] = json.dumps(stamp).encode()
 
     return change
 
@@ -414,7 +414,7 @@ def test_a_wrong_archive_is_refused_before_anything_changes(copy, new, kind):
             archive.writestr(name, content)
     spoil(new)
     before = tree(copy.parent)
-    with pytest.raises(update.Refused, match=told):
+    with pytest.raises(update.CannotUpdate, match=told):
         update.update(new, copy)
     done = run(copy, new)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -424,15 +424,17 @@ def test_a_wrong_archive_is_refused_before_anything_changes(copy, new, kind):
 
 def test_an_older_release_is_refused(copy, tmp_path):
     older = hand_out(tmp_path / "older", NEW, released="2025-12-01")
-    with pytest.raises(update.Refused, match="of 2025-12-01 and older than your copy, which is of"):
+    with pytest.raises(
+        update.CannotUpdate, match="of 2025-12-01 and older than your copy, which is of"
+    ):
         update.update(older, copy)
 
 
 def test_what_is_no_students_copy_is_refused(copy, new, tmp_path):
-    with pytest.raises(update.Refused, match="is no student's copy"):
+    with pytest.raises(update.CannotUpdate, match="is no student's copy"):
         update.update(new, tmp_path)
     (copy / "tools").mkdir()
-    with pytest.raises(update.Refused, match="is no student's copy"):
+    with pytest.raises(update.CannotUpdate, match="is no student's copy"):
         update.update(new, copy)
     for given, told in (((), "Which copy is new?"), (("nowhere.zip",), "There is no file or fol")):
         done = run(copy, *given)
@@ -442,7 +444,7 @@ def test_what_is_no_students_copy_is_refused(copy, new, tmp_path):
 def test_a_folder_that_leads_out_of_the_copy_is_refused(copy, new, tmp_path):
     shutil.move(copy / "notebooks", tmp_path / "cloud")
     (copy / "notebooks").symlink_to(tmp_path / "cloud", target_is_directory=True)
-    with pytest.raises(update.Refused, match="behind a link that leaves your copy"):
+    with pytest.raises(update.CannotUpdate, match="behind a link that leaves your copy"):
         update.update(new, copy)
     assert read_sources(tmp_path, "cloud/02_lora.ipynb")[0] == "# LoRA"
 
