@@ -116,6 +116,13 @@ def test_where_both_changed_an_exercise_the_answer_stays_and_the_new_stub_follow
     assert sources(shown)[3:5] == [stub, "check(double)"], "nobody had answered"
 
 
+def test_of_two_answers_without_an_id_the_last_one_counts():
+    second = ANSWER.replace("x + x", "2 * x")
+    mine = without("stub") | {"a": new_code_cell(ANSWER), "b": new_code_cell(second)}
+    _, cells, _ = merged(mine, FIRST)
+    assert update.source(cells["stub"]) == second
+
+
 def test_added_cells_stay_behind_the_cell_that_they_followed():
     own = {"mine": new_code_cell("1 + 1"), "note": new_markdown_cell("mine")}
     top = {"top": new_raw_cell("top")}
@@ -339,6 +346,17 @@ def test_an_old_copy_without_the_command_is_updated_from_the_new_folder(copy, ne
     assert read_sources(copy)[3] == ANSWER and "02_lora" in done.stdout
 
 
+def test_the_record_comes_last_and_the_rights_of_a_file_stay(copy, new, monkeypatch):
+    places, real = [], update._replace
+    monkeypatch.setattr(
+        update, "_replace", lambda file, place: places.append(place) or real(file, place)
+    )
+    (copy / LESSON).chmod(0o600)
+    update.update(new, copy)
+    assert places[-1] == copy / update.RECORD
+    assert stat.S_IMODE((copy / LESSON).stat().st_mode) == 0o600
+
+
 def run(folder, *given):
     line = [sys.executable, "course.py", "update", *map(str, given)]
     return subprocess.run(line, cwd=folder, capture_output=True, text=True)
@@ -501,7 +519,7 @@ update.os.replace = dies
 update.update(Path(sys.argv[1]), Path(sys.argv[2]))"""
 
 
-def test_after_a_power_cut_the_next_command_puts_the_old_copy_back(copy, new):
+def test_after_a_power_cut_the_next_command_puts_the_old_copy_back(copy, new, capsys):
     before = tree(copy)
     environment = dict(os.environ, PYTHONPATH=str(Path(update.__file__).parent))
     for _ in range(2):
@@ -515,6 +533,7 @@ def test_after_a_power_cut_the_next_command_puts_the_old_copy_back(copy, new):
     text = (copy / LESSON).read_text(encoding="utf-8").replace("x + x", "2 * x")
     (copy / LESSON).write_text(text, encoding="utf-8")
     update.update(new, copy)
+    assert capsys.readouterr().out.startswith("An earlier update was cut short")
     assert read_sources(copy)[3] == ANSWER.replace("x + x", "2 * x"), "written after the power cut"
     assert read_sources(copy)[0] == "# LoRA, corrected"
 
