@@ -177,8 +177,6 @@ def imports_in_setup(nb: NotebookNode, path: Path) -> Complaints:
     """Require imports in the first code cells only, without other code cells between."""
     problems, in_setup = [], True
     for label, cell in _numbered(nb, "code"):
-        if not _tree(cell).body:
-            continue
         names = imported(cell)
         if names and not in_setup:
             problems.append(f"{label} imports {', '.join(sorted(names))} after the set-up cells")
