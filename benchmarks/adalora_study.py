@@ -4,35 +4,19 @@
 
 Trains minilm on movie sentiment on all linear layers, and adds a row for each run to
 data/results/adalora_study.csv, one for each layer of an AdaLoRA run to adalora_ranks.csv, and for
-the runs that the lesson compares the sentences they get right to adalora_runs.csv, from which
+runs that the lesson compares the sentences they get right to adalora_runs.csv, from which
 adalora_pairs.csv is counted. `adalora, sums` adds up the scores of a triplet's entries instead of
 averaging; `adalora, γ 0.1` has another weight of the regulariser than PEFT's default 0.5; `lora,
 map` gives each matrix the rank that AdaLoRA's run with seed 0 left it.
 """
 
-from dataclasses import replace
 from typing import ClassVar
 from unittest import mock
 
+import common
 import torch
 from catalogue import schedule, setting
-from common import (
-    MEASURED,
-    RUN,
-    SEEDS,
-    STEPS,
-    Benchmark,
-    Results,
-    at_best,
-    base_of,
-    hexadecimal,
-    load,
-    main,
-    measured,
-    paired_counts,
-    plain,
-    right_answers,
-)
+from common import MEASURED, PAIRED, RUN, SEEDS, STEPS, Results, at_best, fill_table
 
 from peft_lessons import inject
 from peft_lessons.engine import injection_of
@@ -55,20 +39,19 @@ KEY = ("method", "initial", "rank", "steps", *RUN)
 BEST = {"adalora": 1e-2, "lora": 3e-3, "adalora, sums": 1e-2, "lora, map": 3e-3}
 PAIRS = (("adalora", "lora"), ("adalora", "adalora, sums"), ("lora, map", "lora"))
 COUNTED = ("pruned", "back", "alive")  # triplets ever pruned; kept again later; kept at the end
-PAIRED = ("both", "only_first", "only_second", "neither")
 TABLES = {  # {table: its columns beside the key} of what a run leaves beside its row
     "adalora_ranks": ("layer", "module", "kept", "norm"),
     "adalora_runs": (*COUNTED, "test", "sentences", "right"),
 }
 
 
-def rows_of(table: str) -> Results:
+def table(name: str) -> Results:
     """Return a table that runs fill beside their rows."""
-    return Results(table, KEY, TABLES[table])
+    return Results(name, KEY, TABLES[name])
 
 
 def by_sums(branch):
-    """Scores of triplets from the sums of their entries' scores, where the method takes means."""
+    """Score triplets by the sums of their entries' scores, where the method takes means."""
     a, e, b = (s * u for _, s, u in adalora.remembered(branch))
     return e.flatten() + (a.sum(dim=1) + b.sum(dim=0))
 
@@ -92,7 +75,7 @@ def place_of(path: str) -> tuple[str, str]:
 def map_of(method: str, lr: float, seed: int) -> dict[tuple[str, str], int]:
     """Return {(layer, module): rank at the end} of a run of 200 steps from rank 6 to 4."""
     point = tuple(map(str, (method, 6, 4, 200, lr, seed)))
-    rows = [r for r in rows_of("adalora_ranks").rows() if tuple(r[c] for c in KEY) == point]
+    rows = [r for r in table("adalora_ranks").rows() if tuple(r[c] for c in KEY) == point]
     return {(row["layer"], row["module"]): int(row["kept"]) for row in rows}
 
 
@@ -110,6 +93,8 @@ class Masks:
     def counts(self) -> dict[str, int]:
         """Return the triplets ever pruned, those of them that a later allocation kept, and those
         that the last one kept."""
+        if not self.taken:
+            return {}
         alive = torch.stack(self.taken)  # (allocations, triplets)
         ever = ~alive.all(dim=0)
         pruned_before = (~alive).cumsum(dim=0) > 0
@@ -118,9 +103,20 @@ class Masks:
         return dict(zip(COUNTED, map(int, values), strict=True))
 
 
-def trained(method: str, initial: int, rank: int, steps: int, lr: float, seed: int, train):
-    """Return the model of a point after `train(model)`, what that returned, and its masks."""
-    model, masks = base_of("sentiment", seed), Masks()
+def ranks_of(model: torch.nn.Module) -> list[dict]:
+    """Return a row for each layer of a trained AdaLoRA."""
+    rows = []
+    for path, wrapper in injection_of(model).wrappers.items():
+        layer, module = place_of(path)
+        norm = torch.linalg.norm(wrapper.ada.delta_weight()).item()
+        kept = int(wrapper.ada.lora_E.count_nonzero())
+        rows.append({"layer": layer, "module": module, "kept": kept, "norm": f"{norm:.4f}"})
+    return rows
+
+
+def run(method: str, initial: int, rank: int, steps: int, lr: float, seed: int) -> dict:
+    """Train one point and return its row; its ranks and its answers get rows of their own."""
+    model, masks, task = common.base_of("sentiment", seed), Masks(), common.load("sentiment")
     if method == "lora, map":
         ByMap.kept = map_of("adalora", 1e-2, 0)
         inject(model, ByMap(rank=rank, alpha=16, targets="all-linear"))
@@ -135,54 +131,28 @@ def trained(method: str, initial: int, rank: int, steps: int, lr: float, seed: i
         mock.patch.object(adalora, "triplet_scores", scores),
         mock.patch.object(adalora, "masks_of_best", masks),
     ):
-        return model, train(model), masks
-
-
-def ranks_of(model: torch.nn.Module) -> list[dict]:
-    """Return a row for each layer of a trained AdaLoRA."""
-    rows = []
-    for path, wrapper in injection_of(model).wrappers.items():
-        layer, module = place_of(path)
-        norm = torch.linalg.norm(wrapper.ada.delta_weight()).item()
-        kept = int(wrapper.ada.lora_E.count_nonzero())
-        rows.append({"layer": layer, "module": module, "kept": kept, "norm": f"{norm:.4f}"})
-    return rows
-
-
-def answered(model: torch.nn.Module, masks: Masks) -> dict:
-    """Return which test sentences a model gets right, and what became of its triplets."""
-    right = right_answers(model, load("sentiment"))
-    row = {"test": f"{sum(right) / len(right):.5f}", "sentences": len(right)}
-    return row | {"right": hexadecimal(right)} | (masks.counts() if masks.taken else {})
-
-
-def run(method: str, initial: int, rank: int, steps: int, lr: float, seed: int) -> dict:
-    """Train one point and return its row; its ranks and its answers get rows of their own."""
-    point, task = (method, initial, rank, steps, lr, seed), load("sentiment")
-    model, row, masks = trained(*point, lambda model: measured(model, task, lr, seed, steps=steps))
-    kept = row["trainable"]
+        row = common.measured(model, task, lr, seed, steps=steps)
+    beside, kept = {}, row["trainable"]
     if masks.taken:
-        if rows_of("adalora_ranks").missing([point]):
-            rows_of("adalora_ranks").add(point, ranks_of(model))
+        beside["adalora_ranks"] = ranks_of(model)
         for wrapper in injection_of(model).wrappers.values():
             pruned = initial - int(wrapper.ada.lora_E.count_nonzero())
             kept -= pruned * (sum(wrapper.base.weight.shape) + 1)
-    if steps == STEPS["sentiment"]:
-        rows_of("adalora_runs").add(point, [answered(model, masks)])
+    if (rank, steps, lr) == (4, STEPS["sentiment"], BEST.get(method, lr)):
+        right = common.right_answers(model, task)
+        answers = {"test": row["test"], "sentences": len(right), "right": common.hexadecimal(right)}
+        beside["adalora_runs"] = [answers | masks.counts()]
+    point = (method, initial, rank, steps, lr, seed)
+    for name, rows in beside.items():
+        if table(name).missing([point]):
+            table(name).add(point, rows)
     return row | {"kept": kept}
-
-
-def run_again(method: str, initial: int, rank: int, steps: int, lr: float, seed: int) -> dict:
-    """Train a point whose row there is already, for its answers."""
-    point, task = (method, initial, rank, steps, lr, seed), load("sentiment")
-    model, _, masks = trained(*point, lambda model: plain(model, task, steps, lr, seed))
-    return answered(model, masks)
 
 
 def answers() -> dict[tuple[str, int], list[bool]]:
     """Return {(method, seed): the sentences that its run at its best learning rate gets right}."""
     right = {}
-    for row in rows_of("adalora_runs").rows():
+    for row in table("adalora_runs").rows():
         if BEST.get(row["method"]) == float(row["lr"]):
             bits, sentences = int(row["right"], 16), range(int(row["sentences"]))
             right[row["method"], int(row["seed"])] = [bool(bits >> i & 1) for i in sentences]
@@ -199,19 +169,11 @@ def pairs(_: Results) -> list[tuple]:
 def count(first: str, second: str, seed: int) -> dict[str, int]:
     """Count the sentences that both methods get right, only one, or neither."""
     known = answers()
-    return paired_counts(known[first, seed], known[second, seed])
+    return common.paired_counts(known[first, seed], known[second, seed])
 
 
 if __name__ == "__main__":
-    study = Benchmark(
-        "adalora_study", KEY, ("trainable", "kept", *MEASURED), at_best(SETTINGS, max), run
-    )
-    compared = (("adalora", 6, 4, 200), ("lora", 4, 4, 200), ("adalora, sums", 6, 4, 200))
-    again = [(*setting, BEST[setting[0]], seed) for seed in SEEDS for setting in compared]
-    main(
-        study,
-        replace(study, points=at_best(WEIGHTED, max)),
-        replace(study, points=at_best(BY_HAND, max)),
-        Benchmark("adalora_runs", KEY, TABLES["adalora_runs"], again, run_again),
-        Benchmark("adalora_pairs", ("first", "second", "seed"), PAIRED, pairs, count),
-    )
+    for settings in (SETTINGS, WEIGHTED, BY_HAND):
+        columns, points = ("trainable", "kept", *MEASURED), at_best(settings, max)
+        fill_table("adalora_study", KEY, columns, points, run)
+    fill_table("adalora_pairs", ("first", "second", "seed"), PAIRED, pairs, count)

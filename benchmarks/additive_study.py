@@ -7,12 +7,10 @@ Adds a row for each run on either task to data/results/additive_study.csv. On Au
 1 has about the size of (IA)³, of a prompt and of a prefix.
 """
 
-from dataclasses import replace
-
 import torch
 from catalogue import SETTINGS as NAMED
 from catalogue import TOKENS, setting
-from common import BEFORE_TOO, NAMES, RUN, Benchmark, at_best, base_of, load, main, measured
+from common import BEFORE_TOO, NAMES, RUN, at_best, base_of, fill_table, load, measured
 
 from peft_lessons import inject
 from peft_lessons.engine import Method
@@ -44,7 +42,7 @@ NAMED_LORA = {"qv": "lora", "all-linear": "lora, all linear"}
 
 
 def described(task: str, method: str, variant: str, size: int) -> Method:
-    """The description of a setting."""
+    """Return the description of a setting."""
     if method == "adapter":
         return setting(variant, task, width=size)
     if method == "lora":  # alpha as in lora_study.csv on sentiment, twice the rank on Austen
@@ -69,5 +67,5 @@ def run(name: str, method: str, variant: str, size: int, lr: float, seed: int) -
 
 
 if __name__ == "__main__":
-    study = Benchmark("additive_study", (*NAMES, *RUN), BEFORE_TOO, at_best(SETTINGS), run)
-    main(study, replace(study, points=at_best(HAIR)))
+    for settings in (SETTINGS, HAIR):
+        fill_table("additive_study", (*NAMES, *RUN), BEFORE_TOO, at_best(settings), run)

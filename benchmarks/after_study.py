@@ -28,21 +28,13 @@ import peft
 import torch
 from catalogue import setting
 from choosing_study import definitions
-from common import SEEDS, Benchmark, Results, base_of, load, main
+from common import SEEDS, Results, at_best, base_of, fill_table, load
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from variants_study import EPSILON, K, cosines
+from variants_study import EPSILON, K, cosines, shifted, weights_of
 
-from peft_lessons import (
-    evaluate,
-    fit,
-    inject,
-    load_task,
-    load_tokenizer,
-    merge,
-    save_adapter,
-    unload,
-)
+from peft_lessons import evaluate, fit, inject, load_task, load_tokenizer, save_adapter
 from peft_lessons.data.tasks import LanguageTask, Split
+from peft_lessons.engine import merge, unload
 
 STEPS, DENSITY = {"austen": 100, "reviews": 100, "both": 200}, 0.5
 RATES = {"austen": (3e-2,), "reviews": (3e-3, 1e-2, 3e-2), "both": (3e-3, 1e-2, 3e-2)}
@@ -86,26 +78,11 @@ def trained(name: str, lr: float, seed: int) -> torch.nn.Module:
     return model
 
 
-def best_rate(results: Results, name: str) -> float | None:
-    """Return the learning rate that validation chose with the first seed, once all were tried."""
-    first = {
-        float(row["factor"]): float(row["validation"])
-        for row in results.rows()
-        if (row["way"], row["seed"]) == (name, str(SEEDS[0]))
-    }
-    return min(first, key=first.get) if {*first} == {*RATES[name]} else None
-
-
-def points(results: Results) -> list[tuple]:
-    """Return the points that are due: what is made of the adapters waits for their rates."""
-    due = [(name, lr, SEEDS[0]) for name, rates in RATES.items() for lr in rates]
-    best = {name: best_rate(results, name) for name in RATES}
-    if None in best.values():
-        return due
-    for seed in SEEDS:
-        due += [(name, lr, seed) for name, lr in best.items()] if seed != SEEDS[0] else []
-        due += [(*way, seed) for way in WAYS]
-    return due
+def best_rate(name: str) -> float:
+    """Return the learning rate that was chosen: the only one with another seed than the first."""
+    rows = Results("after_study", KEY, COLUMNS).rows()
+    chosen = (row for row in rows if (row["way"], row["seed"]) == (name, str(SEEDS[1])))
+    return float(next(chosen)["factor"])
 
 
 def run(way: str, factor: float, seed: int) -> dict:
@@ -123,15 +100,14 @@ def run(way: str, factor: float, seed: int) -> dict:
 def measured(model: torch.nn.Module) -> dict:
     """Return what a row says of a plain model."""
     row = {name: f"{evaluate(model, task).perplexity:.4f}" for name, task in tasks().items()}
-    return row | {"intruders": intruders(base_of("austen", 0), model)}
+    return row | {"intruders": shifted(weights_of(base_of("austen", 0)), model)[0]}
 
 
 def opened(seed: int) -> peft.PeftModel:
     """Return tinylm in PEFT with the adapters of both texts."""
-    results = Results("after_study", KEY, COLUMNS)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("austen", "reviews"):
-            save_adapter(trained(name, best_rate(results, name), seed), Path(folder, name))
+            save_adapter(trained(name, best_rate(name), seed), Path(folder, name))
         base, first = base_of("austen", 0), Path(folder, "austen")
         model = peft.PeftModel.from_pretrained(base, first, "austen")
         model.load_adapter(Path(folder, "reviews"), "reviews")
@@ -141,8 +117,8 @@ def opened(seed: int) -> peft.PeftModel:
 @torch.no_grad()
 def reduce(base: torch.nn.Module, model: torch.nn.Module, factor: float) -> None:
     """Scale the intruder dimensions of a plain model's linear layers, in place."""
-    for path in layers_of(base):
-        before, weight = base.get_submodule(path).weight, model.get_submodule(path).weight
+    for path, before in weights_of(base).items():
+        weight = model.get_submodule(path).weight
         U, S, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
         S[:K] *= torch.where(cosines(before, weight) < EPSILON, factor, 1.0)
         weight.copy_(U * S @ Vt)
@@ -152,14 +128,8 @@ def changed(way: str, factor: float, seed: int) -> torch.nn.Module:
     """Return the plain model that a way makes of the adapters."""
     model = opened(seed)
     if way == "reduced":
-        reduce_intruder_dimension(
-            model,
-            "austen",
-            way,
-            threshold_epsilon=EPSILON,
-            mitigation_lambda=factor,
-            logging_sink=None,
-        )
+        settings = {"threshold_epsilon": EPSILON, "mitigation_lambda": factor}
+        reduce_intruder_dimension(model, "austen", way, **settings, logging_sink=None)
     elif way == "reduced, any rank":
         model.set_adapter("austen")
         plain = model.merge_and_unload()
@@ -179,19 +149,8 @@ def changed(way: str, factor: float, seed: int) -> torch.nn.Module:
     return model.merge_and_unload()
 
 
-def layers_of(model: torch.nn.Module) -> list[str]:
-    """Return the paths of the linear layers of all blocks."""
-    named = model.named_modules()
-    return [path for path, m in named if isinstance(m, torch.nn.Linear) and "layers" in path]
-
-
-def intruders(before: torch.nn.Module, after: torch.nn.Module) -> int:
-    """Count the intruder dimensions of the linear layers of all blocks."""
-    weights = (
-        [m.get_submodule(path).weight for m in (before, after)] for path in layers_of(before)
-    )
-    return sum(int((cosines(*pair) < EPSILON).sum()) for pair in weights)
-
-
 if __name__ == "__main__":
-    main(Benchmark("after_study", KEY, COLUMNS, points, run))
+    rates = {(name,): tried for name, tried in RATES.items()}
+    fill_table("after_study", KEY, COLUMNS, at_best(rates, min), run)
+    ways = [(*way, seed) for seed in SEEDS for way in WAYS]
+    fill_table("after_study", KEY, COLUMNS, ways, run)

@@ -9,7 +9,7 @@ the other studies, with three seeds. Adds a row for each run to data/results/sen
 
 from additive_study import described
 from catalogue import TOKENS, setting
-from common import SEEDS, Benchmark, base_of, hexadecimal, load, main, plain, right_answers
+from common import SEEDS, base_of, fill_table, hexadecimal, load, plain, right_answers
 
 from peft_lessons import freeze, inject
 
@@ -69,4 +69,4 @@ def run(method: str, variant: str, size: int, lr: float, seed: int) -> dict:
 
 if __name__ == "__main__":
     points = [(*point, seed) for seed in SEEDS for point in PAIRED]
-    main(Benchmark("sentiment_answers", KEY, ("sentences", "right"), points, run))
+    fill_table("sentiment_answers", KEY, ("sentences", "right"), points, run)

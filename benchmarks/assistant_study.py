@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 from choosing_study import widened
-from common import RUN, Benchmark, Results, at_best, main
+from common import RUN, Results, at_best, fill_table, in_float32
 from peft import LoraConfig, get_peft_model
 
 from peft_lessons import (
@@ -79,9 +79,7 @@ def build(method: str, seed: int) -> torch.nn.Module:
         model = get_peft_model(model, config)
     elif method != "full":
         inject(model, described(method))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    in_float32(model)
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     return model
 
@@ -141,4 +139,4 @@ def points(results: Results) -> list[tuple]:
 
 
 if __name__ == "__main__":
-    main(Benchmark("assistant_study", KEY, COLUMNS, points, run))
+    fill_table("assistant_study", KEY, COLUMNS, points, run)

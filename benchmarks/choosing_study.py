@@ -13,25 +13,13 @@ nearest of other nouns' definitions has, by the mean of the last hidden states. 
 perplexity of such definitions, on which it was pretrained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 
+import common
 import torch
-from catalogue import SETTINGS, schedule, setting
-from common import (
-    CHOICES,
-    MEASURED,
-    RUN,
-    STEPS,
-    Benchmark,
-    Results,
-    at_best,
-    base_of,
-    load,
-    main,
-    measured,
-    plain,
-)
+from catalogue import BASES, SETTINGS, schedule, setting
+from common import CHOICES, MEASURED, RUN, STEPS, Results, at_best, base_of, load, measured
 from selective_study import Watched, train_in_halves
 
 from peft_lessons import evaluate, freeze, inject, load_task, load_tokenizer
@@ -41,57 +29,42 @@ ALL = 0  # examples; a row says how many they are
 FEW_STEPS = {"sentiment": 100, "austen": 50}  # on 100 examples
 NAMED = {"parallel": "parallel, scaled", "prompt": "prompt, text"}  # else by the same name
 ONE_IN = 200  # numbers that diff pruning keeps
-RATES = {  # on all examples; on 100 the middle one and its neighbours, and more if need be
-    "sentiment": {
-        "head": (3e-2,),
-        "norms": (3e-3,),
-        "bitfit": (3e-3,),
-        "last two": (3e-4,),
-        "full": (2e-4,),
-        "lora": (3e-3,),
-        "lora, all linear": (1e-3, 3e-3),
-        "qlora": (1e-3, 3e-3),
-        "dora, all linear": (1e-3, 3e-3),
-        "adalora": (3e-3, 1e-2),
-        "pfeiffer": (1e-3, 3e-3),
-        "parallel": (1e-3,),
-        "mixed": (1e-3,),
-        "ia3": (3e-2,),
-        "prompt": (3e-2,),
-        "prefix": (3e-2,),
-        "diff": (1e-2,),
-    },
-    "austen": {
-        "base": (0.0,),
-        "norms": (3e-2,),
-        "last two": (1e-2,),
-        "full": (3e-3,),
-        "lora": (1e-2, 3e-2, 1e-1),
-        "lora, all linear": (3e-2,),
-        "qlora": (3e-2,),
-        "dora, all linear": (1e-2, 3e-2, 1e-1),
-        "adalora": (1e-2, 3e-2, 1e-1),
-        "pfeiffer": (1e-2,),
-        "parallel": (3e-3,),
-        "mixed": (3e-3,),
-        "ia3": (3e-1,),
-        "prompt": (1e-1,),
-        "prefix": (1.0,),
-        "diff": (1e-2,),
-    },
+RATES_OF = {  # {method: rates on all of sentiment, and of Austen}
+    "head": ((3e-2,), None),
+    "base": (None, (0.0,)),
+    "norms": ((3e-3,), (3e-2,)),
+    "bitfit": ((3e-3,), None),
+    "last two": ((3e-4,), (1e-2,)),
+    "full": ((2e-4,), (3e-3,)),
+    "lora": ((3e-3,), (1e-2, 3e-2, 1e-1)),
+    "lora, all linear": ((1e-3, 3e-3), (3e-2,)),
+    "qlora": ((1e-3, 3e-3), (3e-2,)),
+    "dora, all linear": ((1e-3, 3e-3), (1e-2, 3e-2, 1e-1)),
+    "adalora": ((3e-3, 1e-2), (1e-2, 3e-2, 1e-1)),
+    "pfeiffer": ((1e-3, 3e-3), (1e-2,)),
+    "parallel": ((1e-3,), (3e-3,)),
+    "mixed": ((1e-3,), (3e-3,)),
+    "ia3": ((3e-2,), (3e-1,)),
+    "prompt": ((3e-2,), (1e-1,)),
+    "prefix": ((3e-2,), (1.0,)),
+    "diff": ((1e-2,), (1e-2,)),
+}
+# On 100 examples the middle one and its neighbours, and more if need be.
+RATES = {
+    task: {method: rates[i] for method, rates in RATES_OF.items() if rates[i]}
+    for i, task in enumerate(BASES)
 }
 FAMILIES = (  # on less data these come first, then their relatives
     *("head", "base", "bitfit", "last two", "full", "lora, all linear", "qlora"),
     *("pfeiffer", "ia3", "prompt", "prefix"),
 )
-EVERY = tuple(dict.fromkeys(method for rates in RATES.values() for method in rates))
 STAGES = (  # (examples, methods, tasks)
-    (ALL, EVERY, ("sentiment", "austen")),
-    (100, FAMILIES, ("sentiment", "austen")),
+    (ALL, RATES_OF, BASES),
+    (100, FAMILIES, BASES),
     (1000, FAMILIES, ("sentiment",)),
     (1000, FAMILIES, ("austen",)),
-    (100, EVERY, ("sentiment", "austen")),
-    (1000, EVERY, ("sentiment", "austen")),
+    (100, RATES_OF, BASES),
+    (1000, RATES_OF, BASES),
 )
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 KEY = ("task", "method", "examples", *RUN)
@@ -99,7 +72,7 @@ COLUMNS = ("steps", "trainable", *MEASURED[:-1], "memory", MEASURED[-1])
 
 
 def rates_of(results: Results, task: str, method: str, examples: int) -> tuple[float, ...]:
-    """The learning rates to try; none where those of other sizes, which decide, aren't all in."""
+    """Return the rates to try; none where those of other sizes, which decide, aren't all in."""
     rates = RATES[task][method]
     if examples == ALL or not any(rates):
         return rates
@@ -117,8 +90,8 @@ def rates_of(results: Results, task: str, method: str, examples: int) -> tuple[f
 
 
 def widened(rates: tuple[float, ...], tried: dict[float, float], best: Callable) -> tuple:
-    """Rates, and one more on that side on which the best of them lies at the edge, as often as
-    needed: what is chosen at last has a worse one on both sides, or the ladder ends."""
+    """Return rates, and one more on that side on which the best of them lies at the edge, as often
+    as needed: what is chosen at last has a worse one on both sides, or the ladder ends."""
     while set(rates) <= set(tried):
         chosen = best(rates, key=tried.get)
         below, above = [r for r in LADDER if r < rates[0]], [r for r in LADDER if r > rates[-1]]
@@ -132,7 +105,7 @@ def widened(rates: tuple[float, ...], tried: dict[float, float], best: Callable)
 
 
 def tried_at(results: Results, task: str, method: str, examples: int) -> dict[float, float]:
-    """{rate: validation} of the runs of seed 0."""
+    """Return {rate: validation} of the runs of seed 0."""
     return {
         float(row["lr"]): float(row["validation"])
         for row in results.rows()
@@ -142,14 +115,14 @@ def tried_at(results: Results, task: str, method: str, examples: int) -> dict[fl
 
 
 def best_rate(results: Results, task: str, method: str, examples: int) -> float | None:
-    """The rate that the validation split chose, once all of them were tried."""
+    """Return the rate that the validation split chose, once all of them were tried."""
     tried = tried_at(results, task, method, examples)
     rates = rates_of(results, task, method, examples)
     return CHOICES[task](rates, key=tried.get) if set(rates) <= set(tried) else None
 
 
 def build(task: str, method: str, steps: int, seed: int) -> torch.nn.Module:
-    """The base with a method in it, ready to train."""
+    """Return the base with a method in it, ready to train."""
     model, plan = base_of(task, seed), schedule(steps) if method == "adalora" else {}
     if method == "diff":
         inject(model, Watched())
@@ -162,7 +135,7 @@ def build(task: str, method: str, steps: int, seed: int) -> torch.nn.Module:
 
 @cache
 def definitions() -> LanguageTask:
-    """Definitions of nouns, as tinylm read them in its pretraining."""
+    """Return definitions of nouns, as tinylm read them in its pretraining."""
     nouns, tokenizer = load_task("wordnet"), load_tokenizer("tinylm")
     texts = tuple(nouns.texts("test"))
     tokens = [tokenizer(text)["input_ids"] for text in texts]
@@ -172,20 +145,20 @@ def definitions() -> LanguageTask:
 
 @torch.no_grad()
 def vectors(model, task, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit vectors (texts, width), the means of the last hidden states, and the labels (texts,)."""
+    """Return unit vectors (texts, width), the means of the last hidden states, and their labels."""
     model.eval()
-    found, labels = [], []
+    means, labels = [], []
     for batch in task.batches(split, 64, by_length=True):
         labels.append(batch.pop("labels"))
         mask = batch["attention_mask"][..., None]  # (texts, tokens, 1)
         states = model(**batch, output_hidden_states=True).hidden_states[-1]
         states = states[:, -mask.shape[1] :]  # behind a prompt, if there is one
-        found.append((states * mask).sum(dim=1) / mask.sum(dim=1))
-    return torch.nn.functional.normalize(torch.cat(found)), torch.cat(labels)
+        means.append((states * mask).sum(dim=1) / mask.sum(dim=1))
+    return torch.nn.functional.normalize(torch.cat(means)), torch.cat(labels)
 
 
 def memory(model, known) -> float:
-    """What the model still can of what the base could: see the top of the file."""
+    """Measure what the model still can of what the base could: see the top of the file."""
     if isinstance(known, LanguageTask):
         return evaluate(model, known).perplexity
     (near, names), (asked, labels) = (vectors(model, known, split) for split in ("train", "test"))
@@ -199,14 +172,14 @@ def run(name: str, method: str, examples: int, lr: float, seed: int) -> dict:
     if examples < task.size("train"):
         task = task.limit(train=examples)
     steps = FEW_STEPS[name] if examples == 100 else STEPS[name]
-    model, train = build(name, method, steps, seed), plain
+    model, train = build(name, method, steps, seed), common.plain
     if method == "diff":
         train = partial(train_in_halves, path=[], one_in=ONE_IN)
     row = measured(model, task, lr, seed, train, steps)
     return row | {"memory": f"{memory(model, known):.5f}"}
 
 
-def stage(size: int, methods: tuple[str, ...], tasks: tuple[str, ...]) -> Callable:
+def stage(size: int, methods: Iterable[str], tasks: Iterable[str]) -> Callable:
     """Return what a stage still lacks, as a function of the table: its rates depend on its rows."""
 
     def points(results: Results) -> list[tuple]:
@@ -222,4 +195,5 @@ def stage(size: int, methods: tuple[str, ...], tasks: tuple[str, ...]) -> Callab
 
 
 if __name__ == "__main__":
-    main(*(Benchmark("choosing_study", KEY, COLUMNS, stage(*each), run) for each in STAGES))
+    for each in STAGES:
+        common.fill_table("choosing_study", KEY, COLUMNS, stage(*each), run)

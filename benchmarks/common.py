@@ -15,7 +15,6 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -61,45 +60,37 @@ class Results:
             writer.writerows([named | row for row in rows])
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """State a table, the columns that name its points, the columns that are measured, and its runs.
+def fill_table(
+    table: str,
+    key: Sequence[str],
+    columns: Sequence[str],
+    points: Iterable[tuple] | Callable[[Results], list[tuple]],
+    run: Callable[..., Mapping | list[Mapping]],
+    anew: bool = False,
+) -> None:
+    """Run what a table lacks, on one core.
 
+    key, columns: those that name a point, and those that are measured.
     points: all points, or a function of the table that returns those that are due by now.
     run: returns the row of a point, or several; a row may overwrite a value of the point's name.
     anew: whether the table begins anew, as times must that are compared."""
-
-    table: str
-    key: Sequence[str]
-    columns: Sequence[str]
-    points: Iterable[tuple] | Callable[[Results], list[tuple]]
-    run: Callable[..., Mapping | list[Mapping]]
-    anew: bool = False
-
-
-def main(*benchmarks: Benchmark) -> None:
-    """Run what the tables of these benchmarks lack, one after the other, on one core."""
-    doc = sys.modules["__main__"].__doc__
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    doc, style = sys.modules["__main__"].__doc__, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=style)
     parser.add_argument("--backwards", action="store_true", help="begin with the last point")
     place = -1 if parser.parse_args().backwards else 0
     torch.set_num_threads(1)
-    for benchmark in benchmarks:
-        results = Results(benchmark.table, benchmark.key, benchmark.columns, benchmark.anew)
+    results = Results(table, key, columns, anew)
 
-        def due(benchmark=benchmark, results=results) -> list[tuple]:
-            points = benchmark.points
-            return results.missing(points(results) if callable(points) else points)
+    def due() -> list[tuple]:
+        return results.missing(points(results) if callable(points) else points)
 
-        while points := due():
-            point = points[place]
-            made = benchmark.run(*point)
-            rows = [made] if isinstance(made, Mapping) else made
-            if point in due():  # another process may have been there too
-                results.add(point, rows)
-                print(benchmark.table, *point, rows[-1], flush=True)
+    while missing := due():
+        point = missing[place]
+        outcome = run(*point)
+        rows = [outcome] if isinstance(outcome, Mapping) else outcome
+        if point in due():  # another process may have been there too
+            results.add(point, rows)
+            print(table, *point, rows[-1], flush=True)
 
 
 STEPS = {"sentiment": 200, "austen": 100}
@@ -108,6 +99,7 @@ RUN = ("lr", "seed")  # the end of the key of a study at the best learning rates
 NAMES = ("task", "method", "variant", "size")  # of a setting of a study on both tasks
 MEASURED = ("validation", "test", "test_loss", "seconds_per_step")
 BEFORE_TOO = ("steps", "trainable", "untrained", *MEASURED)
+PAIRED = ("both", "only_first", "only_second", "neither")  # which of two methods is right
 
 
 def at_best(
@@ -141,10 +133,17 @@ def load(task: str, validation: int = 250):
 
 
 def base_of(task: str, seed: int) -> torch.nn.Module:
-    """The base of a task, its head and what is injected next drawn with this seed."""
+    """Return the base of a task, its head and what is injected next drawn with this seed."""
     model = load_model(BASES[task], labels=2 if task == "sentiment" else None, seed=seed)
     torch.manual_seed(seed)
     return model
+
+
+def in_float32(model: torch.nn.Module) -> None:
+    """Turn what trains to float32; what is frozen keeps its type."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def plain(model, task, steps: int, lr: float, seed: int) -> History:
@@ -197,17 +196,13 @@ def hexadecimal(right: Sequence[bool]) -> str:
 
 def paired_counts(first: Sequence[bool], second: Sequence[bool]) -> dict[str, int]:
     """Count the sentences that both models get right, only one of them, or neither."""
-    pairs = Counter(zip(first, second, strict=True))
-    return {
-        "both": pairs[True, True],
-        "only_first": pairs[True, False],
-        "only_second": pairs[False, True],
-        "neither": pairs[False, False],
-    }
+    counts = Counter(zip(first, second, strict=True))
+    cases = itertools.product((True, False), repeat=2)
+    return {name: counts[case] for name, case in zip(PAIRED, cases, strict=True)}
 
 
 def stepper(model: torch.nn.Module, batches: list[dict]) -> Callable[[], float]:
-    """A function that takes one training step on the next of the batches, going round.
+    """Return a function that takes one training step on the next of the batches, going round.
 
     With a method of the course its hooks are part of the step; with PEFT's AdaLoRA its allocator,
     which PEFT leaves to the caller."""

@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from catalogue import BASES, setting
-from common import Benchmark, base_of, main, stepper
+from common import base_of, fill_table, stepper
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -31,19 +31,13 @@ from peft import (
 )
 
 from peft_lessons import DoRALayer, freeze, inject, load_task, measure, merge, unload
-from peft_lessons.engine import Method, injection_of
+from peft_lessons.engine import Method, find_targets, injection_of
 from peft_lessons.testing import adapter_bytes
 
+TASKS = {base: task for task, base in BASES.items()}
 ROUNDS, TOKENS = 15, 32  # of an answer
 ANSWERS = {"minilm": {1: 20, 32: 5}, "tinylm": {1: 20, 32: 15}}  # texts: rounds
 BATCH = {"minilm": 16, "tinylm": 4}
-ALL = {  # our "all-linear", which PEFT takes by name
-    "minilm": (
-        *("query", "key", "value"),
-        *("attention.output.dense", "intermediate.dense", "output.dense"),
-    ),
-    "tinylm": (*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")),
-}
 # Long, so that all of the steps measured here fall into the pruning, and none is the last.
 SCHEDULE = {"tinit": 1, "tfinal": 10, "delta": 5, "total_steps": 1000}
 ADALORA = {"initial_rank": 8, "target_rank": 4} | SCHEDULE
@@ -63,7 +57,7 @@ COLUMNS = (
 
 
 def methods(task: str) -> dict[str, Method]:
-    """The methods of the course on the base of a task, by the name of their row."""
+    """Return the methods of the course on the base of a task, by the name of their row."""
     described = {}
     for suffix in ("", ", all linear"):
         described[f"lora{suffix}"] = lora = setting(f"lora{suffix}", task)
@@ -76,7 +70,7 @@ def methods(task: str) -> dict[str, Method]:
 
 
 def ours(task: str) -> dict[str, torch.nn.Module]:
-    """The base, all or only its head to train, and copies of it with each method in it."""
+    """Return the base, all or only its head to train, and copies with each method in it."""
     models = {"full": base_of(task, 0)}
     if task == "sentiment":
         models["head"] = base_of(task, 0)
@@ -88,10 +82,11 @@ def ours(task: str) -> dict[str, torch.nn.Module]:
 
 
 def theirs(task: str) -> dict[str, torch.nn.Module]:
-    """PEFT's, where it has the method."""
+    """Return the base with each method that PEFT has, too."""
     kind = "SEQ_CLS" if task == "sentiment" else "CAUSAL_LM"
     described, configs = methods(task), {}
-    for suffix, layers in (("", described["lora"].targets), (", all linear", ALL[BASES[task]])):
+    linear = find_targets(base_of(task, 0), "all-linear", (torch.nn.Linear,))
+    for suffix, layers in (("", described["lora"].targets), (", all linear", linear)):
         factors = {"task_type": kind, "lora_alpha": 16, "target_modules": list(layers)}
         plan = {"tinit": 1, "tfinal": 10, "deltaT": 5, "total_step": 1000}
         configs |= {
@@ -99,32 +94,21 @@ def theirs(task: str) -> dict[str, torch.nn.Module]:
             f"dora{suffix}": LoraConfig(r=8, use_dora=True, **factors),
             f"adalora{suffix}": AdaLoraConfig(init_r=8, target_r=4, **plan, **factors),
         }
-    ia3, tokens = (
-        described["ia3"],
-        {"task_type": kind, "num_virtual_tokens": described["prompt"].tokens},
-    )
-    configs["ia3"] = IA3Config(
-        task_type=kind, target_modules=ia3.targets, feedforward_modules=ia3.feedforward
-    )
+    ia3 = described["ia3"]
+    scaled = {"target_modules": ia3.targets, "feedforward_modules": ia3.feedforward}
+    configs["ia3"] = IA3Config(task_type=kind, **scaled)
+    tokens = {"task_type": kind, "num_virtual_tokens": described["prompt"].tokens}
     configs |= {"prompt": PromptTuningConfig(**tokens), "prefix": PrefixTuningConfig(**tokens)}
     return {name: get_peft_model(base_of(task, 0), config) for name, config in configs.items()}
 
 
 def with_gradient(layer: DoRALayer, weight: torch.Tensor) -> torch.Tensor:
-    """The row norms of a DoRA layer, through which the gradient flows."""
+    """Return the row norms of a DoRA layer, through which the gradient flows."""
     return torch.linalg.norm(layer.adapted(weight), dim=1)
 
 
-def patched(step):
-    def run():
-        with mock.patch.object(DoRALayer, "row_norms", with_gradient):
-            step()
-
-    return run
-
-
 def answer(base: str, model: torch.nn.Module, rows: int):
-    """A function that runs the model without gradients, in eval mode."""
+    """Return a function that runs the model without gradients, in eval mode."""
     ids = torch.arange(rows * TOKENS).view(rows, TOKENS) % 1000 + 1000
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     more = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
@@ -142,9 +126,9 @@ def costs_of(
 ) -> list[dict]:
     """Measure models of one base by turns, {(method, whose): model}. Return a row for each, and for
     the course's own ones named in `merged` when they are merged."""
-    task = next(task for task, name in BASES.items() if name == base)
-    batches = list(itertools.islice(load_task(task).stream(BATCH[base], seed=0), ROUNDS))
+    batches = list(itertools.islice(load_task(TASKS[base]).stream(BATCH[base], seed=0), ROUNDS))
     steps = {way: stepper(model, batches) for way, model in models.items()}
+    patched = mock.patch.object(DoRALayer, "row_norms", with_gradient)  # while a step runs
     steps |= {way: patched(step) for way, step in steps.items() if "with gradient" in way[0]}
     seconds = measure.by_turns(steps, ROUNDS)
     peaks = {way: measure.peak_bytes(step) for way, step in steps.items()}
@@ -172,11 +156,10 @@ def costs_of(
 
 def run(base: str) -> list[dict]:
     """Measure all methods on a base, the course's and PEFT's."""
-    task = next(task for task, name in BASES.items() if name == base)
-    models = {(method, "ours"): model for method, model in ours(task).items()}
-    models |= {(method, "PEFT"): model for method, model in theirs(task).items()}
+    models = {(method, "ours"): model for method, model in ours(TASKS[base]).items()}
+    models |= {(method, "PEFT"): model for method, model in theirs(TASKS[base]).items()}
     return costs_of(base, models, MERGED)
 
 
 if __name__ == "__main__":
-    main(Benchmark("costs", KEY, COLUMNS, [(base,) for base in BASES.values()], run, anew=True))
+    fill_table("costs", KEY, COLUMNS, [(base,) for base in TASKS], run, anew=True)

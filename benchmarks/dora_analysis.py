@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from catalogue import setting
-from common import RUN, SEEDS, Benchmark, base_of, load, main
+from common import RUN, SEEDS, base_of, fill_table, load
+from dora_study import build
 
 from peft_lessons import fit, inject
 from peft_lessons.engine import injection_of
@@ -52,7 +53,7 @@ class Watched:
 
 
 def weights(model) -> dict[str, torch.Tensor]:
-    """The weights of all targets in double precision: 1 - cosine may be as small as 1e-5."""
+    """Return the weights of all targets in double precision: 1 - cosine may be as small as 1e-5."""
     if injection := injection_of(model):
         tensors = {p: w.merged_tensors()[0] for p, w in injection.wrappers.items()}
     else:
@@ -90,7 +91,7 @@ def degrees(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def directions(model) -> dict[str, torch.Tensor]:
-    """V of all targets in double precision."""
+    """Return V of all targets in double precision."""
     tensors = {}
     for path, wrapper in injection_of(model).wrappers.items():
         layer = getattr(wrapper, "dora", None) or wrapper.lora
@@ -100,12 +101,8 @@ def directions(model) -> dict[str, torch.Tensor]:
 
 def norms(method: str, lr: float, seed: int) -> list[dict]:
     """Train one point and return a row for every ten steps."""
-    model, rows, seen = base_of("sentiment", seed), [], {}
-    base = weights(model)
-    inject(model, setting(method.partition(",")[0], "sentiment"))
-    if method == "dora, m frozen":
-        for wrapper in injection_of(model).wrappers.values():
-            wrapper.dora.magnitude.requires_grad_(False)
+    base, rows, seen = weights(base_of("sentiment", seed)), [], {}
+    model = build(method, 8, seed)
 
     def look(step):
         if step % NORM_EVERY:
@@ -154,13 +151,10 @@ def analysis(method: str, lr: float, seed: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    runs = [(method, lr, seed) for seed in SEEDS for method, rates in RUNS.items() for lr in rates]
-    watched = [
-        (method, NORM_RATE, seed) for seed in SEEDS for method in ("lora", "dora", "dora, m frozen")
-    ]
     sizes = [(f"{size:.4g}",) for size in SIZES]
-    main(
-        Benchmark("dora_random", ("size",), RANDOM_COLUMNS, sizes, random_changes),
-        Benchmark("dora_norms", KEY, NORM_COLUMNS, watched, norms),
-        Benchmark("dora_analysis", KEY, COLUMNS, runs, analysis),
-    )
+    fill_table("dora_random", ("size",), RANDOM_COLUMNS, sizes, random_changes)
+    ways = ("lora", "dora", "dora, m frozen")
+    watched = [(way, NORM_RATE, seed) for seed in SEEDS for way in ways]
+    fill_table("dora_norms", KEY, NORM_COLUMNS, watched, norms)
+    runs = [(method, lr, seed) for seed in SEEDS for method, rates in RUNS.items() for lr in rates]
+    fill_table("dora_analysis", KEY, COLUMNS, runs, analysis)

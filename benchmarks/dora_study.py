@@ -14,20 +14,10 @@ the test sentences that both, only the first, only the second or neither gets ri
 
 from functools import cache
 
+import common
+import torch
 from catalogue import setting
-from common import (
-    MEASURED,
-    RUN,
-    SEEDS,
-    Benchmark,
-    at_best,
-    base_of,
-    load,
-    main,
-    measured,
-    paired_counts,
-    right_answers,
-)
+from common import MEASURED, PAIRED, RUN, SEEDS, at_best, fill_table, load
 
 from peft_lessons import fit, inject
 from peft_lessons.engine import injection_of
@@ -37,44 +27,42 @@ SETTINGS = dict.fromkeys((("dora", 8), ("lora", 9), ("dora", 1), ("lora", 2)), R
 # Too large a rate breaks LoRA; with all seeds, to see what it does to DoRA.
 SURVIVE = (("dora", 8), ("dora", 1), ("dora, m frozen", 8), ("dora, m frozen", 1))
 SAME_RATE = ({("dora, all linear", 8): (1e-3,)}, {("lora, all linear", 8): (3e-3,)})
-PAIRED, OTHERS = "DoRA, rank 8", ("LoRA, rank 8", "LoRA, rank 9")
+FIRST, OTHERS = "DoRA, rank 8", ("LoRA, rank 8", "LoRA, rank 9")
 BEST = 3e-3  # the best learning rate of all three by validation
-COUNTS = ("both", "only_first", "only_second", "neither")
 
 
-def run(method: str, rank: int, lr: float, seed: int) -> dict:
-    """Train one point and return its measured columns."""
-    model = base_of("sentiment", seed)
+def build(method: str, rank: int, seed: int) -> torch.nn.Module:
+    """Return minilm with a method in it, whose magnitudes may be frozen."""
+    model = common.base_of("sentiment", seed)
     inject(model, setting(method.removesuffix(", m frozen"), "sentiment", rank=rank))
     if method == "dora, m frozen":
         for wrapper in injection_of(model).wrappers.values():
             wrapper.dora.magnitude.requires_grad_(False)
-    return measured(model, load("sentiment"), lr, seed)
+    return model
+
+
+def run(method: str, rank: int, lr: float, seed: int) -> dict:
+    """Train one point and return its measured columns."""
+    return common.measured(build(method, rank, seed), load("sentiment"), lr, seed)
 
 
 @cache
 def answers(name: str, seed: int) -> list[bool]:
     """Train e.g. "DoRA, rank 8" and return which test sentences it gets right."""
     task, (method, rank) = load("sentiment"), name.split(", rank ")
-    model = base_of(task.name, seed)
-    inject(model, setting(method.lower(), task.name, rank=int(rank)))
+    model = build(method.lower(), int(rank), seed)
     fit(model, task, 200, lr=BEST, seed=seed, show=False)
-    return right_answers(model, task)
+    return common.right_answers(model, task)
 
 
 def pair(method: str, other: str, lr: float, seed: int) -> dict[str, int]:
     """Count the sentences that both of two methods get right, only one, or neither."""
-    return paired_counts(answers(method, seed), answers(other, seed))
+    return common.paired_counts(answers(method, seed), answers(other, seed))
 
 
 if __name__ == "__main__":
-    columns = ("steps", "trainable", *MEASURED)
-    every = (SETTINGS, dict.fromkeys(SURVIVE, RATES[-1:]), *SAME_RATE)
-    pairs = [(PAIRED, other, BEST, seed) for seed in SEEDS for other in OTHERS]
-    main(
-        *(
-            Benchmark("dora_study", ("method", "rank", *RUN), columns, at_best(settings, max), run)
-            for settings in every
-        ),
-        Benchmark("dora_pairs", ("method", "other", *RUN), COUNTS, pairs, pair),
-    )
+    key, columns = ("method", "rank", *RUN), ("steps", "trainable", *MEASURED)
+    for settings in (SETTINGS, dict.fromkeys(SURVIVE, RATES[-1:]), *SAME_RATE):
+        fill_table("dora_study", key, columns, at_best(settings, max), run)
+    pairs = [(FIRST, other, BEST, seed) for seed in SEEDS for other in OTHERS]
+    fill_table("dora_pairs", ("method", "other", *RUN), PAIRED, pairs, pair)

@@ -7,7 +7,7 @@ data/results/lora_study.csv. Learning rates are to be chosen by the column `vali
 """
 
 from catalogue import setting
-from common import MEASURED, SEEDS, Benchmark, base_of, load, main, measured
+from common import MEASURED, SEEDS, base_of, fill_table, load, measured
 
 from peft_lessons import freeze, inject
 
@@ -62,4 +62,4 @@ def run(method: str, targets: str, rank: int, alpha: int, lr: float, steps: int,
 
 if __name__ == "__main__":
     every = [(*point, seed) for point in points() for seed in SEEDS]
-    main(Benchmark("lora_study", KEY, ("trainable", *MEASURED), every, run))
+    fill_table("lora_study", KEY, ("trainable", *MEASURED), every, run)

@@ -7,7 +7,7 @@ many parameters as the adapters of additive_study.csv have.
 """
 
 from catalogue import setting
-from common import BEFORE_TOO, NAMES, RUN, Benchmark, at_best, base_of, load, main, measured
+from common import BEFORE_TOO, NAMES, RUN, at_best, base_of, fill_table, load, measured
 
 from peft_lessons import inject
 
@@ -29,4 +29,4 @@ def run(name: str, method: str, scale: int, width: int, lr: float, seed: int) ->
 
 
 if __name__ == "__main__":
-    main(Benchmark("mixing_study", (*NAMES, *RUN), BEFORE_TOO, at_best(SETTINGS), run))
+    fill_table("mixing_study", (*NAMES, *RUN), BEFORE_TOO, at_best(SETTINGS), run)

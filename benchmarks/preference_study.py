@@ -9,7 +9,7 @@ bfloat16, what trains is in float32.
 """
 
 import torch
-from common import SEEDS, Benchmark, main
+from common import SEEDS, fill_table, in_float32
 
 from peft_lessons import LoRA, disabled, evaluate, inject, load_model, load_task, load_tokenizer
 from peft_lessons.train.generate import answer_questions, keeps_rule
@@ -85,9 +85,7 @@ def run(method: str, beta: float, lr: float, seed: int) -> dict:
     model = load_model("smollm2", dtype=torch.bfloat16)
     torch.manual_seed(seed)
     inject(model, LoRA(rank=8, alpha=16))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    in_float32(model)
     task = load_task("preferences")
     training = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(training, lr=lr, weight_decay=0.0)
@@ -116,4 +114,4 @@ if __name__ == "__main__":
     columns += ("pairs_right", "margin", "chosen_ratio", "rejected_ratio", "perplexity")
     untrained = [(method, 0.0, 0.0, 0) for method in ("none", "asked")]
     points = [*untrained, *((*setting, seed) for seed in SEEDS for setting in SETTINGS)]
-    main(Benchmark("preference_study", KEY, columns, points, run))
+    fill_table("preference_study", KEY, columns, points, run)

@@ -13,7 +13,7 @@ AdamW's states, and the additional peak memory of a step.
 import gc
 
 import torch
-from common import Benchmark, main
+from common import fill_table
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
@@ -27,7 +27,7 @@ KEY = ("base", "checkpointing")
 
 
 def loaded(base: str) -> nn.Module:
-    """The assistant in bfloat16, or in 4 bits with products in bfloat16."""
+    """Return the assistant in bfloat16, or in 4 bits with products in bfloat16."""
     model = load_model("smollm2", dtype=torch.bfloat16, four_bit=base != "bfloat16")
     if base == "NF4, prepared":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -35,7 +35,7 @@ def loaded(base: str) -> nn.Module:
 
 
 def bytes_of_parts(model: nn.Module) -> dict[str, int]:
-    """The bytes of the tensors by what holds them; the head shares the embedding."""
+    """Count the bytes of the tensors by what holds them; the head shares the embedding."""
     parts = dict.fromkeys(PARTS, 0)
     leaves = [(p, m) for p, m in model.named_modules() if next(m.children(), None) is None]
     for path, module in leaves:
@@ -69,4 +69,4 @@ def run(base: str, checkpointing: bool) -> dict:
 
 if __name__ == "__main__":
     points = [(base, checkpointing) for base in BASES for checkpointing in (False, True)]
-    main(Benchmark("qlora_assistant", KEY, COLUMNS, points, run))
+    fill_table("qlora_assistant", KEY, COLUMNS, points, run)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from catalogue import setting
-from common import SEEDS, STEPS, Benchmark, base_of, load, main, plain
+from common import SEEDS, STEPS, base_of, fill_table, load, plain
 
 from peft_lessons import inject, load_model
 from peft_lessons.engine import injection_of
@@ -30,7 +30,7 @@ COLUMNS = ("validation", "test", "difference", "standard_error", "changed")
 
 
 def nf4(weight: torch.Tensor) -> NF4Linear:
-    """A weight in NF4 with double quantisation."""
+    """Return a weight in NF4 with double quantisation."""
     linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
     linear.weight.data.copy_(weight)
     return NF4Linear(linear)
@@ -58,7 +58,7 @@ BASES: dict[str, dict[str, Callable]] = {
 
 
 def losses(model: torch.nn.Module, task, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss in nats and the number of predicted tokens of every block of a split."""
+    """Return the summed loss in nats and the number of predicted tokens of each block."""
     sums, tokens = [], []
     with torch.no_grad():
         for batch in task.batches(split, 64):
@@ -71,7 +71,7 @@ def losses(model: torch.nn.Module, task, split: str) -> tuple[torch.Tensor, torc
 
 
 def compared(test: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor) -> dict[str, str]:
-    """The difference of two losses per token, and its standard error over the blocks."""
+    """Return the difference of two losses per token, and its standard error over the blocks."""
     gaps, n = test - reference, tokens.sum()
     mean = gaps.sum() / n
     error = (gaps - mean * tokens).square().sum().sqrt() / n
@@ -79,7 +79,7 @@ def compared(test: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor) 
 
 
 def changed(weights: dict[str, torch.Tensor], original: dict[str, torch.Tensor]) -> float:
-    """The share of codes in per cent that a weight has other than the base."""
+    """Return the share of codes, in per cent, that weights have other than the base."""
     pairs = [(codes(nf4(weight)), codes(nf4(original[p]))) for p, weight in weights.items()]
     differ = sum(int((new != old).sum()) for new, old in pairs)
     return 100 * differ / sum(old.numel() for _, old in pairs)
@@ -115,4 +115,4 @@ def run(name: str, method: str, lr: float, seed: int) -> list[dict]:
 
 if __name__ == "__main__":
     points = [("austen", method, lr, seed) for seed in SEEDS for method, lr in TRAINED]
-    main(Benchmark("qlora_bases", KEY, COLUMNS, points, run))
+    fill_table("qlora_bases", KEY, COLUMNS, points, run)

@@ -10,7 +10,7 @@ import itertools
 
 import torch
 from bitsandbytes import functional as bnb
-from common import Benchmark, main, stepper
+from common import fill_table, stepper
 from peft import LoraConfig, get_peft_model
 
 from peft_lessons import QLoRA, inject, load_model, load_task, measure
@@ -23,7 +23,7 @@ ROUNDS = 31
 
 
 def steps():
-    """A training step of each on the same batches: LoRA of rank 8 on every layer, base in NF4."""
+    """Return a step of each on the same batches: LoRA of rank 8 on every layer, base in NF4."""
     ours = load_model("tinylm")
     inject(ours, QLoRA(rank=8, alpha=16))
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
@@ -64,4 +64,4 @@ POINTS = {f"{verb} {m} × {n}": (m, n) for m, n in SHAPES for verb in ("quantise
 POINTS |= {STEP: None}
 
 if __name__ == "__main__":
-    main(Benchmark("qlora_cost", ("what",), COLUMNS, [(what,) for what in POINTS], run, anew=True))
+    fill_table("qlora_cost", ("what",), COLUMNS, [(what,) for what in POINTS], run, anew=True)

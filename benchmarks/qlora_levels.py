@@ -15,7 +15,7 @@ import copy
 from functools import cache
 
 import torch
-from common import Benchmark, load, main
+from common import fill_table, load
 from qlora_bases import compared, losses
 from torch import nn
 
@@ -28,7 +28,7 @@ ROUNDS = (40, 50, 70, 200)  # levels of nearly the same error, which round other
 
 
 def kmeans(ratios: torch.Tensor, importance: torch.Tensor, rounds: int) -> torch.Tensor:
-    """Levels by Lloyd's algorithm in one dimension: the cells are runs of the sorted ratios."""
+    """Find levels by Lloyd's algorithm in one dimension: cells are runs of the sorted ratios."""
     x, order = ratios.double().sort()
     mass = torch.cat([x.new_zeros(1), importance.double()[order].cumsum(0)])
     sums = torch.cat([x.new_zeros(1), (importance.double()[order] * x).cumsum(0)])
@@ -42,7 +42,7 @@ def kmeans(ratios: torch.Tensor, importance: torch.Tensor, rounds: int) -> torch
 
 
 def rounded(weight: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The weight after rounding, and its ratios before and after (blocks, 64)."""
+    """Return the weight after rounding, and its ratios before and after (blocks, 64)."""
     blocks = weight.reshape(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     ratios = blocks / absmax
@@ -109,4 +109,4 @@ def run(name: str) -> dict:
 
 
 if __name__ == "__main__":
-    main(Benchmark("qlora_levels", ("levels",), COLUMNS, [(name,) for name in every()], run))
+    fill_table("qlora_levels", ("levels",), COLUMNS, [(name,) for name in every()], run)

@@ -6,7 +6,7 @@ Trains tinylm on Jane Austen's novels and adds a row for each run to data/result
 """
 
 from catalogue import setting
-from common import RUN, Benchmark, at_best, base_of, load, main, measured
+from common import RUN, at_best, base_of, fill_table, load, measured
 from peft import LoraConfig, get_peft_model
 
 from peft_lessons import inject, load_model
@@ -37,4 +37,4 @@ def run(method: str, lr: float, seed: int) -> dict:
 if __name__ == "__main__":
     columns = ("steps", "trainable", "validation", "test", "seconds_per_step")
     points = at_best({(method,): rates for method, rates in RATES.items()}, min)
-    main(Benchmark("qlora_study", ("method", *RUN), columns, points, run))
+    fill_table("qlora_study", ("method", *RUN), columns, points, run)

@@ -15,20 +15,9 @@ gates or by the magnitude of a difference that trains without them, the second t
 from functools import partial
 from typing import ClassVar
 
+import common
 from catalogue import setting
-from common import (
-    BEFORE_TOO,
-    NAMES,
-    RUN,
-    Benchmark,
-    Results,
-    at_best,
-    base_of,
-    load,
-    main,
-    measured,
-    plain,
-)
+from common import BEFORE_TOO, NAMES, RUN, Results, at_best, fill_table, load, measured, plain
 
 from peft_lessons import DiffPruning, fit, inject
 from peft_lessons.engine import injection_of
@@ -84,7 +73,7 @@ def train_in_halves(model, task, steps: int, lr: float, seed: int, path: list[di
 
 def run(name: str, method: str, variant: str, size: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
-    model, path, train = base_of(name, seed), [], plain
+    model, path, train = common.base_of(name, seed), [], plain
     if method == "diff":
         inject(model, Watched(gates=variant != "magnitude"))
         train = partial(train_in_halves, path=path, one_in=size)
@@ -99,4 +88,4 @@ def run(name: str, method: str, variant: str, size: int, lr: float, seed: int) -
 
 
 if __name__ == "__main__":
-    main(Benchmark("selective_study", KEY, BEFORE_TOO, at_best(SETTINGS), run))
+    fill_table("selective_study", KEY, BEFORE_TOO, at_best(SETTINGS), run)

@@ -18,7 +18,7 @@ of the largest cosine: 1 if all are where they were.
 import torch
 from catalogue import setting
 from choosing_study import definitions, memory
-from common import MEASURED, RUN, Benchmark, at_best, base_of, load, main, measured
+from common import MEASURED, RUN, at_best, base_of, fill_table, load, measured
 
 from peft_lessons import LoftQ, inject, merge
 from peft_lessons.engine import find_targets, injection_of
@@ -51,17 +51,23 @@ COLUMNS = (
 )
 
 
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the weights of all linear layers, {path: (out, in)}."""
+    layers = find_targets(model, "all-linear", (torch.nn.Linear,))
+    return {path: layer.weight.detach().clone() for path, layer in layers.items()}
+
+
 @torch.no_grad()
 def cosines(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """(K,): of each of the strongest left singular vectors of `after`, (out, in), the largest
-    cosine, without its sign, with one of `before`."""
+    """Return (K,): the largest cosine, without its sign, of each of the strongest left singular
+    vectors of `after`, (out, in), with one of `before`."""
     old, new = (torch.linalg.svd(w.double(), full_matrices=False).U for w in (before, after))
     return (old.T @ new[:, :K]).abs().amax(dim=0)
 
 
-def compared(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[int, float]:
-    """(intruders, nearest) of a trained model, whose method is merged by this, beside the weights
-    of its base, {path of a layer: (out, in)}."""
+def shifted(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[int, float]:
+    """Return (intruders, nearest) of a trained model beside the weights of its base, {path of a
+    layer: (out, in)}. A method in the model is merged."""
     if injection := injection_of(model):
         if isinstance(injection.method, LoftQ):
             dequantize(model)
@@ -73,8 +79,7 @@ def compared(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> tuple[
 def run(name: str, method: str, rank: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
     model = base_of(name, seed)
-    layers = find_targets(model, "all-linear", (torch.nn.Linear,))
-    weights = {path: layer.weight.detach().clone() for path, layer in layers.items()}
+    weights = weights_of(model)
     if method == "oft":
         inject(model, setting(method, name, block_size=rank))
     elif rank:
@@ -82,10 +87,10 @@ def run(name: str, method: str, rank: int, lr: float, seed: int) -> dict:
         inject(model, setting(named, name, rank=rank))
     row = measured(model, load(name), lr, seed)
     row["memory"] = f"{memory(model, definitions()):.5f}"
-    intruders, nearest = compared(weights, model)
+    intruders, nearest = shifted(weights, model)
     return row | {"intruders": intruders, "nearest": f"{nearest:.5f}"}
 
 
 if __name__ == "__main__":
     points = at_best({(TASK, *setting): rates for setting, rates in SETTINGS.items()})
-    main(Benchmark("variants_study", KEY, COLUMNS, points, run))
+    fill_table("variants_study", KEY, COLUMNS, points, run)

@@ -32,8 +32,8 @@ def rows(tmp_path, monkeypatch):
     return read
 
 
-def tried(points, run, **settings):
-    return common.Benchmark("tried", KEY, ("validation",), points, run, **settings)
+def fill(points, run, **settings):
+    common.fill_table("tried", KEY, ("validation",), points, run, **settings)
 
 
 def by_rate(task, method, lr, seed):
@@ -41,18 +41,18 @@ def by_rate(task, method, lr, seed):
 
 
 def test_all_rates_run_with_one_seed_and_the_best_one_with_the_others(rows, capsys):
-    common.main(tried(common.at_best(SETTINGS), by_rate))
+    fill(common.at_best(SETTINGS), by_rate)
     seen = rows("method", "lr", "seed")
     first, others = seen[:3], seen[3:]
     assert first == [("lora", "0.1", "0"), ("lora", "0.3", "0"), ("base", "0.0", "0")]
     assert others == [("lora", "0.3", "1"), ("lora", "0.3", "2")], "a perplexity: the least is best"
     assert all(machine and date for machine, date in rows("machine", "date"))
     capsys.readouterr()
-    common.main(tried(common.at_best(SETTINGS), by_rate))
+    fill(common.at_best(SETTINGS), by_rate)
     assert rows("method", "lr", "seed") == seen and not capsys.readouterr().out
-    common.main(tried(common.at_best(SETTINGS, max), by_rate))
+    fill(common.at_best(SETTINGS, max), by_rate)
     assert ("lora", "0.1", "2") in rows("method", "lr", "seed")
-    common.main(tried([("austen", "base", 0.0, 0)], by_rate, anew=True))
+    fill([("austen", "base", 0.0, 0)], by_rate, anew=True)
     assert rows("method", "lr", "seed") == [("base", "0.0", "0")]
 
 
@@ -66,9 +66,9 @@ def test_a_run_that_is_stopped_leaves_no_row_and_is_run_again(rows):
         return [{"validation": number} for number in range(2)]  # two rows a point
 
     with pytest.raises(KeyboardInterrupt):
-        common.main(tried(points, run))
+        fill(points, run)
     assert rows("lr", "validation") == [("0.1", "0"), ("0.1", "1")]
-    common.main(tried(points, run))
+    fill(points, run)
     assert rows("lr") == [("0.1",), ("0.1",), ("0.3",), ("0.3",)]
 
 
@@ -85,7 +85,7 @@ def test_a_second_process_helps_from_the_end_and_no_point_has_two_rows(rows, mon
             results.add(points[0], [{"validation": "other"}])
         return {"validation": "mine"}
 
-    common.main(tried(points, run))
+    fill(points, run)
     assert [lr for _, _, lr, _ in done] == [0.3, 0.2]
     assert rows("lr", "validation") == [("0.3", "other"), ("0.1", "other"), ("0.2", "mine")]
 
