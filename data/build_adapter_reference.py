@@ -21,7 +21,7 @@ import json
 import adapters
 import torch
 import transformers
-from build_common import DATA, record
+from build_common import folder_of, record
 from safetensors.torch import save
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
@@ -53,7 +53,7 @@ KINDS = {
 
 
 def base_model(name):
-    """A base whose norms and biases are not those of a fresh model, which would hide mistakes."""
+    """Return a base with other norms and biases than a fresh model, which would hide mistakes."""
     torch.manual_seed(SEED_BASE)
     model = BASES[name]().eval()
     with torch.no_grad():
@@ -71,29 +71,29 @@ def inputs():
 
 
 def add(tensors, base, kind):
-    """The tensors of one kind of adapter on one base."""
+    """Add the tensors of one kind of adapter on one base."""
     model = base_model(base)
     adapters.init(model)
     model.add_adapter("a", config=KINDS[kind])
     model.train_adapter("a")
     model.eval()
     torch.manual_seed(SEED_ADAPTER)
-    found = {n: p for n, p in model.named_parameters() if ".adapters.a." in n}
+    trained = {n: p for n, p in model.named_parameters() if ".adapters.a." in n}
     with torch.no_grad():
-        for p in found.values():
+        for p in trained.values():
             p.add_(0.1 * torch.randn(p.shape))
     ids, mask, w = inputs()
     output = model(input_ids=ids, attention_mask=mask).last_hidden_state
     (output * w).sum().backward()
     tensors[f"{base}.{kind}.output"] = output.detach()
-    for name, p in found.items():
+    for name, p in trained.items():
         tensors[f"{base}.{kind}.adapter.{name}"] = p.detach()
         tensors[f"{base}.{kind}.grad.{name}"] = p.grad
-    print(f"{base:6}{kind:10}{sum(p.numel() for p in found.values()):>6} parameters")
+    print(f"{base:6}{kind:10}{sum(p.numel() for p in trained.values()):>6} parameters")
 
 
 def in_order(content, about):
-    """The file with its metadata sorted: the library's order changes from run to run."""
+    """Sort the metadata of a file: the library's order changes from run to run."""
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start]) | {"__metadata__": dict(sorted(about.items()))}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -102,8 +102,6 @@ def in_order(content, about):
 
 
 def main():
-    folder = DATA / FOLDER
-    folder.mkdir(exist_ok=True)
     tensors = {}
     for base in BASES:
         model = base_model(base)
@@ -121,7 +119,7 @@ def main():
     }
     tensors = {n: t.contiguous().clone() for n, t in sorted(tensors.items())}
     content = in_order(save(tensors, metadata=about), about)
-    (folder / "adapterhub.safetensors").write_bytes(content)
+    (folder_of(FOLDER) / "adapterhub.safetensors").write_bytes(content)
     print(f"{len(tensors)} tensors")
     record(FOLDER, "python data/build_adapter_reference.py")
 

@@ -10,15 +10,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from build_common import (
-    DATA,
-    from_debian,
-    parse_arguments,
-    published_archive,
-    record,
-    share_of,
-    unpacked,
-)
+from build_common import debian_package, folder_of, parse_arguments, record, share_of
 
 PACKAGE = "r-cran-janeaustenr=1.0.0-1"
 ARCHIVE_SHA256 = "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
@@ -62,18 +54,18 @@ def read_novels(folder: Path) -> dict[str, list[str]]:
 
 def chapters(lines: list[str]) -> list[list[str]]:
     """Return the paragraphs of each chapter, one line each; what precedes the first is left out."""
-    found, paragraph = [], []
+    parts, paragraph = [], []
     for line in [*lines, ""]:
         line = " ".join(line.replace("_", "").split())
         if HEADING.fullmatch(line):
-            found.append([])
+            parts.append([])
         elif line:
             paragraph.append(line)
             continue
-        if paragraph and found and not END.fullmatch(" ".join(paragraph)):
-            found[-1].append(" ".join(paragraph))
+        if paragraph and parts and not END.fullmatch(" ".join(paragraph)):
+            parts[-1].append(" ".join(paragraph))
         paragraph = []
-    return found
+    return parts
 
 
 def split_of(novel: str, chapter: int) -> str:
@@ -83,13 +75,8 @@ def split_of(novel: str, chapter: int) -> str:
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__)
-    folder = DATA / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        published_archive(from_debian(PACKAGE), arguments.archive, ARCHIVE_SHA256) as archive,
-        unpacked(archive) as package,
-    ):
+    folder = folder_of(FOLDER)
+    with debian_package(PACKAGE, parse_arguments(__doc__).archive, ARCHIVE_SHA256) as package:
         novels = read_novels(package / INSIDE)
     files, counts = {}, Counter()
     for name, title in NOVELS.items():

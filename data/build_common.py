@@ -1,11 +1,14 @@
 """What the rebuild scripts share: fetching a published archive and recording checksums."""
 
 import argparse
+import csv
 import hashlib
+import io
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +17,7 @@ CHECKSUMS = DATA / "checksums.json"
 
 
 def sha256(data: bytes) -> str:
+    """Return the checksum of a file's content."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -31,9 +35,10 @@ def from_pip(requirement: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "pip", "download", "--no-deps", *options, requirement]
 
 
-def from_debian(package: str) -> list[str]:
-    """Return the command that downloads a Debian package into the folder it runs in."""
-    return ["apt-get", "download", "-q", package]
+def folder_of(name: str) -> Path:
+    """Return a folder of data/, made if it is missing."""
+    (DATA / name).mkdir(parents=True, exist_ok=True)
+    return DATA / name
 
 
 @contextmanager
@@ -46,18 +51,29 @@ def published_archive(fetch: list[str], archive: Path | None, digest: str):
         if archive is None:
             subprocess.run(fetch, check=True, cwd=folder)
             (archive,) = Path(folder).iterdir()
-        found = sha256(archive.read_bytes())
-        if found != digest:
-            raise ValueError(f"{archive.name} has sha256 {found}, expected {digest}")
+        actual = sha256(archive.read_bytes())
+        if actual != digest:
+            raise ValueError(f"{archive.name} has sha256 {actual}, expected {digest}")
         yield archive
 
 
 @contextmanager
-def unpacked(archive: Path):
+def debian_package(package: str, archive: Path | None, digest: str):
     """Give the folder of the files of a Debian package, unpacked by dpkg and not installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["dpkg", "-x", archive, folder], check=True)
+    fetch = ["apt-get", "download", "-q", package]
+    with (
+        published_archive(fetch, archive, digest) as file,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        subprocess.run(["dpkg", "-x", file, folder], check=True)
         yield Path(folder)
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple]) -> bytes:
+    """Return the CSV file of some rows."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    return buffer.getvalue().encode()
 
 
 def share_of(key: str) -> float:

@@ -30,16 +30,14 @@ def as_document(synset: Synset) -> str:
 def package_paragraphs() -> Iterator[str]:
     """Go through the long descriptions paragraph by paragraph, without lists and code."""
     apt = ["apt-get", "-o", "Acquire::Languages=en", "indextargets", "--format", "$(FILENAME)"]
-    found = subprocess.run([*apt, "Identifier: Translations"], check=True, capture_output=True)
-    files = [f for f in found.stdout.decode().split("\n") if f.startswith("/var/lib/apt/lists/")]
+    listed = subprocess.run([*apt, "Identifier: Translations"], check=True, capture_output=True)
+    files = [f for f in listed.stdout.decode().split("\n") if f.startswith("/var/lib/apt/lists/")]
     if not files:
         raise SystemExit("no descriptions: run `apt-get -o Acquire::Languages=en update` first")
     for file in files:
         helper = ["/usr/lib/apt/apt-helper", "cat-file", file]
-        text = subprocess.run(helper, check=True, capture_output=True).stdout.decode(
-            errors="ignore"
-        )
-        for stanza in text.split("\n\n"):
+        content = subprocess.run(helper, check=True, capture_output=True).stdout
+        for stanza in content.decode(errors="ignore").split("\n\n"):
             lines = stanza.partition("Description-en: ")[2].split("\n")[1:]
             paragraph = []
             for line in [*lines, " ."]:

