@@ -93,14 +93,14 @@ def load_results(name: str, **where) -> DataFrame:
 
 @dataclass(frozen=True)
 class Spread:
-    """Hold mean, minimum and maximum over n seeds."""
+    """Hold mean, minimum and maximum over n seeds, or over n of something else."""
 
     mean: float
     low: float
     high: float
     n: int
+    of: str = "seed"
     sign: ClassVar[str] = ""
-    of: ClassVar[str] = "seed"
 
     def __repr__(self) -> str:
         mean, low, high = (f"{x:{self.sign}.1f}" for x in (self.mean, self.low, self.high))
@@ -109,8 +109,7 @@ class Spread:
 
 
 class Difference(Spread):
-    """Hold a mean paired difference over n seeds and its 95 % confidence interval (infinite for one
-    seed)."""
+    """Hold a mean paired difference and its 95 % confidence interval (infinite for one pair)."""
 
     sign = "+"
 
@@ -118,19 +117,6 @@ class Difference(Spread):
     def is_clear(self) -> bool:
         """Return whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
-
-
-class AnswerDifference(Difference):
-    """Hold a mean paired difference over n test sentences and its 95 % confidence interval."""
-
-    of = "sentence"
-
-
-class LossDifference(Difference):
-    """Hold a mean paired difference over n answers, in hundredths of a nat per token, and its 95 %
-    confidence interval."""
-
-    of = "answer"
 
 
 def _by_seed(runs: DataFrame, column: str, scale: float) -> dict[int, float]:
@@ -159,6 +145,14 @@ def student_t(degrees: int) -> float:
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
+def _difference(gaps: list[float], of: str) -> Difference:
+    """Return the mean of paired differences with its 95 % confidence interval."""
+    mean, n = statistics.fmean(gaps), len(gaps)
+    known = n > 1 and math.isfinite(mean)
+    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n) if known else math.inf
+    return Difference(mean, mean - half, mean + half, n, of)
+
+
 def paired_difference(
     runs: DataFrame, others: DataFrame, column: str = "test", scale: float = 1.0
 ) -> Difference:
@@ -171,33 +165,29 @@ def paired_difference(
     gaps = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
     if not gaps:
         raise ValueError("no seed in common: there is nothing to pair")
-    mean, n = statistics.fmean(gaps), len(gaps)
-    known = n > 1 and math.isfinite(mean)
-    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n) if known else math.inf
-    return Difference(mean, mean - half, mean + half, n)
+    return _difference(gaps, "seed")
 
 
-def _by_example(runs: DataFrame, values: Callable[[Any], list[float]], what: str) -> list[float]:
-    """Return for each example the mean over the runs of `values(row)`, one value an example."""
-    if runs.empty:
-        raise ValueError("no runs to pair: the filter matches nothing")
-    columns = [values(row) for row in runs.itertuples()]
-    if len(sizes := {len(column) for column in columns}) > 1:
-        raise ValueError(f"runs on {sorted(sizes)} {what} cannot be paired")
-    return [statistics.fmean(example) for example in zip(*columns, strict=True)]
-
-
-def _paired(kind: type, ours: list[float], theirs: list[float]) -> Any:
-    """Return the mean of ours minus theirs over the examples, with its 95 % interval."""
+def _paired(
+    runs: DataFrame, others: DataFrame, values: Callable[[Any], list[float]], of: str
+) -> Difference:
+    """Return the mean difference over the examples, each with the mean over runs of its value in
+    `values(row)`."""
+    means = []
+    for rows in (runs, others):
+        if rows.empty:
+            raise ValueError("no runs to pair: the filter matches nothing")
+        columns = [values(row) for row in rows.itertuples()]
+        if len(sizes := {len(column) for column in columns}) > 1:
+            raise ValueError(f"runs on {sorted(sizes)} {of}s cannot be paired")
+        means.append([statistics.fmean(example) for example in zip(*columns, strict=True)])
+    ours, theirs = means
     if len(ours) != len(theirs):
-        raise ValueError(f"{len(ours)} and {len(theirs)} {kind.of}s cannot be paired")
-    gaps = [mine - other for mine, other in zip(ours, theirs, strict=True)]
-    mean, n = statistics.fmean(gaps), len(gaps)
-    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
-    return kind(mean, mean - half, mean + half, n)
+        raise ValueError(f"{len(ours)} and {len(theirs)} {of}s cannot be paired")
+    return _difference([mine - other for mine, other in zip(ours, theirs, strict=True)], of)
 
 
-def paired_answers(runs: DataFrame, others: DataFrame) -> AnswerDifference:
+def paired_answers(runs: DataFrame, others: DataFrame) -> Difference:
     """Return by how many points of accuracy `runs` are ahead of `others` on the same test
     sentences, with a 95 % interval over the sentences.
 
@@ -209,11 +199,10 @@ def paired_answers(runs: DataFrame, others: DataFrame) -> AnswerDifference:
         bits = int(row.right, 16)
         return [100.0 * (bits >> i & 1) for i in range(row.sentences)]
 
-    ours, theirs = (_by_example(rows, right, "sentences") for rows in (runs, others))
-    return _paired(AnswerDifference, ours, theirs)
+    return _paired(runs, others, right, "sentence")
 
 
-def paired_losses(runs: DataFrame, others: DataFrame) -> LossDifference:
+def paired_losses(runs: DataFrame, others: DataFrame) -> Difference:
     """Return by how many hundredths of a nat per token the loss of `runs` is above that of `others`
     on the same test answers, with a 95 % interval over the answers. A hundredth of a nat is about
     one percent of the perplexity.
@@ -225,8 +214,7 @@ def paired_losses(runs: DataFrame, others: DataFrame) -> LossDifference:
     def losses(row) -> list[float]:
         return [100 * float(loss) for loss in row.losses.split()]
 
-    ours, theirs = (_by_example(rows, losses, "answers") for rows in (runs, others))
-    return _paired(LossDifference, ours, theirs)
+    return _paired(runs, others, losses, "answer")
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
