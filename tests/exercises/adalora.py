@@ -11,23 +11,10 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ orthogonality_penalty
 
 
-@wrong("orthogonality_penalty", "RuntimeError: The size of tensor a (4)")
-def identity_of_out(P, Q):
-    return (P.T @ P - torch.eye(P.shape[0])).pow(2).sum()
-
-
 @right("orthogonality_penalty")
 def by_norms(P, Q):
     I = torch.eye(P.shape[1], dtype=P.dtype)  # noqa: E741
     return torch.linalg.matrix_norm(P.mT @ P - I) ** 2 + torch.dist(Q @ Q.mT, I) ** 2
-
-
-@right("orthogonality_penalty")
-def expanded(P, Q):
-    # ‖G − I‖² = ‖G‖² − 2 tr G + r
-    r = Q.shape[0]
-    grams = torch.einsum("or,os->rs", P, P), torch.einsum("ri,si->rs", Q, Q)
-    return sum((g * g).sum() - 2 * g.trace() + r for g in grams)
 
 
 # ------------------------------------------------------------------ update_importance
@@ -36,14 +23,6 @@ def expanded(P, Q):
 @wrong("update_importance", "the result has 2 items, expected 3")
 def no_score(weight, grad, sensitivity, uncertainty, beta1, beta2):
     return through_the_old_one(weight, grad, sensitivity, uncertainty, beta1, beta2)[:2]
-
-
-@right("update_importance")
-def by_lerp(weight, grad, sensitivity, uncertainty, beta1, beta2):
-    i = torch.abs(weight) * torch.abs(grad)
-    s = torch.lerp(i, sensitivity, beta1)
-    u = torch.lerp((s - i).abs(), uncertainty, beta2)
-    return s, u, s.mul(u)
 
 
 @right("update_importance")
@@ -100,27 +79,6 @@ def by_rank(scores, budget):
 
 
 @right("mask_to_budget")
-def one_by_one(scores, budget):
-    left = [s.tolist() for s in scores]
-    masks = [torch.zeros_like(s, dtype=torch.bool) for s in scores]
-    for _ in range(budget):
-        layer = max(range(len(left)), key=lambda i: max(left[i]))
-        i = left[layer].index(max(left[layer]))
-        left[layer][i] = -float("inf")
-        masks[layer][i] = True
-    return masks
-
-
-@right("mask_to_budget")
-def counting_better_ones(scores, budget):
-    pooled = torch.cat(scores)
-    place = torch.arange(len(pooled))
-    first = (pooled == pooled[:, None]) & (place < place[:, None])
-    stays = ((pooled > pooled[:, None]) | first).sum(dim=1) < budget
-    return list(stays.split(list(map(len, scores))))
-
-
-@right("mask_to_budget")
 def ties_apart(scores, budget):
     """For a budget above 0: the last score that stays tells which ones go."""
     pooled = torch.cat(scores)
@@ -141,14 +99,6 @@ def cleared_to_none(model, batch, optimizer, allocator, step):
     optimizer.zero_grad()
     allocator.update(step)
     return loss.detach()
-
-
-@wrong("adalora_step", "RuntimeError: element 0 of tensors does not require grad")
-def without_graph(model, batch, optimizer, allocator, step):
-    with torch.no_grad():
-        loss = model(**batch).loss + allocator.penalty()
-    loss.backward()
-    return loss
 
 
 @right("adalora_step")

@@ -19,11 +19,6 @@ wrong, right = answers.wrong, answers.right
 
 
 @right("lora_forward")
-def by_linear(x, A, B, alpha):
-    return F.linear(F.linear(x, A), alpha * B) / B.shape[1]
-
-
-@right("lora_forward")
 def through_the_product(x, A, B, alpha):
     return x @ (B @ A).mT * alpha / len(A)
 
@@ -48,11 +43,6 @@ def only_down(x, A, B, alpha):
 
 
 @right("merge_lora")
-def by_addmm(weight, A, B, alpha):
-    return torch.addmm(weight, B, A, alpha=alpha / len(A))
-
-
-@right("merge_lora")
 @torch.no_grad()
 def in_double(weight, A, B, alpha):
     return weight.double() + alpha * torch.einsum("or,ri->oi", B.double(), A.double()) / len(A)
@@ -64,11 +54,6 @@ def squeezed_factors(weight, A, B, alpha):
 
 
 # ------------------------------------------------------------------ unmerge_lora
-
-
-@right("unmerge_lora")
-def einsum(merged_weight, A, B, alpha):
-    return merged_weight - torch.einsum("or,ri->oi", B, A) * (alpha / B.shape[1])
 
 
 @right("unmerge_lora")
@@ -118,11 +103,6 @@ def merged_table(ids, weight, A, B, alpha):
 def one_hot(ids, weight, A, B, alpha):
     hot = F.one_hot(ids, weight.shape[0]).to(A.dtype)
     return weight[ids] + alpha / A.shape[0] * hot @ A.T @ B.T
-
-
-@right("embedding_lora")
-def einsum_lookup(ids, weight, A, B, alpha):
-    return weight[ids] + torch.einsum("r...,dr->...d", A[:, ids], B) * (alpha / len(A))
 
 
 @right("embedding_lora")
