@@ -140,7 +140,7 @@ peft_lessons/data/base_models.py: base_models
     attention_mask[:, -states.shape[1] :] → attention_mask[:, : states.shape[1]]
 peft_lessons/data/tasks.py: tasks
     return rng.permutation(order.reshape(-1, size)) → return order.reshape(-1, size)
-peft_lessons/hf/trainer.py: interruptions
+peft_lessons/hf/trainer.py: language_models
     save_total_limit=2, → save_total_limit=1,
 peft_lessons/data/assistant.py: assistant
     2, inputs).swapaxes(1, 2).reshape → 2, inputs).reshape
@@ -218,10 +218,10 @@ peft_lessons/checks/kit.py: kit
     return passed / len(self.trials) / 2 → return 0.0
 peft_lessons/costs/evidence.py: recommend
     max(size, examples) / min(size, examples) → abs(size - examples)
-    math.sqrt(small * LLAMA) → (small + LLAMA) / 2
+    math.sqrt(MINILM * LLAMA) → (MINILM + LLAMA) / 2
 peft_lessons/costs/recommend.py: recommend
     [asked.size >= SPEAKS[asked.kind]] → [asked.size > SPEAKS[asked.kind]]
-    (usable - m.total) / GB → (usable - m.total) / GIB
+    (self.usable - need.total) / GB → (self.usable - need.total) / GIB
 peft_lessons/costs/estimate.py: estimate
     self.full or self.method.prompt > 0 → self.full
 """)

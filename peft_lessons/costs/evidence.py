@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 QUESTIONS = 1319  # of GSM8K's test split
+_NEAREST = "The measured model nearest in size is"
 # {model: billions of parameters}; from one to the next at the geometric mean.
 MINILM, TINYLM, SMOLLM2, LLAMA = 0.0226, 0.0032, 0.135, 3.2
 # {method of assistant_study.csv: its name in a table}, in the order of the table.
@@ -46,6 +47,12 @@ ASSISTANT = {
 # ------------------------------------------------------------------ two small models
 
 
+def _at_best(tried: DataFrame) -> DataFrame | None:
+    """Return the runs at the best learning rate, None without a run of seed 0 that ended well."""
+    first = tried.loc[tried["seed"] == 0, "validation"]
+    return best_lr(tried)[1] if any(map(math.isfinite, first)) else None
+
+
 def study(task: str, runs: DataFrame | None = None) -> dict[int, dict[str, DataFrame]]:
     """Return {examples: {method: its runs at its best learning rate}} of "sentiment" or "austen".
 
@@ -57,12 +64,9 @@ def study(task: str, runs: DataFrame | None = None) -> dict[int, dict[str, DataF
     runs = load_results("choosing_study") if runs is None else runs
     sizes: dict[int, dict[str, DataFrame]] = {}
     for (size, name), tried in runs[runs["task"] == task].groupby(["examples", "method"]):
-        methods = sizes.setdefault(size, {})
-        first = tried.loc[tried["seed"] == 0, "validation"]
-        if any(map(math.isfinite, first)):
-            at_best = best_lr(tried)[1]
-            if all(map(math.isfinite, at_best["test"])):
-                methods[name] = at_best
+        methods, at_best = sizes.setdefault(size, {}), _at_best(tried)
+        if at_best is not None and all(map(math.isfinite, at_best["test"])):
+            methods[name] = at_best
     return sizes
 
 
@@ -92,11 +96,10 @@ def _small(task: str, examples: int, names: Mapping[str, str]) -> tuple[str, Tab
         for name, runs in measured.items()
     ]
     sentence = (
-        f"The measured model nearest in size is {model} parameters, on {size:,} {texts}. Each "
-        "method there has its own best learning rate."
+        f"{_NEAREST} {model} parameters, on {size:,} {texts}. Each method there has its own best "
+        "learning rate."
     )
-    note = provenance(*measured.values())
-    return sentence, table(lines, {"learning rate": "{:g}"}, note=note)
+    return sentence, table(lines, {"learning rate": "{:g}"}, note=provenance(*measured.values()))
 
 
 # ------------------------------------------------------------------ the assistant
@@ -109,11 +112,8 @@ def assistant_runs(runs: DataFrame | None = None) -> dict[str, DataFrame]:
 
     runs: those of data/results/assistant_study.csv unless given."""
     runs = load_results("assistant_study") if runs is None else runs
-    at_best = {}
-    for name in ASSISTANT:
-        tried = runs[runs["method"] == name]
-        if any(map(math.isfinite, tried.loc[tried["seed"] == 0, "validation"])):
-            at_best[name] = best_lr(tried)[1]
+    tried = {name: _at_best(runs[runs["method"] == name]) for name in ASSISTANT}
+    at_best = {name: at for name, at in tried.items() if at is not None}
     complete = {name: at for name, at in at_best.items() if name == "base" or len(at) >= 3}
     if "lora" in complete and len(complete) > 1 + ("base" in complete):
         return complete
@@ -128,21 +128,19 @@ def assistant_table(runs: DataFrame | None = None) -> Table:
     methods = assistant_runs(runs)
     if "lora" not in methods:
         raise ValueError("assistant_study: there is no run of LoRA to compare with")
-    lines = []
-    for name, at_best in methods.items():
-        lines.append(
-            {
-                "SmolLM2-135M": ASSISTANT[name],
-                "trainable": at_best["trainable"].iloc[0] or None,
-                "learning rate": at_best["lr"].iloc[0] or None,
-                "seeds": len(at_best),
-                "test loss, nats": at_best["test"].mean(),
-                "above LoRA, nats × 100": None
-                if name == "lora"
-                else paired_losses(at_best, methods["lora"]),
-                "Austen, perplexity": at_best["memory"].mean(),
-            }
-        )
+    lora = methods["lora"]
+    lines = [
+        {
+            "SmolLM2-135M": ASSISTANT[name],
+            "trainable": runs["trainable"].iloc[0] or None,
+            "learning rate": runs["lr"].iloc[0] or None,
+            "seeds": len(runs),
+            "test loss, nats": runs["test"].mean(),
+            "above LoRA, nats × 100": None if name == "lora" else paired_losses(runs, lora),
+            "Austen, perplexity": runs["memory"].mean(),
+        }
+        for name, runs in methods.items()
+    ]
     formats = {"learning rate": "{:g}", "test loss, nats": "{:.3f}", "Austen, perplexity": "{:.1f}"}
     return table(lines, formats, note=provenance(*methods.values()))
 
@@ -189,13 +187,13 @@ NAMED = 6  # runs of the benchmark beside an advice: LoRA, rsLoRA, DoRA and full
 
 
 def _published(kind: str) -> tuple[str, Table]:
-    task = "" if kind == "generation" else " It generates text, and yours is a classifier."
     sentence = (
-        "The measured model nearest in size is Llama-3.2-3B in PEFT's benchmark of July 2026. It "
-        "has no LoRA on all linear layers. LoRA, DoRA and full fine-tuning lie within its noise. "
-        "Schulman et al. (2025) found LoRA on all layers level with full fine-tuning on small and "
-        "medium instruction sets." + task
+        f"{_NEAREST} Llama-3.2-3B in PEFT's benchmark of July 2026. It has no LoRA on all linear "
+        "layers. LoRA, DoRA and full fine-tuning lie within its noise. Schulman et al. (2025) "
+        "found LoRA on all layers level with full fine-tuning on small and medium instruction sets."
     )
+    if kind == "classification":
+        sentence += " It generates text, and yours is a classifier."
     return sentence, benchmark_table(NAMED)
 
 
@@ -206,16 +204,15 @@ def evidence(
 
     kind: "classification" or "generation". names: {name of a method: its name in the study of the
     two small models}."""
-    small = MINILM if kind == "classification" else TINYLM
-    if kind == "generation" and model_size_b < math.sqrt(small * SMOLLM2):
+    if kind == "classification":
+        near = model_size_b < math.sqrt(MINILM * LLAMA)
+        return _small("sentiment", examples, names) if near else _published(kind)
+    if model_size_b < math.sqrt(TINYLM * SMOLLM2):
         return _small("austen", examples, names)
-    if kind == "classification" and model_size_b < math.sqrt(small * LLAMA):
-        return _small("sentiment", examples, names)
-    near_smollm2 = kind == "generation" and model_size_b < math.sqrt(SMOLLM2 * LLAMA)
-    if near_smollm2 and "lora" in assistant_runs():
-        return (
-            "The measured model nearest in size is SmolLM2-135M, which learned definitions from "
-            "320 examples in 40 steps. So short a run wants larger learning rates than a long one.",
-            assistant_table(),
+    if model_size_b < math.sqrt(SMOLLM2 * LLAMA) and "lora" in assistant_runs():
+        sentence = (
+            f"{_NEAREST} SmolLM2-135M, which learned definitions from 320 examples in 40 steps. "
+            "So short a run wants larger learning rates than a long one."
         )
+        return sentence, assistant_table()
     return _published(kind)

@@ -134,19 +134,6 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return most
 
 
-def step_time(function: Callable[[], object], repeats: int = 7, warmup: int = 2) -> float:
-    """Return the median seconds of a call, after `warmup` calls that are not counted."""
-    times = []
-    for i in range(warmup + repeats):
-        started = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if i >= warmup:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
 @dataclass(frozen=True)
 class StepCost:
     """Hold the cost of a training step: bytes held, additional peak memory, and time."""
@@ -187,7 +174,7 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int
         # At a NaN or infinite gradient a step changes the weights even at a learning rate of 0.
         if not all(p.grad is None or p.grad.isfinite().all() for p in training):
             raise ValueError("training_step: a gradient is NaN or infinite on this batch")
-        seconds = step_time(step, repeats, warmup=1)
+        seconds = by_turns({"step": step}, repeats)["step"]
         held = held_bytes(model, optimizer)
         optimizer.zero_grad()
         peak = peak_bytes(step)
@@ -207,20 +194,18 @@ def costs(
 
     more: further columns, functions of the model; an underscore in a name becomes a space.
     Bytes are in MiB, times in ms; the models are timed one after the other, so times are rough."""
-    rows = []
-    for name, model in models.items():
-        cost = training_step(model, batch)
-        rows.append(
-            {
-                "": name,
-                "trainable": cost.trainable,
-                "optimiser": cost.held.optimizer / 2**20,
-                "peak of a step": cost.peak / 2**20,
-                "time of a step": 1000 * cost.seconds,
-                **{column.replace("_", " "): value(model) for column, value in more.items()},
-            }
-        )
-    return rows
+    return [
+        {
+            "": name,
+            "trainable": cost.trainable,
+            "optimiser": cost.held.optimizer / 2**20,
+            "peak of a step": cost.peak / 2**20,
+            "time of a step": 1000 * cost.seconds,
+            **{column.replace("_", " "): value(model) for column, value in more.items()},
+        }
+        for name, model in models.items()
+        for cost in (training_step(model, batch),)
+    ]
 
 
 def by_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -232,6 +217,8 @@ def by_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict
         for name in list(functions)[:: -1 if number % 2 else 1]:
             started = time.perf_counter()
             functions[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}

@@ -69,19 +69,13 @@ class Candidate:
         return values | dict(self.row.flags)
 
 
-def _candidates() -> dict[str, Candidate]:
-    return {
-        facts.advice.title: Candidate(
-            facts.points[-1].method, kind(**facts.advice.fields), facts.peft[0], facts.advice
-        )
-        for kind, facts in method_facts().items()
-        if facts.advice
-    }
-
-
 _FULL = Candidate("full", None, None, Recommended(FULL, {}, "if it beats LoRA on your task"))
 # In the order in which they are recommended: the first that fits.
-CANDIDATES: dict[str, Candidate] = _candidates() | {FULL: _FULL}
+CANDIDATES: dict[str, Candidate] = {
+    row.title: Candidate(facts.points[-1].method, kind(**row.fields), facts.peft[0], row)
+    for kind, facts in method_facts().items()
+    if (row := facts.advice)
+} | {FULL: _FULL}
 NAMES = (*CANDIDATES, NOTHING)  # all that can be recommended
 
 _SERVED = "vLLM, SGLang and llama.cpp"
@@ -100,10 +94,7 @@ _NF4 = (
 
 TASKS = {  # what is asked for: (PEFT's name, other names)
     "classification": ("SEQ_CLS", ("sequence classification", "text classification")),
-    "generation": (
-        "CAUSAL_LM",
-        ("text generation", "language modeling", "language modelling"),
-    ),
+    "generation": ("CAUSAL_LM", ("text generation", "language modeling", "language modelling")),
 }
 SPARE, CONTEXT = 0.05, 0.75 * GIB  # of a GPU: its part lost to fragments, bytes of CUDA itself
 LARGEST = 10_000  # billions of parameters; a size above is not in billions
@@ -154,17 +145,6 @@ def needs_of(
         )
         for name, c in CANDIDATES.items()
     }
-
-
-def _largest(usable: float, labels: bool, context: int, batch: int, chunked: bool) -> float:
-    """Return the largest number of billions of parameters at which some candidate fits."""
-    low, high = 0.0, float(LARGEST)
-    for _ in range(40):
-        middle = (low + high) / 2
-        needs = needs_of(middle, labels, context, batch, chunked=chunked)
-        least = min(m.total for m in needs.values())
-        low, high = (middle, high) if least <= usable else (low, middle)
-    return low
 
 
 # ------------------------------------------------------------------ the advice
@@ -312,9 +292,7 @@ class _Asked:
     gpu: float
     kind: str
     examples: int
-    context: int
-    batch: int
-    chunked: bool
+    sizes: dict[str, Any]  # context, batch and chunked, as `needs_of` takes them
 
     @property
     def labels(self) -> bool:
@@ -324,9 +302,21 @@ class _Asked:
     def usable(self) -> float:
         return usable_bytes(self.gpu)
 
-    def needs(self, **more: bool) -> dict[str, Memory]:
-        sizes = (self.context, self.batch)
-        return needs_of(self.size, self.labels, *sizes, chunked=self.chunked, **more)
+    def needs(self, size: float | None = None, **more: bool) -> dict[str, Memory]:
+        return needs_of(size or self.size, self.labels, **self.sizes, **more)
+
+    def left(self, need: Memory) -> float:
+        """Return the GB that a training leaves, below 0 if it does not fit."""
+        return (self.usable - need.total) / GB
+
+    def largest(self) -> float:
+        """Return the largest number of billions of parameters at which some candidate fits."""
+        low, high = 0.0, float(LARGEST)
+        for _ in range(40):
+            middle = (low + high) / 2
+            fits = any(self.left(need) >= 0 for need in self.needs(middle).values())
+            low, high = (middle, high) if fits else (low, middle)
+        return low
 
 
 def recommend_peft_method(
@@ -355,11 +345,11 @@ def recommend_peft_method(
     QLoRA. It always fits, and more memory never leads to a later one.
     Raises ValueError for an unknown task (lists the known ones), and for a size that is not a
     finite number above 0, or not an int where one is needed."""
-    own = "recommend_peft_method"
-    validate(own, model_size_b=model_size_b, gpu_memory_gb=gpu_memory_gb)
-    validate(own, num_examples=num_examples, context=context, batch=batch)
+    owner, sizes = "recommend_peft_method", {"context": context, "batch": batch}
+    validate(owner, model_size_b=model_size_b, gpu_memory_gb=gpu_memory_gb)
+    validate(owner, num_examples=num_examples, **sizes)
     kind = _task(task_type)
-    asked = _Asked(model_size_b, gpu_memory_gb, kind, num_examples, context, batch, bool(chunked))
+    asked = _Asked(model_size_b, gpu_memory_gb, kind, num_examples, sizes | {"chunked": chunked})
     needs = asked.needs()
     fitting = [name for name in CANDIDATES if needs[name].total <= asked.usable]
     chosen = fitting[0] if fitting else NOTHING
@@ -369,7 +359,7 @@ def recommend_peft_method(
     )
     sentences = (
         _decision(chosen, needs, asked),
-        _others(alternatives, needs, asked.usable),
+        _others(alternatives, needs, asked),
         _full(needs, asked),
         _server(chosen, kind),
         _data(num_examples),
@@ -379,12 +369,11 @@ def recommend_peft_method(
         chosen,
         learning_rate=_rate(chosen, asked),
         sentences=tuple(filter(None, sentences)),
-        fits=_fits(list(dict.fromkeys((*_SHOWN, *alternatives))), needs, asked),
+        fits=_fits({name: needs[name] for name in (*_SHOWN, *alternatives)}, asked),
         evidence=evidence_table,
         alternatives=alternatives,
         task=TASKS[kind][0],
-        context=context,
-        batch=batch,
+        **sizes,
     )
 
 
@@ -410,24 +399,22 @@ def _rate(chosen: str, asked: _Asked) -> float | None:
 
 
 def _decision(chosen: str, needs: Mapping[str, Memory], asked: _Asked) -> str:
-    usable = asked.usable
+    usable, size = asked.usable, f"a model of {asked.size:g} billion"
     room = f"{asked.gpu:g} GiB ({asked.gpu * GIB / GB:.1f} GB), {usable / GB:.1f} GB can be used"
     if chosen == NOTHING:
-        least = min(needs, key=lambda name: needs[name].total)
-        most = _largest(usable, asked.labels, asked.context, asked.batch, asked.chunked)
-        need = needs[least]
-        short = (need.total - usable) / GB
+        least, need = min(needs.items(), key=lambda pair: pair[1].total)
         shorter = need.total - need.activations - need.at_work < usable
         texts = ", or shorter texts" if shorter else ""
         return (
-            f"Nothing fits a model of {asked.size:g} billion: of {room}, and even {least} lacks "
-            f"{short:.1f} GB. {_at_most(most)}. Or take a larger GPU or several{texts}."
+            f"Nothing fits {size}: of {room}, and even {least} lacks {-asked.left(need):.1f} GB. "
+            f"{_at_most(asked.largest())}. Or take a larger GPU or several{texts}."
         )
-    took = needs[chosen].total
-    tight = " That is tight, so try the longest text first." if is_tight(took, asked.gpu) else ""
+    need = needs[chosen]
+    tight = is_tight(need.total, asked.gpu)
+    longest = " That is tight, so try the longest text first." if tight else ""
     return (
-        f"{chosen} takes {took / GB:.1f} GB for a model of {asked.size:g} billion. Of {room}, "
-        f"so {(usable - took) / GB:.1f} GB are left.{tight}"
+        f"{chosen} takes {need.total / GB:.1f} GB for {size}. Of {room}, "
+        f"so {asked.left(need):.1f} GB are left.{longest}"
     )
 
 
@@ -438,16 +425,16 @@ def _at_most(size: float) -> str:
     return f"On this GPU a model of at most {math.floor(size / unit) * unit:.3g} billion fits"
 
 
-def _others(alternatives: Sequence[str], needs: Mapping[str, Memory], usable: float) -> str:
-    left = {name: (usable - needs[name].total) / GB for name in alternatives}
+def _others(alternatives: Sequence[str], needs: Mapping[str, Memory], asked: _Asked) -> str:
+    left = {name: asked.left(needs[name]) for name in alternatives}
     fitting = [
         f"{name} (leaves {room:.1f} GB; {CANDIDATES[name].advice.reason})"
         for name, room in left.items()
         if room >= 0
     ]
     lacking = [f"{name} (lacks {-room:.1f} GB)" for name, room in left.items() if room < 0]
-    told = {"Alternatives": fitting, "Too large": lacking}
-    lines = [f"{what}: {', '.join(names)}." for what, names in told.items() if names]
+    groups = {"Alternatives": fitting, "Too large": lacking}
+    lines = [f"{what}: {', '.join(names)}." for what, names in groups.items() if names]
     if set(alternatives) & {"DoRA", FULL}:
         lines.append(
             "If LoRA falls short, first try a third and three times its learning rate, rank 64 and "
@@ -458,14 +445,14 @@ def _others(alternatives: Sequence[str], needs: Mapping[str, Memory], usable: fl
 
 def _full(needs: Mapping[str, Memory], asked: _Asked) -> str:
     """Say what full fine-tuning lacks, and what a leaner recipe would take."""
-    lacks = (needs[FULL].total - asked.usable) / GB
-    if lacks <= 0:
+    left = asked.left(needs[FULL])
+    if left >= 0:
         return ""
     shape = Shape.of_size(asked.size * 1e9, tied=asked.labels)
-    sizes = {"context": asked.context, "batch": asked.batch, "labels": asked.labels}
-    lean = training_memory(shape, None, LEAN, checkpointing=True, chunked=asked.chunked, **sizes)
+    more = asked.sizes | {"labels": asked.labels}
+    lean = training_memory(shape, None, LEAN, checkpointing=True, **more)
     return (
-        f"Full fine-tuning lacks {lacks:,.0f} GB on one such GPU with 16 bytes a parameter. With "
+        f"Full fine-tuning lacks {-left:,.0f} GB on one such GPU with 16 bytes a parameter. With "
         f"bfloat16 weights and 8-bit Adam it takes {lean.total / GB:,.0f} GB in all, and several "
         "GPUs can share it (FSDP)."
     )
@@ -501,35 +488,33 @@ def _data(examples: int) -> str:
     return ""
 
 
-def _fits(names: Sequence[str], needs: Mapping[str, Memory], asked: _Asked) -> Table:
-    plain, usable = asked.needs(checkpointing=False), asked.usable
+def _fits(needs: Mapping[str, Memory], asked: _Asked) -> Table:
+    plain = asked.needs(checkpointing=False)
 
-    def left(m: Memory) -> str:
-        gigabytes = (usable - m.total) / GB
+    def left(need: Memory) -> str:
+        gigabytes = asked.left(need)
         return f"{gigabytes:.1f} GB" if gigabytes >= 0 else f"lacks {-gigabytes:.1f} GB"
 
-    rows = []
-    for name in names:
-        m = needs[name]
-        rows.append(
-            {
-                "method": name,
-                "base": m.weights / GB,
-                "trained": (m.adapter + m.gradients + m.optimizer) / GB,
-                "in a step": (m.activations + m.at_work) / GB,
-                "in all": m.total / GB,
-                "left": left(m),
-                "without checkpointing": left(plain[name]),
-            }
-        )
+    rows = [
+        {
+            "method": name,
+            "base": need.weights / GB,
+            "trained": (need.adapter + need.gradients + need.optimizer) / GB,
+            "in a step": (need.activations + need.at_work) / GB,
+            "in all": need.total / GB,
+            "left": left(need),
+            "without checkpointing": left(plain[name]),
+        }
+        for name, need in needs.items()
+    ]
     formats = dict.fromkeys(("base", "in all", "in a step"), "{:.1f} GB")
-    loss = "" if asked.labels else ", chunked loss" if asked.chunked else ", whole logits"
-    return table(
-        rows,
-        formats | {"trained": "{:.2f} GB"},
-        note=f"{asked.kind}, {asked.batch} × {asked.context:,} tokens (longer texts are cut), "
-        f"bfloat16, Adam in float32,\ngradient checkpointing{loss}",
+    whole = "chunked loss" if asked.sizes["chunked"] else "whole logits"
+    note = (
+        f"{asked.kind}, {asked.sizes['batch']} × {asked.sizes['context']:,} tokens (longer texts "
+        "are cut), bfloat16, Adam in float32,\ngradient checkpointing"
     )
+    note += "" if asked.labels else f", {whole}"
+    return table(rows, formats | {"trained": "{:.2f} GB"}, note=note)
 
 
 # ------------------------------------------------------------------ sliders
@@ -550,15 +535,12 @@ def adviser(
     """Return sliders for `recommend_peft_method` with these initial values. Without ipywidgets or a
     kernel they show the advice for the initial values. Errors as `recommend_peft_method`."""
     recommend_peft_method(model_size_b, gpu_memory_gb, task_type, num_examples)
-    start = {
-        "billion parameters": model_size_b,
-        "GiB of the GPU": gpu_memory_gb,
-        "task": _task(task_type),
-        "examples": num_examples,
+    lists = {
+        "billion parameters": (model_size_b, SIZES),
+        "GiB of the GPU": (gpu_memory_gb, GPUS),
+        "task": (_task(task_type), TASKS),
+        "examples": (num_examples, EXAMPLES),
     }
-    lists = (SIZES, GPUS, TASKS, EXAMPLES)
-    choices = {name: tuple(values) for name, values in zip(start, lists, strict=True)}
-    for name, value in start.items():
-        if value not in choices[name]:
-            choices[name] = tuple(sorted((*choices[name], value)))
+    start = {name: value for name, (value, _) in lists.items()}
+    choices = {name: tuple(sorted({*usual, value})) for name, (value, usual) in lists.items()}
     return explore(lambda **given: recommend_peft_method(*given.values()), start, **choices)

@@ -15,6 +15,8 @@ from ..engine.facts import Mark, OnMap
 from .figures import COLORS, GREY, SHARP, figure, show
 
 INK = "#333333"  # of text and arrows
+_MIDDLE = {"ha": "center", "va": "center", "color": INK}
+Spot = tuple[float, float]
 
 
 def canvas(width: float, height: float, inches: float = 7.2) -> tuple[Figure, Axes]:
@@ -50,45 +52,18 @@ def box(
     """Draw a box with its lower left corner at (x, y) and text in its middle.
 
     A lit box has a thick edge and bold text on a light tint of its colour; others are plain."""
-    ax.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            w,
-            h,
-            boxstyle=f"round,pad=0,rounding_size={0.07 * min(w, h, 60)}",
-            facecolor="none" if dashed and not lit else tint(color, lit),
-            edgecolor=color,
-            linewidth=2 if lit else 1,
-            linestyle="--" if dashed else "-",
-        )
-    )
-    ax.text(
-        x + w / 2,
-        y + h / 2,
-        text,
-        ha="center",
-        va="center",
-        size=size,
-        color=INK,
-        weight="bold" if lit else "normal",
-        rotation=rotation,
-        linespacing=1.1,
-    )
+    style = f"round,pad=0,rounding_size={0.07 * min(w, h, 60)}"
+    face = "none" if dashed and not lit else tint(color, lit)
+    edge = {"edgecolor": color, "linewidth": 2 if lit else 1, "linestyle": "--" if dashed else "-"}
+    ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=style, facecolor=face, **edge))
+    look = {"size": size, "weight": "bold" if lit else "normal", "rotation": rotation}
+    ax.text(x + w / 2, y + h / 2, text, linespacing=1.1, **_MIDDLE, **look)
 
 
-def arrow(
-    ax: Axes,
-    start: tuple[float, float],
-    end: tuple[float, float],
-    color: str = INK,
-    text: str = "",
-) -> None:
+def arrow(ax: Axes, start: Spot, end: Spot, color: str = INK, text: str = "") -> None:
     """Draw an arrow between two points, with text above its middle."""
-    ax.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle="-|>", mutation_scale=8, color=color, shrinkA=0, shrinkB=0
-        )
-    )
+    look = {"arrowstyle": "-|>", "mutation_scale": 8, "shrinkA": 0, "shrinkB": 0}
+    ax.add_patch(FancyArrowPatch(start, end, color=color, **look))
     if text:
         middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
         ax.annotate(text, middle, (0, 4), textcoords="offset points", ha="center", color=color)
@@ -120,18 +95,14 @@ class _Map:
     beside the linear maps named in `targets`."""
 
     def __init__(self, ax: Axes, lit: Sequence[str], targets: Sequence[str]):
-        self.ax, self.lit, self.targets = ax, lit, targets
-        self.places = places()
-
-    def color(self, place: str) -> str:
-        """Return the colour of a place."""
-        return COLORS[self.places[place].color]
+        self.ax, self.lit, self.targets, self.places = ax, lit, targets, places()
+        self.colors = {name: COLORS[place.color] for name, place in self.places.items()}
 
     def part(self, place: str, *args: Any, text: str = "", **kw: Any) -> None:
         """Draw a box of a place: coloured if lit, else grey in the base and a dashed outline for
         what a method would add."""
         if place in self.lit:
-            box(self.ax, *args, text=text, color=self.color(place), lit=True, **kw)
+            box(self.ax, *args, text=text, color=self.colors[place], lit=True, **kw)
         elif place in _BASE:
             box(self.ax, *args, text=text, **kw)
         else:
@@ -140,11 +111,11 @@ class _Map:
     def label(self, place: str, x: float, y: float, **kw: Any) -> None:
         """Write the label of a place if it is lit."""
         if place in self.lit:
-            dark = [0.6 * part for part in to_rgb(self.color(place))]
-            look = {"ha": "center", "va": "center", "size": 9, "weight": "bold", "color": dark}
+            dark = [0.6 * part for part in to_rgb(self.colors[place])]
+            look = _MIDDLE | {"size": 9, "weight": "bold", "color": dark}
             self.ax.text(x, y, self.places[place].label, **look | kw)
 
-    def path(self, *points: tuple[float, float], color: str = INK) -> None:
+    def path(self, *points: Spot, color: str = INK) -> None:
         """Draw a line with an arrow at its end."""
         xs, ys = zip(*points[:-1], strict=True)
         self.ax.plot(xs, ys, color=color, linewidth=1, solid_joinstyle="miter")
@@ -167,7 +138,7 @@ class _Map:
     def adapter(self, x: float) -> None:
         """Draw a bottleneck, wide at both ends."""
         lit = "adapter" in self.lit
-        color = self.color("adapter") if lit else _GHOST
+        color = self.colors["adapter"] if lit else _GHOST
         half = [(0, 30), (9, 12), (18, 12), (27, 30)]
         corners = [(x + dx, 160 + dy) for dx, dy in half]
         corners += [(px, 320 - py) for px, py in reversed(corners)]
@@ -180,8 +151,9 @@ class _Map:
     def norm(self, x: float, residual: float) -> None:
         """Draw sum and norm with its bias, and the residual connection that it adds."""
         self.part("norms", x, 116, 36, 88, text="add & norm", rotation=90)
-        self.part("norms" if "norms" in self.lit else "BitFit", x, 102, 36, 13, text="b", size=7.5)
-        self.label("norms" if "norms" in self.lit else "BitFit", x + 18, 91)
+        place = "norms" if "norms" in self.lit else "BitFit"
+        self.part(place, x, 102, 36, 13, text="b", size=7.5)
+        self.label(place, x + 18, 91)
         self.path((residual, 160), (residual, 286), (x + 18, 286), (x + 18, 205), color=GREY)
 
     def embeddings(self) -> None:
@@ -201,15 +173,15 @@ class _Map:
     def attention(self) -> None:
         """Draw the four linear maps, and between them what a prefix and (IA)³ change."""
         box(self.ax, 104, 44, 298, 228, color=_FRAME)
-        self.ax.text(394, 258, "multi-head attention", ha="right", va="center", size=8, color=INK)
+        self.ax.text(394, 258, "multi-head attention", size=8, **_MIDDLE | {"ha": "right"})
         for y, text in ((228, "query"), (160, "key"), (92, "value")):
             self.path((76, 160), (111, 160), (111, y), (121, y))
             self.linear(121, y, text)
             arrow(self.ax, (191, y), (266, y))
         self.label("BitFit", 197, 253, ha="right")
-        color = self.color("prefix") if "prefix" in self.lit else _GHOST
+        color = self.colors["prefix"] if "prefix" in self.lit else _GHOST
         for y, text in ((160, "$P_k$"), (92, "$P_v$")):
-            self.scale(206, y)
+            self.part("IA3", 197, y - 9, 18, 18, text="ℓ", size=9)
             self.label("IA3", 206, y - 19)
             self.part("prefix", 221, y + 14, 30, 18, text=text, size=8)
             self.label("prefix", 243, y + 42)
@@ -218,20 +190,16 @@ class _Map:
         arrow(self.ax, (310, 160), (322, 160))
         self.linear(322, 160, "output")
 
-    def scale(self, x: float, y: float) -> None:
-        """Draw a learned scale on a line."""
-        self.part("IA3", x - 9, y - 9, 18, 18, text="ℓ", size=9)
-
     def feedforward(self) -> None:
         """Draw up, activation and down, from bottom to top."""
         box(self.ax, 496, 44, 92, 228, color=_FRAME)
-        self.ax.text(542, 51, "feed-forward", ha="center", va="center", size=8, color=INK)
+        self.ax.text(542, 51, "feed-forward", size=8, **_MIDDLE)
         self.path((478, 160), (491, 160), (491, 108), (504, 108))
         self.linear(504, 108, "up")
         arrow(self.ax, (533, 125), (533, 139))
         box(self.ax, 504, 139, 58, 20, "activation", size=7.5)
         arrow(self.ax, (533, 159), (533, 205))
-        self.scale(533, 178)
+        self.part("IA3", 524, 169, 18, 18, text="ℓ", size=9)
         self.label("IA3", 545, 178, ha="left")
         self.linear(504, 222, "down", side=1)
 
@@ -287,9 +255,10 @@ def block_map(*lit: str, caption: str = "", targets: Iterable[str] = LINEAR_MAPS
     show(fig, alt, caption, SHARP)
 
 
-def lora_picture(
-    caption: str = "LoRA: two thin trainable matrices beside one frozen weight.",
-) -> None:
+_LORA = "LoRA: two thin trainable matrices beside one frozen weight."
+
+
+def lora_picture(caption: str = _LORA) -> None:
     """Show a linear layer with LoRA: the frozen weight W, and A and B beside it."""
     blue, orange = COLORS[:2]
     fig, ax = canvas(12, 5.6)
@@ -317,8 +286,7 @@ def lora_picture(
         (8.95, 1.75, "× α / r"),
         (6.04, 0.8, "r numbers"),
     ):
-        side = "left" if x > 8 else "center"
-        ax.text(x, y, text, size=8.5, color=INK, ha=side, va="center")
+        ax.text(x, y, text, size=8.5, **_MIDDLE | {"ha": "left" if x > 8 else "center"})
     alt = (
         "The input x goes two ways: through the frozen weight W, and through the thin trainable "
         "matrices A and B. Both results are added and give the output y."

@@ -18,23 +18,22 @@ from peft_lessons.costs import evidence
 from peft_lessons.costs import recommend as module
 from peft_lessons.costs.estimate import GB, GIB
 from peft_lessons.costs.evidence import assistant_runs, assistant_table, benchmark, nearest_size
-from peft_lessons.costs.recommend import (
-    CANDIDATES,
-    FULL,
-    NAMES,
-    NOTHING,
-    TASKS,
-    Advice,
-    adviser,
-    needs_of,
-    usable_bytes,
-)
+from peft_lessons.costs.recommend import CANDIDATES, FULL, NOTHING, TASKS, Advice, adviser, needs_of
 from peft_lessons.studies import best_lr
 from tools.notebooks import clean
 
 SIZES = (0.1, 1, 7, 32, 70, 400)
 GPUS = (2, 6, 8, 14, 16, 24, 48, 80, 141, 640, 2000)
 ORDER = [*CANDIDATES, NOTHING]
+
+
+def ask(size, gpu, task="generation", examples=1000, **more):
+    return recommend_peft_method(size, gpu, task, examples, **more)
+
+
+def told(advice):
+    """Return the sentences of an advice as one line."""
+    return " ".join(advice.why.split())
 
 
 def only(name, monkeypatch):
@@ -54,8 +53,8 @@ def test_what_is_recommended_fits_and_no_earlier_one_does(task, chunked):
     for size in SIZES:
         needs, ranks = needs_of(size, task == "classification", chunked=chunked), []
         for gpu in GPUS:
-            usable = usable_bytes(gpu)
-            advice = recommend_peft_method(size, gpu, task, 1000, chunked=chunked)
+            usable = module.usable_bytes(gpu)
+            advice = ask(size, gpu, task, chunked=chunked)
             rank = ORDER.index(advice.name)
             assert advice.name == NOTHING or needs[advice.name].total <= usable
             assert all(needs[name].total > usable for name in ORDER[:rank])
@@ -63,10 +62,12 @@ def test_what_is_recommended_fits_and_no_earlier_one_does(task, chunked):
         assert ranks == sorted(ranks, reverse=True)
 
 
-def test_a_chunked_loss_never_takes_more():
+def test_a_chunked_loss_takes_less_and_makes_a_long_text_fit():
     for size in SIZES:
         more = [needs_of(size, False, 8192, chunked=chunked) for chunked in (True, False)]
         assert all(more[0][name].total < more[1][name].total for name in CANDIDATES)
+    assert ask(8, 48, context=32_768).name == "LoRA"
+    assert ask(8, 48, context=32_768, chunked=False).name == NOTHING
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
@@ -75,29 +76,21 @@ def test_it_changes_where_it_just_fits(name, monkeypatch):
     only(name, monkeypatch)
     need = needs_of(7, labels=False)[name].total
     gpu = (need + module.CONTEXT) / (1 - module.SPARE) / GIB
-    assert str(recommend_peft_method(7, gpu * (1 + 1e-9), "generation", 1000)) == name
-    assert str(recommend_peft_method(7, gpu * (1 - 1e-6), "generation", 1000)) == NOTHING
+    assert ask(7, gpu * (1 + 1e-9)).name == name
+    assert ask(7, gpu * (1 - 1e-6)).name == NOTHING
 
 
 def test_known_gpus():
     """Whether the base fits at all: 7 billion in 16 bits are 14.0 GB, 70 in 4 bits 39.4."""
-    ask = lambda size, gpu: str(recommend_peft_method(size, gpu, "generation", 5000))  # noqa: E731
-    for size, gpu in ((70, 24), (70, 8), (7, 4), (400, 141)):
-        assert ask(size, gpu) == NOTHING
-    for size, gpu in ((7, 14), (7, 13.99), (13, 24), (70, 48), (8, 8), (70, 80)):
-        assert ask(size, gpu) == "QLoRA"
-    for size, gpu in ((7, 24), (8, 80), (8, 160), (1.5, 12), (0.1, 8), (3, 16)):
-        assert ask(size, gpu) == "LoRA"
-    assert str(recommend_peft_method(7, 24, "generation", 5000, context=65536)) == NOTHING
-    assert str(recommend_peft_method(7, 24, "generation", 5000, batch=64)) == NOTHING
-    assert usable_bytes(24) == pytest.approx(0.95 * 24 * 2**30 - 0.75 * 2**30)
-    assert usable_bytes(0.1) == 0
-
-
-def test_a_chunked_loss_makes_a_long_text_fit():
-    long = {"context": 32_768}
-    assert str(recommend_peft_method(8, 48, "generation", 1000, **long)) == "LoRA"
-    assert str(recommend_peft_method(8, 48, "generation", 1000, **long, chunked=False)) == NOTHING
+    for name, cases in (
+        (NOTHING, ((70, 24), (70, 8), (7, 4), (400, 141))),
+        ("QLoRA", ((7, 14), (7, 13.99), (13, 24), (70, 48), (8, 8), (70, 80))),
+        ("LoRA", ((7, 24), (8, 80), (8, 160), (1.5, 12), (0.1, 8), (3, 16))),
+    ):
+        assert {ask(*case).name for case in cases} == {name}
+    assert ask(7, 24, context=65536).name == ask(7, 24, batch=64).name == NOTHING
+    assert module.usable_bytes(24) == pytest.approx(0.95 * 24 * 2**30 - 0.75 * 2**30)
+    assert module.usable_bytes(0.1) == 0
 
 
 # ------------------------------------------------------------------ the evidence
@@ -121,9 +114,14 @@ def test_a_chunked_loss_makes_a_long_text_fit():
 def test_the_evidence_is_of_the_model_nearest_in_size(kind, size, model, monkeypatch):
     runs = assistant(lora=(3.0, 3.1, 2.9), full=(2.9, 3.0, 2.8))
     monkeypatch.setattr(evidence, "load_results", stored_and(runs))
-    advice = recommend_peft_method(size, 80, kind, 1000)
+    advice = ask(size, 80, kind)
     assert model in advice.sentences[-1] and model in advice.evidence.columns[0]
     assert ("yours is a classifier" in advice.why) == (kind == "classification" and size > 0.27)
+
+
+def test_without_the_assistant_the_benchmark_is_shown(monkeypatch):
+    monkeypatch.setattr(evidence, "load_results", stored_and(assistant(full=(3.0,))))
+    assert "Llama-3.2-3B" in ask(0.135, 80).evidence.columns[0]
 
 
 def assistant(**tests):
@@ -148,19 +146,12 @@ def stored_and(runs):
 def test_methods_with_three_seeds_are_shown_or_the_first_seed_of_all():
     runs = assistant(lora=(3.0, 3.1, 2.9), full=(2.9, 3.0), dora=(3.2, 3.2, 3.2))
     assert list(assistant_runs(runs)) == ["base", "lora", "dora"]
-    shown = assistant_table(runs)
-    assert [row[0] for row in shown.cells] == ["base, untouched", "LoRA", "DoRA"]
-    assert "+20.0" in repr(shown) and "answers" in repr(shown)
+    assert [row[0] for row in assistant_table(runs).cells] == ["base, untouched", "LoRA", "DoRA"]
+    assert "+20.0" in repr(assistant_table(runs)) and "answers" in repr(assistant_table(runs))
     early = assistant_runs(assistant(lora=(3.0, 3.1, 2.9), full=(2.9,)))
     assert {name: len(at) for name, at in early.items()} == {"base": 1, "lora": 1, "full": 1}
     with pytest.raises(ValueError, match="no run of LoRA"):
         assistant_table(assistant(full=(2.9, 3.0, 2.8)))
-
-
-def test_without_the_assistant_the_benchmark_is_shown(monkeypatch):
-    monkeypatch.setattr(evidence, "load_results", stored_and(assistant(full=(3.0,))))
-    advice = recommend_peft_method(0.135, 80, "generation", 1000)
-    assert "Llama-3.2-3B" in advice.evidence.columns[0]
 
 
 def test_the_benchmark_says_what_lesson_and_advice_say_of_it():
@@ -217,109 +208,91 @@ def test_what_diverged_is_not_shown(score):
 
 
 def test_it_explains_itself_as_text_and_as_a_page():
-    advice = recommend_peft_method(8, 24, "CAUSAL_LM", 1000)
+    advice = ask(8, 24, "CAUSAL_LM")
     assert str(advice) == f"{advice}" == advice.name == "LoRA"
-    for told in ("25.8 GB", "are left", "Alternatives", "FSDP", "vLLM", "Schulman"):
-        assert told in " ".join(advice.why.split())
+    for words in ("25.8 GB", "are left", "Alternatives", "FSDP", "vLLM", "Schulman", "rank 64",
+                  "DoRA (leaves", "ahead of LoRA on one", "16 bytes a parameter"):  # fmt: skip
+        assert words in told(advice), words
     assert repr(advice).startswith("LoRA, learning rate 0.0002") and advice.why in repr(advice)
     page = advice._repr_html_()
     assert page.count("<table>") == 2 and "25.8 GB" in page and "<pre>peft_config" in page
-    for examples, told in ((499, "499 examples are few"), (500, ""), (99_999, ""),
-                           (100_000, "100,000 examples are many")):  # fmt: skip
-        why = recommend_peft_method(8, 24, "CAUSAL_LM", examples).why
-        assert told in why and ("examples are" in why) == bool(told)
+    for examples, words in ((499, "499 examples are few"), (500, ""), (99_999, ""),
+                            (100_000, "100,000 examples are many")):  # fmt: skip
+        why = ask(8, 24, examples=examples).why
+        assert words in why and ("examples are" in why) == bool(words)
+    assert "8-bit Adam it takes 49 GB" in told(ask(8, 80))
 
 
 def test_an_alternative_fits_if_one_does():
-    ask = lambda size, gpu: recommend_peft_method(size, gpu, "generation", 1000)  # noqa: E731
     assert ask(8, 24).alternatives == ("QLoRA", "DoRA")
-    assert ask(8, 160).alternatives == (FULL, "QLoRA")  # full fine-tuning, if it beats LoRA
-    assert "beats LoRA on your task" in ask(8, 160).why and "FSDP" not in ask(8, 160).why
-    small = ask(8, 16)
+    large, small = ask(8, 160), ask(8, 16)
+    assert large.alternatives == (FULL, "QLoRA")
+    assert "beats LoRA on your task" in large.why and "FSDP" not in large.why
     assert small.name == "QLoRA" and small.alternatives[0] == "LoRA"
     assert "Alternatives" not in small.why and "Too large: LoRA (lacks" in small.why
 
 
-def test_the_pasted_code_loads_the_base_in_the_bytes_that_are_counted():
-    for task in TASKS:
-        for size, gpu, dtype in ((8, 24, "bfloat16"), (8, 12, "bfloat16")):
-            code = recommend_peft_method(size, gpu, task, 1000).code
-            assert f'"dtype": "{dtype}"' in code and "gradient_accumulation_steps=16" in code
-        assert "accumulation_steps=2" in recommend_peft_method(1, 80, task, 1000, batch=8).code
-    told = " ".join(recommend_peft_method(8, 24, "generation", 1000).why.split())
-    assert "DoRA (leaves" in told and "ahead of LoRA on one" in told and "rank 64" in told
-
-
-def test_what_full_fine_tuning_takes_by_the_leanest_recipe():
-    told = " ".join(recommend_peft_method(8, 80, "generation", 1000).why.split())
-    assert "16 bytes a parameter" in told and "8-bit Adam it takes 49 GB" in told
+@pytest.mark.parametrize("task", TASKS)
+def test_the_pasted_code_loads_the_base_in_the_bytes_that_are_counted(task):
+    for gpu in (24, 12):
+        code = ask(8, gpu, task).code
+        assert '"dtype": "bfloat16"' in code and "gradient_accumulation_steps=16" in code
+    assert "accumulation_steps=2" in ask(1, 80, task, batch=8).code
 
 
 def test_little_room_is_called_tight():
     for size, gpu, tight in ((6.9, 16, True), (8, 24, False), (70, 48, True)):
-        advice = recommend_peft_method(size, gpu, "generation", 1000, context=2048)
-        assert ("That is tight" in advice.sentences[0]) == tight
+        assert ("That is tight" in ask(size, gpu, context=2048).sentences[0]) == tight
+    room = module.usable_bytes(24)
+    assert not module.is_tight(room - 0.1001 * 24 * GIB, 24)
+    assert module.is_tight(room - 0.0999 * 24 * GIB, 24)
 
 
 def test_whether_a_server_loads_it():
     for name in CANDIDATES:
-        told = module._server(name, "generation")
-        assert ("November 2026" in told) == (name != FULL), name
-        assert ("refuse" in told) == (name not in ("LoRA", "QLoRA", FULL)), name
-        assert ("merge it before" in told) == (name in ("DoRA", "AdaLoRA", "(IA)³")), name
-    assert "new head" in recommend_peft_method(8, 24, "SEQ_CLS", 1000).why
+        words = module._server(name, "generation")
+        assert ("November 2026" in words) == (name != FULL), name
+        assert ("refuse" in words) == (name not in ("LoRA", "QLoRA", FULL)), name
+        assert ("merge it before" in words) == (name in ("DoRA", "AdaLoRA", "(IA)³")), name
+    assert "new head" in ask(8, 24, "SEQ_CLS").why
     assert module._server(NOTHING, "generation") == ""
 
 
 @pytest.mark.parametrize("name", ["LoRA", FULL])
 def test_the_learning_rate_depends_on_the_kind_of_model(name, monkeypatch):
     only(name, monkeypatch)
-    small, large = {"LoRA": (1e-3, 2e-4), FULL: (2e-4, 2e-5)}[name]
-    for kind, size, rate in (
-        ("generation", 0.049, small),
-        ("generation", 0.05, large),
-        ("classification", 0.49, small),
-        ("classification", 0.5, large),
-    ):
-        assert recommend_peft_method(size, 2000, kind, 1000).learning_rate == rate
-    assert recommend_peft_method(70, 8, "generation", 1000).learning_rate is None
+    rates = {"LoRA": (1e-3, 2e-4), FULL: (2e-4, 2e-5)}[name]
+    for kind, sizes in (("generation", (0.049, 0.05)), ("classification", (0.49, 0.5))):
+        assert tuple(ask(size, 2000, kind).learning_rate for size in sizes) == rates
+    assert ask(70, 8).learning_rate is None
 
 
 def test_the_table_is_in_gigabytes_of_a_billion_bytes():
-    advice = recommend_peft_method(8, 24, "generation", 1000)
-    base, trained, step, whole, left = advice.fits.cells[0][1:6]
-    assert (base, whole) == ("16.0 GB", f"{needs_of(8, False)['LoRA'].total / GB:.1f} GB")
+    advice = ask(8, 24)
+    base, trained, step, total, left = advice.fits.cells[0][1:6]
+    assert (base, total) == ("16.0 GB", f"{needs_of(8, False)['LoRA'].total / GB:.1f} GB")
     parts = sum(float(cell.removesuffix(" GB")) for cell in (base, trained, step))
-    assert parts == pytest.approx(float(whole.removesuffix(" GB")), abs=0.1)
+    assert parts == pytest.approx(float(total.removesuffix(" GB")), abs=0.1)
     assert f"so {left} are left" in advice.sentences[0]
 
 
-def test_a_tenth_of_the_gpu_is_not_tight():
-    room = usable_bytes(24)
-    assert not module.is_tight(room - 0.1001 * 24 * GIB, 24)
-    assert module.is_tight(room - 0.0999 * 24 * GIB, 24)
-
-
 def test_what_does_not_fit_says_what_would():
-    advice = recommend_peft_method(70, 24, "generation", 1000)
-    told = advice.sentences[0]
-    assert advice.name == NOTHING and advice.config is None and "QLoRA lacks" in told
+    advice = ask(70, 24)
+    first = advice.sentences[0]
+    assert advice.name == NOTHING and advice.config is None and "QLoRA lacks" in first
     assert advice.code == "" and repr(advice).startswith("does not fit\n")
-    assert "shorter texts" not in told  # the weights alone are too large
-    long = recommend_peft_method(8, 8, "generation", 1000, context=32_768)
-    assert long.name == NOTHING and "shorter texts" in long.sentences[0]
-    largest = float(told.partition("at most ")[2].partition(" billion")[0])
-    assert str(recommend_peft_method(largest, 24, "generation", 1000)) != NOTHING
-    assert str(recommend_peft_method(1.1 * largest, 24, "generation", 1000)) == NOTHING
-    advice = recommend_peft_method(1, 0.3, "generation", 10)
-    assert advice.name == NOTHING and "no language model of this kind fits" in advice.sentences[0]
+    assert "shorter texts" not in first  # the weights alone are too large
+    assert "shorter texts" in ask(8, 8, context=32_768).sentences[0]
+    largest = float(first.partition("at most ")[2].partition(" billion")[0])
+    assert ask(largest, 24).name != NOTHING == ask(1.1 * largest, 24).name
+    assert "no language model of this kind fits" in ask(1, 0.3).sentences[0]
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
 @pytest.mark.parametrize("task", TASKS)
 def test_its_configuration_is_ready(name, task, monkeypatch):
     only(name, monkeypatch)
-    advice = recommend_peft_method(8, 2000, task, 1000)
+    advice = ask(8, 2000, task)
     assert advice.name == name
     assert (advice.quantization is not None) == (name == "QLoRA")
     config, line = advice.config, advice.code.splitlines()[0]
@@ -340,8 +313,8 @@ def test_its_configuration_is_ready(name, task, monkeypatch):
     model = get_peft_model(base, config)  # which writes into it the layers that it found
     targets = getattr(advice.config, "target_modules", None)
     assert targets == CANDIDATES[name].settings.get("target_modules")
-    same = {"rank": "r", "alpha": "lora_alpha", "tokens": "num_virtual_tokens"}
-    for ours, theirs in same.items():
+    names = {"rank": "r", "alpha": "lora_alpha", "tokens": "num_virtual_tokens"}
+    for ours, theirs in names.items():
         if value := getattr(CANDIDATES[name].method, ours, None):
             assert getattr(config, theirs) == value
     batch = tiny.batch_of("bert" if task == "classification" else "llama")
@@ -351,19 +324,15 @@ def test_its_configuration_is_ready(name, task, monkeypatch):
 def test_the_pasted_quantization_is_the_advised_one():
     from transformers import BitsAndBytesConfig
 
-    advice = recommend_peft_method(8, 12, "generation", 1000)
+    advice = ask(8, 12)
     line = next(line for line in advice.code.splitlines() if line.startswith("quantization"))
     names = {"BitsAndBytesConfig": BitsAndBytesConfig, "torch": torch}
     assert eval(line.partition(" = ")[2], names).to_dict() == advice.quantization.to_dict()
 
 
 def test_the_pasted_trainer_is_given_all_that_is_defined():
-    for gpu, passed in (
-        (12, {"args", "peft_config", "quantization_config"}),
-        (24, {"args", "peft_config"}),
-        (160, {"args", "peft_config"}),
-    ):
-        code = recommend_peft_method(8, gpu, "generation", 1000).code
+    for gpu, more in ((12, {"quantization_config"}), (24, set()), (160, set())):
+        code, passed = ask(8, gpu).code, {"args", "peft_config"} | more
         call = ast.parse(code).body[-1].value
         assert call.func.id == "SFTTrainer" and call.args[0].value == "MODEL"
         assert {keyword.arg for keyword in call.keywords} == passed | {"train_dataset"}
@@ -372,14 +341,15 @@ def test_the_pasted_trainer_is_given_all_that_is_defined():
 
 
 def test_a_task_has_several_names():
-    why = recommend_peft_method(7, 24, TaskType.SEQ_CLS, 1000).why
+    why = ask(7, 24, TaskType.SEQ_CLS).why
     for task_type in ("Classification", "SEQ_CLS", "seq-cls", "text classification"):
-        assert recommend_peft_method(7, 24, task_type, 1000).why == why
+        assert ask(7, 24, task_type).why == why
 
 
 def test_an_advice_can_be_made_by_its_name():
-    assert Advice(FULL).arguments is None and Advice("LoRA").arguments["method"] == "lora"
-    for name in NAMES:
+    assert Advice(FULL).arguments is None is Advice(NOTHING).arguments
+    assert Advice("LoRA").arguments["method"] == "lora"
+    for name in module.NAMES:
         advice = Advice(name)
         assert repr(advice) == name and name in advice._repr_html_() and advice.code == ""
 
@@ -388,7 +358,7 @@ GOOD = {"model_size_b": 7, "gpu_memory_gb": 24, "task_type": "generation", "num_
 
 
 def test_what_makes_no_sense_is_refused():
-    for name, values, told in (
+    for name, values, words in (
         ("model_size_b", (0, math.nan, True, "7"), "model_size_b="),
         ("model_size_b", (7e9,), "must be in billions"),
         ("gpu_memory_gb", (-1, math.inf), "gpu_memory_gb="),
@@ -398,7 +368,7 @@ def test_what_makes_no_sense_is_refused():
         ("batch", ("2",), "batch="),
     ):
         for value in values:
-            with pytest.raises(ValueError, match=f"recommend_peft_method.*{told}"):
+            with pytest.raises(ValueError, match=f"recommend_peft_method.*{words}"):
                 recommend_peft_method(**GOOD | {name: value})
 
 
@@ -407,16 +377,14 @@ def test_what_makes_no_sense_is_refused():
 
 def test_the_sliders_follow():
     pytest.importorskip("ipywidgets")
-    shown_by = adviser(7, 24, "generation", 1000)
-    bundle, _ = shown_by._repr_mimebundle_()
+    explorer = adviser(7, 24, "generation", 1000)
+    bundle, _ = explorer._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
-    assert bundle["text/html"].startswith(
-        recommend_peft_method(7, 24, "generation", 1000)._repr_html_()
-    )
+    assert bundle["text/html"].startswith(ask(7, 24)._repr_html_())
     assert "to move: billion parameters 0.1, …, 405; GiB of the GPU 4, …" in bundle["text/plain"]
-    size, card, task, examples, shown = shown_by.widget.children
-    size.value, card.value, examples.value, task.value = 70, 24, 100, "classification"
-    assert recommend_peft_method(70, 24, "classification", 100)._repr_html_() in shown.value
+    size, gpu, task, examples, shown = explorer.widget.children
+    size.value, gpu.value, examples.value, task.value = 70, 24, 100, "classification"
+    assert ask(70, 24, "classification", 100)._repr_html_() in shown.value
     start = adviser(2000, 0.5, "SEQ_CLS", 10**7).widget.children[:4]  # beyond the usual values
     assert [slider.value for slider in start] == [2000, 0.5, "classification", 10**7]
 

@@ -56,7 +56,7 @@ def course(tmp_path, monkeypatch):
             module.programs["uv"] = str(Path(command[0]).parent / "uv")
         return ""
 
-    good = [[3, 13, 5], "linux-x86_64", True, True, "/usr/bin/python3.13"]
+    good = answer(13, path="/usr/bin/python3.13")
     module.interpreters = {"python3.13": good}
     monkeypatch.setattr(module, "attempt", attempt)
     monkeypatch.setattr(module, "wait", lambda *call: module.ran.append(call) or 0)
@@ -76,9 +76,23 @@ def cores(command):
     return b"1\n"
 
 
-def installed(course):
-    """Return the installers' command lines, without what comes before `install`."""
+def installed(course, *words):
+    """Run a command if one is given; return the installers' command lines, without what comes
+    before `install`."""
+    if words:
+        course.main([*words])
     return [line[line.index("install") + 1 :] for line in course.ran if "install" in line]
+
+
+def refuses(course, words, message):
+    """Run a command, which must end with this message."""
+    with pytest.raises(course.Trouble, match=message):
+        course.main(words.split())
+
+
+def answer(minor, system="linux-x86_64", wide=True, venv=True, path="/usr/bin/python3"):
+    """Return what an interpreter says of itself."""
+    return [[3, minor, 0], system, wide, venv, path]
 
 
 # ------------------------------------------------------------------ any Python can read it
@@ -170,8 +184,7 @@ def test_a_wrong_command_is_one_sentence_and_installs_nothing(course):
         ("grade --jobs 2 nowhere", "There is no folder nowhere."),
         ("lab 77", "There is no lesson 77: they go from 00 to 02."),
     ):
-        with pytest.raises(course.Trouble, match=re.escape(told)):
-            course.main(given.split())
+        refuses(course, given, re.escape(told))
     assert not course.ran
 
 
@@ -223,20 +236,17 @@ def test_make_is_a_thin_caller():
 
 def test_it_says_how_much_before_it_downloads(course, monkeypatch, capsys):
     course.failing = ("venv",)
-    with pytest.raises(course.Trouble):
-        course.main(["setup"])
+    refuses(course, "setup", "it failed")
     shown = capsys.readouterr().out
-    assert "Setting up .venv with Python 3.13.5: once" in shown
+    assert "Setting up .venv with Python 3.13.0: once" in shown
     assert "About 0.6 GB to download, 2.5 GB on disk. (Up to 3.2 and 6.5 GB" in shown
     monkeypatch.setattr(course, "nvidia", lambda: True)
-    with pytest.raises(course.Trouble):
-        course.main(["setup"])
+    refuses(course, "setup", "it failed")
     assert "About 3.2 GB to download, 6.5 GB on disk.\n" in capsys.readouterr().out
 
 
 def test_the_build_without_cuda_is_taken_through_uv_where_no_driver_answers(course, monkeypatch):
-    course.main(["setup"])
-    first, second = installed(course)
+    first, second = installed(course, "setup")
     assert first == ["--quiet", "uv"], "there is no uv on the path: pip brings it"
     assert second[2:] == ["--torch-backend", "cpu", "-e", ".[dev]"]
     monkeypatch.setattr(course, "nvidia", lambda: True)
@@ -249,9 +259,8 @@ def test_the_build_without_cuda_is_taken_through_uv_where_no_driver_answers(cour
 @pytest.mark.parametrize("failing", ["--torch-backend", "uv"])
 def test_pip_takes_over_where_that_index_or_uv_cannot_be_reached(course, failing, capsys):
     course.failing = (failing,)
-    course.main(["setup"])
+    assert installed(course, "setup")[-1] == ["-e", ".[dev]"]
     assert [line for line in course.ran if "install" in line][-1][1:3] == ["-m", "pip"]
-    assert installed(course)[-1] == ["-e", ".[dev]"]
     told = {
         "--torch-backend": "uv cannot install from PyTorch's own index (no route to the index)",
         "uv": "pip cannot install uv",
@@ -261,8 +270,7 @@ def test_pip_takes_over_where_that_index_or_uv_cannot_be_reached(course, failing
 
 def test_other_systems_take_the_ordinary_build(course, monkeypatch):
     monkeypatch.setattr(course, "LINUX", False)
-    course.main(["setup"])
-    assert installed(course) == [["-e", ".[dev]"]]
+    assert installed(course, "setup") == [["-e", ".[dev]"]]
     course.programs["uv"] = "/bin/uv"
     course.set_up(anew=True)
     assert course.ran[-1][0] == "/bin/uv" and "--torch-backend" not in course.ran[-1]
@@ -276,14 +284,14 @@ def test_a_second_run_changes_nothing_and_a_newer_list_of_packages_updates(cours
     with (tmp_path / "pyproject.toml").open("a", encoding="utf-8", newline="\r\n") as file:
         file.write("# another\n")
     course.main(["setup"])
+    later = course.ran[len(first) :]
     assert any("venv" in line for line in first)
-    assert course.ran[len(first) :] and not any("venv" in line for line in course.ran[len(first) :])
+    assert later and not any("venv" in line for line in later)
 
 
 def test_a_set_up_that_is_cut_short_starts_again(course):
     course.failing = ("-e",)
-    with pytest.raises(course.Trouble):
-        course.main(["setup"])
+    refuses(course, "setup", "it failed")
     assert not course.READY.exists()
     course.failing = ()
     litter = course.VENV / "litter"
@@ -307,17 +315,14 @@ def test_a_set_up_that_was_moved_or_is_incomplete_starts_again(course, stamp):
 
 def test_automatic_runs_take_the_exact_versions(course, tmp_path, monkeypatch):
     (tmp_path / "constraints.txt").write_text("torch==2.13.0\n", encoding="utf-8")
-    course.main(["setup"])
-    assert "-c" not in installed(course)[-1]
+    assert "-c" not in installed(course, "setup")[-1]
     monkeypatch.setenv("CI", "true")
-    course.main(["setup"])
-    assert installed(course)[-1][-2:] == ["-c", str(tmp_path / "constraints.txt")]
+    assert installed(course, "setup")[-1][-2:] == ["-c", str(tmp_path / "constraints.txt")]
 
 
 def test_here_installs_into_the_python_that_runs(course):
-    course.main(["here"])
-    assert installed(course)[-1][:2] == ["--python", sys.executable]
-    assert installed(course)[-1][-2:] == ["-e", "."]
+    line = installed(course, "here")[-1]
+    assert line[:2] == ["--python", sys.executable] and line[-2:] == ["-e", "."]
     assert not course.VENV.exists()
 
 
@@ -345,8 +350,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_removed(course,
     assert course.main(["setup"]) == 0, "what is set up runs"
     course.READY.write_text('{"root": "/elsewhere"}', encoding="utf-8")
     course.ran.clear()
-    with pytest.raises(course.Trouble, match=f"This folder cannot be written: {course.ROOT}"):
-        course.main(["setup"])
+    refuses(course, "setup", f"This folder cannot be written: {course.ROOT}")
     assert not course.ran and os.path.exists(course.PYTHON)
 
 
@@ -381,19 +385,15 @@ def test_it_comes_last_and_the_set_up_is_complete_without_it(course, monkeypatch
     assert fetches(course) == [course.PYTHON, sys.executable]
 
 
-def test_only_a_set_up_and_its_own_command_fetch_it(course):
+def test_only_a_set_up_and_its_own_command_fetch_it(course, monkeypatch):
     course.main(["setup"])
     for command in ("setup", "lab", "lint"):
         course.main([command])
     assert fetches(course) == [course.PYTHON]
     course.main(["assistant"])
     assert fetches(course) == [course.PYTHON] * 2
-
-
-def test_its_own_command_fails_where_it_fails(course, monkeypatch):
-    course.main(["setup"])
     monkeypatch.setattr(course, "wait", lambda *call: 1)
-    assert course.main(["assistant"]) == 1
+    assert course.main(["assistant"]) == 1, "and fails where it fails"
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -410,8 +410,7 @@ def test_without_venv_the_python_that_has_the_course_fetches_it(course, monkeypa
 
 def test_a_full_disk_is_one_sentence(course, monkeypatch):
     monkeypatch.setattr(course.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(course.Trouble, match=r"needs 2\.5 GB here, and 0\.0 GB are free"):
-        course.main(["setup"])
+    refuses(course, "setup", r"needs 2\.5 GB here, and 0\.0 GB are free")
     assert not course.ran
 
 
@@ -435,47 +434,41 @@ def test_a_failed_step_is_named_by_its_cause(said, told):
 
 
 def test_the_first_interpreter_that_fits_is_taken(course):
-    for found, chosen in (
-        ({"python3.12": 12, "python3.14": 14}, "3.12.0"),
-        ({"python3.14": 14, "python3": 10}, "3.14.0"),
-        ({"py -3": 13}, "3.13.0"),
-        ({"python3": 15, "python": 12}, "3.12.0"),
+    for minors, chosen in (
+        ({"python3.12": 12, "python3.14": 14}, "python3.12"),
+        ({"python3.14": 14, "python3": 10}, "python3.14"),
+        ({"py -3": 13}, "py -3"),
+        ({"python3": 15, "python": 12}, "python"),
     ):
-        course.interpreters = {
-            name: [[3, minor, 0], "linux-x86_64", True, True, f"/bin/{name}"]
-            for name, minor in found.items()
-        }
-        executable, shown = course.find_python(None)
-        assert shown == f"Python {chosen}" and executable.startswith("/bin/py")
+        course.interpreters = {n: answer(minor, path=n) for n, minor in minors.items()}
+        assert course.find_python(None) == (chosen, f"Python 3.{minors[chosen]}.0")
 
 
 def test_without_a_fitting_interpreter_it_says_what_is_there(course, monkeypatch):
     course.interpreters = {
-        "python3": [[3, 10, 1], "linux-x86_64", True, True, "/bin/python3"],
-        "python3.13": [[3, 13, 5], "linux-x86_64", True, False, "/bin/python3.13"],
-        "python": [[3, 12, 1], "win32", False, True, "/bin/python"],
+        "python3": answer(10),
+        "python3.13": answer(13, venv=False),
+        "python": answer(12, "win32", wide=False),
     }
-    told = "3.14, and this machine has 3.10.1, 3.12.1 for win32, 3.13.5 without venv (on Debian"
-    with pytest.raises(course.Trouble, match=re.escape(told)):
-        course.main(["setup"])
+    message = (
+        r"3\.14, and this machine has 3\.10\.0, 3\.12\.0 for win32, 3\.13\.0 without venv \(on D"
+    )
+    refuses(course, "setup", message)
     monkeypatch.setenv("PYTHON", "python3")
-    with pytest.raises(course.Trouble, match=r"3\.14, and PYTHON names 3\.10\.1\. Install"):
-        course.main(["setup"])
+    refuses(course, "setup", r"3\.14, and PYTHON names 3\.10\.0\. Install")
     monkeypatch.delenv("PYTHON")
     course.interpreters = {}
-    with pytest.raises(course.Trouble, match="and found none"):
-        course.main(["setup"])
+    refuses(course, "setup", "and found none")
     assert not course.ran
-    told = "Python 3.13, which uv downloads where it is missing"
-    assert course.find_python("/bin/uv") == ("3.13", told)
+    name = "Python 3.13, which uv downloads where it is missing"
+    assert course.find_python("/bin/uv") == ("3.13", name)
 
 
 def test_a_named_interpreter_is_taken_even_a_newer_one(course, monkeypatch):
     monkeypatch.setenv("PYTHON", "/opt/my python")
-    with pytest.raises(course.Trouble, match="PYTHON=/opt/my python, and no Python runs by"):
-        course.main(["setup"])
-    course.interpreters["/opt/my python"] = [[3, 15, 0], "linux", True, True, "/opt/my python"]
-    assert course.find_python(None) == ("/opt/my python", "Python 3.15.0")
+    refuses(course, "setup", "PYTHON=/opt/my python, and no Python runs by")
+    course.interpreters["/opt/my python"] = answer(15, path="/bin/own")
+    assert course.find_python(None) == ("/bin/own", "Python 3.15.0")
 
 
 def test_this_interpreter_says_of_itself_what_it_is():

@@ -13,31 +13,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import AdaLoraConfig, AdaLoraModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import SIZES, contents, perturb, rewrite, tiny_llama
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    DebertaV2Config,
-    DebertaV2Model,
-    DistilBertConfig,
-    DistilBertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, TrainingArguments
 
-import peft_lessons
 from peft_lessons import (
     LoRA,
     inject,
     load_adapter,
     load_and_merge_adapter,
     load_model,
+    load_tokenizer,
     save_adapter,
     setup_peft_training,
     train_with_peft,
@@ -68,25 +56,30 @@ OPTIONS = dict(steps=8, batch_size=2, max_length=20, show=False)
 def folders(tmp_path_factory):
     """Return {name: folder} of small random models with real tokenizers."""
     root = tmp_path_factory.mktemp("models")
+
+    def made(model, **sizes):
+        return getattr(transformers, model)(getattr(transformers, model).config_class(**sizes))
+
     llama = tiny_llama(vocab_size=4096, intermediate_size=128)
     torch.manual_seed(1)
     sizes = dict(SIZES, vocab_size=30522, intermediate_size=128, max_position_embeddings=64)
     sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    bert = perturb(BertModel(BertConfig(**sizes)), 0.05)
     gpt2 = dict(vocab_size=4096, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     distilbert = dict(vocab_size=30522, dim=64, hidden_dim=128, n_layers=2, n_heads=4)
     t5 = dict(vocab_size=4096, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+    bert = perturb(made("BertModel", **sizes), 0.05)
+    poolerless = transformers.BertModel(bert.config, add_pooling_layer=False)
     for name, model, tokenizer in (
         ("llama", llama, "tinylm"),
         ("bert", bert, "minilm"),
-        ("poolerless", BertModel(BertConfig(**sizes), add_pooling_layer=False), "minilm"),
-        ("gpt2", perturb(GPT2LMHeadModel(GPT2Config(**gpt2)), 0.05), "tinylm"),
-        ("distilbert", DistilBertModel(DistilBertConfig(**distilbert)), "minilm"),
-        ("deberta", DebertaV2Model(DebertaV2Config(**sizes)), "minilm"),
-        ("t5", T5ForConditionalGeneration(T5Config(**t5)), "tinylm"),
+        ("poolerless", poolerless, "minilm"),
+        ("gpt2", perturb(made("GPT2LMHeadModel", **gpt2), 0.05), "tinylm"),
+        ("distilbert", made("DistilBertModel", **distilbert), "minilm"),
+        ("deberta", made("DebertaV2Model", **sizes), "minilm"),
+        ("t5", made("T5ForConditionalGeneration", **t5), "tinylm"),
     ):
         model.save_pretrained(root / name)
-        peft_lessons.load_tokenizer(tokenizer).save_pretrained(root / name)
+        load_tokenizer(tokenizer).save_pretrained(root / name)
     return {path.name: str(path) for path in root.iterdir()}
 
 
@@ -119,7 +112,7 @@ def run(tmp_path, folders):
         base, output = folders[name], tmp_path / folder
         if model is None:
             model, _ = setup_peft_training(base, method, output, labels=labels, rank=4)
-        tokenizer = peft_lessons.load_tokenizer(base)
+        tokenizer = load_tokenizer(base)
         options = {"output_dir": output} | OPTIONS | options
         metrics = train_with_peft(model, tokenizer, texts if data is None else data, **options)
         return model, metrics
@@ -128,7 +121,7 @@ def run(tmp_path, folders):
 
 
 def batch_of(name):
-    tokenizer = peft_lessons.load_tokenizer(TOKENIZERS[name])
+    tokenizer = load_tokenizer(TOKENIZERS[name])
     return tokenizer(TEXTS[:3], padding=True, truncation=True, max_length=40, return_tensors="pt")
 
 
@@ -258,7 +251,7 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(folders):
         assert model(input_ids=torch.tensor([row["input_ids"]])).logits.isfinite().all()
 
 
-def test_the_processes_share_a_batch_evenly(run, monkeypatch, tmp_path):
+def test_the_processes_share_a_batch_evenly(monkeypatch, tmp_path):
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     model, _ = setup_peft_training("tinylm")
     given = dict(steps=2, rate=1e-3, checkpoint_every=None, seed=0)
@@ -316,8 +309,8 @@ def test_the_first_loss_is_the_mean_over_what_the_batch_asks(run, folders, name,
 
 def test_adalora_s_regulariser_is_no_part_of_what_is_measured(run):
     model, metrics = run(method="adalora", eval_dataset=TEXTS[:2])
-    rows = prepare(model, peft_lessons.load_tokenizer("tinylm"), TEXTS[:2], 20)
-    batch = trainer._collator(model, peft_lessons.load_tokenizer("tinylm"))(rows)
+    rows = prepare(model, load_tokenizer("tinylm"), TEXTS[:2], 20)
+    batch = trainer._collator(model, load_tokenizer("tinylm"))(rows)
     with torch.no_grad():
         plain, with_it = model.get_base_model()(**batch).loss, model(**batch).loss
     assert metrics["eval_loss"] == pytest.approx(plain.item(), abs=1e-5)
@@ -345,7 +338,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "prefix"])
 def test_an_interrupted_run_resumes_to_the_same_bits(run, trained, method, tmp_path, monkeypatch):
-    step = PeftTrainer.training_step
+    step, folder = PeftTrainer.training_step, tmp_path / "out"
 
     def stop(self, *args, **more):  # like a closed laptop
         if self.state.global_step == 5:
@@ -355,14 +348,14 @@ def test_an_interrupted_run_resumes_to_the_same_bits(run, trained, method, tmp_p
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PeftTrainer, "training_step", stop)
         run(method=method, checkpoint_every=2)
-    assert not (tmp_path / "out" / WEIGHTS).exists()
+    assert not (folder / WEIGHTS).exists()
     if method == "lora":  # a half-written checkpoint is passed over
-        (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").unlink()
-        (tmp_path / "out" / "checkpoint-of mine").mkdir()
-    whole = trained(method)
+        (folder / "checkpoint-4" / "trainer_state.json").unlink()
+        (folder / "checkpoint-of mine").mkdir()
+    complete = trained(method)
     _, resumed = run(method=method, checkpoint_every=2, resume=True)
-    assert resumed["loss"] == whole.metrics["loss"]
-    one, two = load_file(whole.folder / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert resumed["loss"] == complete.metrics["loss"]
+    one, two = load_file(complete.folder / WEIGHTS), load_file(folder / WEIGHTS)
     assert list(one) == list(two) and all(torch.equal(one[key], two[key]) for key in one)
 
 
@@ -378,7 +371,7 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number_before_the_end(tmp_
 
 
 def test_what_cannot_be_resumed_is_refused_at_once(folders, tmp_path):
-    tokenizer = peft_lessons.load_tokenizer("tinylm")
+    tokenizer = load_tokenizer("tinylm")
     for config, lacks in (
         (AdaLoraConfig(total_step=8, target_modules=["q_proj"]), "lack the pruned triplets"),
         (PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True), "lack the network"),
@@ -407,15 +400,10 @@ def test_adalora_reaches_its_ranks_within_the_run(run, monkeypatch):
 # ------------------------------------------------------------------ refusals
 
 
-def test_an_unknown_method_is_refused_and_the_known_are_listed():
-    with pytest.raises(ValueError, match=r"'lroa' is unknown; known are lora, rslora, qlora"):
-        setup_peft_training("tinylm", "lroa")
-    with pytest.raises(ValueError, match=r"PEFT does not have it; .* BitFit"):
-        setup_peft_training("tinylm", "bitfit")
-
-
 def test_a_wrong_set_up_is_refused(folders):
     for name, arguments, match in (
+        ("tinylm", dict(method="lroa"), r"'lroa' is unknown; known are lora, rslora, qlora"),
+        ("tinylm", dict(method="bitfit"), r"PEFT does not have it; .* BitFit"),
         ("minilm", {}, "is an encoder.*labels=2"),
         ("tinylm", dict(rank=300), r"rank=300 is above min\(in, out\) of 'model.layers.0.self_a"),
         ("gpt2", dict(rank=100), r"rank=100 is above .* 'transformer.h.0.attn.c_attn'"),
@@ -430,7 +418,7 @@ def test_a_wrong_set_up_is_refused(folders):
 
 
 def test_a_tokenizer_without_padding_takes_its_end_token_or_is_refused():
-    tokenizer = peft_lessons.load_tokenizer("tinylm")
+    tokenizer = load_tokenizer("tinylm")
     tokenizer.pad_token = None
     assert padded(tokenizer).pad_token == tokenizer.eos_token is not None
     tokenizer.pad_token = tokenizer.eos_token = None
@@ -467,7 +455,7 @@ def test_wrong_data_is_refused(trained):
         ("bert", [{"text": "good", "label": 2}], "label 2, but the model has classes 0 to 1"),
         ("bert", [{"text": "good", "label": "positive"}], 'no "label"'),
     ):
-        tokenizer = peft_lessons.load_tokenizer(TOKENIZERS[name])
+        tokenizer = load_tokenizer(TOKENIZERS[name])
         with pytest.raises(ValueError, match=match):
             prepare(trained("lora", name).model, tokenizer, data, 20, "train_dataset")
 
@@ -504,11 +492,11 @@ def test_any_collection_and_classes_of_any_library_will_do(trained):
         def __getitem__(self, index):
             return {"text": TEXTS[index]}
 
-    model, tokenizer = trained("lora").model, peft_lessons.load_tokenizer("tinylm")
+    model, tokenizer = trained("lora").model, load_tokenizer("tinylm")
     expected = prepare(model, tokenizer, TEXTS, 20)
     for given in (np.array(TEXTS), Indexed()):
         assert prepare(model, tokenizer, given, 20) == expected
-    model, tokenizer = trained("lora", "bert").model, peft_lessons.load_tokenizer("minilm")
+    model, tokenizer = trained("lora", "bert").model, load_tokenizer("minilm")
     for label in (1.0, np.int64(1), torch.tensor([1])):
         [row] = prepare(model, tokenizer, [{"text": "good", "label": label}], 9)
         assert row["labels"] == 1 and type(row["labels"]) is int
@@ -535,7 +523,7 @@ def test_a_merged_model_is_written_whole_and_opens_alone(out, folders, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"out", "merged"}
 
 
-def test_an_adapter_that_does_not_fit_is_refused(out, folders, tmp_path):
+def test_an_adapter_that_does_not_fit_is_refused(out, trained, folders, tmp_path):
     base, key = folders["llama"], next(iter(load_file(out / WEIGHTS)))
     with pytest.raises(ValueError, match="made for '.*llama'"):
         load_and_merge_adapter("tinylm", out)
@@ -556,6 +544,10 @@ def test_an_adapter_that_does_not_fit_is_refused(out, folders, tmp_path):
         load_and_merge_adapter(base, out)
     with pytest.raises(FileNotFoundError, match=CONFIG):
         load_and_merge_adapter(base, tmp_path / "nowhere")
+    headless = shutil.copytree(trained("lora", "bert").folder, tmp_path / "headless")
+    rewrite(headless, lambda t: [t.pop(key) for key in list(t) if "classifier" in key])
+    with pytest.raises(ValueError, match="its file holds no head"):
+        load_and_merge_adapter(folders["bert"], headless)
 
 
 def test_our_own_adapter_merges_too(folders, tmp_path):
@@ -565,10 +557,3 @@ def test_our_own_adapter_merges_too(folders, tmp_path):
     save_adapter(model, tmp_path)
     merged = load_and_merge_adapter(base, tmp_path)
     assert torch.allclose(logits_of(merged, "llama"), logits_of(model, "llama"), atol=1e-4)
-
-
-def test_a_classifier_without_its_head_is_refused(trained, folders, tmp_path):
-    out = shutil.copytree(trained("lora", "bert").folder, tmp_path / "out")
-    rewrite(out, lambda t: [t.pop(key) for key in list(t) if "classifier" in key])
-    with pytest.raises(ValueError, match="its file holds no head"):
-        load_and_merge_adapter(folders["bert"], out)
