@@ -45,7 +45,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import psutil
 
@@ -54,10 +54,10 @@ from classroom.grade_one import TROUBLE, has_landlock, opened
 from classroom.gradebook import OUTCOMES, UNMARKED, Mark, Rules
 from classroom.submissions import (
     LARGEST,
-    Found,
     Handed,
     Passed,
     Person,
+    Submissions,
     handed_in,
     label,
     owner,
@@ -105,15 +105,27 @@ class Limits:
     memory: float = 4
 
 
+class Judgment(NamedTuple):
+    """Hold what becomes of an exercise: one of the outcomes, the message to the student, the
+    seconds that the check took, and the share of the points that the answer earns."""
+
+    outcome: str
+    message: str
+    seconds: float = 0.0
+    share: float = 0.0
+
+
+NOTHING = Judgment("", "")  # is said yet
+
+
 @dataclass(frozen=True)
 class Result:
-    """What became of a notebook: {exercise: (outcome, what is said, seconds, share of the points)},
-    (outcome, what is said) of the exercises of which nothing was said, the limits that held, texts
-    of the student's own, [number of a cell, odd words in it], and {exercise: the hash of its
-    answer}."""
+    """What became of a notebook: {exercise: its judgment}, the judgment of all other exercises, the
+    limits that held, texts of the student's own, [number of a cell, odd words in it], and
+    {exercise: the hash of its answer}."""
 
-    said: dict[str, list]
-    rest: list
+    judgments: dict[str, Judgment] = field(default_factory=dict)
+    rest: Judgment = NOTHING
     held: list[str] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
     odd: list[list] = field(default_factory=list)
@@ -122,12 +134,19 @@ class Result:
     @property
     def lasting(self) -> bool:
         """Whether the same notebook would come out so again: it does not after a full disk."""
-        return self.rest[:1] != [UNMARKED]
+        return self.rest.outcome != UNMARKED
+
+    @classmethod
+    def read(cls, text: str) -> "Result":
+        """Return a result from its JSON."""
+        parts = json.loads(text)
+        judgments = {name: Judgment(*one) for name, one in parts["judgments"].items()}
+        return cls(**parts | {"judgments": judgments, "rest": Judgment(*parts["rest"])})
 
 
 def failed(why: object) -> Result:
     """Return what becomes of a notebook that cannot be marked, by no fault of its own."""
-    return Result({}, [UNMARKED, f"by no fault of the notebook: {why}"])
+    return Result({}, Judgment(UNMARKED, f"by no fault of the notebook: {why}"))
 
 
 # ------------------------------------------------------------------ one notebook
@@ -181,9 +200,10 @@ def judge(path: Path, lesson: str, limits: Limits, variant: int = 0) -> Result:
     """Return what becomes of a notebook, whatever it is; `variant` chooses the checks' inputs."""
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
-            return Result({}, ["crashed", "the notebook is a link, no file, or larger than 20 MB"])
+            why = "the notebook is a link, no file, or larger than 20 MB"
+            return Result({}, Judgment("crashed", why))
         if not path.stat().st_size:
-            return Result({}, ["crashed", "the notebook is an empty file"])
+            return Result({}, Judgment("crashed", "the notebook is an empty file"))
         return _in_rounds(path, lesson, limits, variant)
     except Exception as error:  # whatever it is, the others are marked
         return failed(f"{type(error).__name__}: {error}")
@@ -192,15 +212,15 @@ def judge(path: Path, lesson: str, limits: Limits, variant: int = 0) -> Result:
 def _in_rounds(path: Path, lesson: str, limits: Limits, variant: int) -> Result:
     """Judge a notebook by as many processes as it takes: what one hangs at, or dies of, the next
     one leaves out."""
-    names, said, skip, last = notebooks.exercises(lesson), {}, [], None
-    end, lost, found = time.monotonic() + ROUNDS * limits.total, set(), Result({}, [])
+    names, judgments, skip, last = notebooks.exercises(lesson), {}, [], None
+    end, lost, first = time.monotonic() + ROUNDS * limits.total, set(), Result()
     while (rest := end - time.monotonic()) > 0:
         now = replace(limits, total=min(limits.total, rest))
-        last = _round(path, lesson, now, variant, [*skip, *said])
-        said |= last.said
-        if not found.held:  # the first process that came so far found all there is
-            found = last
-        if not (waiting := [name for name in names if name not in said]):
+        last = _round(path, lesson, now, variant, [*skip, *judgments])
+        judgments |= last.judgments
+        if not first.held:  # the first process that came so far found all there is
+            first = last
+        if not (waiting := [name for name in names if name not in judgments]):
             break
         if not last.lasting:
             if last.full or not last.at:
@@ -209,17 +229,18 @@ def _in_rounds(path: Path, lesson: str, limits: Limits, variant: int) -> Result:
                 lost.add(last.at)
                 continue
             # What ends so twice at one place ends itself, whatever it says of a full disk.
-            last = replace(last, rest=["crashed", "here the notebook's process ended twice"])
+            why = "here the notebook's process ended twice"
+            last = replace(last, rest=Judgment("crashed", why))
         if last.at in waiting:
-            said[last.at] = [*last.rest, 0.0, 0.0]
+            judgments[last.at] = last.rest
         elif not last.at or last.at in skip or len(skip) > 2 * HOPELESS:
             break
         elif "cells" in skip:
             skip.append(last.at)
         else:
-            slow = last.rest[0] == "timed out" and not last.silent
+            slow = last.rest.outcome == "timed out" and not last.silent
             skip.append("cells" if slow or len(skip) == HOPELESS else last.at)
-    return Result(said, last.rest, found.held, found.texts, found.odd, found.prints)
+    return Result(judgments, last.rest, first.held, first.texts, first.odd, first.prints)
 
 
 @dataclass(frozen=True)
@@ -242,11 +263,11 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
         folder = Path(place).resolve() / "own"
         folder.mkdir()
         copied = shutil.copyfile(path, folder / f"{lesson}.ipynb")
-        given = copied, lesson, limits.seconds, limits.memory, variant, ",".join(skip)
+        arguments = copied, lesson, limits.seconds, limits.memory, variant, ",".join(skip)
         program = sys.executable, "-m", "classroom.grade_one"
         others = children() if adopts() else None
         process = subprocess.Popen(
-            [*with_us(), *namespaces(), *program, *map(str, given)],
+            [*with_us(), *namespaces(), *program, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=marks,
             stderr=errors,
@@ -271,47 +292,50 @@ def _round(path: Path, lesson: str, limits: Limits, variant: int, skip: Sequence
             lines = written.read(MOST_SAID).decode(errors="replace").splitlines()
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 1000))
         last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-    said, parts, at = heard(lines, word)
+    judgments, parts, at = heard(lines, word)
     if "held" in parts and namespaces():
         parts["held"].append("network")
     ended = process.returncode
     if stopped in ("time", "silence"):
         seconds = limits.total if stopped == "time" else quiet(limits)
-        rest = ["timed out", f"the notebook took longer than {seconds:g} s"]
+        rest = Judgment("timed out", f"the notebook took longer than {seconds:g} s")
     elif stopped == "memory":
-        rest = ["crashed", f"the notebook took more than {limits.memory:g} GiB of memory"]
+        why = f"the notebook took more than {limits.memory:g} GiB of memory"
+        rest = Judgment("crashed", why)
     elif stopped == "disk":
-        rest = ["crashed", "the notebook wrote more than 1 GiB, or a quarter of the free disk"]
+        why = "the notebook wrote more than 1 GiB, or a quarter of the free disk"
+        rest = Judgment("crashed", why)
     # Whoever killed it from outside was not the notebook, whose process is the first of its own.
     elif full or ended in (TROUBLE, KILLED) or "held" not in parts:
         why = "the disk is full" if full else f"its process ended with {ended}. {last}"
         rest = failed(why).rest
     else:
-        rest = ["crashed", f"the notebook's process ended with {ended}. {last}"]
+        rest = Judgment("crashed", f"the notebook's process ended with {ended}. {last}")
     with suppress(OSError):  # folders deeper than Python removes
         if os.path.exists(place):
             subprocess.run(["rm", "-rf", place], capture_output=True)
-    return Round(said, rest, **parts, at=at, silent=stopped == "silence", full=full)
+    return Round(judgments, rest, **parts, at=at, silent=stopped == "silence", full=full)
 
 
-def heard(lines: Iterable[str], word: str) -> tuple[dict[str, list], dict, str]:
-    """Return {exercise: (outcome, what is said, seconds, share)}, what a process found in the
-    notebook, and what it was about to do last, from the lines that carry the word."""
-    said, found, at = {}, {}, ""
+def heard(lines: Iterable[str], word: str) -> tuple[dict[str, Judgment], dict, str]:
+    """Return {exercise: its judgment}, what a process found in the notebook, and what it was about
+    to do last, from the lines that carry the word."""
+    judgments, parts, at = {}, {}, ""
     for line in lines:
         with suppress(ValueError, TypeError, IndexError):  # the notebook may write there, too
-            first, *told = line.split(" ")
+            first, *hexed = line.split(" ")
             if first != word:
                 continue
-            kind, name, *rest = (bytes.fromhex(t).decode(errors="surrogatepass") for t in told)
+            kind, name, *rest = (bytes.fromhex(t).decode(errors="surrogatepass") for t in hexed)
             if kind == "at":
                 at = name
             elif kind == "found" and name in ("held", "texts", "odd", "prints"):
-                found[name] = json.loads(rest[0])
+                parts[name] = json.loads(rest[0])
             elif kind == "mark" and rest[0] in OUTCOMES:
                 outcome, text, seconds, share = rest
-                said[name] = [outcome, text, round(float(seconds), 1), float(share)]
-    return said, found, at
+                seconds = round(float(seconds), 1)
+                judgments[name] = Judgment(outcome, text, seconds, float(share))
+    return judgments, parts, at
 
 
 def quiet(limits: Limits) -> float:
@@ -358,17 +382,17 @@ def written_by(pid: int, place: Path) -> int:
         taken += 4096 * len(folders)
         for name in files:
             with suppress(OSError):
-                found = os.lstat(os.path.join(here, name))
+                state = os.lstat(os.path.join(here, name))
                 # Windows counts no blocks; an empty file takes a little, too.
-                taken += 4096 + getattr(found, "st_blocks", found.st_size // 512) * 512
+                taken += 4096 + getattr(state, "st_blocks", state.st_size // 512) * 512
     for one in family(pid):
         with suppress(OSError):
             for number in os.listdir(f"/proc/{one.pid}/fd"):
                 file = f"/proc/{one.pid}/fd/{number}"
                 with suppress(OSError):
-                    found = os.stat(file)
-                    if stat.S_ISREG(found.st_mode) and not found.st_nlink:
-                        taken += found.st_blocks * 512
+                    state = os.stat(file)
+                    if stat.S_ISREG(state.st_mode) and not state.st_nlink:
+                        taken += state.st_blocks * 512
     return taken
 
 
@@ -391,13 +415,13 @@ def memory_of(pid: int) -> int:
 
 def stop(process: subprocess.Popen) -> None:
     """End a process and all that it started, and wait until their files are free."""
-    for one in (found := family(process.pid)):
+    for one in (processes := family(process.pid)):
         with suppress(psutil.Error):
             one.kill()
     with suppress(ProcessLookupError, PermissionError, AttributeError):  # no groups on Windows
         os.killpg(process.pid, signal.SIGKILL)  # those too whose parent has ended
     process.wait()
-    psutil.wait_procs(found, timeout=5)
+    psutil.wait_procs(processes, timeout=5)
 
 
 @cache
@@ -417,9 +441,9 @@ def end_orphans(others: set[int]) -> None:
     """End all children of this process, besides `others` and the notebooks' own, that do not end in
     a moment, and those that they leave."""
     for _ in range(3):
-        found = children() - others - RUNNING
-        time.sleep(LOOK if found else 0)
-        for pid in (found & children()) - RUNNING:
+        orphans = children() - others - RUNNING
+        time.sleep(LOOK if orphans else 0)
+        for pid in (orphans & children()) - RUNNING:
             for one in family(pid):
                 with suppress(psutil.Error):
                     one.kill()
@@ -467,20 +491,20 @@ def remembered(
     file = folder / MARKED / f"{key.hexdigest()}.json"
     if not again:
         with suppress(OSError, ValueError, TypeError):
-            return Result(**json.loads(file.read_text(encoding="utf-8")))
-    found = judge(one.path, one.lesson, limits, variant)
-    if found.lasting and not INTERRUPTED.is_set():
+            return Result.read(file.read_text(encoding="utf-8"))
+    result = judge(one.path, one.lesson, limits, variant)
+    if result.lasting and not INTERRUPTED.is_set():
         with suppress(OSError):  # then it is marked again another time
-            write_atomically({file: json.dumps(asdict(found)).encode()})
-    return found
+            write_atomically({file: json.dumps(asdict(result)).encode()})
+    return result
 
 
-def marks_of(one: Handed, student: str, found: Result, rules: Rules, name: str = "") -> list[Mark]:
+def marks_of(one: Handed, student: str, result: Result, rules: Rules, name: str = "") -> list[Mark]:
     """Return the marks of one notebook, one for each exercise of its lesson; `name` is the
     student's."""
     days, marks = rules.days_late(one, student), []
     for exercise, maximum in rules.maxima(one.lesson).items():
-        outcome, told, seconds, share = found.said.get(exercise, [*found.rest, 0, 0])
+        outcome, message, seconds, share = result.judgments.get(exercise, result.rest)
         share = 1 if outcome == "right" else share if rules.partial and outcome == "wrong" else 0
         mark = Mark(
             student,
@@ -488,7 +512,7 @@ def marks_of(one: Handed, student: str, found: Result, rules: Rules, name: str =
             one.lesson,
             exercise,
             outcome,
-            printable(told, kept="\n"),
+            printable(message, keep="\n"),
             seconds,
             round(maximum * rules.share(days) * share, 2),
             maximum,
@@ -501,33 +525,33 @@ def marks_of(one: Handed, student: str, found: Result, rules: Rules, name: str =
     return marks
 
 
-def alike(found: Iterable[tuple[str, str, Result]]) -> list[str]:
+def alike(results: Iterable[tuple[str, str, Result]]) -> list[str]:
     """Return a sentence for each two students, (name, lesson, what became of the notebook), whose
     answers have the same syntax trees, or who wrote the same text.
 
     An answer that a third of those who answered gave is nobody's own."""
     groups: dict[str, list[tuple[str, Result]]] = defaultdict(list)
-    for name, lesson, result in found:
+    for name, lesson, result in results:
         groups[lesson].append((name, result))
     notes = []
     for lesson, several in sorted(groups.items()):
-        given = Counter(pair for _, result in several for pair in result.prints.items())
+        copies = Counter(pair for _, result in several for pair in result.prints.items())
         answered = Counter(exercise for _, result in several for exercise in result.prints)
-        common = {p for p, n in given.items() if n > max(3, answered[p[0]] / 3)}
+        common = {p for p, n in copies.items() if n > max(3, answered[p[0]] / 3)}
         words_of = {name: own_words(result) for name, result in several}
-        texts = Counter(text for found in words_of.values() for text in found)
+        texts = Counter(text for words in words_of.values() for text in words)
         pairs = []
-        for (name, mine), (other, theirs) in combinations(several, 2):
-            both = [e for e in mine.prints if e in theirs.prints]
-            equal = [e for e in both if mine.prints[e] == theirs.prints[e]]
+        for (name, mine), (other, yours) in combinations(several, 2):
+            both = [e for e in mine.prints if e in yours.prints]
+            equal = [e for e in both if mine.prints[e] == yours.prints[e]]
             telling = [e for e in equal if (e, mine.prints[e]) not in common]
             words = {t for t in words_of[name] & words_of[other] if texts[t] <= 3}
             if words or (len(telling) > 1 and 2 * len(equal) >= len(both)):
                 says = f"{len(equal)} of {len(both)} answers have the same syntax tree"
                 says += f", and {len(words)} of their own texts are the same" if words else ""
-                told = f"{lesson}, {name} and {other}: {says}."
-                pairs.append((-len(telling) - len(words), told))
-        notes += [told for _, told in sorted(pairs)[:MOST_ALIKE]]
+                sentence = f"{lesson}, {name} and {other}: {says}."
+                pairs.append((-len(telling) - len(words), sentence))
+        notes += [sentence for _, sentence in sorted(pairs)[:MOST_ALIKE]]
         if len(pairs) > MOST_ALIKE:
             notes.append(f"{lesson}: {len(pairs) - MOST_ALIKE} more such pairs.")
     return notes
@@ -559,16 +583,16 @@ class Class:
         self.called = {person.id: person.called for person in self.people}
         self._names = {person.id: person.name for person in self.people}
 
-    def add(self, student: str, one: Handed, place: int, found: Result) -> list[Mark]:
+    def add(self, student: str, one: Handed, place: int, result: Result) -> list[Mark]:
         """Take in what became of a notebook, and return its marks. Of several attempts the one with
         the most points counts, of equal ones the last, which has the lowest `place`."""
-        new = marks_of(one, student, found, self.rules, self._names.get(student, ""))
+        new = marks_of(one, student, result, self.rules, self._names.get(student, ""))
         key, lost = (student, one.lesson), gradebook.unmarked(new)
         rank = lost, -gradebook.total(new)[0], place
         if lost:
             self.lost.add(f"{self.called.get(student, student)} ({one.lesson})")
         if key not in self._ranks or rank < self._ranks[key]:
-            self.marks[key], self.results[key], self._ranks[key] = new, found, rank
+            self.marks[key], self.results[key], self._ranks[key] = new, result, rank
         return new
 
     def everyone(self) -> list[Mark]:
@@ -578,13 +602,13 @@ class Class:
         lessons = sorted({lesson for _, lesson in self.marks})
         students = [person.id for person in self.people]
         students += sorted({student for student, _ in handed} - set(students))
-        found = []
+        marks = []
         for student in students:
             for lesson in lessons:
                 if self.people and (student, lesson) not in handed:
-                    found += gradebook.absent(student, lesson, self.rules)
-                found += self.marks.get((student, lesson), [])
-        return found
+                    marks += gradebook.absent(student, lesson, self.rules)
+                marks += self.marks.get((student, lesson), [])
+        return marks
 
     def remarks(self) -> list[str]:
         """Return what whoever marks should look at, in sentences."""
@@ -596,8 +620,8 @@ class Class:
         for (student, lesson), found in sorted(self.results.items()):
             if found.odd:
                 cells = "; ".join(f"cell {number}: {words}" for number, words in found.odd)
-                told = f"Look at it by eye: {self.called.get(student, student)}, {lesson}, {cells}."
-                remarks.append(told)
+                name = self.called.get(student, student)
+                remarks.append(f"Look at it by eye: {name}, {lesson}, {cells}.")
         # Who did nothing has the notebook that was handed out, as others have.
         tried = [
             (self.called.get(key[0], key[0]), key[1], found)
@@ -610,8 +634,8 @@ class Class:
         """Yield (name, how to make it) of each file in the folder."""
         marks, remarks = self.everyone(), self.remarks()
         # No number, so that nobody takes what could not be marked for 0 points.
-        told = [replace(m, points="") if gradebook.unmarked([m]) else m for m in marks]
-        rows = [[f.name for f in fields(Mark)], *map(astuple, told)]
+        blanked = [replace(m, points="") if gradebook.unmarked([m]) else m for m in marks]
+        rows = [[f.name for f in fields(Mark)], *map(astuple, blanked)]
         yield "grades.csv", lambda: gradebook.csv_of(rows)
         yield "grades_wide.csv", lambda: gradebook.wide(marks, self.people)
         for lesson, column in self.rules.canvas.items():
@@ -619,7 +643,7 @@ class Class:
                 table = partial(gradebook.canvas_file, lesson, column, marks, self.people)
                 yield f"canvas_{lesson}.csv", table
         texts = [
-            (student, lesson, printable(above), printable(text, kept="\n"))
+            (student, lesson, printable(above), printable(text, keep="\n"))
             for (student, lesson), found in sorted(self.results.items())
             for above, text in found.texts
         ]
@@ -629,7 +653,10 @@ class Class:
         yield "causes.csv", lambda: gradebook.csv_of(gradebook.causes(marks, causes))
         yield "grades.html", lambda: gradebook.overview(marks, self.rules, remarks, self.called)
         students = gradebook.grouped(marks, "student")
-        pages = {student: partial(self.page, student, own) for student, own in students.items()}
+        pages = {
+            student: partial(self.page, student, of_student)
+            for student, of_student in students.items()
+        }
         names = gradebook.file_names(pages)
         for student, page in pages.items():
             yield f"feedback/{names[student]}.html", page
@@ -671,12 +698,12 @@ def known_causes(lessons: Iterable[str]) -> dict[tuple[str, str], list[str]]:
     """Return {(lesson, exercise): the causes that its check can name}."""
     from peft_lessons import check  # takes seconds, and only this table needs it
 
-    found = {}
+    causes = {}
     for lesson in lessons:
         module = getattr(check, notebooks.MODULES[lesson])
         for exercise in notebooks.exercises(lesson):
-            found[lesson, exercise] = list(getattr(module, exercise).causes)
-    return found
+            causes[lesson, exercise] = list(getattr(module, exercise).causes)
+    return causes
 
 
 def jobs_here() -> int:
@@ -685,11 +712,11 @@ def jobs_here() -> int:
     return max(1, min(machine.cores(), memory // (EACH * 2**30)))
 
 
-def left(seconds: float, done: int, whole: int) -> str:
+def left(seconds: float, done: int, count: int) -> str:
     """Return an estimate of the time that is left, as a text."""
-    rest = seconds / done * (whole - done)
+    rest = seconds / done * (count - done)
     return (
-        "" if done == whole else f", {rest / 60:.0f} min left" if rest > 90 else ", a minute left"
+        "" if done == count else f", {rest / 60:.0f} min left" if rest > 90 else ", a minute left"
     )
 
 
@@ -707,38 +734,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=4, help="GiB")
     parser.add_argument("--jobs", type=int, default=jobs_here(), help="notebooks at once")
     parser.add_argument("--again", action="store_true", help="run unchanged notebooks again")
-    given = parser.parse_args(argv)
-    if given.jobs < 1:
+    options = parser.parse_args(argv)
+    if options.jobs < 1:
         parser.error("--jobs must be 1 or more")
-    if min(given.seconds, given.total, given.memory) <= 0:
+    if min(options.seconds, options.total, options.memory) <= 0:
         parser.error("--seconds, --total and --memory must be above 0")
-    if given.folder.is_dir() and not os.access(given.folder, os.W_OK):
-        parser.error(f"{given.folder} must be writable: the marks are written there")
-    given.folder = given.folder.resolve()
+    if options.folder.is_dir() and not os.access(options.folder, os.W_OK):
+        parser.error(f"{options.folder} must be writable: the marks are written there")
+    options.folder = options.folder.resolve()
     try:
-        refuse_open(given.folder)
-        given.people = read_roster(given.roster) if given.roster else []
-        given.rules = gradebook.read_rules(given.rules) if given.rules else Rules()
-        gradebook.refuse_columns(given.rules, given.people)
-        given.found = Found()
-        if given.folder.is_dir():
-            given.lock = lock_of(given.folder)
-            given.found = handed_in(given.folder, given.folder / MARKED)
+        refuse_open(options.folder)
+        options.people = read_roster(options.roster) if options.roster else []
+        options.rules = gradebook.read_rules(options.rules) if options.rules else Rules()
+        gradebook.refuse_columns(options.rules, options.people)
+        options.submissions = Submissions()
+        if options.folder.is_dir():
+            options.lock = lock_of(options.folder)
+            options.submissions = handed_in(options.folder, options.folder / MARKED)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    chosen = tuple(given.lesson) or ""
-    if not given.folder.is_dir():
-        parser.error(f"there is no folder {given.folder}")
+    chosen = tuple(options.lesson) or ""
+    if not options.folder.is_dir():
+        parser.error(f"there is no folder {options.folder}")
     if unknown := [c for c in chosen if not any(m.startswith(c) for m in notebooks.MODULES)]:
         parser.error(f"no lesson starts with {unknown[0]}: write two digits, such as 02")
-    given.found.handed = [one for one in given.found.handed if one.lesson.startswith(chosen)]
-    if not given.found.handed:
+    handed = [one for one in options.submissions.handed if one.lesson.startswith(chosen)]
+    options.submissions.handed = handed
+    if not handed:
         parser.error(
-            f"{given.folder} holds no notebook with the name of a lesson, such as 02_lora.ipynb, "
+            f"{options.folder} holds no notebook with the name of a lesson, such as 02_lora.ipynb, "
             "in a student's folder or after a student's name"
-            + "".join(f"\n{one.name}: {one.why}" for one in given.found.passed[:3])
+            + "".join(f"\n{one.name}: {one.why}" for one in options.submissions.passed[:3])
         )
-    return given
+    return options
 
 
 def lock_of(folder: Path) -> BinaryIO:
@@ -769,14 +797,14 @@ def refuse_open(folder: Path) -> None:
 
 
 def owners(
-    found: Sequence[Handed], people: list[Person]
+    handed: Sequence[Handed], people: list[Person]
 ) -> tuple[list[tuple[str, Handed]], list[str]]:
     """Return (student, notebook) of all that was handed in, and what to say of those who are not on
     the roster. Two notebooks of a lesson that belong to one person are both named; two people with
     one name and no row of the roster are called by the whole name of the file or folder, so that
     neither gets the other's marks."""
     pairs, notes, taken = [], [], {}
-    named = [(one, owner(one.who, people), label(one.who)) for one in found]
+    named = [(one, owner(one.who, people), label(one.who)) for one in handed]
     times = Counter((name, one.lesson) for one, person, name in named if person is None)
     shared = {name for (name, _), count in times.items() if count > 1}
     notes += [f"Several students are called {name} and marked apart." for name in sorted(shared)]
@@ -795,50 +823,52 @@ def owners(
     return pairs, [printable(note) for note in dict.fromkeys(notes)]
 
 
-def passed_of(found: Found, pairs: Sequence[tuple[str, Handed]], given) -> dict[str, list[Passed]]:
+def passed_of(
+    submissions: Submissions, pairs: Sequence[tuple[str, Handed]], options
+) -> dict[str, list[Passed]]:
     """Return {student: what of theirs was passed over}, by the words of the file."""
     students = {one.who: student for student, one in pairs}
     sorted_out: dict[str, list[Passed]] = defaultdict(list)
-    for one in found.passed:
-        person = owner(one.who, given.people) if one.who else None
+    for one in submissions.passed:
+        person = owner(one.who, options.people) if one.who else None
         student = students.get(one.who) or (person.id if person else label(one.who))
         sorted_out[student].append(one)
     return sorted_out
 
 
-def remarks_on(given: argparse.Namespace, pairs: Sequence[tuple[str, Handed]]) -> list[str]:
+def remarks_on(options: argparse.Namespace, pairs: Sequence[tuple[str, Handed]]) -> list[str]:
     """Return what to say of a folder and its rules, before anything is marked."""
-    notes = [f"Passed over: {one.name} ({one.why})." for one in given.found.passed]
-    if empty := without_lesson(given.folder, given.found):
+    notes = [f"Passed over: {one.name} ({one.why})." for one in options.submissions.passed]
+    if empty := without_lesson(options.folder, options.submissions):
         notes.append(f"Folders in which no notebook counts: {', '.join(empty)}.")
-    if given.found.untimed:
-        names = ", ".join(given.found.untimed)
+    if options.submissions.untimed:
+        names = ", ".join(options.submissions.untimed)
         notes.append(f"git names no commit, so the time of the file counts: {names}.")
-    known = {student for student, _ in pairs} | {person.id for person in given.people}
-    for student, points in given.rules.override.items():
+    known = {student for student, _ in pairs} | {person.id for person in options.people}
+    for student, points in options.rules.override.items():
         for exercise, value in points.items():
-            most = max(given.rules.maxima(m).get(exercise, 0) for m in notebooks.MODULES)
+            most = max(options.rules.maxima(m).get(exercise, 0) for m in notebooks.MODULES)
             if value > most:
                 notes.append(f"The rules set {value:g} points of {most:g}: {student}, {exercise}.")
     for what, named in (
-        ("extend the time", given.rules.extensions),
-        ("set points", given.rules.override),
+        ("extend the time", options.rules.extensions),
+        ("set points", options.rules.override),
     ):
         if strangers := sorted(named.keys() - known):
-            told = f"The rules {what} of nobody here: {', '.join(strangers)}."
-            notes.append(f"{told} Rules name a student as grades.csv does.")
+            remark = f"The rules {what} of nobody here: {', '.join(strangers)}."
+            notes.append(f"{remark} Rules name a student as grades.csv does.")
     return list(map(printable, notes))
 
 
 def times_of(folder: Path) -> dict[Path, tuple[int, int]]:
     """Return {path: its times of access and change} of all notebooks and ZIP files in a folder."""
-    found = {}
+    times = {}
     for here, _, files in os.walk(folder):
         for path in (Path(here, name) for name in files if HANDED.search(name)):
             with suppress(OSError):
                 now = path.lstat()
-                found[path] = now.st_atime_ns, now.st_mtime_ns
-    return found
+                times[path] = now.st_atime_ns, now.st_mtime_ns
+    return times
 
 
 def set_back(folder: Path, times: Mapping[Path, tuple[int, int]]) -> list[Path]:
@@ -852,25 +882,26 @@ def set_back(folder: Path, times: Mapping[Path, tuple[int, int]]) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = parse(argv)
-    limits = Limits(given.seconds, given.total, given.memory)
-    pairs, notes = owners(given.found.handed, given.people)
+    options = parse(argv)
+    limits = Limits(options.seconds, options.total, options.memory)
+    pairs, notes = owners(options.submissions.handed, options.people)
     # (student, notebook, its place among the student's attempts, of which 0 is the last)
     entries = [(student, one, 0) for student, one in pairs]
-    if given.rules.best:
-        several = [(s, given.found.all_attempts(one)) for s, one in pairs]
+    if options.rules.best:
+        several = [(s, options.submissions.all_attempts(one)) for s, one in pairs]
         entries = [(s, one, place) for s, all_ in several for place, one in enumerate(all_)]
         names = {one.name for _, one, _ in entries}
-        given.found.passed = [one for one in given.found.passed if one.name not in names]
-    notes += remarks_on(given, pairs)
-    passed = passed_of(given.found, pairs, given)
-    group = Class(given.folder, given.people, given.rules, pairs, notes, passed)
-    times = times_of(given.folder)
+        passed = options.submissions.passed
+        options.submissions.passed = [one for one in passed if one.name not in names]
+    notes += remarks_on(options, pairs)
+    passed = passed_of(options.submissions, pairs, options)
+    group = Class(options.folder, options.people, options.rules, pairs, notes, passed)
+    times = times_of(options.folder)
     started, done = time.monotonic(), 0
-    with ThreadPoolExecutor(given.jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         waiting = {
             pool.submit(
-                remembered, one, student, given.folder, limits, given.rules.seed, given.again
+                remembered, one, student, options.folder, limits, options.rules.seed, options.again
             ): (student, one, place)
             for student, one, place in entries
         }
@@ -880,26 +911,26 @@ def main(argv: list[str] | None = None) -> int:
                 new = group.add(student, one, place, future.result())
                 done += 1
                 counts = Counter(mark.outcome for mark in new)
-                told = ", ".join(f"{counts[o]} {o}" for o in (*OUTCOMES, UNMARKED) if counts[o])
+                summary = ", ".join(f"{counts[o]} {o}" for o in (*OUTCOMES, UNMARKED) if counts[o])
                 rest = left(time.monotonic() - started, done, len(entries))
-                said = f"[{done}/{len(entries)}{rest}] {student} {one.lesson}: {told}"
-                print(said, flush=True)
+                line = f"[{done}/{len(entries)}{rest}] {student} {one.lesson}: {summary}"
+                print(line, flush=True)
         except BaseException:
             INTERRUPTED.set()
             raise
         finally:  # what is done stays, if this is interrupted
             pool.shutdown(cancel_futures=True)
             INTERRUPTED.clear()
-            changed = [path.relative_to(given.folder) for path in set_back(given.folder, times)]
-            told = "The time of {} changed meanwhile, and is set back."
-            notes += [told.format(printable(name)) for name in changed]
+            changed = [path.relative_to(options.folder) for path in set_back(options.folder, times)]
+            sentence = "The time of {} changed meanwhile, and is set back."
+            notes += [sentence.format(printable(name)) for name in changed]
             unwritten = group.write()
     lost = sorted(group.lost)
     if lost:
         notes.append(f"Not marked: {', '.join(lost)}. The same command tries them again.")
     if unwritten:
         notes.append(f"Not written: {', '.join(unwritten)}. Close them elsewhere, or make room.")
-    print("\n".join([*notes, str(given.folder / "grades.html")]))
+    print("\n".join([*notes, str(options.folder / "grades.html")]))
     return 1 if lost or unwritten else 0
 
 

@@ -164,11 +164,11 @@ def hold_signals() -> bool:
     create, restrict = 444, 446  # the same numbers on every processor
     # No rights of files, none of the network, and both scopes: abstract sockets and signals.
     ruleset = (ctypes.c_uint64 * 3)(0, 0, 3)
-    found = libc.syscall(create, ruleset, ctypes.sizeof(ruleset), 0)
-    if found < 0:  # an older kernel knows no third field
+    handle = libc.syscall(create, ruleset, ctypes.sizeof(ruleset), 0)
+    if handle < 0:  # an older kernel knows no third field
         return False
-    held = libc.syscall(restrict, found, 0) == 0
-    os.close(found)
+    held = libc.syscall(restrict, handle, 0) == 0
+    os.close(handle)
     return held
 
 
@@ -279,12 +279,12 @@ def definitions_of(cell: NotebookNode) -> list[str]:
     computes."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
 
-    def kept(node: ast.stmt) -> bool:
+    def defines(node: ast.stmt) -> bool:
         plain = isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.Lambda)
         return plain or isinstance(node, kinds)
 
     tree = parsed(cell)
-    return [ast.unparse(node) for node in tree.body if kept(node)] if tree else [cell.source]
+    return [ast.unparse(node) for node in tree.body if defines(node)] if tree else [cell.source]
 
 
 def needed(cell: NotebookNode) -> bool:
@@ -297,29 +297,29 @@ def needed(cell: NotebookNode) -> bool:
 # ------------------------------------------------------------------ what a student's cells hold
 
 
-def own_texts(nb: NotebookNode, ours: Mapping[str, str]) -> list[tuple[str, str]]:
+def own_texts(nb: NotebookNode, lesson_cells: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return (the heading above, the text) of each markdown cell of a student's: predictions and
-    answers to questions. `ours` is {id: source} of the lesson's cells: of one that the student has
-    changed, the text is the lines that the lesson does not have."""
-    found, above, sources = [], "", {*ours.values()}
+    answers to questions. `lesson_cells` is {id: source} of the lesson's: of one that
+    the student has changed, the text is the lines that the lesson does not have."""
+    texts, above, sources = [], "", {*lesson_cells.values()}
     for cell in nb.cells:
         if cell.cell_type != "markdown":
             continue
-        changed = ours.get(cell.get("id"))
+        changed = lesson_cells.get(cell.get("id"))
         title = next((title for _, title in reversed(notebooks.headings(cell))), above)
         known = set() if changed is None else set(changed.splitlines())
         text = "\n".join(line for line in cell.source.splitlines() if line not in known).strip()
-        text = text[: min(MOST_TEXT, MOST_TEXTS - sum(len(one) for _, one in found))]
+        text = text[: min(MOST_TEXT, MOST_TEXTS - sum(len(one) for _, one in texts))]
         if text and cell.source not in sources:
-            found.append((above if changed is None else title, text))
+            texts.append((above if changed is None else title, text))
         above = title
-    return found
+    return texts
 
 
 def odd_cells(nb: NotebookNode, lesson: Lesson) -> list[tuple[int, str]]:
     """Return (number, counted from 1 among all cells, the words found) of each code cell of a
     student's that has something in it with which an answer has no business."""
-    found = []
+    odd = []
     trees = {id(cell): parsed(cell) for cell in notebooks.code_cells(nb)}
     aliases = {"torch"}
     for node in (n for tree in filter(None, trees.values()) for n in ast.walk(tree)):
@@ -333,8 +333,8 @@ def odd_cells(nb: NotebookNode, lesson: Lesson) -> list[tuple[int, str]]:
             words = {*ODD.findall(cell.source)} - {*ODD.findall("\n".join(lesson.stubs.values()))}
             words |= replaced(trees[id(cell)], aliases)
             if words:
-                found.append((number, ", ".join(sorted(words))[:200]))
-    return found[:MOST_ODD]
+                odd.append((number, ", ".join(sorted(words))[:200]))
+    return odd[:MOST_ODD]
 
 
 def rooted(node: ast.expr, names: set[str]) -> bool:
@@ -349,13 +349,13 @@ def rooted(node: ast.expr, names: set[str]) -> bool:
 def replaced(tree: ast.Module | None, modules: set[str]) -> set[str]:
     """Return what of modules, by the names that a notebook gives them, a cell replaces; PyTorch's
     settings in torch.backends are no such thing."""
-    found = set()
+    assigned = set()
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
-            told = ast.unparse(node)
-            if told.split(".")[0] in modules and not told.startswith("torch.backends."):
-                found.add(f"{told} =")
-    return found
+            name = ast.unparse(node)
+            if name.split(".")[0] in modules and not name.startswith("torch.backends."):
+                assigned.add(f"{name} =")
+    return assigned
 
 
 class _Bare(ast.NodeTransformer):
@@ -404,14 +404,14 @@ def print_of(source: str, name: str) -> str:
 def prints(nb: NotebookNode, lesson: Lesson) -> dict[str, str]:
     """Return {exercise: the hash of its answer} of a student's answers; a stub, and a hunt as it
     was handed out, have none."""
-    found = {}
+    hashes = {}
     for cell in notebooks.code_cells(nb):
         if not lesson.has(cell) and not lesson.had(cell):
             source = notebooks.python(cell) if parsed(cell) else ""
             for name in lesson.names:
                 if (one := print_of(source, name)) and one != lesson.started[name]:
-                    found[name] = one
-    return found
+                    hashes[name] = one
+    return hashes
 
 
 def without_raise(stub: str) -> str:
@@ -450,10 +450,10 @@ def run(
     student's, whatever the course's cells make of that name."""
     ran, space = Ran(), shell.user_ns
     for number, cell in enumerate(notebooks.code_cells(nb)):
-        ours, kinds = lesson.has(cell) or lesson.had(cell), {*notebooks.tags(cell)}
+        is_ours, kinds = lesson.has(cell) or lesson.had(cell), {*notebooks.tags(cell)}
         if name := lesson.checked.get(bare(cell.source)):
             ran.spaces[name] = dict(space)
-        if (ours and {"long", "check"} & kinds) or not cell.source.strip():
+        if (is_ours and {"long", "check"} & kinds) or not cell.source.strip():
             continue
         # Of a cell that ends the process what it defines is run, unless that ends it, too.
         label = f"{number}d" if str(number) in skip else str(number)
@@ -463,10 +463,10 @@ def run(
             continue
         about_to(label)
         before = {name: space.get(name) for name in lesson.names}
-        whole = cell.get("id") not in lesson.long and ("cells" not in skip or needed(cell))
-        whole = whole and label == str(number)
-        error = ran_of(shell, [cell.source] if whole else definitions_of(cell), seconds)
-        if whole and error and not isinstance(error, TimedOut):
+        run_whole = cell.get("id") not in lesson.long and ("cells" not in skip or needed(cell))
+        run_whole = run_whole and label == str(number)
+        error = ran_of(shell, [cell.source] if run_whole else definitions_of(cell), seconds)
+        if run_whole and error and not isinstance(error, TimedOut):
             # A line that works elsewhere only, as google.colab, must not cost the imports.
             ran_of(shell, definitions_of(cell), seconds)
         for name in names:
@@ -476,10 +476,10 @@ def run(
         for name in lesson.names:
             if (new := space.get(name)) is not before[name]:
                 # A stub beside an answer, as an update leaves it, takes nothing away.
-                stub = ours and bare(cell.source) == bare(lesson.stubs[name])
-                if not ours or (stub and name not in ran.answers):
+                stub = is_ours and bare(cell.source) == bare(lesson.stubs[name])
+                if not is_ours or (stub and name not in ran.answers):
                     ran.answers[name] = new
-        if not ours:
+        if not is_ours:
             changed = [name for name, call in lesson.calls.items() if call in cell.source]
             ran.spaces |= {name: dict(space) for name in changed}
     return ran
@@ -500,10 +500,10 @@ def ran_of(shell: Shell, sources: Sequence[str], seconds: float) -> BaseExceptio
 def told_of(error: BaseException, seconds: float) -> str:
     if isinstance(error, TimedOut):
         return f"longer than {seconds:g} s"
-    told = type(error).__name__
+    message = type(error).__name__
     with suppress(Exception):  # the message is the notebook's code, too
-        told += f": {error}"
-    return told[:500]
+        message += f": {error}"
+    return message[:500]
 
 
 def outcome_of_check(
@@ -529,8 +529,8 @@ def is_courses(function: object) -> bool:
     """Return whether an object is the package's: an import of it is no answer, since the exercise's
     cell is gone."""
     module, name = (str(getattr(function, a, "")) for a in ("__module__", "__qualname__"))
-    own = module.startswith("peft_lessons") and sys.modules.get(module)
-    return bool(own) and getattr(own, name, None) is function
+    loaded = module.startswith("peft_lessons") and sys.modules.get(module)
+    return bool(loaded) and getattr(loaded, name, None) is function
 
 
 def outcome_of_answer(
@@ -540,7 +540,7 @@ def outcome_of_answer(
     at its end, in `space`, or, if that makes it right, as they were where the lesson checks it:
     later cells may have given another value to a name that the answer uses."""
     answer = ran.answers.get(name)
-    outcome, told = outcome_of_check(one, answer, seconds, ran.failed.get(name))
+    outcome, message = outcome_of_check(one, answer, seconds, ran.failed.get(name))
     if outcome in ("wrong", "crashed") and name in ran.spaces:
         last = dict(space)
         try:
@@ -552,7 +552,7 @@ def outcome_of_answer(
             space.update(last)
         if again[0] == "right":
             return again
-    return outcome, told
+    return outcome, message
 
 
 class Calm:
@@ -596,8 +596,8 @@ def earned(one: Callable, function: object, stub: str, space: Mapping, seconds: 
         if share > 0:
             started = dict(space)
             exec(compile(without_raise(stub), "<the stub>", "exec"), started)
-            given = one.credit(started[one.__name__])
-            return max(0.0, (share - given) / (1 - given)) if given < 1 else 0.0
+            stub_share = one.credit(started[one.__name__])
+            return max(0.0, (share - stub_share) / (1 - stub_share)) if stub_share < 1 else 0.0
     return 0.0
 
 
@@ -608,18 +608,18 @@ def main(argv: list[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the notebook prints goes nowhere
     encode, now, leave = str.encode, time.monotonic, os._exit
 
-    def say(*told: str) -> None:
-        hexed = [encode(text, "utf-8", "surrogatepass").hex() for text in told]
+    def say(*words: str) -> None:
+        hexed = [encode(text, "utf-8", "surrogatepass").hex() for text in words]
         try:
             write(out, encode(f"{word} {' '.join(hexed)}\n"))
         except OSError:  # the disk is full
             leave(TROUBLE)
 
-    def mark(exercise: str, outcome: str, told: str, took: float, share: float = 0) -> None:
-        say("mark", exercise, outcome, told[:MOST_TEXT], f"{took:.3f}", f"{share:.4f}")
+    def mark(exercise: str, outcome: str, message: str, took: float, share: float = 0) -> None:
+        say("mark", exercise, outcome, message[:MOST_TEXT], f"{took:.3f}", f"{share:.4f}")
 
     # Now: from `confine` on nobody here can read the lesson and the checks.
-    ours = Lesson(lesson, notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb"))
+    course_lesson = Lesson(lesson, notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb"))
     shell, calm = new_shell(), Calm()
     course = hidden(notebooks.MODULES[lesson], int(variant))
     judge, credit = outcome_of_answer, earned
@@ -630,25 +630,27 @@ def main(argv: list[str]) -> None:
     sys.modules.pop("__mp_main__", None)
     try:
         nb = notebooks.read(path)
-        say("found", "texts", json.dumps(own_texts(nb, ours.texts), ensure_ascii=False))
-        say("found", "odd", json.dumps(odd_cells(nb, ours)))
-        say("found", "prints", json.dumps(prints(nb, ours)))
+        say("found", "texts", json.dumps(own_texts(nb, course_lesson.texts), ensure_ascii=False))
+        say("found", "odd", json.dumps(odd_cells(nb, course_lesson)))
+        say("found", "prints", json.dumps(prints(nb, course_lesson)))
     except Exception as error:
-        for name in ours.names:
-            told = "the file is damaged: hand in a notebook that JupyterLab opens"
-            mark(name, "crashed", f"{told} ({type(error).__name__})", 0)
+        for name in course_lesson.names:
+            message = "the file is damaged: hand in a notebook that JupyterLab opens"
+            mark(name, "crashed", f"{message} ({type(error).__name__})", 0)
         leave(0)
-    ran = run(nb, ours, shell, seconds, lambda what: say("at", what), skip)
-    for name in ours.names:
+    ran = run(nb, course_lesson, shell, seconds, lambda what: say("at", what), skip)
+    for name in course_lesson.names:
         if name in skip:
             continue
         say("at", name)
         started, one, answer = now(), getattr(course, name), ran.answers.get(name)
         calm()
-        outcome, told = judge(one, ran, name, shell.user_ns, seconds)
+        outcome, message = judge(one, ran, name, shell.user_ns, seconds)
         wrong = outcome == "wrong"
-        share = credit(one, answer, ours.stubs[name], shell.user_ns, seconds) if wrong else 0
-        mark(name, outcome, told, now() - started, float(outcome == "right") or share)
+        share = (
+            credit(one, answer, course_lesson.stubs[name], shell.user_ns, seconds) if wrong else 0
+        )
+        mark(name, outcome, message, now() - started, float(outcome == "right") or share)
     leave(0)  # no thread or exit handler of the notebook's holds the process up
 
 

@@ -44,27 +44,27 @@ DAY = timedelta(days=1)
 @cache
 def titles(lesson: str) -> dict[str, str]:
     """Return {exercise: the heading above it}, such as "Exercise 2.1 · The branch  ★"."""
-    found, title = {}, ""
+    headings, title = {}, ""
     for cell in notebooks.read(notebooks.NOTEBOOKS / f"{lesson}.ipynb").cells:
         if cell.cell_type == "markdown":
             above = [title for _, title in notebooks.headings(cell)]
             title = next((t for t in reversed(above) if t.startswith("Exercise")), title)
         elif "exercise" in notebooks.tags(cell):
-            found[notebooks.exercise_name(cell)] = title
-    return found
+            headings[notebooks.exercise_name(cell)] = title
+    return headings
 
 
 def stars(lesson: str) -> dict[str, float]:
     """Return {exercise: the stars of its heading}; two functions below one heading share them."""
-    found = titles(lesson)
-    shared = Counter(found.values())
-    return {name: title.count("★") / shared[title] for name, title in found.items()}
+    headings = titles(lesson)
+    shared = Counter(headings.values())
+    return {name: title.count("★") / shared[title] for name, title in headings.items()}
 
 
 def number_of(lesson: str, exercise: str) -> str:
     """Return the number of an exercise, such as "2.1", or ""."""
-    found = re.search(r"\d+\.\d+", titles(lesson).get(exercise, ""))
-    return found[0] if found else ""
+    match = re.search(r"\d+\.\d+", titles(lesson).get(exercise, ""))
+    return match[0] if match else ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Rules:
 def read_rules(path: Path) -> Rules:
     """Read rules from a TOML file. Raises ValueError that names what the course doesn't know."""
     try:
-        given = tomllib.loads(read_text(path))
+        settings = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
 
@@ -127,11 +127,11 @@ def read_rules(path: Path) -> Rules:
         return value
 
     def table(name: str) -> dict:
-        if not isinstance(given.get(name, {}), dict):
+        if not isinstance(settings.get(name, {}), dict):
             raise ValueError(f"{path}: {name} must be a table, [{name}]")
-        return given.get(name, {})
+        return settings.get(name, {})
 
-    for name in given:
+    for name in settings:
         known(name, (f.name for f in fields(Rules) if f.name != "best"), "setting")
     for lesson in {*table("points"), *table("due"), *table("canvas")}:
         known(lesson, notebooks.MODULES, "lesson")
@@ -156,10 +156,10 @@ def read_rules(path: Path) -> Rules:
     for lesson, column in table("canvas").items():
         if not isinstance(column, str):
             raise ValueError(f"{path}: canvas.{lesson} must be the name of a column of Canvas's")
-    if not isinstance(partial := given.get("partial", False), bool):
+    if not isinstance(partial := settings.get("partial", False), bool):
         raise ValueError(f"{path}: partial must be true or false, not {partial!r}")
     # A number, "best", or both.
-    late = given.get("late", 0)
+    late = settings.get("late", 0)
     late = late if isinstance(late, list) else [late]
     best = "best" in late
     rest = [value for value in late if value != "best"]
@@ -174,7 +174,7 @@ def read_rules(path: Path) -> Rules:
         partial,
         table("override"),
         table("canvas"),
-        str(given.get("seed", "")),
+        str(settings.get("seed", "")),
     )
 
 
@@ -237,10 +237,10 @@ def total(marks: Iterable[Mark]) -> tuple[float, float]:
 
 def grouped(marks: Sequence[Mark], by: str) -> dict[str, list[Mark]]:
     """Return {student or lesson, as `by` says: its marks}, in the order of the marks."""
-    found: dict[str, list[Mark]] = {}
+    groups: dict[str, list[Mark]] = {}
     for mark in marks:
-        found.setdefault(getattr(mark, by), []).append(mark)
-    return found
+        groups.setdefault(getattr(mark, by), []).append(mark)
+    return groups
 
 
 def unmarked(marks: Iterable[Mark]) -> bool:
@@ -269,10 +269,10 @@ def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
 
     With Canvas's gradebook as the roster the second row has the maxima, as Canvas wants it."""
     students, rows = grouped(marks, "student"), {person.id: person.row for person in people}
-    own = list(people[0].row) if people else ["student"]
+    identity = list(people[0].row) if people else ["student"]
     if canvas := of_canvas(people):
         # Its other columns are other assignments, whose points an import would write again.
-        own = [name for name in own if name.strip().casefold() in CANVAS_OWN]
+        identity = [name for name in identity if name.strip().casefold() in CANVAS_OWN]
     maxima = {(m.lesson, m.exercise): m.maximum for m in marks}
     # {head of a column: (the marks that count in it, their maximum)}
     columns = {}
@@ -282,15 +282,15 @@ def wide(marks: Sequence[Mark], people: Sequence[Person]) -> str:
         columns[f"{lesson} total"] = [(lesson, name) for name in names]
     columns["total"] = list(maxima)
     most = {head: tidy(sum(maxima[key] for key in keys)) for head, keys in columns.items()}
-    table = [[*own, *columns, "maximum"]]
+    table = [[*identity, *columns, "maximum"]]
     if canvas:
-        blank = [f"    {MAXIMA.title()}", *[""] * (len(own) - 1)]
+        blank = [f"    {MAXIMA.title()}", *[""] * (len(identity) - 1)]
         table.append([*blank, *most.values(), most["total"]])
-    for student, found in students.items():
-        given = {(m.lesson, m.exercise): m for m in found}
-        row = rows.get(student, {own[0]: student})
-        cells = [_sum(given[key] for key in keys if key in given) for keys in columns.values()]
-        table.append([*(row.get(name, "") for name in own), *cells, most["total"]])
+    for student, of_student in students.items():
+        marked = {(m.lesson, m.exercise): m for m in of_student}
+        row = rows.get(student, {identity[0]: student})
+        cells = [_sum(marked[key] for key in keys if key in marked) for keys in columns.values()]
+        table.append([*(row.get(name, "") for name in identity), *cells, most["total"]])
     return csv_of(table)
 
 
@@ -302,8 +302,8 @@ def _sum(marks: Iterable[Mark]) -> float | str:
 
 def of_canvas(people: Sequence[Person]) -> bool:
     """Return whether a roster is Canvas's gradebook."""
-    own = people[0].row if people else ()
-    return any(name.strip().casefold() in CANVAS_ONLY for name in own)
+    columns = people[0].row if people else ()
+    return any(name.strip().casefold() in CANVAS_ONLY for name in columns)
 
 
 def refuse_columns(rules: Rules, people: Sequence[Person]) -> None:
@@ -320,12 +320,13 @@ def refuse_columns(rules: Rules, people: Sequence[Person]) -> None:
 def canvas_file(lesson: str, column: str, marks: Sequence[Mark], people: Sequence[Person]) -> str:
     """Return what Canvas imports as the points of one assignment, and nothing else: the columns by
     which it knows students, and the assignment's."""
-    own = [name for name in people[0].row if name.strip().casefold() in CANVAS_OWN]
+    columns = [name for name in people[0].row if name.strip().casefold() in CANVAS_OWN]
     students = grouped([m for m in marks if m.lesson == lesson], "student")
-    most = tidy(sum({m.exercise: m.maximum for found in students.values() for m in found}.values()))
-    table = [[*own, column], [f"    {MAXIMA.title()}", *[""] * (len(own) - 1), most]]
+    maxima = {m.exercise: m.maximum for m in marks if m.lesson == lesson}
+    most = tidy(sum(maxima.values()))
+    table = [[*columns, column], [f"    {MAXIMA.title()}", *[""] * (len(columns) - 1), most]]
     for person in people:
-        cells = (person.row.get(name, "") for name in own)
+        cells = (person.row.get(name, "") for name in columns)
         table.append([*cells, _sum(students.get(person.id, ()))])
     return csv_of(table)
 
@@ -335,11 +336,11 @@ def causes(marks: Sequence[Mark], known: Mapping[tuple[str, str], Iterable[str]]
     answers it was named of, also where it is none. `known` has them by lesson and exercise."""
     counts: Counter[tuple[str, str, str]] = Counter()
     for mark in marks:
-        told = " ".join(mark.told.split())
+        message = " ".join(mark.told.split())
         # One cause can begin as another does.
         for cause in sorted(known.get((mark.lesson, mark.exercise), ()), key=len, reverse=True):
-            counts[mark.lesson, mark.exercise, cause] += cause in told
-            told = told.replace(cause, "")
+            counts[mark.lesson, mark.exercise, cause] += cause in message
+            message = message.replace(cause, "")
     return [("lesson", "number", "exercise", "cause", "answers")] + [
         (lesson, number_of(lesson, exercise), exercise, cause, counts[lesson, exercise, cause])
         for (lesson, exercise), sentences in known.items()
@@ -404,10 +405,10 @@ def marks_table(marks: Sequence[Mark]) -> str:
     parts = []
     for lesson, these in grouped(marks, "lesson").items():
         points, maximum = total(these)
-        said = f"{points} of {maximum}{so_far(these)}"
+        summary = f"{points} of {maximum}{so_far(these)}"
         parts.append(
             f"<tr class='lesson'><th scope='row' colspan='3'>{lesson}</th>"
-            f"<td class='points'>{said}</td><td class='told'>{_judged(these[0])}</td></tr>"
+            f"<td class='points'>{summary}</td><td class='told'>{_judged(these[0])}</td></tr>"
         )
         parts += map(_row, these)
     head = f"<thead><tr>{top}</tr></thead>"
@@ -430,16 +431,16 @@ def _judged(mark: Mark) -> str:
 def _row(mark: Mark) -> str:
     """Return a row of one mark."""
     # A right answer's text would say what the outcome says.
-    told = mark.told if mark.outcome != "right" else ""
+    message = mark.told if mark.outcome != "right" else ""
     if mark.by_hand:
-        told = "\n".join(filter(None, ["The points were set by hand.", told]))
+        message = "\n".join(filter(None, ["The points were set by hand.", message]))
     elif mark.points > 0 and mark.outcome == "wrong":
-        told = f"Part of the points, for what is right in it.\n{told}"
+        message = f"Part of the points, for what is right in it.\n{message}"
     return (
         f"<tr><td>{mark.number}</td><td>{mark.exercise}</td>"
         f"<td class='{mark.outcome.replace(' ', '-')}'>{mark.outcome}</td>"
         f"<td class='points'>{tidy(mark.points)} of {tidy(mark.maximum)}</td>"
-        f"<td class='told'>{html.escape(told)}</td></tr>"
+        f"<td class='told'>{html.escape(message)}</td></tr>"
     )
 
 
@@ -466,8 +467,8 @@ def feedback(
 ) -> str:
     """Return the page for one student, which says nothing of any other."""
     points, maximum = total(marks)
-    said = f"<p>{points} of {maximum} points{so_far(marks)}.</p>"
-    parts = said, lateness(marks, rules), marks_table(marks), passed_over(passed)
+    summary = f"<p>{points} of {maximum} points{so_far(marks)}.</p>"
+    parts = summary, lateness(marks, rules), marks_table(marks), passed_over(passed)
     return document(f"Feedback for {called}", *parts)
 
 
@@ -477,22 +478,22 @@ def overview(
     """Return the instructor's page: a row a student, a row an exercise with the commonest fault,
     and the marks of each student. `called` has the names of students, by what marks call them."""
     students = grouped(marks, "student")
-    counts = {s: Counter(m.outcome for m in found) for s, found in students.items()}
+    counts = {s: Counter(m.outcome for m in of_student) for s, of_student in students.items()}
     kinds = (*OUTCOMES, ABSENT, *([UNMARKED] if unmarked(marks) else []))
     rows = "".join(
         f"<tr><td><a href='#{n}'>{html.escape(called.get(s, s))}</a></td>"
-        f"<td>{total(found)[0]}{so_far(found)}</td>"
+        f"<td>{total(of_student)[0]}{so_far(of_student)}</td>"
         + "".join(f"<td>{counts[s][kind] or ''}</td>" for kind in kinds)
         + "</tr>"
-        for n, (s, found) in enumerate(students.items())
+        for n, (s, of_student) in enumerate(students.items())
     )
     top = "".join(f"<th scope='col'>{name}</th>" for name in ("student", "points", *kinds))
     parts = [f"<p>{html.escape(note)}</p>" for note in notes]
     parts.append(scrolled(f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>"))
     parts.append("<h2>Exercises</h2>" + rows_of(commonest(marks), EXERCISE_HEAD))
-    for n, (student, found) in enumerate(students.items()):
+    for n, (student, of_student) in enumerate(students.items()):
         title = f"<h2 id='{n}'>{html.escape(called.get(student, student))}</h2>"
-        parts += [title, lateness(found, rules), marks_table(found)]
+        parts += [title, lateness(of_student, rules), marks_table(of_student)]
     return document("Marks", *parts)
 
 
@@ -506,10 +507,10 @@ def commonest(marks: Sequence[Mark]) -> list[tuple]:
     One message for all exercises of a notebook, as of a damaged file, is no fault of theirs."""
     rows = []
     handed = [m for m in marks if m.outcome not in (ABSENT, UNMARKED)]
-    said: dict[tuple[str, str], list[str]] = defaultdict(list)
+    messages: dict[tuple[str, str], list[str]] = defaultdict(list)
     for mark in handed:
-        said[mark.student, mark.lesson].append(mark.told)
-    whole = {key for key, told in said.items() if len(told) > 1 and len(set(told)) == 1}
+        messages[mark.student, mark.lesson].append(mark.told)
+    damaged = {key for key, texts in messages.items() if len(texts) > 1 and len(set(texts)) == 1}
     for lesson, exercise in dict.fromkeys((m.lesson, m.exercise) for m in handed):
         these = [m for m in handed if (m.lesson, m.exercise) == (lesson, exercise)]
         right = sum(m.outcome == "right" for m in these)
@@ -517,10 +518,10 @@ def commonest(marks: Sequence[Mark]) -> list[tuple]:
         faults = Counter(
             fault(m)
             for m in these
-            if m.outcome not in ("right", "not attempted") and (m.student, lesson) not in whole
+            if m.outcome not in ("right", "not attempted") and (m.student, lesson) not in damaged
         )
-        told, count = (faults.most_common(1) or [("", "")])[0]
-        rows.append((f"{lesson} {exercise}", right, blank, len(these), told, count))
+        message, count = (faults.most_common(1) or [("", "")])[0]
+        rows.append((f"{lesson} {exercise}", right, blank, len(these), message, count))
     return rows
 
 

@@ -56,8 +56,8 @@ def rules_of(rules: Rules, lesson: str) -> str:
     extensions."""
     tables = {f"points.{lesson}": rules.points.get(lesson, {})}
     for student, points in rules.override.items():
-        own = {name: n for name, n in points.items() if name in notebooks.exercises(lesson)}
-        tables[f"override.{quoted(student)}"] = own
+        of_lesson = {name: n for name, n in points.items() if name in notebooks.exercises(lesson)}
+        tables[f"override.{quoted(student)}"] = of_lesson
     lines = [f"seed = {quoted(rules.seed)}", f"partial = {json.dumps(rules.partial)}"]
     for head, points in tables.items():
         lines += [f"[{head}]", *(f"{name} = {n}" for name, n in points.items())] if points else []
@@ -72,14 +72,14 @@ def quoted(text: str) -> str:
 def submitted(folder: Path, lesson: str) -> Path | None:
     """Return the notebook of a submission: the one of the lesson's name, or else the only one, and
     no hidden file, as a Mac's notes, Jupyter's checkpoints, or what was there before an update."""
-    found = [
+    paths = [
         path
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() == ".ipynb"
         and not any(map(is_hidden, path.relative_to(folder).parts))
     ]
-    named = [path for path in found if lesson in path.stem.lower()]
-    only = found[0] if len(found) == 1 else None
+    named = [path for path in paths if lesson in path.stem.lower()]
+    only = paths[0] if len(paths) == 1 else None
     return max(named, key=lambda p: (p.stem.lower() == lesson, p.lstat().st_mtime), default=only)
 
 
@@ -95,15 +95,15 @@ def results(folder: Path, lesson: str, rules: Rules) -> dict:
     spelt = {one.casefold(): points for one, points in rules.override.items()}
     set_ = {e: n for one in addresses for e, n in spelt.get(one.casefold(), {}).items()}
     rules = replace(rules, due={}, late=0, override={student: set_})
-    path, found = submitted(folder / "submission", lesson), grade.Result({}, [])
+    path, result = submitted(folder / "submission", lesson), grade.Result()
     if path is None:
         marks = gradebook.absent(student, lesson, rules)
     else:
-        found = grade.judge(path, lesson, LIMITS, grade.variant_of(student, rules.seed))
+        result = grade.judge(path, lesson, LIMITS, grade.variant_of(student, rules.seed))
         one = Handed(student, lesson, path, None, 0, path.name)
-        marks = grade.marks_of(one, student, found, rules)
+        marks = grade.marks_of(one, student, result, rules)
     if unmarked(marks):  # Gradescope says then that the autograder failed
-        raise SystemExit(f"Not marked: {found.rest[1]}")
+        raise SystemExit(f"Not marked: {result.rest.message}")
     tests = []
     for mark in marks:
         outcome = mark.outcome
@@ -118,8 +118,8 @@ def results(folder: Path, lesson: str, rules: Rules) -> dict:
             }
         )
     # What held the notebook is for whoever teaches: students see no output of the autograder's.
-    print(grade.guards(found.held) if path else "There is no notebook of the lesson.")
-    for number, words in found.odd:
+    print(grade.guards(result.held) if path else "There is no notebook of the lesson.")
+    for number, words in result.odd:
         print(f"Look at it by eye: cell {number}: {words}")
     missing = {"output": f"There is no notebook {lesson}.ipynb in what you handed in."}
     return {"tests": tests, "stdout_visibility": "hidden"} | ({} if path else missing)
@@ -131,19 +131,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("lesson", help="the first characters of a lesson, such as 02")
     parser.add_argument("--rules", type=Path, help="a TOML file with points, as for marking")
     parser.add_argument("--mark", type=Path, metavar="FOLDER", help="judge the submission in it")
-    given = parser.parse_args(argv)
-    lesson = notebooks.lessons([given.lesson])[0].stem
+    args = parser.parse_args(argv)
+    lesson = notebooks.lessons([args.lesson])[0].stem
     try:
-        rules = read_rules(given.rules) if given.rules else Rules()
+        rules = read_rules(args.rules) if args.rules else Rules()
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if given.mark is None:
-        path = archive(lesson, given.rules, ROOT / "build")
+    if args.mark is None:
+        path = archive(lesson, args.rules, ROOT / "build")
         print(f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
         return 0
-    (given.mark / "results").mkdir(exist_ok=True)
-    told = json.dumps(results(given.mark, lesson, rules), indent=1)
-    write_atomically({given.mark / "results" / "results.json": told.encode()})
+    (args.mark / "results").mkdir(exist_ok=True)
+    text = json.dumps(results(args.mark, lesson, rules), indent=1)
+    write_atomically({args.mark / "results" / "results.json": text.encode()})
     return 0
 
 

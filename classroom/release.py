@@ -72,10 +72,10 @@ def in_binder(repository: str, name: str) -> str:
 def owner_and_name(repository: str) -> str:
     """Return OWNER/NAME of a GitHub repository, given so or as its address. Raises ValueError for
     anything else."""
-    found = re.fullmatch(r"(?:https://github\.com/)?([\w.-]+/[\w.-]+?)(?:\.git)?/?", repository)
-    if found is None:
+    match = re.fullmatch(r"(?:https://github\.com/)?([\w.-]+/[\w.-]+?)(?:\.git)?/?", repository)
+    if match is None:
         raise ValueError(f"{repository} is no GitHub repository: write OWNER/NAME")
-    return found[1]
+    return match[1]
 
 
 BINDER_HOME = "https://mybinder.org"
@@ -147,12 +147,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m classroom.release", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "peft-lessons")
     parser.add_argument("--colab", metavar="OWNER/NAME", help="where the copy will be published")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        archive = release(given.folder.resolve(), given.colab)
+        archive = release(args.folder.resolve(), args.colab)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{given.folder}\n{archive}, {archive.stat().st_size / 2**20:.0f} MiB")
+    print(f"{args.folder}\n{archive}, {archive.stat().st_size / 2**20:.0f} MiB")
     return 0
 
 

@@ -80,7 +80,7 @@ class Passed:
 
 
 @dataclass
-class Found:
+class Submissions:
     """What a folder holds: the notebooks that count, all that came of a student for a lesson, the
     last one first, what is passed over, and files of clones of which git names no commit."""
 
@@ -108,10 +108,10 @@ class Person:
         return f"{self.name} ({self.id})" if self.name and self.name != self.id else self.id
 
 
-def printable(text: object, kept: str = "") -> str:
-    """Return a text in which control characters, except those `kept`, and what no encoding knows
+def printable(text: object, keep: str = "") -> str:
+    """Return a text in which control characters, except those of `keep`, and what no encoding knows
     are spelt out: two names stay two."""
-    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in str(text))
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
 def squeezed(text: str) -> str:
@@ -119,19 +119,19 @@ def squeezed(text: str) -> str:
     return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).casefold())
 
 
-def handed_in(folder: Path, remembered: Path | None = None) -> Found:
+def handed_in(folder: Path, remembered: Path | None = None) -> Submissions:
     """Return what students handed in: the notebooks that count, the last of each student's for a
     lesson, in order, and what is passed over.
 
     A copy such as 02_lora (1) or my_02_lora counts only where the student handed in no 02_lora.
     ZIP files are unpacked below `remembered`, and passed over without it. So is a folder that holds
     what several students handed in, by a platform's words. Raises OSError for a full disk."""
-    found, ranked = Found(), defaultdict(list)
+    submissions, ranked = Submissions(), defaultdict(list)
     unpacked = remembered / UNPACKED if remembered else None
     if unpacked:
         shutil.rmtree(unpacked, ignore_errors=True)
     several: dict[str, set[str]] = defaultdict(set)
-    for path, inside, seconds in _files(folder, found, unpacked):
+    for path, inside, seconds in _files(folder, submissions, unpacked):
         first, *inner = inside.parts
         match = NAME.fullmatch(inside.stem)
         prefix, lesson, attempt, copy = match.groups() if match else (None,) * 4
@@ -144,11 +144,13 @@ def handed_in(folder: Path, remembered: Path | None = None) -> Found:
         name = str(inside)
         if not match:
             words = who or (inside.stem if canvas(inside.stem) else "")
-            found.passed.append(Passed(name, "its name contains the name of no lesson", words))
+            submissions.passed.append(
+                Passed(name, "its name contains the name of no lesson", words)
+            )
             continue
         if not who:
             why = "it lies in no student's folder and has no student's name before the lesson's"
-            found.passed.append(Passed(name, why))
+            submissions.passed.append(Passed(name, why))
             continue
         platform = not inner or _zipped(first)
         mark = canvas(who) if platform else None
@@ -162,25 +164,25 @@ def handed_in(folder: Path, remembered: Path | None = None) -> Found:
     crowded = {name for name, owners in several.items() if len(owners) > 1}
     why = "its folder holds what several students handed in: mark that folder, or unpack it here"
     for key in [key for key in ranked if key[0] in crowded]:
-        found.passed += [Passed(one.name, why, one.who) for _, one in ranked.pop(key)]
+        submissions.passed += [Passed(one.name, why, one.who) for _, one in ranked.pop(key)]
     for key, group in ranked.items():
         ordered = sorted(group, key=lambda pair: (pair[0], pair[1].name), reverse=True)
-        found.attempts[key] = [one for _, one in ordered]
+        submissions.attempts[key] = [one for _, one in ordered]
         (_, newest), *older = ordered
-        found.handed.append(newest)
+        submissions.handed.append(newest)
         why = f"{PurePosixPath(newest.name).name} counts, which is newer or has the lesson's name"
-        found.passed += [Passed(one.name, why, one.who) for _, one in older]
-    found.handed.sort(key=lambda one: (one.who, one.lesson))
-    found.passed.sort(key=lambda one: one.name)
-    return found
+        submissions.passed += [Passed(one.name, why, one.who) for _, one in older]
+    submissions.handed.sort(key=lambda one: (one.who, one.lesson))
+    submissions.passed.sort(key=lambda one: one.name)
+    return submissions
 
 
-def without_lesson(folder: Path, found: Found) -> list[str]:
+def without_lesson(folder: Path, submissions: Submissions) -> list[str]:
     """Return the names of the folders, one for each student, in which no notebook counts."""
-    counted = {PurePosixPath(one.name).parts[0] for one in found.handed}
-    kept = {"feedback"} | counted
+    counted = {PurePosixPath(one.name).parts[0] for one in submissions.handed}
+    others = {"feedback"} | counted
     names = (path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
-    return sorted(name for name in names if name not in kept)
+    return sorted(name for name in names if name not in others)
 
 
 def is_hidden(name: str) -> bool:
@@ -194,16 +196,16 @@ def _zipped(name: str) -> bool:
 
 
 def _files(
-    folder: Path, found: Found, unpacked: Path | None
+    folder: Path, submissions: Submissions, unpacked: Path | None
 ) -> Iterator[tuple[Path, PurePosixPath, float]]:
     """Yield (path, its name in the folder, its time) of each notebook below a folder, those in ZIP
     files too."""
-    passed, untimed = found.passed, found.untimed
+    passed, untimed = submissions.passed, submissions.untimed
 
     def unreadable(error: OSError) -> None:
         name = Path(error.filename).relative_to(folder).as_posix()
-        told = f"it cannot be read: {error.strerror}"
-        passed.append(Passed(name, told, name.partition("/")[0]))
+        why = f"it cannot be read: {error.strerror}"
+        passed.append(Passed(name, why, name.partition("/")[0]))
 
     for here, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not is_hidden(name)]
@@ -253,8 +255,8 @@ def _of_zip(
     except Exception as error:  # a damaged file can raise what it likes
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        told = f"the ZIP file cannot be opened: {type(error).__name__}: {error}"
-        passed.append(Passed(str(inside), told, who))
+        why = f"the ZIP file cannot be opened: {type(error).__name__}: {error}"
+        passed.append(Passed(str(inside), why, who))
 
 
 LATEST = 4e9  # seconds of a time that is none, after the year 2096
@@ -272,13 +274,13 @@ def _handed_at(path: Path, folder: Path, untimed: list[str]) -> float:
     if (first / ".git").is_dir():
         log = ("log", "-1", "--format=%ct", "--", path.relative_to(first).as_posix())
         with suppress(OSError, ValueError, subprocess.TimeoutExpired):
-            said = subprocess.run(
+            done = subprocess.run(
                 [*GIT, "-C", str(first), *log],
                 capture_output=True,
                 timeout=30,
                 env=os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"},
             )
-            if 0 < (seconds := float(said.stdout)) < LATEST:
+            if 0 < (seconds := float(done.stdout)) < LATEST:
                 return seconds
         untimed.append(path.relative_to(folder).as_posix())
     return path.lstat().st_mtime
@@ -334,10 +336,10 @@ def read_roster(path: Path) -> list[Person]:
             "they are in another language"
         )
     try:
-        found = list(rows)
+        table = list(rows)
     except csv.Error as error:
         raise ValueError(f"{path}: {error}") from None
-    for row in found:
+    for row in table:
         row = {name: (cell or "").strip() for name, cell in row.items() if name is not None}
 
         def cell(names: Iterable[str], row=row) -> str:

@@ -88,8 +88,8 @@ def source_digest(cell: Cell) -> str:
 
 def output_digest(cell: Cell) -> str:
     """Return 12 digits that stand for what a cell printed and drew."""
-    shown = [_joined(output) for output in cell.get("outputs", [])]
-    return _short([(output.get("text"), output.get("data")) for output in shown])
+    outputs = [_joined(output) for output in cell.get("outputs", [])]
+    return _short([(output.get("text"), output.get("data")) for output in outputs])
 
 
 def record(folder: Path) -> dict:
@@ -113,9 +113,9 @@ def record(folder: Path) -> dict:
 def read_record(text: bytes) -> dict:
     """Return the record in a stamp file; an empty one where the stamp holds none."""
     with suppress(ValueError):
-        found = json.loads(text)
-        if isinstance(found, dict) and found.get("course") == COURSE:
-            return found
+        stamp = json.loads(text)
+        if isinstance(stamp, dict) and stamp.get("course") == COURSE:
+            return stamp
     return {"released": "", "files": {}, "cells": {}}
 
 
@@ -155,15 +155,15 @@ def read_new(path: Path) -> tuple[dict, dict[str, bytes]]:
     name = RECORD
     try:
         with _members(path) as (top, read):
-            found = read_record(read(RECORD)) if top is not None else {}
-            if not found.get("files"):
+            stamp = read_record(read(RECORD)) if top is not None else {}
+            if not stamp.get("files"):
                 raise CannotUpdate(
                     f"{path} is no copy of this course, or it is older than the command `update`."
                 )
-            if unsafe := [n for n in found["files"] if not NAME.fullmatch(n) or _is_theirs(n)]:
+            if unsafe := [n for n in stamp["files"] if not NAME.fullmatch(n) or _is_theirs(n)]:
                 raise CannotUpdate(f"{path} is no copy of this course: it would write {unsafe[0]}.")
             data = {RECORD: read(RECORD)}
-            for name in found["files"]:
+            for name in stamp["files"]:
                 data[name] = read(name)
     except (KeyError, FileNotFoundError, NotADirectoryError):
         raise CannotUpdate(f"{path} is not whole: {name} is missing. {again}") from None
@@ -171,14 +171,14 @@ def read_new(path: Path) -> tuple[dict, dict[str, bytes]]:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise  # a damaged file can name a place before its own beginning: EINVAL
         raise CannotUpdate(f"{path} is no ZIP file, or it is not whole. {again}") from None
-    changed = [n for n, checksum in found["files"].items() if digest(data[n]) != checksum]
+    changed = [n for n, checksum in stamp["files"].items() if digest(data[n]) != checksum]
     if changed:
         raise CannotUpdate(f"{path} is not as it was released: {changed[0]} differs. {again}")
-    return found, data
+    return stamp, data
 
 
 def _is_theirs(name: str) -> bool:
-    return any(f"{name}/".lower().startswith(f"{own}/") for own in NEVER)
+    return any(f"{name}/".lower().startswith(f"{folder}/") for folder in NEVER)
 
 
 # ------------------------------------------------------------------ one lesson
@@ -202,24 +202,24 @@ def merge_lesson(
     is empty for a copy without a record."""
     row = Tally()
     fresh = {cell["id"]: cell for cell in new["cells"]}
-    found: dict[str, Cell] = {}
+    by_id: dict[str, Cell] = {}
     behind: dict[str | None, list[Cell]] = {None: []}  # the student's own cells, by what precedes
     place = None
     for cell, match in zip(mine["cells"], _matches(mine["cells"], fresh, before), strict=True):
         removed = _id(cell) in before and _id(cell) not in fresh
         if match is not None:
-            found[match] = cell
+            by_id[match] = cell
             place = match
         elif removed and before[_id(cell)][0] == source_digest(cell):
             row.changed += 1  # the student left the cell as it was
         else:
-            own = _own(cell, removed)
-            name = "" if _id(own) in fresh else _id(own)
-            behind.setdefault(place, []).append(own | {"id": name})
-            row.yours += bool(source(own))
+            kept_cell = _own(cell, removed)
+            name = "" if _id(kept_cell) in fresh else _id(kept_cell)
+            behind.setdefault(place, []).append(kept_cell | {"id": name})
+            row.yours += bool(source(kept_cell))
     cells = behind[None]
     for name, cell in fresh.items():
-        cells += _one(found.get(name), cell, before, row) + behind.get(name, [])
+        cells += _one(by_id.get(name), cell, before, row) + behind.get(name, [])
     merged = mine | {
         "cells": _with_ids(cells),
         "metadata": new["metadata"] | mine.get("metadata", {}),
@@ -243,14 +243,14 @@ def _matches(cells: list[Cell], fresh: dict[str, Cell], before: dict) -> list[st
     Cells are matched by id, then by source (a cell that was cut and pasted has another id), then
     exercises by the function that they define."""
     free = dict(fresh)
-    found: list[str | None] = [None] * len(cells)
+    ids: list[str | None] = [None] * len(cells)
 
     def match(test: Callable[[Cell, str, Cell], bool], numbers: range) -> None:
         for number in numbers:
-            if found[number] is None:
+            if ids[number] is None:
                 hits = (name for name, cell in free.items() if test(cells[number], name, cell))
-                found[number] = next(hits, None)
-                free.pop(found[number] or "", None)
+                ids[number] = next(hits, None)
+                free.pop(ids[number] or "", None)
 
     def same_source(cell: Cell, name: str, new: Cell) -> bool:
         return source(cell) != "" and source_digest(cell) in (
@@ -266,34 +266,34 @@ def _matches(cells: list[Cell], fresh: dict[str, Cell], before: dict) -> list[st
     match(lambda cell, name, new: _id(cell) == name, forward)
     match(same_source, forward)
     match(same_function, forward[::-1])  # of several definitions the last one counts in Python
-    return found
+    return ids
 
 
 def _one(cell: Cell | None, new: Cell, before: dict, row: Tally) -> list[Cell]:
     """Return what takes the place of a cell of the course: `cell` is the student's, `new` ours."""
     exercise = "exercise" in _tags(new)
-    then, shown = before.get(_id(cell or new)) or before.get(new["id"]) or ["", ""]
-    ours = source_digest(new)
+    then, printed = before.get(_id(cell or new)) or before.get(new["id"]) or ["", ""]
+    now = source_digest(new)
     if cell is None:
-        if then == ours and not {"exercise", "check"} & {*_tags(new)}:
+        if then == now and not {"exercise", "check"} & {*_tags(new)}:
             return []  # the student deleted it
         row.changed += 1
         return [new]
-    theirs = source_digest(cell)
-    if theirs == ours:
-        if shown == output_digest(cell) != output_digest(new):
+    mine = source_digest(cell)
+    if mine == now:
+        if printed == output_digest(cell) != output_digest(new):
             cell = cell | {"outputs": new["outputs"]}  # the student has not run it
         return [_kept(cell, new)]
-    if theirs == then or (not then and exercise and _is_stub(source(cell))):
+    if mine == then or (not then and exercise and _is_stub(source(cell))):
         row.changed += 1
         return [new]
     if exercise:
         row.answers += 1
-        if then in ("", ours):
+        if then in ("", now):
             return [_kept(cell, new)]
         row.changed += 1
         return [_kept(cell, new), _aside(new, NEW_TEXT)]
-    if then == ours:
+    if then == now:
         row.yours += 1
         return [_kept(cell, new)]
     row.changed += 1
@@ -378,9 +378,9 @@ class Plan:
 def notebook(data: bytes) -> Notebook | None:
     """Return the notebook in a file; None where the file holds none."""
     with suppress(ValueError, KeyError, TypeError, AttributeError):
-        found = json.loads(data.decode("utf-8-sig"))
-        if found["nbformat"] == 4 and all(cell["cell_type"] for cell in found["cells"]):
-            return found
+        nb = json.loads(data.decode("utf-8-sig"))
+        if nb["nbformat"] == 4 and all(cell["cell_type"] for cell in nb["cells"]):
+            return nb
     return None
 
 
@@ -402,7 +402,7 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
             f"{old['released'][:10]}. Ask for the newest one."
         )
     done = Plan({}, [], {}, _free(copy), bool(old["files"]))
-    theirs = []  # what the student changed and the update replaces
+    overwritten = []  # what the student changed and the update replaces
     for name, fresh in data.items():
         file = copy / name
         there = file.read_bytes() if file.is_file() else None
@@ -422,7 +422,7 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
         if content is not None:
             done.write[name] = content
             if not untouched and name != RECORD:
-                theirs.append(name)
+                overwritten.append(name)
     for name, checksum in old["files"].items():
         file = copy / name
         gone = name not in new["files"] and NAME.fullmatch(name) and not _is_theirs(name)
@@ -434,9 +434,9 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
             raise CannotUpdate(
                 f"{copy / name} lies behind a link that leaves your copy: remove it."
             )
-    if theirs:
-        kept = {f"{done.saved}/{n.removeprefix(f'{LESSONS}/')}": copy / n for n in theirs}
-        done.write = kept | done.write
+    if overwritten:
+        saved = {f"{done.saved}/{n.removeprefix(f'{LESSONS}/')}": copy / n for n in overwritten}
+        done.write = saved | done.write
     else:
         done.saved = ""
     return done
@@ -548,21 +548,21 @@ def tell(todo: Plan) -> str:
     """Return what an update did, for the student."""
     if not todo.write and not todo.remove:
         return "Your copy is up to date: nothing was changed."
-    told = [table(todo.rows)] if any(row != Tally() for row in todo.rows.values()) else []
-    told.append(
+    lines = [table(todo.rows)] if any(row != Tally() for row in todo.rows.values()) else []
+    lines.append(
         f"Your files as they were before: {todo.saved}."
         if todo.saved
         else "The update changed no file of yours."
     )
     if todo.broken:
         names = ", ".join(todo.broken)
-        told.append(f"Replaced whole, since yours could not be read: {names}.")
+        lines.append(f"Replaced whole, since yours could not be read: {names}.")
     if todo.saved and not todo.recorded:
-        told.append("Cells of the course that you changed, other than exercises, are there only.")
+        lines.append("Cells of the course that you changed, other than exercises, are there only.")
     if "pyproject.toml" in todo.write:
-        told.append("The next start updates the packages and needs a network.")
-    told.append("If JupyterLab is open: File > Reload Notebook from Disk, before you go on.")
-    return "\n".join(told)
+        lines.append("The next start updates the packages and needs a network.")
+    lines.append("If JupyterLab is open: File > Reload Notebook from Disk, before you go on.")
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
@@ -577,13 +577,13 @@ def main(argv: list[str]) -> int:
     except CannotUpdate as refused:
         print(f"{refused} Nothing was changed.", file=sys.stderr)
     except OSError as error:
-        told = (
+        message = (
             f"{error.filename or argv[-1]}: {error.strerror or error}. Close JupyterLab and other "
         )
-        told += "programs that use the file, and try again."
+        message += "programs that use the file, and try again."
         if error.errno == errno.ENOSPC:
-            told = "The disk is full: free some space and try again."
-        print(f"{told} Nothing was changed.", file=sys.stderr)
+            message = "The disk is full: free some space and try again."
+        print(f"{message} Nothing was changed.", file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted: nothing was changed.", file=sys.stderr)
     else:

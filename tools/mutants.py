@@ -173,14 +173,14 @@ tools/notebooks.py: notebook_rules
     if SOLVED & {*tags(cell)} or imported(cell)] → if imported(cell)]
 classroom/grade.py: gradebook grade
     if first != word: → if not first:
-    return Result(**json.loads → raise ValueError(**json.loads
+    return Result.read(file → raise ValueError(file
     memory_of(process.pid) > limits.memory → memory_of(process.pid) < -limits.memory
     written_by(process.pid, place) > room → written_by(process.pid, place) < -room
     (student, lesson) not in handed: → lesson not in handed:
     maximum * rules.share(days) * share → maximum * share
     if rules.partial and outcome → if outcome
-    if found.lasting and → if
-    said[last.at] = [*last.rest, 0.0, 0.0] → break
+    if result.lasting and → if
+    judgments[last.at] = last.rest → break
     elif full or ended in (TROUBLE, KILLED) → elif full
     lost.add(last.at) → pass
     len(Path(here).parts) - top > DEEPEST → False
@@ -189,7 +189,7 @@ classroom/gradebook.py: gradebook submissions
     days = int(bool(one.late) → days = int(bool(0)
     if canvas: → if not canvas:
     not marks or unmarked(marks) → not marks
-    told = told.replace(cause, "") → pass
+    message = message.replace(cause, "") → pass
     if points is None else replace → if True else replace
 classroom/submissions.py: submissions
     rank = (not copy and not (inner and prefix), number, seconds) → rank = seconds
@@ -198,7 +198,7 @@ classroom/submissions.py: submissions
     return fit[0] if len(fit) == 1 else None → return fit[0]
     re.S | re.I) → re.S)
     part not in ("/", "..") → part
-    if 0 < (seconds := float(said.stdout)) < LATEST: → if seconds := float(said.stdout):
+    if 0 < (seconds := float(done.stdout)) < LATEST: → if seconds := float(done.stdout):
     if len(by_id) == 1 else None → if len(by_id) == 1 else people[0]
     if len(owners) > 1} → if len(owners) > 9}
 classroom/grade_one.py: grade
@@ -206,8 +206,8 @@ classroom/grade_one.py: grade
     with suppress(ValueError, OSError, AttributeError): → if True:
     class TimedOut(BaseException): → class TimedOut(Exception):
     package.check = package.checks = nothing → pass
-    if (ours and {"long", "check"} & kinds) or → if ({"long", "check"} & kinds) or
-    if not ours or (stub and name not in ran.answers): → if True:
+    if (is_ours and {"long", "check"} & kinds) or → if ({"long", "check"} & kinds) or
+    if not is_ours or (stub and name not in ran.answers): → if True:
     cell.get("id") not in lesson.long and ( → (
     if again[0] == "right": → if False:
 peft_lessons/checks/compared.py: kit

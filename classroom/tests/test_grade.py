@@ -139,7 +139,7 @@ def instead(tmp_path, monkeypatch):
             notebook.write_text("{}", encoding="utf-8")
         monkeypatch.setattr(sys, "executable", str(program))
         found = grade.judge(notebook, lesson, grade.Limits(**({"total": 30} | limits)))
-        return tuple(found.said.get(EXERCISE, found.rest)[:2]), found
+        return found.judgments.get(EXERCISE, found.rest)[:2], found
 
     return outcome
 
@@ -215,7 +215,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_class(tmp_path, monkeypatc
         return real(path)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    right = grade.Result({EXERCISE: ["right", "", 0.0, 1.0]}, [])
+    right = grade.Result({EXERCISE: grade.Judgment("right", "", 0.0, 1.0)})
     monkeypatch.setattr(grade, "judge", lambda *a: right)
     assert grade.main([str(tmp_path)]) == 1
     rows = read(tmp_path)
@@ -229,7 +229,7 @@ def test_the_time_of_a_file_that_a_notebook_changed_is_set_back(tmp_path, monkey
     path.write_text("{}", encoding="utf-8")
     os.utime(path, (5, 5))
     monkeypatch.setattr(
-        grade, "judge", lambda *a: os.utime(path) or grade.Result({}, ["wrong", ""])
+        grade, "judge", lambda *a: os.utime(path) or grade.Result({}, grade.Judgment("wrong", ""))
     )
     grade.main([str(tmp_path)])
     assert path.stat().st_mtime == 5
@@ -270,10 +270,10 @@ def test_what_hangs_or_dies_costs_no_answer_but_its_own(instead, monkeypatch):
     names = notebooks.exercises(lesson)
     script = HANGS.format(names=names, hangs=repr(names[1]), dies=repr(names[4]))
     _, found = instead(f"{SPEAKS}\n{script}", lesson=lesson)
-    outcomes = {name: said[0] for name, said in found.said.items()}
+    outcomes = {name: one.outcome for name, one in found.judgments.items()}
     wanted = dict.fromkeys(names, "right") | {names[1]: "timed out", names[4]: "crashed"}
     assert outcomes == wanted and found.lasting
-    assert found.said[names[1]][1] == "the notebook took longer than 1 s"
+    assert found.judgments[names[1]].message == "the notebook took longer than 1 s"
 
 
 def test_after_a_time_limit_in_its_cells_a_notebook_is_judged_by_what_it_defines(instead):
@@ -721,7 +721,7 @@ def test_a_link_is_not_opened(tmp_path):
     target.write_text("{}", encoding="utf-8")
     link = tmp_path / "link.ipynb"
     link.symlink_to(target)
-    assert "link" in grade.judge(link, LESSON, grade.Limits()).rest[1]
+    assert "link" in grade.judge(link, LESSON, grade.Limits()).rest.message
     os.truncate(target, LARGEST + 1)
     assert grade.judge(target, LESSON, grade.Limits()) == grade.judge(link, LESSON, grade.Limits())
 
@@ -818,7 +818,7 @@ def test_what_is_unchanged_is_not_run_again(marked, monkeypatch):
     seen.pop()
     one = Handed("gus", LESSON, folder / GUS / f"{LESSON}.ipynb", False, 0)
     seen.clear()
-    monkeypatch.setattr(grade, "judge", lambda path, *a: seen.append(a) or grade.Result({}, []))
+    monkeypatch.setattr(grade, "judge", lambda path, *a: seen.append(a) or grade.Result())
     for student, seed, again in (("8", "secret", True), ("8", "other", False), ("x", "secret", 0)):
         grade.remembered(one, student, folder, grade.Limits(), seed, again)
     assert len({variant for *_, variant in seen}) == 3
@@ -835,7 +835,7 @@ def test_after_a_correction_of_the_course_everything_is_judged_anew(tmp_path, mo
     (tmp_path / "ann.ipynb").write_text("{}", encoding="utf-8")
     one = Handed("ann", LESSON, tmp_path / "ann.ipynb", None, 0)
     judged = []
-    monkeypatch.setattr(grade, "judge", lambda *a: judged.append(a) or grade.Result({}, []))
+    monkeypatch.setattr(grade, "judge", lambda *a: judged.append(a) or grade.Result())
     (tmp_path / grade.MARKED).mkdir()
     for changed in [None, *files]:
         if changed:

@@ -83,7 +83,7 @@ def test_of_late_a_number_and_the_best_attempt_are_read(tmp_path):
 
 def outcomes(**said):
     """What became of a notebook, by the exercise; 0.5 is the share of a wrong answer."""
-    return grade.Result({name: [outcome, "", 0.0, 0.5] for name, outcome in said.items()}, [])
+    return grade.Result({name: grade.Judgment(one, "", 0.0, 0.5) for name, one in said.items()})
 
 
 def test_points_that_are_set_by_hand_count_whatever_came_out(tmp_path):
@@ -98,12 +98,12 @@ def test_points_that_are_set_by_hand_count_whatever_came_out(tmp_path):
     absent = gradebook.absent("7", lesson, rules)
     assert sum(m.points for m in absent) == 0.5
     (tmp_path / "ann_02_lora.ipynb").touch()
-    given = argparse.Namespace(folder=tmp_path, people=[], rules=rules)
-    given.found = submissions.handed_in(tmp_path)
-    assert "set points of nobody here: 7." in grade.remarks_on(given, [("ann", one)])[-1]
-    given.rules = Rules(override={"7": {exercise: 50}})
+    options = argparse.Namespace(folder=tmp_path, people=[], rules=rules)
+    options.submissions = submissions.handed_in(tmp_path)
+    assert "set points of nobody here: 7." in grade.remarks_on(options, [("ann", one)])[-1]
+    options.rules = Rules(override={"7": {exercise: 50}})
     told = "The rules set 50 points of 1: 7, merge_lora."
-    assert told in grade.remarks_on(given, [("ann", one)])
+    assert told in grade.remarks_on(options, [("ann", one)])
 
 
 def test_a_part_of_the_points_is_given_only_if_the_rules_say_so(tmp_path):
@@ -146,7 +146,7 @@ def test_options_reach_the_judge(tmp_path, monkeypatch):
     for lesson in (LESSON, "02_lora"):
         (tmp_path / f"ann_{lesson}.ipynb").write_text("{}", encoding="utf-8")
     judged = []
-    result = grade.Result({}, ["wrong", ""])
+    result = grade.Result({}, grade.Judgment("wrong", ""))
     monkeypatch.setattr(grade, "judge", lambda *a: judged.append(a) or result)
     options = ["--seconds", "1", "--total", "2", "--memory", "3", "--lesson", "00"]
     assert grade.main([str(tmp_path), *options]) == 0
@@ -247,7 +247,7 @@ def test_a_damaged_notebook_is_the_commonest_fault_of_no_exercise():
 
 def test_two_with_the_same_answers_or_text_are_named_unless_many_have_them():
     def result(text="", **prints):
-        return grade.Result({}, [], texts=[["above", text]], prints=prints)
+        return grade.Result(texts=[["above", text]], prints=prints)
 
     text = "The rank bounds what a step can learn, so a small one is slower to learn and to forget."
     class_ = [
@@ -270,9 +270,9 @@ def test_two_with_the_same_answers_or_text_are_named_unless_many_have_them():
 def test_points_add_up_in_all_tables(tmp_path):
     lesson = "03_qlora"
     rules = Rules({lesson: dict.fromkeys(notebooks.exercises(lesson), 1 / 3)}, late=10)
-    said = {exercise: ["right", "", 1, 1] for exercise in notebooks.exercises(lesson)}
+    said = {exercise: grade.Judgment("right", "", 1, 1) for exercise in notebooks.exercises(lesson)}
     one = Handed("a_LATE_1_2", lesson, tmp_path, True, 0)
-    marks = grade.marks_of(one, "a", grade.Result(said, []), rules)
+    marks = grade.marks_of(one, "a", grade.Result(said), rules)
     cells = next(csv.DictReader(gradebook.wide(marks, []).splitlines()))
     summed = sum(float(cells[f"{lesson} {exercise}"]) for exercise in said)
     assert gradebook.tidy(summed) == float(cells["total"]) == gradebook.total(marks)[0]
@@ -341,10 +341,10 @@ def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch, capsy
     rules = Rules(override={"Ann@Example.org": {EXERCISE: 0.5}})
     assert gradescope.results(tmp_path, LESSON, rules)["tests"][0]["score"] == 0.5
     (tmp_path / "submission" / "any name.ipynb").touch()
-    said = {EXERCISE: ["wrong", "Likely cause: x", 1.0, 0.0]}
+    said = {EXERCISE: grade.Judgment("wrong", "Likely cause: x", 1.0, 0.0)}
     seen = []
     monkeypatch.setattr(
-        grade, "judge", lambda *a: seen.append(a) or grade.Result(said, [], ["memory"])
+        grade, "judge", lambda *a: seen.append(a) or grade.Result(said, held=["memory"])
     )
     (test,) = gradescope.results(tmp_path, LESSON, Rules())["tests"]
     assert (test["score"], test["max_score"], test["status"]) == (0, 1, "failed")
@@ -358,7 +358,7 @@ def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch, capsy
     variants = [one[3] for one in seen]
     assert variants[0] == grade.variant_of("ann@example.org", "")
     assert variants[-1] == grade.variant_of("ann@example.org bob@example.org", "")
-    said[EXERCISE] = ["right", "", 1.0, 1.0]
+    said[EXERCISE] = grade.Judgment("right", "", 1.0, 1.0)
     assert gradescope.main([LESSON, "--mark", str(tmp_path)]) == 0
     told = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
     assert told["tests"][0]["score"] == 1 and told["stdout_visibility"] == "hidden"
