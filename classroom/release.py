@@ -13,7 +13,6 @@ lesson begins with a badge that opens it there, and a cell that installs the cou
 
 import argparse
 import json
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from classroom import update
 from peft_lessons.data.bundled import ASSISTANT
 from tools import notebooks
 from tools.environment import ROOT
+from tools.publish import COLAB_HOME, clear, in_colab, owner_and_name
 
 COPIED = (".gitattributes", "LICENSE", "NOTICE", "Makefile", "course.py", "pyproject.toml")
 COPIED += (".binder", "peft_lessons", "data", "benchmarks", "configs")
@@ -32,14 +32,6 @@ STUDENT = ROOT / "docs" / "student"  # what is only in the copy, a README
 LITTER = shutil.ignore_patterns("__pycache__", ".*", "*.part", Path(ASSISTANT).name, "tests")
 # Where the command `update` of an earlier copy looks for the script.
 UPDATE = "peft_lessons/data/update.py"
-
-
-def clear(folder: Path, stamp: str) -> None:
-    """Remove a folder that an earlier run wrote, which the file `stamp` in it shows. Raises
-    ValueError for one that holds something else."""
-    if folder.exists() and not (folder / stamp).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds other files: name a new folder")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_course(names: Iterable[str], folder: Path) -> None:
@@ -59,27 +51,6 @@ def without_answers(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return nb
 
 
-def in_colab(repository: str, name: str) -> str:
-    """Return the address that opens a lesson of a published copy in Colab."""
-    return f"{COLAB_HOME}/github/{repository}/blob/main/notebooks/{name}"
-
-
-def in_binder(repository: str, name: str) -> str:
-    """Return the address that opens a lesson of a published copy on Binder's public service."""
-    return f"{BINDER_HOME}/v2/gh/{repository}/main?urlpath=lab/tree/notebooks/{name}"
-
-
-def owner_and_name(repository: str) -> str:
-    """Return OWNER/NAME of a GitHub repository, given so or as its address. Raises ValueError for
-    anything else."""
-    match = re.fullmatch(r"(?:https://github\.com/)?([\w.-]+/[\w.-]+?)(?:\.git)?/?", repository)
-    if match is None:
-        raise ValueError(f"{repository} is no GitHub repository: write OWNER/NAME")
-    return match[1]
-
-
-BINDER_HOME = "https://mybinder.org"
-COLAB_HOME = "https://colab.research.google.com"
 COLAB_CELL = """import os
 if "COLAB_RELEASE_TAG" in os.environ:  # in Colab only, once a session
     !git clone --quiet --depth 1 https://github.com/{repository} /content/course

@@ -17,9 +17,9 @@ from pathlib import Path
 import nbformat
 from sphinx.cmd.build import build_main
 
-from classroom.release import clear, in_binder, in_colab, owner_and_name
 from tools import notebooks
 from tools.environment import ROOT
+from tools.publish import clear, in_binder, in_colab, owner_and_name
 
 CONFIGURATION = ROOT / "docs" / "site"
 START = CONFIGURATION / "start.md"

@@ -74,7 +74,7 @@ def test_no_room_imports_one_above_it():
     ("folder", "never"),
     [
         ("peft_lessons", OUTSIDE),
-        ("tools", {"benchmarks", "tests"}),
+        ("tools", {"benchmarks", "classroom", "tests"}),
         ("classroom", {"benchmarks", "tests"}),
         ("benchmarks", {"classroom", "tests", "tools"}),
         ("notebooks", OUTSIDE),

@@ -11,8 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
-from classroom import release
-from tools import notebooks, site
+from tools import notebooks, publish, site
 from tools.environment import ROOT
 
 PAGES = ["index.html", *(f"notebooks/{path.stem}.html" for path in notebooks.lessons())]
@@ -143,7 +142,7 @@ def test_a_lesson_can_be_downloaded_as_it_is(built):
 def test_a_published_copy_can_be_opened_from_each_lesson():
     path = notebooks.lessons()[2]
     for given in ("jo/peft-course", "https://github.com/jo/peft-course", "jo/peft-course.git"):
-        source = site.titled(path, release.owner_and_name(given)).cells[0].source
+        source = site.titled(path, publish.owner_and_name(given)).cells[0].source
         assert source.startswith("# 02 LoRA: a low-rank change beside frozen weights\n\n<div ")
         addresses = re.findall(r'href="(http[^"]+)">Open in (\w+)<', source)
         assert [place for _, place in addresses] == ["Colab", "Binder"]
@@ -151,7 +150,7 @@ def test_a_published_copy_can_be_opened_from_each_lesson():
         assert "/gh/jo/peft-course/main?urlpath=lab/tree/notebooks/02_lora." in addresses[1][0]
     for wrong in ("peft-course", "https://example.org/jo/peft-course", "a/b/c", 'a/b"'):
         with pytest.raises(ValueError, match="OWNER/NAME"):
-            release.owner_and_name(wrong)
+            publish.owner_and_name(wrong)
 
 
 def test_stills_of_explorers_are_shown(built):
