@@ -89,11 +89,12 @@ def results(folder: Path, lesson: str, rules: Rules) -> dict:
     users = []
     if (metadata := folder / "submission_metadata.json").exists():
         users = json.loads(metadata.read_text(encoding="utf-8")).get("users") or []
-    addresses = sorted(str(user.get("email", "")) for user in users)
+    # The case of an address changes neither the inputs nor what is set by hand.
+    addresses = sorted(str(user.get("email", "")).casefold() for user in users)
     student = " ".join(addresses)
-    # What is set by hand for one of a group, whatever the case of the address, is for all of it.
-    spelt = {one.casefold(): points for one, points in rules.override.items()}
-    set_ = {e: n for one in addresses for e, n in spelt.get(one.casefold(), {}).items()}
+    # What is set by hand for one of a group is for all of it.
+    by_hand = {one.casefold(): points for one, points in rules.override.items()}
+    set_ = {e: n for one in addresses for e, n in by_hand.get(one, {}).items()}
     rules = replace(rules, due={}, late=0, override={student: set_})
     path, result = submitted(folder / "submission", lesson), grade.Result()
     if path is None:

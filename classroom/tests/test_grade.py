@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,11 @@ LESSON = "00_start_here"
 (EXERCISE,) = notebooks.exercises(LESSON)
 RIGHT = notebooks.read_solutions(notebooks.NOTEBOOKS / f"{LESSON}.ipynb")[EXERCISE]
 WRONG = f"def {EXERCISE}(weight):\n    return weight.square().sum(dim=1)"
+PARTLY = f"""import torch
+
+
+def {EXERCISE}(weight):
+    return torch.norm(weight, dim=1) * (1 if len(weight) > 2 else 2)"""
 # By all names that the checks have.
 FAKE = """from peft_lessons import check, checks
 from peft_lessons.checks import kit
@@ -92,6 +98,7 @@ def {EXERCISE}(weight):
     assert not tried("touch {folder}/new")
     assert not tried("for file in {reads}; do cat $file && exit; done; exit 1")
     assert not tried("exec 3<>/dev/tcp/127.0.0.1/{port}")
+    assert not tried("cat ../marks") and not tried("truncate -s 300M mine")
     try:
         bytearray(5 * 2**30)
     except MemoryError:
@@ -285,6 +292,24 @@ def test_after_a_time_limit_in_its_cells_a_notebook_is_judged_by_what_it_defines
 say("at", {EXERCISE!r})
 say("mark", {EXERCISE!r}, "right", "", "1", "1")"""
     assert instead(f"{SPEAKS}\n{script}", total=2)[0][0] == "right"
+
+
+def test_all_processes_of_a_notebook_together_have_three_times_its_limit(tmp_path, monkeypatch):
+    clock, totals = [0.0], []
+
+    def takes(seconds):
+        def one_round(path, lesson, limits, variant, skip):
+            totals.append(limits.total)
+            clock[0] += seconds
+            return grade.Round({}, grade.Judgment("timed out", ""), at=str(len(totals)))
+
+        return one_round
+
+    monkeypatch.setattr(grade, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(grade, "_round", takes(8))
+    (tmp_path / "a.ipynb").write_text("{}", encoding="utf-8")
+    grade.judge(tmp_path / "a.ipynb", LESSON, grade.Limits(total=10))
+    assert totals == [10, 10, 10, 6]
 
 
 def test_cells_that_end_the_process_one_after_another_come_to_an_end(instead):
@@ -498,6 +523,7 @@ def {EXERCISE}(weight):
         ([f"{RIGHT}\n1 / 0", f"{EXERCISE} = None"], "crashed", "its cell fails: ZeroDivision"),
         ([RAISES.format('ValueError("\\ud800")')], "wrong", r"raised ValueError: \ud800"),
         ([MUTE], "crashed", "Mute"),
+        ([f"{RIGHT}\n1 / 0", f"{RIGHT}\n{EXERCISE} = None"], "not attempted", "not define it"),
     ],
 )
 def test_outcomes(sources, outcome, told, outcome_of):
@@ -569,6 +595,21 @@ def test_where_cells_hang_only_what_they_define_is_run(outcome_of):
     told = ("crashed", "its cell fails: it hangs, or ends the notebook's process")
     assert outcome_of(RIGHT, skip=["1", "1d"]) == told
     assert outcome_of(f"{RIGHT}\n1 / 0", skip=["1"])[0] == "right", "what it defines is run"
+
+
+def test_a_second_judgment_leaves_the_names_as_they_are():
+    def never_right(function):
+        raise AssertionError(str(space))
+
+    ran, space = grade_one.Ran({"f": abs}, spaces={"f": {"width": 1}}), {"width": 2}
+    got = grade_one.outcome_of_answer(never_right, ran, "f", space, 9)
+    assert got == ("wrong", "{'width': 2}") and space == {"width": 2}
+
+
+def test_an_alarm_that_comes_after_its_block_does_nothing():
+    with grade_one.at_most(60):
+        pass
+    grade_one._alarm(signal.SIGALRM, None)
 
 
 def test_nothing_can_be_computed_with_what_takes_the_place_of_the_checks():
@@ -660,12 +701,13 @@ def test_a_check_finds_pytorch_as_it_was(monkeypatch):
     x, known = torch.ones(2), torch.allclose
     monkeypatch.setattr(torch, "allclose", lambda *args: True)
     monkeypatch.setattr("builtins.abs", lambda number: 0)
-    torch.Tensor.abs = lambda self: self * 0
+    torch.Tensor.abs = torch.Tensor.norm = lambda self: self * 0
     mode = DeviceContext("meta")
     mode.__enter__()
     torch.set_default_device("meta")
     calm()
     assert torch.allclose is known and abs(-1) == 1 and float(-x.abs().sum()) == -2
+    assert float(2 * x.norm() ** 2) == pytest.approx(4) and torch.get_default_device().type == "cpu"
     assert torch.ones(1).device.type == "cpu" and not torch._C._len_torch_function_stack()
 
 
@@ -735,6 +777,7 @@ ROSTER = """id,name,email
 9,"Poe, Max",max@example.org
 """
 RULES = f"""late = 25
+partial = true
 seed = "secret"
 [due]
 {LESSON} = 2026-11-01T12:00:00
@@ -754,12 +797,14 @@ def marked(tmp_path_factory):
     (folder / "rules.toml").write_text(RULES, encoding="utf-8")
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
-    hand_in(folder / ANN, OTHER, "import torch", drop="check")
+    # Only the notebook's own tensors are on the meta device.
+    before = "import torch\ntorch.set_default_device('meta')"
+    hand_in(folder / ANN, OTHER, before, drop="check")
     hand_in(folder / EVE / f"{LESSON}.ipynb", ASKS, FAKE)
     deeper = "## Deeper · Beyond (3 min)"
     hand_in(folder / GUS / f"{LESSON}.ipynb", RIGHT, "import torch", heading=deeper)
     hand_in(folder / "hal" / LESSON / f"{LESSON}.ipynb", curious(folder, port), "import torch")
-    hand_in(folder / "ida" / f"{LESSON}.ipynb", WRONG, FORGES)
+    hand_in(folder / "ida" / f"{LESSON}.ipynb", PARTLY, FORGES)
     (folder / "jon").mkdir()
     (folder / "jon" / f"{LESSON}.ipynb").touch()
     (folder / "kim").mkdir()
@@ -793,7 +838,7 @@ def test_a_class_is_marked(marked):
         "9": ("not handed in", "0"),
         r"<b>ev\udce9": ("wrong", "0.0"),
         "hal": ("right", "4.0") if confined else ("crashed", "0.0"),
-        "ida": ("wrong", "0.0"),  # its cell ends the process, and the answer is judged without it
+        "ida": ("wrong", "1.6"),  # its cell ends the process, and the answer is judged without it
         "jon": ("crashed", "0.0"),
         "kim": ("crashed", "0.0"),
         "liz": ("crashed", "0.0"),
@@ -847,6 +892,19 @@ def test_after_a_correction_of_the_course_everything_is_judged_anew(tmp_path, mo
     assert len(judged) == 1 + len(files)
     grade.remembered(one, "ann", tmp_path, grade.Limits(seconds=90), "", False)
     assert len(judged) == 2 + len(files), "what took too long may come to an end"
+    other = replace(one, lesson="02_lora")
+    grade.remembered(other, "ann", tmp_path, grade.Limits(), "", False)
+    assert len(judged) == 3 + len(files), "in another lesson the same file is another notebook"
+
+
+def test_another_version_of_a_package_that_the_checks_use_is_another_course(monkeypatch):
+    hashes = set()
+    for changed in ("", "torch", "peft", "transformers"):
+        monkeypatch.setattr(grade, "version", lambda name, c=changed: "2" if name == c else "1")
+        grade.course.cache_clear()
+        hashes.add(grade.course())
+    grade.course.cache_clear()
+    assert len(hashes) == 4
 
 
 def test_a_page_of_feedback_shows_nobody_else(marked):

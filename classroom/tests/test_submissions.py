@@ -46,6 +46,7 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
     os.utime(tmp_path / older, (0, 0))
     found = submissions.handed_in(tmp_path)
     assert {one.name: one.who for one in found.handed} == kept
+    assert found.handed == sorted(found.handed, key=lambda one: (one.who, one.lesson))
     assert all(one.path == tmp_path / one.name for one in found.handed)
     assert {one.name for one in found.passed} == passed
     assert [one.who for one in found.handed if one.late] == ["roe_LATE_78_6"]
@@ -133,6 +134,9 @@ def test_zip_files_of_one_name_keep_apart_and_a_link_to_another_is_not_opened(tm
     texts = {(one.who, one.path.read_text(encoding="utf-8")) for one in found.handed}
     owned = {("ann", "her own"), ("bob", "his own")}
     assert texts == {(s, f"{c}, {n}") for s, c in owned for n in ("02_lora", "03_qlora")}
+    (tmp_path / "ann" / "hw.zip").unlink()
+    submissions.handed_in(tmp_path, tmp_path / ".marked")
+    assert len([*(tmp_path / ".marked").rglob("*.ipynb")]) == 2, "what is gone takes no room"
 
 
 def test_a_damaged_or_a_huge_zip_file_stops_nobody(tmp_path, monkeypatch):
