@@ -8,8 +8,7 @@ Adds a row for each run on either task to data/results/additive_study.csv. On Au
 """
 
 import torch
-from catalogue import SETTINGS as NAMED
-from catalogue import TOKENS, setting
+from catalogue import TOKENS, named, setting
 from common import BEFORE_TOO, NAMES, RUN, at_best, base_of, fill_table, load, measured
 
 from peft_lessons import inject
@@ -38,18 +37,13 @@ SETTINGS = {  # (task, method, variant, width or virtual tokens): rates
 # Validation chose 0.001 for this one by a hair with seed 0; what do all seeds say?
 HAIR = {("sentiment", "adapter", "pfeiffer", 16): (3e-3,)}
 
-NAMED_LORA = {"qv": "lora", "all-linear": "lora, all linear"}
-
 
 def described(task: str, method: str, variant: str, size: int) -> Method:
     """Return the description of a setting."""
-    if method == "adapter":
-        return setting(variant, task, width=size)
+    changes = {"width": size} if method == "adapter" else {}
     if method == "lora":  # alpha as in lora_study.csv on sentiment, twice the rank on Austen
-        alpha = 16 if task == "sentiment" else 2 * size
-        return setting(NAMED_LORA[variant], task, rank=size, alpha=alpha)
-    name = f"{method}, {variant}"
-    return setting(name if name in NAMED else method, task)
+        changes = {"rank": size, "alpha": 16 if task == "sentiment" else 2 * size}
+    return setting(named(method, variant), task, **changes)
 
 
 def run(name: str, method: str, variant: str, size: int, lr: float, seed: int) -> dict:

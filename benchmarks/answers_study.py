@@ -8,7 +8,7 @@ the other studies, with three seeds. Adds a row for each run to data/results/sen
 """
 
 from additive_study import described
-from catalogue import TOKENS, setting
+from catalogue import TOKENS
 from common import SEEDS, base_of, fill_table, hexadecimal, load, plain, right_answers
 
 from peft_lessons import freeze, inject
@@ -39,14 +39,6 @@ PAIRED = (
     ("last", "", 2, 3e-4),
     ("sparse", "random", 8, 3e-3),
 )
-# {method: its name in the catalogue}, of those that additive_study.py does not describe
-NAMED = {
-    "dora": "dora, all linear",
-    "qlora": "qlora",
-    "bitfit": "bitfit",
-    "norms": "norms",
-    "last": "last two",
-}
 KEY = ("method", "variant", "size", "lr", "seed")
 
 
@@ -56,10 +48,6 @@ def run(method: str, variant: str, size: int, lr: float, seed: int) -> dict:
     model = base_of(task.name, seed)
     if method == "head":
         freeze(model)
-    elif method in NAMED:
-        inject(model, setting(NAMED[method], task.name))
-    elif method == "sparse":
-        inject(model, setting(f"sparse, {variant}", task.name))
     elif method != "full":
         inject(model, described(task.name, method, variant, size))
     plain(model, task, STEPS, lr, seed)

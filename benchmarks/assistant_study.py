@@ -20,16 +20,8 @@ from choosing_study import widened
 from common import RUN, Results, at_best, fill_table, in_float32
 from peft import LoraConfig, get_peft_model
 
-from peft_lessons import (
-    evaluate,
-    fit,
-    freeze,
-    inject,
-    load_model,
-    load_task,
-    load_tokenizer,
-    measure,
-)
+from peft_lessons import evaluate, fit, freeze, inject, load_task, measure
+from peft_lessons.data.base_models import load_model, load_tokenizer
 from peft_lessons.engine import Method
 from peft_lessons.methods.dora import DoRA
 from peft_lessons.methods.ia3 import IA3

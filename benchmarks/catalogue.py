@@ -104,6 +104,14 @@ def setting(name: str, task: str, **changes: Any) -> Method:
     return description(**{k: v() if callable(v) else v for k, v in fields.items()})
 
 
+def named(method: str, variant: str) -> str:
+    """Return the name of the setting that the rows of a study call by a method and a variant."""
+    if method in ("adapter", "last"):
+        return {"adapter": variant, "last": "last two"}[method]
+    both = f"{method}, {variant.replace('-', ' ')}"
+    return both if both in SETTINGS else method
+
+
 def schedule(steps: int) -> dict[str, int]:
     """Return the fields of AdaLoRA's schedule over so many steps."""
     plan = {"tinit": steps // 10, "tfinal": 3 * steps // 10, "delta": steps // 40}

@@ -16,7 +16,7 @@ from functools import partial
 from typing import ClassVar
 
 import common
-from catalogue import setting
+from catalogue import named, setting
 from common import BEFORE_TOO, NAMES, RUN, Results, at_best, fill_table, load, measured, plain
 
 from peft_lessons import DiffPruning, fit, inject
@@ -77,10 +77,9 @@ def run(name: str, method: str, variant: str, size: int, lr: float, seed: int) -
     if method == "diff":
         inject(model, Watched(gates=variant != "magnitude"))
         train = partial(train_in_halves, path=path, one_in=size)
-    elif method == "last":
-        inject(model, setting("last two", name, last=size))
     else:
-        inject(model, setting(f"{method}, {variant}" if variant else method, name))
+        changes = {"last": size} if method == "last" else {}
+        inject(model, setting(named(method, variant), name, **changes))
     row = measured(model, load(name), lr, seed, train, before=True)
     if path:
         Results("diff_path", KEY, PATH).add((name, method, variant, size, lr, seed), path)

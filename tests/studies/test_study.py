@@ -6,21 +6,8 @@ import re
 import pandas as pd
 import pytest
 
-from peft_lessons import Study, table
-from peft_lessons.studies import (
-    Spread,
-    against_peft,
-    best_lr,
-    load_results,
-    mean_and_range,
-    paired_answers,
-    paired_difference,
-    paired_losses,
-    pareto_front,
-    provenance,
-    stored_costs,
-    student_t,
-)
+from peft_lessons import Study, studies, table
+from peft_lessons.studies import best_lr, paired_answers, provenance, stored_costs, student_t
 
 ROWS = [{"way": "LoRA", "n": 74498, "time": 0.12345}, {"way": "a <b>", "n": 3, "time": None}]
 STAMP = {"machine": "one core", "torch": "2", "date": "2026-01-01"}
@@ -76,7 +63,7 @@ def test_runs_are_read_filtered_and_named(results):
     (results / "runs.csv").write_text(
         f"method,targets,lr,seed,validation,test\n{lines}", encoding="utf-8"
     )
-    first = load_results("runs", method="lora", targets="").iloc[0].to_dict()
+    first = studies.load_results("runs", method="lora", targets="").iloc[0].to_dict()
     assert first == dict(
         task="sentiment", method="lora", targets="", lr=0.001, seed=0, validation=0.5, test=0.5
     )
@@ -86,7 +73,7 @@ def test_runs_are_read_filtered_and_named(results):
     assert list(ways) == list(ways.runs["way"]) == ["all", "low"]
     assert ways["low"]["test"].tolist() == [0.5] and list(ways.where(seed=0)) == list(ways)
     for call, error, message in (
-        (lambda: load_results("nope"), FileNotFoundError, "there are: runs"),
+        (lambda: studies.load_results("nope"), FileNotFoundError, "there are: runs"),
         (lambda: found.where(rank=8), ValueError, "no column 'rank'"),
         (lambda: found.named({"none": {"lr": 7}}), ValueError, "no run is 'none'"),
         (lambda: ways["other"], KeyError, "other"),
@@ -99,13 +86,13 @@ def test_runs_are_read_filtered_and_named(results):
 
 
 def test_mean_and_range_over_seeds():
-    found = mean_and_range(MINE[:2], "test", 100)
+    found = studies.mean_and_range(MINE[:2], "test", 100)
     assert (found.mean, found.low, found.high, found.n) == pytest.approx((84, 83, 85, 2))
     assert repr(found) == "84.0 (83.0 to 85.0, 2 seeds)"
-    assert repr(Spread(38.04, 38.04, 38.04, 1)) == "38.0 (1 seed)"
+    assert repr(studies.Spread(38.04, 38.04, 38.04, 1)) == "38.0 (1 seed)"
     for wrong, message in ((MINE[:0], "matches nothing"), (MINE, "seed 0 occurs twice")):
         with pytest.raises(ValueError, match=message):
-            mean_and_range(wrong, "test")
+            studies.mean_and_range(wrong, "test")
 
 
 def test_the_learning_rate_is_chosen_by_validation_of_the_first_seed():
@@ -123,14 +110,14 @@ def test_a_difference_is_paired_by_seed():
     assert {n: student_t(n) for n in known} == pytest.approx(known, abs=1e-4)
     a = runs((0, 0, 0, 0.84), (0, 1, 0, 0.86), (0, 2, 0, 0.85))
     b = runs((0, 2, 0, 0.80), (0, 0, 0, 0.80), (0, 1, 0, 0.80), (0, 7, 0, 0.1))
-    found = paired_difference(a, b, scale=100)
+    found = studies.paired_difference(a, b, scale=100)
     half = 4.302653 / math.sqrt(3)
     assert (found.mean, found.low, found.high) == pytest.approx((5, 5 - half, 5 + half))
     assert found.n == 3 and found.is_clear and repr(found) == "+5.0 (+2.5 to +7.5, 3 seeds)"
-    one = paired_difference(a[:1], b)
+    one = studies.paired_difference(a[:1], b)
     assert not one.is_clear and one.high == math.inf and repr(one) == "+0.0 (1 seed)"
     with pytest.raises(ValueError, match="no seed in common"):
-        paired_difference(a, b[3:])
+        studies.paired_difference(a, b[3:])
 
 
 def answers(*flags):
@@ -162,18 +149,22 @@ def test_answers_of_other_sentences_are_not_paired():
 def test_losses_are_paired_answer_by_answer():
     mine = pd.DataFrame({"losses": ["1.000 2.000 3.000", "1.200 2.000 3.000"]})
     theirs = pd.DataFrame({"losses": ["1.000 1.900 3.100"]})
-    found = paired_losses(mine, theirs)  # gaps of 10, 10 and -10 hundredths
+    found = studies.paired_losses(mine, theirs)  # gaps of 10, 10 and -10 hundredths
     half = student_t(2) * math.sqrt(400 / 3) / math.sqrt(3)
     assert (found.mean, found.high) == pytest.approx((10 / 3, 10 / 3 + half))
     assert repr(found) == "+3.3 (-25.4 to +32.0, 3 answers)"
     with pytest.raises(ValueError, match="3 and 2 answers"):
-        paired_losses(mine, pd.DataFrame({"losses": ["1.000 2.000"]}))
+        studies.paired_losses(mine, pd.DataFrame({"losses": ["1.000 2.000"]}))
 
 
 def test_the_front_is_what_nothing_dominates():
     points = {"a": (1.0, 0.5), "b": (2.0, 0.5), "c": (2.0, 0.7), "d": (3.0, 0.7), "e": (0.5, 0.1)}
-    assert pareto_front(points) == ["e", "a", "c"]
-    assert pareto_front(points | {"n": (0.1, math.nan), "m": (math.nan, 9.0)}) == ["e", "a", "c"]
+    assert studies.pareto_front(points) == ["e", "a", "c"]
+    assert studies.pareto_front(points | {"n": (0.1, math.nan), "m": (math.nan, 9.0)}) == [
+        "e",
+        "a",
+        "c",
+    ]
 
 
 def test_provenance_names_the_first_and_the_last_day_of_all_rows():
@@ -243,7 +234,7 @@ def test_stored_costs_of_the_named_methods():
     assert "32 texts" not in repr(stored_costs("tinylm", {"full": "full"}, answers=False))
     with pytest.raises(ValueError, match="no row 'bitfit' for tinylm, ours; it has full"):
         stored_costs("tinylm", {"bitfit": "BitFit"})
-    lines = repr(against_peft("minilm", {"lora": "LoRA", "ia3": "(IA)³"})).splitlines()
+    lines = repr(studies.against_peft("minilm", {"lora": "LoRA", "ia3": "(IA)³"})).splitlines()
     assert lines[0].split("  ")[0] == "a step on minilm" and "PEFT's" in lines[0]
     ours, theirs = (float(n) for n in re.findall(r"(\d+) ms", lines[1]))
     assert float(lines[1].split()[-2]) == pytest.approx(ours / theirs, abs=0.02)
