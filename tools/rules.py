@@ -1,4 +1,4 @@
-"""The rules for lesson notebooks: each is a function from a notebook and its path to complaints."""
+"""The rules for lesson notebooks: each yields its complaints about a notebook and its path."""
 
 import ast
 import re
@@ -8,29 +8,15 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
+from tools import notebooks
 from tools.environment import ROOT
-from tools.notebooks import (
-    CLEAN_METADATA,
-    FENCED,
-    MODULES,
-    SOLVED,
-    cell_metadata,
-    code_cells,
-    deeper,
-    definitions,
-    headings,
-    imported,
-    is_check_of,
-    python,
-    read_solutions,
-    tags,
-)
+from tools.notebooks import MODULES, code_cells, definitions, headings, imported, tags
 
 MAX_BYTES = 1_000_000
 MAX_LINES = 25
 MIN_ALT = 20
 # A misspelt tag would silently do nothing.
-TAGS = SOLVED | {"long", "plumbing", "nbval-check-output", "raises-exception"}
+TAGS = notebooks.SOLVED | {"long", "plumbing", "nbval-check-output", "raises-exception"}
 
 _MACHINE_PATH = re.compile(
     r"(?<![\w.~-])/(?:home|root|tmp|work|Users|mnt|opt|usr|var|private)/|\b[A-Z]:\\[A-Z]"
@@ -49,7 +35,7 @@ _SHELL_MAGICS = {
     "mamba", "uv",
 }  # fmt: skip
 
-Complaints = list[str]
+Complaints = Iterator[str]
 
 
 def _label(number: int, cell: NotebookNode) -> str:
@@ -70,7 +56,7 @@ def _numbered(nb: NotebookNode, kind: str) -> Iterator[tuple[str, NotebookNode]]
 
 def _tree(cell: NotebookNode) -> ast.Module:
     """Return the cell's syntax tree; magics and shell escapes are calls of get_ipython() in it."""
-    return ast.parse(python(cell))
+    return ast.parse(notebooks.python(cell))
 
 
 def _texts(output: NotebookNode) -> Iterator[str]:
@@ -91,33 +77,27 @@ def _texts(output: NotebookNode) -> Iterator[str]:
 def executed_in_order(nb: NotebookNode, path: Path) -> Complaints:
     counts = [cell.execution_count for cell in code_cells(nb) if cell.source.strip()]
     if counts != list(range(1, len(counts) + 1)):
-        return [f"execution counts are {counts}, not 1 to {len(counts)}: {_remake(path)}"]
-    return []
+        yield f"execution counts are {counts}, not 1 to {len(counts)}: {_remake(path)}"
 
 
 def raises_only_where_tagged(nb: NotebookNode, path: Path) -> Complaints:
-    problems = []
     for label, cell in _numbered(nb, "code"):
         raised = any(output.output_type == "error" for output in cell.outputs)
         tagged = "raises-exception" in tags(cell)
         if raised and not tagged:
-            problems.append(f"{label} stores an error")
+            yield f"{label} stores an error"
         if tagged and not raised:
-            problems.append(f"{label} is tagged raises-exception and stores no error")
-    return problems
+            yield f"{label} is tagged raises-exception and stores no error"
 
 
 def no_stderr(nb: NotebookNode, path: Path) -> Complaints:
-    return [
-        f"{label} stores stderr output: {output.text[:80]!r}"
-        for label, cell in _numbered(nb, "code")
-        for output in cell.outputs
-        if output.output_type == "stream" and output.name == "stderr"
-    ]
+    for label, cell in _numbered(nb, "code"):
+        for output in cell.outputs:
+            if output.output_type == "stream" and output.name == "stderr":
+                yield f"{label} stores stderr output: {output.text[:80]!r}"
 
 
 def no_machine_paths(nb: NotebookNode, path: Path) -> Complaints:
-    problems = []
     for number, cell in enumerate(nb.cells):
         texts = [_DATA_URI.sub("", cell.source)]
         for output in cell.get("outputs", []):
@@ -126,13 +106,12 @@ def no_machine_paths(nb: NotebookNode, path: Path) -> Complaints:
             match = _MACHINE_PATH.search(text)
             if match or str(ROOT) in text:
                 name = match.group() if match else "the checkout's path"
-                problems.append(f"{_label(number, cell)} shows a path of a machine: {name!r}")
-    return problems
+                yield f"{_label(number, cell)} shows a path of a machine: {name!r}"
 
 
 def small_file(nb: NotebookNode, path: Path) -> Complaints:
-    size = path.stat().st_size
-    return [f"the file has {size:,} bytes, above {MAX_BYTES:,}"] if size >= MAX_BYTES else []
+    if (size := path.stat().st_size) >= MAX_BYTES:
+        yield f"the file has {size:,} bytes, above {MAX_BYTES:,}"
 
 
 class _ImageAlts(HTMLParser):
@@ -146,7 +125,6 @@ class _ImageAlts(HTMLParser):
 
 
 def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
-    problems = []
     for label, cell in _numbered(nb, "code"):
         for output in cell.outputs:
             data = output.get("data", {})
@@ -154,49 +132,41 @@ def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
             html.feed(data.get("text/html", ""))
             images = [kind for kind in data if kind.startswith("image/")]
             nested = [output.metadata.get(kind, {}).get("alt", "") for kind in images]
-            problems += [
-                f"{label} shows a picture whose alt text is {alt!r}: at least {MIN_ALT} characters"
-                for alt in html.alts + nested
-                if len(alt.strip()) < MIN_ALT
-            ]
-    return problems
+            for alt in html.alts + nested:
+                if len(alt.strip()) < MIN_ALT:
+                    yield f"{label} has a picture with alt text {alt!r}, below {MIN_ALT} characters"
 
 
 # --- code ---------------------------------------------------------------------------------------
 
 
 def short_cells(nb: NotebookNode, path: Path) -> Complaints:
-    problems = []
     for label, cell in _numbered(nb, "code"):
         if (lines := len(cell.source.splitlines())) > MAX_LINES:
-            problems.append(f"{label} has {lines} lines, above {MAX_LINES}")
-    return problems
+            yield f"{label} has {lines} lines, above {MAX_LINES}"
 
 
 def imports_in_setup(nb: NotebookNode, path: Path) -> Complaints:
     """Require imports in the first code cells only, without other code cells between."""
-    problems, in_setup = [], True
+    in_setup = True
     for label, cell in _numbered(nb, "code"):
         names = imported(cell)
         if names and not in_setup:
-            problems.append(f"{label} imports {', '.join(sorted(names))} after the set-up cells")
+            yield f"{label} imports {', '.join(sorted(names))} after the set-up cells"
         in_setup = in_setup and bool(names)
-    return problems
 
 
 def nothing_unsafe(nb: NotebookNode, path: Path) -> Complaints:
     """Refuse a cell that waits for input, starts a process, loads a pickle, runs code from a
     model's files, or downloads or uploads, as far as ruff does not refuse it."""
-    problems = []
     for label, cell in _numbered(nb, "code"):
         for call in (node for node in ast.walk(_tree(cell)) if isinstance(node, ast.Call)):
             name = ast.unparse(call.func).rpartition(".")[2]
             first = str(getattr(call.args[0], "value", "")).split(" ")[0] if call.args else ""
             if name in _REFUSED_CALLS or ("magic" in name and first in _SHELL_MAGICS):
-                problems.append(f"{label} calls {name}({first})")
+                yield f"{label} calls {name}({first})"
         source = cell.source.replace(" ", "")
-        problems += [f"{label} uses {option}" for option in _REFUSED_OPTIONS if option in source]
-    return problems
+        yield from (f"{label} uses {option}" for option in _REFUSED_OPTIONS if option in source)
 
 
 # --- exercises ----------------------------------------------------------------------------------
@@ -205,10 +175,8 @@ def nothing_unsafe(nb: NotebookNode, path: Path) -> Complaints:
 def _signature(node: ast.stmt) -> dict[str, str]:
     """Return how to call a function, or every method of a class that stub and solution share."""
     if isinstance(node, ast.ClassDef):
-        return {
-            name: ast.unparse(method.args)
-            for name, method in ((m.name, m) for m in node.body if isinstance(m, ast.FunctionDef))
-        }
+        methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
+        return {method.name: ast.unparse(method.args) for method in methods}
     return {node.name: ast.unparse(node.args)}
 
 
@@ -216,25 +184,25 @@ def exercises_have_checks(nb: NotebookNode, path: Path) -> Complaints:
     """Require the check of each stub between the stub and the next one."""
     module = MODULES.get(path.stem)
     if module is None:
-        return [f"{path.name} is not in the map of lessons"]
-    problems, waiting = [], None
+        yield f"{path.name} is not in the map of lessons"
+        return
+    waiting = None
     for label, cell in _numbered(nb, "code"):
         if "exercise" in tags(cell):
             if waiting:
-                problems.append(f"no check of {waiting} before {label}")
+                yield f"no check of {waiting} before {label}"
             names = list(definitions(cell.source))
             if len(names) != 1:
-                problems.append(f"{label} is an exercise and defines {names or 'no function'}")
+                yield f"{label} is an exercise and defines {names or 'no function'}"
             waiting = names[0] if names else None
         elif "check" in tags(cell):
-            if waiting and is_check_of(cell, module, waiting):
+            if waiting and notebooks.is_check_of(cell, module, waiting):
                 waiting = None
             else:
                 want = f"check.{module}.{waiting}({waiting})" if waiting else "an exercise before"
-                problems.append(f"{label} is tagged check and lacks {want}")
+                yield f"{label} is tagged check and lacks {want}"
     if waiting:
-        problems.append(f"no check of {waiting}")
-    return problems
+        yield f"no check of {waiting}"
 
 
 def _bound(tree: ast.Module) -> set[str]:
@@ -256,11 +224,9 @@ def exercises_keep_their_names(nb: NotebookNode, path: Path) -> Complaints:
     check has that checked, and reads the answer."""
     code = list(_numbered(nb, "code"))
     names = {n for _, cell in code if "exercise" in tags(cell) for n in definitions(cell.source)}
-    return [
-        f"{label} gives another value to {', '.join(sorted(again))}, the name of an exercise"
-        for label, cell in code
-        if "exercise" not in tags(cell) and (again := _bound(_tree(cell)) & names)
-    ]
+    for label, cell in code:
+        if "exercise" not in tags(cell) and (again := _bound(_tree(cell)) & names):
+            yield f"{label} gives another value to {', '.join(sorted(again))}, an exercise's name"
 
 
 def solutions_match_stubs(nb: NotebookNode, path: Path) -> Complaints:
@@ -269,19 +235,16 @@ def solutions_match_stubs(nb: NotebookNode, path: Path) -> Complaints:
         if "exercise" in tags(cell):
             stubs |= definitions(cell.source)
     solutions = {}
-    for source in read_solutions(path).values() if path.stem in MODULES else ():
+    for source in notebooks.read_solutions(path).values() if path.stem in MODULES else ():
         solutions |= definitions(source)
-    problems = [f"no solution to {name}" for name in stubs.keys() - solutions.keys()]
-    problems += [f"a solution without stub: {name}" for name in solutions.keys() - stubs.keys()]
+    yield from (f"no solution to {name}" for name in stubs.keys() - solutions.keys())
+    yield from (f"a solution without stub: {name}" for name in solutions.keys() - stubs.keys())
     for name in stubs.keys() & solutions.keys():
         stub, solution = _signature(stubs[name]), _signature(solutions[name])
         for method in stub:
             if stub[method] != solution.get(method):
-                problems.append(
-                    f"{name}: the stub's {method}({stub[method]}) is not the solution's "
-                    f"({solution.get(method)})"
-                )
-    return sorted(problems)
+                other = f"({solution.get(method)})"
+                yield f"{name}: the stub's {method}({stub[method]}) is not the solution's {other}"
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -289,61 +252,54 @@ def solutions_match_stubs(nb: NotebookNode, path: Path) -> Complaints:
 
 def _prose(cell: NotebookNode) -> str:
     """Return Markdown without its code, in which $ means other things."""
-    return re.sub(r"`[^`\n]*`", "", FENCED.sub("", cell.source))
+    return re.sub(r"`[^`\n]*`", "", notebooks.FENCED.sub("", cell.source))
 
 
 def formulas_are_escaped_once(nb: NotebookNode, path: Path) -> Complaints:
     r"""Refuse a doubled backslash in an inline formula: it breaks the line, and \\text is lost."""
-    problems = []
     for label, cell in _numbered(nb, "markdown"):
         for formula in re.findall(r"(?<!\$)\$([^$\n]+)\$(?!\$)", _prose(cell)):
             if re.search(r"\\\\[a-zA-Z]", formula):
-                problems.append(f"{label}: a backslash too many in ${formula}$")
-    return problems
+                yield f"{label}: a backslash too many in ${formula}$"
 
 
 def tables_have_headers(nb: NotebookNode, path: Path) -> Complaints:
     """Require a header in each table: a screen reader reads an empty first row as nothing."""
     empty = re.compile(r"^\|(?:[ \t]*\|)+[ \t]*\n\|[ \t]*:?-", re.M)
-    return [
-        f"{label} has a table whose first row is empty"
-        for label, cell in _numbered(nb, "markdown")
-        if empty.search(cell.source)
-    ]
+    for label, cell in _numbered(nb, "markdown"):
+        if empty.search(cell.source):
+            yield f"{label} has a table whose first row is empty"
 
 
 def headings_in_order(nb: NotebookNode, path: Path) -> Complaints:
-    problems, levels = [], []
+    levels = []
     for label, cell in _numbered(nb, "markdown"):
         for place, (level, title) in enumerate(headings(cell)):
             if levels and level > levels[-1] + 1:
-                problems.append(f"{label}: a heading of level {level} under one of {levels[-1]}")
-            if title.startswith("Deeper") and (place or not deeper(cell)):
-                problems.append(
-                    f"{label}: {title!r} must begin its cell, as in '## Deeper · Title'"
-                )
+                yield f"{label}: a heading of level {level} under one of {levels[-1]}"
+            if title.startswith("Deeper") and (place or not notebooks.deeper(cell)):
+                yield f"{label}: {title!r} must begin its cell, as in '## Deeper · Title'"
             levels.append(level)
     if levels[:1] != [1] or levels.count(1) != 1:
-        problems.append("the notebook has one title of level 1, before all other headings")
+        yield "the notebook has one title of level 1, before all other headings"
     if not nb.cells or nb.cells[0].cell_type != "markdown":
-        problems.append("the first cell holds the title")
-    return problems
+        yield "the first cell holds the title"
 
 
 # --- the file -----------------------------------------------------------------------------------
 
 
 def clean_metadata(nb: NotebookNode, path: Path) -> Complaints:
-    problems = []
-    if nb.metadata != CLEAN_METADATA:
-        problems.append(f"the notebook's metadata is not the clean one: {_remake(path)}")
-    for number, (cell, metadata) in enumerate(zip(nb.cells, cell_metadata(nb), strict=True)):
+    if nb.metadata != notebooks.CLEAN_METADATA:
+        yield f"the notebook's metadata is not the clean one: {_remake(path)}"
+    for number, (cell, metadata) in enumerate(
+        zip(nb.cells, notebooks.cell_metadata(nb), strict=True)
+    ):
         label = _label(number, cell)
         if cell.metadata != metadata:
-            problems.append(f"{label} has other metadata than {metadata}: {_remake(path)}")
+            yield f"{label} has other metadata than {metadata}: {_remake(path)}"
         if unknown := set(tags(cell)) - TAGS:
-            problems.append(f"{label} has unknown tags: {', '.join(sorted(unknown))}")
-    return problems
+            yield f"{label} has unknown tags: {', '.join(sorted(unknown))}"
 
 
 RULES = (
