@@ -27,7 +27,8 @@ from peft_lessons.engine import injection_of
 
 STEPS, EVERY, TARGETS = 200, 50, ("query", "value")
 RUNS = {"full": (1e-4,), "lora": (1e-3, 3e-3), "dora": (1e-3, 3e-3)}
-SIZES = torch.logspace(-2.4, -0.4, 12).tolist()  # of a random change, as a share of the weight
+# Of random changes, as shares of the weight.
+SIZES = {f"{size:.4g}": size for size in torch.logspace(-2.4, -0.4, 12).tolist()}
 NORM_RATE = 1e-2  # which breaks LoRA
 NORM_EVERY = 10
 KEY = ("method", *RUN)
@@ -79,7 +80,7 @@ def random_changes(size: str) -> list[dict]:
     rows = []
     torch.manual_seed(0)
     for path, weight in weights(base_of("sentiment", 0)).items():
-        noise = float(size) * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight)
+        noise = SIZES[size] * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight)
         length = {"length": f"{weight.norm(dim=1).mean():.6f}"}
         rows.append(place_of(path) | length | changes(weight, weight + noise))
     return rows
@@ -151,7 +152,7 @@ def analysis(method: str, lr: float, seed: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sizes = [(f"{size:.4g}",) for size in SIZES]
+    sizes = [(size,) for size in SIZES]
     fill_table("dora_random", ("size",), RANDOM_COLUMNS, sizes, random_changes)
     ways = ("lora", "dora", "dora, m frozen")
     watched = [(way, NORM_RATE, seed) for seed in SEEDS for way in ways]

@@ -1,9 +1,17 @@
 """Drive JupyterLab in a headless Chromium: run a notebook, edit and run cells, read and picture it.
 
+    python -m tools.lab NOTEBOOK OUT.png [--dark] [--no-run] [--unfold]
+
+takes pictures of a notebook, OUT-0.png, OUT-1.png and so on. The notebook is run first. Sections
+and sources are then folded as a learner sees them after "Run all", and answers to predictions are
+open. With --no-run the stored notebook is pictured, all folds closed; with --unfold everything is
+open.
+
 Clicks on menus proved flaky. JupyterLab's own commands are called instead, through the object that
 --expose-app-in-browser puts into the page.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -78,6 +86,7 @@ class Lab:
         )
 
     def open(self, url: str) -> None:
+        """Load a page of JupyterLab, and return when its notebook is ready."""
         self.page.goto(url)
         self.page.wait_for_function(
             "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
@@ -243,3 +252,23 @@ def open_lab(notebook: Path, *, dark: bool = False) -> Iterator[Lab]:
             lab.open(f"{url}/doc/tree/{notebook.name}?token={token}")
             yield lab
             browser.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.lab")
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--dark", action="store_true", help="in JupyterLab's dark theme")
+    parser.add_argument("--no-run", action="store_true", help="with the stored outputs")
+    parser.add_argument("--unfold", action="store_true", help="with everything open")
+    args = parser.parse_args()
+    with open_lab(args.notebook, dark=args.dark) as lab:
+        if not args.no_run:
+            lab.run_all()
+        if args.unfold:
+            lab.unfold()
+        lab.screenshots(args.picture)
+
+
+if __name__ == "__main__":
+    main()
