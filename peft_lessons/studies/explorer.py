@@ -21,19 +21,19 @@ def _label(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _forms(shown: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _forms(result: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the forms of what `show` returned, with text/html and text/plain, and metadata."""
-    if isinstance(shown, str) and not hasattr(shown, "_repr_html_"):
-        return {"text/html": shown, "text/plain": shown}, {}
-    if hasattr(shown, "_repr_mimebundle_"):
-        bundle = shown._repr_mimebundle_()
+    if isinstance(result, str) and not hasattr(result, "_repr_html_"):
+        return {"text/html": result, "text/plain": result}, {}
+    if hasattr(result, "_repr_mimebundle_"):
+        bundle = result._repr_mimebundle_()
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         if "text/html" in data:
-            return {"text/plain": repr(shown)} | data, metadata
-    elif hasattr(shown, "_repr_html_") and (page := shown._repr_html_()) is not None:
-        return {"text/html": page, "text/plain": repr(shown)}, {}
+            return {"text/plain": repr(result)} | data, metadata
+    elif hasattr(result, "_repr_html_") and (page := result._repr_html_()) is not None:
+        return {"text/html": page, "text/plain": repr(result)}, {}
     raise TypeError(
-        f"explore: show returned {type(shown).__name__}, which has no HTML. Return "
+        f"explore: show returned {type(result).__name__}, which has no HTML. Return "
         "plots.still(fig, ...), a table or a string of HTML"
     )
 

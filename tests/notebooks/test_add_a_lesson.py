@@ -58,8 +58,8 @@ def course(tmp_path_factory):
 
 
 def run(folder, *command):
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    env = offline_environment(ours) | {"PYTHONPATH": str(folder)}
+    base = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env = offline_environment(base) | {"PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=folder, env=env, capture_output=True, text=True, check=False,
@@ -94,8 +94,8 @@ def test_the_example_s_check_knows_its_mistakes(lesson):
     space = {}
     exec(notebooks.read_solutions(lesson)["affordable_rank"], space)
     assert check(space["affordable_rank"]).status == check(check.right).status == "right"
-    for told, answer in check.causes.items():
-        with pytest.raises(WrongAnswer, match=re.escape(f"Likely cause: {told}")):
+    for cause, answer in check.causes.items():
+        with pytest.raises(WrongAnswer, match=re.escape(f"Likely cause: {cause}")):
             check(answer)
 
 
@@ -104,7 +104,7 @@ def test_a_new_lesson_is_executed_and_tested(course):
     run(course, "tools.notebooks", "outputs", "16")
     tests = ["tests/notebooks", "tests/checks", "tests/methods"]
     chosen = "16_lora_xs or lora_xs or affordable_rank or lora-xs or LoRAXS or has_a_row"
-    said = run(course, "pytest", "-v", "-k", chosen, *tests)
+    report = run(course, "pytest", "-v", "-k", chosen, *tests)
     ran = (
         "does_all_that_a_method_does[lora-xs",
         "is_its_formula[LoRAXS",
@@ -113,7 +113,7 @@ def test_a_new_lesson_is_executed_and_tested(course):
         "named_alone[affordable_rank-0",
     )
     for test in ran:
-        assert re.search(rf"{re.escape(test)}.*PASSED", said), test
+        assert re.search(rf"{re.escape(test)}.*PASSED", report), test
     fresh = notebooks.read(course / "notebooks" / "16_lora_xs.ipynb")
     stored = notebooks.read(EXAMPLE / "notebooks" / "16_lora_xs.ipynb")
     assert [cell.source for cell in fresh.cells] == [cell.source for cell in stored.cells]

@@ -41,29 +41,29 @@ LESSONS = [
 
 def looked_up(scope):
     """Return the global names that a scope of symtable's and those within it look up."""
-    own = {s.get_name() for s in scope.get_symbols() if s.is_global() and s.is_referenced()}
-    return own.union(*map(looked_up, scope.get_children()))
+    names = {s.get_name() for s in scope.get_symbols() if s.is_global() and s.is_referenced()}
+    return names.union(*map(looked_up, scope.get_children()))
 
 
 def wrong_answer(lesson):
     """Return (exercise, source, cause): the first mistake of a check that needs nothing else."""
     for exercise in notebooks.exercises(lesson):
         causes = getattr(getattr(check, notebooks.MODULES[lesson]), exercise).causes
-        for told, function in causes.items():
+        for cause, function in causes.items():
             if not inspect.isfunction(function):  # a class is longer than a cell to show
                 continue
             source = inspect.getsource(function)
             (scope,) = symtable.symtable(source, "", "exec").get_children()
             if looked_up(scope) <= {*KNOWN, *dir(builtins)}:
                 name = rf"(?<=^def ){function.__name__}\b"
-                return exercise, IMPORTS + re.sub(name, exercise, source), told
+                return exercise, IMPORTS + re.sub(name, exercise, source), cause
     raise AssertionError(f"no wrong answer of {lesson} stands by itself")
 
 
 @pytest.mark.parametrize("lesson", [path.stem for path in notebooks.lessons()])
 def test_each_lesson_has_a_wrong_answer_to_show(lesson):
-    exercise, source, told = wrong_answer(lesson)
-    assert f"def {exercise}(" in source and told
+    exercise, source, cause = wrong_answer(lesson)
+    assert f"def {exercise}(" in source and cause
 
 
 def status_of(address, token=None):
@@ -86,9 +86,9 @@ def test_no_other_account_can_use_the_server(tmp_path):
         assert "/login" in status_of(f"{url}/lab")[1]
         assert status_of(f"{url}/lab?token={token}") == (200, f"{url}/lab?token={token}")
         # What a list of processes shows to everybody.
-        shown = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
-        assert any("-m jupyterlab" in line for line in shown)
-        assert not any(token in line for line in shown)
+        commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+        assert any("-m jupyterlab" in line for line in commands)
+        assert not any(token in line for line in commands)
     assert len(token) > 30
 
 
@@ -97,8 +97,8 @@ def test_only_root_s_browser_has_no_sandbox(account, sandbox, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: account, raising=False)
     playwright = MagicMock()
     launch(playwright)
-    given = playwright.chromium.launch.call_args.kwargs
-    assert given["chromium_sandbox"] is sandbox and "--no-sandbox" not in given["args"]
+    options = playwright.chromium.launch.call_args.kwargs
+    assert options["chromium_sandbox"] is sandbox and "--no-sandbox" not in options["args"]
 
 
 SHOWN = f"""() => {NOTEBOOK}.widgets.map(cell => [
@@ -119,14 +119,14 @@ def test_folded_cells_run_and_unfold(tmp_path):
     nb = notebooks.clean(nbformat.v4.new_notebook(cells=cells), "folded")
     nbformat.write(nb, tmp_path / "folded.ipynb")
     with open_lab(tmp_path / "folded.ipynb") as lab:
-        shown = lab.page.evaluate(SHOWN)
-        assert [cell[0] for cell in shown] == [True, True, True, True, False, True, True]
-        assert [n for n, cell in enumerate(shown) if not cell[1]] == [2]
-        assert [n for n, cell in enumerate(shown) if cell[2] is False] == [1]
+        visible = lab.page.evaluate(SHOWN)
+        assert [cell[0] for cell in visible] == [True, True, True, True, False, True, True]
+        assert [n for n, cell in enumerate(visible) if not cell[1]] == [2]
+        assert [n for n, cell in enumerate(visible) if cell[2] is False] == [1]
         lab.run_all()
         assert [cell["count"] for cell in lab.cells() if cell["type"] == "code"] == [1, 2, 3, 4]
-        shown = lab.page.evaluate(SHOWN)
-        assert not shown[4][0] and shown[1][2], "a section stays folded, an answer is seen"
+        visible = lab.page.evaluate(SHOWN)
+        assert not visible[4][0] and visible[1][2], "a section stays folded, an answer is seen"
         lab.unfold()
         assert all(all(cell[:2]) for cell in lab.page.evaluate(SHOWN))
 
@@ -134,7 +134,7 @@ def test_folded_cells_run_and_unfold(tmp_path):
 @pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")
 @pytest.mark.parametrize(("path", "whole"), LESSONS)
 def test_a_lesson_runs_and_an_exercise_is_judged(path, whole, tmp_path):
-    exercise, wrong, told = wrong_answer(path.stem)
+    exercise, wrong, cause = wrong_answer(path.stem)
     nb = notebooks.read(path)
     nb.cells = [cell for cell in nb.cells if whole or "long" not in notebooks.tags(cell)]
     nbformat.write(nb, tmp_path / path.name)
@@ -157,7 +157,7 @@ def test_a_lesson_runs_and_an_exercise_is_judged(path, whole, tmp_path):
         refused = lab.run_cell(check)
         assert refused["errors"] == 1
         assert f"✗ {exercise}" in refused["text"]
-        assert told in " ".join(refused["text"].split())
+        assert cause in " ".join(refused["text"].split())
         assert "Traceback" not in refused["text"]
 
         assert not lab.run_cell(stub, notebooks.read_solutions(path)[exercise])["errors"]

@@ -52,12 +52,12 @@ def test_the_parts_of_a_lesson_are_told_apart():
         new_markdown_cell("### Part\n\n" + WORDS),
         new_markdown_cell("## Core\n\n" + WORDS),
     )
-    found = minutes.measured(nb)
-    assert (found.exercises, found.core_exercises) == (20, 5)
-    assert found.core == pytest.approx(2, abs=0.1)
-    assert list(found.sections) == ["Deeper · First (2 min)", "Deeper · Second"]
-    assert list(found.sections.values()) == pytest.approx([2, 2], abs=0.1)
-    assert found.deeper == sum(found.sections.values())
+    parts = minutes.measured(nb)
+    assert (parts.exercises, parts.core_exercises) == (20, 5)
+    assert parts.core == pytest.approx(2, abs=0.1)
+    assert list(parts.sections) == ["Deeper · First (2 min)", "Deeper · Second"]
+    assert list(parts.sections.values()) == pytest.approx([2, 2], abs=0.1)
+    assert parts.deeper == sum(parts.sections.values())
 
 
 def test_what_is_a_heading():
@@ -69,9 +69,9 @@ def test_what_is_a_heading():
         new_markdown_cell("## Deeper · First (2 min) \r\n\n```sh\n# install\n```"),
         new_markdown_cell("    ```\n    # not closed\n\n" + WORDS),
     )
-    found = minutes.measured(nb)
-    assert found.exercises == 5 and found.core == pytest.approx(1, abs=0.2)
-    assert found.sections == {"Deeper · First (2 min)": pytest.approx(1, abs=0.1)}
+    parts = minutes.measured(nb)
+    assert parts.exercises == 5 and parts.core == pytest.approx(1, abs=0.2)
+    assert parts.sections == {"Deeper · First (2 min)": pytest.approx(1, abs=0.1)}
 
 
 def test_minutes_and_folds_agree_on_what_is_deeper():
@@ -86,7 +86,7 @@ EXERCISE = new_markdown_cell("### Exercise 2.1 · One  ★ 5 min")
 
 
 @pytest.mark.parametrize(
-    ("cells", "time", "told"),
+    ("cells", "time", "message"),
     [
         ([code(150)], "core 10 min", None),
         ([code(150)], "core 12 min", None),
@@ -120,9 +120,9 @@ EXERCISE = new_markdown_cell("### Exercise 2.1 · One  ★ 5 min")
         ),
     ],
 )
-def test_a_statement_that_is_off_is_told(cells, time, told):
-    found = minutes.complaints(lesson(*cells, time=time))
-    assert found == [] if told is None else told in found[0] and len(found) == 1
+def test_a_statement_that_is_off_is_told(cells, time, message):
+    problems = minutes.complaints(lesson(*cells, time=time))
+    assert problems == [] if message is None else message in problems[0] and len(problems) == 1
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -139,9 +139,9 @@ def test_the_table_marks_what_is_off(monkeypatch, capsys):
     nb = lesson(code(600), time="core 10 min")
     monkeypatch.setattr(notebooks, "read", lambda path: nb)
     assert minutes.main(["02"]) == 1
-    shown = capsys.readouterr().out
-    assert re.search(r"(?m)^02_lora +40 +10 +0 +– +0 +–  core above 35$", shown)
-    assert "! the card says core 10 min" in shown and "cards that are off: 1" in shown
+    printed = capsys.readouterr().out
+    assert re.search(r"(?m)^02_lora +40 +10 +0 +– +0 +–  core above 35$", printed)
+    assert "! the card says core 10 min" in printed and "cards that are off: 1" in printed
 
 
 # ------------------------------------------------------------------ tables and plans
@@ -178,13 +178,13 @@ def test_the_sums_of_plans_and_paths(monkeypatch, tmp_path, capsys):
     nb = lesson(time="core 30 min, deeper 25 min, exercises 65 min (20 of them in the core)")
     monkeypatch.setattr(notebooks, "read", lambda path: nb)
     monkeypatch.setattr(notebooks, "lessons", lambda selection=None: [LESSONS[2]])
-    for file, there, new, told in (
+    for file, there, new, message in (
         ("README", "02_lora.ipynb", "99_none.ipynb", "links 99_none.ipynb, and there is no such"),
         ("PLANS", "day:", "day", "PLANS has no heading '### Half a day: …'"),
     ):
         text = (tmp_path / file).read_text("utf-8")
         (tmp_path / file).write_text(text.replace(there, new), encoding="utf-8")
-        assert minutes.main(["--write"]) == 1 and told in capsys.readouterr().out
+        assert minutes.main(["--write"]) == 1 and message in capsys.readouterr().out
         (tmp_path / file).write_text(text, encoding="utf-8")
     for silent in (lesson(time="an hour"), new_notebook()):
         monkeypatch.setattr(notebooks, "read", lambda path, silent=silent: silent)

@@ -214,10 +214,10 @@ def test_ruff_refuses_what_the_rules_leave_to_it(tmp_path):
         (tmp_path / f"{number}.py").write_text(source, encoding="utf-8")
     ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config"]
     command = [*ruff, ROOT / "pyproject.toml", "--output-format=concise", "."]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
-    for number, told in enumerate(refused):
-        assert re.search(rf"(?m)^{number}\.ipynb:.*{told}", said), (told, said)
-    assert not re.findall(r"(?m)^\d+\.py:.* (?:S\d+|TID251) .*", said)
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    for number, rule in enumerate(refused):
+        assert re.search(rf"(?m)^{number}\.ipynb:.*{rule}", printed), (rule, printed)
+    assert not re.findall(r"(?m)^\d+\.py:.* (?:S\d+|TID251) .*", printed)
 
 
 def test_solved_is_imports_solutions_checks_and_what_is_tagged_as_needed():
@@ -247,7 +247,7 @@ check = types.SimpleNamespace(start=types.SimpleNamespace(row_norms=judge))"""
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({}, None),
         ({"tag": "plumbing"}, "name .more. is not defined"),
@@ -260,7 +260,7 @@ check = types.SimpleNamespace(start=types.SimpleNamespace(row_norms=judge))"""
         ({"stub": None, "check": None, "solution": None}, "do not fit together"),
     ],
 )
-def test_a_solved_run_counts_the_checks_that_say_right(change, told, tmp_path):
+def test_a_solved_run_counts_the_checks_that_say_right(change, message, tmp_path):
     path = tmp_path / "00_start_here.ipynb"
     lesson = {"tag": "exercise-setup", "stub": STUB, "solution": "weight + more"}
     lesson |= {"check": "check.start.row_norms(row_norms)"} | change
@@ -272,10 +272,10 @@ def test_a_solved_run_counts_the_checks_that_say_right(change, told, tmp_path):
     if lesson["solution"]:
         answer = SOLUTION.replace("return weight", f"return {lesson['solution']}")
         (tmp_path / "solutions" / "start.py").write_text(answer, encoding="utf-8")
-    if told is None:
+    if message is None:
         assert notebooks.run_solved(path, tmp_path) == 1
     else:
-        with pytest.raises((CellExecutionError, ValueError), match=told):
+        with pytest.raises((CellExecutionError, ValueError), match=message):
             notebooks.run_solved(path, tmp_path)
 
 
@@ -302,8 +302,8 @@ def test_an_endless_cell_fails_its_lesson_and_the_next_lesson_runs(tmp_path, mon
     for path, source in zip(lessons, ("import time; time.sleep(60)", "1"), strict=True):
         nbformat.write(new_notebook(cells=[code(source)]), path)
     assert notebooks.run("outputs", lessons) == 1
-    shown = capsys.readouterr()
-    assert shown.err.endswith("failed: 00_start_here\n") and "01_why_peft" in shown.out
+    printed = capsys.readouterr()
+    assert printed.err.endswith("failed: 00_start_here\n") and "01_why_peft" in printed.out
 
 
 def test_execution_is_strict_and_guarded(tmp_path):
@@ -328,13 +328,13 @@ def test_a_forked_kernel_is_fresh_and_has_what_it_is_given(tmp_path):
         "peft_lessons.mark = os.environ['MARK'] = '1'\n"
         "print(os.getcwd(), os.environ['GIVEN'])"
     )
-    nb, given = new_notebook(cells=[code(source)]), offline_environment() | {"GIVEN": "5"}
+    nb, environment = new_notebook(cells=[code(source)]), offline_environment() | {"GIVEN": "5"}
     for _ in range(2):
-        done = notebooks.execute(nb, tmp_path, given, warm_kernel.name())
+        done = notebooks.execute(nb, tmp_path, environment, warm_kernel.name())
         assert done.cells[0].outputs[0].text == f"{tmp_path} 5\n"
     nb.cells[0].source = "import os\nos._exit(3)"
     with pytest.raises(DeadKernelError):
-        notebooks.execute(nb, tmp_path, given, warm_kernel.name())
+        notebooks.execute(nb, tmp_path, environment, warm_kernel.name())
 
 
 STAYS = """import sys

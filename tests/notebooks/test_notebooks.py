@@ -44,18 +44,18 @@ def test_every_figure_reaches_a_pdf_and_markdown(path):
     nb.cells = [cell for cell in notebooks.code_cells(nb) if "<img" in str(cell.outputs)]
     for cell in nb.cells:
         cell.source = ""
-    shown = [out for cell in nb.cells for out in cell.outputs if "data" in out]
+    outputs = [out for cell in nb.cells for out in cell.outputs if "data" in out]
     figures = [
         (re.search(r"base64,([^\"]+)", out.data["text/html"])[1], out.metadata["image/png"]["alt"])
-        for out in shown
+        for out in outputs
         if "<img" in out.data.get("text/html", "")
     ]
     latex, made = LatexExporter().from_notebook_node(nb)
     drawn = [made["outputs"][name] for name in re.findall(r"\\adjustimage.*\{(\S+?)\}", latex)]
     assert drawn == [base64.b64decode(picture) for picture, _ in figures]
     page, _ = MarkdownExporter().from_notebook_node(nb)
-    found = re.findall(r'<img src="data:image/png;base64,(\S+)"[^>]* alt="([^"]+)"', page)
-    assert [(picture, html.unescape(alt)) for picture, alt in found] == figures
+    pictures = re.findall(r'<img src="data:image/png;base64,(\S+)"[^>]* alt="([^"]+)"', page)
+    assert [(picture, html.unescape(alt)) for picture, alt in pictures] == figures
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)

@@ -57,19 +57,19 @@ class Page(HTMLParser):
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.ids |= {given["id"]} if given.get("id") else set()
-        self.heads += [given.get("scope")] if tag == "th" else []
+        values = dict(attrs)
+        self.ids |= {values["id"]} if values.get("id") else set()
+        self.heads += [values.get("scope")] if tag == "th" else []
         if tag == "html":
-            self.language = given.get("lang")
-        if tag == "meta" and given.get("name") == "description":
-            self.description = given["content"]
-        if tag == "a" and given.get("href"):
-            self.links.append(given["href"])
-        if tag in {"script", "img", "iframe"} and given.get("src"):
-            self.loaded.append(given["src"])
-        if tag == "link" and "stylesheet" in given.get("rel", ""):
-            self.loaded.append(given["href"])
+            self.language = values.get("lang")
+        if tag == "meta" and values.get("name") == "description":
+            self.description = values["content"]
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+        if tag in {"script", "img", "iframe"} and values.get("src"):
+            self.loaded.append(values["src"])
+        if tag == "link" and "stylesheet" in values.get("rel", ""):
+            self.loaded.append(values["href"])
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def test_a_lesson_can_be_downloaded_as_it_is(built):
 
 def test_a_published_copy_can_be_opened_from_each_lesson():
     path = notebooks.lessons()[2]
-    for given in ("jo/peft-course", "https://github.com/jo/peft-course", "jo/peft-course.git"):
-        source = site.titled(path, publish.owner_and_name(given)).cells[0].source
+    for repository in ("jo/peft-course", "https://github.com/jo/peft-course", "jo/peft-course.git"):
+        source = site.titled(path, publish.owner_and_name(repository)).cells[0].source
         assert source.startswith("# 02 LoRA: a low-rank change beside frozen weights\n\n<div ")
         addresses = re.findall(r'href="(http[^"]+)">Open in (\w+)<', source)
         assert [place for _, place in addresses] == ["Colab", "Binder"]
@@ -154,16 +154,16 @@ def test_a_published_copy_can_be_opened_from_each_lesson():
 
 
 def test_stills_of_explorers_are_shown(built):
-    found = 0
+    count = 0
     for path in notebooks.lessons():
         text = (built / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
-        told = r"Run this cell in JupyterLab to move: "
-        stills = [c for c in notebooks.code_cells(notebooks.read(path)) if told in str(c.outputs)]
-        shown = re.findall(rf'<div class="cell_output(?:(?!<div class="cell).)*{told}', text, re.S)
-        assert len(shown) == len(stills)
-        assert all("<img" in one or "<svg" in one or "<table" in one for one in shown)
-        found += len(shown)
-    assert found >= 6
+        line = r"Run this cell in JupyterLab to move: "
+        stills = [c for c in notebooks.code_cells(notebooks.read(path)) if line in str(c.outputs)]
+        parts = re.findall(rf'<div class="cell_output(?:(?!<div class="cell).)*{line}', text, re.S)
+        assert len(parts) == len(stills)
+        assert all("<img" in one or "<svg" in one or "<table" in one for one in parts)
+        count += len(parts)
+    assert count >= 6
 
 
 def test_the_search_knows_every_lesson(built):
@@ -238,37 +238,37 @@ def hindrances(page):
     # No preload: it asks for each style sheet, which a browser refuses to pages from disk.
     more = {name: {"enabled": True} for name in ("label-content-name-mismatch", "td-has-header")}
     options = {"resultTypes": ["violations"], "preload": False, "rules": more}
-    found = Axe().run(page, options=options).response["violations"]
-    return [f"{rule['help']}: {rule['nodes'][0]['html']}" for rule in found]
+    broken = Axe().run(page, options=options).response["violations"]
+    return [f"{rule['help']}: {rule['nodes'][0]['html']}" for rule in broken]
 
 
 def seen(browser, address, size, theme):
     """Return (what a page shows in a window and theme, what its console says)."""
     context = browser.new_context(viewport=size, color_scheme=theme, offline=True)
-    page, said = context.new_page(), []
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("console", lambda entry: entry.type in {"error", "warning"} and said.append(entry.text))
+    page, log = context.new_page(), []
+    page.on("pageerror", lambda error: log.append(str(error)))
+    page.on("console", lambda entry: entry.type in {"error", "warning"} and log.append(entry.text))
     page.goto(address)
     page.wait_for_function(
         "() => document.querySelectorAll('mjx-container').length"
         " >= document.querySelectorAll('.math').length",
         timeout=30_000,
     )
-    found = page.evaluate(SEEN) | {"torn": page.evaluate(TORN), "hinders": hindrances(page)}
+    facts = page.evaluate(SEEN) | {"torn": page.evaluate(TORN), "hinders": hindrances(page)}
     context.close()
-    return found, said
+    return facts, log
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("page", IN_A_BROWSER)
 def test_a_page_is_readable_on_desk_and_phone_in_both_themes(built, browser, page):
     for size, theme in ((DESK, "light"), (PHONE, "dark")):
-        found, said = seen(browser, (built / page).as_uri(), size, theme)
-        assert not said
-        assert found["rendered"] == found["formulas"] and not found["refused"]
-        assert found["wide"] <= 0, "the page is wider than the window"
-        assert not found["broken"] and not found["torn"] and not found["hinders"]
-        assert (found["red"] > 128) == (theme == "light")
+        facts, log = seen(browser, (built / page).as_uri(), size, theme)
+        assert not log
+        assert facts["rendered"] == facts["formulas"] and not facts["refused"]
+        assert facts["wide"] <= 0, "the page is wider than the window"
+        assert not facts["broken"] and not facts["torn"] and not facts["hinders"]
+        assert (facts["red"] > 128) == (theme == "light")
 
 
 @pytest.mark.browser
@@ -284,8 +284,8 @@ def test_the_search_finds_a_lesson(built, browser):
 @pytest.mark.browser
 def test_a_link_opens_a_folded_section_and_paper_shows_all(folding, browser):
     for size, theme in ((DESK, "light"), (PHONE, "dark")):
-        found, said = seen(browser, folding.as_uri(), size, theme)
-        assert not said and found["wide"] <= 0 and not found["hinders"]
+        facts, log = seen(browser, folding.as_uri(), size, theme)
+        assert not log and facts["wide"] <= 0 and not facts["hinders"]
     page = browser.new_page()
     page.goto(folding.as_uri())
     sections = "all => all.map(section => section.open)"
