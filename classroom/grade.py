@@ -613,20 +613,20 @@ class Class:
 
     def remarks(self) -> list[str]:
         """Return what whoever marks should look at, in sentences."""
-        held = [set(found.held) for found in self.results.values() if found.held]
+        held = [set(result.held) for result in self.results.values() if result.held]
         remarks = [guards(set.intersection(*held))] if held else []
         if self.lost:
             lost = ", ".join(sorted(self.lost))
             remarks.append(f"Not marked, by a fault that is not theirs: {lost}. Mark again.")
-        for (student, lesson), found in sorted(self.results.items()):
-            if found.odd:
-                cells = "; ".join(f"cell {number}: {words}" for number, words in found.odd)
+        for (student, lesson), result in sorted(self.results.items()):
+            if result.odd:
+                cells = "; ".join(f"cell {number}: {words}" for number, words in result.odd)
                 name = self.called.get(student, student)
                 remarks.append(f"Look at it by eye: {name}, {lesson}, {cells}.")
         # Who did nothing has the notebook that was handed out, as others have.
         tried = [
-            (self.called.get(key[0], key[0]), key[1], found)
-            for key, found in sorted(self.results.items())
+            (self.called.get(key[0], key[0]), key[1], result)
+            for key, result in sorted(self.results.items())
             if any(mark.outcome != "not attempted" for mark in self.marks[key])
         ]
         return list(map(printable, [*remarks, *alike(tried), *self.notes]))
@@ -645,8 +645,8 @@ class Class:
                 yield f"canvas_{lesson}.csv", table
         texts = [
             (student, lesson, printable(above), printable(text, keep="\n"))
-            for (student, lesson), found in sorted(self.results.items())
-            for above, text in found.texts
+            for (student, lesson), result in sorted(self.results.items())
+            for above, text in result.texts
         ]
         texts = [("student", "lesson", "below", "text"), *texts]
         yield "texts.csv", lambda: gradebook.csv_of(texts)

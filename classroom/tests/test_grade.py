@@ -145,8 +145,8 @@ def instead(tmp_path, monkeypatch):
             notebook = tmp_path / f"{LESSON}.ipynb"
             notebook.write_text("{}", encoding="utf-8")
         monkeypatch.setattr(sys, "executable", str(program))
-        found = grade.judge(notebook, lesson, grade.Limits(**({"total": 30} | limits)))
-        return found.judgments.get(EXERCISE, found.rest)[:2], found
+        result = grade.judge(notebook, lesson, grade.Limits(**({"total": 30} | limits)))
+        return result.judgments.get(EXERCISE, result.rest)[:2], result
 
     return outcome
 
@@ -167,23 +167,23 @@ def test_a_fault_of_the_marking_is_told_costs_nothing_and_is_forgotten(instead, 
     if not grade.namespaces():
         reasons[f"{SPEAKS}\nos.kill(os.getpid(), 9)"] = "ended with -9. "
     for script, why in reasons.items():
-        told = f"by no fault of the notebook: its process {why}"
-        assert instead(script)[0] == (gradebook.UNMARKED, told)
+        message = f"by no fault of the notebook: its process {why}"
+        assert instead(script)[0] == (gradebook.UNMARKED, message)
     path = tmp_path / f"{LESSON}.ipynb"
     one = Handed("ann", LESSON, path, None, 0, path.name)
-    found = grade.remembered(one, "ann", tmp_path, grade.Limits(total=30), "", False)
-    assert not found.lasting and not list((tmp_path / grade.MARKED).glob("*.json"))
+    result = grade.remembered(one, "ann", tmp_path, grade.Limits(total=30), "", False)
+    assert not result.lasting and not list((tmp_path / grade.MARKED).glob("*.json"))
     group = grade.Class(tmp_path, [], Rules(), [("ann", one)], [])
-    group.add("ann", one, 0, found)
+    group.add("ann", one, 0, result)
     assert group.write() == [] and "that is not theirs: ann (" in " ".join(group.remarks())
     assert gradebook.wide(group.everyone(), []).splitlines()[1] == "ann,,,,1"
     assert read(tmp_path)["ann"]["points"] == ""
 
 
 def test_who_ends_twice_at_one_place_ends_himself(instead):
-    told = ("crashed", "here the notebook's process ended twice")
+    twice = ("crashed", "here the notebook's process ended twice")
     answer = f"say('at', {EXERCISE!r})\nos._exit({grade_one.TROUBLE})"
-    assert instead(f"{SPEAKS}\n{answer}")[0] == told
+    assert instead(f"{SPEAKS}\n{answer}")[0] == twice
 
 
 def test_a_notebook_ends_with_the_marking(instead, tmp_path):
@@ -206,9 +206,9 @@ def test_a_notebook_ends_with_the_marking(instead, tmp_path):
 def test_a_process_that_is_killed_from_outside_is_no_fault_of_the_notebook(instead):
     killer = threading.Timer(1, lambda: [p.kill() for p in psutil.Process().children(True)])
     killer.start()
-    outcome, found = instead(f"{SPEAKS}\ntime.sleep(20)")
+    outcome, result = instead(f"{SPEAKS}\ntime.sleep(20)")
     killer.join()
-    assert outcome[0] == gradebook.UNMARKED and not found.lasting
+    assert outcome[0] == gradebook.UNMARKED and not result.lasting
 
 
 def test_a_file_that_cannot_be_read_does_not_stop_the_class(tmp_path, monkeypatch, capsys):
@@ -240,22 +240,22 @@ def test_the_time_of_a_file_that_a_notebook_changed_is_set_back(tmp_path, monkey
     )
     grade.main([str(tmp_path)])
     assert path.stat().st_mtime == 5
-    told = f"The time of {path.name} changed meanwhile, and is set back."
-    assert told in capsys.readouterr().out
-    assert told in (tmp_path / "grades.html").read_text(encoding="utf-8")
+    note = f"The time of {path.name} changed meanwhile, and is set back."
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "grades.html").read_text(encoding="utf-8")
 
 
 def test_a_notebook_cannot_fill_the_disk(instead, monkeypatch):
     monkeypatch.setattr(grade, "WRITTEN", 2**24)
-    told = ("crashed", "the notebook wrote more than 1 GiB, or a quarter of the free disk")
+    judgment = ("crashed", "the notebook wrote more than 1 GiB, or a quarter of the free disk")
     writes = "file = open('more', 'wb'); file.write(bytes(2**25)); file.flush()"
     deep = "for _ in range(150): os.mkdir('d'); os.chdir('d')"
-    assert instead(f"{SPEAKS}\n{deep}\ntime.sleep(20)")[0] == told
+    assert instead(f"{SPEAKS}\n{deep}\ntime.sleep(20)")[0] == judgment
     for removes in ("", "os.remove('more')"):  # such a file takes room, too
-        assert instead(f"{SPEAKS}\n{writes}\n{removes}\ntime.sleep(20)")[0] == told
+        assert instead(f"{SPEAKS}\n{writes}\n{removes}\ntime.sleep(20)")[0] == judgment
     monkeypatch.setattr(grade.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
-    told = (gradebook.UNMARKED, "by no fault of the notebook: the disk is full")
-    assert instead(f"{SPEAKS}\ntime.sleep(20)")[0] == told
+    judgment = (gradebook.UNMARKED, "by no fault of the notebook: the disk is full")
+    assert instead(f"{SPEAKS}\ntime.sleep(20)")[0] == judgment
 
 
 HANGS = """for number, cell in enumerate(["a cell", "a slow cell"]):
@@ -276,11 +276,11 @@ def test_what_hangs_or_dies_costs_no_answer_but_its_own(instead, monkeypatch):
     lesson = "03_qlora"
     names = notebooks.exercises(lesson)
     script = HANGS.format(names=names, hangs=repr(names[1]), dies=repr(names[4]))
-    _, found = instead(f"{SPEAKS}\n{script}", lesson=lesson)
-    outcomes = {name: one.outcome for name, one in found.judgments.items()}
+    _, result = instead(f"{SPEAKS}\n{script}", lesson=lesson)
+    outcomes = {name: one.outcome for name, one in result.judgments.items()}
     wanted = dict.fromkeys(names, "right") | {names[1]: "timed out", names[4]: "crashed"}
-    assert outcomes == wanted and found.lasting
-    assert found.judgments[names[1]].message == "the notebook took longer than 1 s"
+    assert outcomes == wanted and result.lasting
+    assert result.judgments[names[1]].message == "the notebook took longer than 1 s"
 
 
 def test_after_a_time_limit_in_its_cells_a_notebook_is_judged_by_what_it_defines(instead):
@@ -373,11 +373,11 @@ def test_a_course_that_each_notebook_could_read_is_refused(tmp_path, monkeypatch
 
 
 def test_a_notebook_that_swallows_its_time_limit_is_stopped_and_one_that_dies_quoted(instead):
-    told = ("timed out", "the notebook took longer than 2 s")
-    assert instead(f"{SPEAKS}\n{DEAF}", total=2)[0] == told
-    told = "the notebook's process ended with 1. Too bad"
+    judgment = ("timed out", "the notebook took longer than 2 s")
+    assert instead(f"{SPEAKS}\n{DEAF}", total=2)[0] == judgment
+    message = "the notebook's process ended with 1. Too bad"
     dies = "print('no', file=sys.stderr)\nsys.exit('Too bad')"
-    assert instead(f"{SPEAKS}\n{dies}")[0] == ("crashed", told)
+    assert instead(f"{SPEAKS}\n{dies}")[0] == ("crashed", message)
 
 
 def test_an_interruption_ends_what_runs_and_remembers_nothing_of_it(tmp_path, monkeypatch):
@@ -403,8 +403,8 @@ def test_an_interruption_ends_what_runs_and_remembers_nothing_of_it(tmp_path, mo
 def test_memory_that_the_system_does_not_limit_is_watched(instead):
     child = "import subprocess, time; a = bytearray(3 * 10**8); time.sleep(20)"
     script = f"import subprocess\nsubprocess.run([{sys.executable!r}, '-c', {child!r}])"
-    told = "the notebook took more than 0.2 GiB of memory"
-    assert instead(script, memory=0.2)[0] == ("crashed", told)
+    message = "the notebook took more than 0.2 GiB of memory"
+    assert instead(script, memory=0.2)[0] == ("crashed", message)
 
 
 MACOS = """import resource
@@ -426,10 +426,10 @@ grade_one.has_landlock = lambda: False
 {system}
 grade_one.main(sys.argv[3:])"""
     hand_in(tmp_path / f"{LESSON}.ipynb", f"import torch\n{RIGHT}", "while True:\n    pass")
-    outcome, found = instead(script, tmp_path / f"{LESSON}.ipynb", total=60, seconds=1)
-    assert (outcome[0], [name for name in found.held if name != "network"]) == ("right", held)
-    assert "WITH ALL YOUR FILES IN REACH" in grade.guards(found.held)
-    assert "Memory was watched, not limited by the system." in grade.guards(found.held)
+    outcome, result = instead(script, tmp_path / f"{LESSON}.ipynb", total=60, seconds=1)
+    assert (outcome[0], [name for name in result.held if name != "network"]) == ("right", held)
+    assert "WITH ALL YOUR FILES IN REACH" in grade.guards(result.held)
+    assert "Memory was watched, not limited by the system." in grade.guards(result.held)
 
 
 def test_a_mark_must_be_whole_and_carry_the_word(instead):
@@ -592,8 +592,8 @@ def test_where_cells_hang_only_what_they_define_is_run(outcome_of):
     assert outcome_of(*cells, answer, skip=["cells"], seconds=1)[0] == "right"
     helper, other = (text.replace("squares", "others") for text in (cells[0], BY_SQUARES))
     assert outcome_of(helper, other, skip=["1", "1d"])[0] == "wrong", "its cell is left out"
-    told = ("crashed", "its cell fails: it hangs, or ends the notebook's process")
-    assert outcome_of(RIGHT, skip=["1", "1d"]) == told
+    left_out = ("crashed", "its cell fails: it hangs, or ends the notebook's process")
+    assert outcome_of(RIGHT, skip=["1", "1d"]) == left_out
     assert outcome_of(f"{RIGHT}\n1 / 0", skip=["1"])[0] == "right", "what it defines is run"
 
 
@@ -669,10 +669,10 @@ def test_cells_that_an_answer_has_no_business_with_are_named(lora):
         "from torch import Tensor as T\nQ = type(torch.ones(1))",
         "Q.abs = lambda self: 0",
     ]
-    found = dict(grade_one.odd_cells(notebook(*cells), lora))
-    assert list(found) == [3, 4, 5, 6, 8]
-    assert found[8] == "Q.abs ="
-    assert found[6] == "_getframe, f_back" and "torch.testing.assert_close =" in found[4]
+    odd = dict(grade_one.odd_cells(notebook(*cells), lora))
+    assert list(odd) == [3, 4, 5, 6, 8]
+    assert odd[8] == "Q.abs ="
+    assert odd[6] == "_getframe, f_back" and "torch.testing.assert_close =" in odd[4]
     assert grade_one.odd_cells(lora.nb, lora) == []
 
 
@@ -686,8 +686,8 @@ def test_answers_are_alike_that_differ_in_names_spaces_and_comments_only(lora):
     )
     assert mine == theirs != others
     started = grade_one.without_raise(lora.stubs["apply_lora"])
-    for own in ("def merge_lora(W):\n    return W", started, lora.stubs["merge_lora"], "def x(:"):
-        assert grade_one.prints(notebook(own), lora) == {}, "nobody's own"
+    for cell in ("def merge_lora(W):\n    return W", started, lora.stubs["merge_lora"], "def x(:"):
+        assert grade_one.prints(notebook(cell), lora) == {}, "nobody's own"
     assert grade_one.prints(lora.nb, lora) == {}
 
 
@@ -715,12 +715,12 @@ def test_of_a_changed_cell_only_what_the_student_wrote_is_a_text():
     cell = nbformat.v4.new_markdown_cell
     texts = ["# Lesson", "## Summary\n\n1. Why?\n2. When?", "Next"]
     nb = nbformat.v4.new_notebook(cells=[cell(text, id=f"c{n}") for n, text in enumerate(texts)])
-    ours = {one.id: one.source for one in nb.cells}
-    assert own_texts(nb, ours) == []
+    lesson_cells = {one.id: one.source for one in nb.cells}
+    assert own_texts(nb, lesson_cells) == []
     nb.cells[1].source = "## Summary\n\n1. Why?\n\nAs B is 0.\n2. When?"
     nb.cells[1:1] = [cell("I guess\n\nNext", id="own")]
     nb.cells[-1].source = ""
-    assert own_texts(nb, ours) == [("Lesson", "I guess\n\nNext"), ("Summary", "As B is 0.")]
+    assert own_texts(nb, lesson_cells) == [("Lesson", "I guess\n\nNext"), ("Summary", "As B is 0.")]
 
 
 def test_a_folder_without_notebooks_is_an_error(tmp_path, capsys):
@@ -731,21 +731,21 @@ def test_a_folder_without_notebooks_is_an_error(tmp_path, capsys):
 
 def test_a_lesson_that_is_none_is_named(tmp_path, capsys):
     (tmp_path / "ann_02_lora.ipynb").touch()
-    for given, told in (
+    for arguments, message in (
         ([str(tmp_path), "--lesson", "2"], "no lesson starts with 2: write two digits"),
         ([str(tmp_path / "no")], "there is no folder"),
     ):
         with pytest.raises(SystemExit):
-            grade.parse(given)
-        assert told in capsys.readouterr().err
+            grade.parse(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_two_commands_do_not_mark_one_folder_at_once(tmp_path, capsys):
     (tmp_path / "ann_02_lora.ipynb").touch()
-    given = grade.parse([str(tmp_path)])
+    options = grade.parse([str(tmp_path)])
     with pytest.raises(SystemExit):
         grade.parse([str(tmp_path)])
-    given.lock.close()
+    options.lock.close()
     grade.parse([str(tmp_path)]).lock.close()
     assert f"another command marks {tmp_path} just now" in capsys.readouterr().err
 
@@ -843,8 +843,8 @@ def test_a_class_is_marked(marked):
         "kim": ("crashed", "0.0"),
         "liz": ("crashed", "0.0"),
     }
-    told = "the file is damaged: hand in a notebook that JupyterLab opens (NotJSONError)"
-    assert marked[0]["kim"]["told"] == told
+    damaged = "the file is damaged: hand in a notebook that JupyterLab opens (NotJSONError)"
+    assert marked[0]["kim"]["told"] == damaged
     assert marked[0]["jon"]["told"] == "the notebook is an empty file"
 
 
@@ -989,13 +989,13 @@ def outcomes_of_lessons(folder, handed):
     command = [sys.executable, "-c", FORKS, *map(str, paths)]
     env = grade.environment(folder)
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
-    found = {}
+    outcomes = {}
     for path in paths:
         lines = path.with_name("marks").read_text(encoding="utf-8").splitlines()
-        said, _, at = grade.heard(lines, "word")
-        found |= {(path.stem, name): outcome for name, (outcome, *_) in said.items()}
-        assert said.keys() == {*notebooks.exercises(path.stem)}, f"{at}: {done.stderr}"
-    return found
+        judgments, _, at = grade.heard(lines, "word")
+        outcomes |= {(path.stem, name): outcome for name, (outcome, *_) in judgments.items()}
+        assert judgments.keys() == {*notebooks.exercises(path.stem)}, f"{at}: {done.stderr}"
+    return outcomes
 
 
 def test_no_lesson_as_it_is_handed_out_has_a_right_answer(tmp_path):

@@ -102,8 +102,8 @@ def test_points_that_are_set_by_hand_count_whatever_came_out(tmp_path):
     options.submissions = submissions.handed_in(tmp_path)
     assert "set points of nobody here: 7." in grade.remarks_on(options, [("ann", one)])[-1]
     options.rules = Rules(override={"7": {exercise: 50}})
-    told = "The rules set 50 points of 1: 7, merge_lora."
-    assert told in grade.remarks_on(options, [("ann", one)])
+    note = "The rules set 50 points of 1: 7, merge_lora."
+    assert note in grade.remarks_on(options, [("ann", one)])
 
 
 def test_a_part_of_the_points_is_given_only_if_the_rules_say_so(tmp_path):
@@ -166,8 +166,8 @@ def test_after_a_table_that_could_not_be_written_the_exit_status_is_1(
 
 
 def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch):
-    told = '=HYPERLINK("x")'
-    marks = [Mark(name, "n", LESSON, EXERCISE, "wrong", told, 1.0) for name in ("-a", "b")]
+    formula = '=HYPERLINK("x")'
+    marks = [Mark(name, "n", LESSON, EXERCISE, "wrong", formula, 1.0) for name in ("-a", "b")]
     handed = [(m.student, Handed(m.student, LESSON, tmp_path, False, 0)) for m in marks]
     group = grade.Class(tmp_path, [], Rules(), handed[:1], [])
     group.marks["-a", LESSON] = marks[:1]
@@ -183,7 +183,7 @@ def test_a_cell_is_no_formula_and_no_file_is_half_written(tmp_path, monkeypatch)
     assert (tmp_path / "grades.html").exists(), "what can be written is written"
     with (tmp_path / "grades.csv").open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
-    assert (row["student"], row["told"], row["seconds"]) == ("'-a", f"'{told}", "1.0")
+    assert (row["student"], row["told"], row["seconds"]) == ("'-a", f"'{formula}", "1.0")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["feedback", *FILES])
 
 
@@ -200,8 +200,8 @@ def test_an_interruption_leaves_the_grades_of_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         group.write()
-    kept = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir() if p.is_file()}
-    assert kept == dict.fromkeys(FILES, "before")
+    contents = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir() if p.is_file()}
+    assert contents == dict.fromkeys(FILES, "before")
 
 
 def test_a_page_shows_text_as_text_and_says_how_far_it_is_marked():
@@ -226,9 +226,11 @@ def test_two_students_have_two_pages_on_every_file_system():
 
 
 def test_the_commonest_fault_of_an_exercise_is_its_cause():
-    told = ["x\n  Likely cause: not summed", "y\n  Likely cause: not summed", "y", ""]
+    messages = ["x\n  Likely cause: not summed", "y\n  Likely cause: not summed", "y", ""]
     outcomes = ["wrong", "wrong", "crashed", "right"]
-    marks = [Mark("a", "", LESSON, EXERCISE, o, t, 0) for o, t in zip(outcomes, told, strict=True)]
+    marks = [
+        Mark("a", "", LESSON, EXERCISE, o, t, 0) for o, t in zip(outcomes, messages, strict=True)
+    ]
     marks.append(Mark("a", "", LESSON, EXERCISE, "not attempted", "", 0))
     assert gradebook.commonest(marks) == [(f"{LESSON} {EXERCISE}", 1, 1, 5, "not summed", 2)]
 
@@ -236,8 +238,8 @@ def test_the_commonest_fault_of_an_exercise_is_its_cause():
 def test_causes_are_counted_also_those_that_nobody_needed():
     known = grade.known_causes([LESSON])
     first, second, *_ = known[LESSON, EXERCISE]
-    told = [f"x\n  Likely cause: {first}.", f"x\n  Likely cause: {first}, or {second}.", ""]
-    marks = [Mark(str(n), "", LESSON, EXERCISE, "wrong", t, 0) for n, t in enumerate(told)]
+    messages = [f"x\n  Likely cause: {first}.", f"x\n  Likely cause: {first}, or {second}.", ""]
+    marks = [Mark(str(n), "", LESSON, EXERCISE, "wrong", t, 0) for n, t in enumerate(messages)]
     head, *rows = gradebook.causes(marks, known)
     assert head[-2:] == ("cause", "answers")
     counts = {cause: count for *_, cause, count in rows}
@@ -281,11 +283,13 @@ def test_two_with_the_same_answers_or_text_are_named_unless_many_have_them():
 def test_points_add_up_in_all_tables(tmp_path):
     lesson = "03_qlora"
     rules = Rules({lesson: dict.fromkeys(notebooks.exercises(lesson), 1 / 3)}, late=10)
-    said = {exercise: grade.Judgment("right", "", 1, 1) for exercise in notebooks.exercises(lesson)}
+    judgments = {
+        exercise: grade.Judgment("right", "", 1, 1) for exercise in notebooks.exercises(lesson)
+    }
     one = Handed("a_LATE_1_2", lesson, tmp_path, True, 0)
-    marks = grade.marks_of(one, "a", grade.Result(said), rules)
+    marks = grade.marks_of(one, "a", grade.Result(judgments), rules)
     cells = next(csv.DictReader(gradebook.wide(marks, []).splitlines()))
-    summed = sum(float(cells[f"{lesson} {exercise}"]) for exercise in said)
+    summed = sum(float(cells[f"{lesson} {exercise}"]) for exercise in judgments)
     assert gradebook.tidy(summed) == float(cells["total"]) == gradebook.total(marks)[0]
     assert {mark.points for mark in marks} == {0.3}
 
@@ -314,8 +318,8 @@ def test_an_autograder_holds_the_course_without_its_answers(tmp_path):
         (tmp_path / "its.toml").write_bytes(archive.read("course/rules.toml"))
         assert archive.getinfo("setup.sh").external_attr >> 16 & 0o111, "it must be executable"
     assert "--mark" in run and LESSON in run and "LESSON" not in run
-    its, ours = {LESSON: {EXERCISE: 4}}, {"a b": {EXERCISE: 0.5}}
-    wanted = Rules(points=its, override=ours, partial=True, seed='"x🔑')
+    points, overrides = {LESSON: {EXERCISE: 4}}, {"a b": {EXERCISE: 0.5}}
+    wanted = Rules(points=points, override=overrides, partial=True, seed='"x🔑')
     assert gradebook.read_rules(tmp_path / "its.toml") == wanted, "nothing of other lessons"
     shipped = [name for name in names if name.endswith(".ipynb")]
     assert shipped == [f"course/notebooks/{LESSON}.ipynb"]
@@ -352,10 +356,10 @@ def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch, capsy
     rules = Rules(override={"Ann@Example.org": {EXERCISE: 0.5}})
     assert gradescope.results(tmp_path, LESSON, rules)["tests"][0]["score"] == 0.5
     (tmp_path / "submission" / "any name.ipynb").touch()
-    said = {EXERCISE: grade.Judgment("wrong", "Likely cause: x", 1.0, 0.0)}
+    judgments = {EXERCISE: grade.Judgment("wrong", "Likely cause: x", 1.0, 0.0)}
     seen = []
     monkeypatch.setattr(
-        grade, "judge", lambda *a: seen.append(a) or grade.Result(said, held=["memory"])
+        grade, "judge", lambda *a: seen.append(a) or grade.Result(judgments, held=["memory"])
     )
     (test,) = gradescope.results(tmp_path, LESSON, Rules())["tests"]
     assert (test["score"], test["max_score"], test["status"]) == (0, 1, "failed")
@@ -369,11 +373,11 @@ def test_results_are_points_and_what_the_check_says(tmp_path, monkeypatch, capsy
     alone, *together = [one[3] for one in seen]
     assert alone == grade.variant_of("ann@example.org", "")
     assert {*together} == {grade.variant_of("ann@example.org bob@example.org", "")}
-    said[EXERCISE] = grade.Judgment("right", "", 1.0, 1.0)
+    judgments[EXERCISE] = grade.Judgment("right", "", 1.0, 1.0)
     assert gradescope.main([LESSON, "--mark", str(tmp_path)]) == 0
-    told = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
-    assert told["tests"][0]["score"] == 1 and told["stdout_visibility"] == "hidden"
-    assert "IN REACH" not in json.dumps(told), "what is open is nothing for students"
+    results = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
+    assert results["tests"][0]["score"] == 1 and results["stdout_visibility"] == "hidden"
+    assert "IN REACH" not in json.dumps(results), "what is open is nothing for students"
     assert "WITH ALL YOUR FILES IN REACH" in capsys.readouterr().out
     monkeypatch.setattr(grade, "judge", lambda *a: grade.failed("the disk is full"))
     with pytest.raises(SystemExit, match="the disk is full"):

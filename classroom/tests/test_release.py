@@ -83,8 +83,8 @@ def test_a_lesson_runs_in_the_copy_as_shipped(copied, lesson):
 def imports(nb):
     """Return the import statements of a notebook's code cells, as one source."""
     trees = [ast.parse(cell.source) for cell in notebooks.code_cells(nb)]
-    found = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.Import | ast.ImportFrom)]
-    return "\n".join(map(ast.unparse, found))
+    nodes = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.Import | ast.ImportFrom)]
+    return "\n".join(map(ast.unparse, nodes))
 
 
 def test_all_that_a_lesson_imports_or_loads_is_in_the_copy(copied):
@@ -123,9 +123,9 @@ def sentences(folder):
         yield file, file.read_text(encoding="utf-8")
     for path in sorted((folder / "notebooks").glob("*.ipynb")):
         for cell in notebooks.read(path).cells:
-            shown = [o.get("text") or str(o.get("data", {})) for o in cell.get("outputs", [])]
-            shown = [re.sub(r"[A-Za-z0-9+/=]{200,}", "", text) for text in shown]  # pictures
-            yield path, "\n".join([cell.source, *shown])
+            outputs = [o.get("text") or str(o.get("data", {})) for o in cell.get("outputs", [])]
+            outputs = [re.sub(r"[A-Za-z0-9+/=]{200,}", "", text) for text in outputs]  # pictures
+            yield path, "\n".join([cell.source, *outputs])
     # Of the commands, those of a copy are tested below.
     files = set((folder / "peft_lessons").rglob("*.py")) - {folder / "peft_lessons/commands.py"}
     for file in sorted(files):

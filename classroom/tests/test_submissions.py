@@ -21,7 +21,7 @@ MOE = "Jo Moe_4_assignsubmission_file_x_1_2"
 
 def test_the_layouts_of_platforms_are_found(tmp_path):
     hidden, older = "a/.ipynb_checkpoints/02_lora.ipynb", "a/02_lora.ipynb"
-    kept = {
+    handed = {
         "a/x/02_lora.ipynb": "a",
         "b/02_lora (1).ipynb": "b",  # of a browser's downloads, and the only one
         "doe_77_5_02_lora-1.ipynb": "doe_77_5",
@@ -40,23 +40,23 @@ def test_the_layouts_of_platforms_are_found(tmp_path):
     passed |= {"poe_79_5_02_lorax.ipynb", "team_1_1/max_02_lora.ipynb"}
     before = "a/before-update-1/02_lora.ipynb"
     mac = "__MACOSX/._lee_1_2_02_lora.ipynb", "._lee_1_2_02_lora.ipynb"
-    for name in (*kept, *passed, hidden, before, *mac):
+    for name in (*handed, *passed, hidden, before, *mac):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     os.utime(tmp_path / older, (0, 0))
-    found = submissions.handed_in(tmp_path)
-    assert {one.name: one.who for one in found.handed} == kept
-    assert found.handed == sorted(found.handed, key=lambda one: (one.who, one.lesson))
-    assert all(one.path == tmp_path / one.name for one in found.handed)
-    assert {one.name for one in found.passed} == passed
-    assert [one.who for one in found.handed if one.late] == ["roe_LATE_78_6"]
+    result = submissions.handed_in(tmp_path)
+    assert {one.name: one.who for one in result.handed} == handed
+    assert result.handed == sorted(result.handed, key=lambda one: (one.who, one.lesson))
+    assert all(one.path == tmp_path / one.name for one in result.handed)
+    assert {one.name for one in result.passed} == passed
+    assert [one.who for one in result.handed if one.late] == ["roe_LATE_78_6"]
     # A student cannot pass for one of Canvas's, of which no time is looked at.
-    in_time = [one.who for one in found.handed if one.late is False]
+    in_time = [one.who for one in result.handed if one.late is False]
     assert in_time == ["doe_77_5", "poe_79_6_my_own"]
-    attempts = {one.who: one.attempt for one in found.handed if one.attempt}
+    attempts = {one.who: one.attempt for one in result.handed if one.attempt}
     assert attempts == {"doe_77_5": 2, "roe_LATE_78_6": 1}
-    doe = next(one for one in found.handed if one.who == "doe_77_5")
-    assert [one.name for one in found.all_attempts(doe)] == [doe.name, "doe_77_4_02_lora.ipynb"]
+    doe = next(one for one in result.handed if one.who == "doe_77_5")
+    assert [one.name for one in result.all_attempts(doe)] == [doe.name, "doe_77_4_02_lora.ipynb"]
     assert submissions.label(MOE) == "Jo Moe"
 
 
@@ -65,13 +65,13 @@ def test_two_of_one_name_are_told_apart_by_the_number_of_the_platform(tmp_path):
     names += [f"doejo_{n}_5_02_lora.ipynb" for n in (3, 4)]
     for name in names:
         (tmp_path / name).touch()
-    found = submissions.handed_in(tmp_path)
-    assert sorted(one.name for one in found.handed) == sorted(names) and not found.passed
-    students = [student for student, _ in grade.owners(found.handed, [])[0]]
+    result = submissions.handed_in(tmp_path)
+    assert sorted(one.name for one in result.handed) == sorted(names) and not result.passed
+    students = [student for student, _ in grade.owners(result.handed, [])[0]]
     assert len({*students}) == 4
     rows = [{"Identifier": f"Participant {n}", "Full name": "Jo Doe"} for n in (12, 1)]
     people = [Person(row["Identifier"], "Jo Doe", row) for row in rows]
-    pairs, _ = grade.owners(found.handed, people)
+    pairs, _ = grade.owners(result.handed, people)
     by_number = {one.who.split("_")[1]: student for student, one in pairs}
     assert (by_number["1"], by_number["12"]) == ("Participant 1", "Participant 12")
     folders = {one.who: student for student, one in pairs}
@@ -98,20 +98,20 @@ def test_a_name_in_capitals_a_word_before_it_and_a_zip_file_are_found(tmp_path):
     zipped(tmp_path / "all of them.zip", "02_lora.ipynb")
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "broken.zip").write_text("PK", encoding="utf-8")
-    found = submissions.handed_in(tmp_path, tmp_path / ".marked")
-    assert {one.who: one.name for one in found.handed} == {
+    result = submissions.handed_in(tmp_path, tmp_path / ".marked")
+    assert {one.who: one.name for one in result.handed} == {
         "a": "a/02_lora.IPYNB",
         "b": "b/Homework-02_LoRA-final.ipynb",
         "d": "d/hw.zip/hw/02_lora.ipynb",
         "doe_77_5_hw": "doe_77_5_hw.ZIP/02_lora.ipynb",
     }
-    assert {one.lesson for one in found.handed} == {"02_lora"}
-    assert all(one.path.read_text(encoding="utf-8") in ("", "{}") for one in found.handed)
-    assert all(one.path.is_relative_to(tmp_path) for one in found.handed)
-    told = {one.name: (one.why, one.who) for one in found.passed}
+    assert {one.lesson for one in result.handed} == {"02_lora"}
+    assert all(one.path.read_text(encoding="utf-8") in ("", "{}") for one in result.handed)
+    assert all(one.path.is_relative_to(tmp_path) for one in result.handed)
+    reasons = {one.name: (one.why, one.who) for one in result.passed}
     no_lesson = "its name contains the name of no lesson"
     broken = "the ZIP file cannot be opened: BadZipFile"
-    assert told == {
+    assert reasons == {
         "all of them.zip": (
             "a ZIP file is opened in a student's folder, or with a platform's name", ""
         ),
@@ -119,7 +119,7 @@ def test_a_name_in_capitals_a_word_before_it_and_a_zip_file_are_found(tmp_path):
         "d/hw.zip/hw/mine.ipynb": (no_lesson, "d"),
         "e/broken.zip": (f"{broken}: File is not a zip file", "e"),
     }  # fmt: skip
-    assert submissions.without_lesson(tmp_path, found) == ["c", "e"]
+    assert submissions.without_lesson(tmp_path, result) == ["c", "e"]
 
 
 def test_zip_files_of_one_name_keep_apart_and_a_link_to_another_is_not_opened(tmp_path):
@@ -130,8 +130,8 @@ def test_zip_files_of_one_name_keep_apart_and_a_link_to_another_is_not_opened(tm
                 archive.writestr(f"{lesson}.ipynb", f"{content}, {lesson}")
     (tmp_path / "eve").mkdir()
     (tmp_path / "eve" / "hw.zip").symlink_to(tmp_path / "bob" / "hw.zip")
-    found = submissions.handed_in(tmp_path, tmp_path / ".marked")
-    texts = {(one.who, one.path.read_text(encoding="utf-8")) for one in found.handed}
+    result = submissions.handed_in(tmp_path, tmp_path / ".marked")
+    texts = {(one.who, one.path.read_text(encoding="utf-8")) for one in result.handed}
     owned = {("ann", "her own"), ("bob", "his own")}
     assert texts == {(s, f"{c}, {n}") for s, c in owned for n in ("02_lora", "03_qlora")}
     (tmp_path / "ann" / "hw.zip").unlink()
@@ -146,11 +146,11 @@ def test_a_damaged_or_a_huge_zip_file_stops_nobody(tmp_path, monkeypatch):
         archive.writestr("03_qlora.ipynb", "".join(map(str, range(999))))
     content = (tmp_path / "a" / "lzma.zip").read_bytes()
     (tmp_path / "a" / "lzma.zip").write_bytes(content[:60] + b"\xff" * 9 + content[69:])
-    found = submissions.handed_in(tmp_path, tmp_path / ".marked")
-    assert [one.name for one in found.handed] == ["a/hw.zip/0/02_lora.ipynb"]
-    told = {one.name: one.why for one in found.passed}
-    assert told["a/hw.zip"].endswith("ValueError: more than 0 MB of notebooks")
-    assert "cannot be opened: LZMAError" in told["a/lzma.zip"]
+    result = submissions.handed_in(tmp_path, tmp_path / ".marked")
+    assert [one.name for one in result.handed] == ["a/hw.zip/0/02_lora.ipynb"]
+    reasons = {one.name: one.why for one in result.passed}
+    assert reasons["a/hw.zip"].endswith("ValueError: more than 0 MB of notebooks")
+    assert "cannot be opened: LZMAError" in reasons["a/lzma.zip"]
 
 
 def test_a_folder_with_a_whole_class_in_it_is_nobodys(tmp_path):
@@ -162,9 +162,9 @@ def test_a_folder_with_a_whole_class_in_it_is_nobodys(tmp_path):
     (tmp_path / "git").mkdir()
     for name in ("day_2026_03_02_lora.ipynb", "lab_2026_03.ipynb", "lab_2027_04.ipynb"):
         (tmp_path / "git" / name).touch()
-    found = submissions.handed_in(tmp_path)
-    assert [one.who for one in found.handed] == ["git"], "whose files are called as Canvas does"
-    why = {one.why for one in found.passed if one.name.startswith("hw00")}
+    result = submissions.handed_in(tmp_path)
+    assert [one.who for one in result.handed] == ["git"], "whose files are called as Canvas does"
+    why = {one.why for one in result.passed if one.name.startswith("hw00")}
     assert len(why) == 1 and "holds what several students handed in" in why.pop()
     assert len(submissions.handed_in(tmp_path / "hw00").handed) == 2
 
@@ -183,16 +183,16 @@ def test_a_clone_was_handed_in_when_its_last_commit_was_made(tmp_path):
     with (repository / ".git" / "config").open("a", encoding="utf-8") as settings:
         settings.write(f"[log]\nshowSignature = true\n[gpg]\nprogram = touch {tmp_path}/ran\n")
     os.utime(repository / "03_qlora.ipynb", (5, 5))
-    found = submissions.handed_in(tmp_path)
-    times = {one.lesson: one.seconds for one in found.handed}
+    result = submissions.handed_in(tmp_path)
+    times = {one.lesson: one.seconds for one in result.handed}
     noon = datetime(2026, 11, 1, 12, tzinfo=UTC).timestamp()
     assert times == {"02_lora": noon, "03_qlora": 5}, "and of what is not committed, the file's"
-    assert found.untimed == ["hw-ann/03_qlora.ipynb"]
+    assert result.untimed == ["hw-ann/03_qlora.ipynb"]
     when["GIT_COMMITTER_DATE"] = "@99999999999999 +0000"
     for command in (["add", "."], ["-c", "log.showSignature=false", "commit", "-qm", "Late"]):
         subprocess.run(["git", *command], cwd=repository, env=os.environ | when, check=True)
-    found = submissions.handed_in(tmp_path)
-    assert {one.lesson: one.seconds for one in found.handed}["03_qlora"] == 5, "no such time"
+    result = submissions.handed_in(tmp_path)
+    assert {one.lesson: one.seconds for one in result.handed}["03_qlora"] == 5, "no such time"
     assert not (tmp_path / "ran").exists()
 
 

@@ -56,14 +56,14 @@ def merged(mine, new, first=FIRST, recorded=True):
     mine = mine if "cells" in mine else lesson(mine)
     nb, row = update.merge_lesson(mine, lesson(new), record_of(old) if recorded else {})
     nbformat.validate(nbformat.from_dict(nb))
-    shown = [(c["id"], c["cell_type"], update.source(c)) for c in nb["cells"]]
+    triples = [(c["id"], c["cell_type"], update.source(c)) for c in nb["cells"]]
     again, _ = update.merge_lesson(nb, lesson(new), record_of(lesson(new)["cells"]))
     assert again == nb, "a second time changes nothing"
-    return shown, {c["id"]: c for c in nb["cells"]}, (row.answers, row.yours, row.changed)
+    return triples, {c["id"]: c for c in nb["cells"]}, (row.answers, row.yours, row.changed)
 
 
-def sources(shown):
-    return [text for _, _, text in shown]
+def sources(triples):
+    return [text for _, _, text in triples]
 
 
 def without(name, cells=FIRST):
@@ -79,17 +79,17 @@ def test_an_answer_and_its_outputs_stay_and_a_corrected_text_comes():
         "check": FIRST["check"] | printing("right"),
     }
     new = FIRST | {"title": new_markdown_cell("# LoRA, corrected")}
-    shown, cells, row = merged(mine, new)
-    assert [i for i, _, _ in shown] == [*FIRST] and row == (1, 0, 1)
-    assert sources(shown)[0] == "# LoRA, corrected" and sources(shown)[3] == ANSWER
+    triples, cells, row = merged(mine, new)
+    assert [i for i, _, _ in triples] == [*FIRST] and row == (1, 0, 1)
+    assert sources(triples)[0] == "# LoRA, corrected" and sources(triples)[3] == ANSWER
     assert cells["stub"]["execution_count"] == 7 and cells["stub"]["metadata"]["tags"]
     assert update.output_digest(cells["check"]) == update.output_digest(lesson(mine)["cells"][4])
 
 
 def test_a_cell_that_only_the_student_changed_stays():
     mine = FIRST | {"lr": new_code_cell("lr = 5e-3", **printing("0.005"))}
-    shown, cells, row = merged(mine, FIRST | {"end": new_markdown_cell("## The end")})
-    assert sources(shown)[1] == "lr = 5e-3" and sources(shown)[-1] == "## The end"
+    triples, cells, row = merged(mine, FIRST | {"end": new_markdown_cell("## The end")})
+    assert sources(triples)[1] == "lr = 5e-3" and sources(triples)[-1] == "## The end"
     assert cells["lr"]["outputs"][0]["text"] == ["0.005"] and row == (0, 1, 1)
 
 
@@ -99,21 +99,21 @@ def test_where_both_changed_a_cell_the_students_follows_and_does_not_run():
         "title": new_markdown_cell("# LoRA\nmy notes"),
     }
     new = FIRST | {"lr": new_code_cell("lr = 2e-3"), "title": new_markdown_cell("# LoRA 2")}
-    shown, _, row = merged(mine, new)
-    assert [kind for _, kind, _ in shown[:4]] == ["markdown", "markdown", "code", "raw"]
-    assert sources(shown)[0] == "# LoRA 2" and sources(shown)[2] == "lr = 2e-3"
-    assert sources(shown)[1] == f"*{update.YOURS}*\n\n# LoRA\nmy notes"
-    assert sources(shown)[3] == f"# {update.YOURS}\nlr = 5e-3"
+    triples, _, row = merged(mine, new)
+    assert [kind for _, kind, _ in triples[:4]] == ["markdown", "markdown", "code", "raw"]
+    assert sources(triples)[0] == "# LoRA 2" and sources(triples)[2] == "lr = 2e-3"
+    assert sources(triples)[1] == f"*{update.YOURS}*\n\n# LoRA\nmy notes"
+    assert sources(triples)[3] == f"# {update.YOURS}\nlr = 5e-3"
     assert row == (0, 2, 2)
 
 
 def test_where_both_changed_an_exercise_the_answer_stays_and_the_new_stub_follows():
     stub = STUB.replace("Twice", "Two times")
-    shown, _, row = merged(FIRST | {"stub": exercise(ANSWER)}, FIRST | {"stub": exercise(stub)})
-    assert shown[3] == ("stub", "code", ANSWER)
-    assert shown[4][1:] == ("raw", f"# {update.NEW_TEXT}\n{stub}") and row == (1, 0, 1)
-    shown, _, row = merged(FIRST, FIRST | {"stub": exercise(stub)})
-    assert sources(shown)[3:5] == [stub, "check(double)"], "nobody had answered"
+    triples, _, row = merged(FIRST | {"stub": exercise(ANSWER)}, FIRST | {"stub": exercise(stub)})
+    assert triples[3] == ("stub", "code", ANSWER)
+    assert triples[4][1:] == ("raw", f"# {update.NEW_TEXT}\n{stub}") and row == (1, 0, 1)
+    triples, _, row = merged(FIRST, FIRST | {"stub": exercise(stub)})
+    assert sources(triples)[3:5] == [stub, "check(double)"], "nobody had answered"
 
 
 def test_of_two_answers_without_an_id_the_last_one_counts():
@@ -124,32 +124,32 @@ def test_of_two_answers_without_an_id_the_last_one_counts():
 
 
 def test_added_cells_stay_behind_the_cell_that_they_followed():
-    own = {"mine": new_code_cell("1 + 1"), "note": new_markdown_cell("mine")}
+    added = {"mine": new_code_cell("1 + 1"), "note": new_markdown_cell("mine")}
     top = {"top": new_raw_cell("top")}
     mine = (
-        top | {"title": FIRST["title"], "lr": FIRST["lr"]} | own | without("title", without("lr"))
+        top | {"title": FIRST["title"], "lr": FIRST["lr"]} | added | without("title", without("lr"))
     )
     new = {"title": FIRST["title"], "new": new_code_cell("new()")} | without("title")
-    shown, _, row = merged(mine, new)
-    assert [i for i, _, _ in shown][:6] == ["top", "title", "new", "lr", "mine", "note"]
-    shown, _, row = merged(mine, without("lr"))
-    assert [i for i, _, _ in shown][:4] == ["top", "title", "mine", "note"] and row == (0, 3, 1)
+    triples, _, row = merged(mine, new)
+    assert [i for i, _, _ in triples][:6] == ["top", "title", "new", "lr", "mine", "note"]
+    triples, _, row = merged(mine, without("lr"))
+    assert [i for i, _, _ in triples][:4] == ["top", "title", "mine", "note"] and row == (0, 3, 1)
 
 
 def test_a_cell_that_the_course_removed_goes_unless_the_student_changed_it():
     new = without("lr", without("stub"))
     mine = FIRST | {"lr": new_code_cell("lr = 5e-3"), "stub": exercise(ANSWER)}
-    shown, cells, row = merged(mine, new)
-    assert shown[1][1:] == ("raw", f"# {update.YOURS}\nlr = 5e-3")
-    assert shown[3] == ("stub", "code", ANSWER) and not cells["stub"]["metadata"]
-    shown, _, row = merged(FIRST, new)
-    assert [i for i, _, _ in shown] == [*new] and row == (0, 0, 2)
+    triples, cells, row = merged(mine, new)
+    assert triples[1][1:] == ("raw", f"# {update.YOURS}\nlr = 5e-3")
+    assert triples[3] == ("stub", "code", ANSWER) and not cells["stub"]["metadata"]
+    triples, _, row = merged(FIRST, new)
+    assert [i for i, _, _ in triples] == [*new] and row == (0, 0, 2)
 
 
 def test_what_the_student_deleted_stays_away_but_an_exercise_or_a_corrected_cell_comes_back():
     mine = {"title": FIRST["title"]}
-    shown, _, _ = merged(mine, FIRST | {"end": new_markdown_cell("## The end")})
-    assert [i for i, _, _ in shown] == ["title", "stub", "check", "end"]
+    triples, _, _ = merged(mine, FIRST | {"end": new_markdown_cell("## The end")})
+    assert [i for i, _, _ in triples] == ["title", "stub", "check", "end"]
 
 
 def test_an_output_that_the_student_has_not_made_is_the_courses():
@@ -166,53 +166,53 @@ def test_an_output_that_the_student_has_not_made_is_the_courses():
 def test_cells_that_were_cut_and_pasted_and_notebooks_without_ids_are_recognised():
     pasted = without("lr") | {"abc": FIRST["lr"], "def": exercise(ANSWER)}
     new = FIRST | {"lr": new_code_cell("lr = 2e-3")}
-    shown, _, row = merged(without("stub", pasted), new)
-    assert [i for i, _, _ in shown] == [*FIRST] and row == (1, 0, 1)
-    assert sources(shown)[1] == "lr = 2e-3" and sources(shown)[3] == ANSWER
+    triples, _, row = merged(without("stub", pasted), new)
+    assert [i for i, _, _ in triples] == [*FIRST] and row == (1, 0, 1)
+    assert sources(triples)[1] == "lr = 2e-3" and sources(triples)[3] == ANSWER
     colab = lesson(FIRST | {"stub": exercise(ANSWER), "zmine": new_code_cell("1 + 1")})
     colab["nbformat_minor"] = 0
     for number, cell in enumerate(colab["cells"]):
         cell["metadata"]["id"] = f"colab{number}"
         del cell["id"]
-    shown, _, row = merged(colab, new)
-    assert [i for i, _, _ in shown] == [*FIRST, "colab6"] and row == (1, 1, 1)
+    triples, _, row = merged(colab, new)
+    assert [i for i, _, _ in triples] == [*FIRST, "colab6"] and row == (1, 1, 1)
 
 
 def test_an_exercise_with_a_new_id_is_found_by_its_function():
     new = {("renamed" if i == "stub" else i): cell for i, cell in FIRST.items()}
     new["renamed"] = exercise(STUB.replace("Twice", "Two times"))
-    shown, _, row = merged(FIRST | {"stub": exercise(ANSWER)}, new)
-    assert shown[3] == ("renamed", "code", ANSWER) and row[0] == 1
-    shown, _, _ = merged(FIRST, new)
-    assert sources(shown) == [update.source(cell) for cell in new.values()]
+    triples, _, row = merged(FIRST | {"stub": exercise(ANSWER)}, new)
+    assert triples[3] == ("renamed", "code", ANSWER) and row[0] == 1
+    triples, _, _ = merged(FIRST, new)
+    assert sources(triples) == [update.source(cell) for cell in new.values()]
 
 
 def test_two_cells_with_one_id_are_told_apart():
     twice = lesson(FIRST)
     twice["cells"].append(dict(twice["cells"][1], source="lr = 9"))
-    shown, _, _ = merged(twice, FIRST)
-    assert shown[-1][2] == "lr = 9" and shown[-1][0] not in FIRST
+    triples, _, _ = merged(twice, FIRST)
+    assert triples[-1][2] == "lr = 9" and triples[-1][0] not in FIRST
 
 
 def test_a_picture_in_a_students_text_stays_with_it():
     picture = {"a.png": {"image/png": "iVBORw0KGgo="}}
     mine = FIRST | {"title": new_markdown_cell("![](attachment:a.png)", attachments=picture)}
-    shown, cells, _ = merged(mine, FIRST | {"title": new_markdown_cell("# LoRA 2")})
-    assert cells[shown[1][0]]["attachments"] == picture
+    triples, cells, _ = merged(mine, FIRST | {"title": new_markdown_cell("# LoRA 2")})
+    assert cells[triples[1][0]]["attachments"] == picture
 
 
 def test_without_a_record_answers_and_unknown_cells_stay_and_the_rest_is_the_courses():
     mine = FIRST | {"stub": exercise(ANSWER), "lr": new_code_cell("lr = 5e-3")}
     mine |= {"mine": new_code_cell("1 + 1")}
     new = FIRST | {"stub": exercise(STUB.replace("Twice", "Two times"))}
-    shown, _, row = merged(mine, new, recorded=False)
-    assert sources(shown)[3] == ANSWER and sources(shown)[1] == "lr = 1e-3"
-    assert [i for i, _, _ in shown] == [*FIRST, "mine"] and row == (1, 1, 1)
-    shown, _, row = merged(FIRST, new, recorded=False)
-    assert "Two times" in sources(shown)[3] and row == (0, 0, 1), "an old stub is no answer"
+    triples, _, row = merged(mine, new, recorded=False)
+    assert sources(triples)[3] == ANSWER and sources(triples)[1] == "lr = 1e-3"
+    assert [i for i, _, _ in triples] == [*FIRST, "mine"] and row == (1, 1, 1)
+    triples, _, row = merged(FIRST, new, recorded=False)
+    assert "Two times" in sources(triples)[3] and row == (0, 0, 1), "an old stub is no answer"
     begun = exercise(STUB.replace("raise", "y = 2\n    raise"))
-    shown, _, row = merged(FIRST | {"stub": begun}, new, recorded=False)
-    assert "y = 2" in sources(shown)[3] and row[0] == 1
+    triples, _, row = merged(FIRST | {"stub": begun}, new, recorded=False)
+    assert "y = 2" in sources(triples)[3] and row[0] == 1
 
 
 # ------------------------------------------------------------------ a copy on the disk
@@ -285,9 +285,9 @@ def test_a_copy_gets_the_new_files_and_keeps_the_students(copy, new):
     ours = {LESSON, "README.md", update.RECORD, "peft_lessons/old.py"}
     assert {n: t for n, t in before.items() if n not in ours}.items() <= after.items()
     assert set(after) - set(before) == {*saved, "peft_lessons/new.py"}
-    told = update.tell(todo)
-    assert told.splitlines()[1].split() == ["02_lora", "1", "0", "1"]
-    assert "notebooks/before-update-1." in told and told.isascii()
+    message = update.tell(todo)
+    assert message.splitlines()[1].split() == ["02_lora", "1", "0", "1"]
+    assert "notebooks/before-update-1." in message and message.isascii()
 
 
 def test_twice_in_a_row_is_no_harm_and_a_later_correction_counts_its_own_folder(
