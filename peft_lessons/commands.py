@@ -151,11 +151,8 @@ def run(command: str, arguments: list[str]) -> int:
     """Run a command of the table in the environment; return its exit status."""
     if command == "grade" and not any((ROOT / name).is_dir() for name in arguments):
         names = [name for name in arguments if not name.startswith("-") and not name.isdigit()]
-        raise Trouble(
-            f"There is no folder {names[0]}."
-            if names
-            else "Which folder? python course.py grade FOLDER"
-        )
+        missing = f"There is no folder {names[0]}." if names else ""
+        raise Trouble(missing or "Which folder? python course.py grade FOLDER")
     python = ready()
     for line in lines_of(command, arguments):
         if len(COMMANDS[command].programs) > 1:

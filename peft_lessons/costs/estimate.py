@@ -471,11 +471,6 @@ class Recipe:
     master: float
     moments: float
 
-    @property
-    def trained(self) -> float:
-        """Return the bytes per trainable parameter."""
-        return self.weight + self.gradient + self.master + self.moments
-
 
 RECIPES: dict[str, Recipe] = {
     "mixed precision": Recipe(2, 2, 2, 4, 8),  # bfloat16, float32 master copy, Adam in float32
@@ -510,7 +505,7 @@ class Memory:
 def training_memory(
     model: str | Shape | PreTrainedConfig,
     method: Method | None = None,
-    recipe: str | Recipe = "mixed precision",
+    recipe: str = "mixed precision",
     *,
     batch: int = 1,
     context: int = 2048,
@@ -531,19 +526,18 @@ def training_memory(
 
     Raises ValueError for an unknown recipe, and what `activations` raises."""
     shape = Shape.of(model)
-    if isinstance(recipe, str):
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe={recipe!r} must be one of {', '.join(map(repr, RECIPES))}")
-        recipe = RECIPES[recipe]
-    trains, full, e = shape.added(method), method is None, int(recipe.frozen)
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe={recipe!r} must be one of {', '.join(map(repr, RECIPES))}")
+    per = RECIPES[recipe]
+    trains, full, e = shape.added(method), method is None, int(per.frozen)
     needs = Kept() if full else method.keeps(shape)
     packed = shape.in_linears if needs.packed else 0
     # A classifier has a small head of its own instead of the one for tokens.
     head = shape.vocabulary * shape.width if labels and not shape.tied else 0
     trains -= head if full else 0
-    weights = packed * NF4_BITS / 8 + (shape.parameters - head - packed) * recipe.frozen
+    weights = packed * NF4_BITS / 8 + (shape.parameters - head - packed) * per.frozen
     sizes = {"batch": batch, "context": context, "weight": e, "labels": labels}
-    sizes |= {"adapter": e if full else int(recipe.weight)}
+    sizes |= {"adapter": e if full else int(per.weight)}
     kept = activations(shape, method, checkpointing=checkpointing, chunked=chunked, **sizes)
     tokens = batch * (context + needs.prompt)
     at_work = 2 * e * tokens * (shape.width + shape.feedforward)
@@ -556,10 +550,10 @@ def training_memory(
         logits = 12 * min(tokens, CHUNK) if chunked else 8 * tokens
         at_work = max(at_work, shape.vocabulary * logits)
     return Memory(
-        weights=trains * recipe.weight if full else weights,
-        adapter=0 if full else trains * recipe.weight,
-        gradients=trains * recipe.gradient,
-        optimizer=trains * (recipe.master + recipe.moments),
+        weights=trains * per.weight if full else weights,
+        adapter=0 if full else trains * per.weight,
+        gradients=trains * per.gradient,
+        optimizer=trains * (per.master + per.moments),
         activations=sum(kept.values()),
         at_work=at_work,
     )

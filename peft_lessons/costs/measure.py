@@ -98,16 +98,16 @@ def activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> i
     """Return the bytes that `forward` keeps for the backward pass, without the model's own tensors.
 
     `forward` runs the model and returns, say, the loss; its result is dropped."""
-    own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-    kept = []
+    weights = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    saved = []
 
     def keep(tensor):
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()
-    size = nbytes([t for t in kept if _storage(t) not in own])
+    size = nbytes([t for t in saved if _storage(t) not in weights])
     del result
     return size
 

@@ -165,25 +165,17 @@ def _task(task_type: Any) -> str:
 class Advice:
     """Hold a name of `NAMES` and the reasons for it; made by `recommend_peft_method`.
 
-    An Advice made by its name alone has `config`, `arguments` and `quantization`, and no reasons.
+    One made by its name alone has `config`, `arguments` and `quantization`, and no reasons."""
 
-    name: what is recommended, which str() gives too.
-    learning_rate: to start with, None for "does not fit".
-    sentences: memory, alternatives, server, data and evidence.
-    fits: a table of LoRA, QLoRA, full fine-tuning and the alternatives, with bytes by component.
-    evidence: a table of what was measured nearest in size.
-    alternatives: two other names.
-    task, context, batch: PEFT's name of the task, tokens per text, texts per step."""
-
-    name: str
-    learning_rate: float | None = None
-    sentences: tuple[str, ...] = ()
-    fits: Table | None = None
-    evidence: Table | None = None
-    alternatives: tuple[str, ...] = ()
-    task: str = "CAUSAL_LM"
-    context: int = 1024
-    batch: int = 1
+    name: str  # which str() gives too
+    learning_rate: float | None = None  # to start with, None for "does not fit"
+    sentences: tuple[str, ...] = ()  # on memory, alternatives, server, data and evidence
+    fits: Table | None = None  # bytes by component: LoRA, QLoRA, full fine-tuning, alternatives
+    evidence: Table | None = None  # what was measured nearest in size
+    alternatives: tuple[str, ...] = ()  # two other names
+    task: str = "CAUSAL_LM"  # PEFT's name of it
+    context: int = 1024  # tokens per text
+    batch: int = 1  # texts per step
 
     @property
     def candidate(self) -> Candidate:
@@ -233,7 +225,7 @@ class Advice:
 
     @property
     def _tables(self) -> list[Table]:
-        return [shown for shown in (self.fits, self.evidence) if shown is not None]
+        return [each for each in (self.fits, self.evidence) if each is not None]
 
     @property
     def _first(self) -> str:
@@ -508,12 +500,12 @@ def _fits(needs: Mapping[str, Memory], asked: _Asked) -> Table:
         for name, need in needs.items()
     ]
     formats = dict.fromkeys(("base", "in all", "in a step"), "{:.1f} GB")
-    whole = "chunked loss" if asked.sizes["chunked"] else "whole logits"
+    loss = "chunked loss" if asked.sizes["chunked"] else "whole logits"
     note = (
         f"{asked.kind}, {asked.sizes['batch']} × {asked.sizes['context']:,} tokens (longer texts "
         "are cut), bfloat16, Adam in float32,\ngradient checkpointing"
     )
-    note += "" if asked.labels else f", {whole}"
+    note += "" if asked.labels else f", {loss}"
     return table(rows, formats | {"trained": "{:.2f} GB"}, note=note)
 
 

@@ -50,92 +50,58 @@ class Mark:
 
 @dataclass(frozen=True)
 class Recommended:
-    """State what the adviser says of a method.
+    """State what the adviser says of a method."""
 
-    Fields:
-        title:    its name in an advice
-        fields:   of the method for a Llama
-        reason:   to take it
-        served:   whether vLLM, SGLang and llama.cpp load its adapter as it is
-        no_merge: why it is not merged before serving, if it cannot be
-        last:     whether it is an alternative only after all others"""
-
-    title: str
-    fields: Mapping[str, Any]
-    reason: str
-    served: bool = False
-    no_merge: str = ""
-    last: bool = False
+    title: str  # its name in an advice
+    fields: Mapping[str, Any]  # of the method for a Llama
+    reason: str  # to take it
+    served: bool = False  # whether vLLM, SGLang and llama.cpp load its adapter as it is
+    no_merge: str = ""  # why it is not merged before serving, if it cannot be
+    last: bool = False  # whether it is an alternative only after all others
 
 
 @dataclass(frozen=True)
 class InPeft:
-    """Say how `setup_peft_training` sets up a method of Hugging Face PEFT.
+    """Say how `setup_peft_training` sets up a method of Hugging Face PEFT."""
 
-    Fields:
-        name:          for `setup_peft_training`
-        config:        the name of PEFT's configuration class
-        rates:         learning rates to start with, for small models and for language models
-        source:        of the latter
-        settings:      (model, rank) -> settings of the configuration
-        flags:         settings that are always so, and tell it from others of the same class
-        ranks:         of a layer at the start, in units of `rank`; 0 for a method without a rank
-        four_bit:      whether the base is loaded in 4 bits
-        checkpointing: whether it trains with gradient checkpointing"""
-
-    name: str
-    config: str
-    rates: tuple[float, float]
-    source: str
+    name: str  # for `setup_peft_training`
+    config: str  # the name of PEFT's configuration class
+    rates: tuple[float, float]  # learning rates to start with: of small and of language models
+    source: str  # of the latter
+    # (model, rank) -> settings of the configuration
     settings: Callable[[nn.Module, int], dict[str, Any]] = lambda model, rank: {}
+    # settings that are always so, and tell it from others of the same class
     flags: Mapping[str, Any] = field(default_factory=dict)
-    ranks: float = 0
-    four_bit: bool = False
-    checkpointing: bool = True
+    ranks: float = 0  # of a layer at the start, in units of `rank`; 0 for a method without a rank
+    four_bit: bool = False  # whether the base is loaded in 4 bits
+    checkpointing: bool = True  # whether it trains with gradient checkpointing
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Hold the row of a method.
+    """Hold the row of a method."""
 
-    Fields:
-        lesson:      that introduces it, such as "02"
-        points:      in the growing chart; the adviser shows the runs of the last one
-        place, mark: in the map of a block
-        peft:        PEFT's forms of it
-        advice:      what the adviser says of the first of these, None if it is never recommended
-        only_here:   a name by which one may look for it in PEFT, which does not have it"""
-
-    lesson: str
-    points: tuple[Point, ...] = ()
-    place: OnMap | None = None
-    mark: Mark | None = None
-    peft: tuple[InPeft, ...] = ()
-    advice: Recommended | None = None
-    only_here: str = ""
+    lesson: str  # that introduces it, such as "02"
+    points: tuple[Point, ...] = ()  # in the growing chart; the adviser shows runs of the last one
+    place: OnMap | None = None  # in the map of a block
+    mark: Mark | None = None  # there
+    peft: tuple[InPeft, ...] = ()  # PEFT's forms of it
+    advice: Recommended | None = None  # of the first of these, None if it is never recommended
+    only_here: str = ""  # a name by which one may look for it in PEFT, which does not have it
 
 
 @dataclass(frozen=True)
 class Kept:
     """Say what a training step keeps for the backward pass, and works with, because of a method.
 
-    Fields:
-        branches: {path in a block: (in, out)} of the layers with a branch of low rank
-        rank:     of these branches
-        outputs:  further outputs of such a layer that are kept
-        weights:  further matrices of its size that are kept, for all tokens together
-        scaled:   {path: (in, out)} of the layers whose output is scaled by a vector
-        inner:    the same of those whose input is scaled
-        prompt:   virtual tokens before each text
-        prefix:   keys and values before each text in every block
-        packed:   whether the base's linear layers are in 4 bits"""
+    Layers are {path in a block: (in, out)}."""
 
-    branches: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    rank: int = 0
-    outputs: int = 0
-    weights: int = 0
-    scaled: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    inner: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    prompt: int = 0
-    prefix: int = 0
-    packed: bool = False
+    branches: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of low rank
+    rank: int = 0  # of these branches
+    outputs: int = 0  # further outputs of such a layer that are kept
+    weights: int = 0  # further matrices of its size that are kept, for all tokens together
+    scaled: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # outputs, by a vector
+    inner: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # inputs, by a vector
+    prompt: int = 0  # virtual tokens before each text
+    prefix: int = 0  # keys and values before each text in every block
+    packed: bool = False  # whether the base's linear layers are in 4 bits

@@ -11,11 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -85,29 +80,6 @@ def main(words: list[str] | None = None) -> dict:
     if state.is_main_process:
         print(json.dumps(metrics | {"processes": state.num_processes}))
     return metrics
-
-
-_COMPLAINT = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Diverged|: error): \S")
-TWO_CPUS = Path(__file__).resolve().parents[2] / "configs" / "two_cpus.yaml"
-
-
-def launch(*words: str, timeout: float = 600) -> dict:
-    """Run `accelerate launch --config_file configs/two_cpus.yaml -m peft_lessons.hf.cli` with the
-    arguments in `words` and return what it prints. RuntimeError with the errors of the processes if
-    it fails."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(TWO_CPUS), "-m", "peft_lessons.hf.cli"]
-    # More threads than cores, shared by several processes, would be many times slower.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, env=environment, timeout=timeout
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        # The launcher ends with a summary, in which the error is not.
-        errors = [line for line in lines if _COMPLAINT.match(line)] or lines[-5:]
-        raise RuntimeError("the launched training failed:\n" + "\n".join(dict.fromkeys(errors)))
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

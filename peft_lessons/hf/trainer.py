@@ -225,10 +225,9 @@ def _example(item, tokenizer, max_length: int, classes: int | None, rows: int, w
             f'{where} has neither "text" nor "input_ids", "messages", or "prompt" and "completion":'
             f" {item!r:.80}"
         )
-    label = fields.get("labels", fields.get("label"))
-    mask = None
+    label, mask = fields.get("labels", fields.get("label")), []
     if "input_ids" in fields:
-        ids = _whole_numbers(fields["input_ids"], f'{where}: "input_ids"')
+        ids = _integers(fields["input_ids"], f'{where}: "input_ids"')
         mask = fields.get("attention_mask", [1] * len(ids))
         if len(mask) != len(ids):
             raise ValueError(f"{where} has {len(ids)} tokens and a mask of {len(mask)}")
@@ -251,8 +250,8 @@ def _example(item, tokenizer, max_length: int, classes: int | None, rows: int, w
         raise ValueError(f"{where} has {len(ids)} tokens: nothing in it can be predicted")
     if label is None:
         return example | {"labels": [-100, *ids[1:]]}
-    labels = _whole_numbers(label, f"{where}: without labels=n at set-up, the label")
-    if mask is not None and len(mask) == len(labels):
+    labels = _integers(label, f"{where}: without labels=n at set-up, the label")
+    if len(mask) == len(labels):
         labels = list(compress(labels, mask))
     labels = labels[:max_length]
     if len(labels) != len(ids):
@@ -282,7 +281,7 @@ def _conversation(talk, tokenizer, max_length: int, classes: int | None, where: 
     return {"input_ids": ids, "labels": labels}
 
 
-def _whole_numbers(values, what: str) -> list[int]:
+def _integers(values, what: str) -> list[int]:
     try:
         return list(map(int, values))
     except (TypeError, ValueError):
@@ -302,10 +301,9 @@ def _class(label, classes: int, where: str, item) -> int:
 
 
 def _collator(model, tokenizer):
-    if classifies(model.active_peft_config):
-        return DataCollatorWithPadding(tokenizer)
-    # By position, not by the padding token, which may also end the text.
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    # Of a text it pads the labels by position, not by the padding token, which may also end it.
+    is_classifier = classifies(model.active_peft_config)
+    return (DataCollatorWithPadding if is_classifier else DataCollatorForSeq2Seq)(tokenizer)
 
 
 def _accuracy(prediction) -> dict[str, float]:
@@ -316,9 +314,7 @@ def _accuracy(prediction) -> dict[str, float]:
 # ------------------------------------------------------------------ the run
 
 
-def _arguments(
-    model, folder: Path, steps, batch_size, rate, checkpoint_every, seed
-) -> TrainingArguments:
+def _arguments(model, folder: Path, steps, batch_size, rate, checkpoint_every, seed):
     """Return Trainer's settings. `batch_size` counts the texts of all devices together."""
     dtype = next(model.get_base_model().parameters()).dtype
     arguments = TrainingArguments(

@@ -52,12 +52,11 @@ def test_a_packed_weight_counts_what_it_stands_for():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_shared_storage_is_weighed_once(device):
-    whole = torch.zeros(100, device=device)
+    entire = torch.zeros(100, device=device)
     other = torch.zeros(10, dtype=torch.bfloat16, device=device)
-    assert nbytes([whole, whole[:10], whole.view(10, 10).T, whole.detach()]) == 400
-    assert nbytes([whole[:10]]) == 400  # a view keeps the whole storage alive
-    assert nbytes([whole, other]) == 420
-    assert nbytes(t.detach() for t in (whole, other, whole)) == 420
+    assert nbytes([entire, entire[:10], entire.view(10, 10).T, entire.detach()]) == 400
+    assert nbytes([entire[:10]]) == 400  # a view keeps the whole storage alive
+    assert nbytes(t.detach() for t in (entire, other, entire)) == 420
     assert nbytes([]) == 0
 
 
@@ -136,9 +135,9 @@ def test_llama_7b_by_count_alone():
     assert estimate_bytes(model).total == 16 * 6_738_415_616
     assert estimate_bytes(model, master=0).total == 12 * 6_738_415_616  # 80.9 GB
     assert estimate_bytes(model, 2, 2, 0, 2).optimizer == 2 * 6_738_415_616
-    told = inject(model, LoRA(rank=8, alpha=16, targets=("q_proj", "v_proj")))
-    assert told.trainable == parameters(model).trainable == 4_194_304
-    assert told.base == 6_738_415_616
+    report = inject(model, LoRA(rank=8, alpha=16, targets=("q_proj", "v_proj")))
+    assert report.trainable == parameters(model).trainable == 4_194_304
+    assert report.base == 6_738_415_616
     bytes_ = estimate_bytes(model)
     # The base in 2 bytes, and 16 bytes for each trained number: 2 of them with the weights.
     assert bytes_.weights == 2 * (6_738_415_616 + 4_194_304)

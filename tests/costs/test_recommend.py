@@ -184,8 +184,8 @@ def test_the_study_at_the_nearest_size_is_shown():
     assert nearest_size([100, 1000], 316) == 100 and nearest_size([100, 1000], 317) == 1000
     names = {name: c.study for name, c in CANDIDATES.items()}
     for examples, size in ((100, "100"), (400, "1,000"), (10**6, "7,695")):
-        sentence, shown = evidence.evidence("generation", 0.003, examples, names)
-        assert f"on {size} blocks" in sentence and f"{size} examples" in shown.columns[0]
+        sentence, measured = evidence.evidence("generation", 0.003, examples, names)
+        assert f"on {size} blocks" in sentence and f"{size} examples" in measured.columns[0]
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
@@ -274,6 +274,12 @@ def test_the_table_is_in_gigabytes_of_a_billion_bytes():
     parts = sum(float(cell.removesuffix(" GB")) for cell in (base, trained, step))
     assert parts == pytest.approx(float(total.removesuffix(" GB")), abs=0.1)
     assert f"so {left} are left" in advice.sentences[0]
+    for task, chunked, end in (
+        ("generation", True, "gradient checkpointing, chunked loss"),
+        ("generation", False, "gradient checkpointing, whole logits"),
+        ("classification", True, "gradient checkpointing"),
+    ):
+        assert repr(ask(8, 24, task, chunked=chunked).fits).endswith(end)
 
 
 def test_what_does_not_fit_says_what_would():

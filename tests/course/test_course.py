@@ -100,8 +100,8 @@ def answer(minor, system="linux-x86_64", wide=True, venv=True, path="/usr/bin/py
 
 def imports(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    return {ast.unparse(node).split()[1].split(".")[0] for node in found}
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {ast.unparse(node).split()[1].split(".")[0] for node in statements}
 
 
 def test_any_python_can_read_it_and_the_commands_need_python_alone():
@@ -134,8 +134,8 @@ def test_an_outdated_python_hands_over_or_is_named(command, newer, output, tmp_p
     if output:
         assert done.stdout == f"{output}\n".replace(" lab", f" {SCRIPT} lab")
     else:
-        told = "This is Python 3.4, and the course needs 3.11 or newer: try python3\n"
-        assert (done.returncode, done.stderr) == (1, told)
+        message = "This is Python 3.4, and the course needs 3.11 or newer: try python3\n"
+        assert (done.returncode, done.stderr) == (1, message)
 
 
 # ------------------------------------------------------------------ commands
@@ -143,9 +143,9 @@ def test_an_outdated_python_hands_over_or_is_named(command, newer, output, tmp_p
 
 def test_help_explains_every_command(course, capsys):
     assert course.main([]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for command in course.COMMANDS:
-        assert re.search(rf"(?m)^  {command}\b.*  \S", shown), command
+        assert re.search(rf"(?m)^  {command}\b.*  \S", output), command
     assert not course.ran
 
 
@@ -177,20 +177,20 @@ def test_a_command_runs_offline_in_the_environment_and_its_failure_is_ours(cours
 
 
 def test_a_wrong_command_is_one_sentence_and_installs_nothing(course):
-    for given, told in (
+    for words, message in (
         ("lbb", "There is no command lbb. Did you mean lab?"),
         ("zzz", "There is no command zzz. `python course.py help` lists them."),
         ("grade", "Which folder? python course.py grade FOLDER"),
         ("grade --jobs 2 nowhere", "There is no folder nowhere."),
         ("lab 77", "There is no lesson 77: they go from 00 to 02."),
     ):
-        refuses(course, given, re.escape(told))
+        refuses(course, words, re.escape(message))
     assert not course.ran
 
 
 def test_lab_opens_a_lesson(course):
-    for given, opened in ((), "00"), (["02"], "02"), (["2"], "02"), (["--no-browser"], "00"):
-        assert course.main(["lab", *given]) == 0
+    for words, opened in ((), "00"), (["02"], "02"), (["2"], "02"), (["--no-browser"], "00"):
+        assert course.main(["lab", *words]) == 0
         command, folder, _ = course.ran[-1]
         assert command[:3] == [course.PYTHON, "-m", "jupyterlab"]
         assert command[-1].startswith(opened) and command[-1].endswith(".ipynb")
@@ -227,8 +227,8 @@ def test_make_is_a_thin_caller():
         (["grade", "FOLDER=my class", "ARGS=--jobs 2"], 'grade "my class" --jobs 2'),
     ):
         command = ["make", "-n", *typed]
-        shown = subprocess.check_output(command, cwd=ROOT, env=alone, text=True)
-        assert shown.split() == f"python3 course.py {ran}".split()
+        output = subprocess.check_output(command, cwd=ROOT, env=alone, text=True)
+        assert output.split() == f"python3 course.py {ran}".split()
 
 
 # ------------------------------------------------------------------ the environment
@@ -237,9 +237,9 @@ def test_make_is_a_thin_caller():
 def test_it_says_how_much_before_it_downloads(course, monkeypatch, capsys):
     course.failing = ("venv",)
     refuses(course, "setup", "it failed")
-    shown = capsys.readouterr().out
-    assert "Setting up .venv with Python 3.13.0: once" in shown
-    assert "About 0.6 GB to download, 2.5 GB on disk. (Up to 3.2 and 6.5 GB" in shown
+    output = capsys.readouterr().out
+    assert "Setting up .venv with Python 3.13.0: once" in output
+    assert "About 0.6 GB to download, 2.5 GB on disk. (Up to 3.2 and 6.5 GB" in output
     monkeypatch.setattr(course, "nvidia", lambda: True)
     refuses(course, "setup", "it failed")
     assert "About 3.2 GB to download, 6.5 GB on disk.\n" in capsys.readouterr().out
@@ -261,11 +261,11 @@ def test_pip_takes_over_where_that_index_or_uv_cannot_be_reached(course, failing
     course.failing = (failing,)
     assert installed(course, "setup")[-1] == ["-e", ".[dev]"]
     assert [line for line in course.ran if "install" in line][-1][1:3] == ["-m", "pip"]
-    told = {
+    reason = {
         "--torch-backend": "uv cannot install from PyTorch's own index (no route to the index)",
         "uv": "pip cannot install uv",
     }[failing]
-    assert f"{told}: pip takes the ordinary build." in capsys.readouterr().out
+    assert f"{reason}: pip takes the ordinary build." in capsys.readouterr().out
 
 
 def test_other_systems_take_the_ordinary_build(course, monkeypatch):
@@ -340,8 +340,8 @@ def test_two_starts_at_once_set_up_once(course, monkeypatch, capsys):
 
     monkeypatch.setattr(course, "locked", locked)
     assert course.main(["setup"]) == 0 and not course.ran
-    told = "Another start is setting up the course: waiting for it.\n"
-    assert capsys.readouterr().out.count(told) == 1
+    message = "Another start is setting up the course: waiting for it.\n"
+    assert capsys.readouterr().out.count(message) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_removed(course, monkeypatch):
@@ -472,8 +472,8 @@ def test_a_named_interpreter_is_taken_even_a_newer_one(course, monkeypatch):
 
 
 def test_this_interpreter_says_of_itself_what_it_is():
-    version, _, wide, whole, executable = loaded().probe([sys.executable])
-    assert tuple(version) == sys.version_info[:3] and wide and whole
+    version, _, wide, has_venv, executable = loaded().probe([sys.executable])
+    assert tuple(version) == sys.version_info[:3] and wide and has_venv
     assert Path(executable).resolve() == Path(sys.executable).resolve()
     assert loaded().probe(["no-such-python"]) is None
 

@@ -6,6 +6,7 @@ lesson that has to change. The rows are defaults and silent behaviour: what no e
 test of equality with PEFT notices.
 """
 
+import re
 import tempfile
 import tomllib
 import warnings
@@ -46,14 +47,14 @@ def complaint(row: Row) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = row.look()
+            seen = row.look()
     except Exception as error:  # a name that is gone is drift as well
-        found = f"{type(error).__name__}: {error}"
-    if type(found) is type(row.expected) and found == row.expected:
+        seen = f"{type(error).__name__}: {error}"
+    if type(seen) is type(row.expected) and seen == row.expected:
         return None
     installed = " and ".join(f"{p} {version(p)}" for p in row.package.split("+"))
     return (
-        f"Lesson {row.lesson} states: {row.states}. With {installed} that is {found!r}, not "
+        f"Lesson {row.lesson} states: {row.states}. With {installed} that is {seen!r}, not "
         f"{row.expected!r}. Change lesson {row.lesson} and what the course builds on it, or keep "
         "the old version in pyproject.toml."
     )
@@ -81,8 +82,8 @@ def model_with(config, base=None, name="default"):
 
 
 @torch.no_grad()
-def logits(model, **more) -> torch.Tensor:
-    return model.eval()(**TEXT, **more).logits
+def logits(model) -> torch.Tensor:
+    return model.eval()(**TEXT).logits
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -115,16 +116,14 @@ def saved(config, change=None, **entries) -> Path:
 SCRATCH = tempfile.TemporaryDirectory()
 
 
-def opened(folder: Path | str, **more):
-    return peft.PeftModel.from_pretrained(tiny_llama(), folder, **more)
+def opened(folder: Path | str):
+    return peft.PeftModel.from_pretrained(tiny_llama(), folder)
 
 
 def wrapped(model, mark: str) -> list[str]:
     """Return the modules of layer 0 with a parameter of this name, without their common path."""
-    found = {n.split(f".{mark}")[0] for n, _ in model.named_parameters() if f".{mark}" in n}
-    return sorted(
-        n.rpartition("layer.0.")[2].rpartition("layers.0.")[2] for n in found if ".0." in n
-    )
+    paths = {n.split(f".{mark}")[0] for n, _ in model.named_parameters() if f".{mark}" in n}
+    return sorted(re.sub(r".*layers?\.0\.", "", path) for path in paths if ".0." in path)
 
 
 def trainable(model, part: str = "") -> int:
@@ -173,14 +172,20 @@ def arguments(**more) -> TrainingArguments:
     return TrainingArguments(SCRATCH.name, use_cpu=True, **(quiet | more))
 
 
+def trained_by_trainer(model, rows, size: int, **more) -> list[dict]:
+    """Train, and return what Trainer logs."""
+    settings = arguments(per_device_train_batch_size=size, **more)
+    trainer = Trainer(model, settings, train_dataset=rows)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return trainer.state.log_history
+
+
 def pruned_by_the_trainer() -> bool:
     """Return whether fewer triplets are left than at the start, after a whole schedule."""
     model = peft.get_peft_model(tiny_llama(), peft.AdaLoraConfig(**ADA, **TASK))
     rows = [{"input_ids": ids, "labels": ids} for ids in TinyText().ids]
-    settings = arguments(max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2)
-    trainer = Trainer(model, settings, train_dataset=rows)
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    trained_by_trainer(model, rows, 4, max_steps=12, learning_rate=1e-2)
     left = sum(int(p.count_nonzero()) for n, p in model.named_parameters() if "lora_E" in n)
     return left < 2 * ADA["init_r"]
 
@@ -275,25 +280,25 @@ def two_adapters():
     return model.eval()
 
 
-def combined() -> dict:
-    """Return {kind of combination: (its rank, whether it is the weighted sum)}."""
-    model, found = two_adapters(), {}
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    wanted = 0.7 * layer.get_delta_weight("one") + 0.3 * layer.get_delta_weight("two")
-    for kind in ("linear", "svd", "cat"):
-        model.add_weighted_adapter(["one", "two"], [0.7, 0.3], kind, combination_type=kind)
-        gap = (layer.get_delta_weight(kind) - wanted).norm() / wanted.norm()
-        found[kind] = (layer.r[kind], bool(gap < 1e-5))
-    return found
-
-
-def sum_of_two(kind: str) -> float:
-    """Return the distance of a combination from the mean of two changes, relative to the mean."""
+def weighted(kind: str, *shares: float, **more) -> tuple[int, float]:
+    """Return the rank of a combination, and its relative distance from the weighted sum."""
     model = two_adapters()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    wanted = (layer.get_delta_weight("one") + layer.get_delta_weight("two")) / 2
-    model.add_weighted_adapter(["one", "two"], [0.5, 0.5], kind, kind, density=1.0)
-    return ((layer.get_delta_weight(kind) - wanted).norm() / wanted.norm()).item()
+    changes = map(layer.get_delta_weight, ("one", "two"))
+    wanted = sum(share * change for share, change in zip(shares, changes, strict=True))
+    model.add_weighted_adapter(["one", "two"], [*shares], kind, kind, **more)
+    gap = (layer.get_delta_weight(kind) - wanted).norm() / wanted.norm()
+    return layer.r[kind], gap.item()
+
+
+def combined(kind: str) -> tuple[int, bool]:
+    """Return the rank of a combination, and whether it is the weighted sum."""
+    rank, gap = weighted(kind, 0.7, 0.3)
+    return rank, gap < 1e-5
+
+
+def from_the_mean(kind: str) -> float:
+    return weighted(kind, 0.5, 0.5, density=1.0)[1]
 
 
 def experts_reached(family: str) -> dict:
@@ -377,16 +382,11 @@ def merged_tied(**settings) -> str:
 def counted_by_a_classifier() -> float:
     """Return how much larger a step's loss is reported with two accumulated parts."""
     rows = [{"input_ids": torch.arange(3, 9), "labels": k % 2} for k in range(4)]
-    first = []
+    first, logged = [], dict(max_steps=1, logging_steps=1, logging_strategy="steps")
     for size, parts in ((4, 1), (2, 2)):
-        made = arguments(max_steps=1, per_device_train_batch_size=size, logging_steps=1,
-                         gradient_accumulation_steps=parts,
-                         logging_strategy="steps")  # fmt: skip
         model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        trainer = Trainer(model, made, train_dataset=rows)
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-        first.append(trainer.state.log_history[0]["loss"])
+        logs = trained_by_trainer(model, rows, size, gradient_accumulation_steps=parts, **logged)
+        first.append(logs[0]["loss"])
     return round(first[1] / first[0], 2)
 
 
@@ -399,7 +399,6 @@ SOFT_STATEMENT = (
 )
 
 ROWS = [
-    # ---------------------------------------------------------------- 02
     Row(
         "02", "what PEFT's config of a LoRA says if it is not told otherwise",
         lambda: defaults("LoraConfig", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora",
@@ -416,7 +415,6 @@ ROWS = [
         ["attention.self.query", "attention.self.value"]),
     Row("02", "of several names one may match nothing, without a word",
         lambda: targets(["q_proj", "no_such"]), ["self_attn.q_proj"]),
-    # ---------------------------------------------------------------- 03
     Row("03", "BitsAndBytesConfig(load_in_4bit=True) is FP4, without double quantisation, and "
         "computes in float32",
         lambda: {k: getattr(transformers.BitsAndBytesConfig(load_in_4bit=True), k) for k in BNB},
@@ -424,9 +422,7 @@ ROWS = [
     Row("03", "prepare_model_for_kbit_training freezes all, takes the rest to float32 and switches "
         "gradient checkpointing on", prepared,
         (0, {"torch.float32", "torch.uint8"}, True), "peft+transformers"),
-    # ---------------------------------------------------------------- 04
     Row("04", "PEFT's DoRA answers NaN in the output of a row of zeros", dora_on_a_zero_row, True),
-    # ---------------------------------------------------------------- 05
     Row(
         "05", "what PEFT's config of an AdaLoRA says if it is not told otherwise",
         lambda: defaults("AdaLoraConfig", "init_r", "target_r", "lora_alpha", "tinit", "tfinal",
@@ -442,14 +438,11 @@ ROWS = [
     Row("05", "with PEFT, what is saved between two prunings is another model, at one it is right",
         lambda: [off_after_loading(trained_by_hand(steps)) < 1e-5 for steps in (6, 7)],
         [True, False]),
-    # ---------------------------------------------------------------- 07
     Row("07", "PEFT divides by l + 1e-8 and refuses nothing: an entry of zero loses its row",
         unmerged_zero, True),
-    # ---------------------------------------------------------------- 08, 09 and 12
     *(Row(lesson, SOFT_STATEMENT.format(kind), partial(right_texts, kind), [True] * 4,
           "peft+transformers")
       for lesson, kind in (("08", "prompt"), ("09", "prefix"), ("12", "P-tuning"))),
-    # ---------------------------------------------------------------- 12
     Row("12", "PEFT accepts another lora_alpha or a surplus key in a file, and warns of a "
         "missing key",
         lambda: [lenient(lora_alpha=32), lenient(with_one_more), lenient(without_one)],
@@ -460,11 +453,11 @@ ROWS = [
     Row("12", "a new head trains with task_type and stays frozen without",
         lambda: {t: fresh_head(t) for t in (None, "SEQ_CLS")}, {None: False, "SEQ_CLS": True}),
     Row("12", "a linear combination is not the weighted sum, cat is, at the sum of the ranks",
-        combined, {"linear": (4, False), "svd": (4, False), "cat": (8, True)}),
+        lambda: {kind: combined(kind) for kind in ("linear", "svd", "cat")},
+        {"linear": (4, False), "svd": (4, False), "cat": (8, True)}),
     Row("12", "ties acts on the factors, and is further from the mean of two changes than "
         "ties_svd, which acts on the changes",
-        lambda: [sum_of_two("ties") > 0.3, sum_of_two("ties_svd") < sum_of_two("ties")],
-        [True, True]),
+        lambda: from_the_mean("ties") > max(0.3, from_the_mean("ties_svd")), True),
     Row("12", "all-linear reaches the experts of Qwen3-MoE and, without a warning, none of gpt-oss",
         lambda: [experts_reached(family) for family in ("qwen3_moe", "gpt_oss")],
         [{"reached": True, "warned": False}, {"reached": False, "warned": False}],

@@ -143,8 +143,8 @@ def test_every_method_trains_saves_and_merges(trained, folders, method, name):
     trains = {n for n, p in run.model.named_parameters() if p.requires_grad}
     # AdaLoRA's factors of a layer that is pruned at once get no gradient.
     assert moved == trains or (method == "adalora" and moved < trains)
-    kept = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-    assert set(contents(run.folder)) == kept | {"tokenizer.json", "tokenizer_config.json"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert set(contents(run.folder)) == names | {"tokenizer.json", "tokenizer_config.json"}
     assert AutoTokenizer.from_pretrained(run.folder).pad_token is not None
     after = logits_of(run.model, name)
     if method not in ("qlora", "norms"):  # the base is another one for us, and another name
@@ -222,8 +222,8 @@ def test_a_decoder_s_classifier_reads_no_padding(folders, tmp_path):
     metrics = train_with_peft(model, tokenizer, ROWS, eval_dataset=ROWS[:6], **OPTIONS)
     cut = dict(truncation=True, max_length=20, padding=True, return_tensors="pt")
     with torch.no_grad():
-        found = model.eval()(**tokenizer(TEXTS[:6], **cut)).logits.argmax(-1)
-    right = (found == torch.tensor([0, 1] * 3)).float().mean().item()
+        classes = model.eval()(**tokenizer(TEXTS[:6], **cut)).logits.argmax(-1)
+    right = (classes == torch.tensor([0, 1] * 3)).float().mean().item()
     assert metrics["eval_accuracy"] == pytest.approx(right)
 
 
@@ -254,11 +254,11 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(folders):
 def test_the_processes_share_a_batch_evenly(monkeypatch, tmp_path):
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     model, _ = setup_peft_training("tinylm")
-    given = dict(steps=2, rate=1e-3, checkpoint_every=None, seed=0)
-    made = trainer._arguments(model, tmp_path, batch_size=6, **given)
+    settings = dict(steps=2, rate=1e-3, checkpoint_every=None, seed=0)
+    made = trainer._arguments(model, tmp_path, batch_size=6, **settings)
     assert made.per_device_train_batch_size == 3
     with pytest.raises(ValueError, match="batch_size=3 cannot be divided among 2 devices"):
-        trainer._arguments(model, tmp_path, batch_size=3, **given)
+        trainer._arguments(model, tmp_path, batch_size=3, **settings)
 
 
 def test_a_base_in_half_precision_trains_in_it(folders, tmp_path):
@@ -494,8 +494,8 @@ def test_any_collection_and_classes_of_any_library_will_do(trained):
 
     model, tokenizer = trained("lora").model, load_tokenizer("tinylm")
     expected = prepare(model, tokenizer, TEXTS, 20)
-    for given in (np.array(TEXTS), Indexed()):
-        assert prepare(model, tokenizer, given, 20) == expected
+    for collection in (np.array(TEXTS), Indexed()):
+        assert prepare(model, tokenizer, collection, 20) == expected
     model, tokenizer = trained("lora", "bert").model, load_tokenizer("minilm")
     for label in (1.0, np.int64(1), torch.tensor([1])):
         [row] = prepare(model, tokenizer, [{"text": "good", "label": label}], 9)

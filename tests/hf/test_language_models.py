@@ -161,8 +161,8 @@ def test_the_command_line_switches_it_and_reads_conversations(folder, tmp_path, 
     monkeypatch.setattr(cli, "setup_peft_training", noted)
     file = tmp_path / "talks.jsonl"
     file.write_text("\n".join(map(json.dumps, TALKS)), encoding="utf-8")
-    given = ["--model", folder, "--data", str(file), "--steps", "1", "--checkpointing"]
-    assert cli.main([*given, "--output", str(tmp_path / "out")])["examples"] == 2
+    words = ["--model", folder, "--data", str(file), "--steps", "1", "--checkpointing"]
+    assert cli.main([*words, "--output", str(tmp_path / "out")])["examples"] == 2
     assert models[0][0].is_gradient_checkpointing
 
 
@@ -177,13 +177,13 @@ def test_the_adviser_counts_what_the_trainer_switches_on(name, folder, monkeypat
 
     monkeypatch.setattr(recommend, "training_memory", note)
     needs_of(8, labels=False)
-    given = Advice(name).arguments
+    options = Advice(name).arguments
     if CANDIDATES[name].method is None:
-        assert given is None
+        assert options is None
         return
-    assert given["checkpointing"] == counted[type(CANDIDATES[name].method)]
-    model, _ = set_up(folder, **given)
-    assert model.is_gradient_checkpointing == given["checkpointing"]
+    assert options["checkpointing"] == counted[type(CANDIDATES[name].method)]
+    model, _ = set_up(folder, **options)
+    assert model.is_gradient_checkpointing == options["checkpointing"]
     config, advised = model.active_peft_config, Advice(name)
     for setting in ("r", "init_r", "target_r", "lora_alpha", "num_virtual_tokens", "use_dora"):
         assert getattr(config, setting, None) == getattr(advised.config, setting, None), setting
