@@ -255,10 +255,7 @@ def block_map(*lit: str, caption: str = "", targets: Iterable[str] = LINEAR_MAPS
     show(fig, alt, caption, SHARP)
 
 
-_LORA = "LoRA: two thin trainable matrices beside one frozen weight."
-
-
-def lora_picture(caption: str = _LORA) -> None:
+def lora_picture() -> None:
     """Show a linear layer with LoRA: the frozen weight W, and A and B beside it."""
     blue, orange = COLORS[:2]
     fig, ax = canvas(12, 5.6)
@@ -291,4 +288,4 @@ def lora_picture(caption: str = _LORA) -> None:
         "The input x goes two ways: through the frozen weight W, and through the thin trainable "
         "matrices A and B. Both results are added and give the output y."
     )
-    show(fig, alt, caption, SHARP)
+    show(fig, alt, "LoRA: two thin trainable matrices beside one frozen weight.", SHARP)

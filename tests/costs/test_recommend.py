@@ -162,6 +162,7 @@ def test_the_benchmark_says_what_lesson_and_advice_say_of_it():
     error = 100 * math.sqrt(p / 100 * (1 - p / 100) / evidence.QUESTIONS)
     for other in ("DoRA, rank 32", "full fine-tuning, 1e-5", "LoRA, rank 64"):
         assert abs(score[other] - p) < error  # within the noise
+    assert f"less than {8**0.5 * error:.1f} points" in repr(evidence.benchmark_table())
     for ahead in ("rsLoRA, rank 64", "SHiRA", "LoRA, rank 10, MLP"):
         assert 0 < score[ahead] - p < 8**0.5 * error  # two standard errors of a difference
     assert score["Lily, MLP"] - p > 8**0.5 * error
