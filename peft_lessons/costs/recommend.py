@@ -283,7 +283,6 @@ class _Asked:
     size: float
     gpu: float
     kind: str
-    examples: int
     sizes: dict[str, Any]  # context, batch and chunked, as `needs_of` takes them
 
     @property
@@ -341,14 +340,13 @@ def recommend_peft_method(
     validate(owner, model_size_b=model_size_b, gpu_memory_gb=gpu_memory_gb)
     validate(owner, num_examples=num_examples, **sizes)
     kind = _task(task_type)
-    asked = _Asked(model_size_b, gpu_memory_gb, kind, num_examples, sizes | {"chunked": chunked})
+    asked = _Asked(model_size_b, gpu_memory_gb, kind, sizes | {"chunked": chunked})
     needs = asked.needs()
-    fitting = [name for name in CANDIDATES if needs[name].total <= asked.usable]
+    fitting = [name for name, need in needs.items() if asked.left(need) >= 0]
     chosen = fitting[0] if fitting else NOTHING
     alternatives = _alternatives(chosen, fitting)
-    measured, evidence_table = evidence(
-        kind, model_size_b, num_examples, {name: c.study for name, c in CANDIDATES.items()}
-    )
+    studied = {name: candidate.study for name, candidate in CANDIDATES.items()}
+    measured, evidence_table = evidence(kind, model_size_b, num_examples, studied)
     sentences = (
         _decision(chosen, needs, asked),
         _others(alternatives, needs, asked),
