@@ -161,10 +161,9 @@ peft_lessons/checks/calls.py: kit
     is_learners = frame.f_globals.get("__name__") == module → is_learners = True
 peft_lessons/checks/runs.py: kit
     if gradient is None and wanted is not None: → if False:
+    in numbers if i <= number → in numbers if i == number
 peft_lessons/checks/compared.py: kit
     if fault.missing and yours.numbers_agree(self.right_runs): → if fault.missing:
-peft_lessons/checks/causes.py: kit
-    in numbers if i <= number → in numbers if i == number
 peft_lessons/testing/conformance.py: conformance
     isinstance(error, ValueError | TypeError) and named → named
     isinstance(error, ValueError | TypeError) and named → isinstance(error, ValueError | TypeError)

@@ -9,11 +9,10 @@ from numbers import Real
 from typing import Any
 
 from .calls import function_of, is_stub, seeded
-from .causes import likely
 from .check import Check, Refused, WrongAnswer, sentence
 from .compare import difference, shown
 from .looks import Fault, first_fault
-from .runs import Runs
+from .runs import Runs, likely
 
 
 @dataclass(frozen=True)

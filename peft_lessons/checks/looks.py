@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..testing.wording import summary
 from .calls import Watch, lines_of, outcome
-from .causes import likely
 from .compare import difference, state
-from .runs import Runs
+from .runs import Runs, likely
 
 if TYPE_CHECKING:
     from .compared import Case

@@ -112,6 +112,12 @@ def pair(x):
     return x, x + 1
 
 
+@check_for(cases=[Case(lambda: [torch.ones(2)])], gradients=("x",))
+def alone(x):
+    """A result of one part."""
+    return [2 * x]
+
+
 def trial(answer):
     if answer < 2:
         raise kit.Refused("too small")
@@ -126,8 +132,23 @@ def test_a_wrong_answer_has_earned_what_is_right_in_it():
     assert scale.credit(stub) == 0 and scale.credit(lambda x, k: 1 / 0) == 0
     assert parts.credit(lambda x: Parts(x, x)) == 0.5 and parts.credit(lambda x: None) == 0
     assert pair.credit(lambda x: (x, x)) == 0.25
+    assert pair.credit(lambda x: (x,)) == 0.25, "one part of two"
+    assert alone.credit(lambda x: [2 * x.detach()]) == 0, "without its gradient, the only part"
     trials = {(lambda answer: "one"): "?", trial: "?"}
     assert check_for(trials=trials)(lambda: None).credit(1) == 0.25
+
+
+def test_in_a_bug_hunt_the_bugs_count_that_are_mended():
+    added, cut = "one is added", "the gradient is cut off"
+    causes = {
+        added: lambda x: x + 1,
+        cut: lambda x: x.detach(),
+        f"{added}; {cut}": lambda x: x.detach() + 1,
+    }
+    settings = dict(gradients=("x",), bugs=(added, cut), causes=causes)
+    same = check_for(cases=[Case(lambda: [torch.ones(2)])], **settings)(lambda x: x * 1)
+    assert refusal(same, causes[added]).endswith(f"Still wrong: {added}.")
+    assert same.credit(causes[added]) == 0.5 and same.credit(lambda x: x + 2) == 0
 
 
 def test_mistakes_are_edits_of_a_right_answer():
@@ -348,6 +369,40 @@ def test_an_answer_that_is_no_function_is_made_one_and_so_is_a_cause():
     assert double([2]).status == "right" and double.credit("two") == 0
     assert refusal(double, "two") == "✗ double: pass a list.\n  Not its name."
     assert refusal(double, [3]).endswith("Likely cause: three.")
+
+
+def test_a_parameter_is_optional_where_an_answer_is_called_without_it():
+    def plus(x, k=1):
+        return x + k
+
+    called = check_for(cases=[(2,), (2, 5)])(plus)
+    tried = check_for(trials={(lambda answer: f"{answer(2)} is right"): "?"})(plus)
+    for one in (called, tried):
+        assert one(lambda x, k=1: k + x).status == "right"
+        assert "the parameters differ" in refusal(one, lambda x, k: x + k)
+    assert check_for(cases=[(2, 5)])(plus)(lambda x, k: x + k).status == "right"
+
+
+def test_an_earlier_call_is_one_of_the_answer_itself():
+    @check_for(cases=[Case(lambda: [1], earlier=lambda step, x: [step(x)])])
+    def step(x):
+        return x + 1
+
+    assert "the result is 1, expected 3" in refusal(step, lambda x: x + 1 if x == 2 else x)
+
+
+def todo(x):
+    raise NotImplementedError
+
+
+def test_an_answer_may_call_another_exercise_that_is_not_written_yet():
+    settings = dict(cases=[(2,)], calls={"todo": "Write it first."})
+    twice = check_for(**settings)(lambda x: 2 * x)
+    assert "your todo is not written yet.\n  Write it first." in refusal(twice, lambda x: todo(x))
+    settings["calls"] = {"another": "Write it first."}
+    twice = check_for(**settings)(lambda x: 2 * x)
+    assert "todo, which your answer calls, is not written" in refusal(twice, lambda x: todo(x))
+    assert check_for(**settings)(todo)(todo).status == "not attempted"
 
 
 def test_what_is_asked_of_the_arguments_afterwards_and_warnings():
@@ -667,6 +722,19 @@ class YesInt(int):
     __hash__ = int.__hash__
 
 
+class Agreeable(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return True
+
+
+def agreeable(*shape):
+    return torch.Tensor._make_wrapper_subclass(Agreeable, shape)
+
+
+OWN_RULES = "the result is a tensor with rules of its own, expected "
+
+
 @pytest.mark.parametrize(
     ("got", "expected", "words"),
     [
@@ -706,6 +774,8 @@ class YesInt(int):
         (T([1.0, 1 + 2**-4]).bfloat16(), T([1.0, 1.0]).bfloat16(), "the result has wrong values"),
         # What says of itself that it is right.
         (YesInt(7), 8, "the result is a YesInt, expected the int 8"),
+        (agreeable(2), T([1.0, 2.0]), OWN_RULES + "a tensor"),
+        (agreeable(1), 1.0, OWN_RULES + "the float 1"),
     ],
 )
 def test_difference(got, expected, words):
