@@ -118,24 +118,3 @@ def the_prompt_cancels(model, tokenizer, pair, beta):
             return logprob(which)
 
     return compared(logprob, reference, beta)
-
-
-@right("preference_step")
-def one_padded_batch(model, tokenizer, pair, beta):
-    prompt = tokenizer(prompt_of(tokenizer, pair["prompt"])).input_ids
-    texts = [pair["chosen"], pair["rejected"]]
-    rows = [prompt + tokenizer(text + tokenizer.eos_token).input_ids for text in texts]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, : len(prompt)] = -100
-
-    def logprobs():
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return answer_logprob(model, batch)
-
-    policy = logprobs()
-    with disabled(model):
-        margin = policy - logprobs().detach()
-    return F.softplus(beta * (margin[1] - margin[0]))

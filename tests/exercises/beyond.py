@@ -98,15 +98,6 @@ def arrays(weight, rank):
 
 
 @right("pissa_init")
-def by_numpy_svd(weight, rank):
-    U, S, V = np.linalg.svd(weight.double().numpy())
-    root = np.sqrt(S[:rank])
-    A, B = -root[:, None] * V[:rank], -U[:, :rank] * root
-    residual = weight.double().numpy() - B @ A
-    return tuple(torch.from_numpy(t).to(weight.dtype) for t in (A, B, residual))
-
-
-@right("pissa_init")
 @torch.no_grad()
 def in_float64(weight, rank):
     A, B = leading(weight.double(), rank)
@@ -128,18 +119,6 @@ def from_eigenvectors(weight, rank):
 @wrong("loftq_init", "A has shape (12, 12), expected (3, 12)")
 def full_rank(weight, rank, quantize, steps):
     return alternate(weight, min(weight.shape), quantize, steps)
-
-
-@right("loftq_init")
-def by_projection(weight, rank, quantize, steps):
-    BA = 0 * weight
-    for _ in range(steps):
-        Q = quantize(weight - BA)
-        U, _, _ = torch.linalg.svd((weight - Q).double())
-        BA = (U[:, :rank] @ U[:, :rank].T @ (weight - Q).double()).to(weight.dtype)
-    U, S, V = svd((weight - Q).double())
-    A, B = S[:rank].sqrt().diag() @ V[:rank], U[:, :rank] @ S[:rank].sqrt().diag()
-    return A.to(weight.dtype), B.to(weight.dtype), Q
 
 
 # ------------------------------------------------------------------ intruder_dimensions

@@ -104,11 +104,3 @@ def with_a_graph(model, ids):
 def queries_for_the_prefix(q, k, v, prefix_k, prefix_v):
     q, K, V = (torch.cat(pair, 1) for pair in ((prefix_k, q), (prefix_k, k), (prefix_v, v)))
     return F.scaled_dot_product_attention(q, K, V, is_causal=True)
-
-
-@right("attend")
-def with_the_prefix_behind(q, k, v, prefix_k, prefix_v):
-    K, V = torch.cat([k, prefix_k], 1), torch.cat([v, prefix_v], 1)
-    T, p = q.shape[1], prefix_k.shape[1]
-    seen = torch.cat([torch.ones(T, T).tril(), torch.ones(T, p)], 1).bool()
-    return F.scaled_dot_product_attention(q, K, V, seen)

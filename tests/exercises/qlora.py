@@ -96,12 +96,6 @@ def whole_blocks_only(codes, absmax, levels, block, shape):
     return (levels[codes.long()].view(-1, block) * absmax[:, None]).view(shape)
 
 
-@right("dequantize_blockwise")
-def by_padding(codes, absmax, levels, block, shape):
-    values = F.pad(levels[codes.long()], (0, -len(codes) % block)).view(-1, block)
-    return values.mul_(absmax.unsqueeze(1)).flatten()[: len(codes)].view(torch.Size(shape))
-
-
 # ------------------------------------------------------------------ merge_into_4bit
 
 
