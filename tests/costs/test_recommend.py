@@ -2,7 +2,6 @@
 
 import ast
 import math
-import sys
 
 import nbformat
 import pandas as pd
@@ -402,10 +401,3 @@ def test_a_stored_output_has_no_sliders():
     cell = nbformat.v4.new_code_cell("adviser()", outputs=[output])
     stored = clean(nbformat.v4.new_notebook(cells=[cell]), "13_choosing").cells[0].outputs[0]
     assert set(stored.data) == {"text/plain", "text/html"}
-
-
-def test_without_ipywidgets_the_table_stays(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    bundle, _ = adviser()._repr_mimebundle_()
-    assert set(bundle) == {"text/plain", "text/html"} and "ipywidgets" in bundle["text/html"]
-    assert "<table>" in bundle["text/html"]

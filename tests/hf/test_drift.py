@@ -42,6 +42,16 @@ class Row:
     package: str = "peft"
 
 
+def defaults(lesson: str, states: str, make: Callable, package: str = "peft", **expected) -> Row:
+    """Return the row of a configuration's defaults."""
+
+    def look():
+        config = make()
+        return {name: getattr(config, name) for name in expected}
+
+    return Row(lesson, states, look, expected, package)
+
+
 def complaint(row: Row) -> str | None:
     """Return a sentence on how the row is wrong in the installed versions, None if it holds."""
     try:
@@ -67,11 +77,6 @@ ADA = dict(init_r=4, target_r=2, total_step=12, tinit=2, tfinal=4, target_module
 TASK = dict(task_type="CAUSAL_LM")
 BATCH = batch_of("llama")
 TEXT = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
-
-
-def defaults(config: str, *fields: str) -> dict:
-    made = getattr(peft, config)(**({"total_step": 1} if config == "AdaLoraConfig" else {}))
-    return {field: getattr(made, field) for field in fields}
 
 
 def model_with(config, base=None, name="default"):
@@ -341,13 +346,6 @@ def labels_of_the_padding_token() -> list[int]:
     return collate([{"input_ids": ids}])["labels"][0].tolist()
 
 
-def sft_defaults() -> dict:
-    named = ("learning_rate", "bf16", "gradient_checkpointing", "max_length", "packing",
-             "completion_only_loss", "assistant_only_loss")  # fmt: skip
-    made = trl.SFTConfig("unused", use_cpu=True, bf16=None)
-    return {name: getattr(made, name) for name in named}
-
-
 def one_of_two_merged() -> dict:
     model = two_adapters()
     model.base_model.set_adapter(["one", "two"])
@@ -390,8 +388,6 @@ def counted_by_a_classifier() -> float:
     return round(first[1] / first[0], 2)
 
 
-BNB = dict(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
-BNB |= dict(bnb_4bit_compute_dtype=torch.float32)
 TRAINER = "transformers+accelerate"
 SOFT_STATEMENT = (
     "`generate` with {} in it writes what plain forwards choose, eight tokens, four seeds (later "
@@ -399,15 +395,10 @@ SOFT_STATEMENT = (
 )
 
 ROWS = [
-    Row(
-        "02", "what PEFT's config of a LoRA says if it is not told otherwise",
-        lambda: defaults("LoraConfig", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora",
-                         "init_lora_weights", "use_dora", "fan_in_fan_out", "target_modules",
-                         "modules_to_save", "task_type", "inference_mode"),
-        dict(r=8, lora_alpha=8, lora_dropout=0.0, bias="none", use_rslora=False,
+    defaults("02", "what PEFT's config of a LoRA says if it is not told otherwise", peft.LoraConfig,
+             r=8, lora_alpha=8, lora_dropout=0.0, bias="none", use_rslora=False,
              init_lora_weights=True, use_dora=False, fan_in_fan_out=False, target_modules=None,
              modules_to_save=None, task_type=None, inference_mode=False),
-    ),
     Row("02", "PEFT's default targets in a Llama are q_proj and v_proj", lambda: targets(None),
         ["self_attn.q_proj", "self_attn.v_proj"]),
     Row("02", "PEFT's default targets in a BERT are query and value",
@@ -415,21 +406,17 @@ ROWS = [
         ["attention.self.query", "attention.self.value"]),
     Row("02", "of several names one may match nothing, without a word",
         lambda: targets(["q_proj", "no_such"]), ["self_attn.q_proj"]),
-    Row("03", "BitsAndBytesConfig(load_in_4bit=True) is FP4, without double quantisation, and "
-        "computes in float32",
-        lambda: {k: getattr(transformers.BitsAndBytesConfig(load_in_4bit=True), k) for k in BNB},
-        BNB, "transformers"),
+    defaults("03", "BitsAndBytesConfig(load_in_4bit=True) is FP4, without double quantisation, and "
+             "computes in float32", lambda: transformers.BitsAndBytesConfig(load_in_4bit=True),
+             "transformers", bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False,
+             bnb_4bit_compute_dtype=torch.float32),
     Row("03", "prepare_model_for_kbit_training freezes all, takes the rest to float32 and switches "
         "gradient checkpointing on", prepared,
         (0, {"torch.float32", "torch.uint8"}, True), "peft+transformers"),
     Row("04", "PEFT's DoRA answers NaN in the output of a row of zeros", dora_on_a_zero_row, True),
-    Row(
-        "05", "what PEFT's config of an AdaLoRA says if it is not told otherwise",
-        lambda: defaults("AdaLoraConfig", "init_r", "target_r", "lora_alpha", "tinit", "tfinal",
-                         "deltaT", "beta1", "beta2", "orth_reg_weight", "rank_pattern"),
-        dict(init_r=12, target_r=8, lora_alpha=8, tinit=0, tfinal=0, deltaT=1, beta1=0.85,
-             beta2=0.85, orth_reg_weight=0.5, rank_pattern=None),
-    ),
+    defaults("05", "what PEFT's config of an AdaLoRA says if it is not told otherwise",
+             lambda: peft.AdaLoraConfig(total_step=1), init_r=12, target_r=8, lora_alpha=8, tinit=0,
+             tfinal=0, deltaT=1, beta1=0.85, beta2=0.85, orth_reg_weight=0.5, rank_pattern=None),
     Row("05", "without task_type PEFT never adds the regulariser",
         lambda: {t: added_to_the_loss(task_type=t) for t in (None, "CAUSAL_LM")},
         {None: False, "CAUSAL_LM": True}),
@@ -468,9 +455,10 @@ ROWS = [
         [("torch.float32", "torch.bfloat16"), ("torch.bfloat16", "torch.bfloat16")]),
     Row("12", "DataCollatorForLanguageModeling gives every padding token the label -100",
         labels_of_the_padding_token, [5, 6, -100], "transformers"),
-    Row("12", "what TRL's SFTConfig says if it is not told otherwise", sft_defaults,
-        dict(learning_rate=2e-5, bf16=True, gradient_checkpointing=True, max_length=1024,
-             packing=False, completion_only_loss=None, assistant_only_loss=False), "trl"),
+    defaults("12", "what TRL's SFTConfig says if it is not told otherwise",
+             lambda: trl.SFTConfig("unused", use_cpu=True, bf16=None), "trl", learning_rate=2e-5,
+             bf16=True, gradient_checkpointing=True, max_length=1024, packing=False,
+             completion_only_loss=None, assistant_only_loss=False),
     Row("12", "one of two active adapters merged: the other is left out silently",
         one_of_two_merged, {"only the merged one": True, "warnings": 0}),
     Row("12", "merge_and_unload takes NaN, unless safe_merge=True",

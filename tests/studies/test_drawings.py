@@ -13,7 +13,6 @@ from peft_lessons import plots, table
 from peft_lessons.engine import method_facts
 from peft_lessons.studies import drawings, explore, figures, growing, growing_chart
 from peft_lessons.studies.drawings import places
-from tools.notebooks import WIDGET
 
 ALT = "A line that rises with the rank."
 
@@ -158,7 +157,8 @@ def test_a_stored_explorer_is_the_start_and_a_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     explorer = explore(lambda rank: table([{"rank": rank}]), rank=range(1, 20))
     bundle, _ = explorer._repr_mimebundle_()
-    assert WIDGET not in bundle and "<table>" in bundle["text/html"]
+    assert set(bundle) == {"text/plain", "text/html"}
+    assert "<table>" in bundle["text/html"] and "ipywidgets" in bundle["text/html"]
     assert repr(explorer).endswith("Install ipywidgets to move: rank 1, …, 19.")
 
 
