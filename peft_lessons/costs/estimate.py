@@ -61,31 +61,26 @@ GB, GIB = 10**9, 2**30  # the unit of byte counts, and that of a GPU's memory
 CHUNK = 256  # tokens of which a chunked loss has the logits at a time
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a weight: its code, and its share of the statistics
 
-_QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-_QWEN3 |= {"tie_word_embeddings": False}
-_LLAMA3 = {"num_key_value_heads": 8, "vocab_size": 128256}
+_LLAMA3 = {"vocab_size": 128256}
+_QWEN3 = {"head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False}
 
 
-def _sizes(width: int, feedforward: int, layers: int, heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": feedforward,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
+def _config(kind: type, width: int, feedforward: int, layers: int, heads: int, **more: Any):
+    sizes = {"hidden_size": width, "intermediate_size": feedforward, "num_hidden_layers": layers}
+    return kind(**sizes, num_attention_heads=heads, num_key_value_heads=8, **more)
 
 
 # Published shapes, by the numbers in their own config.json.
 MODELS: dict[str, PreTrainedConfig] = {
     "SmolLM3-3B": SmolLM3Config(pad_token_id=None),
     "LLaMA-7B": LlamaConfig(),
-    "Llama-3-8B": LlamaConfig(
-        **_sizes(4096, 14336, 32, 32), **_LLAMA3, max_position_embeddings=8192
+    "Llama-3-8B": _config(
+        LlamaConfig, 4096, 14336, 32, 32, **_LLAMA3, max_position_embeddings=8192
     ),
-    "Qwen3-8B": Qwen3Config(**_sizes(4096, 12288, 36, 32), **_QWEN3),
-    "Qwen3-32B": Qwen3Config(**_sizes(5120, 25600, 64, 64), **_QWEN3),
-    "Llama-3.3-70B": LlamaConfig(
-        **_sizes(8192, 28672, 80, 64), **_LLAMA3, max_position_embeddings=131072
+    "Qwen3-8B": _config(Qwen3Config, 4096, 12288, 36, 32, **_QWEN3),
+    "Qwen3-32B": _config(Qwen3Config, 5120, 25600, 64, 64, **_QWEN3),
+    "Llama-3.3-70B": _config(
+        LlamaConfig, 8192, 28672, 80, 64, **_LLAMA3, max_position_embeddings=131072
     ),
 }
 
