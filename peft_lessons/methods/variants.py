@@ -282,10 +282,7 @@ class VeRA(Method):
     seed: int = 0
     learning_rate = 3e-2
     design = Design(
-        form="((x Aᵀ) ⊙ λ_d) Bᵀ ⊙ λ_b",
-        **ON_LINEAR,
-        delta=through_projections,
-        example={"rank": 8},
+        form="((x Aᵀ) ⊙ λ_d) Bᵀ ⊙ λ_b", **ON_LINEAR, delta=through_projections, example={"rank": 8}
     )
     files = PeftFiles(
         "VERA",

@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from tiny import (
     MODELS,
@@ -22,22 +23,6 @@ from tiny import (
 )
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertModel,
-    ElectraConfig,
-    ElectraModel,
-    LlamaConfig,
-    LlamaModel,
-    MistralConfig,
-    MistralModel,
-    OPTConfig,
-    OPTModel,
-    Qwen3Config,
-    Qwen3Model,
-    RobertaConfig,
-    RobertaModel,
-)
 
 from peft_lessons import (
     Adapter,
@@ -45,7 +30,6 @@ from peft_lessons import (
     QLoRA,
     inject,
     load_adapter,
-    load_model,
     save_adapter,
     unload,
 )
@@ -89,8 +73,11 @@ HUBS = {  # what AdapterHub calls the places
     "layers.{}.mlp.down_proj": "layers.{}.output_adapters",
 }
 BASES = {
-    "bert": (BertConfig, lambda config: BertModel(config, add_pooling_layer=False)),
-    "llama": (LlamaConfig, LlamaModel),
+    "bert": (
+        transformers.BertConfig,
+        lambda config: transformers.BertModel(config, add_pooling_layer=False),
+    ),
+    "llama": (transformers.LlamaConfig, transformers.LlamaModel),
 }
 
 
@@ -188,9 +175,9 @@ OPT = SMALL | dict(ffn_dim=48, word_embed_proj_dim=32)
 
 
 OTHERS = {
-    "mistral": lambda: MistralModel(MistralConfig(**FEW_KEYS)),
-    "qwen3": lambda: Qwen3Model(Qwen3Config(**FEW_KEYS)),
-    "opt": lambda: OPTModel(OPTConfig(**OPT)),
+    "mistral": lambda: transformers.MistralModel(transformers.MistralConfig(**FEW_KEYS)),
+    "qwen3": lambda: transformers.Qwen3Model(transformers.Qwen3Config(**FEW_KEYS)),
+    "opt": lambda: transformers.OPTModel(transformers.OPTConfig(**OPT)),
 }
 
 
@@ -208,8 +195,8 @@ def test_the_other_decoders_are_right_by_hooks(name, kind):
 
 def test_the_other_encoders_have_the_places_of_a_bert():
     for model in (
-        RobertaModel(RobertaConfig(**SMALL)),
-        ElectraModel(ElectraConfig(**SMALL, embedding_size=32)),
+        transformers.RobertaModel(transformers.RobertaConfig(**SMALL)),
+        transformers.ElectraModel(transformers.ElectraConfig(**SMALL, embedding_size=32)),
     ):
         ids = torch.randint(2, 64, (2, 7))
         before = model.eval()(ids).last_hidden_state
@@ -217,18 +204,6 @@ def test_the_other_encoders_have_the_places_of_a_bert():
         assert torch.equal(model(ids).last_hidden_state, before)
         assert len(adapters_of(perturb(model))) == 4
         assert (model(ids).last_hidden_state - before).abs().max() > 0.01
-
-
-@pytest.mark.parametrize(("base", "d"), [("minilm", 384), ("tinylm", 192)])
-def test_counts_on_the_bundled_models_and_the_first_gradient(base, d):
-    model, ids = load_model(base), torch.randint(5, 4000, (2, 9))
-    for kind in KINDS:
-        report = inject(model, BottleneckAdapter(16, kind))
-        assert report.trainable == 6 * (2 if kind == "houlsby" else 1) * (2 * d * 16 + 16 + d)
-        model(ids)[0].square().sum().backward()
-        for adapter in adapters_of(model).values():  # a(t) = 0 whatever `down` is
-            assert adapter.up.weight.grad.any() and not adapter.down.weight.grad.any()
-        unload(model)
 
 
 # ------------------------------------------------------------------ files
@@ -265,7 +240,7 @@ def test_a_bottleneck_as_wide_as_the_model_is_refused(name):
 
 
 def test_a_model_whose_sublayers_are_unknown_is_refused():
-    post_norm = OPTModel(OPTConfig(**OPT, do_layer_norm_before=False))
+    post_norm = transformers.OPTModel(transformers.OPTConfig(**OPT, do_layer_norm_before=False))
     for model, told in (
         (nn.Sequential(nn.Linear(8, 8)), "no block whose places are known.*BertLayer"),
         (post_norm, "normalises after the sum"),
@@ -292,19 +267,10 @@ def test_the_adapter_by_itself():
     assert adapter(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_the_start_gives_up_a_gradient_as_large_as_kaiming_down():
-    """With a std of 1e-3 for both: its first gradient of `up` is far smaller."""
-    torch.manual_seed(0)
-    ours, narrow, x = Adapter(384, 64), Adapter(384, 64), torch.randn(16, 384)
-    with torch.no_grad():
-        for linear in (narrow.adapter.down, narrow.adapter.up):
-            linear.weight.normal_(std=1e-3)
-    weights, norms = torch.randn(16, 384), []
-    for adapter in (ours, narrow):
-        (adapter(x) * weights).sum().backward()
-        norms.append(adapter.adapter.up.weight.grad.norm().item())
-    assert norms[0] > 20 * norms[1]
-    assert 0.95 / 384**0.5 < ours.adapter.down.weight.abs().max() <= 1 / 384**0.5
+def test_down_starts_as_a_linear_layer_does():
+    """With a std of 1e-3 for both, the first gradient of `up` would be far smaller."""
+    down = Adapter(384, 64).adapter.down
+    assert 0.95 / 384**0.5 < down.weight.abs().max() <= 1 / 384**0.5
 
 
 # ------------------------------------------------------------------ as users break it

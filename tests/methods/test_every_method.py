@@ -7,17 +7,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import (
-    MODELS,
-    PLACES,
-    TARGETS,
-    same,
-    state,
-    task_of,
-    tiny_bert,
-    tiny_llama,
-    tiny_opt,
-)
+from tiny import MODELS, PLACES, TARGETS, same, state, task_of, tiny_bert, tiny_llama, tiny_opt
 
 from peft_lessons import (
     IA3,

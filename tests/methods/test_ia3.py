@@ -20,22 +20,11 @@ from tiny import (
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from peft_lessons import (
-    IA3,
-    IA3Layer,
-    inject,
-    load_adapter,
-    merge,
-    save_adapter,
-    unload,
-    unmerge,
-)
+from peft_lessons import IA3, IA3Layer, inject, load_adapter, merge, save_adapter, unload, unmerge
 from peft_lessons.engine import injection_of
 from peft_lessons.methods.ia3 import LinearWithIA3
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Unmerge result can be inaccurate",
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate")
 
 MERGED = 1e-5
 LLAMA = PLACES["llama"]
@@ -101,12 +90,6 @@ def test_the_layer_by_itself():
     assert IA3Layer(64, ff_dim=96).l_v.shape == (64,)
 
 
-def test_the_layer_has_the_sizes_of_the_lesson():
-    widths = {393_216: {}, 614_400: dict(ff_dim=11008), 524_288: dict(kv_dim=1024, ff_dim=14336)}
-    for count, given in widths.items():
-        assert 32 * sum(p.numel() for p in IA3Layer(4096, **given).parameters()) == count
-
-
 def test_another_width_is_refused():
     layer = IA3Layer(64)
     for verb in (layer.scale_key, layer.scale_value, layer.scale_ffn):
@@ -135,17 +118,6 @@ def test_the_definition(bias, feedforward):
     assert b is None or (linear.bias - b).abs().max() <= 1e-6
 
 
-def test_a_swiglu_block_could_scale_up_proj_instead():
-    """The feed-forward's inner activations are a product, so either factor may carry the vector."""
-    mlp, other = tiny_llama().model.layers[0].mlp, tiny_llama().model.layers[0].mlp
-    mlp.down_proj = trained(LinearWithIA3(mlp.down_proj, feedforward=True))
-    other.up_proj = LinearWithIA3(other.up_proj, feedforward=False)
-    with torch.no_grad():
-        other.up_proj.l.copy_(mlp.down_proj.l.T)
-    x = torch.randn(2, 7, 64)
-    close(mlp(x), other(x))
-
-
 # ------------------------------------------------------------------ models, against PEFT
 
 
@@ -161,31 +133,7 @@ def test_logits_loss_and_gradients_equal_those_of_peft(name):
         close(expected, got, what=name)
 
 
-def test_other_names_are_other_places():
-    """PEFT's own defaults for a BERT have one vector more a layer than the paper; and what is no
-    feed-forward is scaled at its output."""
-    for name, places, shapes in (
-        ("bert", (("key", "value", "output.dense"), ("output.dense",)), [(1, 64), (1, 96)] * 2),
-        ("llama", (LLAMA[0], ()), [(64, 1)] * 2),
-    ):
-        theirs, ours = pair(name, places)
-        batch = batch_of(name)
-        close(theirs(**batch).logits, ours(**batch).logits)
-        found = [tuple(v.shape) for p, v in vectors(ours).items() if "dense" in p or "down" in p]
-        assert found == shapes
-
-
 # ------------------------------------------------------------------ files
-
-
-def test_pefts_own_defaults_open_in_ours(tmp_path):
-    """Without names PEFT takes those of the architecture; its file says which they were."""
-    theirs = peft.get_peft_model(tiny_llama(), peft.IA3Config(task_type="CAUSAL_LM"))
-    theirs.save_pretrained(tmp_path)
-    model = tiny_llama()
-    load_adapter(model, tmp_path)
-    method = injection_of(model).method
-    assert set(method.targets) == set(LLAMA[0]) and method.feedforward == LLAMA[1]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +223,7 @@ def test_a_zero_is_merged_but_not_unmerged(place):
         (torch.float16, 5e-4, False),
         (torch.float16, 2e-3, True),
         (torch.bfloat16, 5e-4, True),
+        (torch.float32, 2e-6, True),  # PEFT divides by l + 1e-8: half a per cent off
     ],
 )
 def test_what_is_too_small_depends_on_the_bases_dtype(dtype, value, back):
@@ -293,23 +242,6 @@ def test_what_is_too_small_depends_on_the_bases_dtype(dtype, value, back):
         with pytest.raises(ValueError, match=r"at \[4, 0\]: what was multiplied"):
             wrapper.unmerge_weights()
         assert wrapper.merged
-
-
-def test_a_small_entry_survives_where_pefts_does_not():
-    """PEFT divides by l + 1e-8; at 2e-6 that is half a per cent."""
-    theirs, ours = pair("llama", (("k_proj",), ()))
-    path = next(iter(vectors(ours)))
-    layer = layers_of(theirs)[path]
-    W = layer.base_layer.weight.clone()
-    with torch.no_grad():
-        vectors(ours)[path][3] = layer.ia3_l["default"][3] = 2e-6
-    merge(ours)
-    unmerge(ours)
-    layer.merge()
-    layer.unmerge()
-    mine = injection_of(ours).wrappers[path].base.weight
-    close(mine[3], W[3])
-    assert (layer.base_layer.weight[3] - W[3]).norm() / W[3].norm() > 4e-3
 
 
 # ------------------------------------------------------------------ as users break it

@@ -23,14 +23,7 @@ from tiny import (
 )
 from torch import nn
 
-from peft_lessons import (
-    LinearWithLoRA,
-    LoRA,
-    LoRALayer,
-    load_model,
-    merge,
-    unload,
-)
+from peft_lessons import LinearWithLoRA, LoRA, LoRALayer, merge, unload
 
 NAMES = {".default.weight": "", ".lora_": ".lora.lora_"}  # PEFT's, and ours
 
@@ -96,15 +89,3 @@ def test_a_layer_refused_is_not_frozen(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         LinearWithLoRA(linear, **settings)
     assert linear.weight.requires_grad
-
-
-def test_the_bundled_encoder_with_a_head():
-    base = load_model("minilm", labels=2)
-    batch = batch_of("bert", base.config.vocab_size)
-    theirs, ours = pair(base, ("query", "value"), "SEQ_CLS", rank=8, alpha=16)
-    assert any("classifier" in n for n, p in ours.named_parameters() if p.requires_grad)
-    compare_step(theirs, ours, batch)
-    before = ours(**batch).logits
-    merge(ours)
-    close(ours(**batch).logits, before, 1e-5)
-    close(theirs.merge_and_unload()(**batch).logits, unload(ours)(**batch).logits, 1e-5)

@@ -5,20 +5,12 @@ from copy import deepcopy
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import (
-    SIZES,
-    close,
-    perturb,
-    refused,
-    step_of_both,
-    tiny_llama,
-    tiny_opt,
-)
+from tiny import SIZES, close, perturb, refused, step_of_both, tiny_llama, tiny_opt
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
 
 from peft_lessons import (
     LoRA,
@@ -387,8 +379,8 @@ def test_a_base_that_does_not_fit_stays_as_it_was():
 
 
 def test_all_linear_leaves_out_what_is_tied():
-    config = BertConfig(**SIZES, intermediate_size=128, max_position_embeddings=64)
+    config = transformers.BertConfig(**SIZES, intermediate_size=128, max_position_embeddings=64)
     for method in (QLoRA(rank=4, alpha=8, targets=("query",)), LoRA(rank=4, alpha=8)):
-        model = BertForMaskedLM(config)
+        model = transformers.BertForMaskedLM(config)
         inject(model, method)
         assert "cls.predictions.decoder" not in injection_of(model).wrappers

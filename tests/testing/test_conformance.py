@@ -101,11 +101,7 @@ FAULTS = {
         {},
         "when it was put into a base in 16 or 64 bits, it raised RuntimeError: mat1.*does forward",
     ),
-    "values": (
-        None,
-        {},
-        "load_adapter raised RuntimeError: .* cannot be called on meta",
-    ),
+    "values": (None, {}, "load_adapter raised RuntimeError: .* cannot be called on meta"),
     "drifts": ("llama", {}, "generate with a cache gives another text"),
     "crashes": (None, {}, r"with rank=5 it raised KeyError: 'rank'\. If the .* rank"),
     "refuses without a name": (None, {}, "with rank=5 it raised ValueError: five ranks"),
