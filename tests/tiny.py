@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_lessons import DoRA, LoRA, inject, load_tokenizer
 from peft_lessons.engine import CONFIG, WEIGHTS, injection_of, read_adapter
@@ -44,6 +45,12 @@ PLACES = {
     "opt": (("k_proj", "v_proj", "fc2"), ("fc2",)),
     "bert": (r".*self\.(key|value)|.*\d\.output\.dense", r".*\d\.output\.dense"),
 }
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    """Return a model with an encoder and a decoder."""
+    sizes = dict(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
 
 
 # ------------------------------------------------------------------ tasks and batches
@@ -84,11 +91,9 @@ def task_of(name: str) -> TinyTask:
     return TinyTask() if name == "bert" else TinyText()
 
 
-TASKS = {"bert": "SEQ_CLS"}  # what PEFT calls them
-
-
 def task_type(name: str) -> str:
-    return TASKS.get(name, "CAUSAL_LM")
+    """Return PEFT's name of the task."""
+    return "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
 
 
 def batch_of(name: str, vocabulary: int = 128) -> dict[str, torch.Tensor]:

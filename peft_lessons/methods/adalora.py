@@ -345,16 +345,8 @@ class AdaLoRA(Method):
         form="((x Aᵀ) ⊙ e) Bᵀ",
         **SCALED,
         delta=triplets,
-        example=dict(
-            initial_rank=12,
-            target_rank=8,
-            alpha=16,
-            targets="all-linear",
-            tinit=1,
-            tfinal=1,
-            delta=1,
-            total_steps=10,
-        ),
+        example={"initial_rank": 12, "target_rank": 8, "alpha": 16, "targets": "all-linear"}
+        | {"tinit": 1, "tfinal": 1, "delta": 1, "total_steps": 10},
     )
     files = PeftFiles(
         "ADALORA",

@@ -51,12 +51,8 @@ class Adapter(nn.Module):
     a size below 1, or a scalar that is not above 0. Source: Houlsby et al. 2019, fig. 2."""
 
     def __init__(self, hidden_size: int, bottleneck_size: int, adapter_scalar: float = 1.0):
-        validate(
-            "Adapter",
-            hidden_size=hidden_size,
-            bottleneck_size=bottleneck_size,
-            adapter_scalar=adapter_scalar,
-        )
+        sizes = dict(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
+        validate("Adapter", **sizes, adapter_scalar=adapter_scalar)
         super().__init__()
         self.adapter = Bottleneck(hidden_size, bottleneck_size)
         self.adapter_scalar = adapter_scalar
@@ -146,17 +142,10 @@ class PreNormPlace(Place):
 BERT = "attention.output", "output", None
 LLAMA = "self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm"
 LAYOUTS = {
-    "BertLayer": BERT,
-    "RobertaLayer": BERT,
-    "ElectraLayer": BERT,
-    "LlamaDecoderLayer": LLAMA,
-    "MistralDecoderLayer": LLAMA,
-    "Qwen2DecoderLayer": LLAMA,
-    "Qwen3DecoderLayer": LLAMA,
+    **{f"{family}Layer": BERT for family in ("Bert", "Roberta", "Electra")},
+    **{f"{family}DecoderLayer": LLAMA for family in ("Llama", "Mistral", "Qwen2", "Qwen3")},
     "OPTDecoderLayer": ("self_attn.out_proj", "fc2", "final_layer_norm"),
 }
-
-
 NORMS = {norm for _, _, norm in LAYOUTS.values()}
 
 

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..engine import AdapterLayer, Injection, refuse_entries, register, trained_dtype, validate
-from ..engine.design import ON_LINEAR, Design, Site
+from ..engine.design import ON_LINEAR, Site
 from ..engine.facts import COMPARISON, Facts, InPeft, Kept, Mark, Point, Recommended
 from .lora import FACTORS, LoRA, LoRALayer, in_peft
 
@@ -142,11 +142,8 @@ def weight_decomposed(site: Site) -> torch.Tensor:
 class DoRA(LoRA):
     """Apply DoRA (Liu et al. 2024) to every Linear in `targets`; settings as in `LoRA`."""
 
-    design = Design(
-        form="x (c ⊙ (W + s · BA) − W)ᵀ",
-        **ON_LINEAR,
-        delta=weight_decomposed,
-        example={"rank": 8, "alpha": 16},
+    design = replace(
+        LoRA.design, form="x (c ⊙ (W + s · BA) − W)ᵀ", **ON_LINEAR, delta=weight_decomposed
     )
     # In PEFT's files DoRA is a LoRA with a flag and a third tensor, whose key has no ".weight".
     files = replace(

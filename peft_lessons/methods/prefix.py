@@ -43,27 +43,18 @@ class PrefixTuning(nn.Module):
         *,
         width: int | None = None,
     ):
-        validate(
-            "PrefixTuning",
-            num_layers=num_layers,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            prefix_length=prefix_length,
-        )
-        if hidden_size is not None:
-            validate("PrefixTuning", hidden_size=hidden_size)
+        sizes = dict(num_layers=num_layers, num_heads=num_heads, head_dim=head_dim)
+        mlp = {} if hidden_size is None else {"hidden_size": hidden_size}
+        validate("PrefixTuning", **sizes, prefix_length=prefix_length, **mlp)
         super().__init__()
         self.layout = (num_layers, 2, num_heads, head_dim)  # 2: the key, then the value
         size = 2 * num_layers * num_heads * head_dim
         width = size if hidden_size is None else (width or hidden_size)
         self.embedding = nn.Parameter(torch.randn(prefix_length, width))  # (p, width)
-        self.mlp = (
-            None
-            if hidden_size is None
-            else nn.Sequential(
-                nn.Linear(width, hidden_size), nn.Tanh(), nn.Linear(hidden_size, size)
-            )
-        )
+        self.mlp = None
+        if hidden_size is not None:
+            layers = nn.Linear(width, hidden_size), nn.Tanh(), nn.Linear(hidden_size, size)
+            self.mlp = nn.Sequential(*layers)
 
     def forward(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         parts = flat_prefix(self).unflatten(1, self.layout)  # (p, L, 2, n_kv, d_h)
@@ -204,6 +195,10 @@ def attention(model: nn.Module, batch: Mapping) -> list[Site]:
     return sites
 
 
+# What PEFT notes of the base in the files of virtual tokens.
+OF_THE_BASE = ("num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim")
+
+
 @register
 @dataclass(frozen=True)
 class Prefix(Method):
@@ -227,15 +222,7 @@ class Prefix(Method):
         write=without_mlp,
         fields={"tokens": ("num_virtual_tokens", None)},
         tensors={"embedding": "prompt_embeddings", **MLP},
-        others=(
-            "num_layers",
-            "num_attention_heads",
-            "token_dim",
-            "num_transformer_submodules",
-            "encoder_hidden_size",
-            "prefix_projection",
-            "init_weights",
-        ),
+        others=(*OF_THE_BASE, "encoder_hidden_size", "prefix_projection", "init_weights"),
     )
     facts = Facts(
         "09",

@@ -22,7 +22,7 @@ from ..engine.virtual_tokens import (
     seen_in,
     text_of,
 )
-from .prefix import Prefix
+from .prefix import OF_THE_BASE, Prefix
 
 
 def prepend(prompt: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
@@ -211,10 +211,7 @@ class Prompt(Method):
             "prompt_tuning_init_text",
             "tokenizer_name_or_path",
             "tokenizer_kwargs",
-            "token_dim",
-            "num_layers",
-            "num_attention_heads",
-            "num_transformer_submodules",
+            *OF_THE_BASE,
         ),
     )
     facts = Facts(

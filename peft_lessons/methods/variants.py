@@ -85,13 +85,8 @@ class PiSSA(LoRA):
 
     def plain(self) -> LoRA:
         """Return the LoRA with the same s and twice the rank."""
-        return LoRA(
-            2 * self.rank,
-            self.alpha * (math.sqrt(2) if self.rslora else 2),
-            self.targets,
-            self.dropout,
-            self.rslora,
-        )
+        alpha = self.alpha * (math.sqrt(2) if self.rslora else 2)
+        return LoRA(2 * self.rank, alpha, self.targets, self.dropout, self.rslora)
 
     def check(self, path: str, layer: nn.Linear) -> None:
         owner, W, limit = f"PiSSA on {path!r}", layer.weight, min(layer.weight.shape)
@@ -100,12 +95,8 @@ class PiSSA(LoRA):
                 f"{owner}: its file is a LoRA of twice the rank, {2 * self.rank}, which would not "
                 f"fit {limit}: choose a rank up to {limit // 2}, or leave it out of targets"
             )
-        refuse_entries(
-            owner,
-            W.isfinite(),
-            W,
-            "the weight is {value:g} at {at}{more}, and has no singular values",
-        )
+        problem = "the weight is {value:g} at {at}{more}, and has no singular values"
+        refuse_entries(owner, W.isfinite(), W, problem)
 
     def wrap(self, path: str, layer: nn.Linear) -> LinearWithPiSSA:
         return LinearWithPiSSA(layer, self.rank, self.alpha, self.dropout, self.rslora)

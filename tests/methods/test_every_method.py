@@ -7,7 +7,18 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, PLACES, TARGETS, same, state, task_of, tiny_bert, tiny_llama, tiny_opt
+from tiny import (
+    MODELS,
+    PLACES,
+    TARGETS,
+    perturb,
+    same,
+    state,
+    task_of,
+    tiny_bert,
+    tiny_llama,
+    tiny_opt,
+)
 
 from peft_lessons import (
     IA3,
@@ -33,7 +44,7 @@ from peft_lessons import (
     load_adapter,
     load_model,
 )
-from peft_lessons.engine import WEIGHTS, registered_methods
+from peft_lessons.engine import WEIGHTS, injection_of, registered_methods
 from peft_lessons.testing import check_method, exchange, interoperability
 
 STEPS = 8
@@ -223,6 +234,25 @@ def test_the_same_seed_gives_the_same_run(row, name):
     one, two = (fit(model, task_of(name), STEPS, show=False).loss for model in models)
     assert one == two and same(state(models[0]), state(models[1]))
     assert not same(state(models[0]), before)
+
+
+@pytest.mark.parametrize(
+    ("row", "factors"),
+    [
+        ("lora", {}),
+        ("lora+", {"lora_B": 16}),
+        ("diff, structured", {"log_alpha": 100, "log_alpha_all": 100}),
+        ("mixed", {"embedding": 10}),
+    ],
+)
+def test_some_parameters_have_a_learning_rate_of_their_own(row, factors):
+    """The first step of Adam changes each parameter with a gradient by its learning rate."""
+    model = perturb(fresh(row, "llama"))
+    before = {name: p.detach().clone() for name, p in injection_of(model).added()}
+    fit(model, task_of("llama"), 1, lr=1e-4, warmup=0, clip=None, show=False)
+    for name, p in injection_of(model).added():
+        step, factor = (p - before[name]).abs().max().item(), factors.get(name.split(".")[-1], 1)
+        assert step == pytest.approx(1e-4 * factor, rel=0.02), name
 
 
 # ------------------------------------------------------------------ the exchange with PEFT

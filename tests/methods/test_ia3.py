@@ -16,9 +16,9 @@ from tiny import (
     step_of_both,
     task_type,
     tiny_llama,
+    tiny_t5,
 )
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_lessons import IA3, IA3Layer, inject, load_adapter, merge, save_adapter, unload, unmerge
 from peft_lessons.engine import injection_of
@@ -250,8 +250,7 @@ def test_what_is_too_small_depends_on_the_bases_dtype(dtype, value, back):
 def test_a_name_that_ends_another_opens_in_peft(tmp_path):
     """A T5's `o` ends `wo` too, and PEFT asks for no whole segment where inputs are scaled."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    base = tiny_t5()
     ours, ids = deepcopy(base), torch.randint(2, 64, (2, 7))
     inject(ours, IA3(("k", "o", "wo"), ("o",)))
     for i, wrapper in enumerate(injection_of(ours).wrappers.values()):

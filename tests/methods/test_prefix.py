@@ -20,6 +20,7 @@ from tiny import (
     task_of,
     task_type,
     tiny_llama,
+    tiny_t5,
 )
 from torch import nn
 
@@ -167,13 +168,6 @@ def distilbert():
     return transformers.DistilBertModel(transformers.DistilBertConfig(**sizes))
 
 
-def t5():
-    sizes = dict(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**sizes, decoder_start_token_id=0)
-    )
-
-
 def windowed():
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     heads = dict(num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
@@ -193,7 +187,7 @@ class Renamed(nn.Module):
 
 REFUSED = [
     (distilbert, Prefix(3), "DistilBertModel takes no past_key_values.*take Prompt"),
-    (t5, Prefix(3), "has an encoder and a decoder"),
+    (tiny_t5, Prefix(3), "has an encoder and a decoder"),
     (windowed, Prefix(3), "would forget the prefix"),
     (Renamed, Prefix(3), "from 5.24 on does"),
     (tiny_llama, Prefix(128), "virtual tokens and 1 of text are more than the model"),

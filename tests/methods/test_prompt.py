@@ -14,7 +14,6 @@ import transformers
 from tiny import (
     GREEDY,
     MODELS,
-    TinyText,
     batch_of,
     close,
     greedy,
@@ -24,6 +23,7 @@ from tiny import (
     task_type,
     tiny_llama,
     tiny_opt,
+    tiny_t5,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -79,11 +79,6 @@ def pair(base, name):
     with torch.no_grad():
         rows_of(theirs).copy_(prompt_of(ours).prompt_embeddings)
     return theirs, ours
-
-
-def t5():
-    sizes = dict(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
 
 
 def text_of(batch):
@@ -279,31 +274,15 @@ def test_a_model_without_a_prompt_is_refused():
 # ------------------------------------------------------------------ evaluation
 
 
-class Padded(TinyText):
-    """Yield rows of different lengths, padded on the right as LanguageTask does."""
-
-    def _batch(self, rows):
-        batch = super()._batch(rows)
-        mask = (torch.arange(6) < 3 + rows[:, None] % 4).long()
-        labels = batch["labels"].masked_fill(mask == 0, -100)
-        return batch | {"attention_mask": mask, "labels": labels}
-
-
 def test_evaluate_counts_the_same_tokens_with_and_without_a_prompt():
-    base, task = tiny_llama(), Padded()
-    ours = prompted(base)
-    total, n = 0.0, 0
-    with torch.no_grad():
-        for batch in task.batches("test"):
-            logits = ours(**text_of(batch)).logits[:, P:-1]
-            labels = batch["labels"][:, 1:]
-            total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-            n += int((labels != -100).sum())
-            before = batch["labels"].clone()
-    scores = evaluate(ours, task)
-    assert scores.n == n == evaluate(base, task).n
-    assert scores.loss == pytest.approx(total / n, abs=1e-5)
-    assert torch.equal(before, batch["labels"])
+    base, batch = tiny_llama(), batch_of("llama")
+    ours, labels = prompted(base), batch["labels"].clone()
+    logits = ours(**text_of(batch)).logits[:, P:-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    scores = evaluate(ours, [batch])
+    assert scores.n == int((labels[:, 1:] != -100).sum()) == evaluate(base, [batch]).n
+    assert scores.loss == pytest.approx(loss.item(), abs=1e-5)
+    assert torch.equal(batch["labels"], labels)
 
 
 # ------------------------------------------------------------------ files
@@ -359,7 +338,7 @@ def test_settings_that_are_refused(settings, told):
     ("make", "method", "told"),
     [
         (lambda: nn.Sequential(nn.Linear(4, 4)), Prompt(P), "has no token embeddings"),
-        (t5, Prompt(P), "an encoder and a decoder"),
+        (tiny_t5, Prompt(P), "an encoder and a decoder"),
         (tiny_llama, Prompt(128), "128 virtual tokens and 1 of text.*128 positions"),
         (tiny_llama, Prompt(10**13), "128 positions"),  # before memory is asked for
         (tiny_llama, Prompt(4, "x", lambda t: {"input_ids": []}), r"gives the tokens \[\]"),

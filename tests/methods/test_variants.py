@@ -22,7 +22,6 @@ from tiny import (
     refused,
     rewrite,
     step_of_both,
-    task_of,
     task_type,
     tiny_llama,
 )
@@ -36,7 +35,6 @@ from peft_lessons import (
     PiSSA,
     VeRA,
     check,
-    fit,
     inject,
     load_adapter,
     merge,
@@ -93,22 +91,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(method, told):
         model.model.layers[1].mlp.up_proj.weight.data[3, 4:6] = torch.nan
     with refused(model, told):
         inject(model, method)
-
-
-# ------------------------------------------------------------------ LoRA+
-
-
-def test_b_has_its_own_learning_rate():
-    """The first step of Adam changes each parameter with a gradient by its learning rate: A has no
-    gradient while B is 0."""
-    model, rate = MODELS["llama"](), 1e-4
-    inject(model, LoRAPlus(4, 6.0, ("q_proj", "down_proj"), lr_ratio=7.0))
-    perturb(model)
-    before = {name: p.detach().clone() for name, p in added(model).items()}
-    fit(model, task_of("llama"), 1, lr=rate, warmup=0.0, show=False)
-    for name, p in added(model).items():
-        step = (p - before[name]).abs().max().item()
-        assert step == pytest.approx(rate * (7 if name.endswith("lora_B") else 1), rel=0.02)
 
 
 # ------------------------------------------------------------------ PiSSA
