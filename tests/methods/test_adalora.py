@@ -129,41 +129,25 @@ def ids_of(seed=3):
 
 
 @pytest.mark.parametrize(("tinit", "tfinal", "delta"), [(3, 5, 2), (0, 0, 1), (3, 5, 50)])
-def test_twenty_steps_by_hand_equal_those_of_peft(tinit, tfinal, delta):
+def test_twenty_steps_equal_those_of_peft(tinit, tfinal, delta):
     method = AdaLoRA(6, 3, 10.0, TARGETS, tinit, tfinal, delta, STEPS, beta1=0.8, beta2=0.9)
     changes = dict(tinit=tinit, tfinal=tfinal, deltaT=delta, beta1=0.8, beta2=0.9)
     theirs, ours = pair(tiny_llama(), method, **changes)
-    for step, (a, b) in steps_of(theirs, ours):
-        assert abs(a - b) <= 1e-6, step
-        for x, y in parts_of(theirs, ours):
-            assert (x - y).abs().max() <= 1e-6 and torch.equal(x == 0, y == 0), step
-    masks = {path: ada.mask.tolist() for path, ada in branches_of(ours).items()}
-    assert masks == pattern_of(theirs)
-    assert sum(map(sum, masks.values())) == 3 * len(masks) == sum(ranks(ours).values())
-
-
-def test_twenty_steps_of_fit_equal_those_of_peft():
-    lr = 5e-3
-    theirs, ours = pair(tiny_llama())
-    history = fit(ours, TinyText(), STEPS, lr=lr, batch_size=8, clip=None, show=False)
-    optimizer = torch.optim.AdamW(trains(theirs), lr=lr, weight_decay=0.0, fused=True)
-    theirs.train()
-    shares, counts = [(i + 1) / 2 if i < 2 else (STEPS - i) / (STEPS - 2) for i in range(STEPS)], []
+    history = fit(ours, TinyText(), STEPS, lr=5e-3, batch_size=8, clip=None, show=False)
+    optimizer = torch.optim.AdamW(trains(theirs.train()), lr=5e-3, weight_decay=0.0, fused=True)
     for step, batch in zip(range(STEPS), TinyText().stream(8, seed=0), strict=False):
-        optimizer.param_groups[0]["lr"] = lr * shares[step]
+        optimizer.param_groups[0]["lr"] = history.lr[step]
         loss = theirs(**batch).loss
         loss.backward()
         optimizer.step()
         theirs.base_model.update_and_allocate(step + 1)
         optimizer.zero_grad()
-        assert abs(loss.item() - history.loss[step]) <= 1e-6
-        values = [layer.lora_E["default"] for layer in layers_of(theirs).values()]
-        counts.append(sum(int(v.count_nonzero()) for v in values))
+        assert abs(loss.item() - history.loss[step]) <= 1e-6, step
     for a, b in parts_of(theirs, ours):
         assert (a - b).abs().max() <= 1e-6 and torch.equal(a == 0, b == 0)
-    # Pruned every second step from the fourth on, grown back between, settled from the 15th.
-    assert counts == [36, 36, 36, 31, 36, 25, 36, 21, 36, 19, 36, 18, 36, 18] + [18] * 6
-    assert [ada.mask.sum() for ada in branches_of(ours).values()] == list(ranks(ours).values())
+    masks = {path: ada.mask.tolist() for path, ada in branches_of(ours).items()}
+    assert masks == pattern_of(theirs)
+    assert sum(map(sum, masks.values())) == 3 * len(masks) == sum(ranks(ours).values())
 
 
 def test_the_budget_is_that_of_peft_at_every_step():

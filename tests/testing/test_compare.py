@@ -5,9 +5,9 @@ from copy import deepcopy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import batch_of, same, state, tiny_llama
+from tiny import batch_of, tiny_llama
 
-from peft_lessons import LoRA, generate_text, load_tokenizer, measure, unload
+from peft_lessons import LoRA, generate_text, load_tokenizer, measure
 from peft_lessons.engine import injected_copy, injection_of
 from peft_lessons.testing import (
     adapter_bytes,
@@ -27,15 +27,6 @@ def moved():
     for wrapper in injection_of(model).wrappers.values():
         torch.nn.init.normal_(wrapper.lora.lora_B, std=0.2)
     return model, base
-
-
-def test_a_copy_with_a_method_leaves_the_base():
-    base = tiny_llama()
-    untouched = state(base)
-    model = injected_copy(base, METHOD)
-    assert same(state(base), untouched) and injection_of(base) is None
-    assert injection_of(model).method == METHOD
-    assert torch.equal(unload(model)(**BATCH).logits, base(**BATCH).logits)
 
 
 def test_an_attempt_prints_the_refusal_and_misses_what_is_not_refused(capsys):

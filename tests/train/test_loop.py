@@ -299,21 +299,3 @@ def test_a_method_takes_part_in_training():
     assert max(history.lr) == 0.25 and history.loss[0] > 1000
     seen = [w.seen.item() for w in injection_of(model).wrappers.values()]
     assert seen == [55, 55]
-
-
-def test_a_parameter_may_have_a_learning_rate_of_its_own():
-    @dataclass(frozen=True)
-    class Faster(Hooked):
-        files = PeftFiles("TEST_FASTER")
-        rate_factors = {"scale": 8.0}
-
-    moved = {}
-    for method in (Hooked(total=1), Faster(total=1)):
-        model = injected(method)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        before = {n: p.detach().clone() for n, p in trained.items()}
-        fit(model, TASK, 1, lr=0.01, warmup=0, clip=None, show=False)
-        moved[type(method)] = {n: (p - before[n]).abs().max().item() for n, p in trained.items()}
-    for name, distance in moved[Hooked].items():
-        factor = 8 if name.endswith(".scale") else 1
-        assert moved[Faster][name] == pytest.approx(factor * distance, rel=1e-4), name
