@@ -247,14 +247,26 @@ def only_the_branch_drops(*models: nn.Module, p: float) -> None:
                 module.p = 0.0
 
 
+def listed(names: tuple[str, ...] | str) -> list[str] | str:
+    """Return names of modules as PEFT takes them."""
+    return names if isinstance(names, str) else list(names)
+
+
+def ia3_config(targets, feedforward, task: str | None = None):
+    """Return PEFT's config of an (IA)³ of ours."""
+    from peft import IA3Config
+
+    names = dict(target_modules=listed(targets), feedforward_modules=listed(feedforward))
+    return IA3Config(**names, task_type=task)
+
+
 def lora_config(method: LoRA, task: str | None = None, **more):
     """Return PEFT's config of a LoRA or a DoRA of ours."""
     from peft import LoraConfig  # takes seconds, which other tests need not wait for
 
-    targets = method.targets if isinstance(method.targets, str) else list(method.targets)
     settings = dict(r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout)
     settings |= dict(use_rslora=method.rslora, use_dora=isinstance(method, DoRA))
-    return LoraConfig(**(settings | more), target_modules=targets, task_type=task)
+    return LoraConfig(**(settings | more), target_modules=listed(method.targets), task_type=task)
 
 
 def lora_pair(base: nn.Module, method: LoRA, task: str | None = None):

@@ -11,6 +11,7 @@ from tiny import (
     MODELS,
     PLACES,
     TARGETS,
+    ia3_config,
     perturb,
     same,
     state,
@@ -84,6 +85,11 @@ METHODS = {  # {row: the method for a model of this name}
 NORMS = r".*[Nn]orm"
 
 
+def on_targets(config, **settings):
+    """Return a function that gives this config of PEFT on the targets of a model."""
+    return lambda name: config(target_modules=list(TARGETS[name]), **settings)
+
+
 def lora(name, **changed):
     settings = dict(r=4, lora_alpha=6, target_modules=list(TARGETS[name]))
     return peft.LoraConfig(**settings | changed)
@@ -107,45 +113,27 @@ def largest_shira(name):
     return config
 
 
+ADALORA_THERE = dict(init_r=6, target_r=3, lora_alpha=10)
 PEFT = {  # {row: PEFT's config of the same method}
     "lora": lora,
     "rslora": lambda name: lora(name, use_rslora=True),
     "dora": lambda name: lora(name, use_dora=True),
     "dora, rslora": lambda name: lora(name, use_dora=True, use_rslora=True),
     "qlora": lambda name: lora(name, lora_alpha=8, target_modules="all-linear"),
-    "adalora": lambda name: peft.AdaLoraConfig(
-        init_r=6,
-        target_r=3,
-        lora_alpha=10,
-        target_modules=list(TARGETS[name]),
-        tinit=2,
-        tfinal=3,
-        total_step=STEPS,
-    ),
-    "ia3": lambda name: peft.IA3Config(
-        **{
-            field: names if isinstance(names, str) else list(names)
-            for field, names in zip(
-                ("target_modules", "feedforward_modules"), PLACES[name], strict=True
-            )
-        }
-    ),
+    "adalora": on_targets(peft.AdaLoraConfig, **ADALORA_THERE, tinit=2, tfinal=3, total_step=STEPS),
+    "ia3": lambda name: ia3_config(*PLACES[name]),
     "prompt": lambda name: peft.PromptTuningConfig(num_virtual_tokens=6),
     "prefix": lambda name: prefixed(),
     "prefix, mlp": lambda name: prefixed(prefix_projection=True, encoder_hidden_size=24),
     "norms": lambda name: peft.LNTuningConfig(target_modules=NORMS),
-    "sparse": lambda name: peft.ShiraConfig(r=4, target_modules=list(TARGETS[name]), random_seed=5),
-    "sparse, largest": lambda name: largest_shira(name),
+    "sparse": on_targets(peft.ShiraConfig, r=4, random_seed=5),
+    "sparse, largest": largest_shira,
     "lora+": lora,
     "pissa": lambda name: lora(name, r=8, lora_alpha=12),  # a LoRA of twice the rank
     "pissa, √r": lambda name: lora(name, lora_alpha=3 * 2**0.5, use_rslora=True),
-    "vera": lambda name: peft.VeraConfig(
-        r=12, target_modules=list(TARGETS[name]), projection_prng_key=5
-    ),
-    "oft": lambda name: peft.OFTConfig(oft_block_size=16, target_modules=list(TARGETS[name])),
-    "oft, exact": lambda name: peft.OFTConfig(
-        oft_block_size=16, target_modules=list(TARGETS[name]), use_cayley_neumann=False
-    ),
+    "vera": on_targets(peft.VeraConfig, r=12, projection_prng_key=5),
+    "oft": on_targets(peft.OFTConfig, oft_block_size=16),
+    "oft, exact": on_targets(peft.OFTConfig, oft_block_size=16, use_cayley_neumann=False),
 }
 IN_4_BITS = ("qlora", "loftq", "qpissa")
 NO_MERGE = (  # what no change of the weights computes, or none in 4 bits
@@ -261,9 +249,7 @@ QV = r".*\.(q_proj|v_proj|query|value)"
 HERE, THERE = dict(rank=4, alpha=6, targets=QV), dict(r=4, lora_alpha=6, target_modules=QV)
 ADALORA = (
     AdaLoRA(6, 3, 10, QV, tinit=1, tfinal=1, delta=1, total_steps=4),
-    peft.AdaLoraConfig(
-        init_r=6, target_r=3, lora_alpha=10, target_modules=QV, tinit=1, tfinal=1, total_step=4
-    ),
+    peft.AdaLoraConfig(**ADALORA_THERE, target_modules=QV, tinit=1, tfinal=1, total_step=4),
 )
 DESCRIBED = {
     "LoRA": (LoRA(**HERE), peft.LoraConfig(**THERE)),

@@ -11,6 +11,7 @@ from tiny import (
     batch_of,
     close,
     gradients,
+    ia3_config,
     refused,
     rewrite,
     step_of_both,
@@ -39,12 +40,11 @@ def vectors(model):
     return {path: wrapper.l for path, wrapper in injection_of(model).wrappers.items()}
 
 
-def pair(name, places=None):
+def pair(name):
     """Return (PEFT's model, ours) on copies of one base, with the same random vectors."""
-    base, (targets, feedforward) = MODELS[name](), places or PLACES[name]
-    names = dict(target_modules=targets, feedforward_modules=feedforward)
-    names = {k: v if isinstance(v, str) else list(v) for k, v in names.items()}
-    theirs = peft.get_peft_model(deepcopy(base), peft.IA3Config(**names, task_type=task_type(name)))
+    base, (targets, feedforward) = MODELS[name](), PLACES[name]
+    config = ia3_config(targets, feedforward, task_type(name))
+    theirs = peft.get_peft_model(deepcopy(base), config)
     inject(base, IA3(targets, feedforward))
     layers, wrappers = layers_of(theirs), injection_of(base).wrappers
     assert list(layers) == list(wrappers)
