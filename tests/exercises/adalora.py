@@ -17,12 +17,28 @@ def by_norms(P, Q):
     return torch.linalg.matrix_norm(P.mT @ P - I) ** 2 + torch.dist(Q @ Q.mT, I) ** 2
 
 
+@right("orthogonality_penalty")
+def expanded(P, Q):
+    # ‖G − I‖² = ‖G‖² − 2 tr G + r
+    r = Q.shape[0]
+    grams = torch.einsum("or,os->rs", P, P), torch.einsum("ri,si->rs", Q, Q)
+    return sum((g * g).sum() - 2 * g.trace() + r for g in grams)
+
+
 # ------------------------------------------------------------------ update_importance
 
 
 @wrong("update_importance", "the result has 2 items, expected 3")
 def no_score(weight, grad, sensitivity, uncertainty, beta1, beta2):
     return through_the_old_one(weight, grad, sensitivity, uncertainty, beta1, beta2)[:2]
+
+
+@right("update_importance")
+def by_lerp(weight, grad, sensitivity, uncertainty, beta1, beta2):
+    i = torch.abs(weight) * torch.abs(grad)
+    s = torch.lerp(i, sensitivity, beta1)
+    u = torch.lerp((s - i).abs(), uncertainty, beta2)
+    return s, u, s.mul(u)
 
 
 @right("update_importance")
@@ -76,6 +92,27 @@ def by_rank(scores, budget):
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     return tuple((place < budget).split([s.numel() for s in scores]))
+
+
+@right("mask_to_budget")
+def one_by_one(scores, budget):
+    left = [s.tolist() for s in scores]
+    masks = [torch.zeros_like(s, dtype=torch.bool) for s in scores]
+    for _ in range(budget):
+        layer = max(range(len(left)), key=lambda i: max(left[i]))
+        i = left[layer].index(max(left[layer]))
+        left[layer][i] = -float("inf")
+        masks[layer][i] = True
+    return masks
+
+
+@right("mask_to_budget")
+def counting_better_ones(scores, budget):
+    pooled = torch.cat(scores)
+    place = torch.arange(len(pooled))
+    first = (pooled == pooled[:, None]) & (place < place[:, None])
+    stays = ((pooled > pooled[:, None]) | first).sum(dim=1) < budget
+    return list(stays.split(list(map(len, scores))))
 
 
 @right("mask_to_budget")

@@ -22,6 +22,11 @@ def by_position(ids, answer_start):
     return torch.where(torch.arange(len(ids)) < answer_start, -100, ids)
 
 
+@right("answer_labels")
+def joined(ids, answer_start):
+    return torch.cat([ids.new_full((answer_start,), -100), ids[answer_start:]])
+
+
 @wrong("answer_labels", "shape")
 def answer_alone(ids, answer_start):
     return ids[answer_start:]
@@ -34,6 +39,17 @@ def answer_alone(ids, answer_start):
 def by_cross_entropy(logits, labels):
     pairs = zip(logits[:, :-1], labels[:, 1:], strict=True)
     return torch.stack([-F.cross_entropy(a, b, reduction="sum") for a, b in pairs])
+
+
+@right("sequence_logprob")
+def token_by_token(logits, labels):
+    sums = []
+    for row, tokens in zip(logits, labels.tolist(), strict=True):
+        sums.append(row.new_zeros(()))
+        for scores, token in zip(row, tokens[1:], strict=False):
+            if token != -100:
+                sums[-1] = sums[-1] + scores[token] - scores.logsumexp(0)
+    return torch.stack(sums)
 
 
 @wrong("sequence_logprob", "shape (), expected (3,)")
@@ -112,6 +128,45 @@ def the_prompt_cancels(model, tokenizer, pair, beta):
         text = prompt + pair[which] + tokenizer.eos_token
         ids = tokenizer(text, return_tensors="pt").input_ids
         return answer_logprob(model, {"input_ids": ids, "labels": ids})
+
+    def reference(which):
+        with disabled(model):
+            return logprob(which)
+
+    return compared(logprob, reference, beta)
+
+
+@right("preference_step")
+def one_padded_batch(model, tokenizer, pair, beta):
+    prompt = tokenizer(prompt_of(tokenizer, pair["prompt"])).input_ids
+    texts = [pair["chosen"], pair["rejected"]]
+    rows = [prompt + tokenizer(text + tokenizer.eos_token).input_ids for text in texts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : len(prompt)] = -100
+
+    def logprobs():
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return answer_logprob(model, batch)
+
+    policy = logprobs()
+    with disabled(model):
+        margin = policy - logprobs().detach()
+    return F.softplus(beta * (margin[1] - margin[0]))
+
+
+@right("preference_step")
+def through_the_models_loss(model, tokenizer, pair, beta):
+    """The model's loss is a mean: times the number of labels it is the sum."""
+    prompt = tokenizer(prompt_of(tokenizer, pair["prompt"])).input_ids
+
+    def logprob(which):
+        answer = tokenizer(pair[which] + tokenizer.eos_token).input_ids
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        return -model(ids, labels=labels).loss * len(answer)
 
     def reference(which):
         with disabled(model):

@@ -1,7 +1,10 @@
 """Answers to the exercises of lesson 14."""
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from peft_lessons.methods.variants import alternate, leading
 
@@ -17,6 +20,16 @@ wrong, right = answers.wrong, answers.right
 @right("rslora_scaling")
 def as_a_tensor(alpha, rank):
     return alpha / torch.tensor(float(rank)).sqrt()
+
+
+@right("rslora_scaling")
+def by_power(alpha, rank):
+    return alpha * rank**-0.5
+
+
+@right("rslora_scaling")
+def from_lora_s(alpha, rank):
+    return alpha / rank * math.sqrt(rank)
 
 
 # ------------------------------------------------------------------ loraplus_groups
@@ -98,10 +111,30 @@ def arrays(weight, rank):
 
 
 @right("pissa_init")
+def by_numpy_svd(weight, rank):
+    U, S, V = np.linalg.svd(weight.double().numpy())
+    root = np.sqrt(S[:rank])
+    A, B = -root[:, None] * V[:rank], -U[:, :rank] * root
+    residual = weight.double().numpy() - B @ A
+    return tuple(torch.from_numpy(t).to(weight.dtype) for t in (A, B, residual))
+
+
+@right("pissa_init")
 @torch.no_grad()
 def in_float64(weight, rank):
     A, B = leading(weight.double(), rank)
     return A, B, weight - B @ A
+
+
+@right("pissa_init")
+def one_by_one(weight, rank):
+    U, S, V = svd(weight)
+    rest, rows, columns = weight.clone(), [], []
+    for i in range(rank):
+        rows.append(V[i] * S[i] ** 0.5)
+        columns.append(U[:, i] * S[i] ** 0.5)
+        rest = rest - torch.outer(columns[-1], rows[-1])
+    return torch.stack(rows), torch.stack(columns, dim=1), rest
 
 
 @right("pissa_init")
@@ -121,6 +154,28 @@ def full_rank(weight, rank, quantize, steps):
     return alternate(weight, min(weight.shape), quantize, steps)
 
 
+@right("loftq_init")
+def by_projection(weight, rank, quantize, steps):
+    BA = 0 * weight
+    for _ in range(steps):
+        Q = quantize(weight - BA)
+        U, _, _ = torch.linalg.svd((weight - Q).double())
+        BA = (U[:, :rank] @ U[:, :rank].T @ (weight - Q).double()).to(weight.dtype)
+    U, S, V = svd((weight - Q).double())
+    A, B = S[:rank].sqrt().diag() @ V[:rank], U[:, :rank] @ S[:rank].sqrt().diag()
+    return A.to(weight.dtype), B.to(weight.dtype), Q
+
+
+@right("loftq_init")
+def recursive(weight, rank, quantize, steps):
+    if steps == 1:
+        Q = quantize(weight)
+    else:
+        A, B, _ = recursive(weight, rank, quantize, steps - 1)
+        Q = quantize(weight - B @ A)
+    return *leading(weight - Q, rank), Q
+
+
 # ------------------------------------------------------------------ intruder_dimensions
 
 
@@ -136,7 +191,22 @@ def which(w0, w1, k, eps):
 
 
 @right("intruder_dimensions")
+def by_loops(w0, w1, k, eps):
+    U0, U1, count = svd(w0)[0], svd(w1)[0], 0
+    for j in range(k):
+        if max(abs(F.cosine_similarity(u, U1[:, j], dim=0).item()) for u in U0.T) < eps:
+            count += 1
+    return count
+
+
+@right("intruder_dimensions")
 def with_the_full_matrices(w0, w1, k, eps):
     """No output lies beyond the singular vectors, so the full matrices are the same."""
     U0, U1 = torch.linalg.svd(w0)[0], torch.linalg.svd(w1)[0]
     return ((U0.mT @ U1[:, :k]).abs().max(0).values < eps).sum()
+
+
+@right("intruder_dimensions")
+def by_arrays(w0, w1, k, eps):
+    U0, U1 = (np.linalg.svd(w.double().numpy(), full_matrices=False)[0] for w in (w0, w1))
+    return int((np.abs(U0.T @ U1[:, :k]).max(axis=0) < eps).sum())

@@ -19,13 +19,23 @@ wrong, right = answers.wrong, answers.right
 
 
 @right("pareto_front")
+def pareto_by_a_sweep(costs, scores):
+    best, front = (math.inf, -math.inf), []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
+        if scores[i] > best[1] or (costs[i], scores[i]) == best:
+            best = costs[i], scores[i]
+            front.append(i)
+    return front
+
+
+@right("pareto_front")
 def as_an_array(costs, scores):
     return np.array(with_numpy(costs, scores))
 
 
 @right("pareto_front")
 def as_a_tensor(costs, scores):
-    return torch.tensor(with_numpy(costs, scores))
+    return torch.tensor(pareto_by_a_sweep(costs, scores))
 
 
 @right("pareto_front")
@@ -67,6 +77,16 @@ def in_parts_and_in_numpy(n_params, n_trainable, gpu_gb, bits):
     base = np.float64(n_params - n_trainable) * (NF4_BITS if bits == 4 else 16) / 8
     parts = [base, *(size * n_trainable for size in (2, 2, 4, 4, 4))]
     return sum(parts) / GIB <= gpu_gb - gpu_gb / 8
+
+
+@right("fits")
+def with_a_branch(n_params, n_trainable, gpu_gb, bits):
+    if bits == 4:
+        blocks = (n_params - n_trainable) / 64
+        base = 32 * blocks + blocks + 4 * blocks / 256
+    else:
+        base = 2 * (n_params - n_trainable)
+    return bool(base + 16 * n_trainable <= 7 * gpu_gb * 2**27)
 
 
 # ------------------------------------------------------------------ paired_difference
@@ -168,3 +188,23 @@ def with_a_sweep(needs, gpu_gb, scores):
         if name == best or not behind[name][2] > 1:
             break
     return {"behind": behind, "left": room - needs[name], "method": name}
+
+
+@right("defend_choice")
+def with_torch(needs, gpu_gb, scores):
+    need = torch.tensor(list(needs.values()), dtype=torch.float64)
+    usable = gpu_gb * 7 / 8
+    fit = need <= usable
+    if not fit.any():
+        return dict(method="does not fit", left=usable - need.min().item(), behind={})
+    names = list(needs)
+    mean = torch.tensor([np.mean(scores[n]) for n in names]).where(fit, -torch.inf)
+    best = names[int(mean.argmax())]
+    behind = {
+        n: with_torch_and_a_table(scores[best], scores[n])
+        for n, one in zip(names, fit, strict=True)
+        if one and n != best
+    }
+    good = [n == best or (n in behind and behind[n][2] <= 1) for n in names]
+    i = int(need.where(torch.tensor(good), torch.inf).argmin())
+    return {"method": names[i], "left": usable - need[i].item(), "behind": behind}

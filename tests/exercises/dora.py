@@ -16,9 +16,31 @@ wrong, right = answers.wrong, answers.right
 
 
 @right("decompose")
+def by_einsum(weight):
+    magnitude = torch.einsum("oi,oi->o", weight, weight).sqrt()
+    return magnitude, torch.einsum("oi,o->oi", weight, 1 / magnitude)
+
+
+@right("decompose")
 def with_a_floor(weight):
     norm = weight.norm(dim=1)
     return norm + 1e-8, F.normalize(weight, dim=1, eps=1e-6)
+
+
+@right("decompose")
+def normalised(weight):
+    return weight.norm(dim=1), F.normalize(weight, dim=1)
+
+
+@right("decompose")
+def by_diagonal(weight):
+    magnitude = (weight @ weight.T).diagonal() ** 0.5
+    return magnitude, torch.diag(1 / magnitude) @ weight
+
+
+@right("decompose")
+def row_by_row(weight):
+    return torch.stack([row.norm() for row in weight]), torch.stack([r / r.norm() for r in weight])
 
 
 # ------------------------------------------------------------------ dora_output
@@ -86,6 +108,29 @@ def rows_in_a_loop(x, weight, bias, A, B, alpha, magnitude):
     return plus((magnitude / norm) * (x @ weight.T + s * (x @ A.T) @ B.T), bias)
 
 
+@right("dora_output")
+def einsums(x, weight, bias, A, B, alpha, magnitude):
+    s, b = alpha / B.shape[1], B.detach()
+    square = torch.einsum("oi,oi->o", weight, weight)
+    square = square + 2 * s * torch.einsum("or,or->o", weight @ A.detach().T, b)
+    square = square + s**2 * torch.einsum("or,rq,oq->o", b, (A @ A.T).detach(), b)
+    y = torch.einsum("...i,oi->...o", x, weight)
+    y = y + torch.einsum("...r,or->...o", torch.einsum("...i,ri->...r", x, A), s * B)
+    return plus(y * magnitude * square.rsqrt(), bias)
+
+
+@right("dora_output")
+def stacked(x, weight, bias, A, B, alpha, magnitude):
+    """‖[W, sB] [I; A]‖ by the Gram matrix of A, whose root serves for B."""
+    s, gram = alpha / len(A), A.detach() @ A.detach().T
+    root = torch.linalg.cholesky(gram)
+    square = weight.norm(dim=1).square() + (s * B.detach() @ root).norm(dim=1).square()
+    square = square + 2 * s * (F.linear(weight, A.detach()) * B.detach()).sum(-1)
+    return plus(
+        magnitude / square.sqrt() * (F.linear(x, weight) + s * F.linear(F.linear(x, A), B)), bias
+    )
+
+
 # ------------------------------------------------------------------ magnitude_direction_change
 
 
@@ -94,6 +139,14 @@ def by_unit_vectors(w0, w1):
     u0, u1 = F.normalize(w0, dim=1), F.normalize(w1, dim=1)
     d = ((u1 - u0) ** 2).sum(dim=1).mean() / 2
     return F.l1_loss(w1.norm(dim=1), w0.norm(dim=1)).item(), d.item()
+
+
+@right("magnitude_direction_change")
+def by_loops(w0, w1):
+    pairs = list(zip(w0, w1, strict=True))
+    m = sum(abs(b.norm() - a.norm()).item() for a, b in pairs) / len(pairs)
+    d = sum(1 - (a @ b / (a.norm() * b.norm())).item() for a, b in pairs) / len(pairs)
+    return m, d
 
 
 # ------------------------------------------------------------------ DoRALinear

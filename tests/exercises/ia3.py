@@ -46,11 +46,40 @@ def head_dim_written_down(config):
 
 
 @right("ia3_sizes")
+def from_the_model(config):
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    found = {}
+    for path, module in model.named_modules():
+        leaf = path.rpartition(".")[2]
+        if leaf in ("k_proj", "key"):
+            found["k"] = module.out_features
+        elif leaf in ("v_proj", "value"):
+            found["v"] = module.out_features
+        elif leaf == "down_proj" or (path.endswith(".output.dense") and "attention" not in path):
+            found["ff"] = module.in_features
+    return found
+
+
+@right("ia3_sizes")
 def with_true_division(config):
     n_h = config.num_attention_heads
     d_h = getattr(config, "head_dim", None) or config.hidden_size / n_h
     width = getattr(config, "num_key_value_heads", n_h) * d_h
     return {"k": width, "v": width, "ff": config.intermediate_size}
+
+
+@right("ia3_sizes")
+def by_the_share(config):
+    if hasattr(config, "head_dim"):
+        wide = config.num_attention_heads * config.head_dim
+    else:
+        wide = config.hidden_size
+    kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    width = wide * kv // config.num_attention_heads
+    return dict(k=width, v=width, ff=config.intermediate_size)
 
 
 # ------------------------------------------------------------------ ia3_linear
@@ -59,6 +88,21 @@ def with_true_division(config):
 @wrong("ia3_linear", "your function raised TypeError")
 def bias_is_always_there(x, weight, bias, vector, feedforward):
     return x * vector @ weight.T + bias if feedforward else (x @ weight.T + bias) * vector
+
+
+@right("ia3_linear")
+@torch.no_grad()
+def without_a_graph(x, weight, bias, vector, feedforward):
+    before, after = (vector, 1) if feedforward else (1, vector)
+    return F.linear(before * x, weight, bias) * after
+
+
+@right("ia3_linear")
+def through_the_weight(x, weight, bias, vector, feedforward):
+    if feedforward:
+        return torch.einsum("...i,i,oi->...o", x, vector, weight) + (0 if bias is None else bias)
+    y = torch.einsum("...i,oi,o->...o", x, weight, vector)
+    return y if bias is None else y + vector * bias
 
 
 @right("ia3_linear")
@@ -100,6 +144,23 @@ def in_double(weight, bias, vector, feedforward):
     return [weight * scale, bias * vector.double() if moved else bias]
 
 
+@right("merge_ia3")
+def by_einsum(weight, bias, vector, feedforward):
+    v = vector.to(weight.dtype)
+    merged = torch.einsum("oi,i->oi" if feedforward else "oi,o->oi", weight, v)
+    return merged, bias if feedforward or bias is None else torch.einsum("o,o->o", bias, v)
+
+
+@right("merge_ia3")
+def by_the_unit_vectors(weight, bias, vector, feedforward):
+    """What the layer and its vector do to the unit vectors is the merged weight."""
+    W, eye = weight.to(vector.dtype), torch.eye(weight.shape[1], dtype=vector.dtype)
+    y = F.linear(eye * vector, W) if feedforward else F.linear(eye, W) * vector
+    if bias is not None:
+        bias = bias.clone() if feedforward else bias.mul(vector).type_as(bias)
+    return y.T.type_as(weight), bias
+
+
 # ------------------------------------------------------------------ ia3_as_lora
 
 
@@ -117,9 +178,32 @@ def rank_one(weight, vector):
 
 
 @right("ia3_as_lora")
+def eye_in_float32(weight, vector):
+    change, eye = (vector - 1)[:, None] * weight, torch.eye(min(weight.shape))
+    return (eye, change) if len(weight) > weight.shape[1] else (change, eye)
+
+
+@right("ia3_as_lora")
+def as_the_hint_says(weight, vector):
+    out, in_ = weight.shape
+    if out <= in_:
+        return weight, torch.diag(vector - 1)
+    return torch.eye(in_), (vector - 1)[:, None] * weight
+
+
+@right("ia3_as_lora")
 def by_svd(weight, vector):
     U, S, V = torch.linalg.svd(weight * vector[:, None] - weight, full_matrices=False)
     return S[:, None] * V, U
+
+
+@right("ia3_as_lora")
+def with_signs(weight, vector):
+    change = vector - torch.ones_like(vector)
+    root = change.abs() ** 0.5
+    if len(weight) > weight.shape[1]:
+        return torch.eye(weight.shape[1], dtype=weight.dtype), change.unsqueeze(1) * weight
+    return (root * change.sign())[:, None] * weight, torch.diag(root)
 
 
 # ------------------------------------------------------------------ IA3Attention
@@ -175,6 +259,19 @@ class Random(ByHand):
     def __init__(self, q_proj, k_proj, v_proj, n_heads):
         super().__init__(q_proj, k_proj, v_proj, n_heads)
         self.l_k.data.add_(0.02 * torch.randn(self.l_k.shape))
+
+
+@right("IA3Attention")
+class OnTheQuery(ByHand):
+    """Without rotary phases (l ⊙ q)·k = q·(l ⊙ k): each query head takes its key head's entries."""
+
+    def forward(self, x):
+        d_h = self.q.out_features // self.n_heads
+        group = self.n_heads * d_h // len(self.l_k)
+        l_k, l_v = (n.view(-1, 1, d_h).repeat_interleave(group, 0) for n in (self.l_k, self.l_v))
+        q, k, v = (f(x).unflatten(-1, (-1, d_h)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q * l_k, k, v, is_causal=True, enable_gqa=True) * l_v
+        return y.transpose(1, 2).flatten(2)
 
 
 @right("IA3Attention")

@@ -19,6 +19,11 @@ wrong, right = answers.wrong, answers.right
 
 
 @right("lora_forward")
+def by_linear(x, A, B, alpha):
+    return F.linear(F.linear(x, A), alpha * B) / B.shape[1]
+
+
+@right("lora_forward")
 def through_the_product(x, A, B, alpha):
     return x @ (B @ A).mT * alpha / len(A)
 
@@ -43,6 +48,11 @@ def only_down(x, A, B, alpha):
 
 
 @right("merge_lora")
+def by_addmm(weight, A, B, alpha):
+    return torch.addmm(weight, B, A, alpha=alpha / len(A))
+
+
+@right("merge_lora")
 @torch.no_grad()
 def in_double(weight, A, B, alpha):
     return weight.double() + alpha * torch.einsum("or,ri->oi", B.double(), A.double()) / len(A)
@@ -54,6 +64,11 @@ def squeezed_factors(weight, A, B, alpha):
 
 
 # ------------------------------------------------------------------ unmerge_lora
+
+
+@right("unmerge_lora")
+def einsum(merged_weight, A, B, alpha):
+    return merged_weight - torch.einsum("or,ri->oi", B, A) * (alpha / B.shape[1])
 
 
 @right("unmerge_lora")
@@ -103,6 +118,11 @@ def merged_table(ids, weight, A, B, alpha):
 def one_hot(ids, weight, A, B, alpha):
     hot = F.one_hot(ids, weight.shape[0]).to(A.dtype)
     return weight[ids] + alpha / A.shape[0] * hot @ A.T @ B.T
+
+
+@right("embedding_lora")
+def einsum_lookup(ids, weight, A, B, alpha):
+    return weight[ids] + torch.einsum("r...,dr->...d", A[:, ids], B) * (alpha / len(A))
 
 
 @right("embedding_lora")

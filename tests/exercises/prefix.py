@@ -24,6 +24,18 @@ def a_tensor(flat, layers, n_kv, d_h):
 
 
 @right("split_prefix")
+def by_einsum(flat, layers, n_kv, d_h):
+    P = torch.einsum("plkhd->lkhpd", flat.reshape(-1, layers, 2, n_kv, d_h))
+    return [(k, v) for k, v in P]
+
+
+@right("split_prefix")
+@torch.no_grad()
+def without_a_graph(flat, layers, n_kv, d_h):
+    return by_einsum(flat, layers, n_kv, d_h)
+
+
+@right("split_prefix")
 def by_an_index(flat, layers, n_kv, d_h):
     at = torch.arange(2 * layers * n_kv * d_h).view(layers, 2, n_kv, d_h)
     return [tuple(flat[:, at[i, j]].transpose(0, 1) for j in (0, 1)) for i in range(layers)]
@@ -32,10 +44,27 @@ def by_an_index(flat, layers, n_kv, d_h):
 # ------------------------------------------------------------------ prefix_gate
 
 
+def scores_of(q, k, prefix_k):
+    """The scores of prefix and text, what a token does not see at −∞."""
+    k, prefix_k = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, prefix_k))
+    text = q @ k.mT / q.shape[-1] ** 0.5
+    return q @ prefix_k.mT / q.shape[-1] ** 0.5, text + torch.full_like(text, -torch.inf).triu(1)
+
+
 @wrong("prefix_gate", "your function raised RuntimeError")
 def without_groups(q, k, prefix_k):
     scores = q @ torch.cat([prefix_k, k], 1).mT / q.shape[-1] ** 0.5
     return scores.softmax(-1)[..., : prefix_k.shape[1]].sum(-1)
+
+
+@right("prefix_gate")
+def by_groups(q, k, prefix_k):
+    n_kv, T, d_h = k.shape
+    q = q.reshape(n_kv, -1, T, d_h) / d_h**0.5
+    text = torch.einsum("ngtd,nsd->ngts", q, k) + torch.full((T, T), -torch.inf).triu(1)
+    prefix = torch.einsum("ngtd,npd->ngtp", q, prefix_k)
+    both = torch.stack([prefix.logsumexp(-1), text.logsumexp(-1)])
+    return both.softmax(0)[0].flatten(0, 1)
 
 
 @right("prefix_gate")
@@ -46,6 +75,17 @@ def by_numpy(q, k, prefix_k):
     scores[:, ~np.tri(*scores.shape[1:], prefix_k.shape[1], dtype=bool)] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return torch.from_numpy(weights[..., : prefix_k.shape[1]].sum(-1) / weights.sum(-1))
+
+
+@right("prefix_gate")
+def by_attention_to_ones(q, k, prefix_k):
+    """What attention gives whose values are 1 in the prefix and 0 in the text."""
+    (heads, T, d_h), (n_kv, p, _) = q.shape, prefix_k.shape
+    K = torch.cat([prefix_k, k], 1).repeat_interleave(heads // n_kv, 0)
+    V = torch.zeros(heads, p + T, 1, dtype=q.dtype)
+    V[:, :p] = 1
+    mask = torch.ones(T, p + T, dtype=torch.bool).tril(p)
+    return F.scaled_dot_product_attention(q, K, V.expand(-1, -1, d_h).contiguous(), mask)[..., 0]
 
 
 # ------------------------------------------------------------------ context_to_prefix
@@ -97,6 +137,18 @@ def with_a_graph(model, ids):
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
+@right("context_to_prefix")
+@torch.no_grad()
+def in_two_parts(model, ids):
+    was = model.training
+    model.eval()
+    cache = model(ids[None, :1]).past_key_values
+    if len(ids) > 1:
+        cache = model(ids[None, 1:], past_key_values=cache).past_key_values
+    model.train(was)
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
 # ------------------------------------------------------------------ attend
 
 
@@ -104,3 +156,29 @@ def with_a_graph(model, ids):
 def queries_for_the_prefix(q, k, v, prefix_k, prefix_v):
     q, K, V = (torch.cat(pair, 1) for pair in ((prefix_k, q), (prefix_k, k), (prefix_v, v)))
     return F.scaled_dot_product_attention(q, K, V, is_causal=True)
+
+
+@right("attend")
+@torch.no_grad()
+def in_loops(q, k, v, prefix_k, prefix_v):
+    out = torch.zeros(q.shape)
+    for h, t in np.ndindex(*q.shape[:2]):
+        K = torch.cat([prefix_k[h], k[h, : t + 1]])
+        V = torch.cat([prefix_v[h], v[h, : t + 1]])
+        out[h, t] = (K @ q[h, t] / q.shape[-1] ** 0.5).softmax(0) @ V
+    return out
+
+
+@right("attend")
+def by_the_gate(q, k, v, prefix_k, prefix_v):
+    prefix, text = scores_of(q, k, prefix_k)
+    gate = torch.sigmoid(prefix.logsumexp(-1) - text.logsumexp(-1))[..., None]
+    return (1 - gate) * (text.softmax(-1) @ v) + gate * (prefix.softmax(-1) @ prefix_v)
+
+
+@right("attend")
+def with_the_prefix_behind(q, k, v, prefix_k, prefix_v):
+    K, V = torch.cat([k, prefix_k], 1), torch.cat([v, prefix_v], 1)
+    T, p = q.shape[1], prefix_k.shape[1]
+    seen = torch.cat([torch.ones(T, T).tril(), torch.ones(T, p)], 1).bool()
+    return F.scaled_dot_product_attention(q, K, V, seen)

@@ -49,6 +49,13 @@ def by_cycle(ids, embeddings, p):
     return torch.stack([embeddings[i] for i in itertools.islice(itertools.cycle(ids.tolist()), p)])
 
 
+@right("init_from_text")
+def by_embedding(ids, embeddings, p):
+    while len(ids) < p:
+        ids = torch.cat([ids, ids])
+    return F.embedding(ids[:p], embeddings)
+
+
 # ------------------------------------------------------------------ prompt_ensemble
 
 
@@ -68,6 +75,14 @@ def one_after_the_other(prompts, weights):
 @right("prompt_ensemble")
 def by_zip(prompts, weights):
     return sum(w * p for w, p in zip(weights, prompts, strict=True)) / sum(weights)
+
+
+@right("prompt_ensemble")
+def by_matmul(prompts, weights):
+    if len(prompts) != len(weights):
+        raise ValueError("as many weights as prompts, please")
+    row, flat = torch.tensor([weights]).float(), torch.stack(prompts).flatten(1)
+    return (row @ flat / row.sum()).view_as(prompts[0])
 
 
 # ------------------------------------------------------------------ prepend_prompt
@@ -114,4 +129,21 @@ def with_ones_of_floats(embeddings, mask, labels, prompt):
     joined, _, labels = mended(embeddings, None, labels, prompt)
     if mask is not None:
         mask = torch.cat([torch.ones(len(mask), len(prompt)), mask], dim=1)
+    return joined, mask, labels
+
+
+@right("prepend_prompt")
+def filled(embeddings, mask, labels, prompt):
+    batch, length, width = embeddings.shape
+    p = len(prompt)
+    joined = embeddings.new_empty(batch, p + length, width)
+    joined[:, :p], joined[:, p:] = prompt, embeddings
+    if mask is not None:
+        longer = mask.new_ones(batch, p + length)
+        longer[:, p:] = mask
+        mask = longer
+    if labels is not None:
+        longer = torch.full((batch, p + length), -100)
+        longer[:, p:] = labels
+        labels = longer
     return joined, mask, labels

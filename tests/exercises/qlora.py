@@ -26,6 +26,19 @@ def none_multiplied(bits, block, absmax_bits=32, double_block=None, double_bits=
     return bits + double_bits / block + absmax_bits / (block * double_block)
 
 
+@right("bits_per_parameter")
+def nested(bits, block, absmax_bits=32, double_block=None, double_bits=8):
+    scale = absmax_bits if not double_block else double_bits + absmax_bits / double_block
+    return bits + scale / block
+
+
+@right("bits_per_parameter")
+def recursive(bits, block, absmax_bits=32, double_block=None, double_bits=8):
+    if double_block is not None:
+        absmax_bits = recursive(double_bits, double_block, absmax_bits)
+    return (bits * block + absmax_bits) / block
+
+
 # ------------------------------------------------------------------ unpack_nibbles
 
 
@@ -33,6 +46,24 @@ def none_multiplied(bits, block, absmax_bits=32, double_block=None, double_bits=
 def long_codes(packed):
     packed = packed.long()
     return torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+
+
+@right("unpack_nibbles")
+def into_empty(packed):
+    codes = packed.new_empty(2 * packed.numel())
+    codes[0::2], codes[1::2] = packed // 16, packed % 16
+    return codes
+
+
+@right("unpack_nibbles")
+def by_shifts(packed):
+    return ((packed[:, None] >> torch.tensor([4, 0])) & 15).to(torch.uint8).view(-1)
+
+
+@right("unpack_nibbles")
+def byte_by_byte(packed):
+    pairs = [divmod(byte, 16) for byte in packed.tolist()]
+    return torch.tensor(pairs, dtype=torch.uint8).flatten()
 
 
 # ------------------------------------------------------------------ normal_float_levels
@@ -80,6 +111,22 @@ def long_code(x, levels, block):
 
 
 @right("quantize_blockwise")
+def block_by_block(x, levels, block):
+    codes, absmax = [], []
+    for part in x.reshape(-1).split(block):
+        largest = part.abs().max()
+        codes.append((part[:, None] / largest - levels).abs().argmin(1))
+        absmax.append(largest)
+    return torch.cat(codes).byte(), torch.stack(absmax)
+
+
+@right("quantize_blockwise")
+def by_the_lesson_for_any_levels(x, levels, block):
+    scaled, absmax = scale_by_absmax(x, block)
+    return torch.bucketize(scaled, middles(levels), out_int32=True).to(torch.uint8), absmax
+
+
+@right("quantize_blockwise")
 def scaled_boundaries(x, levels, block):
     # The boundaries go to the numbers' scale instead: nothing is divided.
     flat = x.flatten()
@@ -94,6 +141,25 @@ def scaled_boundaries(x, levels, block):
 @wrong("dequantize_blockwise", "your function raised RuntimeError: shape '[-1, 32]' is invalid")
 def whole_blocks_only(codes, absmax, levels, block, shape):
     return (levels[codes.long()].view(-1, block) * absmax[:, None]).view(shape)
+
+
+@right("dequantize_blockwise")
+def one_part_after_another(codes, absmax, levels, block, shape):
+    parts = [levels[part.int()] * absmax[number] for number, part in enumerate(codes.split(block))]
+    return torch.cat(parts).reshape(shape)
+
+
+@right("dequantize_blockwise")
+def by_padding(codes, absmax, levels, block, shape):
+    values = F.pad(levels[codes.long()], (0, -len(codes) % block)).view(-1, block)
+    return values.mul_(absmax.unsqueeze(1)).flatten()[: len(codes)].view(torch.Size(shape))
+
+
+@right("dequantize_blockwise")
+def by_table_of_products(codes, absmax, levels, block, shape):
+    # Every level times every absmax, and each number picks its own.
+    table = torch.outer(absmax, levels)
+    return table[torch.arange(len(codes)) // block, codes.long()].unflatten(0, shape)
 
 
 # ------------------------------------------------------------------ merge_into_4bit
@@ -126,6 +192,14 @@ wrong("merge_into_4bit", "the error is divided by the norm of the base")(hunted(
 
 
 right("merge_into_4bit")(hunted(4))
+
+
+@right("merge_into_4bit")
+def in_place_on_a_new_tensor(packed, absmax, A, B, alpha, shape):
+    weight = dequantize_nf4(packed, absmax, shape)
+    weight.addmm_(B, A, alpha=alpha / B.shape[1])
+    lost = requantized(weight).sub_(weight)
+    return weight, lost.pow(2).sum().div(weight.pow(2).sum()).sqrt().item()
 
 
 @right("merge_into_4bit")
@@ -207,3 +281,15 @@ def from_nf4(ratios, count, rounds=50):
     start = NF4[:: len(NF4) // count] if count <= len(NF4) else torch.linspace(-1, 1, count)
     levels = moved(ratios.double(), start.double(), rounds)
     return levels.sort().values
+
+
+@right("kmeans_levels")
+def level_by_level(ratios, count, rounds=50):
+    ordered = sorted(ratios.tolist())
+    levels = [ordered[(2 * k + 1) * len(ordered) // (2 * count)] for k in range(count)]
+    for _ in range(rounds):
+        cells = torch.bucketize(ratios, torch.tensor(levels[1:]).add(torch.tensor(levels[:-1])) / 2)
+        for k in range(count):
+            if (cells == k).any():
+                levels[k] = ratios[cells == k].mean().item()
+    return torch.tensor(levels)

@@ -1,5 +1,7 @@
 """Answers to the exercises of lesson 10."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -19,6 +21,18 @@ def refused_by_substring(model):
     return [name for name, _ in model.named_parameters() if name.endswith("bias")]
 
 
+def chosen(is_bias):
+    """The names whose last part is one of a bias, or an error."""
+
+    def answer(model):
+        names = [n for n, p in model.named_parameters() if is_bias(n.rpartition(".")[2], p)]
+        if not names:
+            raise ValueError("no biases")
+        return names
+
+    return answer
+
+
 @right("select_bitfit")
 def by_a_walk(model):
     found = {}
@@ -32,6 +46,13 @@ def by_a_walk(model):
 
 
 # ------------------------------------------------------------------ sparse_linear
+
+
+@right("sparse_linear")
+def by_a_sparse_tensor(x, weight, bias, indices, values):
+    at = torch.stack([indices // weight.shape[1], indices % weight.shape[1]])
+    S = torch.sparse_coo_tensor(at, values, weight.shape, check_invariants=True)
+    return (x @ (weight.T + S.to_dense().T)) + bias
 
 
 @right("sparse_linear")
@@ -63,6 +84,12 @@ def by_draws(log_alpha, low=-1.5, high=1.5, temperature=1.0):
     return (s * (high - low) + low > 0).to(log_alpha.dtype).mean(0).sum()
 
 
+@right("expected_l0")
+def by_the_rest(log_alpha, low=-1.5, high=1.5, temperature=1.0):
+    closed = torch.sigmoid(temperature * math.log(-low / high) - log_alpha)
+    return log_alpha.numel() - closed.sum()
+
+
 # ------------------------------------------------------------------ sparse_diff
 
 
@@ -77,6 +104,14 @@ def by_view(before, after):
 
 
 # ------------------------------------------------------------------ apply_sparse_diff
+
+
+def refuse(before, diff):
+    """Refuse what does not fit: shared by the answers below."""
+    if unknown := set(diff) - set(before):
+        raise ValueError(f"unknown: {unknown}")
+    if any(not 0 <= i < before[name].numel() for name in diff for i in diff[name][0].tolist()):
+        raise ValueError("out of range")
 
 
 @wrong("apply_sparse_diff", "written into reshape(-1) goes into a copy")
@@ -118,6 +153,15 @@ def last_refused(before, diff):
         if name not in before or not 0 <= at[-1] < before[name].numel():
             raise ValueError("out of range")
     return nothing_refused(before, diff)
+
+
+@right("apply_sparse_diff")
+def by_a_contiguous_copy(before, diff):
+    refuse(before, diff)
+    after = {name: old.clone(memory_format=torch.contiguous_format) for name, old in before.items()}
+    for name, (at, values) in diff.items():
+        after[name].view(-1)[at] = values
+    return after
 
 
 # ------------------------------------------------------------------ make_optimizer

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peft_lessons.checks.mistakes import edited, read
@@ -34,8 +35,14 @@ def in_einsum_and_float64(x, w_q, prefix_k, prefix_v):
 
 
 @right("prefix_as_adapter")
+def as_attention(x, w_q, prefix_k, prefix_v):
+    keys, values = (t.expand(*x.shape[:-2], *t.shape) for t in (prefix_k, prefix_v))
+    return F.scaled_dot_product_attention(x @ w_q.T, keys, values)
+
+
+@right("prefix_as_adapter")
 def as_an_array(x, w_q, prefix_k, prefix_v):
-    return in_einsum_and_float64(x, w_q, prefix_k, prefix_v).numpy()
+    return as_attention(x, w_q, prefix_k, prefix_v).numpy()
 
 
 # ------------------------------------------------------------------ compose
@@ -55,6 +62,29 @@ def in_float64(h, delta, scale, gate=None):
 @right("compose")
 def as_an_array_of_numpy(h, delta, scale, gate=None):
     return in_float64(h, delta, scale, gate).numpy()
+
+
+@right("compose")
+def by_heads(h, delta, scale, gate=None):
+    if gate is None:
+        return scale * delta + h
+    heads = (gate.shape[-1], -1)
+    h, delta = h.unflatten(-1, heads), delta.unflatten(-1, heads)
+    return (
+        torch.einsum("...n,...nc->...nc", 1 - gate, h)
+        .add(gate[..., None] * delta * scale)
+        .flatten(-2)
+    )
+
+
+@right("compose")
+def head_after_head(h, delta, scale, gate=None):
+    out, n = h + scale * delta, 0 if gate is None else gate.shape[-1]
+    for i in range(n):
+        own = slice(i * h.shape[-1] // n, (i + 1) * h.shape[-1] // n)
+        share = gate[..., i : i + 1]
+        out[..., own] = h[..., own] + share * (scale * delta[..., own] - h[..., own])
+    return out
 
 
 # ------------------------------------------------------------------ MyMethod
@@ -367,8 +397,8 @@ def bent():
     """A child of LoRA with a layer of its own that does not merge."""
     return defined(
         "(Method): → (LoRA):",
-        "(x @ self.A.T @ self.B.T) → (nn.functional.gelu(x @ self.A.T) @ self.B.T)",
-        "(site.x @ site.module.A.T @ → (nn.functional.gelu(site.x @ site.module.A.T) @",
+        "(x @ self.A.T @ self.B.T) → (F.gelu(x @ self.A.T) @ self.B.T)",
+        "(site.x @ site.module.A.T @ → (F.gelu(site.x @ site.module.A.T) @",
         "return self.base.weight + self.scale * self.B @ self.A, None → raise TypeError",
         "def unmerged_tensors → def taken_out",
     )

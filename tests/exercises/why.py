@@ -1,5 +1,7 @@
 """Answers to the exercises of lesson 01."""
 
+import math
+
 from . import Answers
 
 answers = Answers()
@@ -20,6 +22,20 @@ def wrong_default(n_params, n_trainable, weight=1, grad=2, master=4, moments=8):
 
 
 @right("training_bytes")
+def by_groups(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
+    groups = [(n_params - n_trainable, weight), (n_trainable, weight + grad + master + moments)]
+    return int(sum(count * size for count, size in groups))
+
+
+@right("training_bytes")
+def rounded(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
+    total = n_params * weight
+    for state in (grad, master, moments):
+        total += n_trainable * state
+    return round(total)
+
+
+@right("training_bytes")
 def a_whole_float(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
     return float(weight) * n_params + (grad + master + moments) * n_trainable
 
@@ -28,9 +44,19 @@ def a_whole_float(n_params, n_trainable, weight=2, grad=2, master=4, moments=8):
 
 
 @right("step_flops")
+def full_minus_saved(n_params, n_trainable, tokens):
+    return 6 * n_params * tokens - 2 * (n_params - n_trainable) * tokens
+
+
+@right("step_flops")
 def nothing_for_nothing(n_params, n_trainable, tokens):
     # Without anything to train there is no backward pass: the exercise leaves this case open.
     return 2 * n_params * tokens + (2 * (n_params + n_trainable) * tokens if n_trainable else 0)
+
+
+@right("step_flops")
+def by_token(n_params, n_trainable, tokens):
+    return sum([4 * n_params, 2 * n_trainable]) * tokens
 
 
 @right("step_flops")
@@ -45,6 +71,23 @@ def arrows_of_frozen_and_trained(n_params, n_trainable, tokens):
 def whole_floats(shapes, budget_bytes, bytes_per_parameter):
     fits = budget_bytes // (float(bytes_per_parameter) * sum(map(sum, shapes)))
     return min(fits, min(map(min, shapes)))
+
+
+@right("largest_rank")
+def bisected(shapes, budget_bytes, bytes_per_parameter):
+    low, high = 0, min(min(shape) for shape in shapes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        cost = sum(middle * (out + in_) for out, in_ in shapes) * bytes_per_parameter
+        low, high = (middle, high) if cost <= budget_bytes else (low, middle - 1)
+    return low
+
+
+@right("largest_rank")
+def by_parameters(shapes, budget_bytes, bytes_per_parameter):
+    parameters = math.floor(budget_bytes / bytes_per_parameter)
+    ranks = range(1, min(map(min, shapes)) + 1)
+    return max([r for r in ranks if r * sum(map(sum, shapes)) <= parameters], default=0)
 
 
 # ------------------------------------------------------------------ count_parameters
@@ -62,3 +105,16 @@ def packed_doubled(model):
 
     counts = [(size(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+
+
+@right("count_parameters")
+def by_identity(model):
+    seen, total, trainable = set(), 0, 0
+    for name, p in model.state_dict(keep_vars=True).items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if id(p) in seen or name.rpartition(".")[2] in owner._buffers:
+            continue
+        seen.add(id(p))
+        count = math.prod(p.quant_state.shape if hasattr(p, "quant_state") else p.shape)
+        total, trainable = total + count, trainable + count * p.requires_grad
+    return [total, trainable]

@@ -10,6 +10,7 @@ import pytest
 from nbconvert import LatexExporter, MarkdownExporter
 
 from tools import notebooks
+from tools.environment import ROOT
 from tools.rules import RULES
 
 LESSONS = notebooks.lessons()
@@ -69,3 +70,20 @@ def test_solved(path, tmp_path):
     )
     left = [str(file.relative_to(cwd)) for file in cwd.rglob("*")]
     assert not left, f"the lesson leaves files where it runs; use a temporary folder: {left}"
+
+
+def test_a_printed_source_is_the_one_that_the_package_has():
+    def flat(text):
+        return "\n".join(line.strip() for line in text.splitlines())
+
+    package = [flat(p.read_text(encoding="utf-8")) for p in (ROOT / "peft_lessons").rglob("*.py")]
+    printed = [
+        (path.stem, flat(output.data["text/plain"]))
+        for path in LESSONS
+        for cell in notebooks.code_cells(notebooks.read(path))
+        if "show_source(" in cell.source
+        for output in cell.outputs
+        if "text/markdown" in output.get("data", {})
+    ]
+    stale = [lesson for lesson, source in printed if not any(source in file for file in package)]
+    assert len(printed) >= 8 and not stale, "run `make outputs` for these lessons"
