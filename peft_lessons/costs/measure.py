@@ -185,14 +185,9 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int
     return StepCost(sum(map(numbers, training)), held, peak, seconds)
 
 
-def costs(
-    models: Mapping[str, nn.Module],
-    batch: dict[str, torch.Tensor],
-    **more: Callable[[nn.Module], object],
-) -> list[dict[str, object]]:
+def costs(models: Mapping[str, nn.Module], batch: dict[str, torch.Tensor]) -> list[dict]:
     """Measure a training step of each model, {name: model}, on this machine; a table row for each.
 
-    more: further columns, functions of the model; an underscore in a name becomes a space.
     Bytes are in MiB, times in ms; the models are timed one after the other, so times are rough."""
     return [
         {
@@ -201,7 +196,6 @@ def costs(
             "optimiser": cost.held.optimizer / 2**20,
             "peak of a step": cost.peak / 2**20,
             "time of a step": 1000 * cost.seconds,
-            **{column.replace("_", " "): value(model) for column, value in more.items()},
         }
         for name, model in models.items()
         for cost in (training_step(model, batch),)
