@@ -83,6 +83,8 @@ def test_costs_of_models_are_rows_of_a_table():
     assert rows[1]["trainable"] == 2 * 4 * (64 + 64)
     assert rows[1]["optimiser"] == pytest.approx(2 * 4 * rows[1]["trainable"] / 2**20, rel=0.01)
     assert rows[0]["peak of a step"] > rows[1]["peak of a step"] > 0 < rows[1]["time of a step"]
+    step = measure.training_step(model, BATCH, repeats=1)
+    assert rows[1]["peak of a step"] * 2**20 == pytest.approx(step.peak, rel=0.1)
 
 
 def test_turns_call_every_function_in_every_round():
