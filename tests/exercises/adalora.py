@@ -150,6 +150,18 @@ def cleared_at_the_start(model, batch, optimizer, allocator, step):
 
 
 @right("adalora_step")
+def two_backward_passes(model, batch, optimizer, allocator, step):
+    task = model(**batch).loss
+    task.backward()
+    penalty = allocator.penalty()
+    penalty.backward()
+    optimizer.step()
+    allocator.update(step=step)
+    model.zero_grad()
+    return (task + penalty).detach()
+
+
+@right("adalora_step")
 def with_a_closure(model, batch, optimizer, allocator, step):
     def closure():
         optimizer.zero_grad()
@@ -182,3 +194,14 @@ def one_layer_at_a_time(ranks, scaling):
             rank_pattern[path] = ranks[path]
             alpha_pattern[path] = float(ranks[path] * scaling)
     return dict(target_modules=targets, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+
+
+@right("spend_by_hand")
+def filtered(ranks, scaling):
+    kept = dict(filter(lambda item: item[1], ranks.items()))
+    alphas = torch.tensor(list(kept.values())) * scaling
+    return {
+        "alpha_pattern": dict(zip(kept, alphas.tolist(), strict=True)),
+        "rank_pattern": kept,
+        "target_modules": tuple(kept),
+    }

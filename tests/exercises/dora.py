@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from peft_lessons.methods.dora import DoRALayer, start
+
 from . import Answers
 
 answers = Answers()
@@ -224,3 +226,27 @@ class Rescaled(nn.Module):
         c = self.magnitude / norm
         plain = F.linear(x, self.base.weight)
         return self.base(x) + (c - 1) * plain + c * (s * (x @ self.lora_A.T) @ self.lora_B.T)
+
+
+@right("DoRALinear")
+class AroundTheLesson(nn.Module):
+    """With the lesson's own layer inside."""
+
+    def __init__(self, linear, rank=8, alpha=16.0):
+        super().__init__()
+        self.linear = linear
+        self.dora = DoRALayer(linear.in_features, linear.out_features, rank, alpha)
+        start(self.dora, linear.weight)
+
+    def forward(self, x):
+        return plus(self.dora(x, self.linear.weight), self.linear.bias)
+
+
+@right("DoRALinear")
+class ByData(Repaired):
+    """.data in the place of detach(), and one einsum."""
+
+    def forward(self, x):
+        V = self.adapted()
+        c = self.magnitude * V.data.norm(dim=1).reciprocal()
+        return plus(torch.einsum("...i,oi,o->...o", x, V, c), self.linear.bias)

@@ -103,6 +103,21 @@ def by_view(before, after):
     return diff
 
 
+@right("sparse_diff")
+def one_by_one(before, after):
+    diff = {}
+    for name, new in after.items():
+        pairs = zip(before[name].flatten().double(), new.flatten().double(), strict=True)
+        at = [
+            i
+            for i, (a, b) in enumerate(pairs)
+            if a.numpy().tobytes() != b.numpy().tobytes() and not (a.isnan() and b.isnan())
+        ]
+        if at:
+            diff[name] = [torch.tensor(at), torch.stack([new.flatten()[i] for i in at])]
+    return diff
+
+
 # ------------------------------------------------------------------ apply_sparse_diff
 
 
