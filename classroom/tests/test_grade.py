@@ -648,6 +648,13 @@ PreTrainedTokenizerBase = object
     assert shares == [0, 0.25, 0.5]
 
 
+def test_a_share_counts_from_what_the_exercises_own_text_earns():
+    one = SimpleNamespace(__name__="part", credit=lambda function: function())
+    stub = "def part():\n    raise NotImplementedError\n    return 0.2"
+    shares = [grade_one.earned(one, lambda s=s: s, stub, {}, 9) for s in (0.1, 0.2, 0.6, 1.0)]
+    assert shares == pytest.approx([0, 0, 0.5, 1])
+
+
 def notebook(*sources):
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("Mine"), *cells])
@@ -704,7 +711,7 @@ def test_a_check_finds_pytorch_as_it_was(monkeypatch):
     torch.Tensor.abs = torch.Tensor.norm = lambda self: self * 0
     mode = DeviceContext("meta")
     mode.__enter__()
-    torch.set_default_device("meta")
+    torch.set_default_device("meta:0")
     calm()
     assert torch.allclose is known and abs(-1) == 1 and float(-x.abs().sum()) == -2
     assert float(2 * x.norm() ** 2) == pytest.approx(4) and torch.get_default_device().type == "cpu"

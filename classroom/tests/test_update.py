@@ -561,9 +561,17 @@ def test_a_copy_that_cannot_be_written_is_refused(copy, new, monkeypatch, capsys
     assert "cannot be written: copy the course" in capsys.readouterr().err
 
 
-def test_a_file_that_is_read_only_is_replaced(copy, new):
+def test_a_file_that_is_read_only_is_replaced(copy, new, monkeypatch):
+    real = os.replace
+
+    def as_on_windows(file, place):
+        if os.path.isfile(place) and not os.stat(place).st_mode & stat.S_IWRITE:
+            raise PermissionError(13, "Access is denied", str(place))
+        real(file, place)
+
     (copy / "README.md").write_text("old\n", encoding="utf-8")
     (copy / "README.md").chmod(stat.S_IREAD)
+    monkeypatch.setattr(os, "replace", as_on_windows)
     update.update(new, copy)
     assert (copy / "README.md").read_text(encoding="utf-8") == "read\n"
 
