@@ -16,6 +16,7 @@ class AdapterLayer(nn.Module):
     """Wrap a layer of the base together with what a method adds; replaces it in the model.
 
     A subclass computes `forward` from `self.base` and, while `self.merged`, from the base alone.
+    `inject` trains every parameter outside `self.base`: what is fixed is a buffer.
     What a method adds is in `trained_dtype` of the base's weight, float32 beside 16 bits; `inject`
     casts parameters that are not. `forward` computes in that dtype and returns the dtype of the
     base's output. `self.bias` is None if the base has no bias.

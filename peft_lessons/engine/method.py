@@ -95,7 +95,7 @@ class Method:
 
     def __post_init__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        # A field without a rule, of somebody's own method, may hold anything.
+        # A field without a rule may hold anything: only the course's own methods must have rules.
         validate(type(self).__name__, **{n: v for n, v in values.items() if n in SETTINGS})
         for name in self.names_modules:
             if name in values:

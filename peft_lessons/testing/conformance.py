@@ -241,6 +241,7 @@ def _as_injected(method: Method, bench: Bench) -> str:
             )
     _refuse_plain_tensors(injection)
     _refuse_shared(injection, base, model)
+    _refuse_frozen(method, bench)
     numbers = report(model).trainable
     if not numbers:
         raise MethodError("nothing of it trains: what it adds holds no nn.Parameter")
@@ -271,6 +272,18 @@ def _refuse_plain_tensors(injection: Injection) -> None:
                         f"{attribute!r} is a plain tensor, which neither trains nor is saved",
                         "Make it an nn.Parameter; or, if it is fixed, register_buffer it.",
                     )
+
+
+def _refuse_frozen(method: Method, bench: Bench) -> None:
+    """Refuse a parameter that wrap freezes, since inject trains it all the same."""
+    for layer in method.wrap_all(method.find(bench.model())).values():
+        for name, p in layer.named_parameters():
+            if not (name.startswith("base.") or p.requires_grad):
+                raise MethodError(
+                    f"{name!r} is a frozen nn.Parameter, and inject trains every parameter of a "
+                    "layer outside its base",
+                    "What is fixed is no parameter: register_buffer it.",
+                )
 
 
 def _refuse_shared(injection: Injection, base: dict[str, nn.Parameter], model: nn.Module) -> None:

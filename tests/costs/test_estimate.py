@@ -23,7 +23,7 @@ from peft_lessons import (
 )
 from peft_lessons.costs import estimate
 from peft_lessons.costs.estimate import GB, MODELS, NF4_BITS, Shape, activations, training_memory
-from peft_lessons.engine import injected_copy
+from peft_lessons.engine import injected_copy, registered_methods
 
 PUBLISHED = {
     "SmolLM3-3B": 3_075_098_624,
@@ -77,7 +77,13 @@ def test_parameters_are_those_published(name):
     assert measure.parameters(on_meta(MODELS[name])).total == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("method", [*LLAMA.values(), DoRA(rank=4), ADALORA])
+COUNTED = [*LLAMA.values(), DoRA(rank=4), ADALORA]
+# Every other method with a formula of its own, by its defaults.
+WITH_FORMULA = [kind for kind in registered_methods() if "added" in vars(kind)]
+OTHERS = [kind() for kind in WITH_FORMULA if kind not in map(type, COUNTED)]
+
+
+@pytest.mark.parametrize("method", [*COUNTED, *OTHERS], ids=repr)
 def test_a_method_adds_what_inject_adds(method):
     config = shallow("Llama-3-8B")
     model = on_meta(config)

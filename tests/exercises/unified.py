@@ -184,6 +184,8 @@ no super in layer: Call super().__init__(linear) first
     super().__init__(linear) → ∅
 missing argument: when it was put into the base, it raised TypeError
     {MADE} → self.Layer(layer, self.rank)
+frozen parameter: 'A' is a frozen nn.Parameter
+    self.A = nn.Parameter( → self.A = nn.Parameter(requires_grad=False, data=
 plain tensor: 'B' is a plain tensor
     self.B = nn.Parameter( → self.B = (
 only plain floats: nothing of it trains
