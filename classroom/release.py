@@ -82,10 +82,7 @@ def for_colab(nb: nbformat.NotebookNode, repository: str, name: str) -> nbformat
     badge = f"[![Open in Colab]({COLAB_HOME}/assets/colab-badge.svg)]({in_colab(repository, name)})"
     install = nbformat.v4.new_code_cell(COLAB_CELL.format(repository=repository), id="colab")
     folded_in_colab(nb)
-    nb.cells[:0] = [
-        nbformat.v4.new_markdown_cell(badge, id="colab-badge"),
-        install,
-    ]
+    nb.cells[:0] = [nbformat.v4.new_markdown_cell(badge, id="colab-badge"), install]
     return nb
 
 

@@ -62,10 +62,7 @@ def pip_package(requirement: str, archive: Path | None, digest: str, *options: s
 def debian_package(package: str, archive: Path | None, digest: str):
     """Give the folder of the files of a Debian package, unpacked by dpkg and not installed."""
     fetch = ["apt-get", "download", "-q", package]
-    with (
-        published_archive(fetch, archive, digest) as file,
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    with published_archive(fetch, archive, digest) as file, tempfile.TemporaryDirectory() as folder:
         subprocess.run(["dpkg", "-x", file, folder], check=True)
         yield Path(folder)
 

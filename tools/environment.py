@@ -7,11 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = ROOT / "tools" / "offline"
 
-ALWAYS = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+ALWAYS = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Two kernels on two cores: more than one thread each is several times slower. The stored outputs
 # are those of a machine without GPU. Both can be overridden from outside.
 UNLESS_SET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

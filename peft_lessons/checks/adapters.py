@@ -375,11 +375,7 @@ def insert_adapters(layer, width):
 
 
 @check_for(
-    cases=[
-        (768, 48, 12, "houlsby"),
-        (768, 48, 12, "pfeiffer"),
-        (384, 192, 6, "parallel"),
-    ],
+    cases=[(768, 48, 12, "houlsby"), (768, 48, 12, "pfeiffer"), (384, 192, 6, "parallel")],
     causes=mistakes(
         """
         def adapter_parameters(d, m, layers, kind):

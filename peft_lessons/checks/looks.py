@@ -128,11 +128,7 @@ _LOOKS = (
     _changed_arguments,
     _wrong_gradient,
 )
-_LOOKS_AT_A_REFUSAL = (
-    _another_error,
-    _no_refusal,
-    _changed_arguments,
-)
+_LOOKS_AT_A_REFUSAL = (_another_error, _no_refusal, _changed_arguments)
 
 
 def _due(case: "Case") -> str:

@@ -11,15 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ..studies import (
-    Table,
-    best_lr,
-    load_results,
-    mean_and_range,
-    paired_losses,
-    provenance,
-    table,
-)
+from ..studies import Table, best_lr, load_results, mean_and_range, paired_losses, provenance, table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -542,10 +542,7 @@ def _load_definitions(name, tokenizer, max_length) -> ChatTask:
     splits = {}
     for split, rows in _nouns().items():
         pairs = [
-            (
-                [chat.user(question(row["word"]))],
-                [chat.assistant(sentence(row["definition"]))],
-            )
+            ([chat.user(question(row["word"]))], [chat.assistant(sentence(row["definition"]))])
             for row in rows
         ]
         splits[split] = chat_split(tokenizer, pairs, max_length, f"{name} {split}")

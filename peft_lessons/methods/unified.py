@@ -8,14 +8,7 @@ import torch
 import torch.nn as nn
 
 from ..engine import Method, PeftFiles, inject, injection_of, register, registered_methods
-from ..engine.design import (  # noqa: F401  lesson 11 imports them from here
-    Design,
-    Site,
-    calls_of,
-    designs_of,
-    gap,
-    linears,
-)
+from ..engine.design import Design, Site, calls_of, designs_of, gap, linears  # noqa: F401  lesson 11 imports them from here
 from ..engine.facts import Facts, Point
 from .adapters import BottleneckAdapter, ends  # noqa: F401
 from .prefix import Prefix, attention  # noqa: F401

