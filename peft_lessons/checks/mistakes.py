@@ -26,6 +26,7 @@ reference: a check has an independent reference, and the tests compare the right
 '''
 
 import ast
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -75,6 +76,11 @@ class Mistakes(Mapping):
     def __getitem__(self, sentence: str) -> Callable:
         source = self._sources[sentence]
         return self._compiled(source, sentence) if isinstance(source, str) else source
+
+    def source(self, sentence: str) -> str:
+        """Return the source of a mistake."""
+        source = self._sources[sentence]
+        return source if isinstance(source, str) else inspect.getsource(source)
 
     @property
     def right(self) -> Callable:

@@ -52,7 +52,7 @@ def wrong_answer(lesson):
         for cause, function in causes.items():
             if not inspect.isfunction(function):  # a class is longer than a cell to show
                 continue
-            source = inspect.getsource(function)
+            source = causes.source(cause)
             (scope,) = symtable.symtable(source, "", "exec").get_children()
             if looked_up(scope) <= {*KNOWN, *dir(builtins)}:
                 name = rf"(?<=^def ){function.__name__}\b"
