@@ -270,7 +270,9 @@ def test_the_learning_rate_depends_on_the_kind_of_model(name, monkeypatch):
 def test_the_table_is_in_gigabytes_of_a_billion_bytes():
     advice = ask(8, 24)
     base, trained, step, total, left = advice.fits.cells[0][1:6]
-    assert (base, total) == ("16.0 GB", f"{needs_of(8, False)['LoRA'].total / GB:.1f} GB")
+    need = needs_of(8, False)["LoRA"].total
+    assert (base, total) == ("16.0 GB", f"{need / GB:.1f} GB")
+    assert left == f"{(module.usable_bytes(24) - need) / GB:.1f} GB"
     parts = sum(float(cell.removesuffix(" GB")) for cell in (base, trained, step))
     assert parts == pytest.approx(float(total.removesuffix(" GB")), abs=0.1)
     assert f"so {left} are left" in advice.sentences[0]
