@@ -423,6 +423,20 @@ class Scale(Method):
         return ScaledLinear(layer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_layer_of_ones_own_makes_in_16_bits_trains_in_float32(dtype):
+    class Narrow(Scale):
+        def wrap(self, path, layer):
+            wrapper = ScaledLinear(layer)
+            wrapper.scale.data = wrapper.scale.data.to(layer.weight.dtype)
+            return wrapper
+
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 3, dtype=dtype)})
+    inject(model, Narrow())
+    assert model["q_proj"].scale.dtype == torch.float32
+    assert model["q_proj"].base.weight.dtype == dtype
+
+
 class Shift(nn.Module):
     def __init__(self, width):
         super().__init__()
