@@ -327,13 +327,49 @@ def test_stub_has_the_signature_of_the_solution(lesson, monkeypatch):
         assert len(cells) == 1, f"one cell tagged check must be check.{lesson}.{name}({name})"
 
 
-def test_embedding_lora_equals_peft():
-    """With r 4 and alpha 6 on a token table."""
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layers = torch.nn.Sequential(*[torch.nn.Linear(8, 8, bias=False) for _ in range(5)])
+    layers[:3].requires_grad_(False)
+    x = torch.randn(7, 8, requires_grad=True)  # the embedding below would want this gradient
+    with FlopCounterMode(display=False) as counter:
+        layers(x).sum().backward()
+    assert SOLUTIONS["why"]["step_flops"](5 * 64, 2 * 64, 7) == counter.get_total_flops()
+
+
+def test_bytes_of_known_models():
+    """LLaMA-7B at 16 bytes a parameter, and with LoRA of rank 8 on query and value."""
+    training_bytes = SOLUTIONS["why"]["training_bytes"]
+    assert training_bytes(6_738_415_616, 6_738_415_616) == 107_814_649_856
+    assert training_bytes(6_738_415_616, 4_194_304) - 2 * 6_738_415_616 == 58_720_256
+
+
+@pytest.fixture(scope="module")
+def peft_adapted():
+    """Return PEFT's LoRA with r 4 and alpha 6 on a token table and a linear layer."""
     from peft import LoraConfig, get_peft_model
 
-    base = torch.nn.Sequential(torch.nn.Embedding(23, 10))
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
-    layer, ids = get_peft_model(base, config).base_model.model[0], torch.tensor([[3, 0], [3, 9]])
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Embedding(23, 10), torch.nn.Linear(10, 7))
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=6, target_modules=["0", "1"]))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p)
+    return model.base_model.model
+
+
+def test_embedding_lora_equals_peft(peft_adapted):
+    layer, ids = peft_adapted[0], torch.tensor([[3, 0, 22], [3, 3, 9]])
     A, B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     got = SOLUTIONS["lora"]["embedding_lora"](ids, layer.base_layer.weight, A, B, 6)
     torch.testing.assert_close(got, layer(ids), atol=1e-6, rtol=0)
+
+
+def test_unmerge_lora_undoes_peft(peft_adapted):
+    layer = peft_adapted[1]
+    before = layer.base_layer.weight.detach().clone()
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    layer.merge()
+    got = SOLUTIONS["lora"]["unmerge_lora"](layer.base_layer.weight, A, B, 6)
+    torch.testing.assert_close(got, before, atol=1e-5, rtol=0)
