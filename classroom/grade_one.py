@@ -184,7 +184,11 @@ def has_landlock() -> bool:
 
 class Unchecked:
     """Take the place of the checks, and of what they return, while a student's notebook runs: each
-    name in one is another one, and nothing can be computed with it."""
+    name in one is another one, and nothing can be computed with it. Only `yours`, which may ask
+    whether an answer has passed, returns what it is given."""
+
+    def yours(self, function: object) -> object:
+        return function
 
     def __getattr__(self, name: str) -> "Unchecked":
         if name.startswith("_"):  # what Python and IPython ask of any object

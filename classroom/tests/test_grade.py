@@ -615,6 +615,7 @@ def test_an_alarm_that_comes_after_its_block_does_nothing():
 def test_nothing_can_be_computed_with_what_takes_the_place_of_the_checks():
     verdict = grade_one.Unchecked().start.row_norms(abs, help=True)
     assert "not checked here" in repr(verdict) and verdict.status != "right"
+    assert grade_one.Unchecked().yours(abs) is abs  # a lesson goes on with the student's function
     for compute in (float, int, len, list, lambda one: one + 1, lambda one: one["status"]):
         with pytest.raises(TypeError):
             compute(verdict)

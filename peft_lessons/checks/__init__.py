@@ -1,5 +1,7 @@
 """The checks of the exercises: `check.lora.unmerge_lora(unmerge_lora)`, one module per lesson."""
 
+from collections.abc import Callable
+
 from . import (
     adalora,
     adapters,
@@ -18,6 +20,7 @@ from . import (
     unified,
     why,
 )
+from .check import Check
 from .kit import Verdict, WrongAnswer
 
 __all__ = [
@@ -39,4 +42,22 @@ __all__ = [
     "start",
     "unified",
     "why",
+    "yours",
 ]
+
+
+def yours(function: Callable) -> Callable:
+    """Return the reader's function if its check has passed it in this kernel, and the course's own
+    otherwise; say which.
+
+    Raises ValueError if no exercise has this name, or the course has no function for it."""
+    name = getattr(function, "__name__", repr(function))
+    checks = (vars(module).get(name) for module in map(globals().get, __all__))
+    one = next((check for check in checks if isinstance(check, Check)), None)
+    if one is None or one.right is None:
+        raise ValueError(f"yours: no exercise has a function {name!r} that can go on")
+    if one.passed is function:
+        print(f"{name}: yours, which passed its check")
+        return function
+    print(f"{name}: the course's, until yours has passed its check")
+    return one.right

@@ -67,6 +67,7 @@ class Check:
         verified: Callable[[list[str]], str] | None = None,
     ) -> None:
         self.reference, self.causes = reference, {} if causes is None else causes
+        self.passed: Any = None  # the last answer that was right
         self.adapt, self.quiet, self.verified = adapt, quiet, verified or _verified
         self.signature = inspect.signature(reference)
         self.names = list(self.signature.parameters)
@@ -82,6 +83,7 @@ class Check:
         with warnings.catch_warnings(action="ignore") if self.quiet else nullcontext():
             facts = list(self._facts(self._adapted(answer)))
         if facts:
+            self.passed = answer
             details = f"{self.__doc__} {self.verified(facts)}"
             return Verdict("right", f"{self.__name__}: right.", details)
         headline = f"{self.__name__}: not attempted yet."

@@ -10,6 +10,7 @@ Nothing here trains a model, injects a method or writes a file.
 # ruff: noqa: F401
 
 from . import plots
+from .bets import Bets
 from .costs import against_peft, cost_table, stored_costs
 from .explorer import Explorer, explore
 from .growing import growing_chart
@@ -30,3 +31,4 @@ from .study import (
     student_t,
 )
 from .tables import Table, table
+from .text import words

@@ -13,16 +13,22 @@ from .study import Study
 HEAD = Point("head", "head alone", (6, 0))  # there from lesson 01 on
 FULL = Point("full", "full fine-tuning", (-6, 0))  # for reference, in every lesson
 LESSONS = tuple(f"{n:02d}" for n in range(16))
+_RANGE = 400, 4e7
 _TICKS = {1e3: "1,000", 1e4: "10,000", 1e5: "100,000", 1e6: "1 million", 1e7: "10 million"}
 
 
-def growing_chart(lesson: str, title: str = "") -> None:
+def growing_chart(lesson: str, title: str = "", mine: tuple[int, float] | None = None) -> None:
     """Show test accuracy against trainable parameters on movie sentiment for the methods up to a
     lesson, such as "02". Its own methods are coloured, those of earlier lessons grey.
 
-    From data/results/choosing_study.csv, and sparse masks from selective_study.csv: all training
-    sentences, three seeds at the learning rate that is best on the validation split. Raises
-    ValueError for an unknown lesson."""
+    mine: the reader's own run as (trainable parameters, test accuracy in %), a hollow star.
+
+    From data/results/choosing_study.csv, and sparse masks from selective_study.csv. One rule holds
+    for every dot: all training sentences, 200 steps, the learning rate that is best on the
+    validation split, three seeds, all test sentences. Raises ValueError for an unknown lesson, or
+    for `mine` outside the chart."""
+    if mine is not None and not (_RANGE[0] < mine[0] < _RANGE[1] and 0 <= mine[1] <= 100):
+        raise ValueError(f"growing_chart: mine={mine!r} must be (parameters, accuracy in %)")
     if lesson not in LESSONS:
         raise ValueError(f"growing_chart: {lesson!r} must be one of {', '.join(LESSONS)}")
     rows = [("01", HEAD)]
@@ -34,11 +40,15 @@ def growing_chart(lesson: str, title: str = "") -> None:
     masks = {"task": "sentiment", "method": "sparse", "variant": "random"}
     study += Study.read("selective_study", **masks)
     study = study.named({point.label: {"method": point.method} for point in (*points, FULL)})
-    _draw(study, {point.label: point.offset for point in (*points, FULL)}, lit, title)
+    _draw(study, {point.label: point.offset for point in (*points, FULL)}, lit, title, mine)
 
 
 def _draw(
-    study: Study, offsets: Mapping[str, tuple[float, float]], lit: Sequence[str], title: str
+    study: Study,
+    offsets: Mapping[str, tuple[float, float]],
+    lit: Sequence[str],
+    title: str,
+    mine: tuple[int, float] | None,
 ) -> None:
     """Draw the methods of a study, the `lit` ones coloured, each label at its offset."""
     scores, full = study.scores(), FULL.label
@@ -51,10 +61,17 @@ def _draw(
         look = {"color": colors[name], "capsize": 3, "zorder": 2 + (name in lit)}
         ax.errorbar(*points[name], yerr=whiskers, fmt="o", **look)
     # The same frame in every lesson, so that the chart is seen to grow.
-    ax.set(xlabel="trainable parameters", ylabel="test accuracy, %", ylim=(78.5, 88.5))
+    low, high = 78.5, 88.5
+    ax.set(xlabel="trainable parameters", ylabel="test accuracy, %", ylim=(low, high))
+    if mine:
+        look = {"markersize": 14, "markerfacecolor": "white", "clip_on": False, "zorder": 4}
+        spot = (mine[0], min(max(mine[1], low + 0.25), high - 0.25))
+        ax.plot(*spot, "*", color=COLORS[1], markeredgewidth=1.5, **look)
+        place = {"ha": "right", "va": "center", "textcoords": "offset points", "size": 8}
+        ax.annotate(f"your run {mine[1]:.1f}", spot, (-9, 0), color=COLORS[1], **place)
     ax.set_title(title or "Movie sentiment, what accuracy for how many parameters")
     log_axis(ax, "x", _TICKS)
-    ax.set_xlim(400, 4e7)
+    ax.set_xlim(*_RANGE)
     ax.set_xticks(list(_TICKS), _TICKS.values())
     for name, point in points.items():
         right, up = offsets[name]
@@ -74,6 +91,12 @@ def _draw(
     alt = f"Test accuracy on movie sentiment and number of trainable parameters, {parts}."
     key = "Blue: this lesson." if lit else "This lesson adds no point."
     key += " Grey: earlier lessons." if earlier else ""
-    seeds = "Mean of three seeds, with whiskers from the worst to the best."
-    caption = f"{seeds} {key} Band: the seeds of full fine-tuning."
+    rule = (
+        "One rule for every dot: 200 steps at the learning rate that is best on the validation "
+        "split; mean of three seeds on all test sentences, whiskers from worst to best."
+    )
+    caption = f"{rule} {key} Band: the seeds of full fine-tuning."
+    if mine:
+        alt += f" Your own run: {mine[1]:.1f} % ({mine[0]:,})."
+        caption += " Star: your own run in this notebook, one seed, by no such rule."
     show(fig, alt, caption, SHARP)

@@ -118,9 +118,21 @@ def test_the_chart_names_what_a_lesson_knows_and_no_name_covers_another(lesson, 
     assert not any(box.contains(*point) for box in boxes for point in points)
 
 
-def test_a_chart_of_an_unknown_lesson_is_refused():
+def test_the_reader_s_own_run_is_a_star_in_the_frame_and_no_dot_of_the_chart(drawn):
+    growing_chart("02", mine=(74_498, 61.0))  # below the frame, and drawn at its edge
+    ((fig, alt, caption),) = drawn
+    (ax,) = fig.axes
+    star = next(line for line in ax.lines if line.get_marker() == "*")
+    assert star.get_markerfacecolor() == "white" and ax.get_ylim()[0] < star.get_ydata()[0] < 79
+    assert "your run 61.0" in texts(fig) and "61.0 % (74,498)" in alt
+    assert "One rule for every dot" in caption and "Star: your own run" in caption
+
+
+def test_a_chart_of_an_unknown_lesson_or_an_impossible_run_is_refused():
     with pytest.raises(ValueError, match="'2' must be one of 00, 01, 02"):
         growing_chart("2")
+    with pytest.raises(ValueError, match=r"mine=\(80.3, 74498\) must be"):
+        growing_chart("02", mine=(80.3, 74_498))
 
 
 # ------------------------------------------------------------------ explorers
