@@ -116,6 +116,8 @@ site [FOLDER] [OPTIONS]: build the course as web pages, to build/site
 results [OPTIONS]: run what the measured tables lack; many hours if they are empty
     benchmarks/*_study.py
     benchmarks/dora_analysis.py
+    benchmarks/broken_runs.py
+    benchmarks/fair_cut.py
     benchmarks/qlora_[abl]*.py
 costs: measure times and bytes anew, on an idle machine: half an hour
     benchmarks/costs.py
