@@ -694,7 +694,7 @@ def test_answers_are_alike_that_differ_in_names_spaces_and_comments_only(lora):
     )
     assert mine == theirs != others
     started = grade_one.without_raise(lora.stubs["apply_lora"])
-    for cell in ("def merge_lora(W):\n    return W", started, lora.stubs["merge_lora"], "def x(:"):
+    for cell in ("def swap_words(W):\n    return W", started, lora.stubs["swap_words"], "def x(:"):
         assert grade_one.prints(notebook(cell), lora) == {}, "nobody's own"
     assert grade_one.prints(lora.nb, lora) == {}
 

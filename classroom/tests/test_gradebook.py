@@ -55,7 +55,7 @@ def test_days_late_are_counted_from_the_due_time_and_an_extension():
         ("late = -1", "late must be a number from 0 on, not -1"),
         ("[pionts]", "no setting 'pionts': did you mean points"),
         ("[points.02_lora]\nmerge = 1", "no exercise of 02_lora 'merge'"),
-        ("[points.02_lora]\nmerge_lora = true", "merge_lora must be a number"),
+        ("[points.02_lora]\nswap_words = true", "swap_words must be a number"),
         ("[due]\n02_lora = 3", "due.02_lora must be a time"),
         ("[due]\n2_lora = 2027-01-01T00:00:00", "no lesson '2_lora': did you mean 02_lora"),
         ("late", "is no TOML"),
@@ -63,8 +63,8 @@ def test_days_late_are_counted_from_the_due_time_and_an_extension():
         ("late = [1, 2]", 'late must be a number, "best", or both'),
         ("partial = 1", "partial must be true or false, not 1"),
         ("[override]\n1002 = 1", r'a table, \[override."1002"\]'),
-        ("[override.1002]\nmerge_lor = 1", "no exercise 'merge_lor': did you mean merge_lora"),
-        ("[override.1002]\nmerge_lora = -1", "override.1002.merge_lora must be a number"),
+        ("[override.1002]\nswap_word = 1", "no exercise 'swap_word': did you mean swap_words"),
+        ("[override.1002]\nswap_words = -1", "override.1002.swap_words must be a number"),
         ("[canvas]\n02_lora = 2", "canvas.02_lora must be the name of a column"),
     ],
 )
@@ -87,7 +87,7 @@ def outcomes(**said):
 
 
 def test_points_that_are_set_by_hand_count_whatever_came_out(tmp_path):
-    lesson, exercise = "02_lora", "merge_lora"
+    lesson, exercise = "02_lora", "swap_words"
     rules = Rules(late=50, due={lesson: datetime(2026, 1, 1)}, override={"7": {exercise: 0.5}})
     one = Handed("a", lesson, tmp_path, None, datetime(2026, 1, 1, 1).timestamp())
     names = notebooks.exercises(lesson)
@@ -102,7 +102,7 @@ def test_points_that_are_set_by_hand_count_whatever_came_out(tmp_path):
     options.submissions = submissions.handed_in(tmp_path)
     assert "set points of nobody here: 7." in grade.remarks_on(options, [("ann", one)])[-1]
     options.rules = Rules(override={"7": {exercise: 50}})
-    note = "The rules set 50 points of 1: 7, merge_lora."
+    note = "The rules set 50 points of 2: 7, swap_words."
     assert note in grade.remarks_on(options, [("ann", one)])
 
 
@@ -308,7 +308,7 @@ def test_a_folder_of_moodle_in_no_encoding_has_feedback():
 def test_an_autograder_holds_the_course_without_its_answers(tmp_path):
     rules = tmp_path / "rules.toml"
     mine = f'[points.{LESSON}]\n{EXERCISE} = 4\n[override."a b"]\n{EXERCISE} = 0.5\n'
-    others = "merge_lora = 2\n[points.02_lora]\nmerge_lora = 2\n[extensions]\njdoe = 2\n"
+    others = "swap_words = 2\n[points.02_lora]\nswap_words = 2\n[extensions]\njdoe = 2\n"
     text = f'late = 25\nseed = "\\"x🔑"\npartial = true\n{mine}{others}'
     rules.write_text(text, encoding="utf-8")
     path = gradescope.archive(LESSON, rules, tmp_path)

@@ -7,28 +7,12 @@ import torch.nn.functional as F
 from peft_lessons import LinearWithLoRA
 
 
-def lora_forward(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float
-) -> torch.Tensor:
-    """Return what the LoRA branch adds to a layer's output, (..., out)."""
-    rank = A.shape[0]
-    return (alpha / rank) * (x @ A.T @ B.T)
-
-
-def merge_lora(
-    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float
-) -> torch.Tensor:
-    """Return the weight (out, in) that does the work of base and branch."""
-    rank = A.shape[0]
-    return weight + (alpha / rank) * (B @ A)
-
-
-def unmerge_lora(
-    merged_weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float
-) -> torch.Tensor:
-    """Return the base weight (out, in) that gave `merged_weight` when s·BA was added."""
-    rank = A.shape[0]
-    return merged_weight - (alpha / rank) * (B @ A)
+def swap_words(weight: torch.Tensor, i: int, j: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (1, d) and B (V, 1): weight + BA is `weight` with rows i and j exchanged."""
+    A = weight[[j]] - weight[[i]]                  # reads what word j has and word i has not
+    B = torch.zeros_like(weight[:, :1])
+    B[i], B[j] = 1, -1                             # word i gains it, word j loses it
+    return A, B
 
 
 def compress_lora(
@@ -39,6 +23,15 @@ def compress_lora(
     Q_a, R_a = torch.linalg.qr(A.T)                # (in, r), (r, r)
     U, S, Vh = torch.linalg.svd(R_b @ R_a.T)       # all (r, r): BA = Q_b U S Vh Q_aᵀ
     return Vh[:rank] @ Q_a.T, Q_b @ (U[:, :rank] * S[:rank])
+
+
+def serve_lora(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: torch.Tensor, which: torch.Tensor
+) -> torch.Tensor:
+    """Return what each text's own adapter adds, (batch, tokens, out)."""
+    low = x @ A[which].mT                          # (batch, tokens, r)
+    scale = torch.where(which >= 0, scaling[which], 0.0)    # (batch,)
+    return scale[:, None, None] * (low @ B[which].mT)
 
 
 def embedding_lora(

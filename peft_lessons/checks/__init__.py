@@ -1,4 +1,4 @@
-"""The checks of the exercises: `check.lora.unmerge_lora(unmerge_lora)`, one module per lesson."""
+"""The checks of the exercises: `check.lora.swap_words(swap_words)`, one module per lesson."""
 
 from collections.abc import Callable
 

@@ -8,159 +8,69 @@ from ..methods.lora import LinearWithLoRA
 from .kit import Case, Forbid, check_for, refused
 from .mistakes import mistakes, scaling_mistakes
 
-# The rank is not a width; the same mistakes for the branch, the merge and its inverse.
-_WIDTHS = """
-alpha is divided by the input width: the rank is A.shape[0]
-    A.shape[0] → A.shape[1]
-alpha is divided by the output width: the rank is A.shape[0]
-    A.shape[0] → B.shape[0]
-"""
-
 
 def _factors(out, in_, rank):
     """Return A and B of a trained adapter: neither is zero."""
     return torch.randn(rank, in_), torch.randn(out, rank)
 
 
-# ------------------------------------------------------------------ lora_forward
-
-
-def _branch(leading, out, in_, rank, alpha, dtype=torch.float32):
-    x, factors = torch.randn(*leading, in_), _factors(out, in_, rank)
-    return [tensor.to(dtype) for tensor in (x, *factors)] + [alpha]
-
-
-@check_for(
-    cases=[
-        Case(lambda: _branch((2, 5), 48, 96, 4, 10)),
-        Case(lambda: _branch((7,), 96, 48, 8, 4.0)),
-        Case(lambda: _branch((2, 3, 4), 32, 32, 6, 9), note="a square weight"),
-        Case(lambda: _branch((3,), 24, 40, 4, 10, torch.float64)),
-        Case(lambda: _branch((1, 3), 24, 40, 1, 3), note="rank 1, and one text"),
-        Case(lambda: _branch((), 40, 24, 4, 10), note="a single vector x"),
-    ],
-    gradients=("x", "A", "B"),
-    causes=mistakes(
-        """
-        def lora_forward(x, A, B, alpha):
-            r = A.shape[0]
-            low = x @ A.T
-            return alpha / r * (low @ B.T)
-        """,
-        """
-        alpha is left out: only 1 / r scales
-            alpha / r → 1 / r
-        """,
-        scaling_mistakes("alpha / r"),
-        _WIDTHS,
-        """
-        the output of the base is added: return the branch alone
-            x @ A.T → x @ A.T; W = B @ A
-            return alpha / r * (low @ B.T) → return x @ W.T + alpha / r * (low @ B.T)
-        """,
-    ),
-)
-def lora_forward(x, A, B, alpha):
-    """The branch, for any leading dimensions, alpha and rank."""
-    return torch.einsum("...i,ri,or->...o", x, A, B) * (alpha / len(A))
-
-
-# ------------------------------------------------------------------ merge_lora
-
-
-def _mergeable(out, in_, rank, alpha, dtype=torch.float32):
-    A, B = _factors(out, in_, rank)
-    return [tensor.to(dtype) for tensor in (torch.randn(out, in_) * 3, A, B)] + [alpha]
-
-
-# A weight, merged or to be merged, with its factors.
-_MERGES = [
-    Case(lambda: _mergeable(48, 96, 4, 10)),
-    Case(lambda: _mergeable(96, 48, 8, 4.0)),
-    Case(lambda: _mergeable(32, 32, 6, 9), note="a square weight"),
-    Case(lambda: _mergeable(24, 40, 4, 10, torch.float64)),
-    Case(lambda: _mergeable(24, 40, 1, 3), note="rank 1"),
-]
-
-
-@check_for(
-    cases=_MERGES,
-    causes=mistakes(
-        """
-        def merge_lora(weight, A, B, alpha):
-            r = A.shape[0]
-            return weight + alpha / r * (B @ A)
-        """,
-        """
-        alpha is left out: only 1 / r scales
-            alpha / r → 1 / r
-        """,
-        scaling_mistakes("alpha / r"),
-        """
-        the update is subtracted, not added
-            weight + → weight -
-        """,
-        _WIDTHS,
-        """
-        this is the update alone: add it to the weight
-            weight + → ∅
-        alpha / r scales the weight too: only the update is scaled
-            weight + alpha / r * (B @ A) → alpha / r * (weight + B @ A)
-        the update is transposed, which raises no error where the weight is square
-            (B @ A) → ((B @ A).T if len(B) == A.shape[1] else B @ A)
-        """,
-    ),
-)
-def merge_lora(weight, A, B, alpha):
-    """One weight that computes what base and branch compute."""
-    # What a layer with this weight must give for each unit vector of the input.
-    units = torch.eye(A.shape[1], dtype=torch.float64)
-    branch = (units @ A.double().T) @ B.double().T * (alpha / len(A))
-    return (units @ weight.double().T + branch).T.to(weight.dtype)
-
-
-# ------------------------------------------------------------------ unmerge_lora
-
-
-@check_for(
-    cases=_MERGES,
-    causes=mistakes(
-        """
-        def unmerge_lora(merged_weight, A, B, alpha):
-            r = A.shape[0]
-            return merged_weight - alpha / r * (B @ A)
-        """,
-        """
-        alpha is left out: only 1 / r scales
-            alpha / r → 1 / r
-        """,
-        scaling_mistakes("alpha / r"),
-        """
-        the update is added again, not subtracted
-            merged_weight - → merged_weight +
-        """,
-        _WIDTHS,
-        """
-        this is the update alone: subtract it from the merged weight
-            merged_weight - → ∅
-        """,
-    ),
-)
-def unmerge_lora(merged_weight, A, B, alpha):
-    """The base weight is restored for any alpha, rank and shape."""
-    # One outer product a rank, in double precision.
-    weight = merged_weight.double()
-    for row, column in zip(A.double(), B.double().T, strict=True):
-        weight = weight - alpha / len(A) * torch.outer(column, row)
-    return weight.to(merged_weight.dtype)
-
-
-# ------------------------------------------------------------------ compress_lora
+# ------------------------------------------------------------------ swap_words
 
 
 def _product(factors):
     A, B = factors
     return {"the product BA": B @ A}
+
+
+@check_for(
+    cases=[
+        Case(lambda: [torch.randn(9, 6), 2, 7]),
+        Case(lambda: [torch.randn(5, 5), 4, 1], note="a square weight"),
+        Case(lambda: [torch.randn(30, 8), 0, 29], note="the first word and the last"),
+    ],
+    returns=("A", "B"),
+    view=_product,
+    causes=mistakes(
+        """
+        def swap_words(weight, i, j):
+            A = (weight[j] - weight[i])[None]
+            B = torch.zeros(len(weight), 1)
+            B[i], B[j] = 1.0, -1.0
+            return A, B
+        """,
+        """
+        row i becomes row j, but row j stays as it is: B has a second entry
+            B[i], B[j] = 1.0, -1.0 → B[i] = 1.0
+        row j becomes row i, but row i stays as it is: B has a second entry
+            B[i], B[j] = 1.0, -1.0 → B[j] = -1.0
+        both rows move in the same direction: what one of them gains, the other loses
+            1.0, -1.0 → 1.0, 1.0
+        the sign is reversed: each row moves away from the other one
+            weight[j] - weight[i] → weight[i] - weight[j]
+        A is row j itself: BA is added to what row i already holds, so A is a difference
+            weight[j] - weight[i] → weight[j]
+        A is row i itself: BA is added to what row j already holds, so A is a difference
+            weight[j] - weight[i] → weight[i]
+        A is the sum of the two rows: each row needs their difference
+            weight[j] - weight[i] → weight[j] + weight[i]
+        BA is right, but the factors have rank 2: one row of A serves both words
+            (weight[j] - weight[i])[None] → weight[[i, j]]
+            torch.zeros(len(weight), 1) → torch.zeros(len(weight), 2)
+            1.0, -1.0 → torch.tensor([-1.0, 1.0]), torch.tensor([1.0, -1.0])
+        the order is reversed: return A first
+            return A, B → return B, A
+        """,
+    ),
+)
+def swap_words(weight, i, j):
+    """weight + BA has rows i and j exchanged and all others as they were, at rank 1."""
+    order = list(range(len(weight)))
+    order[i], order[j] = j, i
+    U, S, Vh = torch.linalg.svd(weight[order] - weight, full_matrices=False)
+    return S[:1, None] * Vh[:1], U[:, :1]
+
+
+# ------------------------------------------------------------------ compress_lora
 
 
 def _pair(out, in_, rank, to, dtype=torch.float32):
@@ -230,6 +140,79 @@ def compress_lora(A, B, rank):
     """The factors are as close to BA as the rank allows, without a tensor as large as a weight."""
     U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
     return Vh[:rank], U[:, :rank] * S[:rank]
+
+
+# ------------------------------------------------------------------ serve_lora
+
+
+def _mixed(which, n, tokens=3, out=40, in_=24, rank=4):
+    """Return a batch with a text for each entry of `which`."""
+    A, B = torch.randn(n, rank, in_), torch.randn(n, out, rank)
+    return [torch.randn(len(which), tokens, in_), A, B, 0.5 + torch.rand(n), torch.tensor(which)]
+
+
+@check_for(
+    cases=[
+        Case(lambda: _mixed([2, 0, 1, 2], n=4), note="which = [2, 0, 1, 2]"),
+        Case(lambda: _mixed([1, -1, 0, 1, 2], n=3), note="which = [1, -1, 0, 1, 2]"),
+        Case(lambda: _mixed([-1, 0], n=2, tokens=7, rank=1), note="which = [-1, 0], rank 1"),
+        Case(lambda: _mixed([4, 4, -1, 3], n=6, out=32, in_=32), note="which = [4, 4, -1, 3]"),
+    ],
+    gradients=("x", "A", "B"),
+    forbid=[
+        Forbid(
+            lambda x, A, B, scaling, which: [
+                (*copies, B.shape[1], A.shape[2])
+                for copies in [(), *[(k,) for k in range(2, len(which) + len(A))]]
+            ],
+            "That holds a product BA of shape (out, in): send x through A first, then through B.",
+        )
+    ],
+    causes=mistakes(
+        """
+        def serve_lora(x, A, B, scaling, which):
+            low = x @ A[which].mT
+            added = scaling[which, None, None] * (low @ B[which].mT)
+            return torch.where(which[:, None, None] < 0, 0.0, added)
+        """,
+        """
+        a text with -1 gets the last adapter, as index -1 does in Python: nothing is added to it
+            torch.where(which[:, None, None] < 0, 0.0, added) → added
+        a text with -1 gets the first adapter: clamp makes -1 a 0, and 0 is an adapter
+            A[which] → A[which.clamp(min=0)]
+            scaling[which, None, None] → scaling[which.clamp(min=0), None, None]
+            B[which] → B[which.clamp(min=0)]
+            torch.where(which[:, None, None] < 0, 0.0, added) → added
+        a text with -1 is dropped: it keeps its place in the batch, with zeros
+            torch.where(which[:, None, None] < 0, 0.0, added) → added[which >= 0]
+        the scaling is left out
+            scaling[which, None, None] * → ∅
+        every text gets the scaling of the first adapter
+            scaling[which, None, None] → scaling[0]
+        the scaling goes by the place in the batch: it belongs to the adapter, scaling[which]
+            scaling[which, None, None] →
+                scaling[torch.arange(len(x)) % len(scaling), None, None]
+        text k gets adapter k: `which` says whose text it is
+            low = x @ A[which].mT → k = torch.arange(len(x)) % len(A); low = x @ A[k].mT
+            scaling[which, None, None] → scaling[k, None, None]
+            B[which] → B[k]
+        every text gets the sum of all adapters
+            x @ A[which].mT → torch.einsum("bti,nri->nbtr", x, A)
+            scaling[which, None, None] * (low @ B[which].mT) →
+                torch.einsum("n,nbtr,nor->bto", scaling, low, B)
+        every text gets the mean of all adapters
+            x @ A[which].mT → torch.einsum("bti,nri->nbtr", x, A) / len(A)
+            scaling[which, None, None] * (low @ B[which].mT) →
+                torch.einsum("n,nbtr,nor->bto", scaling, low, B)
+        """,
+    ),
+)
+def serve_lora(x, A, B, scaling, which):
+    """Every text gets its own adapter or none, and no product BA is formed."""
+    # A further adapter of zeros for those that have none.
+    A, B, scaling = (torch.cat([t, torch.zeros_like(t[:1])]) for t in (A, B, scaling))
+    chosen = F.one_hot(which % len(A), len(A)).to(x.dtype)
+    return torch.einsum("bn,n,bti,nri,nor->bto", chosen, scaling, x, A, B)
 
 
 # ------------------------------------------------------------------ embedding_lora

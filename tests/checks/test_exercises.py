@@ -347,12 +347,13 @@ def test_bytes_of_known_models():
 
 @pytest.fixture(scope="module")
 def peft_adapted():
-    """Return PEFT's LoRA with r 4 and alpha 6 on a token table and a linear layer."""
+    """Return two of PEFT's adapters, r 4 and alpha 6 and 2, on a token table and a linear layer."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Embedding(23, 10), torch.nn.Linear(10, 7))
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=6, target_modules=["0", "1"]))
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=2, target_modules=["0", "1"]))
     for name, p in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(p)
@@ -366,10 +367,12 @@ def test_embedding_lora_equals_peft(peft_adapted):
     torch.testing.assert_close(got, layer(ids), atol=1e-6, rtol=0)
 
 
-def test_unmerge_lora_undoes_peft(peft_adapted):
-    layer = peft_adapted[1]
-    before = layer.base_layer.weight.detach().clone()
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    layer.merge()
-    got = SOLUTIONS["lora"]["unmerge_lora"](layer.base_layer.weight, A, B, 6)
-    torch.testing.assert_close(got, before, atol=1e-5, rtol=0)
+def test_serve_lora_equals_a_mixed_batch_of_peft(peft_adapted):
+    layer, names = peft_adapted[1], ["default", "other"]
+    x, served = torch.randn(4, 3, 10), ["other", "__base__", "default", "other"]
+    A = torch.stack([layer.lora_A[name].weight for name in names])
+    B = torch.stack([layer.lora_B[name].weight for name in names])
+    scaling = torch.tensor([layer.scaling[name] for name in names])
+    got = SOLUTIONS["lora"]["serve_lora"](x, A, B, scaling, torch.tensor([1, -1, 0, 1]))
+    expected = layer(x, adapter_names=served) - layer.base_layer(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)

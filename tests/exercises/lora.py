@@ -15,71 +15,56 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
-# ------------------------------------------------------------------ lora_forward
+# ------------------------------------------------------------------ swap_words
 
 
-@right("lora_forward")
-def by_linear(x, A, B, alpha):
-    return F.linear(F.linear(x, A), alpha * B) / B.shape[1]
+@right("swap_words")
+def both_signs_turned(weight, i, j):
+    B = F.one_hot(torch.tensor(j), len(weight)) - F.one_hot(torch.tensor(i), len(weight))
+    return (weight[i] - weight[j]).unsqueeze(0), B.float().unsqueeze(1)
 
 
-@right("lora_forward")
-def through_the_product(x, A, B, alpha):
-    return x @ (B @ A).mT * alpha / len(A)
+@right("swap_words")
+def scaled_factors(weight, i, j):
+    A, B = weight[j : j + 1] - weight[i : i + 1], torch.zeros(len(weight), 1)
+    size = A.norm()
+    B[i], B[j] = size, -size
+    return [A / size, B]
 
 
-@wrong("lora_forward", "(rank 1, and one text)")
-def squeezed(x, A, B, alpha):
-    low = (x @ A.T).squeeze()
-    return low @ B.T * alpha / len(A)
+@right("swap_words")
+def first_direction_of_the_change(weight, i, j):
+    swapped = weight.clone()
+    swapped[[i, j]] = weight[[j, i]]
+    U, S, Vh = torch.svd_lowrank(swapped - weight, q=2)
+    return Vh[:, :1].T, U[:, :1] * S[0]
 
 
-@wrong("lora_forward", "(a single vector x)")
-def batches_only(x, A, B, alpha):
-    return torch.einsum("bi...,oi->bo...", x.movedim(-1, 1), B @ A).movedim(1, -1) * alpha / len(A)
+@wrong("swap_words", "the factors have rank 2: one row of A serves both words")
+def a_row_for_each_word(weight, i, j):
+    B = torch.zeros(len(weight), 2)
+    B[i, 0] = B[j, 1] = 1
+    return torch.stack([weight[j] - weight[i], weight[i] - weight[j]]), B
 
 
-@wrong("lora_forward", "shape")
-def only_down(x, A, B, alpha):
-    return x @ A.T * alpha / len(A)
+@wrong("swap_words", "A has shape (6,), expected (1, 6)")
+def vectors(weight, i, j):
+    B = torch.zeros(len(weight))
+    B[i], B[j] = 1, -1
+    return weight[j] - weight[i], B
 
 
-# ------------------------------------------------------------------ merge_lora
+@wrong("swap_words", "yours is 0.5 times the expected values everywhere")
+def half_way(weight, i, j):
+    A, B = both_signs_turned(weight, i, j)
+    return A / 2, B
 
 
-@right("merge_lora")
-def by_addmm(weight, A, B, alpha):
-    return torch.addmm(weight, B, A, alpha=alpha / len(A))
-
-
-@right("merge_lora")
-@torch.no_grad()
-def in_double(weight, A, B, alpha):
-    return weight.double() + alpha * torch.einsum("or,ri->oi", B.double(), A.double()) / len(A)
-
-
-@wrong("merge_lora", "(rank 1)")
-def squeezed_factors(weight, A, B, alpha):
-    return weight + alpha / len(A) * (B.squeeze() @ A.squeeze())
-
-
-# ------------------------------------------------------------------ unmerge_lora
-
-
-@right("unmerge_lora")
-def einsum(merged_weight, A, B, alpha):
-    return merged_weight - torch.einsum("or,ri->oi", B, A) * (alpha / B.shape[1])
-
-
-@right("unmerge_lora")
-@torch.no_grad()
-def in_double_without_gradients(merged_weight, A, B, alpha):
-    return merged_weight.double() - alpha * (B.double() @ A.double()) / len(A)
-
-
-@wrong("unmerge_lora", "(rank 1)")
-def squeezed_update(merged_weight, A, B, alpha):
-    return merged_weight - alpha / len(A) * (B.squeeze() @ A.squeeze())
+@wrong("swap_words", "the argument weight was changed")
+def in_place(weight, i, j):
+    A, B = both_signs_turned(weight, i, j)
+    weight += B @ A
+    return A, B
 
 
 # ------------------------------------------------------------------ compress_lora
@@ -104,6 +89,56 @@ def two_svds(A, B, rank):
     Ua, Sa, Va = torch.linalg.svd(A, full_matrices=False)
     U, S, Vh = torch.linalg.svd(Sb[:, None] * (Vb @ Ua) * Sa)
     return [Vh[:rank] @ Va, (Ub @ U)[:, :rank] * S[:rank]]
+
+
+# ------------------------------------------------------------------ serve_lora
+
+
+@right("serve_lora")
+def text_by_text(x, A, B, scaling, which):
+    added = [torch.zeros(x.shape[1], B.shape[1]) for _ in x]
+    for k, n in enumerate(which.tolist()):
+        if n != -1:
+            added[k] = scaling[n] * (x[k] @ A[n].T @ B[n].T)
+    return torch.stack(added)
+
+
+@right("serve_lora")
+def customer_by_customer(x, A, B, scaling, which):
+    y = x.new_zeros(*x.shape[:2], B.shape[1])
+    for n in which.unique():
+        if n >= 0:
+            y[which == n] = F.linear(F.linear(x[which == n], A[n]), B[n]) * scaling[n]
+    return y
+
+
+@right("serve_lora")
+def an_adapter_of_zeros(x, A, B, scaling, which):
+    B = torch.cat([B, torch.zeros_like(B[:1])])
+    scaling = torch.cat([scaling, scaling.new_ones(1)])
+    low = torch.einsum("bti,bri->btr", x, torch.cat([A, A[:1]])[which])
+    return torch.einsum("b,btr,bor->bto", scaling[which], low, B[which])
+
+
+@wrong("serve_lora", "of shape (4, 40, 24) is formed on the way")
+def a_merged_weight_for_each_text(x, A, B, scaling, which):
+    merged = (B[which] @ A[which]).mT * scaling[which, None, None]
+    return torch.einsum("bti,bio->bto", x, merged) * (which >= 0)[:, None, None]
+
+
+@wrong("serve_lora", "every text gets the sum of all adapters")
+def the_wrong_letter(x, A, B, scaling, which):
+    y = torch.einsum("bti,nri,nor,n->bto", x, A, B, scaling)
+    return y * (which >= 0)[:, None, None]
+
+
+@wrong("serve_lora", "no gradient reaches")
+def without_gradients(x, A, B, scaling, which):
+    y = torch.zeros(*x.shape[:2], B.shape[1])
+    for k, n in enumerate(which):
+        if n >= 0:
+            y[k] = torch.tensor((scaling[n] * x[k] @ A[n].T @ B[n].T).tolist())
+    return y
 
 
 # ------------------------------------------------------------------ embedding_lora
