@@ -19,6 +19,7 @@ from .study import (
     Difference,
     Spread,
     Study,
+    auc,
     best_lr,
     load_results,
     mean_and_range,

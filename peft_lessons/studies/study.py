@@ -229,6 +229,17 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return [name for _, name in sorted(front, key=lambda point: point[0])]
 
 
+def auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the area under the ROC curve of scores (n,) for labels 0 and 1, (n,): the share of the
+    pairs of a positive and a negative that the scores rank rightly. A tie counts a half.
+
+    Raises ValueError if one of the two classes is missing."""
+    if not 0 < labels.sum() < len(labels):
+        raise ValueError("auc: there must be a positive and a negative label")
+    gaps = scores[labels == 1][:, None] - scores[labels == 0]
+    return ((gaps > 0).double() + (gaps == 0).double() / 2).mean().item()
+
+
 def _task(runs: DataFrame) -> str:
     if runs.empty:
         raise ValueError("there are no runs: the filter matches nothing")

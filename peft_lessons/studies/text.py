@@ -40,7 +40,8 @@ def words(
     if not numbers or any(v - v != 0 for v in numbers):
         raise ValueError("words: the numbers must be finite, and at least one")
     limit = limit or max(map(abs, numbers)) or 1.0
-    width = max(_places(row)[-1][1] for row in tokens) + GAP
+    room = TextPath((0, 0), label, size=10).get_extents().width / len(panels) - 20
+    width = max(room, *(_places(row)[-1][1] + GAP for row in tokens))
     size = ((width + 30) * len(panels) / 72 + 0.6, (LINE * len(tokens) + 62) / 72)
     fig, axes = figure(1, len(panels), size=size, squeeze=False)
     with mpl.rc_context(STYLE):

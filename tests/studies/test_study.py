@@ -5,9 +5,10 @@ import re
 
 import pandas as pd
 import pytest
+import torch
 
 from peft_lessons import Study, studies, table
-from peft_lessons.studies import best_lr, paired_answers, provenance, stored_costs, student_t
+from peft_lessons.studies import auc, best_lr, paired_answers, provenance, stored_costs, student_t
 
 ROWS = [{"way": "LoRA", "n": 74498, "time": 0.12345}, {"way": "a <b>", "n": 3, "time": None}]
 STAMP = {"machine": "one core", "torch": "2", "date": "2026-01-01"}
@@ -238,3 +239,10 @@ def test_stored_costs_of_the_named_methods():
     assert lines[0].split("  ")[0] == "a step on minilm" and "PEFT's" in lines[0]
     ours, theirs = (float(n) for n in re.findall(r"(\d+) ms", lines[1]))
     assert float(lines[1].split()[-2]) == pytest.approx(ours / theirs, abs=0.02)
+
+
+def test_auc_counts_the_pairs_that_are_ranked_rightly():
+    scores, labels = torch.tensor([3.0, 2.0, 2.0, 1.0]), torch.tensor([1, 1, 0, 0])
+    assert auc(scores, labels) == 3.5 / 4 and auc(-scores, labels) == 0.5 / 4
+    with pytest.raises(ValueError, match="a positive and a negative"):
+        auc(scores, torch.ones(4))
