@@ -21,6 +21,7 @@ from common import SEEDS, base_of, fill_table, load
 from torch import nn
 
 from peft_lessons import fit
+from peft_lessons.studies import auc
 
 KEPT = ("0", "1", "2", "4", "8", "16", "whole", "second alone", "untouched")
 COLUMNS = ("sentences", "own", "positive", "auc", "moved", "refitted")
@@ -66,13 +67,6 @@ def encoded(model: nn.Module, batches: Iterator[dict]) -> tuple[torch.Tensor, ..
         margins.append(logits[:, 1] - logits[:, 0])
     handle.remove()
     return torch.cat(vectors), torch.cat(margins), torch.cat(labels)
-
-
-def auc(margins: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the share of (positive, negative) pairs that the margins rank rightly; a tie counts a
-    half."""
-    gaps = margins[labels == 1][:, None] - margins[labels == 0]
-    return ((gaps > 0).double() + (gaps == 0).double() / 2).mean().item()
 
 
 def threshold(margins: torch.Tensor, labels: torch.Tensor) -> float:
