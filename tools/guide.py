@@ -21,8 +21,8 @@ not arrive, an error."""
 
 def causes(lesson: str) -> dict[str, list[str]]:
     """Return {exercise: its wrong answers}: the causes that its check names, without those that
-    combine two others. Three exercises are checked by what their answer builds and have no causes:
-    theirs are the wrong answers of the tests, with part of each message."""
+    combine two others. Four exercises are checked by trials and have no causes: theirs are the
+    wrong answers of the tests, with part of each message."""
     course = getattr(check, notebooks.MODULES[lesson])
     found = {}
     for exercise in notebooks.exercises(lesson):

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..testing.wording import kind
+from .calls import module_of
 
 
 class WrongAnswer(AssertionError):
-    """Report a wrong answer: a headline and a few lines of facts, shown without a traceback."""
+    """Report a wrong answer: a headline and a few lines of facts, shown without a traceback.
 
-    def __init__(self, headline: str, *facts: str) -> None:
+    on_request: further facts, which a hunt tells only who asks for help."""
+
+    def __init__(self, headline: str, *facts: str, on_request: Sequence[str] = ()) -> None:
         super().__init__("\n  ".join([f"✗ {headline}", *facts]))
+        self.on_request = on_request
 
     def _render_traceback_(self) -> list[str]:
         headline, *facts = str(self).split("\n")
@@ -46,11 +50,16 @@ class Verdict:
 
 
 class Refused(Exception):
-    """Report a fault found by a trial, or by `adapt`: a headline, and facts."""
+    """Report a fault found by a trial, or by `adapt`, as WrongAnswer does."""
+
+    def __init__(self, headline: str, *facts: str, on_request: Sequence[str] = ()) -> None:
+        super().__init__(headline, *facts)
+        self.on_request = on_request
 
 
 class Check:
     """Check an answer: return a verdict if it is right or not attempted, else raise WrongAnswer.
+    With `help`, a hunt names what it keeps to itself otherwise.
 
     causes: {sentence: wrong function}, as `mistakes` makes them.
     adapt: a function of the answer, whose result is checked in its place: it may make a function of
@@ -78,10 +87,17 @@ class Check:
         """Return the right answer that the causes are edits of, where they are."""
         return getattr(self.causes, "right", None)
 
-    def __call__(self, answer: Any) -> Verdict:
+    def __call__(self, answer: Any, help: bool = False) -> Verdict:
         __tracebackhide__ = True
-        with warnings.catch_warnings(action="ignore") if self.quiet else nullcontext():
-            facts = list(self._facts(self._adapted(answer)))
+        try:
+            with warnings.catch_warnings(action="ignore") if self.quiet else nullcontext():
+                facts = list(self._facts(self._adapted(answer)))
+        except WrongAnswer as wrong:
+            if wrong.on_request:
+                name, lesson = self.__name__, module_of(self.reference).rpartition(".")[2]
+                ask = f"For help: check.{lesson}.{name}({name}, help=True)"
+                wrong.args = ("\n  ".join([str(wrong), *(wrong.on_request if help else [ask])]),)
+            raise
         if facts:
             self.passed = answer
             details = f"{self.__doc__} {self.verified(facts)}"
@@ -105,8 +121,9 @@ class Check:
         self._check_signature(function)
         return function
 
-    def _wrong(self, headline: str, *facts: str) -> WrongAnswer:
-        return WrongAnswer(f"{self.__name__}: {sentence(headline)}", *facts)
+    def _wrong(self, headline: str, *facts: str, on_request: Sequence[str] = ()) -> WrongAnswer:
+        headline = f"{self.__name__}: {sentence(headline)}"
+        return WrongAnswer(headline, *facts, on_request=on_request)
 
     def _check_signature(self, function: Callable) -> None:
         __tracebackhide__ = True

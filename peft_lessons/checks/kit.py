@@ -36,20 +36,25 @@ class Tried(Check):
     raises `Refused`. The reference has the exercise's name and parameters, and is not called.
 
     trials: {trial: who raised it if it ends in another error}.
-    hints: {part of that error's message: its meaning here}."""
+    hints: {part of that error's message: its meaning here}.
+    share: a function of a wrong answer that returns the share of the exercise that it has right."""
 
     def __init__(
         self,
         reference: Callable,
         trials: Mapping[Callable[[Any], str], str],
         hints: Mapping[str, str] | None = None,
+        share: Callable[[Any], float] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(reference, **settings)
-        self.trials, self.hints = trials, hints or {}
+        self.trials, self.hints, self.share = trials, hints or {}, share
 
     def credit(self, answer: Any) -> float:
-        """Return half of the share of trials that an answer passes before it fails."""
+        """Return the share that is right if that can be told, else half of the share of trials that
+        an answer passes before it fails."""
+        if self.share:
+            return self.share(answer)
         passed = 0
         with suppress(WrongAnswer):
             for _ in self._facts(answer):
@@ -64,7 +69,7 @@ class Tried(Check):
             if number == 0 and is_stub(error, module):
                 return
             if isinstance(error, Refused):
-                raise self._wrong(*error.args)
+                raise self._wrong(*error.args, on_request=error.on_request)
             if error is not None:
                 hints = [hint for text, hint in self.hints.items() if text in str(error)][:1]
                 facts = *getattr(error, "__notes__", []), *hints, *lines_of(error, module)[-2:]

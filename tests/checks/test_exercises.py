@@ -11,6 +11,7 @@ from exercises import Answers, Recipe
 from peft_lessons import check
 from peft_lessons.checks.compare import tensors
 from peft_lessons.checks.kit import Check, Compared, Tried, WrongAnswer, draw_variant
+from peft_lessons.studies import load_results
 from tools import notebooks
 
 LESSONS = {
@@ -365,6 +366,17 @@ def test_embedding_lora_equals_peft(peft_adapted):
     A, B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     got = SOLUTIONS["lora"]["embedding_lora"](ids, layer.base_layer.weight, A, B, 6)
     torch.testing.assert_close(got, layer(ids), atol=1e-6, rtol=0)
+
+
+def test_what_is_said_of_the_broken_runs_is_in_their_reports():
+    rows = load_results("broken_runs").set_index("run")
+    healthy, gradients = rows.loc["healthy"], ["grad_A_first", "grad_B_first", "grad_A_last"]
+    assert (rows.loc["A", gradients] == "").all() and rows.loc["A", "change"] == 0
+    assert 1.9 < rows.loc["B", "trainable"] / healthy["trainable"] < 2.1
+    assert (rows.loc["C", ["grad_B_last", "grad_A_last"]].astype(float) > 0.01).all()
+    assert rows.loc["C", "change"] < healthy["change"] / 10
+    assert healthy["trainable"] - rows.loc["D", "trainable"] == 770
+    assert (rows.loc["E", [*gradients, "grad_B_last"]].astype(float) == 0).all()
 
 
 def test_serve_lora_equals_a_mixed_batch_of_peft(peft_adapted):

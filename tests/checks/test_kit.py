@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from peft_lessons.checks import kit
 from peft_lessons.checks.compare import difference
-from peft_lessons.checks.kit import Case, Forbid, WrongAnswer, check_for, draw_variant
+from peft_lessons.checks.kit import Case, Forbid, Refused, WrongAnswer, check_for, draw_variant
 from peft_lessons.checks.mistakes import mistakes
 
 
@@ -75,6 +75,30 @@ def test_an_untouched_stub_is_not_attempted_and_refused_in_strict_mode(monkeypat
     monkeypatch.setenv("PEFT_LESSONS_STRICT", "1")
     assert refusal(scale, stub).startswith("✗ scale: not attempted yet.")
     assert scale(scale.reference).status == "right"
+
+
+# ------------------------------------------------------------------ hunts
+
+
+def test_a_hunt_says_how_much_is_right_and_more_on_request():
+    def trial(answer):
+        if answer() < 3:
+            raise Refused(f"{answer()} of 3", "a fact", on_request=["b", "c"])
+        return "all"
+
+    def three():
+        """All are found."""
+
+    one = check_for(trials={trial: "?"}, share=lambda answer: answer() / 3)(three)
+    assert one(lambda: 3).status == one(lambda: 3, help=True).status == "right"
+    ask = "For help: check.test_kit.three(three, help=True)"
+    assert refusal(one, lambda: 1) == f"✗ three: 1 of 3.\n  a fact\n  {ask}"
+    with pytest.raises(WrongAnswer) as caught:
+        one(lambda: 1, help=True)
+    assert str(caught.value) == "✗ three: 1 of 3.\n  a fact\n  b\n  c"
+    assert one.credit(lambda: 1) == 1 / 3
+    with pytest.raises(WrongAnswer, match="the factor is left out.$"):
+        scale(lambda x, k: x, help=True)
 
 
 # ------------------------------------------------------------------ mistakes

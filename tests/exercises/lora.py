@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from peft_lessons import LinearWithLoRA
 from peft_lessons.methods.lora import apply_lora_to_model
+from peft_lessons.studies import load_results
 
 from . import Answers
 
@@ -65,6 +66,69 @@ def in_place(weight, i, j):
     A, B = both_signs_turned(weight, i, j)
     weight += B @ A
     return A, B
+
+
+# ------------------------------------------------------------------ diagnose
+
+CAUSES = (
+    "merged before training",
+    "a target that matches too much",
+    "the learning rate of full fine-tuning",
+    "the head is frozen",
+    "both factors start at zero",
+)
+
+
+@right("diagnose")
+def in_another_order_and_case():
+    return {
+        run.lower(): f" {cause.title()} " for run, cause in zip("EDCBA", CAUSES[::-1], strict=True)
+    }
+
+
+@right("diagnose")
+def from_the_reports():
+    rows = {row["run"]: row for row in load_results("broken_runs").to_dict("records")}
+    healthy = rows.pop("healthy")
+    found = {}
+    for run, row in rows.items():
+        if row["grad_A_first"] == "":
+            found[run] = CAUSES[0]
+        elif row["trainable"] != healthy["trainable"]:
+            found[run] = CAUSES[1 if row["trainable"] > healthy["trainable"] else 3]
+        else:
+            found[run] = CAUSES[2 if row["change"] > 0 else 4]
+    return found
+
+
+@wrong("diagnose", "3 of 5 are right")
+def dead_or_merged():
+    return dict(zip("EBCDA", CAUSES, strict=True))
+
+
+@wrong("diagnose", "Given to several runs: both factors start at zero. Each cause belongs to one")
+def one_cause_twice():
+    return dict(zip("ABCDE", CAUSES, strict=True)) | {"A": CAUSES[4]}
+
+
+@wrong("diagnose", "Without a cause: A, C, D, E")
+def one_run_only():
+    return {"A": None, "B": CAUSES[1]}
+
+
+@wrong("diagnose", "'the head was frozen' is none of the five causes")
+def in_other_words():
+    return {"D": "the head was frozen"}
+
+
+@wrong("diagnose", "there is no run 'F': the broken runs are A to E")
+def a_sixth_run():
+    return dict(zip("BCDEF", CAUSES, strict=True))
+
+
+@wrong("diagnose", "the result is a list of 5, expected a dict")
+def causes_alone():
+    return list(CAUSES)
 
 
 # ------------------------------------------------------------------ compress_lora
