@@ -18,7 +18,7 @@ def swap_words(weight: torch.Tensor, i: int, j: int) -> tuple[torch.Tensor, torc
 def diagnose() -> dict[str, str]:
     """Return {run: cause} for the broken runs A to E."""
     return {
-        "A": "merged before training",                    # A and B get no gradient at all
+        "A": "merged before training",                    # no gradient reaches the factors
         "B": "a target that matches too much",            # 148,226 trainable parameters, not 74,498
         "C": "the learning rate of full fine-tuning",     # gradients, but BA hardly changes
         "D": "the head is frozen",                        # 770 trainable parameters are missing

@@ -79,13 +79,16 @@ def swap_words(weight, i, j):
 
 # Of each run of data/results/broken_runs.csv: what is wrong, and what in its report says so.
 _BROKEN = {
-    "A": ("merged before training", "no gradient reaches A and B, which is not a gradient of 0"),
+    "A": (
+        "merged before training",
+        "no gradient reaches its factors, which is not a gradient of 0",
+    ),
     "B": ("a target that matches too much", "it trains twice as many parameters as was meant"),
     "C": (
         "the learning rate of full fine-tuning",
-        "A and B get gradients, and yet BA hardly changes",
+        "both factors get gradients, and yet BA hardly changes",
     ),
-    "D": ("the head is frozen", "it trains 770 parameters fewer, and one layer has that many"),
+    "D": ("the head is frozen", "it trains 770 parameters too few, and one layer has that many"),
     "E": ("both factors start at zero", "its gradients are 0, at the first step and at the last"),
 }
 _CAUSES = sorted(cause for cause, _ in _BROKEN.values())
@@ -126,10 +129,12 @@ def _each_run_has_its_cause(function):
     if twice := [cause for cause, count in Counter(given.values()).items() if count > 1]:
         facts.append(f"Given to several runs: {', '.join(twice)}. Each cause belongs to one run.")
     if len(right) < len(_BROKEN):
-        wrong = [f"Look at {run}: {why}." for run, (_, why) in _BROKEN.items() if run not in right]
+        wrong = [
+            f"Look at run {run}: {why}." for run, (_, why) in _BROKEN.items() if run not in right
+        ]
         verb = "is" if len(right) == 1 else "are"
         raise Refused(f"{len(right)} of {len(_BROKEN)} {verb} right", *facts, on_request=wrong)
-    return "; ".join(f"{run}: {why}" for run, (_, why) in _BROKEN.items())
+    return "; ".join(f"run {run}: {why}" for run, (_, why) in _BROKEN.items())
 
 
 @check_for(
@@ -138,7 +143,7 @@ def _each_run_has_its_cause(function):
     verified=lambda facts: f"{facts[0]}.",
 )
 def diagnose():
-    """Every run has its cause. What gives them away:"""
+    """Every run has its cause. What gives each of them away:"""
 
 
 # ------------------------------------------------------------------ compress_lora
@@ -247,14 +252,14 @@ def _mixed(which, n, tokens=3, out=40, in_=24, rank=4):
             return torch.where(which[:, None, None] < 0, 0.0, added)
         """,
         """
-        a text with -1 gets the last adapter, as index -1 does in Python: nothing is added to it
+        the idea is right, but a text with -1 gets the last adapter, as index -1 does in Python
             torch.where(which[:, None, None] < 0, 0.0, added) → added
-        a text with -1 gets the first adapter: clamp makes -1 a 0, and 0 is an adapter
+        the idea is right, but a text with -1 gets the first adapter: clamp makes -1 a 0
             A[which] → A[which.clamp(min=0)]
             scaling[which, None, None] → scaling[which.clamp(min=0), None, None]
             B[which] → B[which.clamp(min=0)]
             torch.where(which[:, None, None] < 0, 0.0, added) → added
-        a text with -1 is dropped: it keeps its place in the batch, with zeros
+        the idea is right, but a text with -1 is dropped: it keeps its place, with zeros
             torch.where(which[:, None, None] < 0, 0.0, added) → added[which >= 0]
         the scaling is left out
             scaling[which, None, None] * → ∅
