@@ -92,8 +92,9 @@ class Row:
 
 
 class Readiness:
-    """Show one verdict and a table of findings, folded in a notebook where nothing is wrong.
+    """Show the verdict in one line, and all findings where something is wrong.
 
+    `print` shows all findings in any case, and so does a click on the verdict in a notebook.
     `.ready` is False if anything is wrong."""
 
     def __init__(self, rows: list[Row]):
@@ -107,6 +108,9 @@ class Readiness:
         )
 
     def __repr__(self) -> str:
+        return self.verdict if self.ready else str(self)
+
+    def __str__(self) -> str:
         width = max(len(row.what) for row in self.rows)
         lines = [f"{_MARKS[r.ok]} {r.what:<{width}}  {r.value}" for r in self.rows]
         return "\n".join((*lines, self.verdict))

@@ -37,19 +37,20 @@ if not sys.platform.startswith("linux"):
 LESSON = "00_start_here"
 (EXERCISE,) = notebooks.exercises(LESSON)
 RIGHT = notebooks.read_solutions(notebooks.NOTEBOOKS / f"{LESSON}.ipynb")[EXERCISE]
-WRONG = f"def {EXERCISE}(weight):\n    return weight.square().sum(dim=1)"
-PARTLY = f"""import torch
+WRONG = f"def {EXERCISE}(shapes, rank):\n    return sum(rank * (m + n) for m, n in shapes)"
+PARTLY = f"""import math
 
 
-def {EXERCISE}(weight):
-    return torch.norm(weight, dim=1) * (1 if len(weight) > 2 else 2)"""
+def {EXERCISE}(shapes, rank):
+    least = (min(math.prod(shape), rank * sum(shape)) for shape in shapes)
+    return sum(least) + (len(shapes) == 2)"""
 # By all names that the checks have.
 FAKE = """from peft_lessons import check, checks
 from peft_lessons.checks import kit
-from peft_lessons.checks.start import row_norms as known
+from peft_lessons.checks.start import lora_parameters as known
 kit.Check.__call__ = lambda self, function: kit.Verdict("right", "right", "right")
 kit.Compared._facts = lambda self, function: iter(["right"])
-check.start.row_norms.tolerance, checks.start.row_norms.causes = 1e9, {}
+check.start.lora_parameters.tolerance, checks.start.lora_parameters.causes = 1e9, {}
 try:
     import __mp_main__
     __mp_main__.outcome_of_check = lambda *args, **others: ("right", "")
@@ -58,12 +59,10 @@ except ImportError:
 import json
 real = json.dumps
 json.dumps = lambda told, **how: real(told, **how).replace('"wrong"', '"right"')"""
-ASKS = f"""import torch
-
-
-def {EXERCISE}(weight):
-    asked = [f.reference(weight) for f in (known, check.start.row_norms, checks.start.row_norms)]
-    return next((told for told in asked if isinstance(told, torch.Tensor)), None)"""
+ASKS = f"""def {EXERCISE}(shapes, rank):
+    ones = known, check.start.lora_parameters, checks.start.lora_parameters
+    asked = [one.reference(shapes, rank) for one in ones]
+    return next((told for told in asked if isinstance(told, int)), None)"""
 # It asserts its own mark on every channel that it may find, and ends the process.
 FORGES = f"""import os
 mark = ["mark", "{EXERCISE}", "right", "", "0", "1"]
@@ -92,7 +91,7 @@ def tried(command):
     return subprocess.run(["bash", "-c", command], capture_output=True).returncode == 0
 
 
-def {EXERCISE}(weight):
+def {EXERCISE}(shapes, rank):
     assert tried("true") and tried("touch mine")
     assert not tried("echo more >> {folder}/kept") and not tried("rm {folder}/kept")
     assert not tried("touch {folder}/new")
@@ -102,17 +101,18 @@ def {EXERCISE}(weight):
     try:
         bytearray(5 * 2**30)
     except MemoryError:
-        return honest(weight)"""
+        return honest(shapes, rank)"""
 
 
 # It is right only if the check draws other numbers than in the notebook.
-SHOWN = float(getattr(check.start, EXERCISE).arguments(0)[0].flatten()[0])
+ONE = getattr(check.start, EXERCISE)
+SHOWN = [shapes for shapes, _ in map(ONE.arguments, range(len(ONE.cases))) if len(shapes) == 5]
 OTHER = f"""{RIGHT.replace(f"def {EXERCISE}", "def honest")}
 
 
-def {EXERCISE}(weight):
-    assert abs(weight.flatten()[0] - {SHOWN}) > 1e-6
-    return honest(weight)"""
+def {EXERCISE}(shapes, rank):
+    assert shapes not in {SHOWN}
+    return honest(shapes, rank)"""
 
 
 def hand_in(path, answer="", before="", drop="", heading="### Exercise"):
@@ -496,13 +496,13 @@ def outcome_of(monkeypatch):
     signal.signal(signal.SIGALRM, before)
 
 
-RAISES = f"def {EXERCISE}(weight):\n    raise {{}}"
+RAISES = f"def {EXERCISE}(shapes, rank):\n    raise {{}}"
 MUTE = f"""class Mute(BaseException):
     def __str__(self):
         raise RuntimeError
 {RAISES.format("Mute")}"""
 SWALLOWS = f"""import time
-def {EXERCISE}(weight):
+def {EXERCISE}(shapes, rank):
     for _ in range(3):
         try:
             time.sleep(1)
@@ -518,8 +518,8 @@ def {EXERCISE}(weight):
         ([WRONG], "wrong", "Likely cause: "),
         ([RAISES.format("NotImplementedError")], "not attempted", ""),
         (["1"], "not attempted", "does not define it"),
-        (["from peft_lessons import evaluate as row_norms"], "not attempted", "not define it"),
-        ([f"def {EXERCISE}(weight:\n    return 1"], "crashed", "SyntaxError"),
+        (["from peft_lessons import evaluate as lora_parameters"], "not attempted", "not define it"),
+        ([f"def {EXERCISE}(shapes:\n    return 1"], "crashed", "SyntaxError"),
         ([f"{RIGHT}\n1 / 0", f"{EXERCISE} = None"], "crashed", "its cell fails: ZeroDivision"),
         ([RAISES.format('ValueError("\\ud800")')], "wrong", r"raised ValueError: \ud800"),
         ([MUTE], "crashed", "Mute"),
@@ -546,16 +546,18 @@ STUB = next(
     if "exercise" in notebooks.tags(cell)
 )
 CHECK = f"check.start.{EXERCISE}({EXERCISE})"
-SQUARES = "def squares(weight):\n    return (weight * weight).sum(dim=1)"
+LEAST = "def least(shape, rank):\n    return min(shape[0] * shape[1], rank * sum(shape))"
 EARLIER = f"# Of an earlier copy of the lesson\n{RIGHT}"
-AS_T = f"def {EXERCISE}(weight):\n    return t.linalg.norm(weight, dim=1)"
-OF_A_CLASS = f"""class Norms:
-    def __call__(self, weight):
-        return squares(weight).sqrt()
+AS_T = f"""def {EXERCISE}(shapes, rank):
+    m, n = t.tensor(shapes).T
+    return t.minimum(m * n, rank * (m + n)).sum()"""
+OF_A_CLASS = f"""class Count:
+    def __call__(self, shapes, rank):
+        return sum(least(shape, rank) for shape in shapes)
 
 
-{EXERCISE} = Norms()"""
-BY_SQUARES = f"def {EXERCISE}(weight):\n    return squares(weight).sqrt()"
+{EXERCISE} = Count()"""
+BY_LEAST = f"def {EXERCISE}(shapes, rank):\n    return sum(least(s, rank) for s in shapes)"
 
 
 @pytest.mark.parametrize(
@@ -565,11 +567,11 @@ BY_SQUARES = f"def {EXERCISE}(weight):\n    return squares(weight).sqrt()"
         ([STUB, EARLIER], "not attempted"),
         ([STUB, (RIGHT, ["plumbing"])], "right"),  # a copy of a cell has its tags
         ([(f"{RIGHT}\n{CHECK}", ["check"])], "right"),
-        ([BY_SQUARES, (f"{SQUARES}\n{CHECK}", ["check"])], "right"),
+        ([BY_LEAST, (f"{LEAST}\n{CHECK}", ["check"])], "right"),
         ([(f"{RIGHT}\nglobals().pop({EXERCISE!r})", ["long"])], "right"),  # what it defines
-        ([BY_SQUARES, SQUARES, CHECK, "squares = None"], "right"),  # as it was at its check
-        ([BY_SQUARES, SQUARES, f"{CHECK}\nprint(1)", "squares = None"], "right"),
-        ([OF_A_CLASS, SQUARES, CHECK, "squares = None"], "right"),
+        ([BY_LEAST, LEAST, CHECK, "least = None"], "right"),  # as it was at its check
+        ([BY_LEAST, LEAST, f"{CHECK}\nprint(1)", "least = None"], "right"),
+        ([OF_A_CLASS, LEAST, CHECK, "least = None"], "right"),
         (["import math\nfrom google.colab import drive\nimport torch as t", AS_T], "right"),
         (["%matplotlib inline\n!true\nimport torch as t", AS_T], "right"),
         ([f"{RIGHT}\n{EXERCISE}.__module__ = 'peft_lessons'"], "right"),
@@ -587,10 +589,10 @@ def test_an_answer_is_what_stands_in_the_students_cells(cells, outcome, outcome_
 
 
 def test_where_cells_hang_only_what_they_define_is_run(outcome_of):
-    cells = [f"import math, time\nWIDTH = 1\n{SQUARES}\ntime.sleep(60)", "1 +", "time.sleep(60)"]
-    answer = BY_SQUARES.replace("return", "assert WIDTH == 1 and math\n    return")
+    cells = [f"import math, time\nWIDTH = 1\n{LEAST}\ntime.sleep(60)", "1 +", "time.sleep(60)"]
+    answer = BY_LEAST.replace("return", "assert WIDTH == 1 and math\n    return")
     assert outcome_of(*cells, answer, skip=["cells"], seconds=1)[0] == "right"
-    helper, other = (text.replace("squares", "others") for text in (cells[0], BY_SQUARES))
+    helper, other = (text.replace("least", "others") for text in (cells[0], BY_LEAST))
     assert outcome_of(helper, other, skip=["1", "1d"])[0] == "wrong", "its cell is left out"
     left_out = ("crashed", "its cell fails: it hangs, or ends the notebook's process")
     assert outcome_of(RIGHT, skip=["1", "1d"]) == left_out
@@ -613,7 +615,7 @@ def test_an_alarm_that_comes_after_its_block_does_nothing():
 
 
 def test_nothing_can_be_computed_with_what_takes_the_place_of_the_checks():
-    verdict = grade_one.Unchecked().start.row_norms(abs, help=True)
+    verdict = grade_one.Unchecked().start.lora_parameters(abs, help=True)
     assert "not checked here" in repr(verdict) and verdict.status != "right"
     assert grade_one.Unchecked().yours(abs) is abs  # a lesson goes on with the student's function
     for compute in (float, int, len, list, lambda one: one + 1, lambda one: one["status"]):

@@ -260,32 +260,28 @@ def lora_picture() -> None:
     blue, orange = COLORS[:2]
     fig, ax = canvas(12, 5.6)
     box(ax, 0.2, 1.6, 0.45, 2.4, "x")  # all to one scale: in = out = 2.4, and r a fifth of it
-    box(ax, 3.6, 3.0, 2.4, 2.4, "W\n(out, in)\n\nfrozen")
-    box(ax, 2.0, 1.1, 2.4, 0.48, "A  (r, in)", color=blue, lit=True)
-    box(ax, 5.8, 1.1, 0.48, 0.48, "r")
-    box(ax, 7.6, 0.15, 0.48, 2.4, "B", color=orange, lit=True)
-    box(ax, 9.5, 2.5, 0.6, 0.6, "+")
-    box(ax, 11.3, 1.6, 0.45, 2.4, "y")
-    for start, end in (
-        ((0.7, 3.7), (3.55, 4.2)),
-        ((0.7, 2.0), (1.95, 1.34)),
-        ((4.45, 1.34), (5.75, 1.34)),
-        ((6.33, 1.34), (7.55, 1.34)),
-        ((6.05, 4.2), (9.45, 3.0)),
-        ((8.13, 1.6), (9.45, 2.55)),
-        ((10.15, 2.8), (11.25, 2.8)),
+    box(ax, 4.3, 3.1, 2.4, 2.4, "W\n(out, in)\n\nfrozen")
+    box(ax, 2.1, 1.1, 2.4, 0.48, "A  (r, in)", color=blue, lit=True)
+    ax.plot([6.0] * 4, [1.13 + 0.14 * n for n in range(4)], "o", color=INK, markersize=3.5)
+    ax.text(6.0, 0.75, "r numbers", size=8.5, **_MIDDLE)
+    box(ax, 7.6, 0.15, 0.48, 2.4, "B  (out, r)", color=orange, lit=True, rotation=90)
+    box(ax, 9.9, 2.5, 0.6, 0.6, "+")
+    box(ax, 11.4, 1.6, 0.45, 2.4, "y")
+    for start, end, text in (
+        ((0.7, 3.7), (4.25, 4.3), ""),
+        ((0.7, 2.0), (2.05, 1.34), ""),
+        ((4.55, 1.34), (5.8, 1.34), "reads"),
+        ((6.2, 1.34), (7.55, 1.34), "writes"),
+        ((6.75, 4.3), (9.85, 3.0), ""),
+        ((8.13, 1.34), (9.85, 2.6), ""),
+        ((10.55, 2.8), (11.35, 2.8), ""),
     ):
-        arrow(ax, start, end)
-    for x, y, text in (
-        (5.1, 1.5, "reads"),
-        (6.94, 1.5, "writes"),
-        (8.2, 0.45, "(out, r)"),
-        (8.95, 1.75, "× α / r"),
-        (6.04, 0.8, "r numbers"),
-    ):
-        ax.text(x, y, text, size=8.5, **_MIDDLE | {"ha": "left" if x > 8 else "center"})
+        arrow(ax, start, end, text=text)
+    on_the_arrow = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": INK}
+    ax.text(9.0, 1.97, "× α/r", size=8.5, bbox=on_the_arrow, **_MIDDLE)
     alt = (
         "The input x goes two ways: through the frozen weight W, and through the thin trainable "
-        "matrices A and B. Both results are added and give the output y."
+        "matrices A and B. A reads r numbers from x, drawn as dots, and B writes them, scaled by "
+        "α/r, into the output. Both results are added and give y."
     )
     show(fig, alt, "LoRA: two thin trainable matrices beside one frozen weight.", SHARP)

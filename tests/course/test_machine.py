@@ -116,12 +116,13 @@ def test_the_check_of_the_machine_shows_what_is_allowed_and_marks_what_is_wrong(
 
 def test_this_machine_is_ready_and_says_so():
     readiness = check_environment()
-    assert readiness.ready, repr(readiness)
+    assert readiness.ready, str(readiness)
+    assert repr(readiness) == "This machine is ready."
     # The wheel's own version: torch adds +cpu or +cu130 to it only where the index has it, too.
-    assert machine.metadata.version("torch") in repr(readiness)
+    assert machine.metadata.version("torch") in str(readiness)
     for name in ("transformers", "peft", "jupyterlab", "Python", "memory", "checksums right"):
-        assert name in repr(readiness)
-    assert "This machine is ready." in readiness._repr_html_()
+        assert name in str(readiness)
+    assert "<summary><strong>This machine is ready." in readiness._repr_html_()
 
 
 def test_a_wrong_version_and_a_damaged_file_are_named(monkeypatch):

@@ -80,7 +80,7 @@ def test_the_key_says_what_is_dashed(drawn):
 def test_the_picture_of_lora_names_its_parts(drawn):
     plots.lora_picture()
     ((fig, alt, caption),) = drawn
-    assert {"A  (r, in)", "B", "(out, r)", "× α / r"} <= {*texts(fig)}
+    assert {"A  (r, in)", "B  (out, r)", "r numbers", "× α/r"} <= {*texts(fig)}
     assert "frozen weight W" in alt and caption.startswith("LoRA: two thin")
 
 
