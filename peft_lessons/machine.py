@@ -9,7 +9,6 @@ PyTorch is loaded.
 
 from __future__ import annotations
 
-import html
 import os
 import platform
 import sys
@@ -92,9 +91,8 @@ class Row:
 
 
 class Readiness:
-    """Show the verdict in one line, and all findings where something is wrong.
+    """Show one line if nothing is wrong, else all findings; `print` shows these in any case.
 
-    `print` shows all findings in any case, and so does a click on the verdict in a notebook.
     `.ready` is False if anything is wrong."""
 
     def __init__(self, rows: list[Row]):
@@ -114,15 +112,6 @@ class Readiness:
         width = max(len(row.what) for row in self.rows)
         lines = [f"{_MARKS[r.ok]} {r.what:<{width}}  {r.value}" for r in self.rows]
         return "\n".join((*lines, self.verdict))
-
-    def _repr_html_(self) -> str:
-        body = "".join(
-            f'<tr><td>{_MARKS[r.ok]}</td><td style="text-align:left">{html.escape(r.what)}</td>'
-            f'<td style="text-align:left">{html.escape(r.value)}</td></tr>'
-            for r in self.rows
-        )
-        summary = f"<summary><strong>{html.escape(self.verdict)}</strong></summary>"
-        return f"<details{'' if self.ready else ' open'}>{summary}<table>{body}</table></details>"
 
 
 def _needs(value: str, fits: bool, what: str) -> str:

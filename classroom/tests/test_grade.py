@@ -518,7 +518,7 @@ def {EXERCISE}(shapes, rank):
         ([WRONG], "wrong", "Likely cause: "),
         ([RAISES.format("NotImplementedError")], "not attempted", ""),
         (["1"], "not attempted", "does not define it"),
-        (["from peft_lessons import evaluate as lora_parameters"], "not attempted", "not define it"),
+        ([f"from peft_lessons import evaluate as {EXERCISE}"], "not attempted", "not define it"),
         ([f"def {EXERCISE}(shapes:\n    return 1"], "crashed", "SyntaxError"),
         ([f"{RIGHT}\n1 / 0", f"{EXERCISE} = None"], "crashed", "its cell fails: ZeroDivision"),
         ([RAISES.format('ValueError("\\ud800")')], "wrong", r"raised ValueError: \ud800"),
