@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..engine import validate
 
@@ -98,18 +99,43 @@ def activation_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> i
     """Return the bytes that `forward` keeps for the backward pass, without the model's own tensors.
 
     `forward` runs the model and returns, say, the loss; its result is dropped."""
+    return sum(kept_by_module(model, forward).values())
+
+
+def kept_by_module(model: nn.Module, forward: Callable[[], torch.Tensor]) -> dict[str, int]:
+    """Return the bytes of `activation_bytes` by module: {path: bytes that its own operations keep}.
+
+    An operation belongs to the innermost module of the model that is being called; its path is ""
+    outside all of them. What several operations keep counts once, for the first."""
     weights = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-    saved = []
+    running, saved = [""], {}
 
     def keep(tensor):
-        saved.append(tensor)
+        # The tensor stays in `saved`, so that no later storage gets the same identity.
+        saved.setdefault(_storage(tensor), (running[-1], tensor))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()
-    size = nbytes([t for t in saved if _storage(t) not in weights])
+    def leave(*_):
+        running.pop()  # a hook that returns something would replace the result
+
+    hooks = []
+    for path, module in model.named_modules():
+        hooks += [
+            module.register_forward_pre_hook(lambda *_, path=path: running.append(path)),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
     del result
-    return size
+    kept: dict[str, int] = {}
+    for storage, (path, tensor) in saved.items():
+        if storage not in weights:
+            kept[path] = kept.get(path, 0) + tensor.untyped_storage().nbytes()
+    return kept
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -132,6 +158,89 @@ def peak_bytes(function: Callable[[], object]) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+@dataclass(frozen=True)
+class StepOverTime:
+    """Hold the memory of one training step over time: an entry for each allocation or release.
+
+    Bytes are those held right after it, without what was there before the step. Activations are
+    what the forward pass allocated and left behind, gradients what the backward pass allocated and
+    left behind; `at_work` is all else, which an operation needs only while it is at work."""
+
+    seconds: list[float]  # since the forward pass began
+    activations: list[int]
+    gradients: list[int]
+    at_work: list[int]
+    ends: dict[str, float]  # when "forward", "backward" and "update" ended
+
+    @property
+    def totals(self) -> list[int]:
+        """Return the bytes of all kinds together."""
+        return [sum(kinds) for kinds in zip(self.activations, self.gradients, self.at_work)]
+
+    @property
+    def peak(self) -> tuple[float, int]:
+        """Return when most bytes are held, and how many."""
+        return max(zip(self.seconds, self.totals), key=lambda point: point[1])
+
+
+def step_over_time(
+    forward: Callable[[], torch.Tensor], update: Callable[[], object]
+) -> StepOverTime:
+    """Run a training step on the CPU and return its memory over time.
+
+    `forward` returns the loss, on which `backward` is called; `update` takes the optimizer's step
+    and releases the gradients. Call it when the gradients are None and the optimizer has its state:
+    after a step, and zero_grad."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        with record_function("forward"):
+            loss = forward()
+        with record_function("backward"):
+            loss.backward()
+        del loss
+        with record_function("update"):
+            update()
+    events, spans = [], {}
+    left = list(record.profiler.kineto_results.experimental_event_tree())
+    while left:
+        event = left.pop()
+        left += event.children
+        if event.name in ("forward", "backward", "update"):
+            spans.setdefault(event.name, event)
+        elif event.name == "[memory]":
+            events.append(event)
+    began = spans["forward"].start_time_ns
+    ends = {name: (spans[name].end_time_ns - began) / 1e9 for name in spans}
+    events.sort(key=lambda event: event.start_time_ns)
+    points = [((e.start_time_ns - began) / 1e9, e.extra_fields) for e in events]
+    living, kinds = {}, [""] * len(points)
+    for n, (moment, change) in enumerate(points):
+        if change.alloc_size > 0:
+            living[change.ptr] = n
+            continue
+        born = living.pop(change.ptr, None)
+        if born is None:
+            continue  # it was there before the step
+        kinds[born] = kinds[n] = _kind(points[born][0], moment, ends)
+    for born in living.values():
+        kinds[born] = _kind(points[born][0], math.inf, ends)
+    held = {"activations": 0, "gradients": 0, "at work": 0}
+    rows = []
+    for (moment, change), kind in zip(points, kinds, strict=True):
+        if kind:
+            held[kind] += change.alloc_size
+            rows.append((moment, *held.values()))
+    return StepOverTime(*map(list, zip(*rows)), ends)
+
+
+def _kind(born: float, freed: float, ends: Mapping[str, float]) -> str:
+    """Return the kind of what was allocated at `born` and released at `freed`, in seconds."""
+    if born < ends["forward"] < freed:
+        return "activations"
+    if ends["forward"] <= born < ends["backward"] < freed:
+        return "gradients"
+    return "at work"
 
 
 @dataclass(frozen=True)
