@@ -3,6 +3,15 @@
 import torch.nn as nn
 
 
+def largest_batch(gpu_bytes: float, held: float, gradients: float, per_sentence: float) -> int:
+    """Return the sentences of the largest batch whose step fits; 0 if none does."""
+    left = gpu_bytes - held
+    # The gradients do not grow with the batch: they fit, or no batch does.
+    if left < max(gradients, per_sentence):
+        return 0
+    return int(left // per_sentence)
+
+
 def training_bytes(
     n_params: int,
     n_trainable: int,

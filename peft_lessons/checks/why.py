@@ -8,6 +8,66 @@ from torch import nn
 from .kit import Case, check_for
 from .mistakes import mistakes
 
+# ------------------------------------------------------------------ largest_batch
+
+
+@check_for(
+    cases=[
+        Case(lambda: [400, 100, 80, 7], note="the activations decide"),
+        Case(lambda: [9_000, 1_000, 2_500, 2.5], note="a fraction of a byte a sentence"),
+        Case(lambda: [400, 100, 310, 7], note="the gradients alone do not fit"),
+        Case(lambda: [400, 100, 300, 7], note="the gradients fit exactly"),
+        Case(lambda: [400, 100, 80, 6], note="50 sentences fit exactly"),
+        Case(lambda: [400, 390, 5, 12], note="not even one sentence fits"),
+        Case(lambda: [400, 500, 0, 12], note="not even the weights fit"),
+        Case(lambda: [24 * 2**30, 14 * 2**30, 3 * 2**30, 10 * 2**20]),
+    ],
+    causes=mistakes(
+        """
+        def largest_batch(gpu_bytes, held, gradients, per_sentence):
+            left = gpu_bytes - held
+            fits = max(0, int(left // per_sentence))
+            return fits if gradients <= left else 0
+        """,
+        """
+        gradients and activations are added: a step never holds all of both, so its peak is about
+        the larger of the two
+            left // per_sentence → (left - gradients) // per_sentence
+            fits if gradients <= left else 0 → fits
+        the gradients are left out: where they do not fit, no batch does
+            fits if gradients <= left else 0 → fits
+        the gradients limit the batch: they do not grow with it, they fit or they do not
+            left // per_sentence → min(left, gradients) // per_sentence
+        each sentence is given gradients of its own: their size does not depend on the batch
+            left // per_sentence → left // (per_sentence + gradients)
+            fits if gradients <= left else 0 → fits
+        weights and optimiser are left out: `held` lies there during the whole step
+            gpu_bytes - held → gpu_bytes
+        the batch is one sentence too large: round down
+            // per_sentence) → // per_sentence + 1)
+        a batch that takes exactly the memory still fits: compare with <=
+            int(left // per_sentence) → int((left - 1) // per_sentence)
+        gradients that take exactly what is left still fit: compare with <=
+            gradients <= left → gradients < left
+        return 0 where not even one sentence fits
+            max(0, int(left // per_sentence)) → max(1, int(left // per_sentence))
+        a batch has no negative number of sentences: return 0 where the weights do not fit
+            max(0, int(left // per_sentence)) → int(left // per_sentence)
+            fits if gradients <= left else 0 → fits if gradients <= max(left, 0) else 0
+        a batch is a whole number of sentences: round down
+            int(left // per_sentence) → left / per_sentence
+        """,
+    ),
+)
+def largest_batch(gpu_bytes, held, gradients, per_sentence):
+    """Both high points of a step are within the memory, that of the activations and that of the
+    gradients, also where one byte decides and where no batch fits."""
+    most = 0
+    while held + max(gradients, (most + 1) * per_sentence) <= gpu_bytes:
+        most += 1
+    return most
+
+
 # ------------------------------------------------------------------ training_bytes
 
 

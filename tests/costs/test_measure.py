@@ -14,10 +14,12 @@ from peft_lessons.costs.measure import (
     activation_bytes,
     estimate_bytes,
     held_bytes,
+    kept_by_module,
     nbytes,
     numbers,
     parameters,
     peak_bytes,
+    step_over_time,
     training_step,
 )
 from peft_lessons.engine import injection_of
@@ -102,7 +104,60 @@ def test_activation_bytes_in_half_precision_and_with_a_branch():
     assert activation_bytes(model, lambda: model(x)) == 4 * (3 * 8 + 3 * 2 + 3 * 16)
 
 
+def test_what_a_module_keeps_is_its_own():
+    model, x = mlp(), torch.randn(3, 8)
+    # The ReLU's result is also what the second Linear reads: it counts once, for the first.
+    assert kept_by_module(model, lambda: model(x).sum()) == {"0": 4 * 3 * 8, "1": 4 * 3 * 16}
+    nested = nn.Sequential(mlp(), nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()))
+    kept = kept_by_module(nested, lambda: nested(x).square().sum())
+    # The square is outside of all modules and reads what the Sigmoid has kept.
+    assert kept == {"0.0": 4 * 3 * 8, "0.1": 4 * 3 * 16, "1.0": 4 * 3 * 4, "1.1": 4 * 3 * 4}
+    assert kept_by_module(model, lambda: model(x).sin().sum())[""] == 4 * 3 * 4
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in nested.modules())
+    with pytest.raises(RuntimeError):
+        kept_by_module(model, lambda: model(x.T))
+    assert kept_by_module(model, lambda: model(x).sum()) == {"0": 4 * 3 * 8, "1": 4 * 3 * 16}
+
+
 MIB = 2**20
+
+
+def test_a_step_over_time_holds_what_can_be_counted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 512))
+    x, optimizer = torch.randn(64, 256), torch.optim.AdamW(model.parameters(), fused=True)
+
+    def update():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def forward():
+        return model(x).square().mean()
+
+    forward().backward()
+    update()
+    step = step_over_time(forward, update)
+    moments = [step.ends[name] for name in ("forward", "backward", "update")]
+    assert moments == sorted(moments) and step.seconds == sorted(step.seconds)
+    assert 0 <= step.seconds[0] and step.seconds[-1] <= moments[-1]
+    last = [sum(second < end for second in step.seconds) - 1 for end in moments]
+    # x was there before the step; the loss adds some bytes.
+    kept = 4 * 64 * (1024 + 512)
+    assert step.activations[last[0]] == pytest.approx(kept, abs=1024)
+    assert (step.gradients[last[0]], step.at_work[last[0]]) == (0, 0)
+    trainable = 4 * parameters(model).trainable
+    assert step.gradients[last[1]] == trainable and step.at_work[last[1]] == 0
+    assert step.activations[last[1]] <= 1024
+    assert step.totals[last[2]] == 0  # the gradients are released
+    assert all(min(kinds) >= 0 for kinds in (step.activations, step.gradients, step.at_work))
+    when, most = step.peak
+    assert most == max(step.totals) == pytest.approx(peak_bytes(lambda: _step(forward, update)))
+    assert moments[0] < when < moments[1]
+
+
+def _step(forward, update):
+    forward().backward()
+    update()
 
 
 def test_peak_bytes_of_known_patterns(capfd):

@@ -8,6 +8,60 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
+# ------------------------------------------------------------------ largest_batch
+
+
+@wrong("largest_batch", "gradients and activations are added")
+def of_the_sum(gpu_bytes, held, gradients, per_sentence):
+    return max(0, int((gpu_bytes - held - gradients) // per_sentence))
+
+
+@wrong("largest_batch", "where they do not fit, no batch does")
+def activations_alone(gpu_bytes, held, gradients, per_sentence):
+    batch = 0
+    while held + (batch + 1) * per_sentence <= gpu_bytes:
+        batch += 1
+    return batch
+
+
+@wrong("largest_batch", "the result is 0, expected 42")
+def of_the_larger_part(gpu_bytes, held, gradients, per_sentence):
+    # One sentence against all gradients: which is larger does not decide.
+    return int((gpu_bytes - held) // per_sentence) if per_sentence > gradients else 0
+
+
+@wrong("largest_batch", "`held` lies there during the whole step")
+def an_empty_gpu(gpu_bytes, held, gradients, per_sentence):
+    return int(gpu_bytes // per_sentence) if gradients <= gpu_bytes else 0
+
+
+@wrong("largest_batch", "the batch is one sentence too large: round down")
+def rounded_to_the_nearest(gpu_bytes, held, gradients, per_sentence):
+    left = gpu_bytes - held
+    return max(0, round(left / per_sentence)) if gradients <= left else 0
+
+
+@right("largest_batch")
+def both_high_points(gpu_bytes, held, gradients, per_sentence):
+    fits = gpu_bytes >= held + gradients and gpu_bytes >= held + per_sentence
+    return (gpu_bytes - held) // per_sentence if fits else 0
+
+
+@right("largest_batch")
+def by_doubling_and_halving(gpu_bytes, held, gradients, per_sentence):
+    def peak(batch):
+        return held + max(gradients, batch * per_sentence)
+
+    high = 1
+    while peak(high) <= gpu_bytes:
+        high *= 2
+    low = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= gpu_bytes else (low, middle)
+    return low
+
+
 # ------------------------------------------------------------------ training_bytes
 
 
