@@ -177,12 +177,13 @@ class StepOverTime:
     @property
     def totals(self) -> list[int]:
         """Return the bytes of all kinds together."""
-        return [sum(kinds) for kinds in zip(self.activations, self.gradients, self.at_work)]
+        kinds = self.activations, self.gradients, self.at_work
+        return [sum(parts) for parts in zip(*kinds, strict=True)]
 
     @property
     def peak(self) -> tuple[float, int]:
         """Return when most bytes are held, and how many."""
-        return max(zip(self.seconds, self.totals), key=lambda point: point[1])
+        return max(zip(self.seconds, self.totals, strict=True), key=lambda point: point[1])
 
 
 def step_over_time(
@@ -231,7 +232,7 @@ def step_over_time(
         if kind:
             held[kind] += change.alloc_size
             rows.append((moment, *held.values()))
-    return StepOverTime(*map(list, zip(*rows)), ends)
+    return StepOverTime(*map(list, zip(*rows, strict=True)), ends)
 
 
 def _kind(born: float, freed: float, ends: Mapping[str, float]) -> str:

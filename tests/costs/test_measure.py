@@ -139,7 +139,7 @@ def test_a_step_over_time_holds_what_can_be_counted():
     step = step_over_time(forward, update)
     moments = [step.ends[name] for name in ("forward", "backward", "update")]
     assert moments == sorted(moments) and step.seconds == sorted(step.seconds)
-    assert 0 <= step.seconds[0] and step.seconds[-1] <= moments[-1]
+    assert min(step.seconds) >= 0 and max(step.seconds) <= moments[-1]
     last = [sum(second < end for second in step.seconds) - 1 for end in moments]
     # x was there before the step; the loss adds some bytes.
     kept = 4 * 64 * (1024 + 512)
