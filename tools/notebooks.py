@@ -198,6 +198,12 @@ def deeper(cell: NotebookNode) -> bool:
     return cell.cell_type == "markdown" and cell.source.startswith("## Deeper · ")
 
 
+def names_itself(cell: NotebookNode) -> str:
+    """Return what a folded cell says it is, the comment in its first line; "" if it says nothing."""
+    first = cell.source.partition("\n")[0]
+    return first[2:].strip() if first.startswith("# ") else ""
+
+
 def cell_metadata(nb: NotebookNode) -> list[dict]:
     """Return the metadata of each cell: its tags, and what JupyterLab folds. That is the section
     below a heading "## Deeper · …", the source of a cell tagged plumbing, and the first output

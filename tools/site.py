@@ -58,13 +58,17 @@ def titled(path: Path, repository: str | None = None) -> nbformat.NotebookNode:
 
 
 def folded(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Tag, in place, the sources and outputs that JupyterLab folds, so that myst-nb folds them."""
+    """Tag, in place, the sources and outputs that JupyterLab folds, so that myst-nb folds them.
+
+    A box with a source bears the name that the cell gives itself in its first line."""
     for cell, metadata in zip(nb.cells, notebooks.cell_metadata(nb), strict=True):
         hidden = metadata.get("jupyter", {})
         parts = [part for part in ("source", "outputs") if hidden.get(f"{part}_hidden")]
         if parts:
             names = {"source": "hide-input", "outputs": "hide-output"}
             cell.metadata["tags"] = [*notebooks.tags(cell), *(names[part] for part in parts)]
+        if parts == ["source"] and (name := notebooks.names_itself(cell)):
+            cell.metadata["mystnb"] = {"code_prompt_show": name, "code_prompt_hide": name}
     return nb
 
 

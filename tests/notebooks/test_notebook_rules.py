@@ -31,16 +31,17 @@ def text(value, name="stdout"):
 
 
 def code(source, *outputs, tags=()):
-    return new_code_cell(
-        source, outputs=list(outputs), metadata={"tags": list(tags)} if tags else {}
-    )
+    metadata = {"tags": list(tags)} if tags else {}
+    if "plumbing" in tags:
+        metadata["jupyter"] = {"source_hidden": True}
+    return new_code_cell(source, outputs=list(outputs), metadata=metadata)
 
 
 def good():
     """Return a notebook that keeps all rules."""
     cells = [
         new_markdown_cell("# Title\n\nSee the next one."),
-        code("import math"),
+        code("# Set-up\nimport math"),
         code("import base64\n%matplotlib inline"),
         new_markdown_cell("| a | |\n|:---|---|\n| b | c |\n| | |"),
         new_markdown_cell("## Part\n\n```\n# no heading\n```\n\n### Subpart"),
@@ -48,7 +49,7 @@ def good():
             "## Deeper · Beyond (3 min)", metadata={"jp-MarkdownHeadingCollapsed": True}
         ),
         code("print('https://example.org/tmp/x')", text("https://example.org/tmp/x\n")),
-        code("show()", picture(ALT)),
+        code("# Source of this figure\nshow()", picture(ALT), tags=["plumbing"]),
         code(
             "1 / 0", new_output("error", ename="E", evalue="", traceback=["E"]),
             tags=["raises-exception"],
@@ -79,6 +80,13 @@ def place(tmp_path):
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
 def test_a_good_notebook_passes(rule, place):
     assert not list(rule(good(), place))
+
+
+def test_neither_a_long_set_up_nor_a_folded_cells_name_makes_a_cell_too_long(place):
+    nb = good()
+    nb.cells[1].source += "\nimport math" * 40
+    nb.cells.append(code("# Helper: x" + "\nx" * 25, tags=["plumbing"]))
+    assert not list(rules.short_cells(nb, place))
 
 
 def add(*cells):
@@ -130,7 +138,16 @@ BAD = {
         "in HTML": add(code("x", picture(ALT, f'<img alt="{ALT}"><img>'))),
         "svg": add(code("x", picture(ALT, "<svg></svg>"))),
     },
-    "short_cells": {"26 lines": add(code("x\n" * 25 + "x"))},
+    "short_cells": {
+        "26 lines": add(code("x\n" * 25 + "x")),
+        "26 folded": add(code("# Helper: x\n" + "x\n" * 26, tags=["plumbing"])),
+    },
+    "folded_cells_say_what_they_are": {
+        "code first": add(code("x = 1  # drawn", tags=["plumbing"])),
+        "empty comment": add(code("#\nx = 1", tags=["plumbing"])),
+        "no set-up": change(lambda nb: nb.cells[1].update(source="import math")),
+        "two set-ups": add(code("# Set-up\nx = 1")),
+    },
     "imports_in_setup": {"late": add(code("import torch"))},
     "nothing_unsafe": {
         "input": add(code("name = input()")),
@@ -230,7 +247,7 @@ def test_solved_is_imports_solutions_checks_and_what_is_tagged_as_needed():
     ]
     done = notebooks.solved(nb, {"row_norms": SOLUTION})
     imports, more, answer, check, needed = done.cells
-    assert imports.source == "import math" and "base64" in more.source
+    assert imports.source == "# Set-up\nimport math" and "base64" in more.source
     assert answer.source == SOLUTION and notebooks.tags(check) == ["check"]
     assert needed.source == "shape = (2, 3)"
     assert STUB in [cell.source for cell in nb.cells]

@@ -191,7 +191,7 @@ def folding(tmp_path_factory):
     cells = [
         new_markdown_cell("# Title\n\nThe core. **Predict before you run:** [how?](#a-part-of-it)"),
         new_code_cell("answer", outputs=[new_output("stream", text="forty-two")]),
-        new_code_cell("drawing", outputs=[new_output("stream", text="a picture")]),
+        new_code_cell("# Source of this figure\ndrawing", outputs=[new_output("stream", text="a picture")]),
         new_markdown_cell("## Deeper · Beyond (3 min)\n\nText with $a = b$."),
         new_markdown_cell("### A part of it\n\n" + "A long text.\n\n" * 40),
         new_markdown_cell("## Deeper · Still further (2 min)\n\nMore text."),
@@ -211,6 +211,8 @@ def test_what_jupyterlab_folds_is_folded_on_the_page(folding):
     hidden = re.findall(r'<details class="admonition hide ([\w-]+)">(.*?)</details>', text, re.S)
     assert [place for place, _ in hidden] == ["below-input", "above-input"]
     assert "forty-two" in hidden[0][1] and "drawing" in hidden[1][1]
+    named = re.findall(r'<p class="(?:collapsed|expanded) [^"]*">(.*?)</p>', text)
+    assert named == ["Show the output", "Hide the output", *["Source of this figure"] * 2]
     left = re.sub(r"<details.*?</details>", "", text, flags=re.S)
     assert "The core." in left and "a picture" in left
 
