@@ -199,7 +199,7 @@ def deeper(cell: NotebookNode) -> bool:
 
 
 def names_itself(cell: NotebookNode) -> str:
-    """Return what a folded cell says it is, the comment in its first line; "" if it says nothing."""
+    """Return what a folded cell says it is, the comment in its first line, or ""."""
     first = cell.source.partition("\n")[0]
     return first[2:].strip() if first.startswith("# ") else ""
 

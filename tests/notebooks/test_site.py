@@ -191,7 +191,9 @@ def folding(tmp_path_factory):
     cells = [
         new_markdown_cell("# Title\n\nThe core. **Predict before you run:** [how?](#a-part-of-it)"),
         new_code_cell("answer", outputs=[new_output("stream", text="forty-two")]),
-        new_code_cell("# Source of this figure\ndrawing", outputs=[new_output("stream", text="a picture")]),
+        new_code_cell(
+            "# Source of this figure\ndrawing", outputs=[new_output("stream", text="a picture")]
+        ),
         new_markdown_cell("## Deeper · Beyond (3 min)\n\nText with $a = b$."),
         new_markdown_cell("### A part of it\n\n" + "A long text.\n\n" * 40),
         new_markdown_cell("## Deeper · Still further (2 min)\n\nMore text."),
