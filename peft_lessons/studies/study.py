@@ -24,6 +24,7 @@ TASKS: dict[str, tuple[str, str, float, Callable]] = {
     "sentiment": ("minilm, movie sentiment, 200 steps", "test accuracy, %", 100, max),
     "austen": ("tinylm, Austen, 100 steps", "test perplexity", 1, min),
     "definitions": ("SmolLM2-135M, definitions, 40 steps", "test loss, nats × 100", 100, min),
+    "swaps": ("minilm, swapped words, 200 steps", "test accuracy, %", 100, max),
 }
 # What every method is compared with: {task: (study, filter, {way: its values})}. The first of them
 # is the least that can train.
