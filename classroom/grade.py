@@ -703,7 +703,7 @@ def known_causes(lessons: Iterable[str]) -> dict[tuple[str, str], list[str]]:
     for lesson in lessons:
         module = getattr(check, notebooks.MODULES[lesson])
         for exercise in notebooks.exercises(lesson):
-            causes[lesson, exercise] = list(getattr(module, exercise).causes)
+            causes[lesson, exercise] = getattr(module, exercise).explanations
     return causes
 
 

@@ -519,7 +519,7 @@ def outcome_of_check(
         if function is None or is_courses(function):
             return missing(why)
         with at_most(seconds):
-            verdict = one(function)
+            verdict = one(function, help=True)
     except AssertionError as wrong:  # a check's WrongAnswer is one
         return "wrong", str(wrong).removeprefix("✗ ")
     except TimedOut as error:

@@ -26,7 +26,7 @@ def causes(lesson: str) -> dict[str, list[str]]:
     course = getattr(check, notebooks.MODULES[lesson])
     found = {}
     for exercise in notebooks.exercises(lesson):
-        named = list(getattr(course, exercise).causes)
+        named = getattr(course, exercise).explanations
         single = [c for c in named if not any(other in c for other in named if other != c)]
         found[exercise] = single or tested(lesson, exercise)
     return found

@@ -211,6 +211,7 @@ classroom/grade_one.py: grade
     if again[0] == "right": → if False:
 peft_lessons/checks/compared.py: kit
     return 0.75 → return 1.0
+    return mended if mended < 1 else 0.75 → return mended
     len(shares) * (1.0 if self.staged else 0.5) → len(shares)
     return sum(agree) / len(expected) if → return 0.0 if
 peft_lessons/checks/kit.py: kit

@@ -600,7 +600,7 @@ def test_where_cells_hang_only_what_they_define_is_run(outcome_of):
 
 
 def test_a_second_judgment_leaves_the_names_as_they_are():
-    def never_right(function):
+    def never_right(function, help):
         raise AssertionError(str(space))
 
     ran, space = grade_one.Ran({"f": abs}, spaces={"f": {"width": 1}}), {"width": 2}
@@ -667,6 +667,24 @@ def notebook(*sources):
 def lora():
     stem = "02_lora"
     return grade_one.Lesson(stem, notebooks.read(notebooks.NOTEBOOKS / f"{stem}.ipynb"))
+
+
+def test_a_hunt_earns_what_is_mended_and_its_page_names_a_cause(lora):
+    name, space = "apply_lora", {}
+    stub, one = lora.stubs[name], check.lora.apply_lora
+    exec(
+        f"""from torch import nn
+from peft_lessons import LinearWithLoRA
+{grade_one.without_raise(stub)}
+given = apply_lora
+def apply_lora(model, rank, alpha, targets):
+    return given(model.requires_grad_(False), rank, alpha, targets)""",
+        space,
+    )
+    assert grade_one.earned(one, space[name], stub, space, 60) == 0.25
+    outcome, message = grade_one.outcome_of_check(one, space[name], 60)
+    assert outcome == "wrong" and message.startswith("apply_lora: 1 of 4 faults is mended.")
+    assert "Likely cause: targets match anywhere in a name" in message
 
 
 def test_cells_that_an_answer_has_no_business_with_are_named(lora):

@@ -87,6 +87,11 @@ class Check:
         """Return the right answer that the causes are edits of, where they are."""
         return getattr(self.causes, "right", None)
 
+    @property
+    def explanations(self) -> list[str]:
+        """Return the sentences by which a verdict can explain a wrong answer."""
+        return list(self.causes)
+
     def __call__(self, answer: Any, help: bool = False) -> Verdict:
         __tracebackhide__ = True
         try:

@@ -22,18 +22,22 @@ class Case:
     `note` explains what the arguments do not show. `earlier(function, *arguments)` calls the
     function once beforehand and returns the arguments of the call that is compared. With `raises`,
     the right answer raises one of these exceptions, its message names `mentions`, and it changes
-    nothing."""
+    nothing. In a bug hunt, `bug` says which bug of the code that the learner gets this case shows,
+    and no other one."""
 
     make: Callable[[], Sequence[Any]]
     note: str = ""
     earlier: Callable[..., Sequence[Any]] | None = None
     raises: tuple[type[Exception], ...] = ()
     mentions: str = ""
+    bug: str = ""
 
 
-def refused(make: Callable[[], Sequence[Any]], mentions: str, note: str) -> Case:
+def refused(
+    make: Callable[[], Sequence[Any]], mentions: str, note: str = "", bug: str = ""
+) -> Case:
     """Return a case that must raise a ValueError whose message names `mentions`."""
-    return Case(make, note, raises=(ValueError,), mentions=mentions)
+    return Case(make, note, raises=(ValueError,), mentions=mentions, bug=bug)
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,11 @@ class Compared(Check):
     hint: a function of the result and the expected one, whose sentence explains a wrong result
         that no cause explains.
     calls: {another exercise that an answer may call: what to do while it is not written}.
-    bugs: in a bug hunt, the faults of the code that the learner gets: each set of them is a cause,
-        which only results and gradients together tell apart."""
+    bugs: the bugs of a hunt that no case shows alone: each set of them is a cause, which only
+        results and gradients together tell apart.
+
+    In a hunt whose cases name their bugs, a bug is mended once all its cases are right. A verdict
+    counts the mended ones and shows one call; what explains that call it says on request."""
 
     def __init__(
         self,
@@ -92,6 +99,7 @@ class Compared(Check):
         self.afterwards, self.tolerance, self.form = afterwards, tolerance, form
         self.describe, self.hint = describe or self._described, hint
         self.calls, self.bugs, self.variant = calls or {}, bugs, 0
+        self.hunted = list(dict.fromkeys(case.bug for case in self.cases if case.bug))
 
     def of_variant(self, number: int) -> "Compared":
         other = copy.copy(self)
@@ -120,6 +128,10 @@ class Compared(Check):
     @cached_property
     def cause_runs(self) -> dict[str, Runs]:
         return {sentence: Runs(self, self.adapt(f)) for sentence, f in self.causes.items()}
+
+    @property
+    def explanations(self) -> list[str]:
+        return list(dict.fromkeys([*self.causes, *self.hunted]))
 
     @property
     def with_a_result(self) -> list[int]:
@@ -161,10 +173,18 @@ class Compared(Check):
     def _refusal(self, fault: Fault, yours: Runs, number: int) -> WrongAnswer:
         case = self.cases[number]
         called = f"Called with: {self.describe(case.note, *self.arguments(number))}"
+        here = f"Here, {sentence(fault.problem)}", called, *fault.facts
+        if self.hunted:
+            mended, bugs = self._mended(yours), len(self.hunted)
+            headline = f"{mended} of {bugs} faults {'is' if mended == 1 else 'are'} mended"
+            if mended == bugs:
+                headline = f"All {bugs} faults are mended, but something else is wrong"
+            shows = [f"In the given code, this call shows that {case.bug}."] if case.bug else []
+            return self._wrong(headline, *here, on_request=fault.explains or shows)
         if fault.missing and yours.numbers_agree(self.right_runs):
             headline = f"The idea is right. Still missing: {fault.missing}"
-            return self._wrong(headline, f"Here, {sentence(fault.problem)}", called, *fault.facts)
-        return self._wrong(fault.problem, called, *fault.facts)
+            return self._wrong(headline, *here, *fault.explains)
+        return self._wrong(fault.problem, called, *fault.facts, *fault.explains)
 
     def _described(self, note: str, *args: Any) -> str:
         return ", ".join(map(shown, self.names, args)) + (f" ({note})" if note else "")
@@ -175,7 +195,7 @@ class Compared(Check):
         Three quarters if the idea is right and something small is missing. Otherwise half of the
         share of cases in which it is right; where the result has several parts, a case counts by
         its parts that are right. Of a model with named parts they count in full, and in a bug hunt
-        the bugs that are mended."""
+        the bugs that are mended, up to three quarters if something else is wrong."""
         try:
             yours = Runs(self, self.adapt(answer))
         except Refused:
@@ -184,17 +204,25 @@ class Compared(Check):
             named = " ".join(likely(yours, 0))
             left = sum(bug in named for bug in self.bugs)
             return 1 - left / len(self.bugs) if left else 0.0
+        if self.hunted:
+            mended = self._mended(yours) / len(self.hunted)
+            return mended if mended < 1 else 0.75
         with suppress(Exception):
             if yours.numbers_agree(self.right_runs):
                 return 0.75
         shares = [self._share(yours, number) for number in range(len(self.cases))]
         return sum(shares) / len(shares) * (1.0 if self.staged else 0.5)
 
+    def _mended(self, yours: Runs) -> int:
+        """Return how many bugs of a hunt an answer has mended."""
+        shown = enumerate(self.cases)
+        left = {case.bug for number, case in shown if case.bug and not _is_right(yours, number)}
+        return len(self.hunted) - len(left)
+
     def _share(self, yours: Runs, number: int) -> float:
         """Return the share of a case that an answer gets right."""
-        with suppress(Exception):
-            if not first_fault(yours, number):
-                return 1.0
+        if _is_right(yours, number):
+            return 1.0
         with suppress(Exception):
             if not self.cases[number].raises:
                 got, expected = (_parts(r.compared(number)) for r in (yours, self.right_runs))
@@ -205,6 +233,13 @@ class Compared(Check):
                 ]
                 return sum(agree) / len(expected) if len(expected) > 1 else 0.0
         return 0.0
+
+
+def _is_right(yours: Runs, number: int) -> bool:
+    """Return whether an answer is right in a case."""
+    with suppress(Exception):
+        return first_fault(yours, number) is None
+    return False
 
 
 def _unshared(value: Any) -> Any:

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fault:
-    """Describe what is wrong with a call. If nothing but `missing` is wrong, that is said first."""
+    """Describe what is wrong with a call. If nothing but `missing` is wrong, that is said first;
+    what `explains` it is said last, and in a hunt on request."""
 
     problem: str
     facts: Sequence[str] = ()
     missing: str = ""
+    explains: Sequence[str] = ()
 
 
 def first_fault(yours: Runs, number: int) -> Fault | None:
@@ -55,14 +57,14 @@ def _wrong_result(yours: Runs, number: int) -> Fault | None:
     if check.view and problem is None:
         _, unusable = yours.view(number)
         if unusable:
+            problem = f"the returned value cannot be used: {summary(unusable)}"
             lines = lines_of(unusable, yours.module)[-2:]
-            facts = *lines, *likely(yours, number)
-            return Fault(f"the returned value cannot be used: {summary(unusable)}", facts)
+            return Fault(problem, lines, explains=likely(yours, number))
         problem = yours.view_difference(check.right_runs, number)
     if problem is None:
         return None
     missing = "the dtype" if " dtype " in problem else "the type"
-    return Fault(problem, likely(yours, number), missing)
+    return Fault(problem, missing=missing, explains=likely(yours, number))
 
 
 def _too_large_a_tensor(yours: Runs, number: int) -> Fault | None:
@@ -116,7 +118,7 @@ def _wrong_gradient(yours: Runs, number: int) -> Fault | None:
         return Fault(f"it fails when gradients are computed: {summary(error)}", lines)
     if problem is None:
         return None
-    return Fault(problem, likely(yours, number, gradients=True))
+    return Fault(problem, explains=likely(yours, number, gradients=True))
 
 
 # A change in place before the gradients: autograd meets it with a less telling error.

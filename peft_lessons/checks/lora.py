@@ -483,40 +483,55 @@ def _substring(name, target):
     return target in name
 
 
-def _decoder_case(*settings, training=True, **more):
-    return Case(lambda: [_Decoder().train(training), *settings], **more)
-
-
-def _second_call(targets, note):
-    def earlier(apply, model, rank, alpha, targets):
-        return [apply(model, 4, 10, ["q_proj"]), rank, alpha, targets]
-
-    # The course's own `inject` raises RuntimeError here.
-    raises = (ValueError, RuntimeError)
-    return _decoder_case(4, 10, targets, earlier=earlier, raises=raises, note=note)
+def _described(note, model, rank, alpha, targets):
+    layers = "two blocks of linear layers q_proj, seq_proj, mlp.up and mlp.upper"
+    model = f"a model{note} with an Embedding embed, {layers}, and a linear layer head"
+    return f"{model}; rank={rank}, alpha={alpha}, targets={targets}"
 
 
 _REST_TRAINS = "the rest of the model still trains: freeze it before the branches are added"
 _ENDS = "targets are compared with the last characters of a name: compare whole segments"
 _MATCHES = "targets match anywhere in a name: they must be whole segments at its end"
+_PASSED_OVER = "a target that matches no linear layer is passed over in silence"
+_AGAIN = "a model that has LoRA branches already gets them a second time"
+
+
+def _frozen_before(*settings):
+    """Return a case in which it does not matter whether an answer freezes the model."""
+    note = " that is frozen already,"
+    return Case(lambda: [_Decoder().requires_grad_(False), *settings], note, bug=_MATCHES)
+
+
+def _second_call(targets):
+    def earlier(apply, model, rank, alpha, targets):
+        return [apply(model, 4, 10, ["q_proj"]), rank, alpha, targets]
+
+    # The course's own `inject` raises RuntimeError here.
+    raises, note = (
+        (ValueError, RuntimeError),
+        " that a first call with targets=['q_proj'] returned,",
+    )
+    return Case(lambda: [_Decoder(), 4, 10, targets], note, earlier, raises, bug=_AGAIN)
 
 
 @check_for(
     cases=[
-        _decoder_case(4, 10, ["q_proj"], note="seq_proj is another layer"),
-        _decoder_case(2, 3.0, ("up", "head"), note="mlp.upper is another layer"),
-        _decoder_case(3, 6, ["mlp.up", "layers.1.q_proj"], note="targets of several segments"),
-        _decoder_case(4, 10, ["q_proj"], training=False, note="a model in eval mode"),
-        refused(lambda: [_Decoder(), 4, 10, ["q_porj"]], "q_porj", "a target that matches nothing"),
-        refused(lambda: [_Decoder(), 4, 10, ["q_proj", "embed"]], "embed", "embed is not a Linear"),
-        _second_call(["q_proj"], "a second call: the model has LoRA branches already"),
-        _second_call(["up"], "a second call for other layers of a model with LoRA branches"),
+        # Of this name no other one is a part.
+        Case(lambda: [_Decoder(), 4, 10, ["seq_proj"]], bug=_REST_TRAINS),
+        _frozen_before(4, 10, ["q_proj"]),
+        _frozen_before(2, 3.0, ("up", "head")),
+        _frozen_before(3, 6, ["mlp.up", "layers.1.q_proj"]),
+        refused(lambda: [_Decoder(), 4, 10, ["q_porj"]], "q_porj", bug=_PASSED_OVER),
+        refused(lambda: [_Decoder(), 4, 10, ["q_proj", "embed"]], "embed", bug=_PASSED_OVER),
+        _second_call(["q_proj"]),
+        _second_call(["up"]),
+        Case(lambda: [_Decoder().eval(), 4, 10, ["q_proj"]], note=" in eval mode"),
     ],
+    describe=_described,
     returns="the model",
     view=_injected,
     changes=("model",),
     causes={
-        f"{_REST_TRAINS}; and {_MATCHES}": _injection(_substring, freeze=False),
         _REST_TRAINS: _injection(_segments, freeze=False),
         _MATCHES: _injection(_substring),
         _ENDS: _injection(lambda name, target: name.endswith(target)),

@@ -293,18 +293,41 @@ def _everything():
     return net
 
 
+_TWICE = "the tied weight is counted twice"
+_BUFFERS = "buffers are counted: they are not parameters"
+_BY_BYTES = "the packed weight is counted by its bytes: each byte holds two weights"
+
+
+def _tied_case(net, more=""):
+    shared = "Embedding(11, 6), Linear(6, 6) and a head that shares the weight of the embedding"
+    return Case(lambda: [net()], note=f"{shared}{more}", bug=_TWICE)
+
+
 @check_for(
     cases=[
-        Case(lambda: [_frozen_first()], note="one of two layers frozen"),
-        Case(lambda: [_tied()], note="the head's weight is the embedding's"),
-        Case(lambda: [_tied_and_frozen()], note="a tied weight, frozen"),
-        Case(lambda: [_equal_norms()], note="two layer norms of equal values, not tied"),
-        Case(lambda: [_buffers()], note="a batch norm, whose running statistics are buffers"),
-        Case(lambda: [_packed()], note="a packed 4-bit weight"),
-        Case(lambda: [_bytes()], note="a uint8 parameter without quant_state: not packed"),
-        Case(lambda: [_everything()], note="tied, packed and with buffers"),
-        Case(lambda: [_tied().to("meta")], note="tied, on the meta device, as in section 2"),
+        Case(lambda: [_frozen_first()], note="Linear(7, 5), which is frozen, and Linear(5, 3)"),
+        _tied_case(_tied),
+        _tied_case(_tied_and_frozen, ", which is frozen"),
+        Case(lambda: [_equal_norms()], note="Linear(6, 4) and two LayerNorm(4)", bug=_TWICE),
+        _tied_case(lambda: _tied().to("meta"), ", on the meta device"),
+        Case(lambda: [_buffers()], note="Linear(6, 5) and BatchNorm1d(5)", bug=_BUFFERS),
+        Case(
+            lambda: [_packed()],
+            note="Linear(6, 10), whose weight is packed in 4 bits, and Linear(6, 4) without bias",
+            bug=_BY_BYTES,
+        ),
+        Case(
+            lambda: [_bytes()],
+            note="Linear(6, 5) and a uint8 parameter of shape (7, 3) without quant_state",
+            bug=_BY_BYTES,
+        ),
+        Case(
+            lambda: [_everything()],
+            note="a packed Linear(4, 8), Linear(4, 4) without bias, BatchNorm1d(5), "
+            "Embedding(9, 4) and a head that shares its weight",
+        ),
     ],
+    describe=lambda note, model: f"a model of {note}",
     returns=("total", "trainable"),
     causes=mistakes(
         """
@@ -317,22 +340,22 @@ def _everything():
             trainable = sum(size[id(p)] for p in counted if p.requires_grad)
             return total, trainable
         """,
-        """
-        the tied weight is counted twice
+        f"""
+        {_TWICE}
             list(model.parameters()) →
                 [p for _, p in model.named_parameters(remove_duplicate=False)]
-        buffers are counted: they are not parameters
+        {_BUFFERS}
             list(model.parameters()) → [*model.parameters(), *model.buffers()]
-        the packed weight is counted by its bytes: each byte holds two weights
+        {_BY_BYTES}
             math.prod(p.quant_state.shape) → p.numel()
         uint8 alone does not make a packed weight: look for its quant_state
             hasattr(p, "quant_state") → p.dtype == torch.uint8
             math.prod(p.quant_state.shape) → 2 * p.numel()
         parameters of equal values are counted once: tied ones are one and the same object
-            list(model.parameters()) → {str(p.tolist()): p for p in model.parameters()}.values()
+            list(model.parameters()) → {{str(p.tolist()): p for p in model.parameters()}}.values()
         data_ptr() is 0 for every parameter on the meta device: tied ones are one and the same
         object
-            list(model.parameters()) → {p.data_ptr(): p for p in model.parameters()}.values()
+            list(model.parameters()) → {{p.data_ptr(): p for p in model.parameters()}}.values()
         the total holds only the trainable parameters
             return total, → return trainable,
         frozen parameters are counted as trainable

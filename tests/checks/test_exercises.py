@@ -3,11 +3,13 @@
 import importlib
 import importlib.util
 import inspect
+from itertools import combinations
 
 import pytest
 import torch
 from exercises import Answers, Recipe
 
+from classroom.grade_one import without_raise
 from peft_lessons import check
 from peft_lessons.checks.compare import tensors
 from peft_lessons.checks.kit import Check, Compared, Tried, WrongAnswer, draw_variant
@@ -48,6 +50,9 @@ ANSWERS = {lesson: answers_of(lesson) for lesson in LESSONS}
 EXERCISES = [(lesson, name) for lesson in LESSONS for name in CHECKS[lesson]]
 WRONG = [(lesson, *answer) for lesson in LESSONS for answer in ANSWERS[lesson].wrongs]
 RIGHT = [(lesson, *answer) for lesson in LESSONS for answer in ANSWERS[lesson].rights]
+HUNTS = [
+    (lesson, name) for lesson, name in EXERCISES if getattr(CHECKS[lesson][name], "hunted", ())
+]
 CAUSES = [
     pytest.param(one, sentence, wrong, id=f"{one.__name__}-{i}")
     for lesson in LESSONS
@@ -61,9 +66,10 @@ def handed_over(answer):
     return answer.make() if isinstance(answer, Recipe) else answer
 
 
-def refusal(one, answer):
+def refusal(one, answer, help=True):
+    """Return what is said of a wrong answer, with what a hunt says on request."""
     try:
-        one(answer)
+        one(answer, help=help)
     except WrongAnswer as error:
         return str(error)
     pytest.fail(
@@ -117,12 +123,14 @@ def test_right_answer_in_another_style(lesson, name, answer):
 
 @pytest.mark.parametrize(("lesson", "name", "answer", "words"), WRONG, **by_name)
 def test_a_wrong_answer_gets_its_cause(lesson, name, answer, words):
-    message = refusal(CHECKS[lesson][name], handed_over(answer))
+    one = CHECKS[lesson][name]
+    message = refusal(one, handed_over(answer))
     assert words in message
     # A cause that is named is the one that this answer was written for, or none is.
     assert "Likely cause" not in message or words in message.partition("Likely cause: ")[2]
     assert message.startswith(f"✗ {name}: ")
-    assert len(message.splitlines()) <= 5
+    brief = message if "Look at" not in message else refusal(one, answer, help=False)
+    assert len(brief.splitlines()) <= 5
 
 
 @pytest.mark.parametrize(("one", "sentence", "wrong"), CAUSES)
@@ -135,6 +143,36 @@ def test_a_cause_is_named_alone(one, sentence, wrong):
         "that tells them apart. If the check names none because the answer fails a case that must "
         f"raise, move the mistake to tests/exercises/. The check says:\n{message}"
     )
+
+
+@pytest.mark.parametrize(("lesson", "name"), HUNTS)
+def test_a_hunt_counts_what_is_mended_and_names_causes_on_request(lesson, name):
+    one, answers = CHECKS[lesson][name], ANSWERS[lesson]
+    assert name in answers.hunts, f"add @answers.hunt({name!r}) in tests/exercises/{lesson}.py"
+    make, bugs = answers.hunts[name], one.hunted
+    assert one(make([])).status == "right"
+    sets = [left for n in range(1, len(bugs) + 1) for left in combinations(bugs, n)]
+    for left in sets:
+        answer, mended = make(left), len(bugs) - len(left)
+        counted = f"{mended} of {len(bugs)} faults {'is' if mended == 1 else 'are'} mended"
+        asked, told = refusal(one, answer), refusal(one, answer, help=False)
+        assert told.startswith(f"✗ {name}: {counted}.\n  Here, ")
+        assert told.endswith(f"\n  For help: check.{lesson}.{name}({name}, help=True)")
+        assert not any(sentence in told for sentence in one.explanations)
+        assert [s for s in one.explanations if s in asked] == [left[0]], "that of the call"
+        assert ("Likely cause" in asked) == (left[0] in one.causes)
+        assert one.credit(answer) == pytest.approx(mended / len(bugs))
+
+
+@pytest.mark.parametrize(("lesson", "name"), HUNTS)
+def test_the_given_code_of_a_hunt_has_all_its_bugs(lesson, name):
+    one, names = CHECKS[lesson][name], dict(IMPORTED[lesson])
+    stubs = {
+        notebooks.exercise_name(cell): cell.source
+        for cell in notebooks.exercise_cells(notebooks.read(LESSONS[lesson]))
+    }
+    exec(without_raise(stubs[name]), names)
+    assert f": 0 of {len(one.hunted)} faults are mended" in refusal(one, names[name])
 
 
 @pytest.mark.parametrize(

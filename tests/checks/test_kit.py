@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +100,61 @@ def test_a_hunt_says_how_much_is_right_and_more_on_request():
     assert one.credit(lambda: 1) == 1 / 3
     with pytest.raises(WrongAnswer, match="the factor is left out.$"):
         scale(lambda x, k: x, help=True)
+
+
+def test_in_a_hunt_a_bug_is_mended_once_all_the_cases_that_show_it_are_right():
+    def call_before(function, x, k):
+        return [function(x, k), k]
+
+    @check_for(
+        cases=[
+            (2, 1),
+            Case(lambda: [2, 3], bug="the factor is left out"),
+            Case(lambda: [4, -3], bug="the factor is left out"),
+            Case(lambda: [-2, 1], bug="x loses its sign"),
+            Case(lambda: [-4, 1], "a second call", call_before, bug="x loses its sign"),
+            kit.refused(lambda: [2, 0], "k", bug="a factor of zero is taken"),
+            (-5, 7),
+        ],
+        causes={
+            "the factor is left out": lambda x, k: x,
+            "k loses its sign": lambda x, k: x * abs(k),
+        },
+    )
+    def times(x, k):
+        return x * k
+
+    def answer(left, x, k):
+        if k == 0 and "zero" not in left:
+            raise ValueError("k is 0")
+        return (abs(x) if "sign" in left else x) * (1 if "factor" in left else k)
+
+    def told(function, help=False):
+        with pytest.raises(WrongAnswer) as caught:
+            times(function, help=help)
+        return str(caught.value)
+
+    ask = "For help: check.test_kit.times(times, help=True)"
+    stub = partial(answer, "factor sign zero")
+    count = "✗ times: 0 of 3 faults are mended.\n  Here, the result is 2, expected 6."
+    assert told(stub) == f"{count}\n  Called with: x=2, k=3\n  {ask}"
+    cause = "Likely cause: the factor is left out."
+    assert told(stub, help=True) == f"{count}\n  Called with: x=2, k=3\n  {cause}"
+    # Half of a bug does not count, and has its own cause.
+    half = told(lambda x, k: answer("", x, abs(k)), help=True)
+    assert "2 of 3 faults are mended" in half and half.endswith("Likely cause: k loses its sign.")
+    assert "1 of 3 faults is mended" in told(partial(answer, "factor sign"))
+    # Where no cause agrees, help says what the call showed of the given code.
+    unknown = told(partial(answer, "zero"), help=True)
+    assert unknown.endswith("In the given code, this call shows that a factor of zero is taken.")
+    new = told(lambda x, k: answer("", x, k) + (k == 7))
+    assert new.startswith("✗ times: All 3 faults are mended, but something else is wrong.")
+    assert "help" not in new
+    sets = ["factor sign zero", "factor sign", "zero"]
+    assert [times.credit(partial(answer, left)) for left in sets] == [0, 1 / 3, 2 / 3]
+    assert times.credit(lambda x, k: answer("", x, k) + (k == 7)) == 0.75
+    assert times.credit(lambda x, k: 1 / 0) == 0
+    assert times.explanations == [*times.causes, "x loses its sign", "a factor of zero is taken"]
 
 
 # ------------------------------------------------------------------ mistakes

@@ -11,6 +11,7 @@ class Answers:
     def __init__(self) -> None:
         self.wrongs: list[tuple[str, Callable, str]] = []
         self.rights: list[tuple[str, Callable]] = []
+        self.hunts: dict[str, Callable] = {}
 
     def wrong(self, exercise: str, words: str) -> Callable[[Callable], Callable]:
         """Add the wrong answer below; `words` must be part of the message that refuses it."""
@@ -19,6 +20,10 @@ class Answers:
     def right(self, exercise: str) -> Callable[[Callable], Callable]:
         """Add the right answer below, in another style than the solution's."""
         return lambda function: self.rights.append((exercise, function)) or function
+
+    def hunt(self, exercise: str) -> Callable[[Callable], Callable]:
+        """Add the function below, which makes an answer that still has the given bugs of a hunt."""
+        return lambda function: self.hunts.setdefault(exercise, function)
 
 
 class Recipe:

@@ -246,10 +246,11 @@ def signed_roots(adapters):
 # ------------------------------------------------------------------ apply_lora
 
 
-def inject(model, rank, alpha, matches):
+def inject(model, rank, alpha, matches, freeze=True):
     """What is right once the matches are: shared by the answers below."""
     found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and matches(n)]
-    model.requires_grad_(False)
+    if freeze:
+        model.requires_grad_(False)
     for name in found:
         parent, _, leaf = name.rpartition(".")
         linear = model.get_submodule(name)
@@ -261,12 +262,33 @@ def at_end(name, targets):
     return any(name == t or name.endswith("." + t) for t in targets)
 
 
-@wrong("apply_lora", "'q_porj'] (a target that matches nothing)")
+@answers.hunt("apply_lora")
+def apply_with(bugs):
+    rest_trains, matches, passed_over, again = (
+        any(words in bug for bug in bugs)
+        for words in ("still trains", "anywhere in a name", "in silence", "a second time")
+    )
+
+    def apply_lora(model, rank, alpha, targets):
+        if not again and any(hasattr(m, "lora") for m in model.modules()):
+            raise ValueError("already adapted")
+        if not passed_over:
+            refuse_unmatched(model, targets)
+
+        def found(name):
+            return any(t in name for t in targets) if matches else at_end(name, targets)
+
+        return inject(model, rank, alpha, found, freeze=not rest_trains)
+
+    return apply_lora
+
+
+@wrong("apply_lora", "'q_porj']\n  In the given code, this call shows that a target that matches")
 def silent(model, rank, alpha, targets):
     return inject(model, rank, alpha, lambda n: at_end(n, targets))
 
 
-@wrong("apply_lora", "(embed is not a Linear)")
+@wrong("apply_lora", "targets=['q_proj', 'embed']")
 def any_module_matches(model, rank, alpha, targets):
     for target in targets:
         if not any(at_end(n, [target]) for n, _ in model.named_modules()):
@@ -281,10 +303,28 @@ def refuse_unmatched(model, targets):
             raise ValueError(f"nothing matches {target}")
 
 
-@wrong("apply_lora", "a second call for other layers of a model with LoRA branches")
+@wrong("apply_lora", "linear layer head; rank=4, alpha=10, targets=['up']")
 def other_targets_again(model, rank, alpha, targets):
     refuse_unmatched(model, targets)
     return inject(model, rank, alpha, lambda n: at_end(n, targets))
+
+
+@wrong("apply_lora", "targets are compared with the last characters of a name: compare whole")
+def last_characters(model, rank, alpha, targets):
+    return inject(model, rank, alpha, lambda n: n.endswith(tuple(targets)))
+
+
+@wrong("apply_lora", "0 of 4 faults are mended.\n  Here, your function raised ValueError")
+def always_refuses(model, rank, alpha, targets):
+    raise ValueError(rank)
+
+
+@wrong("apply_lora", "All 4 faults are mended, but something else is wrong")
+def not_in_eval_mode(model, rank, alpha, targets):
+    if not model.training:
+        model.head.requires_grad_(True)
+        return model
+    return by_the_course(model, rank, alpha, targets)
 
 
 @wrong("apply_lora", "the argument model was changed although the call was refused")

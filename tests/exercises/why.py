@@ -147,7 +147,27 @@ def by_parameters(shapes, budget_bytes, bytes_per_parameter):
 # ------------------------------------------------------------------ count_parameters
 
 
-@wrong("count_parameters", "total is 0, expected 58")
+@answers.hunt("count_parameters")
+def count_with(bugs):
+    def count_parameters(model):
+        named = model.named_parameters(
+            remove_duplicate="the tied weight is counted twice" not in bugs
+        )
+        counted = [p for _, p in named]
+        if "buffers are counted: they are not parameters" in bugs:
+            counted += model.buffers()
+        packed = not any("packed" in bug for bug in bugs)
+        sizes = [
+            (p.quant_state.shape if packed and hasattr(p, "quant_state") else p.shape).numel()
+            for p in counted
+        ]
+        trains = [p.requires_grad for p in counted]
+        return sum(sizes), sum(n for n, train in zip(sizes, trains, strict=True) if train)
+
+    return count_parameters
+
+
+@wrong("count_parameters", "0 of 3 faults are mended.\n  Here, total is 0, expected 58")
 def placeholder(model):
     return 0, 0
 
