@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # pandas is imported where a table is read: it takes a third 
 # {task: (first heading, heading of the score, its scale, which score is best)}
 TASKS: dict[str, tuple[str, str, float, Callable]] = {
     "sentiment": ("minilm, movie sentiment, 200 steps", "test accuracy, %", 100, max),
-    "swaps": ("minilm, swapped neighbours, 200 steps", "test accuracy, %", 100, max),
     "austen": ("tinylm, Austen, 100 steps", "test perplexity", 1, min),
     "definitions": ("SmolLM2-135M, definitions, 40 steps", "test loss, nats × 100", 100, min),
     "swaps": ("minilm, swapped words, 200 steps", "test accuracy, %", 100, max),
