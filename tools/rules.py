@@ -16,7 +16,6 @@ MAX_BYTES = 1_000_000
 MAX_LINES = 25
 MIN_ALT = 20
 SET_UP = "# Set-up"
-UNNAMED = {"01_why_peft", "02_lora"}  # being rewritten: folded_cells_say_what_they_are, but not yet
 # A misspelt tag would silently do nothing.
 TAGS = notebooks.SOLVED | {"long", "plumbing", "nbval-check-output", "raises-exception"}
 
@@ -154,8 +153,6 @@ def short_cells(nb: NotebookNode, path: Path) -> Complaints:
 def folded_cells_say_what_they_are(nb: NotebookNode, path: Path) -> Complaints:
     """Require a comment in the first line of a folded cell: JupyterLab shows it while the source is
     folded, and so does the site. The set-up is one cell."""
-    if path.stem in UNNAMED:
-        return
     sources = []
     for label, cell in _numbered(nb, "code"):
         sources.append(cell.source)
