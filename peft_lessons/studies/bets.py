@@ -18,7 +18,7 @@ class Bets:
         bets.show("accuracy of rank 1", guess, outcome, unit="%")
         bets                                # the table of all bets
 
-    A bet without a guess (None) shows the outcome alone."""
+    A bet without a guess (None) prints the outcome alone."""
 
     def __init__(self) -> None:
         self._bets: dict[str, dict[str, Any]] = {}
@@ -61,7 +61,10 @@ class Bets:
             off += " points" if off and unit == "%" else tail if off else ""
         row = {"bet": question, "your guess": "" if guess is None else name(guess)}
         self._bets[question] = row | {"outcome": name(outcome), "off by": off}
-        _draw(question, guess, outcome, at, name, choices)
+        if guess is None:
+            print(f"The bet: {question}\n  came out as {name(outcome)}. You entered no guess.")
+        else:
+            _draw(question, guess, outcome, at, name, choices)
 
     def _table(self) -> Table | None:
         if not self._bets:
@@ -98,27 +101,24 @@ def _choice(question: str, value: Any, choices: Sequence[str]) -> str:
 def _draw(question, guess, outcome, at, name, choices) -> None:
     """Draw the line of one bet: the outcome a dot, the guess a hollow diamond."""
     fig, ax = figure(size=(7.2, 1.15))
-    marks = [at(outcome)] + ([] if guess is None else [at(guess)])
-    low, high = (0, len(choices) - 1) if choices else (min(marks), max(marks))
+    dot, diamond = at(outcome), at(guess)
+    low, high = (0, len(choices) - 1) if choices else sorted((dot, diamond))
     room = 0.35 * (high - low) or max(0.5 * abs(high), 0.5)
     ax.set(ylim=(-1, 1), yticks=[], xlim=(low - room, high + room))
     ax.axhline(0, color=GREY, linewidth=1, zorder=1)
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
     ax.grid(visible=False)
+    ax.tick_params(labelsize=8)
     if choices:
-        ax.set_xticks(range(len(choices)), choices)
-    else:
-        ax.tick_params(labelsize=8)
+        ax.set_xticks(range(len(choices)), choices, size=10)
     text = {"ha": "center", "textcoords": "offset points", "size": 9, "weight": "bold"}
-    ax.plot(marks[0], 0, "o", color=COLORS[0], markersize=9, zorder=3)
-    ax.annotate(f"outcome {name(outcome)}", (marks[0], 0), (0, 9), color=COLORS[0], **text)
-    said = f"outcome {name(outcome)}"
-    if guess is not None:
-        ax.plot(marks[::-1], [0, 0], color=COLORS[1], linewidth=2.5, zorder=2)
-        look = {"markerfacecolor": "white", "markersize": 11, "markeredgewidth": 2}
-        ax.plot(marks[1], 0, "D", color=COLORS[1], zorder=2.5, **look)
-        ax.annotate(f"your guess {name(guess)}", (marks[1], 0), (0, -18), color=COLORS[1], **text)
-        said += f", your guess {name(guess)}"
+    ax.plot(dot, 0, "o", color=COLORS[0], markersize=9, zorder=3)
+    ax.annotate(f"outcome {name(outcome)}", (dot, 0), (0, 9), color=COLORS[0], **text)
+    ax.plot([diamond, dot], [0, 0], color=COLORS[1], linewidth=2.5, zorder=2)
+    look = {"markerfacecolor": "white", "markersize": 11, "markeredgewidth": 2}
+    ax.plot(diamond, 0, "D", color=COLORS[1], zorder=2.5, **look)
+    ax.annotate(f"your guess {name(guess)}", (diamond, 0), (0, -18), color=COLORS[1], **text)
+    said = f"outcome {name(outcome)}, your guess {name(guess)}"
     ax.set_title(f"Bet: {question}")
     show(fig, f"A line with the bet on {question}: {said}.")

@@ -13,11 +13,11 @@ def shown(monkeypatch):
     return shown
 
 
-def test_without_a_guess_the_outcome_is_shown_alone(shown):
+def test_without_a_guess_the_outcome_is_printed_alone(shown, capsys):
     bets = Bets()
     assert repr(bets) == "no bet has been shown yet" and bets._repr_html_() is None
     bets.show("accuracy of rank 1", None, 62.7, "%")
-    assert "outcome 62.7 %" in shown[0].alt and "guess" not in shown[0].alt
+    assert "came out as 62.7 %" in capsys.readouterr().out and not shown
     assert "62.7 %" in repr(bets) and "No guess was entered" in repr(bets)
 
 
