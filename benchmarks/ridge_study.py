@@ -6,8 +6,8 @@ Trains tinylm on Jane Austen's novels, 50 steps of 4 blocks, with LoRA on all li
 ranks, each with the three factors s that the scalings α/r (α = 16), α/√r (α = 4) and a constant 1
 give: they meet at rank 16. Adds a row for each run to data/results/ridge_study.csv; `validation`
 and `test` are perplexities on the first BLOCKS blocks. Each row of learning rates goes on until its
-best one lies inside; the best one and its neighbours run with a second seed. Where training
-diverged, the perplexity is in the hundreds."""
+best one lies inside; the best one and its neighbours run with a second seed; then the rest of the
+table is filled. Where training diverged, the perplexity is in the hundreds."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -74,7 +74,8 @@ def points(results: Results) -> list[tuple]:
         if set(rates) <= set(values):
             best = RATES.index(min(values, key=values.get))
             more += [("austen", *row, rate, SEEDS[1]) for rate in RATES[best - 1 : best + 2]]
-    return first + more
+    rest = [("austen", *row, rate, SEEDS[0]) for row in ROWS for rate in RATES]
+    return first + more + rest
 
 
 if __name__ == "__main__":

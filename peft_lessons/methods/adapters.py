@@ -270,8 +270,8 @@ class BottleneckAdapter(Method):
     facts = Facts(
         "06",
         points=(
-            Point("pfeiffer", "Pfeiffer\nadapter", (6, 1)),
-            Point("parallel", "parallel\nadapter", (6, 5)),
+            Point("pfeiffer", "Pfeiffer\nadapter", (-6, 2)),
+            Point("parallel", "parallel adapter", (-6, 11)),
         ),
         place=OnMap(
             "adapter", "adapter", 1, "one adapter after attention and one after the feed-forward"
