@@ -2,5 +2,5 @@
 
 
 def lora_parameters(shapes: list[tuple[int, int]], rank: int) -> int:
-    """Return how many parameters LoRA trains in layers of these shapes, (out, in)."""
+    """Return how many parameters to train, with LoRA or without it; shapes are (out, in)."""
     return sum(min(rank * (out + in_), out * in_) for out, in_ in shapes)
