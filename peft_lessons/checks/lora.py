@@ -56,6 +56,9 @@ def _product(factors):
             weight[j] - weight[i] → weight[j]
         A is row i itself: BA is added to what row j already holds, so A is a difference
             weight[j] - weight[i] → weight[i]
+        row i moves to row j and nothing moves back: A is the difference of the two rows
+            weight[j] - weight[i] → weight[i]
+            1.0, -1.0 → -1.0, 1.0
         A is the sum of the two rows: each row needs their difference
             weight[j] - weight[i] → weight[j] + weight[i]
         BA is right, but the factors have rank 2: one row of A serves both words
