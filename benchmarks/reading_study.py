@@ -62,8 +62,7 @@ def run(seed: int) -> dict:
     found["auc_model"] = auc(torch.cat(margins), labels)
     for column, (sentence, word) in PAIRS.items():
         batch = task.encode([sentence])
-        place = task.encode([sentence])["input_ids"][0].tolist()
-        place = place.index(task.encode([word])["input_ids"][0, 1].item())
+        place = batch["input_ids"][0].tolist().index(task.encode([word])["input_ids"][0, 1].item())
         z = read(batch)[1]["trained"][0, place]
         found[column] = (sign * (z - tokens.mean()) / tokens.std()).item()
     return {"accuracy": f"{accuracy:.4f}"} | {k: f"{v:.4f}" for k, v in found.items()}
