@@ -61,7 +61,7 @@ def losses(model: torch.nn.Module, task, split: str) -> tuple[torch.Tensor, torc
     """Return the summed loss in nats and the number of predicted tokens of each block."""
     sums, tokens = [], []
     with torch.no_grad():
-        for batch in task.batches(split, 64):
+        for batch in task.batches(split, 16):
             logits = model.eval()(input_ids=batch["input_ids"]).logits[:, :-1]
             labels = batch["labels"][:, 1:]
             each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")

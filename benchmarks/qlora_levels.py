@@ -41,11 +41,15 @@ def kmeans(ratios: torch.Tensor, importance: torch.Tensor, rounds: int) -> torch
     return levels
 
 
-def rounded(weight: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the weight after rounding, and its ratios before and after (blocks, 64)."""
+def rounded(
+    weight: torch.Tensor, levels: torch.Tensor, signed: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Return the weight after rounding, and its ratios before and after (blocks, 64).
+
+    signed: whether the absmax keeps the sign of the weight, so that its ratio is always +1."""
     blocks = weight.reshape(-1, BLOCK)
-    absmax = blocks.abs().amax(dim=1, keepdim=True)
-    ratios = blocks / absmax
+    absmax = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))  # (blocks, 1)
+    ratios = blocks / (absmax if signed else absmax.abs_())
     near = levels[torch.bucketize(ratios, (levels[1:] + levels[:-1]) / 2)]
     return (near * absmax).view_as(weight), ratios, near
 
