@@ -1,5 +1,6 @@
 """Test what lessons show of a method: refusals, agreement with PEFT, files there and back."""
 
+import itertools
 from copy import deepcopy
 
 import pytest
@@ -91,3 +92,5 @@ def test_turns_call_every_function_in_every_round():
     calls = []
     times = measure.by_turns({n: lambda n=n: calls.append(n) for n in "ab"}, rounds=2)
     assert calls == list("abbaab") and set(times) == {"a", "b"} and min(times.values()) >= 0
+    ticks = itertools.count()
+    assert measure.by_turns({"a": int}, rounds=2, clock=lambda: next(ticks)) == {"a": 1}
