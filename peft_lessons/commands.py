@@ -116,6 +116,7 @@ site [FOLDER] [OPTIONS]: build the course as web pages, to build/site
 results [OPTIONS]: run what the measured tables lack; many hours if they are empty
     benchmarks/*_study.py
     benchmarks/dora_analysis.py
+    benchmarks/dora_swaps.py
     benchmarks/broken_runs.py
     benchmarks/fair_cut.py
     benchmarks/qlora_[abl]*.py
