@@ -117,7 +117,7 @@ results [OPTIONS]: run what the measured tables lack; many hours if they are emp
     benchmarks/*_study.py
     benchmarks/dora_analysis.py
     benchmarks/dora_swaps.py
-    benchmarks/broken_runs.py
+    benchmarks/broken_*.py
     benchmarks/fair_cut.py
     benchmarks/qlora_[abl]*.py
 costs: measure times and bytes anew, on an idle machine: half an hour

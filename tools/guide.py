@@ -21,7 +21,7 @@ not arrive, an error."""
 
 def causes(lesson: str) -> dict[str, list[str]]:
     """Return {exercise: its wrong answers}: the causes that its check names, without those that
-    combine two others. Four exercises are checked by trials and have no causes: theirs are the
+    combine two others. Some exercises are checked by trials and have no causes: theirs are the
     wrong answers of the tests, with part of each message."""
     course = getattr(check, notebooks.MODULES[lesson])
     found = {}

@@ -1,16 +1,12 @@
 """Checks of lesson 02."""
 
-from collections import Counter
-from collections.abc import Mapping
-from contextlib import suppress
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..methods.lora import LinearWithLoRA
-from .compare import difference, few
-from .kit import Case, Forbid, Refused, check_for, refused
+from .diagnosis import diagnosis
+from .kit import Case, Forbid, check_for, refused
 from .mistakes import mistakes, scaling_mistakes
 
 
@@ -94,57 +90,9 @@ _BROKEN = {
     "D": ("the head is frozen", "it trains 770 parameters too few, and one layer has that many"),
     "E": ("both factors start at zero", "its gradients are 0, at the first step and at the last"),
 }
-_CAUSES = sorted(cause for cause, _ in _BROKEN.values())
 
 
-def _named_causes(function):
-    """Return {letter: cause} as an answer gives them; leave out what it leaves open."""
-    result = function()
-    if not isinstance(result, Mapping):
-        raise Refused(difference(result, {}) or "the result is no dict")
-    given = {str(run).strip().upper(): cause for run, cause in result.items() if cause}
-    if unknown := sorted(given.keys() - _BROKEN.keys()):
-        raise Refused(f"there is no run {few(unknown)}: the broken runs are A to E")
-    given = {run: " ".join(str(cause).lower().split()) for run, cause in given.items()}
-    for cause in given.values():
-        if cause not in _CAUSES:
-            raise Refused(
-                f"{cause!r} is none of the five causes", f"They are: {', '.join(_CAUSES)}."
-            )
-    return given
-
-
-def _right_of(given):
-    return [run for run, (cause, _) in _BROKEN.items() if given.get(run) == cause]
-
-
-def _share_of_causes(function):
-    with suppress(Exception):
-        return len(_right_of(_named_causes(function))) / len(_BROKEN)
-    return 0.0
-
-
-def _each_run_has_its_cause(function):
-    given = _named_causes(function)
-    right, facts = _right_of(given), []
-    if open_ := [run for run in _BROKEN if run not in given]:
-        facts.append(f"Without a cause: {', '.join(open_)}.")
-    if twice := [cause for cause, count in Counter(given.values()).items() if count > 1]:
-        facts.append(f"Given to several runs: {', '.join(twice)}. Each cause belongs to one run.")
-    if len(right) < len(_BROKEN):
-        wrong = [
-            f"Look at run {run}: {why}." for run, (_, why) in _BROKEN.items() if run not in right
-        ]
-        verb = "is" if len(right) == 1 else "are"
-        raise Refused(f"{len(right)} of {len(_BROKEN)} {verb} right", *facts, on_request=wrong)
-    return "; ".join(f"run {run}: {why}" for run, (_, why) in _BROKEN.items())
-
-
-@check_for(
-    trials={_each_run_has_its_cause: "your function"},
-    share=_share_of_causes,
-    verified=lambda facts: f"{facts[0]}.",
-)
+@check_for(**diagnosis(_BROKEN))
 def diagnose():
     """Every run has its cause. What gives each of them away:"""
 

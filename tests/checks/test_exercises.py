@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from exercises import Answers, Recipe
@@ -415,6 +416,33 @@ def test_what_is_said_of_the_broken_runs_is_in_their_reports():
     assert rows.loc["C", "change"] < healthy["change"] / 10
     assert healthy["trainable"] - rows.loc["D", "trainable"] == 770
     assert (rows.loc["E", [*gradients, "grad_B_last"]].astype(float) == 0).all()
+
+
+def test_what_is_said_of_the_broken_codes_is_in_their_histograms():
+    rows = load_results("broken_codes").set_index("run")
+    uses = {run: [float(use) for use in text.split()] for run, text in rows["uses"].items()}
+    error, qlora = rows["error"], uses["QLoRA"]
+    assert all(abs(sum(shares) - 100) < 0.1 for shares in uses.values())
+    assert error.idxmin() == "A" and min(uses["A"]) > 5
+    assert 1.9 < error["B"] / error["QLoRA"] < 2.1 and uses["B"][15] > 2 * qlora[15]
+    assert max(uses["C"][0], uses["C"][15]) < 0.1
+    assert uses["D"][15] > 2 * uses["D"][0] and abs(error["D"] - error["QLoRA"]) < 0.1
+    assert max(abs(a - b) for a, b in zip(uses["D"][1:15], qlora[1:15], strict=True)) < 0.2
+    assert uses["E"][15] == 0 and all(abs(uses["E"][k] - uses["E"][14 - k]) < 0.5 for k in range(7))
+
+
+def test_what_is_said_of_the_broken_rows_is_in_them():
+    rows = load_results("broken_rows").set_index("run")
+    turns, lengths = (
+        {run: np.array(text.split(), dtype=float) for run, text in rows[column].items()}
+        for column in ("turns", "lengths")
+    )
+    assert (lengths["A"] < 0.99).sum() <= 2 and (lengths["healthy"] < 0.99).sum() > 30
+    assert np.corrcoef(turns["A"], lengths["A"])[0, 1] > 0.8
+    assert np.abs(lengths["B"] - 1).mean() > 5 * np.abs(lengths["healthy"] - 1).mean()
+    assert np.median(turns["B"]) < 1.2 * np.median(turns["healthy"])
+    assert (turns["C"] == 0).all() and lengths["C"].std() > 0.02 and (lengths["D"] == 1).all()
+    assert turns["E"].min() > 4 and (turns["healthy"] < 4).sum() > 30
 
 
 def test_serve_lora_equals_a_mixed_batch_of_peft(peft_adapted):
