@@ -53,25 +53,26 @@ BY_HAND = {  # ranks of query, key, value, output, gate, up and down in every bl
     "feed-forward 2": (0, 0, 0, 0, 2, 2, 2),
     "attention 3": (3, 3, 3, 3, 0, 0, 0),
 }
-SHUFFLES = ("shuffled 1", "shuffled 2", "shuffled 3")
 TUNED = {  # (method, split): the learning rate to begin with
     ("adalora", "S"): 0.06,
-    ("lora", "even 1"): 0.03,
-    ("lora", "map of S"): 0.03,
     ("adalora", "even 1"): 0.06,
+    ("adalora", "random"): 0.06,
+    ("adalora", "magnitude"): 0.06,
+    ("lora", "even 1"): 0.03,
+    ("lora", "even 2"): 0.03,
+    ("lora", "map of S"): 0.03,
+    ("lora", "shuffled 1"): 0.03,
+    ("lora", "down 4, gate 2"): 0.03,
+    ("lora", "feed-forward 2"): 0.03,
 }
 SHARED = {  # (method, split): the one whose best learning rate it has
-    ("adalora", "random"): ("adalora", "S"),
-    ("lora", "even 2"): ("lora", "map of S"),
-    ("lora", "down 4, gate 2"): ("lora", "map of S"),
+    ("adalora", "S in its layer"): ("adalora", "S"),
     ("lora", "another seed"): ("lora", "map of S"),
-    ("adalora", "magnitude"): ("adalora", "S"),
-    **{("lora", name): ("lora", "map of S") for name in SHUFFLES},
+    ("lora", "shuffled 2"): ("lora", "map of S"),
+    ("lora", "shuffled 3"): ("lora", "map of S"),
+    ("lora", "blocks shuffled"): ("lora", "map of S"),
     ("lora", "map of magnitude"): ("lora", "map of S"),
     ("lora", "map of random"): ("lora", "map of S"),
-    ("lora", "feed-forward 2"): ("lora", "map of S"),
-    ("lora", "blocks shuffled"): ("lora", "map of S"),
-    ("adalora", "S in its layer"): ("adalora", "S"),
     ("lora", "down 3, gate 2"): ("lora", "map of S"),
     ("lora", "attention 3"): ("lora", "map of S"),
 }
@@ -124,8 +125,8 @@ def points(results: Results) -> list[tuple]:
 def map_of(split: str, seed: int) -> torch.Tensor:
     """Return the ranks (blocks, modules) that a run of AdaLoRA at its best learning rate ended
     with."""
-    results, rule = table(), split if ("adalora", split) in TUNED else "S"
-    point = "austen", "adalora", split, str(chosen(results, "adalora", rule)[1]), str(seed)
+    results = table()
+    point = "austen", "adalora", split, str(chosen(results, "adalora", split)[1]), str(seed)
     (row,) = (row for row in results.rows() if tuple(row[column] for column in KEY) == point)
     return torch.tensor([[int(digit) for digit in block] for block in row["ranks"].split()])
 
@@ -138,8 +139,8 @@ def ranks_of(split: str, seed: int) -> torch.Tensor:
         return map_of(split.removeprefix("map of "), seed)
     if split == "another seed":
         return map_of("S", (seed + 1) % len(SEEDS))
-    ranks, number = map_of("S", seed), 10 * seed + int(split[-1]) if split in SHUFFLES else seed
-    generator = torch.Generator().manual_seed(number)
+    ranks, number = map_of("S", seed), split.removeprefix("shuffled ")
+    generator = torch.Generator().manual_seed(10 * seed + int(number) if number in "123" else seed)
     if split == "blocks shuffled":
         columns = [column[torch.randperm(DEPTH, generator=generator)] for column in ranks.T]
         return torch.stack(columns, dim=1)
