@@ -91,33 +91,34 @@ def run(task: str, levels: str, bits: int, trained: str, lr: float, seed: int) -
         named |= {"validation": "nan", "error": rounding.to(levels, bits, offset)}
         rows.append(named | scores(model, "test"))
 
-    if trained != "after":
-        for levels, bits in ROUNDED:
-            if bits in (3, 4) or not seed:
-                use(levels, bits, levels=levels, bits=bits, used="")
-            if levels == NORMAL and bits in (3, 4) and lr:
-                use(levels, bits, SHIFT, levels=levels, bits=bits, used="shifted")
-    elif levels == NORMAL and bits in (3, 4):
-        use(FLOAT, 32, used="float")
-        use(levels, bits, SHIFT, used="shifted")
+    if trained == "after":
+        if (levels, bits) == (NORMAL, 3):
+            use(FLOAT, 32, used="float")
+            use(levels, bits, SHIFT, used="shifted")
+        return rows
+    for levels, bits in ROUNDED:
+        if not seed or (levels != EVEN and bits in (3, 4)):
+            use(levels, bits, levels=levels, bits=bits, used="")
+    if lr:
+        use(NORMAL, 3, SHIFT, levels=NORMAL, bits=3, used="shifted")
     return rows
 
 
 def points() -> list[tuple]:
     """Return all points, those that matter most first."""
 
-    def after(bits: tuple[int, ...], seed: int, *kinds: str, lr: float = RATE) -> list[tuple]:
-        chosen = [s for s in ROUNDED if s[1] in bits and s[0] in (kinds or s[0])]
-        return [(*s, "after", lr, seed) for s in chosen]
+    def after(seed: int, *sets: tuple[str, int], lr: float = RATE) -> list[tuple]:
+        return [(*s, "after", lr, seed) for s in sets]
 
     def paired(seed: int) -> list[tuple]:
-        return [(FLOAT, 32, "before", RATE, seed), *after((3, 4), seed, NORMAL, SIGNED)]
+        sets = ((NORMAL, 3), (NORMAL, 4), (SIGNED, 4), (SIGNED, 3))
+        return [(FLOAT, 32, "before", RATE, seed), *after(seed, *sets)]
 
-    runs = [(FLOAT, 32, "not", 0.0, 0), *paired(0), *after((3, 4), 0, EVEN)]
-    runs += [*after((3,), 0, NORMAL, lr=OTHER_RATES[0]), *paired(1), *paired(2)]
-    runs += [*after((5, 8), 0), *after((3, 4), 1, EVEN), *after((3, 4), 2, EVEN), *after((2,), 0)]
-    runs += [*after((3,), 0, NORMAL, lr=OTHER_RATES[1]), *paired(3), *paired(4)]
-    return [("austen", *point) for point in runs]
+    runs = [(FLOAT, 32, "not", 0.0, 0), *paired(0), *paired(1), *paired(2)]
+    runs += [*after(0, (EVEN, 3), (EVEN, 4)), *after(0, (NORMAL, 3), lr=OTHER_RATES[0])]
+    runs += [*after(0, (NORMAL, 5), (NORMAL, 8), (NORMAL, 2))]
+    runs += [*after(0, (NORMAL, 3), lr=OTHER_RATES[1]), *after(1, (EVEN, 4)), *after(2, (EVEN, 4))]
+    return [("austen", *point) for point in [*runs, *paired(3), *paired(4)]]
 
 
 if __name__ == "__main__":

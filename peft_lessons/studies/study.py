@@ -209,8 +209,8 @@ def paired_losses(runs: DataFrame, others: DataFrame) -> Difference:
     one percent of the perplexity.
 
     Each answer counts with its mean over the runs; `n` is the number of answers. The rows have the
-    column `losses` of assistant_study.csv. Raises ValueError for no rows, or for other numbers of
-    answers."""
+    column `losses` of assistant_study.csv, or of bits_study.csv, where it holds stretches of text.
+    Raises ValueError for no rows, or for other numbers of answers."""
 
     def losses(row) -> list[float]:
         return [100 * float(loss) for loss in row.losses.split()]
