@@ -214,6 +214,9 @@ peft_lessons/checks/compared.py: kit
     return mended if mended < 1 else 0.75 → return mended
     len(shares) * (1.0 if self.staged else 0.5) → len(shares)
     return sum(agree) / len(expected) if → return 0.0 if
+peft_lessons/checks/diagnosis.py: exercises
+    if given.get(run) == cause] → if run in given]
+    if count > 1] → if count > 5]
 peft_lessons/checks/kit.py: kit
     return passed / len(self.trials) / 2 → return 0.0
 peft_lessons/costs/evidence.py: recommend
