@@ -3,12 +3,6 @@
 import torch
 
 
-def orthogonality_penalty(P: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
-    """Return ‖PᵀP − I‖² + ‖QQᵀ − I‖² of one layer: P (out, r), Q (r, in)."""
-    identity = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)   # (r, r)
-    return ((P.T @ P - identity) ** 2).sum() + ((Q @ Q.T - identity) ** 2).sum()
-
-
 def update_importance(
     weight: torch.Tensor,
     grad: torch.Tensor,
@@ -44,6 +38,18 @@ def mask_to_budget(scores: list[torch.Tensor], budget: int) -> list[torch.Tensor
     mask = torch.zeros(len(pooled), dtype=torch.bool)
     mask[best] = True
     return list(mask.split([len(score) for score in scores]))
+
+
+def triplet_scores(
+    Q: torch.Tensor,
+    lam: torch.Tensor,
+    P: torch.Tensor,
+    dQ: torch.Tensor,
+    dlam: torch.Tensor,
+    dP: torch.Tensor,
+) -> torch.Tensor:
+    """Return a score (r,) for each triplet of a layer; those with the lowest ones are pruned."""
+    return (lam * dlam).abs().flatten()      # to first order, how the loss would change
 
 
 def adalora_step(

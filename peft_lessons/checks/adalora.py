@@ -1,6 +1,8 @@
 """Checks of lesson 05."""
 
+from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -9,76 +11,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..engine import inject, injection_of
 from ..methods.adalora import AdaLoRA, allocator_of
-from .kit import Case, check_for
+from .compare import difference
+from .kit import Case, Refused, check_for
 from .mistakes import mistakes
-
-# ------------------------------------------------------------------ orthogonality_penalty
-
-
-def _vectors(out, in_, rank, near=0.0, dtype=torch.float32):
-    """Return random P and Q, or P and Q so `near` to orthonormal that their Gram matrices are
-    nearly I."""
-    P, Q = torch.randn(out, rank, dtype=dtype), torch.randn(rank, in_, dtype=dtype)
-    if near:
-        P = torch.linalg.qr(P).Q + near * torch.randn(out, rank, dtype=dtype)
-        Q = torch.linalg.qr(Q.T).Q.T + near * torch.randn(rank, in_, dtype=dtype)
-    else:
-        P, Q = P / 3, Q / 4
-    return [P, Q]
-
-
-@check_for(
-    cases=[
-        Case(lambda: _vectors(12, 20, 4)),
-        Case(lambda: _vectors(30, 8, 5, near=0.1), note="nearly orthonormal"),
-        Case(lambda: _vectors(6, 6, 6), note="as many triplets as the layer is wide"),
-        Case(lambda: _vectors(9, 7, 1), note="a single triplet"),
-        Case(lambda: _vectors(10, 16, 3, dtype=torch.float64)),
-    ],
-    gradients=("P", "Q"),
-    causes=mistakes(
-        """
-        def orthogonality_penalty(P, Q):
-            I = torch.eye(P.shape[1], dtype=P.dtype)
-            gaps = P.T @ P - I, Q @ Q.T - I
-            return sum((gap**2).sum() for gap in gaps)
-        """,
-        """
-        the norms are not squared: the paper adds squared norms
-            (gap**2).sum() → gap.norm()
-        this is PEFT's regulariser, the mean of two norms: the paper adds their squares
-            (gap**2).sum() → gap.norm() / 2
-        the sum is halved: add the two terms, without a mean or a weight
-            (gap**2).sum() → (gap**2).sum() / 2
-        the squares are averaged over the entries: the Frobenius norm adds them
-            (gap**2).sum() → (gap**2).mean()
-        the root of the sum is taken: leave it squared
-            in gaps) → in gaps).sqrt()
-        this is the spectral norm: the Frobenius norm adds the squares of all entries
-            (gap**2).sum() → torch.linalg.matrix_norm(gap, 2) ** 2
-        the vectors of Q are its rows: take QQᵀ (r, r), for QᵀQ (in, in) cannot become I
-            Q @ Q.T - I → Q.T @ Q - torch.eye(Q.shape[1], dtype=Q.dtype)
-        the vectors of P are its columns: take PᵀP (r, r), for PPᵀ (out, out) cannot become I
-            P.T @ P - I → P @ P.T - torch.eye(P.shape[0], dtype=P.dtype)
-        both products are in the wrong order: take PᵀP and QQᵀ, of shape (r, r)
-            P.T @ P - I → P @ P.T - torch.eye(P.shape[0], dtype=P.dtype)
-            Q @ Q.T - I → Q.T @ Q - torch.eye(Q.shape[1], dtype=Q.dtype)
-        I is not subtracted
-            P.T @ P - I, Q @ Q.T - I → P.T @ P, Q @ Q.T
-        1 is subtracted from every entry: I is 0 off the diagonal
-            torch.eye(P.shape[1], dtype=P.dtype) → 1
-        """,
-    ),
-)
-def orthogonality_penalty(P, Q):
-    """The penalty is the squared distance of P's columns and Q's rows from orthonormal."""
-    total = torch.zeros((), dtype=P.dtype)
-    for vectors in (P.T, Q):
-        for i, one in enumerate(vectors):
-            for j, other in enumerate(vectors):
-                total = total + (torch.dot(one, other) - float(i == j)) ** 2
-    return total
-
 
 # ------------------------------------------------------------------ update_importance
 
@@ -196,7 +131,8 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
             end = total - tfinal → end = tfinal
         the pruning is counted from step 0: it begins after tinit steps
             end - tinit → end
-        tfinal is subtracted from the step too, as the paper's formula is often printed
+        this is equation 12 as it is printed: it starts above `initial`, because tfinal is
+        subtracted from the step, too
             end - step → total - step
         before tinit the cube exceeds the initial budget: stay at `initial`
             step <= tinit → False
@@ -298,6 +234,144 @@ def mask_to_budget(scores, budget):
     return masks
 
 
+# ------------------------------------------------------------------ triplet_scores
+
+_RANKS, _WIDTH, _START = (4, 2, 0), 32, 6  # the ranks that three layers need, and that they have
+_STARTS, _ENOUGH = 8, 6
+
+
+def _planted():
+    """Return the changes to learn, one (starts, 32, 32) for each layer."""
+    changes = []
+    for rank in _RANKS:
+        U, V = torch.linalg.qr(torch.randn(2, _STARTS, _WIDTH, _WIDTH)).Q
+        changes.append(U[..., :rank] @ V[..., :rank].mT)
+    return changes
+
+
+def _found(score, steps=300, first=60, last=220, seed=5):
+    """Train three layers with pruning by a score; return the ranks of each start, and some
+    (arguments, scores) of the first one.
+
+    All starts train side by side; a score gets one layer of one of them at a time."""
+    torch.random.default_generator.manual_seed(seed)
+    changes, n = _planted(), len(_RANKS) * _START
+    layers = [
+        (
+            0.02 * torch.randn(_STARTS, _START, _WIDTH),
+            torch.zeros(_STARTS, _START, 1),
+            0.02 * torch.randn(_STARTS, _WIDTH, _START),
+        )
+        for _ in _RANKS
+    ]
+    trained = [p.requires_grad_() for layer in layers for p in layer]
+    optimizer = torch.optim.Adam(trained, lr=0.03)
+    scores, keep = torch.zeros(_STARTS, n), torch.ones(_STARTS, n, dtype=torch.bool)
+    seen = []
+    for step in range(1, steps + 1):
+        with torch.enable_grad():
+            x, noise = torch.randn(2, len(_RANKS), _STARTS, 64, _WIDTH)
+            errors = [
+                each @ (Q * lam).mT @ P.mT - each @ change.mT - 0.3 * off
+                for (Q, lam, P), change, each, off in zip(layers, changes, x, noise, strict=True)
+            ]
+            sum(error.square().mean(dim=(1, 2)).sum() for error in errors).backward()
+        optimizer.step()
+        if step <= last:
+            if step % 20 == 0:
+                seen += [(_arguments(layer, 0), _of_one(score, layer, 0)) for layer in layers]
+            now = [[_of_one(score, layer, start) for layer in layers] for start in range(_STARTS)]
+            scores = 0.85 * scores + 0.15 * torch.stack([torch.cat(row) for row in now])
+        if first < step <= last and step % 10 == 0:
+            left = 1 - (step - first) / (last - first)
+            budget = sum(_RANKS) + round((n - sum(_RANKS)) * left**3)
+            best = scores.argsort(dim=1, descending=True, stable=True)[:, :budget]
+            keep = torch.zeros_like(keep).scatter(1, best, True)
+        if step > first:
+            due = step > last or step % 10 == 0
+            for (_, lam, _), stays in zip(layers, keep.split(_START, dim=1), strict=True):
+                lam.data[~stays] = lam.data[~stays] * (0.0 if due else 1.0)
+        optimizer.zero_grad()
+    ranks = keep.view(_STARTS, len(_RANKS), _START).sum(dim=2).tolist()
+    return list(map(tuple, ranks)), seen
+
+
+def _arguments(layer, start):
+    weights = [p[start].detach().clone() for p in layer]
+    return weights + [p.grad[start].clone() for p in layer]
+
+
+def _of_one(score, layer, start):
+    """Return the scores of one layer of one start; Refused if they are none."""
+    got = score(*_arguments(layer, start))
+    if not isinstance(got, torch.Tensor):
+        raise Refused(difference(got, torch.zeros(_START)) or "the result is no tensor")
+    if tuple(got.shape) != (_START,):
+        facts = "One score for each triplet: r numbers, without further dimensions."
+        raise Refused(f"the scores have shape {tuple(got.shape)}, expected {(_START,)}", facts)
+    if not got.isfinite().all():
+        raise Refused(f"{(~got.isfinite()).sum()} of {_START} scores are NaN or infinite")
+    return got.detach().float()
+
+
+def _alike(got, scores):
+    """Return whether two scores of a layer are the same but for a positive factor."""
+    got, scores = (t / t.abs().max().clamp(min=1e-30) for t in (got.float(), scores))
+    return bool((got - scores).abs().max() < 1e-3)
+
+
+def _finds_the_ranks(function) -> str:
+    found, seen = _found(function)
+    right = sum(ranks == _RANKS for ranks in found)
+    if right >= _ENOUGH:
+        return f"ranks 4, 2, 0 in {right} of {_STARTS} random starts"
+    headline = f"your score finds the ranks 4, 2, 0 in {right} of {_STARTS} random starts"
+    common, times = Counter(found).most_common(1)[0]
+    most = f"The most frequent ranks are {', '.join(map(str, common))}, in {times} of them"
+    facts = [f"{most}; {_ENOUGH} right ones are enough."]
+    if not all(_alike(function(*args), scores) for args, scores in seen):
+        raise Refused(headline, *facts, "The same triplet gets another score in a second call.")
+    named = [
+        why
+        for why, wrong in triplet_scores.causes.items()
+        if all(_alike(wrong(*args), scores) for args, scores in seen)
+    ]
+    raise Refused(headline, *facts, *([f"Likely cause: {', or '.join(named)}."] if named else []))
+
+
+@check_for(
+    trials={_finds_the_ranks: "your function"},
+    causes=mistakes(
+        """
+        def triplet_scores(Q, lam, P, dQ, dlam, dP):
+            worth = (lam * dlam).abs()
+            return worth.flatten()
+        """,
+        """
+        the sign is reversed: the triplets with the lowest scores are pruned
+            worth.flatten() → -worth.flatten()
+        the score has a sign, which changes from batch to batch: take the absolute value
+            (lam * dlam).abs() → lam * dlam
+        λ has a sign, which p or q can turn round: take the absolute value
+            (lam * dlam).abs() → lam
+        this is the gradient alone, which is large where something is still missing: the triplet
+        that is there must count, too
+            (lam * dlam).abs() → dlam.abs()
+        all triplets have the same score, so that the first layer keeps all
+            worth.flatten() → torch.ones(len(lam))
+        the scores are divided by a number of their own layer, so that a layer that needs nothing
+        keeps as many as the others
+            worth.flatten() → worth.flatten() / worth.sum().clamp(min=1e-12)
+        the scores are ranks within a layer, so that each layer keeps as many as the others
+            worth.flatten() → worth.flatten().argsort().argsort().float()
+        """,
+    ),
+    verified=lambda facts: f"It finds the {facts[0]}.",
+)
+def triplet_scores(Q, lam, P, dQ, dlam, dP):
+    """Pruning by this score leaves each layer the rank that it needs."""
+
+
 # ------------------------------------------------------------------ adalora_step
 
 
@@ -314,6 +388,12 @@ class _Net(nn.Module):
 
 
 _SCHEDULE = AdaLoRA(4, 2, 24.0, ("up", "down"), tinit=1, tfinal=3, delta=2, total_steps=9)
+_AT_ONCE = {"tinit": 0, "delta": 1, "orthogonal": 1e-7}
+_NO_PENALTY = "the regulariser is left out: the loss is the task's plus allocator.penalty()"
+_CLEARED = (
+    "the gradients are cleared before the allocator looks at them: all scores are 0, and it "
+    "prunes everything"
+)
 
 
 def _batch(seed):
@@ -322,24 +402,35 @@ def _batch(seed):
     return {"x": x, "labels": labels}
 
 
-def _step_case(step, note=""):
+def _step_case(step, note="", bug="", **changes):
+    """Return a case of one step: a loss, which shows what the steps before have done. With changes
+    of the schedule λ is not zero at the start, so that the penalty's tiny gradients do nothing."""
+
     def make():
         model = _Net()
-        inject(model, _SCHEDULE)
+        inject(model, replace(_SCHEDULE, **changes))
+        injection = injection_of(model)
+        if changes:
+            for wrapper in injection.wrappers.values():
+                nn.init.normal_(wrapper.ada.lora_E)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-        return [model, _batch(0), optimizer, allocator_of(injection_of(model)), step]
+        return [model, _batch(0), optimizer, allocator_of(injection), step]
 
     def earlier(function, model, batch, optimizer, allocator, step):
+        if bug == _NO_PENALTY:  # what another bug has done in earlier steps must not show
+            function = adalora_step.reference
         with suppress(Exception):  # the call that counts meets the same
             for before in range(1, step):
                 function(model, _batch(before), optimizer, allocator, before)
         return [model, batch, optimizer, allocator, step]
 
-    return Case(make, note=note, earlier=earlier if step > 1 else None)
+    return Case(make, note=note, earlier=earlier if step > 1 else None, bug=bug)
 
 
 @check_for(
     cases=[
+        _step_case(9, "the last step, after eight right ones; ranks are settled", _NO_PENALTY),
+        _step_case(2, "after a first one that pruned; γ is tiny", _CLEARED, **_AT_ONCE),
         _step_case(1, note="the first step"),
         _step_case(2, note="the second step, after a first one with your function"),
         _step_case(3, note="after two steps, of which the second pruned for the first time"),
@@ -349,7 +440,6 @@ def _step_case(step, note=""):
     returns="the loss",
     changes=("model",),
     tolerance=1e-4,
-    # With set_to_none=False, as in the exercise: without any gradient the allocator would complain.
     causes=mistakes(
         """
         def adalora_step(model, batch, optimizer, allocator, step):
@@ -364,9 +454,6 @@ def _step_case(step, note=""):
         """
         the regulariser is left out: the loss is the task's plus allocator.penalty()
             task + extra → task
-        the gradients are cleared before the allocator looks at them: all scores are 0, and it
-        prunes everything
-            optimizer.step() → optimizer.step(); optimizer.zero_grad(set_to_none=False)
         the regulariser is in the loss that is returned, but not in the gradients: add it
         before backward()
             loss.backward → task.backward

@@ -8,23 +8,6 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
-# ------------------------------------------------------------------ orthogonality_penalty
-
-
-@right("orthogonality_penalty")
-def by_norms(P, Q):
-    I = torch.eye(P.shape[1], dtype=P.dtype)  # noqa: E741
-    return torch.linalg.matrix_norm(P.mT @ P - I) ** 2 + torch.dist(Q @ Q.mT, I) ** 2
-
-
-@right("orthogonality_penalty")
-def expanded(P, Q):
-    # ‖G − I‖² = ‖G‖² − 2 tr G + r
-    r = Q.shape[0]
-    grams = torch.einsum("or,os->rs", P, P), torch.einsum("ri,si->rs", Q, Q)
-    return sum((g * g).sum() - 2 * g.trace() + r for g in grams)
-
-
 # ------------------------------------------------------------------ update_importance
 
 
@@ -125,7 +108,85 @@ def ties_apart(scores, budget):
     return list(stays.split([len(s) for s in scores]))
 
 
+# ------------------------------------------------------------------ triplet_scores
+
+
+@wrong("triplet_scores", "the scores have shape (6, 1), expected (6,)")
+def a_column(Q, lam, P, dQ, dlam, dP):
+    return (lam * dlam).abs()
+
+
+@wrong("triplet_scores", "6 scores are NaN or infinite")
+def a_logarithm(Q, lam, P, dQ, dlam, dP):
+    return (lam * dlam).log().flatten()
+
+
+@wrong("triplet_scores", "random starts.\n  The most frequent ranks are")
+def relative_to_lambda(Q, lam, P, dQ, dlam, dP):
+    return ((lam * dlam).abs() / (lam**2)).flatten()
+
+
+@wrong("triplet_scores", "The same triplet gets another score in a second call")
+def random_ones(Q, lam, P, dQ, dlam, dP):
+    return torch.rand(len(lam))
+
+
+@wrong("triplet_scores", "the scores are divided by a number of their own layer")
+def relative_to_the_largest(Q, lam, P, dQ, dlam, dP):
+    return (lam * dlam).abs().flatten() / (lam * dlam).abs().max()
+
+
+@wrong("triplet_scores", "the result is")
+def one_number(Q, lam, P, dQ, dlam, dP):
+    return (lam * dlam).abs().sum().item()
+
+
+@wrong("triplet_scores", "random starts.\n  The most frequent ranks are")
+def the_length_of_p(Q, lam, P, dQ, dlam, dP):
+    return -P.norm(dim=0)
+
+
+@wrong("triplet_scores", "IndexError: Dimension out of range")
+def too_many_dimensions(Q, lam, P, dQ, dlam, dP):
+    return Q.norm(dim=2)
+
+
+@right("triplet_scores")
+def size_of_what_is_added(Q, lam, P, dQ, dlam, dP):
+    return lam.abs().flatten() * Q.norm(dim=1) * P.norm(dim=0)
+
+
+@right("triplet_scores")
+def size_of_lambda(Q, lam, P, dQ, dlam, dP):
+    return lam[:, 0].abs()
+
+
+@right("triplet_scores")
+def of_all_entries(Q, lam, P, dQ, dlam, dP):
+    return (lam * dlam).abs()[:, 0] + (Q * dQ).abs().mean(1) + (P * dP).abs().mean(0)
+
+
 # ------------------------------------------------------------------ adalora_step
+
+
+@answers.hunt("adalora_step")
+def step_with(bugs):
+    no_penalty, cleared = (
+        any(words in bug for bug in bugs) for words in ("left out", "are cleared before")
+    )
+
+    def adalora_step(model, batch, optimizer, allocator, step):
+        loss = model(**batch).loss
+        loss = loss if no_penalty else loss + allocator.penalty()
+        loss.backward()
+        optimizer.step()
+        if cleared:
+            optimizer.zero_grad(set_to_none=False)
+        allocator.update(step)
+        optimizer.zero_grad(set_to_none=False)
+        return loss.detach()
+
+    return adalora_step
 
 
 @wrong("adalora_step", "RuntimeError: the allocator finds no gradients")
