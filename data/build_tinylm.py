@@ -5,8 +5,7 @@
 
 Resumable: it keeps its state in FOLDER every hundred steps; run the same command again. The seed
 fixes the start and the order of the text, but bfloat16 sums differ between processors, so another
-machine makes a model as good, not the same bytes. The loss curve goes to
-data/results/tinylm_pretraining.csv.
+machine makes a model as good, not the same bytes. The loss curve is in FOLDER/curve.csv.
 """
 
 import argparse
@@ -18,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from build_common import DATA, folder_of, record, sha256
+from build_common import folder_of, record, sha256
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_lessons.studies import stamp
 
 FOLDER = "models/tinylm"
-CURVE = DATA / "results" / "tinylm_pretraining.csv"
 COLUMNS = ("step", "tokens", "lr", "train_loss", "validation_loss", *stamp())
 VOCABULARY, CONTEXT, BATCH, EVERY, SEED = 4096, 256, 24, 100, 0
 NEW_TOKENS = 40  # what generate() writes unless told; without it every call warns
@@ -213,7 +211,6 @@ def main() -> None:
     corpus = {"size": len(train), "digest": sha256((options.folder / "train.txt").read_bytes())}
     notice = NOTICE.format(tokens=steps * BATCH * CONTEXT, **measured, **corpus)
     (out / "NOTICE").write_text(notice, encoding="utf-8")
-    CURVE.write_bytes((options.folder / "curve.csv").read_bytes())
     record(FOLDER, "python data/build_tinylm.py FOLDER")
 
 
