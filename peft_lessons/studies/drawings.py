@@ -124,8 +124,9 @@ class _Map:
     def linear(self, x: float, y: float, text: str, side: int = -1) -> None:
         """Draw a linear map around height y, its bias, and its LoRA factors below (side -1) or
         above it (side 1), with the marks that are lit."""
-        name = f"{text}\n4 bit" if "QLoRA" in self.lit else text
-        box(self.ax, x, y - 17, 58, 34, name)
+        packed = "QLoRA" in self.lit
+        name = f"{text}\n4 bit" if packed else text
+        box(self.ax, x, y - 17, 58, 34, name, color=INK if packed else GREY, lit=packed)
         self.part("BitFit", x + 58, y - 17, 12, 34, text="b")
         place = "LoRA" if text in self.targets else "LoRA elsewhere"
         parts = [(0, 28, "A"), (30, 28, "B")]
