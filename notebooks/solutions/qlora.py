@@ -8,19 +8,6 @@ import torch.nn.functional as F
 from peft_lessons.methods.qlora import dequantize_nf4, quantize_nf4
 
 
-def bits_per_parameter(
-    bits: int,
-    block: int,
-    absmax_bits: int = 32,
-    double_block: int | None = None,
-    double_bits: int = 8,
-) -> float:
-    """Return the bits stored for each parameter: its code and its share of every absmax."""
-    if double_block is None:
-        return bits + absmax_bits / block
-    return bits + double_bits / block + absmax_bits / (block * double_block)
-
-
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """Return the codes (2n,) of packed bytes (n,), the high nibble of each byte first."""
     pairs = torch.stack([packed >> 4, packed & 15], dim=1)    # (n, 2)
@@ -110,3 +97,14 @@ def kmeans_levels(ratios: torch.Tensor, count: int, rounds: int = 50) -> torch.T
         weights = cell.bincount(minlength=count)
         levels = torch.where(weights > 0, sums / weights, levels)     # an empty cell stays
     return levels.sort().values
+
+
+def diagnose_codes() -> dict[str, str]:
+    """Return {person: what differs} for A to E."""
+    return {
+        "A": "blocks of 16",
+        "B": "the levels as boundaries",
+        "C": "one absmax for the matrix",
+        "D": "an absmax that keeps its sign",
+        "E": "evenly spaced levels",
+    }

@@ -7,71 +7,9 @@ import torch
 from ..methods.qlora import NF4, dequantize_nf4, quantize_nf4
 from .calls import outcome
 from .compare import tensors
+from .diagnosis import diagnosis
 from .kit import Case, Refused, check_for
 from .mistakes import mistakes, scaling_mistakes
-
-# ------------------------------------------------------------------ bits_per_parameter
-
-
-@check_for(
-    cases=[
-        (4, 64),
-        (4, 64, 32, 256),
-        (8, 12, 32),
-        (4, 128, 16, 64, 6),
-        (3, 32, 16),
-        (8, 64, 32, 128, 6),
-    ],
-    returns="the number of bits",
-    causes=mistakes(
-        """
-        def bits_per_parameter(bits, block, absmax_bits=32, double_block=None, double_bits=8):
-            total = float(bits)
-            if not double_block:
-                return total + absmax_bits / block
-            first = double_bits / block
-            second = absmax_bits / (block * double_block)
-            return total + first + second
-        """,
-        """
-        the absmax is left out: every block stores one
-            + absmax_bits / block → ∅
-            + first + second → ∅
-        a block shares its absmax: divide absmax_bits by block
-            absmax_bits / block → absmax_bits
-            double_bits / block → double_bits
-            (block * double_block) → double_block
-        the result is in bytes: return bits
-            total + absmax_bits / block → (total + absmax_bits / block) / 8
-            total + first + second → (total + first + second) / 8
-        // drops the fraction of a bit
-            absmax_bits / block → absmax_bits // block
-            double_bits / block → double_bits // block
-            absmax_bits / ( → absmax_bits // (
-        double quantisation is left out: look at double_block
-            first + second → absmax_bits / block
-        a second absmax is shared by block · double_block parameters, not by double_block
-            (block * double_block) → double_block
-        the second absmax is left out: there is one for each double_block of the first
-            first + second → first
-        the first absmax is still counted in absmax_bits: its code of double_bits replaces it
-            first + second → absmax_bits / block + first + second
-        the default values are used: use the arguments absmax_bits and double_bits
-            absmax_bits / block → 32 / block
-            double_bits / block → 8 / block
-            absmax_bits / ( → 32 / (
-        """,
-    ),
-)
-def bits_per_parameter(bits, block, absmax_bits=32, double_block=None, double_bits=8):
-    """The bits of codes and absmax, with and without double quantisation."""
-    # The bits of a tensor that is whole in every block, by what it stores.
-    n = block * (double_block or 1)
-    absmax = n // block
-    if double_block is None:
-        return (n * bits + absmax * absmax_bits) / n
-    return (n * bits + absmax * double_bits + (absmax // double_block) * absmax_bits) / n
-
 
 # ------------------------------------------------------------------ unpack_nibbles
 
@@ -223,8 +161,8 @@ def _case(shape, levels, block, note=""):
             blocks = padded.reshape(-1, block)
             absmax = blocks.abs().amax(dim=1)
             scaled = blocks / absmax[:, None]
-            distances = (scaled[..., None] - levels).abs()
-            codes = distances.argmin(dim=-1)
+            edges = (levels[1:] + levels[:-1]) / 2
+            codes = torch.bucketize(scaled, edges)
             return codes.flatten()[:n].byte(), absmax
         """,
         """
@@ -242,12 +180,12 @@ def _case(shape, levels, block, note=""):
         the numbers are not divided by the absmax of their block
             / absmax[:, None] → ∅
         the levels themselves are used as boundaries, which rounds up: use the midpoints
-            distances.argmin(dim=-1) → torch.bucketize(scaled, levels)
+            (scaled, edges) → (scaled, levels)
         the numbers are rounded down to a level: round to the nearest
-            distances.argmin(dim=-1) →
+            torch.bucketize(scaled, edges) →
                 (torch.bucketize(scaled, levels, right=True) - 1).clamp(min=0)
         this rounding is right only for evenly spaced levels: find the nearest level
-            distances.argmin(dim=-1) →
+            torch.bucketize(scaled, edges) →
                 ((scaled + 1) / 2 * (len(levels) - 1)).round().clamp(0, 255)
         the last block is dropped because it is short: keep it
             torch.cat([x.flatten(), torch.zeros(-n % block)]) → x.flatten()[: n // block * block]
@@ -325,7 +263,14 @@ def _packed(codes):
     return codes[0::2] * 16 + codes[1::2]
 
 
-def _merge_case(out, in_, rank, alpha, update=1.0, note=""):
+def _twins(out, in_):
+    """Return a weight's packed codes and absmax: both codes of a byte are equal, so that it does
+    not matter which of them is first."""
+    codes, absmax = quantize_blockwise.reference(torch.randn(out, in_ // 2), _NF4, 32)
+    return _packed(codes.repeat_interleave(2)), absmax
+
+
+def _merge_case(out, in_, rank, alpha, update=1.0, note="", bug=""):
     def make():
         # A few large numbers, as weights have them.
         weight = torch.randn(out, in_) * (1 + 4 * (torch.rand(out, in_) < 0.02))
@@ -333,29 +278,46 @@ def _merge_case(out, in_, rank, alpha, update=1.0, note=""):
         A, B = torch.randn(rank, in_), update * torch.randn(out, rank)
         return [_packed(codes), absmax, A, B, alpha, (out, in_)]
 
-    return Case(make, note=note)
+    return Case(make, note=note, bug=bug)
 
 
 def _grid_case(out=24, in_=128, rank=4, alpha=10):
     """Return a merged weight on the grid of NF4 for any scaling: 4 bits lose nothing."""
 
     def make():
-        code = torch.randint(1, 16, (in_,), dtype=torch.uint8)
-        code.view(-1, 64)[:, 5] = 15  # the level 1 in every block
+        code = torch.randint(1, 16, (in_ // 2,), dtype=torch.uint8)
+        code.view(-1, 32)[:, 5] = 15  # the level 1 in every block
+        code = code.repeat_interleave(2)
         absmax = torch.rand(out).add(0.5).repeat_interleave(in_ // 64)
         # Every row is a positive multiple of one row of levels, the update's rows too.
         A = torch.rand(rank, 1).add(0.2) * _NF4[code.long()]
         B = torch.rand(out, rank).add(0.2)
         return [_packed(code.repeat(out)), absmax, A, B, alpha, (out, in_)]
 
-    return Case(make, note="the merged weight lies on the grid of NF4")
+    return Case(make, note="the merged weight lies on the grid of NF4", bug=_UNSCALED)
+
+
+def _off_the_grid():
+    """Return a case in which neither nibbles nor scaling can go wrong."""
+
+    def make():
+        packed, absmax = _twins(48, 128)
+        A, B = torch.randn(8, 128), 0.3 * torch.randn(48, 8)
+        return [packed, absmax, A, B, 8, (48, 128)]
+
+    return Case(make, note="α = r, and the codes of a byte are equal", bug=_SILENT)
+
+
+_SWAPPED = "the nibbles are swapped: the first number is in the high one"
+_UNSCALED = "the scaling alpha / r is left out"
+_SILENT = "the weight is re-quantised before its error is measured, so that nothing seems lost"
 
 
 @check_for(
-    # Each fault of the stub shows in a case of its own: these come in the order of its lines.
     cases=[
-        _merge_case(32, 64, 4, 10, update=0, note="B = 0: an adapter that has not trained yet"),
+        _merge_case(32, 64, 4, 10, update=0, note="B = 0: it has not trained yet", bug=_SWAPPED),
         _grid_case(),
+        _off_the_grid(),
         _merge_case(48, 128, 8, 4, update=0.3),
         _merge_case(64, 64, 2, 3.0, update=0.02, note="a small update"),
     ],
@@ -415,6 +377,41 @@ def merge_into_4bit(packed, absmax, A, B, alpha, shape):
     again = dequantized(*quantize_blockwise.reference(weight, *grid), *grid, shape)
     error = (again.double() - weight).norm() / weight.norm()
     return weight.float(), error.item() if error > 1e-4 else 0.0
+
+
+# ------------------------------------------------------------------ diagnose_codes
+
+# Of each histogram of data/results/broken_codes.csv: what was done otherwise, and what shows it.
+_CODES = {
+    "A": (
+        "blocks of 16",
+        "all codes are used nearly alike, also the outer ones, and the error is the smallest: the "
+        "largest of few weights is not far out, and one weight in 16 is ±1",
+    ),
+    "B": (
+        "the levels as boundaries",
+        "every weight between two levels has gone to the upper one, so the bars lean to the right "
+        "and the error has doubled",
+    ),
+    "C": (
+        "one absmax for the matrix",
+        "the outer codes are hardly used, because the largest weight of all is far out",
+    ),
+    "D": (
+        "an absmax that keeps its sign",
+        "only the two ends have changed: the largest weight of a block is always +1, never −1",
+    ),
+    "E": (
+        "evenly spaced levels",
+        "the bars are alike on both sides of code 7, and code 15 is not used: fifteen levels have "
+        "a zero in their middle",
+    ),
+}
+
+
+@check_for(**diagnosis(_CODES, what="histogram"))
+def diagnose_codes():
+    """Every histogram has its cause. What shows it:"""
 
 
 # ------------------------------------------------------------------ FourBitProduct

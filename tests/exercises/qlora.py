@@ -6,37 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from peft_lessons.methods.qlora import NF4, dequantize_nf4, quantize_nf4, scale_by_absmax
+from peft_lessons.studies import load_results
 
 from . import Answers
 
 answers = Answers()
 wrong, right = answers.wrong, answers.right
-
-
-# ------------------------------------------------------------------ bits_per_parameter
-
-
-@wrong("bits_per_parameter", "Expected bits_per_parameter(bits, block, absmax_bits=32")
-def without_defaults(bits, block, absmax_bits, double_block, double_bits):
-    return bits + double_bits / block + absmax_bits / (block * double_block)
-
-
-@wrong("bits_per_parameter", "TypeError: unsupported operand type(s) for *: 'int' and 'NoneType'")
-def none_multiplied(bits, block, absmax_bits=32, double_block=None, double_bits=8):
-    return bits + double_bits / block + absmax_bits / (block * double_block)
-
-
-@right("bits_per_parameter")
-def nested(bits, block, absmax_bits=32, double_block=None, double_bits=8):
-    scale = absmax_bits if not double_block else double_bits + absmax_bits / double_block
-    return bits + scale / block
-
-
-@right("bits_per_parameter")
-def recursive(bits, block, absmax_bits=32, double_block=None, double_bits=8):
-    if double_block is not None:
-        absmax_bits = recursive(double_bits, double_block, absmax_bits)
-    return (bits * block + absmax_bits) / block
 
 
 # ------------------------------------------------------------------ unpack_nibbles
@@ -169,29 +144,30 @@ def requantized(weight):
     return dequantize_nf4(*quantize_nf4(weight), weight.shape)
 
 
-def hunted(mended):
-    """The stub with the first of its four faults mended, in the order of its lines."""
+@answers.hunt("merge_into_4bit")
+def merge_with(bugs):
+    swapped, unscaled, silent = (
+        any(words in bug for bug in bugs)
+        for words in ("nibbles are swapped", "left out", "nothing seems lost")
+    )
 
-    def answer(packed, absmax, A, B, alpha, shape):
+    def merge_into_4bit(packed, absmax, A, B, alpha, shape):
         high, low = packed >> 4, packed & 15
-        codes = torch.stack([high, low] if mended > 0 else [low, high], dim=1).flatten()
+        codes = torch.stack([low, high] if swapped else [high, low], dim=1).flatten()
         base = (NF4[codes.long()].view(-1, 64) * absmax[:, None]).view(shape)
-        weight = base + B @ A * (alpha / A.shape[0] if mended > 1 else 1)
-        again = requantized(weight)
-        weight = weight if mended > 2 else again
-        error = (weight - again).norm() / (weight if mended > 3 else base).norm()
+        weight = base + B @ A * (1 if unscaled else alpha / A.shape[0])
+        weight = requantized(weight) if silent else weight
+        error = (weight - requantized(weight)).norm() / weight.norm()
         return weight, float(error)
 
-    return answer
+    return merge_into_4bit
 
 
-wrong("merge_into_4bit", "the nibbles are swapped: the first number is in the high one")(hunted(0))
-wrong("merge_into_4bit", "the scaling alpha / r is left out")(hunted(1))
-wrong("merge_into_4bit", "the weight is re-quantised before its error is measured")(hunted(2))
-wrong("merge_into_4bit", "the error is divided by the norm of the base")(hunted(3))
-
-
-right("merge_into_4bit")(hunted(4))
+@wrong("merge_into_4bit", "All 3 faults are mended, but something else is wrong")
+def an_error_of_the_base(packed, absmax, A, B, alpha, shape):
+    weight, error = in_double_and_by_einsum(packed, absmax, A, B, alpha, shape)
+    base = dequantize_nf4(packed, absmax, shape)
+    return weight, error * (1 if 2 * alpha > A.shape[0] else (weight.norm() / base.norm()).item())
 
 
 @right("merge_into_4bit")
@@ -208,6 +184,47 @@ def in_double_and_by_einsum(packed, absmax, A, B, alpha, shape):
     update = torch.einsum("or,ri->oi", B.double(), A.double()) * alpha / len(A)
     weight = (base + update).float()
     return weight, torch.dist(requantized(weight), weight).item() / weight.norm().item()
+
+
+# ------------------------------------------------------------------ diagnose_codes
+
+
+@right("diagnose_codes")
+def from_the_histograms():
+    found = {}
+    for row in load_results("broken_codes").query("run != 'QLoRA'").itertuples():
+        uses = torch.tensor([float(use) for use in row.uses.split()])
+        if uses[15] == 0 and uses[0] > 1:
+            found[row.run] = "evenly spaced levels"
+        elif uses[0] + uses[15] > 10:
+            found[row.run] = "blocks of 16"
+        elif uses[0] < 0.1:
+            found[row.run] = "one absmax for the matrix"
+        elif row.error > 15:
+            found[row.run] = "the levels as boundaries"
+        else:
+            found[row.run] = "An absmax that keeps its sign"
+    return found
+
+
+@wrong("diagnose_codes", "3 of 5 are right")
+def the_two_bells_exchanged():
+    return from_the_histograms() | {"C": "evenly spaced levels", "E": "one absmax for the matrix"}
+
+
+@wrong("diagnose_codes", "Without a cause: B, C, D, E.")
+def one_alone():
+    return {"A": "blocks of 16"}
+
+
+@wrong("diagnose_codes", "'blocks of 64' is not one of the causes")
+def another_cause():
+    return {"A": "blocks of 64"}
+
+
+@wrong("diagnose_codes", "Look at histogram A: all codes are used nearly alike")
+def nothing_right():
+    return {"A": "evenly spaced levels"}
 
 
 # ------------------------------------------------------------------ FourBitProduct
