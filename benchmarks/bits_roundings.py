@@ -1,6 +1,6 @@
 """Do the levels matter, or the draw? Perplexity of a rounded base, for several roundings of each.
 
-    python benchmarks/bits_roundings.py       # ten minutes on one core
+    python benchmarks/bits_roundings.py       # a quarter of an hour on one core
 
 The same levels round a matrix otherwise if its blocks of 64 begin at other weights. All linear
 layers of a decoder are rounded as in `bits_study.py`, but with blocks that are moved by `offset`
@@ -20,7 +20,7 @@ from torch import nn
 from peft_lessons import evaluate, load_model, load_task, load_tokenizer
 
 PIECES = {"tinylm": 200, "smollm2": 20}
-OFFSETS = {"tinylm": range(0, 64, 8), "smollm2": range(0, 64, 16)}
+OFFSETS = range(0, 64, 8)
 KEY, COLUMNS = ("model", "levels", "bits", "offset"), ("error", "test")
 
 
@@ -59,7 +59,7 @@ def points() -> list[tuple]:
             *(
                 (name, levels, bits, offset)
                 for bits in (4, 3)
-                for offset in OFFSETS[name]
+                for offset in OFFSETS
                 for levels in (NORMAL, EVEN, SIGNED)
             ),
         ]

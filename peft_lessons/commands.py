@@ -115,6 +115,7 @@ site [FOLDER] [OPTIONS]: build the course as web pages, to build/site
     -m tools.site
 results [OPTIONS]: run what the measured tables lack; many hours if they are empty
     benchmarks/*_study.py
+    benchmarks/bits_roundings.py
     benchmarks/dora_analysis.py
     benchmarks/dora_swaps.py
     benchmarks/broken_*.py
