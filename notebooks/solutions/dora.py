@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the length (out,) of every row of a weight, and the rows at length 1 (out, in)."""
-    magnitude = torch.linalg.norm(weight, dim=1)              # (out,)
-    return magnitude, weight / magnitude[:, None]
+    return weight.norm(dim=1), F.normalize(weight, dim=1)     # a row of zeros stays zeros
 
 
 def dora_output(
@@ -57,3 +56,14 @@ class DoRALinear(nn.Module):
         V = self.linear.weight + self.scaling * self.lora_B @ self.lora_A       # (out, in)
         direction = V / V.norm(dim=1, keepdim=True).detach()                    # (out, in)
         return F.linear(x, self.magnitude[:, None] * direction, self.linear.bias)
+
+
+def diagnose_rows() -> dict[str, str]:
+    """Return {run: fault} for the runs A to E."""
+    return {
+        "A": "used without m",
+        "B": "m starts as ones",
+        "C": "V is detached with its norm",
+        "D": "m is frozen",
+        "E": "the norm is that of the columns",
+    }

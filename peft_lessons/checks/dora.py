@@ -5,7 +5,9 @@ import math
 import torch
 from torch import nn
 
-from .calls import gradients_or_zeros
+from ..testing.wording import kind
+from .calls import gradients_or_zeros, module_of
+from .diagnosis import diagnosis
 from .kit import Case, Forbid, check_for
 from .mistakes import mistakes, scaling_mistakes
 
@@ -22,6 +24,12 @@ def _rows(weight):
     return torch.linalg.norm(weight, dim=1)
 
 
+def _with_zeros(out, in_, *rows):
+    weight = _weight(out, in_)
+    weight[list(rows)] = 0.0
+    return [weight]
+
+
 @check_for(
     cases=[
         Case(lambda: [_weight(12, 20)]),
@@ -29,16 +37,20 @@ def _rows(weight):
         Case(lambda: [_weight(16, 16)], note="a square weight"),
         Case(lambda: [_weight(10, 33, torch.float64)]),
         Case(lambda: [_weight(6, 1)], note="a single column"),
+        Case(lambda: _with_zeros(9, 14, 4), note="row 4 is zero"),
+        Case(lambda: _with_zeros(7, 7, 0, 6), note="the first row and the last are zero"),
     ],
     returns=("magnitude", "direction"),
     causes=mistakes(
         """
         def decompose(weight):
             magnitude = (weight**2).sum(dim=1).sqrt()
-            direction = weight / magnitude[:, None]
+            direction = weight / magnitude[:, None].clamp(min=1e-12)
             return magnitude, direction
         """,
         """
+        the idea is right, but a row of zeros becomes NaN: 0 / 0
+            .clamp(min=1e-12) → ∅
         the norms are those of the columns: dim=0 sums over the rows
             dim=1 → dim=0
             [:, None] → ∅
@@ -57,19 +69,20 @@ def _rows(weight):
         the squares are averaged, not summed
             .sum( → .mean(
         the direction is the weight itself: divide it by the magnitude
-            / magnitude[:, None] → ∅
+            / magnitude[:, None].clamp(min=1e-12) → ∅
         the columns of the direction have length 1: its rows must have length 1
-            weight / magnitude[:, None] → F.normalize(weight, dim=0)
+            weight / magnitude[:, None].clamp(min=1e-12) → F.normalize(weight, dim=0)
         the order is reversed: return the magnitude first
             magnitude, direction → direction, magnitude
         """,
     ),
 )
 def decompose(weight):
-    """Every row is its length times a row of length 1."""
+    """Every row is its length times a row of length 1, and a row of zeros stays one."""
     lengths = [math.sqrt(sum(float(v) ** 2 for v in row)) for row in weight]
     magnitude = torch.tensor(lengths, dtype=torch.float64)
-    return magnitude.to(weight.dtype), (weight.double() / magnitude[:, None]).to(weight.dtype)
+    divisors = torch.tensor([length or 1.0 for length in lengths], dtype=torch.float64)
+    return magnitude.to(weight.dtype), (weight.double() / divisors[:, None]).to(weight.dtype)
 
 
 # ------------------------------------------------------------------ dora_output
@@ -267,6 +280,37 @@ def magnitude_direction_change(w0, w1):
     return (m1 - m0).abs().mean().item(), ((gap * gap).sum(dim=1) / 2).mean().item()
 
 
+# ------------------------------------------------------------------ diagnose_rows
+
+# Of each run of data/results/broken_rows.csv: what is wrong, and what its rows show of it.
+_FAULTY_RUNS = {
+    "A": (
+        "used without m",
+        "hardly a row has become shorter, and those that turned furthest are the longest: this is "
+        "V itself, as LoRA would use it",
+    ),
+    "B": (
+        "m starts as ones",
+        "the lengths lie far from 1, although the rows have turned as little as the healthy ones",
+    ),
+    "C": (
+        "V is detached with its norm",
+        "no row has turned, because no gradient reaches A and B; only m has learned",
+    ),
+    "D": ("m is frozen", "every row has exactly the length that it had"),
+    "E": (
+        "the norm is that of the columns",
+        "no row is near 0 degrees, where many of the others still are: every column is divided by "
+        "a number of its own, which turns each row, at step 0 already",
+    ),
+}
+
+
+@check_for(**diagnosis(_FAULTY_RUNS))
+def diagnose_rows():
+    """Every run has its fault. What shows it:"""
+
+
 # ------------------------------------------------------------------ DoRALinear
 
 
@@ -290,46 +334,131 @@ _PARTS = (
     "the output once A, B and m are trained",
     *(f"the gradient of {name}" for name in (*_TRAINED, "x")),
 )
+_TRAINS, _DEAD, _START, _ZERO, _FIRST, _OUTPUT, *_GRADIENTS = _PARTS
+_ONES = "the magnitude starts as ones, so that step 0 is not the base: start from ‖W‖"
+_NO_BIAS = "the bias of the layer is lost"
+_COLUMNS = "the norm is that of V's columns: dim=0 sums over the output rows"
+_THROUGH = "a gradient flows through the norm, which is a constant: detach it"
 
 
-def _used(module):
+class _Watched:
+    """Build a layer of an answer's class, and return what `look` names of it: all of it if it
+    names nothing."""
+
+    def __init__(self, layer: type) -> None:
+        self.layer, self.__name__ = layer, getattr(layer, "__name__", "")
+        self.__module__ = module_of(layer)  # whose lines an error shows
+
+    def __call__(self, linear, rank, alpha, look):
+        module = self.layer(linear, rank, alpha)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"DoRALinear(linear, rank, alpha) returns {kind(module)}, not a module")
+        with torch.enable_grad():
+            return _seen(module, *look)
+
+
+def _seen(module, looked=None, factors=None):
     """Return what a DoRALinear holds and computes, from its start to its gradients; a part that
-    earlier parts make impossible is None."""
+    earlier parts make impossible, and one that is not looked at, is None."""
     trained = {n.rpartition(".")[2]: p for n, p in module.named_parameters() if p.requires_grad}
-    seen = dict.fromkeys(_PARTS)
-    trains, dead, start, zero, first, output, *gradients = _PARTS
-    seen[trains] = sorted(trained)
-    if seen[trains] != _TRAINED:
+    seen, looked = dict.fromkeys(_PARTS), looked or _PARTS
+    seen[_TRAINS] = sorted(trained)
+    if seen[_TRAINS] != _TRAINED:
         return seen
     A, B, m = (trained[name] for name in _TRAINED)
-    seen[dead] = not (A.any() or B.any())
-    seen[start] = m.detach().clone()
+    seen[_DEAD] = not (A.any() or B.any())
+    if _START in looked:
+        seen[_START] = m.detach().clone()
     if m.shape != B.shape[:1]:
         return seen
     torch.random.default_generator.manual_seed(0)
     x = torch.randn(2, 6, A.shape[1], requires_grad=True)
     with torch.no_grad():
-        seen[zero], seen[first] = module(torch.zeros(3, A.shape[1])), module(x)
-        A.copy_(torch.randn(A.shape) / math.sqrt(A.shape[1]))
-        B.copy_(torch.randn(B.shape) * m.abs().clamp(0.05, 5)[:, None])
-        m.mul_(0.5 + torch.rand(m.shape))
-    with torch.enable_grad():
+        seen[_ZERO] = module(torch.zeros(3, A.shape[1])) if _ZERO in looked else None
+        seen[_FIRST] = module(x) if _FIRST in looked else None
+        for p, values in zip((A, B, m), factors or _any_factors(A, B, m), strict=True):
+            p.copy_(values)
+    if {_OUTPUT, *_GRADIENTS} & {*looked}:
         y = module(x)
-        seen[output] = y.detach()
-        seen |= dict(zip(gradients, gradients_or_zeros(y, (A, B, m, x)), strict=True))
+        seen[_OUTPUT] = y.detach()
+        if _GRADIENTS[0] in looked:
+            seen |= dict(zip(_GRADIENTS, gradients_or_zeros(y, (A, B, m, x)), strict=True))
     return seen
+
+
+def _any_factors(A, B, m):
+    yield torch.randn(A.shape) / math.sqrt(A.shape[1])
+    yield torch.randn(B.shape) * m.abs().clamp(0.05, 5)[:, None]
+    yield m * (0.5 + torch.rand(m.shape))
+
+
+def _layer_case(out, in_, rank, alpha, note="", bias=True, looked=None, bug=""):
+    def make():
+        factors = torch.randn(rank, in_) / math.sqrt(in_), torch.randn(out, rank)
+        look = (looked, (*factors, 0.5 + torch.rand(out))) if looked else ()
+        return [_linear(out, in_, bias), rank, alpha, look]
+
+    return Case(make, note=note, bug=bug)
+
+
+def _even_case(d, rank, alpha, bug):
+    """Return a square layer whose V has rows and columns of one length."""
+
+    def make():
+        A, B = torch.randn(rank, d) / math.sqrt(d), torch.randn(d, rank)
+        linear, V = _linear(d, d, bias=False), torch.linalg.qr(torch.randn(d, d)).Q
+        with torch.no_grad():
+            linear.weight.copy_(2 * V - alpha / rank * B @ A)
+        return [linear, rank, alpha, ((_OUTPUT, *_GRADIENTS), (A, B, 0.5 + torch.rand(d)))]
+
+    return Case(make, note="no bias; all rows and columns of V are 2 long", bug=bug)
+
+
+def _described(note, linear, rank, alpha, look):
+    called = f"linear {linear}, rank={rank}, alpha={alpha}"
+    given = " (A, B and m get values)" if look and _START not in look[0] else ""
+    return f"{called}{f' ({note})' if note else ''}{given}"
+
+
+class _Right(nn.Module):
+    """DoRA by its definition, row by row."""
+
+    def __init__(self, linear, rank=8, alpha=16.0):
+        super().__init__()
+        self.linear, self.scaling = linear, alpha / rank
+        self.lora_A = nn.Parameter(torch.randn(rank, linear.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.magnitude = nn.Parameter(self.lengths().clone())
+
+    @torch.no_grad()
+    def lengths(self):
+        BA = sum(torch.outer(b, a) for a, b in zip(self.lora_A, self.lora_B.T, strict=True))
+        return torch.stack([row.norm() for row in self.linear.weight + self.scaling * BA])
+
+    def forward(self, x):
+        low = torch.einsum("...i,ri,or->...o", x, self.lora_A, self.lora_B)
+        rescaled = (x @ self.linear.weight.T + self.scaling * low) * (
+            self.magnitude / self.lengths()
+        )
+        return rescaled if self.linear.bias is None else rescaled + self.linear.bias
 
 
 @check_for(
     cases=[
-        Case(lambda: [_linear(12, 20), 4, 10]),
-        Case(lambda: [_linear(20, 12), 3, 4.0]),
-        Case(lambda: [_linear(16, 16), 2, 5], note="a square weight"),
-        Case(lambda: [_linear(14, 18, bias=False), 4, 6], note="a layer without a bias"),
+        _layer_case(12, 20, 4, 10, looked=(_START,), bug=_ONES),
+        _layer_case(14, 10, 2, 5, looked=(_ZERO,), bug=_NO_BIAS),
+        _layer_case(18, 11, 3, 4.0, bias=False, looked=(_OUTPUT,), bug=_COLUMNS),
+        _even_case(16, 4, 6, bug=_THROUGH),
+        _layer_case(12, 20, 4, 10),
+        _layer_case(20, 12, 3, 4.0),
+        _layer_case(16, 16, 2, 5, note="a square weight"),
+        _layer_case(14, 18, 4, 6, bias=False, note="a layer without a bias"),
     ],
-    returns="the module",
-    view=_used,
+    returns="",
+    view=dict,
     staged=True,
+    adapt=_Watched,
+    describe=_described,
     causes=mistakes(
         """
         class DoRALinear(nn.Module):
@@ -379,24 +508,6 @@ def _used(module):
         """,
     ),
 )
-class DoRALinear(nn.Module):
+def DoRALinear(linear, rank, alpha, look):
     """The layer is the base at step 0, computes DoRA once trained, and has DoRA's gradients."""
-
-    def __init__(self, linear, rank=8, alpha=16.0):
-        super().__init__()
-        self.linear, self.scaling = linear, alpha / rank
-        self.lora_A = nn.Parameter(torch.randn(rank, linear.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
-        self.magnitude = nn.Parameter(self.lengths().clone())
-
-    @torch.no_grad()
-    def lengths(self):
-        BA = sum(torch.outer(b, a) for a, b in zip(self.lora_A, self.lora_B.T, strict=True))
-        return torch.stack([row.norm() for row in self.linear.weight + self.scaling * BA])
-
-    def forward(self, x):
-        low = torch.einsum("...i,ri,or->...o", x, self.lora_A, self.lora_B)
-        rescaled = (x @ self.linear.weight.T + self.scaling * low) * (
-            self.magnitude / self.lengths()
-        )
-        return rescaled if self.linear.bias is None else rescaled + self.linear.bias
+    return _seen(_Right(linear, rank, alpha), *look)

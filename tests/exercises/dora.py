@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from peft_lessons.methods.dora import DoRALayer, start
+from peft_lessons.studies import load_results
 
 from . import Answers
 
@@ -20,7 +21,7 @@ wrong, right = answers.wrong, answers.right
 @right("decompose")
 def by_einsum(weight):
     magnitude = torch.einsum("oi,oi->o", weight, weight).sqrt()
-    return magnitude, torch.einsum("oi,o->oi", weight, 1 / magnitude)
+    return magnitude, torch.einsum("oi,o->oi", weight, 1 / magnitude).nan_to_num()
 
 
 @right("decompose")
@@ -37,12 +38,19 @@ def normalised(weight):
 @right("decompose")
 def by_diagonal(weight):
     magnitude = (weight @ weight.T).diagonal() ** 0.5
-    return magnitude, torch.diag(1 / magnitude) @ weight
+    return magnitude, torch.diag(1 / magnitude.clamp(min=1e-9)) @ weight
 
 
 @right("decompose")
 def row_by_row(weight):
-    return torch.stack([row.norm() for row in weight]), torch.stack([r / r.norm() for r in weight])
+    directions = [row / row.norm() if row.any() else row for row in weight]
+    return torch.stack([row.norm() for row in weight]), torch.stack(directions)
+
+
+@wrong("decompose", "the idea is right, but a row of zeros becomes NaN: 0 / 0")
+def without_a_look_at_zeros(weight):
+    magnitude = weight.norm(dim=1)
+    return magnitude, torch.einsum("oi,o->oi", weight, magnitude.reciprocal())
 
 
 # ------------------------------------------------------------------ dora_output
@@ -151,6 +159,49 @@ def by_loops(w0, w1):
     return m, d
 
 
+# ------------------------------------------------------------------ diagnose_rows
+
+
+@right("diagnose_rows")
+def from_the_rows():
+    found = {}
+    for run in load_results("broken_rows").query("run != 'healthy'").itertuples():
+        turns, lengths = (
+            torch.tensor([float(v) for v in text.split()]) for text in (run.turns, run.lengths)
+        )
+        if (lengths == 1).all():
+            found[run.run] = "m is frozen"
+        elif turns.max() < 0.1:
+            found[run.run] = "V is detached with its norm"
+        elif turns.min() > 3:
+            found[run.run] = "the norm is that of the columns"
+        elif lengths.std() > 0.1:
+            found[run.run] = "m starts as ones"
+        else:
+            found[run.run] = "used without m"
+    return found
+
+
+@wrong("diagnose_rows", "3 of 5 are right")
+def m_exchanged():
+    return from_the_rows() | {"A": "m is frozen", "D": "used without m"}
+
+
+@wrong("diagnose_rows", "Given to several runs: m is frozen. Each cause belongs to one run.")
+def frozen_twice():
+    return from_the_rows() | {"A": "m is frozen"}
+
+
+@wrong("diagnose_rows", "there is no run 'F': the broken runs are A to E")
+def a_sixth_run():
+    return from_the_rows() | {"F": "m is frozen"}
+
+
+@wrong("diagnose_rows", "Look at run C: no row has turned, because no gradient reaches A and B")
+def nothing_given():
+    return {}
+
+
 # ------------------------------------------------------------------ DoRALinear
 
 
@@ -183,6 +234,28 @@ class Repaired(nn.Module):
 right("DoRALinear")(Repaired)
 
 
+@answers.hunt("DoRALinear")
+def layer_with(bugs):
+    ones, no_bias, columns, through = (
+        any(words in bug for bug in bugs)
+        for words in ("starts as ones", "is lost", "V's columns", "through the norm")
+    )
+
+    class DoRALinear(Repaired):
+        def first(self, linear):
+            return torch.ones(linear.out_features) if ones else super().first(linear)
+
+        def norm(self, V):
+            norm = V.norm(dim=0 if columns else 1, keepdim=True)
+            return norm if through else norm.detach()
+
+        def forward(self, x):
+            y = super().forward(x)
+            return y if self.linear.bias is None or not no_bias else y - self.linear.bias
+
+    return DoRALinear
+
+
 @wrong("DoRALinear", "the list of trainable parameters differs: missing 'magnitude'")
 class MagnitudeIsNoParameter(Repaired):
     def __init__(self, linear, rank=8, alpha=16.0):
@@ -198,7 +271,7 @@ class BaseTrains(Repaired):
         linear.weight.requires_grad_(True)
 
 
-@wrong("DoRALinear", "the returned value cannot be used: RuntimeError")
+@wrong("DoRALinear", "Here, your function raised RuntimeError: The size of tensor a")
 class RescaledTooEarly(Repaired):
     """c * s * (x Aᵀ) Bᵀ is read from the left: c meets the r numbers in the middle."""
 
