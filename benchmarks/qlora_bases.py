@@ -1,10 +1,10 @@
-"""One trained adapter on several bases: what rounding a base before, after or twice costs.
+"""Ways to merge QLoRA's adapter: into the base it was trained on, the float base, or 4 bits again.
 
-    python benchmarks/qlora_bases.py       # half an hour on one core
+    python benchmarks/qlora_bases.py       # twenty minutes on one core
 
-Trains LoRA and QLoRA on tinylm and Jane Austen's novels, as `qlora_study.py` does. Then it puts
-each trained adapter on other bases, without training again: the base in float32, the base in NF4
-with double quantisation, and merged weights that are rounded to NF4. Adds a row for each to
+Trains QLoRA on tinylm and Jane Austen's novels, as `qlora_study.py` does. Then it adds each trained
+update to other weights, without training again: to the weight in NF4 with double quantisation, to
+the weight in float32, and to the first with the sum rounded to NF4. Adds a row for each to
 data/results/qlora_bases.csv. `difference` is the test loss minus that of the model as it was
 trained, in nats per token, and `standard_error` that of the mean paired difference over the test
 blocks. `changed` is the share of 4-bit codes that differ from those of the base.
@@ -22,9 +22,7 @@ from peft_lessons import inject, load_model
 from peft_lessons.engine import injection_of
 from peft_lessons.methods.qlora import NF4Linear
 
-# The best learning rate of the study, and one ten times lower, at which updates are smaller.
-TRAINED = (("lora", 3e-2), ("qlora", 3e-2), ("qlora", 3e-3))
-OURS = {"lora": "lora, all linear", "qlora": "qlora"}
+RATES = (3e-2, 3e-3)  # the best one of the study, and one ten times lower: updates are smaller
 KEY = ("task", "method", "lr", "seed")
 COLUMNS = ("validation", "test", "difference", "standard_error", "changed")
 
@@ -41,19 +39,11 @@ def codes(layer: NF4Linear) -> torch.Tensor:
 
 
 # The weight that a model computes with, from a weight W of the base and the trained update ΔW. The
-# first line of each is the model as it was trained: QLoRA's merged into the dequantised weight is
-# the same function as its branch beside the 4-bit weight.
-BASES: dict[str, dict[str, Callable]] = {
-    "lora": {
-        "": lambda W, update: W + update,
-        ", base quantised after": lambda W, update: nf4(W).weight + update,
-        ", merged and rounded": lambda W, update: nf4(W + update).weight,
-    },
-    "qlora": {
-        "": lambda W, update: nf4(W).weight + update,
-        ", on the float base": lambda W, update: W + update,
-        ", merged and rounded": lambda W, update: nf4(nf4(W).weight + update).weight,
-    },
+# first is the model as it was trained: its branch beside the 4-bit weight is the same function.
+BASES: dict[str, Callable] = {
+    "": lambda W, update: nf4(W).weight + update,
+    ", on the float base": lambda W, update: W + update,
+    ", merged and rounded": lambda W, update: nf4(nf4(W).weight + update).weight,
 }
 
 
@@ -88,13 +78,13 @@ def changed(weights: dict[str, torch.Tensor], original: dict[str, torch.Tensor])
 def run(name: str, method: str, lr: float, seed: int) -> list[dict]:
     """Train one adapter and return a row of it on every base."""
     trained, task = base_of(name, seed), load(name)
-    inject(trained, setting(OURS[method], name))
+    inject(trained, setting(method, name))
     plain(trained, task, STEPS[name], lr, seed)
     updates = {p: w.lora.delta_weight().detach() for p, w in injection_of(trained).wrappers.items()}
     base = load_model("tinylm")
     original = {p: base.get_submodule(p).weight.detach().clone() for p in updates}
     rows, reference = [], None
-    for suffix, make in BASES[method].items():
+    for suffix, make in BASES.items():
         model = copy.deepcopy(base)
         with torch.no_grad():
             weights = {p: make(original[p], update) for p, update in updates.items()}
@@ -114,5 +104,5 @@ def run(name: str, method: str, lr: float, seed: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    points = [("austen", method, lr, seed) for seed in SEEDS for method, lr in TRAINED]
+    points = [("austen", "qlora", lr, seed) for seed in SEEDS for lr in RATES]
     fill_table("qlora_bases", KEY, COLUMNS, points, run)

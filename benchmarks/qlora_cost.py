@@ -4,10 +4,9 @@
 
 The rows go to data/results/qlora_cost.csv: median seconds, measured in one process by turns.
 
-data/results/qlora_step.csv says where the seconds of a step go: a step of LoRA, and of QLoRA as it
-is, without double quantisation, and with every W′ kept, so that nothing is restored; then restoring
-all weights once, at a stretch and each after other work, when the caches hold other numbers.
-`restored` counts the weights that are restored in it.
+data/results/qlora_step.csv says where the seconds of a step go: a step of LoRA, of QLoRA, and of
+QLoRA with every W′ kept, so that nothing is restored; then restoring all weights once, at a stretch
+and each after other work, when the caches hold other numbers.
 """
 
 import itertools
@@ -29,17 +28,6 @@ COLUMNS = ("seconds", "their_seconds")
 SHAPES = ((512, 192), (1536, 384), (4096, 4096))
 STEP = "a step of 8 × 128 tokens"
 ROUNDS = 31
-
-
-class Counted(NF4Linear):
-    """Count how often a weight is restored."""
-
-    count = 0
-
-    @property
-    def weight(self) -> torch.Tensor:
-        Counted.count += 1
-        return super().weight
 
 
 class Kept(NF4Linear):
@@ -113,7 +101,6 @@ def parts_of_a_step(base: str) -> list[dict]:
     models = {
         "LoRA": ours(LoRA(rank=8, alpha=16)),
         "QLoRA": ours(qlora),
-        "QLoRA, absmax in 32 bits": ours(QLoRA(rank=8, alpha=16, double_quant=False)),
         "QLoRA, W′ kept": ours(qlora, Kept),
     }
     timed = dict(zip(models, steps(*models.values()), strict=True))
@@ -122,13 +109,7 @@ def parts_of_a_step(base: str) -> list[dict]:
     timed[once] = lambda: [layer.weight for layer in layers]
     seconds = measure.by_turns(timed, ROUNDS, clock=time.process_time)
     seconds[f"{once}, after other work"] = after_other_work(layers)
-    steps(ours(qlora, Counted))[0]()
-    restored = dict.fromkeys(("QLoRA", "QLoRA, absmax in 32 bits"), Counted.count)
-    restored |= dict.fromkeys([what for what in seconds if what.startswith(once)], len(layers))
-    return [
-        {"what": what, "seconds": f"{s:.4g}", "restored": restored.get(what, 0)}
-        for what, s in seconds.items()
-    ]
+    return [{"what": what, "seconds": f"{s:.4g}"} for what, s in seconds.items()]
 
 
 POINTS = {f"{verb} {m} × {n}": (m, n) for m, n in SHAPES for verb in ("quantise", "dequantise")}
@@ -136,5 +117,5 @@ POINTS |= {STEP: None}
 
 if __name__ == "__main__":
     fill_table("qlora_cost", ("what",), COLUMNS, [(what,) for what in POINTS], run, anew=True)
-    parts = ("what", "seconds", "restored")
-    fill_table("qlora_step", ("base",), parts, [("tinylm",)], parts_of_a_step, anew=True)
+    points = [("tinylm",)]
+    fill_table("qlora_step", ("base",), ("what", "seconds"), points, parts_of_a_step, anew=True)

@@ -7,28 +7,22 @@ Trains tinylm on Jane Austen's novels and adds a row for each run to data/result
 
 from catalogue import setting
 from common import RUN, at_best, base_of, fill_table, load, measured
-from peft import LoraConfig, get_peft_model
 
-from peft_lessons import inject, load_model
+from peft_lessons import inject
 
 RATES = {
     "none": (0.0,),
-    "none-4bit": (0.0,),
     "lora": (3e-3, 1e-2, 3e-2, 1e-1),
     "qlora": (1e-2, 3e-2, 1e-1),
-    "qlora-peft": (3e-2,),  # the same computation as ours, which the lesson proves
     "full": (3e-4, 1e-3, 3e-3, 1e-2),
 }
-OURS = {"none-4bit": "qlora", "lora": "lora, all linear", "qlora": "qlora"}
-THEIRS = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+OURS = {"lora": "lora, all linear", "qlora": "qlora"}
 
 
 def run(method: str, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
     model = base_of("austen", seed)
-    if method == "qlora-peft":
-        model = get_peft_model(load_model("tinylm", four_bit=True), LoraConfig(**THEIRS))
-    elif method in OURS:
+    if method in OURS:
         inject(model, setting(OURS[method], "austen"))
     # Half of the validation chapters' blocks are enough to choose a rate by.
     return measured(model, load("austen", 500), lr, seed)
