@@ -48,11 +48,7 @@ DOTS = {  # {method: (learning rates, the tables that have runs of it)}
     "parallel": (MIDDLE, of("additive_study", "adapter", "parallel", 16)),
     "prompt": ((1e-2, 3e-2, 1e-1), of("additive_study", "prompt", "text", 16)),
     "qlora": ((3e-4, *MIDDLE), chosen("qlora")),
-    "dora, all linear": (
-        MIDDLE,
-        chosen("dora, all linear"),
-        ("dora_study", {"method": "dora, all linear"}),
-    ),
+    "dora, all linear": (MIDDLE, chosen("dora, all linear")),
     "adalora": ((3e-3, 1e-2, 3e-2), chosen("adalora")),
     "ia3": ((1e-2, 3e-2, 1e-1), of("additive_study", "ia3")),
     "prefix": ((1e-2, 3e-2, 1e-1), of("additive_study", "prefix", "random", 16)),
