@@ -217,6 +217,13 @@ peft_lessons/checks/compared.py: kit
 peft_lessons/checks/diagnosis.py: exercises
     if given.get(run) == cause] → if run in given]
     if count > 1] → if count > 5]
+    if run not in right → if run in right
+peft_lessons/checks/adalora.py: exercises
+    function = adalora_step.reference → pass
+peft_lessons/checks/dora.py: exercises
+    linear.weight.copy_(2 * V - alpha / rank * B @ A) → linear.weight.copy_(2 * V)
+peft_lessons/checks/qlora.py: exercises
+    return _packed(codes.repeat_interleave(2)), absmax → return _packed(codes.repeat(2)), absmax
 peft_lessons/checks/kit.py: kit
     return passed / len(self.trials) / 2 → return 0.0
 peft_lessons/costs/evidence.py: recommend
