@@ -407,6 +407,13 @@ def test_embedding_lora_equals_peft(peft_adapted):
     torch.testing.assert_close(got, layer(ids), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("lesson", "name"), [e for e in EXERCISES if e[1].startswith("diagnose")])
+def test_a_lesson_lists_the_causes_that_its_check_knows(lesson, name):
+    text = "\n".join(cell.source for cell in notebooks.read(LESSONS[lesson]).cells)
+    listed = {line.removeprefix("- ") for line in text.splitlines() if line.startswith("- ")}
+    assert set(SOLUTIONS[lesson][name]().values()) <= listed
+
+
 def test_what_is_said_of_the_broken_runs_is_in_their_reports():
     rows = load_results("broken_runs").set_index("run")
     healthy, gradients = rows.loc["healthy"], ["grad_A_first", "grad_B_first", "grad_A_last"]
