@@ -58,15 +58,16 @@ TUNED = {  # (method, split): the learning rate to begin with
     ("adalora", "even 1"): 0.06,
     ("adalora", "random"): 0.06,
     ("adalora", "magnitude"): 0.06,
+    ("adalora", "S in its layer"): 0.06,
     ("lora", "even 1"): 0.03,
     ("lora", "even 2"): 0.03,
     ("lora", "map of S"): 0.03,
     ("lora", "shuffled 1"): 0.03,
     ("lora", "down 4, gate 2"): 0.03,
     ("lora", "feed-forward 2"): 0.03,
+    ("lora", "attention 3"): 0.03,
 }
 SHARED = {  # (method, split): the one whose best learning rate it has
-    ("adalora", "S in its layer"): ("adalora", "S"),
     ("lora", "another seed"): ("lora", "map of S"),
     ("lora", "shuffled 2"): ("lora", "map of S"),
     ("lora", "shuffled 3"): ("lora", "map of S"),
@@ -74,7 +75,6 @@ SHARED = {  # (method, split): the one whose best learning rate it has
     ("lora", "map of magnitude"): ("lora", "map of S"),
     ("lora", "map of random"): ("lora", "map of S"),
     ("lora", "down 3, gate 2"): ("lora", "map of S"),
-    ("lora", "attention 3"): ("lora", "map of S"),
 }
 KEY = ("task", "method", "split", *RUN)
 COLUMNS = ("kept", "validation", "test", "losses", "ranks", "seconds_per_step")
