@@ -11,11 +11,8 @@ weights in per cent, and the test perplexity. Bits of 32 stand for the float bas
 
 from functools import cache
 
-import torch
-from bits_study import EVEN, FLOAT, NORMAL, SIGNED, levels_of
+from bits_study import EVEN, FLOAT, NORMAL, SIGNED, Rounding
 from common import fill_table
-from qlora_levels import relative, rounded
-from torch import nn
 
 from peft_lessons import evaluate, load_model, load_task, load_tokenizer
 
@@ -26,27 +23,17 @@ KEY, COLUMNS = ("model", "levels", "bits", "offset"), ("error", "test")
 
 @cache
 def held(name: str) -> tuple:
-    """Return a model, its task, its linear layers and their float weights."""
+    """Return a model, its task, and what rounds it."""
     model = load_model(name)
     task = load_task("austen", load_tokenizer(name)).limit(test=PIECES[name])
-    linears = [m for m in model.model.modules() if type(m) is nn.Linear]
-    return model, task, linears, [linear.weight.detach().clone() for linear in linears]
+    return model, task, Rounding(model)
 
 
-@torch.no_grad()
 def run(name: str, levels: str, bits: int, offset: int) -> dict:
     """Round to some levels in moved blocks, and measure."""
-    model, task, linears, weights = held(name)
-    for linear, weight in zip(linears, weights, strict=True):
-        new = weight
-        if levels != FLOAT:
-            moved = weight.flatten().roll(offset).view_as(weight)
-            new = rounded(moved, levels_of(levels, bits), signed=levels == SIGNED)[0]
-            new = new.flatten().roll(-offset).view_as(weight)
-        linear.weight.copy_(new)
-    gaps = [linear.weight - weight for linear, weight in zip(linears, weights, strict=True)]
-    test = evaluate(model, task).perplexity
-    return {"error": relative(gaps, weights), "test": f"{test:.4f}"}
+    model, task, rounding = held(name)
+    error = rounding.to(levels, bits, offset)
+    return {"error": error, "test": f"{evaluate(model, task).perplexity:.4f}"}
 
 
 def points() -> list[tuple]:
