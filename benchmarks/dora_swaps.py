@@ -40,19 +40,13 @@ DORAS = ("dora", "dora, m frozen")
 ON_QV = ("lora", *DORAS)
 RATES, SEEDS = (1.4e-2, 6e-3), (0, 1, 2)
 POINTS = [  # the other rates are in the tables of other studies
-    *((method, 1e-2, seed) for seed in SEEDS for method in ON_QV[:2]),
-    ("adalora", 1e-2, 0),
-    *((method, lr, 0) for lr in RATES for method in ON_QV[:2]),
-    *((method, 1.4e-2, seed) for seed in SEEDS for method in ON_QV[:2]),
-    ("adalora", 6e-2, 0),
-    *((method, 6e-3, seed) for seed in SEEDS for method in ON_QV[:2]),
-    ("dora, m frozen", 1.4e-2, 0),
-    *((method, 1e-2, seed) for seed in (3, 4) for method in ON_QV[:2]),
+    *((method, 1e-2, seed) for seed in range(5) for method in ON_QV[:2]),
+    *((method, lr, seed) for lr in RATES for seed in SEEDS for method in ON_QV[:2]),
+    *(("adalora", lr, 0) for lr in SWAPPED),
+    *(("dora, m frozen", lr, 0) for lr in RATES),
+    *(("dora", 1e-3, seed) for seed in SEEDS[1:]),
     *(("adalora", 6e-2, seed) for seed in SEEDS),
     *(("dora, m frozen", lr, seed) for lr in RATES for seed in SEEDS),
-    *(("dora", 1e-3, seed) for seed in SEEDS[1:]),
-    *(("dora, m frozen", lr, seed) for lr in (3e-3, 1e-3) for seed in SEEDS),
-    *(("adalora", 1e-2, seed) for seed in SEEDS),
 ]
 
 
