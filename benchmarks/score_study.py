@@ -7,7 +7,8 @@ one triplet a matrix, and adds a row for each run to data/results/score_study.cs
 16/6 in every run. `validation` and `test` are perplexities on the first blocks of a split, `losses`
 the test losses, nats a token, of groups of ten neighbouring blocks. `ranks` is the map: a group of
 seven digits for each block of the model, the ranks of query, key, value and output projection and
-of gate, up and down projection. `kept` counts the parameters that are left when pruning is over.
+of gate, up and down projection, with a, b, ... for 10, 11, ... `kept` counts the parameters that
+are left when pruning is over.
 
 Method adalora: PΛQ of rank 6, pruned to 42 triplets by the score of `split`: `S` is AdaLoRA's own,
 `magnitude` is |λ|·‖p‖·‖q‖, `random` a random order, `S in its layer` keeps one triplet in every
@@ -16,12 +17,14 @@ matrix. `even 1` starts with rank 1, and nothing is pruned.
 Method lora: a rank for each matrix. `map of S`, `map of magnitude` and `map of random` are the
 ranks that AdaLoRA's run of this seed ended with, `another seed` those that S left another seed;
 `shuffled` permutes the ranks of S over all matrices, `blocks shuffled` over the blocks, each kind
-of matrix by itself. The others give the same ranks to every block.
+of matrix by itself; `4 × map of S` multiplies them, and `even 4` has as many triplets. The others
+give the same ranks to every block.
 
 A row of learning rates goes on until the best one by the validation split lies inside; those of
 `SHARED` have the best one of another split."""
 
 import math
+import string
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import ClassVar
@@ -48,6 +51,7 @@ MODULES, DEPTH = len(NAMES), 6
 BY_HAND = {  # ranks of query, key, value, output, gate, up and down in every block
     "even 1": (1,) * MODULES,
     "even 2": (2,) * MODULES,
+    "even 4": (4,) * MODULES,
     "down 4, gate 2": (0, 0, 0, 0, 2, 0, 4),
     "down 3, gate 2": (0, 0, 0, 0, 2, 0, 3),
     "feed-forward 2": (0, 0, 0, 0, 2, 2, 2),
@@ -66,6 +70,8 @@ TUNED = {  # (method, split): the learning rate to begin with
     ("lora", "down 4, gate 2"): 0.03,
     ("lora", "feed-forward 2"): 0.03,
     ("lora", "attention 3"): 0.03,
+    ("lora", "even 4"): 0.03,
+    ("lora", "4 × map of S"): 0.03,
 }
 SHARED = {  # (method, split): the one whose best learning rate it has
     ("lora", "another seed"): ("lora", "map of S"),
@@ -137,6 +143,8 @@ def ranks_of(split: str, seed: int) -> torch.Tensor:
         return torch.tensor([BY_HAND[split]] * DEPTH)
     if split.startswith("map of "):
         return map_of(split.removeprefix("map of "), seed)
+    if split == "4 × map of S":
+        return 4 * map_of("S", seed)
     if split == "another seed":
         return map_of("S", (seed + 1) % len(SEEDS))
     ranks, number = map_of("S", seed), split.removeprefix("shuffled ")
@@ -201,7 +209,8 @@ def spent(model: torch.nn.Module) -> tuple[str, int]:
         rank = len(wrapper.lora.lora_A) if is_lora else int(wrapper.ada.lora_E.count_nonzero())
         ranks[int(block), NAMES.index(module)] = rank
         kept += rank * (sum(wrapper.base.weight.shape) + (not is_lora))  # PΛQ has a λ more
-    return " ".join("".join(map(str, block)) for block in ranks.tolist()), kept
+    digits = string.digits + string.ascii_lowercase
+    return " ".join("".join(digits[rank] for rank in block) for block in ranks.tolist()), kept
 
 
 def run(name: str, method: str, split: str, lr: float, seed: int) -> dict:
