@@ -9,6 +9,7 @@ from tools.environment import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import dora_swaps
+from common import Results
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -38,9 +39,16 @@ def test_every_weight_has_the_directions_and_the_lengths_that_its_name_says():
     assert torch.allclose(torch.linalg.svdvals(left)[0], torch.linalg.svdvals(change)[2])
 
 
-def test_the_rows_of_the_table_describe_their_weights():
-    rows = load_results("dora_swaps")
-    base = rows[rows["weight"] == "base"]
-    assert (base["turned"] == 0).all() and (base["length"] == 1).all()
-    moved = rows[rows["weight"].isin(("directions", "undivided"))]
-    assert (moved["turned"] > 10).all() and (moved["lost"] >= 0).all()
+def test_the_table_holds_every_run_and_its_rows_describe_their_weights():
+    assert not Results("dora_swaps", dora_swaps.KEY, dora_swaps.COLUMNS).missing(dora_swaps.POINTS)
+    rows = load_results("dora_swaps").set_index("weight")
+    assert (rows.loc["base", "turned"] == 0).all() and (rows.loc["base", "length"] == 1).all()
+    assert (rows.loc["lengths", "turned"] < 0.01).all()
+    assert (rows.loc["directions", "length"] == 1).all()
+    trained = rows.loc["trained"]
+    assert (trained["gained"] == 0).all() and (trained["lost"] == 0).all()
+    for run in trained.itertuples():
+        assert abs(int(run.right, 16).bit_count() / run.sentences - run.test) < 1e-5
+    one = rows[(rows["method"] == "lora") & (rows["lr"] == 0.01) & (rows["seed"] == 0)]
+    net = (one["gained"] - one["lost"]) / one["sentences"]
+    assert ((one["test"] - one.loc["trained", "test"] - net).abs() < 2e-5).all()
