@@ -15,7 +15,7 @@ with seed 0, by `validation`.
 
 import torch
 from catalogue import setting
-from common import STEPS, base_of, fill_table, load, plain
+from common import SEEDS, STEPS, base_of, fill_table, load, plain
 from qlora_bases import losses
 from qlora_levels import relative, rounded
 from torch import nn
@@ -84,7 +84,7 @@ def run(task: str, levels: str, bits: int, trained: str, lr: float, seed: int) -
     error = rounding.to(levels, bits)
     inject(model, setting("lora, all linear", task))
     plain(model, load(task), STEPS[task], lr, seed)
-    chosen_by = {"validation": "nan"} if seed else scores(model, "validation")
+    chosen_by = {"validation": "nan"} if seed or not lr else scores(model, "validation")
     rows = [{"used": "", "error": error} | chosen_by | scores(model, "test")]
 
     def use(levels: str, bits: int, offset: int = 0, /, **named) -> None:
@@ -114,11 +114,12 @@ def points() -> list[tuple]:
         sets = ((NORMAL, 3), (NORMAL, 4), (SIGNED, 4), (SIGNED, 3))
         return [(FLOAT, 32, "before", RATE, seed), *after(seed, *sets)]
 
-    runs = [(FLOAT, 32, "not", 0.0, 0), *paired(0), *paired(1), *paired(2)]
-    runs += [*after(0, (EVEN, 3), (EVEN, 4)), *after(0, (NORMAL, 3), lr=OTHER_RATES[0])]
-    runs += [*after(0, (NORMAL, 5), (NORMAL, 8), (NORMAL, 2))]
-    runs += [*after(0, (NORMAL, 3), lr=OTHER_RATES[1]), *after(1, (EVEN, 4)), *after(2, (EVEN, 4))]
-    return [("austen", *point) for point in [*runs, *paired(3), *paired(4)]]
+    runs = [(FLOAT, 32, "not", 0.0, 0)]
+    runs += [point for seed in SEEDS for point in paired(seed)]
+    runs += [*after(0, (NORMAL, 2)), *(after(0, (NORMAL, 3), lr=lr)[0] for lr in OTHER_RATES)]
+    others = ((EVEN, 4), (NORMAL, 5), (NORMAL, 8), (EVEN, 3))
+    runs += [point for seed in SEEDS for point in after(seed, *others)]
+    return [("austen", *point) for point in runs]
 
 
 if __name__ == "__main__":

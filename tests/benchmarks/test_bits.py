@@ -1,4 +1,4 @@
-"""Rounding a base to few bits: sets of levels, rounding, and undoing it."""
+"""Rounding a base to few bits: sets of levels, rounding and undoing it, and the stored runs."""
 
 import sys
 
@@ -7,10 +7,11 @@ import torch
 from tiny import tiny_llama
 
 from peft_lessons.methods.qlora import NF4
+from peft_lessons.studies import best_lr, load_results, paired_losses
 from tools.environment import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from bits_study import EVEN, FLOAT, NORMAL, ROUNDED, SHIFT, SIGNED, Rounding, levels_of
+from bits_study import EVEN, FLOAT, NORMAL, ROUNDED, SHIFT, SIGNED, STRETCHES, Rounding, levels_of
 from qlora_levels import rounded
 
 sys.path.remove(str(ROOT / "benchmarks"))
@@ -55,3 +56,16 @@ def test_a_base_is_rounded_anew_from_the_float_weights_and_given_back():
     assert not torch.equal(rounding.linears[0].weight, here)
     assert float(rounding.to(FLOAT, 32)) == 0
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_the_stored_runs_are_paired_and_their_rate_is_the_best_of_those_tried():
+    runs = load_results("bits_study", used="")
+    tried = runs[(runs["levels"] == NORMAL) & (runs["bits"] == 3) & (runs["trained"] == "after")]
+    rate, chosen = best_lr(tried)
+    assert min(tried["lr"]) < rate < max(tried["lr"])
+    assert set(runs[runs["trained"] != "not"]["lr"]) == set(tried["lr"])
+    before = runs[(runs["levels"] == NORMAL) & (runs["bits"] == 3) & (runs["trained"] == "before")]
+    gap = paired_losses(before, chosen)
+    assert gap.n == STRETCHES and set(chosen["seed"]) == set(before["seed"]) >= {0, 1, 2}
+    logs = before["test_loss"].mean() - chosen["test_loss"].mean()
+    assert gap.mean == pytest.approx(100 * logs, abs=0.1)
