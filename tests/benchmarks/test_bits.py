@@ -69,3 +69,14 @@ def test_the_stored_runs_are_paired_and_their_rate_is_the_best_of_those_tried():
     assert gap.n == STRETCHES and set(chosen["seed"]) == set(before["seed"]) >= {0, 1, 2}
     logs = before["test_loss"].mean() - chosen["test_loss"].mean()
     assert gap.mean == pytest.approx(100 * logs, abs=0.1)
+
+
+def test_each_set_of_levels_has_eight_stored_roundings_of_one_error():
+    draws = load_results("bits_roundings")
+    several = draws[draws["levels"] != FLOAT].groupby(["model", "bits", "levels"])
+    assert len(several) == 12 and set(several.size()) == {8}
+    assert (several["error"].max() - several["error"].min() < 0.2).all()
+    study = load_results("bits_study", trained="not", bits=(3, 4))
+    here = draws[(draws["model"] == "tinylm") & (draws["offset"] == 0) & (draws["levels"] != FLOAT)]
+    both = study.merge(here, on=["levels", "bits"])
+    assert len(both) == 6 and (both["error_x"] - both["error_y"]).abs().max() < 0.002
