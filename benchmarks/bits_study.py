@@ -116,9 +116,8 @@ def points() -> list[tuple]:
 
     runs = [(FLOAT, 32, "not", 0.0, 0)]
     runs += [point for seed in SEEDS for point in paired(seed)]
-    runs += [*after(0, (NORMAL, 2)), *(after(0, (NORMAL, 3), lr=lr)[0] for lr in OTHER_RATES)]
-    others = ((EVEN, 4), (NORMAL, 5), (NORMAL, 8), (EVEN, 3))
-    runs += [point for seed in SEEDS for point in after(seed, *others)]
+    runs += after(0, (EVEN, 3), (EVEN, 4), (NORMAL, 5), (NORMAL, 8), (NORMAL, 2))
+    runs += [point for lr in OTHER_RATES for point in after(0, (NORMAL, 3), lr=lr)]
     return [("austen", *point) for point in runs]
 
 
