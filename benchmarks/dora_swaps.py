@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from catalogue import schedule, setting
 from common import RUN, SEEDS, STEPS, base_of, fill_table, hexadecimal, load
+from dora_study import build
 
 from peft_lessons import fit, inject, merge
 from peft_lessons.engine import injection_of
@@ -36,22 +37,24 @@ SWAPPED = (3e-3, 1e-2, 6e-2)
 KEY = ("method", *RUN)
 MEASURED = ("test", "test_loss", "spread", "turned", "length", "change", "gained", "lost")
 COLUMNS = ("weight", "sentences", *MEASURED, "right")
-ON_QV = ("lora", "dora")
+ON_QV, FROZEN = ("lora", "dora"), "dora, m frozen"
 POINTS = [  # the other rates are in the tables of other studies
     *((method, 1e-2, seed) for seed in range(5) for method in ON_QV),
     *((method, 1.4e-2, seed) for seed in SEEDS for method in ON_QV),
-    *((method, 6e-3, 0) for method in ON_QV),
+    *((method, 6e-3, seed) for seed in SEEDS for method in ON_QV),
     *(("adalora", lr, 0) for lr in SWAPPED[1:]),
     ("dora", 3e-3, 0),
+    *((FROZEN, lr, seed) for lr in (3e-3, 1.4e-2) for seed in SEEDS),
+    *(("adalora", SWAPPED[-1], seed) for seed in SEEDS[1:]),
 ]
 
 
 def with_method(method: str, seed: int) -> torch.nn.Module:
     """Return minilm with a method in it."""
+    if method != "adalora":
+        return build(method, RANK, seed)
     model = base_of("sentiment", seed)
-    size = {"rank": RANK}
-    if method == "adalora":
-        size = {"initial_rank": 6, "target_rank": 4} | schedule(STEPS["sentiment"])
+    size = {"initial_rank": 6, "target_rank": 4} | schedule(STEPS["sentiment"])
     inject(model, setting(method, "sentiment", **size))
     return model
 
