@@ -55,11 +55,12 @@ class Rounding:
     @torch.no_grad()
     def to(self, levels: str, bits: int, offset: int = 0) -> str:
         """Round in blocks that begin `offset` weights later, and return the error in per cent."""
+        table = None if levels == FLOAT else levels_of(levels, bits)
         for linear, weight in zip(self.linears, self.weights, strict=True):
             new = weight
-            if levels != FLOAT:
+            if table is not None:
                 moved = weight.flatten().roll(-offset).view_as(weight)
-                new = rounded(moved, levels_of(levels, bits), signed=levels == SIGNED)[0]
+                new = rounded(moved, table, signed=levels == SIGNED)[0]
                 new = new.flatten().roll(offset).view_as(weight)
             linear.weight.copy_(new)
         pairs = zip(self.linears, self.weights, strict=True)

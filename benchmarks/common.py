@@ -126,6 +126,23 @@ def at_best(
     return points
 
 
+def around(tried: Mapping[float, float], rates: Sequence[float], center: int) -> Sequence[float]:
+    """Return which of the rates to try: the central one with its neighbours, and more at the side
+    on which the best one lies.
+
+    tried: the perplexities of the rates that ran."""
+    low, high = center - 1, center + 1
+    while all(rate in tried for rate in rates[low : high + 1]):
+        best = min(range(low, high + 1), key=lambda k: tried[rates[k]])
+        if best == low > 0:
+            low -= 1
+        elif best == high < len(rates) - 1:
+            high += 1
+        else:
+            break
+    return rates[low : high + 1]
+
+
 @cache
 def load(task: str, validation: int = 250):
     """Load a task; of Austen so many blocks are enough to choose a learning rate by."""

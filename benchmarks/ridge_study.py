@@ -10,11 +10,10 @@ best one lies inside; the best one and its neighbours run with a second seed; th
 table is filled. Rank 0 is full fine-tuning, and at a rate of 0 the untouched model. Where training
 diverged, the perplexity is in the hundreds."""
 
-from collections.abc import Sequence
 from functools import cache
 
 from catalogue import setting
-from common import RUN, SEEDS, Results, base_of, fill_table
+from common import RUN, SEEDS, Results, around, base_of, fill_table
 
 from peft_lessons import evaluate, fit, inject, load_task
 from peft_lessons.train.loop import History
@@ -52,20 +51,6 @@ def run(name: str, rank: int, scaling: float, lr: float, seed: int) -> dict:
     }
 
 
-def around(tried: dict[float, float], center: int) -> Sequence[float]:
-    """Return the rates to try: three, and more at the side on which the best one lies."""
-    low, high = center - 1, center + 1
-    while all(rate in tried for rate in RATES[low : high + 1]):
-        best = min(range(low, high + 1), key=lambda k: tried[RATES[k]])
-        if best == low > 0:
-            low -= 1
-        elif best == high < len(RATES) - 1:
-            high += 1
-        else:
-            break
-    return RATES[low : high + 1]
-
-
 def points(results: Results) -> list[tuple]:
     """Return the points that are due by now."""
     tried = {row: {} for row in ROWS}
@@ -75,7 +60,7 @@ def points(results: Results) -> list[tuple]:
             tried[names][float(row["lr"])] = float(row["validation"])
     first, more = [], []
     for row, values in tried.items():
-        rates = around(values, center=4)
+        rates = around(values, RATES, center=4)
         first += [("austen", *row, rate, SEEDS[0]) for rate in rates]
         if set(rates) <= set(values):
             best = RATES.index(min(values, key=values.get))

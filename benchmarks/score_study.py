@@ -32,7 +32,7 @@ from unittest import mock
 
 import torch
 from catalogue import setting
-from common import RUN, SEEDS, Results, base_of, fill_table
+from common import RUN, SEEDS, Results, around, base_of, fill_table
 
 from peft_lessons import evaluate, fit, inject, load_task
 from peft_lessons.engine import injection_of
@@ -106,14 +106,8 @@ def chosen(results: Results, method: str, split: str) -> tuple[Sequence[float], 
         for row in results.rows()
         if (row["task"], row["method"], row["split"], row["seed"]) == names
     }
-    center = RATES.index(TUNED[method, split])
-    low, high = center - 1, center + 1
-    while all(rate in tried for rate in RATES[low : high + 1]):
-        best = min(range(low, high + 1), key=lambda k: tried[RATES[k]])
-        if low < best < high or not 0 < best < len(RATES) - 1:
-            return RATES[low : high + 1], RATES[best]
-        low, high = min(low, best - 1), max(high, best + 1)
-    return RATES[low : high + 1], None
+    rates = around(tried, RATES, RATES.index(TUNED[method, split]))
+    return rates, min(rates, key=tried.get) if set(rates) <= set(tried) else None
 
 
 def points(results: Results) -> list[tuple]:

@@ -287,10 +287,9 @@ def _found(score, steps=300, first=60, last=220, seed=5):
             budget = sum(_RANKS) + round((n - sum(_RANKS)) * left**3)
             best = scores.argsort(dim=1, descending=True, stable=True)[:, :budget]
             keep = torch.zeros_like(keep).scatter(1, best, True)
-        if step > first:
-            due = step > last or step % 10 == 0
+        if step > last or (step > first and step % 10 == 0):
             for (_, lam, _), stays in zip(layers, keep.split(_START, dim=1), strict=True):
-                lam.data[~stays] = lam.data[~stays] * (0.0 if due else 1.0)
+                lam.data[~stays] = 0.0
         optimizer.zero_grad()
     ranks = keep.view(_STARTS, len(_RANKS), _START).sum(dim=2).tolist()
     return list(map(tuple, ranks)), seen

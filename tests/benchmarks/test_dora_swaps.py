@@ -46,7 +46,6 @@ def test_the_table_holds_every_run_and_its_rows_describe_their_weights():
     assert (rows.loc["lengths", "turned"] < 0.01).all()
     assert (rows.loc["directions", "length"] == 1).all()
     trained = rows.loc["trained"]
-    assert (trained["gained"] == 0).all() and (trained["lost"] == 0).all()
     for run in trained.itertuples():
         assert abs(int(run.right, 16).bit_count() / run.sentences - run.test) < 1e-5
     one = rows[(rows["method"] == "lora") & (rows["lr"] == 0.01) & (rows["seed"] == 0)]
