@@ -121,6 +121,8 @@ def update_importance(weight, grad, sensitivity, uncertainty, beta1, beta2):
             left**3 → (1 - left) ** 3
         the result is rounded to the nearest: round down
             int( → round(
+        the result is rounded up: round down
+            int( → math.ceil(
         the result is not rounded: triplets are whole, so round down
             int( → (
         // rounds the share that is left down to 0: use /
@@ -302,12 +304,16 @@ def _arguments(layer, start):
 
 def _of_one(score, layer, start):
     """Return the scores of one layer of one start; Refused if they are none."""
-    got = score(*_arguments(layer, start))
+    arguments = _arguments(layer, start)
+    before = [t.clone() for t in arguments]
+    got = score(*arguments)
     if not isinstance(got, torch.Tensor):
         raise Refused(difference(got, torch.zeros(_START)) or "the result is no tensor")
     if tuple(got.shape) != (_START,):
         facts = "One score for each triplet: r numbers, without further dimensions."
         raise Refused(f"the scores have shape {tuple(got.shape)}, expected {(_START,)}", facts)
+    if not all(map(torch.equal, arguments, before)):
+        raise Refused("an argument was changed: leave all six as they were")
     if not got.isfinite().all():
         raise Refused(f"{(~got.isfinite()).sum()} of {_START} scores are NaN or infinite")
     return got.detach().float()
@@ -328,7 +334,7 @@ def _finds_the_ranks(function) -> str:
     common, times = Counter(found).most_common(1)[0]
     most = f"The most frequent ranks are {', '.join(map(str, common))}, in {times} of them"
     facts = [f"{most}; {_ENOUGH} right ones are enough."]
-    if not all(_alike(function(*args), scores) for args, scores in seen):
+    if not all(_alike(function(*[t.clone() for t in args]), scores) for args, scores in seen):
         raise Refused(headline, *facts, "The same triplet gets another score in a second call.")
     named = [
         why

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from ..testing.wording import kind
 from .check import Refused
 from .compare import difference, few
 
@@ -19,15 +20,18 @@ def diagnosis(broken: Mapping[str, tuple[str, str]], what: str = "run") -> dict[
 
     def named(function: Callable) -> dict[str, str]:
         # Leaves out what the answer leaves open.
+        if not callable(function):
+            raise Refused(f"pass the function itself, not {kind(function)}")
         result = function()
         if not isinstance(result, Mapping):
             raise Refused(difference(result, {}) or "the result is no dict")
-        given = {str(run).strip().upper(): cause for run, cause in result.items() if cause}
+        texts = {run: "" if cause is None else str(cause) for run, cause in result.items()}
+        given = {str(run).strip().upper(): cause for run, cause in texts.items() if cause.strip()}
         if unknown := sorted(given.keys() - broken.keys()):
             letters = sorted(broken)
             known = f"the broken {what}s are {letters[0]} to {letters[-1]}"
             raise Refused(f"there is no {what} {few(unknown)}: {known}")
-        given = {run: " ".join(str(cause).lower().split()) for run, cause in given.items()}
+        given = {run: " ".join(cause.lower().split()) for run, cause in given.items()}
         canonical = {cause.lower(): cause for cause in causes}
         for cause in given.values():
             if cause not in canonical:

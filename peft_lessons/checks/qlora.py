@@ -5,6 +5,7 @@ import math
 import torch
 
 from ..methods.qlora import NF4, dequantize_nf4, quantize_nf4
+from ..testing.wording import kind
 from .calls import outcome
 from .compare import tensors
 from .diagnosis import diagnosis
@@ -169,6 +170,9 @@ def _case(shape, levels, block, note=""):
         there is one absmax for the whole tensor: each block has its own
             .amax(dim=1) → .max()
             [:, None] → ∅
+        the absmax keeps the sign of the number: it is an absolute value
+            blocks.abs().amax(dim=1) →
+                blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))[:, 0]
         the absmax is the largest number, not the largest absolute value
             blocks.abs() → blocks
         each row is a block: blocks are `block` numbers of the flattened tensor
@@ -434,6 +438,8 @@ class _Used:
 
     def __call__(self, x, packed, absmax, shape):
         y = self.function.apply(x.detach().requires_grad_(), packed, absmax, shape)
+        if not isinstance(y, torch.Tensor):
+            raise TypeError(f"forward returns {kind(y)}, not a tensor")
         ctx, arguments = y.grad_fn, {t.untyped_storage().data_ptr() for t in (packed, absmax)}
         on_ctx = tensors([*ctx.saved_tensors, *vars(ctx).values()])
         on_ctx = {t.untyped_storage().data_ptr(): t for t in on_ctx}

@@ -116,6 +116,11 @@ def a_column(Q, lam, P, dQ, dlam, dP):
     return (lam * dlam).abs()
 
 
+@wrong("triplet_scores", "an argument was changed: leave all six as they were")
+def changes_lambda(Q, lam, P, dQ, dlam, dP):
+    return lam.mul_(dlam).abs_().flatten()
+
+
 @wrong("triplet_scores", "6 scores are NaN or infinite")
 def a_logarithm(Q, lam, P, dQ, dlam, dP):
     return (lam * dlam).log().flatten()

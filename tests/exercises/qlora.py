@@ -79,6 +79,14 @@ def no_short_block(x, levels, block):
     return codes.flatten().to(torch.uint8), absmax
 
 
+@wrong("quantize_blockwise", "the absmax keeps the sign of the number")
+def signed(x, levels, block):
+    blocks = F.pad(x.flatten(), (0, -x.numel() % block)).view(-1, block)
+    absmax = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
+    codes = torch.bucketize(blocks / absmax, middles(levels))
+    return codes.flatten()[: x.numel()].to(torch.uint8), absmax[:, 0]
+
+
 @right("quantize_blockwise")
 def long_code(x, levels, block):
     scaled, absmax = scale_by_absmax(x, block)
@@ -217,6 +225,11 @@ def one_alone():
     return {"A": "blocks of 16"}
 
 
+@wrong("diagnose_codes", "is not one of the causes")
+def a_tensor_as_a_cause():
+    return {"A": torch.ones(2)}
+
+
 @wrong("diagnose_codes", "'blocks of 64' is not one of the causes")
 def another_cause():
     return {"A": "blocks of 64"}
@@ -261,6 +274,15 @@ wrong("FourBitProduct", "only the gradient of x is returned")(product(torch.matm
 wrong("FourBitProduct", "your function raised RuntimeError: mat1 and mat2 shapes cannot be")(
     product(lambda grad, weight: (grad @ weight.repeat(2, 1), None, None, None))
 )
+
+
+@wrong("FourBitProduct", "forward returns None, not a tensor")
+class NoResult(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, absmax, shape):
+        x @ dequantize_nf4(packed, absmax, shape).T
+
+
 wrong("FourBitProduct", "pass the class itself: class FourBitProduct(torch.autograd")(
     product(torch.matmul).apply
 )
