@@ -86,7 +86,8 @@ peft_lessons/methods/ia3.py: ia3
     entries["target_modules"] = paths → pass
 peft_lessons/methods/prompt.py: prompt
     lengthen(labels, len(self.prompt_embeddings), -100) → labels
-    for name in ("position_ids", "cache_position"): → for name in ("cache_position",):
+    inputs["position_ids"] = positions + p → pass
+    torch.cat([own, positions], -1) → torch.cat([own + 1, positions], -1)
     places.where(places < 0, places + p) → places + p
 peft_lessons/methods/prefix.py: prefix
     lengthen(mask, p, 1) → lengthen(mask, p, 0)

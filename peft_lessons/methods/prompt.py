@@ -121,6 +121,10 @@ def put_first(prompt: PromptTuning, model: nn.Module, inputs: dict) -> None:
     refuse_last_place(model, inputs, text)
     embeddings = text if text.dim() == 3 else model.get_input_embeddings()(text)
     inputs |= {"input_ids": None, "inputs_embeds": prompt(embeddings)}  # (batch, p + T, d)
+    if (positions := inputs.get("position_ids")) is not None:  # (batch, T), or (1, T)
+        start = positions.amin(-1, keepdim=True) - p  # the hook has moved the text by p
+        own = start + torch.arange(p, device=positions.device)  # (batch, p)
+        inputs["position_ids"] = torch.cat([own, positions], -1)  # (batch, p + T)
     kinds, labels = inputs.get("token_type_ids"), inputs.get("labels")
     if kinds is not None:
         inputs["token_type_ids"] = lengthen(kinds, p, 0)
@@ -142,8 +146,9 @@ class PromptHook(PromptPerSequence):
         refuse_mask("Prompt", mask)
         refuse_long("Prompt", model, p, max(seen - p, 0) + text_of(inputs).shape[1])
         refuse_cache("Prompt", inputs, p)
-        for name in ("position_ids", "cache_position"):  # the model counts on from its cache
-            inputs.pop(name, None)
+        inputs.pop("cache_position", None)  # the model counts on from its cache
+        if (positions := inputs.get("position_ids")) is not None:  # without the prompt
+            inputs["position_ids"] = positions + p
         if mask is not None:  # `generate` drops a mask of ones, and the model needs none then
             inputs["attention_mask"] = self.extend_mask(mask)  # p more on the left
         if not seen:  # later the cache holds the prompt's keys and values

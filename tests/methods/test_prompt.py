@@ -17,6 +17,7 @@ from tiny import (
     batch_of,
     close,
     greedy,
+    positions_in,
     refused,
     rewrite,
     step_of_both,
@@ -168,11 +169,32 @@ def test_other_ways_to_call_give_the_same(name):
 # ------------------------------------------------------------------ generate
 
 
+def alone(text):
+    """Return the rows of a padded batch, each without its padding."""
+    return [row[mask.bool()][None] for row, mask in zip(*text.values(), strict=True)]
+
+
 def test_beams_are_those_of_peft():
     theirs, ours = pair(tiny_llama(), "llama")
-    text = text_of(batch_of("llama"))
     beams = dict(**GREEDY, num_beams=3)
-    assert torch.equal(ours.generate(**text, **beams), theirs.generate(**text, **beams))
+    for ids in alone(text_of(batch_of("llama"))):
+        assert torch.equal(ours.generate(ids, **beams), theirs.generate(input_ids=ids, **beams))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_padding_on_the_left_changes_no_token(name):
+    """The reference is each text by itself, where ours and PEFT's write the same. In a batch PEFT
+    drops the positions, and only OPT counts them anew, along the mask."""
+    theirs, ours = pair(MODELS[name](), name)
+    text = text_of(batch_of(name))
+    right = torch.cat([ours.generate(ids, **GREEDY)[:, -8:] for ids in alone(text)])
+    also = [theirs.generate(input_ids=ids, **GREEDY)[:, -8:] for ids in alone(text)]
+    assert torch.equal(torch.cat(also), right)
+    for use_cache in (True, False):
+        assert torch.equal(greedy(ours, text, use_cache=use_cache)[:, -8:], right)
+    assert torch.equal(greedy(theirs, text)[:, -8:], right) == (name == "opt")
+    given = ours(**text, position_ids=positions_in(text["attention_mask"])).logits
+    close(given[2, -5:], ours(alone(text)[2]).logits[0, -5:])
 
 
 def test_a_static_cache_has_no_room_for_the_prompt():
