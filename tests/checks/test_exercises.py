@@ -45,7 +45,10 @@ def answers_of(lesson):
 
 
 SOLUTIONS = {lesson: solutions(lesson) for lesson in LESSONS}
-IMPORTED = {lesson: next(iter(own.values())).__globals__ for lesson, own in SOLUTIONS.items()}
+IMPORTED = {
+    lesson: next(f.__globals__ for f in own.values() if inspect.isfunction(f))
+    for lesson, own in SOLUTIONS.items()
+}
 CHECKS = {lesson: checks(lesson) for lesson in LESSONS}
 ANSWERS = {lesson: answers_of(lesson) for lesson in LESSONS}
 EXERCISES = [(lesson, name) for lesson in LESSONS for name in CHECKS[lesson]]
