@@ -120,6 +120,7 @@ results [OPTIONS]: run what the measured tables lack; many hours if they are emp
     benchmarks/dora_swaps.py
     benchmarks/broken_*.py
     benchmarks/fair_cut.py
+    benchmarks/knob_signs.py
     benchmarks/qlora_[abl]*.py
 costs: measure times and bytes anew, on an idle machine: half an hour
     benchmarks/costs.py
