@@ -1,30 +1,38 @@
 """Solutions of lesson 06."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from peft_lessons import Adapter
 
 
-def adapter_forward(
-    h: torch.Tensor,
-    w_down: torch.Tensor,
-    b_down: torch.Tensor,
-    w_up: torch.Tensor,
-    b_up: torch.Tensor,
-) -> torch.Tensor:
-    """Return h plus what the adapter computes from h, of shape (..., d)."""
-    low = F.gelu(h @ w_down.T + b_down)                       # (..., m)
-    return h + low @ w_up.T + b_up                            # (..., d)
+class ResidualAdapter(nn.Module):
+    """h + W_up f(W_down h + b_down) + b_up: the identity at first, and all of it learns."""
+
+    def __init__(self, d: int, m: int, f: Callable):
+        super().__init__()
+        self.down, self.up, self.f = nn.Linear(d, m), nn.Linear(m, d), f
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.up(self.f(self.down(h)))              # (..., d)
 
 
-def adapted_output(
-    x: torch.Tensor, h: torch.Tensor, adapter: nn.Module, norm: nn.Module, kind: str
-) -> torch.Tensor:
-    """Return the output (..., d) of a BERT sublayer with an adapter of this kind."""
-    t = {"houlsby": h, "parallel": x, "pfeiffer": norm(x + h)}[kind]
-    return norm(x + h + adapter(t))                           # (..., d)
+def identify(sublayer: Callable, norm: nn.LayerNorm, adapter: nn.Module) -> str | None:
+    """Return "houlsby", "pfeiffer" or "parallel", or None for any other adapter."""
+    x, h = torch.randn(2, 8, len(norm.weight))                # (8, d) each
+    before = adapter.up.weight.detach().clone()
+    found = None
+    with torch.no_grad():
+        adapter.up.weight.normal_()
+        for kind, t in {"houlsby": h, "pfeiffer": norm(x + h), "parallel": x}.items():
+            if torch.allclose(sublayer(x, h), norm(x + h + adapter(t)), atol=1e-4):
+                found = kind
+        adapter.up.weight.copy_(before)
+    return found
 
 
 def fold_linear_adapter(
@@ -41,6 +49,16 @@ def fold_linear_adapter(
     return new_weight, new_bias
 
 
+def merge_parallel(
+    first: nn.Linear, second: nn.Linear, adapter: nn.Module, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return w1, b1, w2, b2 of one feed-forward that computes the old one plus scale · a(x)."""
+    w1 = torch.cat([first.weight, adapter.down.weight])       # (d_ff + m, d)
+    b1 = torch.cat([first.bias, adapter.down.bias])           # (d_ff + m,)
+    w2 = torch.cat([second.weight, scale * adapter.up.weight], dim=1)       # (d, d_ff + m)
+    return w1, b1, w2, second.bias + scale * adapter.up.bias
+
+
 def insert_adapters(layer: nn.Module, width: int) -> nn.Module:
     """Put Houlsby's adapters of width m into a block of BERT: LN(x + h + a(h)), twice."""
     layer.requires_grad_(False)
@@ -48,15 +66,3 @@ def insert_adapters(layer: nn.Module, width: int) -> nn.Module:
         adapter = Adapter(output.dense.out_features, width)   # h -> h + a(h)
         output.dense = nn.Sequential(output.dense, adapter)
     return layer
-
-
-def adapter_parameters(d: int, m: int, layers: int, kind: str) -> int:
-    """Return how many parameters the adapters of a model have, biases included."""
-    places = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}     # of every layer
-    return layers * places[kind] * (2 * d * m + m + d)
-
-
-def identity_gap(adapter: nn.Module, h: torch.Tensor) -> float:
-    """Return ‖adapter(h) − h‖ / ‖h‖, 0 for the identity."""
-    change = adapter(h) - h                                   # (..., d)
-    return (change.norm() / h.norm()).item()

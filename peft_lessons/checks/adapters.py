@@ -1,5 +1,6 @@
 """Checks of lesson 06."""
 
+import copy
 import math
 from collections import Counter
 
@@ -9,167 +10,284 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from ..methods.adapters import Adapter, Bottleneck
-from .calls import gradients_or_zeros
-from .kit import Case, check_for
+from .calls import gradients_or_zeros, seeded
+from .compare import difference, state
+from .kit import Case, Refused, check_for
 from .mistakes import mistakes
 
-# ------------------------------------------------------------------ adapter_forward
+# ------------------------------------------------------------------ ResidualAdapter
+
+_FOUR = ["down.bias", "down.weight", "up.bias", "up.weight"]
+_OF_LINEAR = "bias", "weight"
+_STATES = (
+    "the list of trainable parameters",
+    "the list of their shapes",
+    "the result right after construction (h itself)",
+    "the list of what three steps of training have changed",
+    "the result once all four tensors have values",
+)
 
 
-def _forward_case(shape, m, note=""):
-    def make():
-        d = shape[-1]
-        w_down, w_up = torch.randn(m, d) / math.sqrt(d), torch.randn(d, m) / math.sqrt(m)
-        return [torch.randn(shape), w_down, 0.5 * torch.randn(m), w_up, torch.randn(d)]
+def _lived(module):
+    """Return what a ResidualAdapter holds and computes, from its start through a few steps of
+    training; a part that earlier parts make impossible is None."""
+    seen, (names, shapes, first, moved, output) = dict.fromkeys(_STATES), _STATES
+    # Both layers may also be part of an nn.Sequential, under other names.
+    layers = {name: getattr(module, name, None) for name in ("down", "up")}
+    four = {f"{n}.{p}": getattr(layer, p, None) for n, layer in layers.items() for p in _OF_LINEAR}
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    others = [n for n, p in trained.items() if all(p is not q for q in four.values())]
+    seen[names] = sorted(n for n, p in four.items() if getattr(p, "requires_grad", False)) + others
+    if seen[names] != _FOUR:
+        return seen
+    seen[shapes] = [f"{name} {tuple(four[name].shape)}" for name in _FOUR]
+    torch.random.default_generator.manual_seed(0)
+    h, target = (torch.randn(4, 6, len(four["up.bias"])) for _ in range(2))
+    with torch.no_grad():
+        seen[first] = module(h.clone())
+    if not isinstance(seen[first], torch.Tensor) or seen[first].shape != h.shape:
+        return seen
+    start = {name: p.detach().clone() for name, p in four.items()}
+    for _ in range(3):
+        with torch.enable_grad():
+            gradients = gradients_or_zeros(module(h.clone()) - target, list(four.values()))
+        with torch.no_grad():
+            for p, gradient in zip(four.values(), gradients, strict=True):
+                p -= 0.1 * gradient
+    seen[moved] = [name for name in _FOUR if not torch.equal(four[name], start[name])]
+    with torch.no_grad():
+        for name in _FOUR:
+            four[name].copy_(torch.randn(four[name].shape) / 2)
+        seen[output] = module(h.clone())
+    return seen
 
-    return Case(make, note)
+
+def _constructed(note, d, m, f):
+    return f"d = {d}, m = {m}, f = {getattr(f, '__name__', f)}{f' ({note})' if note else ''}"
 
 
 @check_for(
     cases=[
-        _forward_case((2, 5, 24), 7),
-        _forward_case((9, 16), 3),
-        _forward_case((32,), 8, note="a single vector"),
-        _forward_case((2, 3, 4, 12), 5),
-        _forward_case((3, 6, 8), 8, note="m = d"),
+        (24, 5, F.gelu),
+        (16, 4, F.relu),
+        Case(lambda: [12, 3, torch.sigmoid], note="f(0) is 1/2"),
+        (10, 6, torch.tanh),
+        (8, 8, F.silu),
     ],
-    tolerance=2e-3,  # GELU's tanh approximation will do
+    returns="the module",
+    view=_lived,
+    staged=True,
+    describe=_constructed,
     causes=mistakes(
         """
-        def adapter_forward(h, w_down, b_down, w_up, b_up):
-            low = F.gelu(h @ w_down.T + b_down)
-            up = low @ w_up.T + b_up
-            return h + up
+        class ResidualAdapter(nn.Module):
+            def __init__(self, d, m, f):
+                super().__init__()
+                self.down = nn.Linear(d, m)
+                self.up = nn.Linear(m, d)
+                self.f = f
+                nn.init.zeros_(self.up.weight)
+                nn.init.zeros_(self.up.bias)
+
+            def forward(self, h):
+                low = self.f(self.down(h))
+                return h + self.up(low)
         """,
         """
+        nothing starts at zero, so the model changes before it has learned anything
+            nn.init.zeros_(self.up.weight) → pass
+            nn.init.zeros_(self.up.bias) → pass
+        the bias of the way up does not start at zero, and a(h) is this bias
+            nn.init.zeros_(self.up.bias) → pass
+        a narrow start is near the identity, but not the identity
+            nn.init.zeros_(self.up.weight) → nn.init.normal_(self.up.weight, std=0.01)
+        all starts at zero: the gradient of each matrix is a product with the other one, so neither
+        ever learns
+            nn.init.zeros_(self.up.weight) → [nn.init.zeros_(p) for p in self.down.parameters()]
+            nn.init.zeros_(self.up.bias) → [nn.init.zeros_(p) for p in self.up.parameters()]
+        W_down starts at zero and W_up at random: a ReLU has no slope at 0, so W_down never learns,
+        and where f(0) is not 0 the adapter is no identity
+            nn.init.zeros_(self.up.weight) → nn.init.zeros_(self.down.weight)
+            nn.init.zeros_(self.up.bias) →
+                nn.init.zeros_(self.up.bias); nn.init.zeros_(self.down.bias)
         h is missing: the adapter adds its output to h
-            h + up → up
-        b_up is missing
-            + b_up → ∅
-        b_down is missing
-            + b_down → ∅
-        both biases are missing
-            + b_down → ∅
-            + b_up → ∅
-        the GELU between the two matrices is missing
-            F.gelu( → (
-        the GELU comes after the second matrix: apply it between the two
-            F.gelu( → (
-            h + up → h + F.gelu(up)
-        the GELU is applied to the sum: add h last
-            h + up → F.gelu(h + up)
-        there is a second GELU after W_up: one between the two matrices is enough
-            h + up → h + F.gelu(up)
-        this is a ReLU: the exercise has a GELU
-            F.gelu( → F.relu(
-        this is SiLU: the exercise has a GELU
-            F.gelu( → F.silu(
-        this is tanh: the exercise has a GELU
-            F.gelu( → torch.tanh(
-        b_down is added after the GELU: add it before
-            F.gelu(h @ w_down.T + b_down) → F.gelu(h @ w_down.T) + b_down
+            h + self.up(low) → self.up(low)
         h is added twice
-            h + up → 2 * h + up
+            h + self.up(low) → 2 * h + self.up(low)
+        f is missing between the two matrices
+            self.f(self.down(h)) → self.down(h)
+        f comes after the second matrix: apply it between the two
+            self.f(self.down(h)) → self.down(h)
+            self.up(low) → self.f(self.up(low))
+        f is applied to the sum: add h last
+            self.f(self.down(h)) → self.down(h)
+            h + self.up(low) → self.f(h + self.up(low))
+        this is always a GELU: apply the f that is passed
+            self.f = f → self.f = F.gelu
+        the biases are missing: each of the two layers has one
+            nn.Linear(d, m) → nn.Linear(d, m, bias=False)
+            nn.Linear(m, d) → nn.Linear(m, d, bias=False)
+            nn.init.zeros_(self.up.bias) → pass
+        the two layers are exchanged: down goes from d to m
+            nn.Linear(d, m) → nn.Linear(m, d)
+            self.up = nn.Linear(m, d) → self.up = nn.Linear(d, m)
+            low = self.f(self.down(h)) → return h
+        W_up is frozen and stays zero
+            self.f = f → self.f = f; self.up.weight.requires_grad_(False)
         """,
     ),
 )
-def adapter_forward(h, w_down, b_down, w_up, b_up):
-    """The result is h plus the output of the adapter."""
-    result = h + b_up
-    for row, b, column in zip(w_down, b_down, w_up.T, strict=True):  # one inner unit after another
-        z = (h * row).sum(-1, keepdim=True) + b
-        result = result + z * (1 + torch.erf(z / math.sqrt(2))) / 2 * column
-    return result
+class ResidualAdapter(nn.Module):
+    """The adapter is the identity at the start for every f, and all four tensors learn."""
+
+    def __init__(self, d, m, f):
+        super().__init__()
+        self.down, self.up, self.f = nn.Linear(d, m), nn.Linear(m, d), f
+        for p in self.up.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, h):
+        result = h + self.up.bias
+        for row, b, column in zip(  # one inner unit after another
+            self.down.weight, self.down.bias, self.up.weight.T, strict=True
+        ):
+            result = result + self.f((h * row).sum(-1, keepdim=True) + b) * column
+        return result
 
 
-# ------------------------------------------------------------------ adapted_output
+# ------------------------------------------------------------------ identify
+
+_KINDS = ("houlsby", "pfeiffer", "parallel")
+_ZERO = (
+    "W_up was zero when the sublayer was called: a new adapter returns 0 whatever it reads, so the "
+    "three kinds compute the same"
+)
+_CONSTANT = (
+    "all rows of W_up were the same when the sublayer was called: the adapter then adds one number "
+    "to all entries of a vector, and the layer norm takes that away"
+)
+_EQUAL = "x and h were the same, so it made no difference which of the two the adapter reads"
 
 
-def _reading_case(shape, m, kind, note=""):
-    def make():
-        d = shape[-1]
-        adapter = Bottleneck(d, m, "tanh")
-        norm = nn.LayerNorm(d)
+class _Box:
+    """Hold the end of a sublayer with an adapter of a kind, or of none of the three, and note how
+    it is called."""
+
+    def __init__(self, kind: str, d: int, m: int, activation: str, new: bool) -> None:
+        self.kind, self.notes = kind, []
+        self.called = f"{'a new' if new else 'a trained'} adapter, d = {d}, m = {m}"
+        self.name = kind if kind in _KINDS else None
+        self.norm, self.adapter = nn.LayerNorm(d), Bottleneck(d, m, activation)
         with torch.no_grad():
-            for p in (*adapter.parameters(), *norm.parameters()):
-                p.add_(0.5 * torch.randn(p.shape))
-        return [torch.randn(shape), 2 * torch.randn(shape), adapter, norm, kind]
+            for p in (*self.norm.parameters(), *(() if new else self.adapter.parameters())):
+                p.add_(0.3 * torch.randn(p.shape))
 
-    return Case(make, note)
+    def sublayer(self, x, h):
+        rows = self.adapter.up.weight.detach()
+        flat = len(rows) > 1 and rows.std(dim=0).max() < 1e-6
+        note = _CONSTANT if flat else _EQUAL if torch.equal(x, h) else ""
+        self.notes.append(note if rows.any() else _ZERO)
+        norm, adapter, both = self.norm, self.adapter, x + h
+        match self.kind:
+            case "houlsby":
+                return norm(both + adapter(h))
+            case "pfeiffer":
+                return norm(both + adapter(norm(both)))
+            case "parallel":
+                return norm(both + adapter(x))
+            case "after the last norm":
+                return norm(both) + adapter(norm(both))
+            case "reads x + h":
+                return norm(both + adapter(both))
+        return norm(both + h + adapter(h))  # the residual twice
+
+
+def _boxes():
+    sizes = (
+        ("after the last norm", 24, 4, "gelu", True),
+        ("reads x + h", 16, 6, "tanh", True),
+        ("adds h twice", 32, 3, "relu", False),
+    )
+    return [_Box(kind, *size) for other, *size in sizes for kind in (*_KINDS, other)]
+
+
+def _named(function):
+    """Return what a function says of each box."""
+    with seeded():
+        return [function(box.sublayer, box.norm, box.adapter) for box in _boxes()]
+
+
+def _identifies_all(function) -> str:
+    wrong, boxes = [], _boxes()
+    for box in boxes:
+        before = copy.deepcopy([state(part, "") for part in (box.norm, box.adapter)])
+        result = function(box.sublayer, box.norm, box.adapter)
+        if result is not None and not isinstance(result, str):
+            raise Refused(difference(result, "houlsby") or "the result is no string")
+        if result not in (*_KINDS, None):
+            raise Refused(f"{result!r} is neither None nor one of {', '.join(map(repr, _KINDS))}")
+        if difference([state(part, "") for part in (box.norm, box.adapter)], before, "", 0.0):
+            left = "Put back what was in W_up, which need not be zero, and change nothing else."
+            raise Refused("the adapter or the norm is not as it was", f"Here: {box.called}.", left)
+        wrong += [(box, result)] if result != box.name else []
+    if not wrong:
+        if any(box.notes and set(box.notes) == {_CONSTANT} for box in boxes):
+            luck = "your function tells the kinds by the rounding of equal sums alone"
+            raise Refused(luck, f"Likely cause: {_CONSTANT}.")
+        return f"{len(boxes)} adapters, new and trained, all left as they were"
+    box, result = wrong[0]
+    facts = [f"Here, {box.called}: {result!r}, expected {box.name!r}."]
+    others = {why: f for why, f in identify.causes.items() if why not in (_ZERO, _CONSTANT, _EQUAL)}
+    if not box.notes:
+        facts.append("Your function did not call the sublayer, and nothing else tells the kinds.")
+    elif set(box.notes) == {_ZERO} and not any(box.name for box, _ in wrong):
+        facts.append("What an adapter reads is right. Look also at where its output goes.")
+    elif all(box.notes):  # one call of several may well be of this sort
+        facts.append(f"Likely cause: {max(box.notes, key=box.notes.count)}.")
+    elif named := [why for why, f in others.items() if _named(f) == _named(function)]:
+        facts.append(f"Likely cause: {', or '.join(named)}.")
+    elif result is None:
+        same = "agree up to rounding, say within 1e-4"
+        facts.append(f"The kinds return LN(x + h + a(t)); outputs that are the same {same}.")
+    raise Refused(f"{len(boxes) - len(wrong)} of {len(boxes)} adapters are named right", *facts)
 
 
 @check_for(
-    cases=[
-        _reading_case((2, 5, 16), 4, "houlsby"),
-        _reading_case((2, 5, 16), 4, "parallel"),
-        _reading_case((2, 5, 16), 4, "pfeiffer"),
-        _reading_case((7, 12), 3, "pfeiffer"),
-        _reading_case((3, 4, 20), 6, "houlsby"),
-        _reading_case((10,), 5, "parallel", note="a single vector"),
-    ],
+    trials={_identifies_all: "your function"},
     causes=mistakes(
         """
-        def adapted_output(x, h, adapter, norm, kind):
-            t = {"houlsby": h, "pfeiffer": norm(x + h), "parallel": x}[kind]
-            return norm(x + h + adapter(t))
+        def identify(sublayer, norm, adapter):
+            x, h = torch.randn(2, 6, len(norm.weight))
+            with torch.no_grad():
+                kept = adapter.up.weight.clone()
+                adapter.up.weight.normal_()
+                y, reads = sublayer(x, h), {"houlsby": h, "pfeiffer": norm(x + h), "parallel": x}
+                outputs = {kind: norm(x + h + adapter(t)) for kind, t in reads.items()}
+                adapter.up.weight.copy_(kept)
+            gaps = {kind: (out - y).abs().max().item() for kind, out in outputs.items()}
+            best = min(gaps, key=gaps.get)
+            return best if gaps[best] < 1e-4 else None
         """,
-        """
-        x is missing in the sum
-            norm(x + h + adapter(t)) → norm(h + adapter(t))
-        h is missing in the sum: the adapter adds to h and does not replace h
-            norm(x + h + adapter(t)) → norm(x + adapter(t))
-        the adapter's output is added after the norm: add all three vectors, then normalise
-            norm(x + h + adapter(t)) → norm(x + h) + adapter(t)
-        the norm at the end is missing
-            norm(x + h + adapter(t)) → x + h + adapter(t)
-        the adapter's input is added once more: adapter(t) returns a(t) alone, and the sum contains
-        x and h once each
-            + adapter(t) → + t + adapter(t)
-        houlsby and parallel are swapped: Houlsby's adapter reads h, the parallel adapter reads x
+        f"""
+        {_ZERO}
+            adapter.up.weight.normal_() → pass
+        {_CONSTANT}
+            adapter.up.weight.normal_() → adapter.up.weight.fill_(0.5)
+        {_EQUAL}
+            x, h = torch.randn(2, 6, len(norm.weight)) → x = h = torch.randn(6, len(norm.weight))
+        the nearest kind is returned even where none agrees: return None there
+            if gaps[best] < 1e-4 else None → ∅
+        houlsby and parallel are swapped: Houlsby's adapter reads h, the parallel one reads x
             "houlsby": h → "houlsby": x
             "parallel": x → "parallel": h
-        every kind reads x: the three kinds differ in what the adapter reads
-            "houlsby": h, "pfeiffer": norm(x + h) → "houlsby": x, "pfeiffer": x
-        every kind reads LN(x + h): only Pfeiffer's adapter does
-            "houlsby": h → "houlsby": norm(x + h)
-            "parallel": x → "parallel": norm(x + h)
-        Houlsby's adapter reads h, not x
-            "houlsby": h → "houlsby": x
-        Houlsby's adapter reads h, not LN(x + h)
-            "houlsby": h → "houlsby": norm(x + h)
-        Houlsby's adapter reads h alone, not the sum
-            "houlsby": h → "houlsby": x + h
-        every kind reads h: the three kinds differ in what the adapter reads
-            norm(x + h), "parallel": x → h, "parallel": h
-        the parallel adapter reads x, not the sum
-            "parallel": x → "parallel": x + h
-        the parallel adapter reads x as it is: x needs no norm
-            "parallel": x → "parallel": norm(x)
         Pfeiffer's adapter reads the sum after the norm, not before
-            norm(x + h), → x + h,
-        Pfeiffer's adapter reads the norm of x + h, not of h alone
-            norm(x + h), → norm(h),
-        Pfeiffer's adapter reads h here, as Houlsby's does: the adapter reads LN(x + h)
-            norm(x + h), → h,
-        Pfeiffer's adapter is added to x + h, not to LN(x + h): the norm is used once to read
-        and once at the end
-            return norm( → return norm(t + adapter(t)) if kind == "pfeiffer" else norm(
-        Pfeiffer's adapter is added to LN(x + h): add it to x + h, and apply the norm at the end
-            return norm( → return t + adapter(t) if kind == "pfeiffer" else norm(
-        the parallel adapter is added to LN(x + h): add it to x + h, and apply the norm once
-            return norm( → return norm(norm(x + h) + adapter(t)) if kind == "parallel" else norm(
+            norm(x + h), "parallel" → x + h, "parallel"
         """,
     ),
+    verified=lambda facts: f"Verified on {facts[0]}.",
 )
-def adapted_output(x, h, adapter, norm, kind):
-    """The end of a BERT sublayer, with an adapter of one of the three kinds."""
-    both = torch.add(x, h)
-    read = h if kind == "houlsby" else x
-    if kind == "pfeiffer":
-        read = F.layer_norm(both, both.shape[-1:], norm.weight, norm.bias, norm.eps)
-    low = torch.tanh(F.linear(read, adapter.down.weight, adapter.down.bias))
-    total = both + F.linear(low, adapter.up.weight, adapter.up.bias)
-    return F.layer_norm(total, both.shape[-1:], norm.weight, norm.bias, norm.eps)
+def identify(sublayer, norm, adapter):
+    """The function tells the three kinds apart, and says of no other adapter that it is one."""
 
 
 # ------------------------------------------------------------------ fold_linear_adapter
@@ -240,11 +358,129 @@ def fold_linear_adapter(w_down, b_down, w_up, b_up, weight, bias):
     return W.T.to(weight.dtype), b.to(weight.dtype)
 
 
+# ------------------------------------------------------------------ merge_parallel
+
+
+def _feed_forward(d, d_ff, m, scale):
+    first, second, adapter = nn.Linear(d, d_ff), nn.Linear(d_ff, d), Bottleneck(d, m)
+    with torch.no_grad():
+        for p in (*first.parameters(), *second.parameters(), *adapter.parameters()):
+            p.copy_(torch.randn(p.shape) / p.shape[-1] ** 0.5)
+    return [first, second, adapter, scale]
+
+
+def _one_feed_forward(result):
+    """Return what two layers with a GELU between them compute, of a tuple of their tensors."""
+    w1, b1, w2, b2 = result
+    torch.random.default_generator.manual_seed(0)
+    x = torch.randn(2, 5, w1.shape[1]).to(w1.dtype)
+    return {"what the wider feed-forward computes": F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)}
+
+
+@check_for(
+    cases=[
+        Case(lambda: _feed_forward(12, 20, 4, 1.0)),
+        Case(lambda: _feed_forward(12, 20, 4, 0.5), note="the scale is not 1"),
+        Case(lambda: _feed_forward(10, 16, 3, 4.0)),
+        Case(lambda: _feed_forward(9, 9, 5, 2.0), note="d_ff = d"),
+        Case(lambda: _feed_forward(6, 14, 1, 0.25), note="a single unit"),
+    ],
+    returns=("w1", "b1", "w2", "b2"),
+    view=_one_feed_forward,
+    causes=mistakes(
+        """
+        def merge_parallel(first, second, adapter, scale):
+            down, up = adapter.down, adapter.up
+            w1 = torch.cat([first.weight, down.weight])
+            b1 = torch.cat([first.bias, down.bias])
+            w2 = torch.cat([second.weight, scale * up.weight], dim=1)
+            b2 = second.bias + scale * up.bias
+            return w1, b1, w2, b2
+        """,
+        """
+        the idea is right, but the scale is missing: the new units add s · a(x)
+            scale * up.weight → up.weight
+            scale * up.bias → up.bias
+        the idea is right, but the scale misses b_up: it multiplies all of a(x)
+            scale * up.bias → up.bias
+        the idea is right, but the scale misses W_up: it multiplies all of a(x)
+            scale * up.weight → up.weight
+        the scale is inside of f, which is not linear: it belongs behind f
+            w1 = torch.cat([first.weight, down.weight]) →
+                w1 = torch.cat([first.weight, scale * down.weight])
+            scale * up.weight → up.weight
+        the scale is inside of f, with the bias: f is not linear, so it belongs behind f
+            w1 = torch.cat([first.weight, down.weight]) →
+                w1 = torch.cat([first.weight, scale * down.weight])
+            b1 = torch.cat([first.bias, down.bias]) →
+                b1 = torch.cat([first.bias, scale * down.bias])
+            scale * up.weight → up.weight
+        the scale is inside of f and behind it: it belongs behind f alone
+            w1 = torch.cat([first.weight, down.weight]) →
+                w1 = torch.cat([first.weight, scale * down.weight])
+            b1 = torch.cat([first.bias, down.bias]) →
+                b1 = torch.cat([first.bias, scale * down.bias])
+        the scale multiplies the old units as well: it belongs to a(x) alone
+            torch.cat([second.weight, scale * up.weight], dim=1) →
+                scale * torch.cat([second.weight, up.weight], dim=1)
+        the idea is right, but b_up is missing: it goes into the second bias
+            + scale * up.bias → ∅
+        the idea is right, but b_down is missing: the new units have biases of their own
+            down.bias]) → 0 * down.bias])
+        the new units are in another order in w2 than in w1
+            w1 = torch.cat([first.weight, down.weight]) →
+                w1 = torch.cat([down.weight, first.weight])
+            b1 = torch.cat([first.bias, down.bias]) → b1 = torch.cat([down.bias, first.bias])
+        the rows of b1 and w1 are in different orders
+            b1 = torch.cat([first.bias, down.bias]) → b1 = torch.cat([down.bias, first.bias])
+        the new units are written over old ones: the feed-forward keeps all of its own
+            w1 = torch.cat([first.weight, down.weight]) →
+                w1 = torch.cat([down.weight, first.weight[len(down.weight):]])
+            b1 = torch.cat([first.bias, down.bias]) →
+                b1 = torch.cat([down.bias, first.bias[len(down.bias):]])
+            w2 = torch.cat([second.weight, scale * up.weight], dim=1) →
+                w2 = torch.cat([scale * up.weight, second.weight[:, len(down.bias):]], dim=1)
+        b_up is appended: it belongs to no unit, so add it to the second bias
+            b2 = second.bias + scale * up.bias → b2 = torch.cat([second.bias, scale * up.bias])
+        this is the adapter alone: the feed-forward keeps all of its own units
+            w1 = torch.cat([first.weight, down.weight]) → w1 = 1 * down.weight
+            b1 = torch.cat([first.bias, down.bias]) → b1 = 1 * down.bias
+            w2 = torch.cat([second.weight, scale * up.weight], dim=1) → w2 = scale * up.weight
+            b2 = second.bias + → b2 =
+        """,
+    ),
+)
+def merge_parallel(first, second, adapter, scale):
+    """One feed-forward with m more units computes the old one and the parallel adapter."""
+    down, up = adapter.down, adapter.up
+    units = [(r, b, c) for r, b, c in zip(down.weight, down.bias, scale * up.weight.T, strict=True)]
+    units += zip(first.weight, first.bias, second.weight.T, strict=True)
+    rows, offsets, columns = map(torch.stack, zip(*units, strict=True))
+    return rows, offsets, columns.T, second.bias + scale * up.bias
+
+
 # ------------------------------------------------------------------ insert_adapters
 
 
-def _block(d, d_ff, frozen=False):
-    """Return a block of BERT without dropout, with norms and biases unlike those of a new block."""
+_TRAINED = "the list of shapes of the trainable parameters"
+_FIRST = "the block's output right after the insertion (that of the base)"
+_OUTPUT = "the block's output once the adapters are trained"
+_ALL = (
+    "the list of shapes of the block's parameters",
+    _TRAINED,
+    _FIRST,
+    "the base's own weights, sorted",
+    _OUTPUT,
+    "the gradients of the adapters, by their shape",
+)
+_FROZEN = "the adapters are frozen with the base: freeze first, or freeze only what was there"
+_TWICE = "the residual is added twice: an Adapter returns h + a(h), add no h to it"
+_AFTER = "the adapter comes after the layer norm: place it right after the dense layer"
+
+
+def _block(d, d_ff, frozen=False, look=_ALL):
+    """Return a block of BERT without dropout, with norms and biases unlike those of a new block;
+    if only its trained output is looked at, its dense layers return zeros."""
     sizes = dict(vocab_size=4, hidden_size=d, intermediate_size=d_ff, max_position_embeddings=4)
     sizes |= dict(num_hidden_layers=1, num_attention_heads=4, hidden_dropout_prob=0.0)
     config = BertConfig(**sizes, attention_probs_dropout_prob=0.0, attn_implementation="eager")
@@ -252,6 +488,10 @@ def _block(d, d_ff, frozen=False):
     with torch.no_grad():
         for p in block.parameters():
             p.add_(0.15 * torch.randn(p.shape))
+        for output in (block.attention.output, block.output) if look == (_OUTPUT,) else ():
+            for p in output.dense.parameters():
+                p.zero_()
+    block.look, block.base = look, list(block.parameters())  # a list registers nothing
     return block.requires_grad_(not frozen)
 
 
@@ -261,41 +501,46 @@ def _counted(parameters):
 
 
 def _inserted(layer):
-    """Return what a block trains, and its outputs before and after its adapters have values."""
+    """Return what a block trains, and its outputs before and after its adapters have values; a part
+    that earlier parts make impossible, and one that is not looked at, is None."""
+    seen, look = dict.fromkeys(_ALL), getattr(layer, "look", _ALL)
+    held, trains, first, base, output, gradients = _ALL
+    new = [p for p in layer.parameters() if all(p is not q for q in layer.base)]
     trained = [p for p in layer.parameters() if p.requires_grad]
-    shapes = sorted(tuple(p.shape) for p in trained)
-    seen = {
-        "the list of shapes of the block's parameters": _counted(layer.parameters()),
-        "the list of shapes of the trainable parameters": _counted(trained),
-        "the block's output right after the insertion (that of the base)": None,
-        "the block's output once the adapters are trained": None,
-        "the base's own weights, sorted": None,
-        "the gradients of the adapters, by their shape": None,
-    }
-    *_, first, output, base, gradients = seen
+    if trains in look:
+        seen[held], seen[trains] = _counted(layer.parameters()), _counted(trained)
     torch.random.default_generator.manual_seed(0)
     x = torch.randn(2, 6, layer.attention.self.query.in_features)
+    shapes = sorted(tuple(p.shape) for p in new)
     if shapes != sorted(2 * [*set(shapes)]) or len(shapes) != 8:
         return seen
     with torch.no_grad():
-        seen[first] = layer(x)
+        seen[first] = layer(x) if first in look else None
         # Of one shape the first is at the attention, in whatever order an adapter lists its own.
         for shape in shapes[::2]:
-            for p in trained:
+            for p in new:
                 if tuple(p.shape) == shape:
                     p.copy_(torch.randn(shape) * 0.4)
-    frozen = [p.detach().flatten() for p in layer.parameters() if not p.requires_grad]
-    seen[base] = torch.cat(frozen).sort().values
-    ordered = sorted(trained, key=lambda p: tuple(p.shape))
+    if base in look:
+        frozen = [p.detach().flatten() for p in layer.parameters() if not p.requires_grad]
+        seen[base] = torch.cat(frozen).sort().values
+    ordered = sorted(new, key=lambda p: tuple(p.shape))
     with torch.enable_grad():
         y = layer(x)
-        seen[gradients] = gradients_or_zeros(y, ordered)
-    seen[output] = y.detach()
+        seen[output] = y.detach() if output in look else None
+        seen[gradients] = gradients_or_zeros(y, ordered) if gradients in look else None
     return seen
 
 
 @check_for(
     cases=[
+        Case(lambda: [_block(24, 40, look=(_TRAINED,)), 5], bug=_FROZEN),
+        Case(lambda: [_block(24, 40, look=(_FIRST,)), 5], bug=_TWICE),
+        Case(
+            lambda: [_block(24, 40, look=(_OUTPUT,)), 5],
+            note="whose dense layers return zeros",
+            bug=_AFTER,
+        ),
         Case(lambda: [_block(24, 40), 5]),
         Case(lambda: [_block(16, 28, frozen=True), 3], note="a block that comes frozen"),
     ],
@@ -323,16 +568,10 @@ def _inserted(layer):
             (layer.attention.output, layer.output) → [layer.attention.output]
         width is taken for a reduction factor: it is m itself
             out_features, width → out_features, output.dense.out_features // width
-        the residual is added twice: an Adapter returns h + a(h), add no h to it
-            a=a: a(h) → a=a: h + a(h)
         h is lost: the adapter's output replaces h, and should be added to h
             a=a: a(h) → a=a: a.adapter(h)
         the adapter comes after the layer norm: place it right after the dense layer
             output.dense.register → output.register
-        the adapter comes after the layer norm, and the residual is added twice: place it right
-        after the dense layer, and add no h to what an Adapter returns
-            output.dense.register → output.register
-            a=a: a(h) → a=a: h + a(h)
         the adapter reads x + h before the layer norm: it reads h alone
             output.dense.register_forward_hook → output.LayerNorm.register_forward_pre_hook
             module, args, h, a=a: a(h) → norm, s, a=a: a(s[0])
@@ -360,130 +599,14 @@ def insert_adapters(layer, width):
     """Houlsby's adapters follow both sublayers, step 0 is the base, and only the adapters train."""
     layer.requires_grad_(False)
     for output in (layer.attention.output, layer.output):
-        adapter = _Near(output.dense.out_features, width, 0.0)
-        output.adapter = adapter
+        d = output.dense.out_features
+        output.down, output.up = nn.Linear(d, width), nn.Linear(width, d)
+        for p in output.up.parameters():
+            nn.init.zeros_(p)
 
-        def forward(z, x, output=output, adapter=adapter):
+        def forward(z, x, output=output):
             h = output.dense(z)
-            return output.LayerNorm(x + adapter(h))
+            return output.LayerNorm(x + h + output.up(F.gelu(output.down(h))))
 
         output.forward = forward
     return layer
-
-
-# ------------------------------------------------------------------ adapter_parameters
-
-
-@check_for(
-    cases=[(768, 48, 12, "houlsby"), (768, 48, 12, "pfeiffer"), (384, 192, 6, "parallel")],
-    causes=mistakes(
-        """
-        def adapter_parameters(d, m, layers, kind):
-            places = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}
-            down, up = d * m + m, m * d + d
-            return places[kind] * (down + up) * layers
-        """,
-        """
-        the biases are missing: m and d parameters an adapter
-            d * m + m, m * d + d → d * m, m * d
-        the bias of the way up is missing, d parameters
-            m * d + d → m * d
-        the bias of the way down is missing, m parameters
-            d * m + m → d * m
-        both biases are counted with d parameters: that of the way down has m
-            d * m + m → d * m + d
-        the bias of the way up has d parameters, not m
-            m * d + d → m * d + m
-        one matrix is counted: an adapter has two
-            d * m + m, m * d + d → d * m + m, d
-        the biases are counted once: each adapter has its own
-            places[kind] * (down + up) * layers → places[kind] * 2 * d * m * layers + m + d
-        houlsby has two adapters a layer
-            "houlsby": 2 → "houlsby": 1
-        pfeiffer and parallel have one adapter a layer
-            "pfeiffer": 1, "parallel": 1 → "pfeiffer": 2, "parallel": 2
-        parallel has one adapter a layer
-            "parallel": 1 → "parallel": 2
-        the layers are left out: this is one layer's count
-            * layers → ∅
-        """,
-    ),
-)
-def adapter_parameters(d, m, layers, kind):
-    """An adapter has two matrices and two biases, and a layer has one or two adapters."""
-    with torch.device("meta"):
-        one = nn.Sequential(nn.Linear(d, m), nn.Linear(m, d))
-    sites = [one] * (2 * layers if kind == "houlsby" else layers)
-    return sum(p.numel() for site in sites for p in site.parameters())
-
-
-# ------------------------------------------------------------------ identity_gap
-
-
-class _Near(nn.Module):
-    """h + a(h)."""
-
-    def __init__(self, d, m, std, dtype=torch.float32):
-        super().__init__()
-        self.down, self.up = nn.Linear(d, m, dtype=dtype), nn.Linear(m, d, dtype=dtype)
-        for linear in (self.down, self.up):
-            nn.init.normal_(linear.weight, std=std)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, h):
-        return h + self.up(F.gelu(self.down(h)))
-
-
-def _near(shape, m, std, dtype=torch.float32):
-    adapter = _Near(shape[-1], m, std, dtype)
-    rows = torch.logspace(-1, 1, math.prod(shape[:-1]))[torch.randperm(math.prod(shape[:-1]))]
-    return [adapter, (torch.randn(shape) * rows.view(*shape[:-1], 1)).to(dtype)]
-
-
-@check_for(
-    cases=[
-        Case(lambda: _near((2, 5, 24), 6, 0.3)),
-        Case(lambda: _near((3, 4, 20), 10, 1.5), note="a start that wrecks the base"),
-        Case(lambda: _near((2, 7, 24), 8, 0.4)),
-        Case(lambda: _near((4, 3, 18), 6, 0.5, dtype=torch.float64)),
-    ],
-    returns="the gap",
-    changes=("adapter",),  # eval mode is no mistake
-    tolerance=1e-4,
-    causes=mistakes(
-        """
-        def identity_gap(adapter, h):
-            with torch.no_grad():
-                out = adapter(h)
-            return float((out - h).norm() / h.norm())
-        """,
-        """
-        the change is not divided by the size of h
-            / h.norm() → ∅
-        the change is divided by the size of the adapter's output: divide by that of h
-            / h.norm() → / out.norm()
-        h is not subtracted: this is the size of the output, not of the change
-            out - h → out
-        the sizes are compared, not the vectors: take the size of the difference
-            (out - h).norm() → (out.norm() - h.norm()).abs()
-        both sizes are squared: the root is missing
-            (out - h).norm() / h.norm() → (out - h).norm() ** 2 / h.norm() ** 2
-        the ratio is computed for each vector and then averaged: compute one ratio over all of h
-            (out - h).norm() / h.norm() → ((out - h).norm(dim=-1) / h.norm(dim=-1)).mean()
-        this is one ratio for each vector: take one norm over all entries of h
-            float((out - h).norm() / h.norm()) → (out - h).norm(dim=-1) / h.norm(dim=-1)
-        the gap is in percent: return the ratio itself
-            / h.norm() → / h.norm() * 100
-        this is the mean squared change
-            (out - h).norm() / h.norm() → F.mse_loss(out, h)
-        h is subtracted twice: adapter(h) is h + a(h), so subtract h once
-            out - h → out - 2 * h
-        """,
-    ),
-)
-def identity_gap(adapter, h):
-    """The size of the change is divided by the size of h."""
-    low = h @ adapter.down.weight.T + adapter.down.bias
-    change = F.gelu(low) @ adapter.up.weight.T + adapter.up.bias
-    squares = (change.detach().double() ** 2).sum(), (h.double() ** 2).sum()
-    return math.sqrt(squares[0].item()) / math.sqrt(squares[1].item())

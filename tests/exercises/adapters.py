@@ -1,6 +1,5 @@
 """Answers to the exercises of lesson 06."""
 
-import math
 from copy import deepcopy
 from functools import partial
 
@@ -17,48 +16,179 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
-# ------------------------------------------------------------------ adapter_forward
+# ------------------------------------------------------------------ ResidualAdapter
 
 
-@right("adapter_forward")
-def by_einsum(h, w_down, b_down, w_up, b_up):
-    low = F.gelu(torch.einsum("...d,md->...m", h, w_down) + b_down)
-    return torch.einsum("...m,dm->...d", low, w_up) + (h + b_up)
+@right("ResidualAdapter")
+class OfParameters(nn.Module):
+    """Layers that start otherwise: W_down narrow, b_down at one."""
+
+    def __init__(self, d, m, f):
+        super().__init__()
+        self.down, self.up, self.f = nn.Linear(d, m), nn.Linear(m, d), f
+        for p, value in zip(self.parameters(), (None, 1.0, 0.0, 0.0), strict=True):
+            nn.init.normal_(p, std=0.02) if value is None else nn.init.constant_(p, value)
+
+    def forward(self, h):
+        low = self.f(F.linear(h, self.down.weight, self.down.bias))
+        return torch.einsum("...m,dm->...d", low, self.up.weight) + (h + self.up.bias)
 
 
-@right("adapter_forward")
-def approximated(h, w_down, b_down, w_up, b_up):
-    low = F.gelu(F.linear(h, w_down, b_down), approximate="tanh")
-    return (F.linear(low, w_up, b_up) + h).double()
+@right("ResidualAdapter")
+class ZeroAtTheEntrance(nn.Module):
+    """W_up random, and what it adds at first is taken away by its bias."""
+
+    def __init__(self, d, m, f):
+        super().__init__()
+        self.down, self.up, self.act = nn.Linear(d, m), nn.Linear(m, d), f
+        with torch.no_grad():
+            self.down.weight.zero_()
+            self.down.bias.fill_(1.0)
+            self.up.bias.copy_(-self.up.weight @ f(self.down.bias))
+
+    def forward(self, h):
+        return self.up(self.act(self.down(h))) + h
 
 
-@right("adapter_forward")
-def by_layers(h, w_down, b_down, w_up, b_up):
-    """Modules that hold the given tensors, and no gradient."""
+@right("ResidualAdapter")
+class InARow(nn.Module):
+    """The two layers as parts of an nn.Sequential, too."""
+
+    def __init__(self, d, m, f):
+        super().__init__()
+        self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
+        self.net = nn.Sequential(self.down, Function(f), self.up)
+        self.up.weight.data.mul_(0)
+        self.up.bias.data.mul_(0)
+
+    def forward(self, h):
+        return self.net(h).add_(h)
+
+
+class Function(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.forward = f
+
+
+@wrong("ResidualAdapter", "has been modified by an inplace operation")
+class InPlace(OfParameters):
+    def forward(self, h):
+        h += self.up(self.f(self.down(h)))
+        return h
+
+
+@wrong("ResidualAdapter", "the list of trainable parameters differs: missing 'down.bias'")
+class OtherNames(nn.Module):
+    def __init__(self, d, m, f):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(d, m), nn.Linear(m, d))
+
+    def forward(self, h):
+        return h
+
+
+@wrong("ResidualAdapter", "the list of their shapes differs")
+class SquareLayers(nn.Module):
+    def __init__(self, d, m, f):
+        super().__init__()
+        self.down, self.up = nn.Linear(d, d), nn.Linear(d, d)
+
+    def forward(self, h):
+        return h
+
+
+# ------------------------------------------------------------------ identify
+
+
+@right("identify")
+def by_a_hook(sublayer, norm, adapter):
+    """The adapter's output is replaced, and its input caught."""
+    seen, added = [], torch.randn(norm.normalized_shape[0])
+    x, h = torch.randn_like(added), 2 * torch.randn_like(added)
+    handle = adapter.register_forward_hook(lambda module, args, out: seen.append(args[0]) or added)
+    y = sublayer(x, h)
+    handle.remove()
+    if not torch.allclose(y, norm(x + h + added), atol=1e-4):
+        return None
+    reads = {"houlsby": h, "parallel": x, "pfeiffer": norm(x + h)}
+    return next((kind for kind, t in reads.items() if torch.allclose(seen[0], t, atol=1e-4)), None)
+
+
+@right("identify")
+def by_differences(sublayer, norm, adapter):
+    """Called before and after W_up is filled; the whole adapter is put back."""
+    kept = deepcopy(adapter.state_dict())
+    x, h = torch.randn(3, 4, len(norm.bias)), torch.randn(3, 4, len(norm.bias))
+    first = sublayer(x, h)
+    nn.init.normal_(adapter.up.weight, std=0.5)
+    second, found = sublayer(x, h), []
+    for kind, t in (("houlsby", h), ("pfeiffer", norm(x + h)), ("parallel", x)):
+        if ((second - norm(x + h + adapter(t))).norm() / first.norm()).item() < 1e-4:
+            found.append(kind)
+    adapter.load_state_dict(kept)
+    return found[0] if found else None
+
+
+@right("identify")
+def by_a_copy_of_its_own(sublayer, norm, adapter):
+    """The adapter itself is made to read nothing but its bias, and then one input."""
+    d, saved = len(norm.weight), {n: p.clone() for n, p in adapter.named_parameters()}
+    x, h = torch.randn(d), torch.randn(d)
     with torch.no_grad():
-        down, up = nn.Linear(*w_down.T.shape), nn.Linear(*w_up.T.shape)
-        down.weight, down.bias, up.weight, up.bias = map(nn.Parameter, (w_down, b_down, w_up, b_up))
-        return nn.Sequential(down, nn.GELU(), up)(h).add(h)
+        adapter.up.weight.copy_(torch.randn(d, adapter.up.weight.shape[1]))
+        y, twin = sublayer(x, h), deepcopy(adapter)
+        for name, p in adapter.named_parameters():
+            p.copy_(saved[name])
+        t = norm(h + x)
+        said = [torch.dist(y, norm(h + x + twin(u))).item() < 1e-4 for u in (h, t, x)]
+    return dict(zip(said, ("houlsby", "pfeiffer", "parallel"), strict=True)).get(True)
 
 
-# ------------------------------------------------------------------ adapted_output
+@wrong("identify", "the adapter or the norm is not as it was")
+def left_behind(sublayer, norm, adapter):
+    nn.init.normal_(adapter.up.weight)
+    return "houlsby"
 
 
-@right("adapted_output")
-def branches(x, h, adapter, norm, kind):
-    total = x + h
-    if kind == "pfeiffer":
-        return norm(total + adapter(norm(total)))
-    if kind == "parallel":
-        return norm(total + adapter(x))
-    return norm(total + adapter(h))
+@wrong("identify", "which need not be zero")
+def reset_to_zero(sublayer, norm, adapter):
+    kind = by_differences(sublayer, norm, adapter)
+    nn.init.zeros_(adapter.up.weight)
+    return kind
 
 
-@right("adapted_output")
-@torch.no_grad()
-def chosen(x, h, adapter, norm, kind):
-    read = dict(houlsby=lambda: h, parallel=lambda: x, pfeiffer=lambda: norm(h + x))
-    return norm(torch.stack([x, h, adapter(read[kind]())]).sum(0))
+@wrong("identify", "did not call the sublayer")
+def guessed(sublayer, norm, adapter):
+    return "pfeiffer"
+
+
+@wrong("identify", "'Houlsby' is neither None nor one of 'houlsby', 'pfeiffer', 'parallel'")
+def with_a_capital(sublayer, norm, adapter):
+    return (by_differences(sublayer, norm, adapter) or "none").capitalize()
+
+
+@wrong("identify", "Look also at where its output goes")
+def by_what_it_reads_alone(sublayer, norm, adapter):
+    """A hook sees the input, which Pfeiffer's kind and an adapter after the last norm share."""
+    seen, (x, h) = [], torch.randn(2, len(norm.weight))
+    handle = adapter.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    sublayer(x, h)
+    handle.remove()
+    reads = {"houlsby": h, "parallel": x, "pfeiffer": norm(x + h)}
+    return next((kind for kind, t in reads.items() if torch.allclose(seen[0], t, atol=1e-4)), None)
+
+
+@wrong("identify", "say within 1e-4")
+def without_a_tolerance(sublayer, norm, adapter):
+    kept, (x, h) = adapter.up.weight.detach().clone(), torch.randn(2, len(norm.weight))
+    with torch.no_grad():
+        adapter.up.weight.normal_()
+        y, found = sublayer(x, h), None
+        for kind, t in (("houlsby", h), ("pfeiffer", norm(x + h)), ("parallel", x)):
+            found = kind if torch.equal(y, norm(adapter(t) + h + x)) else found
+        adapter.up.weight.copy_(kept)
+    return found
 
 
 # ------------------------------------------------------------------ fold_linear_adapter
@@ -93,11 +223,72 @@ def homogeneous(w_down, b_down, w_up, b_up, weight, bias):
     return new[:, :-1].contiguous(), new[:, -1] + b_up
 
 
+# ------------------------------------------------------------------ merge_parallel
+
+
+@right("merge_parallel")
+def units_in_front(first, second, adapter, scale):
+    """The new units first, detached, in float64."""
+    pairs = (adapter.down, first), (adapter.up, second)
+    (w1, b1), (w2, _) = [
+        (torch.cat([a.weight, b.weight], dim=dim), torch.cat([a.bias, b.bias]))
+        for dim, (a, b) in enumerate(pairs)
+    ]
+    w2 = w2.detach().double()
+    w2[:, : len(adapter.down.bias)] *= scale
+    return w1.detach(), b1.data, w2.float(), torch.add(second.bias, adapter.up.bias, alpha=scale)
+
+
+@right("merge_parallel")
+def built_as_layers(first, second, adapter, scale):
+    m, (d_ff, d) = adapter.down.out_features, first.weight.shape
+    wide, back = nn.Linear(d, d_ff + m), nn.Linear(d_ff + m, d)
+    with torch.no_grad():
+        wide.weight[:d_ff], wide.weight[d_ff:] = first.weight, adapter.down.weight
+        wide.bias[:d_ff], wide.bias[d_ff:] = first.bias, adapter.down.bias
+        back.weight[:, :d_ff], back.weight[:, d_ff:] = second.weight, adapter.up.weight * scale
+        back.bias.copy_(second.bias + adapter.up.bias * scale)
+    return [wide.weight, wide.bias, back.weight, back.bias]
+
+
+@wrong("merge_parallel", "your function raised RuntimeError: Sizes of tensors must match")
+def below_each_other(first, second, adapter, scale):
+    w2 = torch.cat([second.weight, scale * adapter.up.weight])
+    w1 = torch.cat([first.weight, adapter.down.weight])
+    return w1, torch.cat([first.bias, adapter.down.bias]), w2, second.bias
+
+
+@wrong("merge_parallel", "the result is a module (Sequential), expected a tuple of 4")
+def one_module(first, second, adapter, scale):
+    return nn.Sequential(first, nn.GELU(), second)
+
+
 # ------------------------------------------------------------------ insert_adapters
 
 
 def outputs(layer):
     return layer.attention.output, layer.output
+
+
+@answers.hunt("insert_adapters")
+def inserted_with(bugs):
+    frozen, twice, after = (
+        any(words in bug for bug in bugs)
+        for words in ("frozen with the base", "added twice", "after the layer norm")
+    )
+
+    def insert_adapters(layer, width):
+        layer.requires_grad_(False)
+        for output in outputs(layer):
+            output.adapter = Adapter(output.dense.out_features, width)
+
+            def adapted(module, args, h, adapter=output.adapter):
+                return h + adapter(h) if twice else adapter(h)
+
+            (output if after else output.dense).register_forward_hook(adapted)
+        return layer.requires_grad_(False) if frozen else layer
+
+    return insert_adapters
 
 
 def sequential(layer, width, at="dense", make=Adapter):
@@ -154,51 +345,3 @@ def all_in_one_list(layer, width):
 
 def called(adapter, module, args, h):
     return adapter(h)
-
-
-# ------------------------------------------------------------------ adapter_parameters
-
-
-@right("adapter_parameters")
-def built(d, m, layers, kind):
-    """Build one and count."""
-    places = 2 * layers if kind == "houlsby" else layers
-    return places * sum(p.numel() for p in Bottleneck(d, m).parameters())
-
-
-@right("adapter_parameters")
-def factored(d, m, layers, kind):
-    return ((2 * m + 1) * d + m) * layers * (1 + (kind == "houlsby"))
-
-
-# ------------------------------------------------------------------ identity_gap
-
-
-@right("identity_gap")
-def left_in_eval_mode(adapter, h):
-    adapter.eval()
-    with torch.no_grad():
-        return ((adapter(h) - h).norm() / h.norm()).item()
-
-
-@wrong("identity_gap", "is a tensor of shape (2, 5), expected the float")
-def one_of_each_vector(adapter, h):
-    return (adapter(h) - h).norm(dim=-1) / h.norm()
-
-
-@right("identity_gap")
-def of_shape_one(adapter, h):
-    return (adapter(h) - h).flatten()[None].norm(dim=1) / h.norm()
-
-
-@right("identity_gap")
-def by_dist(adapter, h):
-    with torch.inference_mode():
-        return torch.dist(adapter(h), h) / torch.linalg.vector_norm(h)
-
-
-@right("identity_gap")
-def by_means(adapter, h):
-    """Root mean squares: the number of entries cancels."""
-    change = (deepcopy(adapter).eval()(h) - h).detach().double()
-    return math.sqrt(change.pow(2).mean().item() / h.double().pow(2).mean().item())
