@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from peft_lessons import load_model, measure
+from peft_lessons.studies import best_lr, load_results
 from tools.environment import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import knob_signs
 import knobs_study
+from common import NAMES, RUN, SEEDS, Results
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -47,3 +49,22 @@ def test_changed_knobs_are_what_their_names_say():
     assert named["base"].abs().max() == 0 and torch.equal(named["trained"], off)
     assert torch.equal(named["clamped"] + 1, (off + 1).clamp(min=0))
     assert torch.equal(named["largest"], off * (off.abs() > 1))
+
+
+def test_the_stored_pairs_lack_no_run_and_their_rates_lie_inside_those_that_were_tried():
+    results = Results("knobs_study", (*NAMES, *RUN), knobs_study.MEASURED)
+    assert not results.missing(knobs_study.bracketed(results, knobs_study.SETTINGS))
+    for names in knobs_study.SETTINGS:
+        runs = load_results("knobs_study", **dict(zip(NAMES, names, strict=True)))
+        rate, chosen = best_lr(runs)
+        assert min(runs["lr"]) < rate < max(runs["lr"])
+        assert set(chosen["seed"]) == set(SEEDS)
+
+
+def test_every_seed_has_all_changes_of_its_knobs():
+    signs = load_results("knob_signs", lr=knob_signs.RATE)
+    kinds = len(knob_signs.SIZES) + knob_signs.DRAWS + 4 + 2 * len(knob_signs.GRADIENT_SIZES)
+    assert set(signs.groupby("seed").size()) == {kinds} and set(signs["seed"]) == set(SEEDS)
+    others = load_results("knob_signs", lr=knob_signs.OTHER_RATES)
+    assert len(others) == 2 * len(knob_signs.OTHER_RATES)
+    assert (signs[signs["what"] == "clamped"]["negative"] == 0).all()
