@@ -5,9 +5,11 @@
 tinylm on Jane Austen's novels, with three seeds; learning rates on both sides of the best one are
 tried with one seed, and the validation split chooses.
 
-prefix_study.csv: prefixes and prompts, a prefix whose gate is one trained number a head, one vector
-of biases after each attention, and LoRA of rank 1; 40 steps of 4 blocks, and for some of them the
-100 steps of 16 blocks of additive_study.csv. Short runs are scored on 48 blocks of either split,
+prefix_study.csv: prefixes and prompts, one vector of biases after each attention, and LoRA of rank 1;
+40 steps of 4 blocks, and for some of them the 100 steps of 16 blocks of additive_study.csv. Prefixes
+also with a constant gate for each head, trained from 0.3 ("gate constant") or fixed there ("gate
+fixed"), and with a gate as always but a trained number for each head added to its log-odds, so that
+it is 0.3 on average at the start ("gate shifted"). Short runs are scored on 48 blocks of either split,
 long ones as in that table.
 prefix_parts.csv: the trained ones with gate or content held constant, at the mean over validation
 blocks of each layer and head. "place": the gate's mean at each place of a block.
@@ -46,12 +48,8 @@ CONTROLS = {
     ("prefix, gate shifted", 16, SHORT): 0.3,
     ("prefix, gate fixed", 16, SHORT): 0.3,
 }
-LATER = {
-    ("bias", 0, LONG): 0.1,
-    ("prefix", 1, LONG): 1.0,
-    ("prefix, gate constant", 16, LONG): 1.0,
-    ("prompt", 96, LONG): 0.3,
-}
+LATER = {("bias", 0, LONG): 0.1}
+ONCE = [("prefix, gate constant", 16, LONG, lr, SEEDS[0]) for lr in (0.3, 1.0)]
 HEADS = {  # arms with a trained number for each head, and where it starts
     "prefix, gate constant": math.log(0.3 / 0.7),  # the log-odds of the gate
     "prefix, gate fixed": math.log(0.3 / 0.7),  # the same, and not trained
@@ -335,13 +333,12 @@ def parts_of(arm: str, tokens: int, seed: int) -> tuple[list[dict], list[dict]]:
 # ------------------------------------------------------------------ from prompt to prefix
 
 HALF, EVERY = 30, 10
-WARM = 5  # steps in which the learning rate rises, from each beginning
-FORK_RATES = {"begun": (0.03, 0.1, 0.3), "prompt": (0.1, 0.3, 1.0), "freed": (0.1, 0.3, 1.0)}
+FORK_RATES = (0.1, 0.3, 1.0)
 
 
 def walk(model: torch.nn.Module, lr: float, seed: int, first: int) -> list[dict]:
-    """Train for HALF steps, with the blocks from step `first` on, and return perplexities every few
-    steps. The learning rate rises, and then stays."""
+    """Train for HALF steps at a constant learning rate, with the blocks from step `first` on, and
+    return perplexities every few steps."""
     task = load("austen")
     training = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(training, lr=lr, weight_decay=0)
@@ -354,7 +351,6 @@ def walk(model: torch.nn.Module, lr: float, seed: int, first: int) -> list[dict]
             found.append({"step": step} | {s: f"{v.perplexity:.5f}" for s, v in scores.items()})
         if step == first + HALF:
             return found
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step - first + 1) / WARM)
         batch = dict(batch, labels=batch["labels"].clone())
         batch["labels"][:, 0] = -100  # a prefix cannot predict a first token
         model(**batch).loss.backward()
@@ -394,9 +390,9 @@ def chosen() -> tuple[float, float, float]:
     """Return the learning rates that validation chooses with the first seed: of the first half, of
     the prompt that goes on, and of the freed keys and values."""
     seed = SEEDS[0]
-    begin = min(FORK_RATES["begun"], key=lambda lr: last(begun(lr, seed)[1]))
+    begin = min(FORK_RATES, key=lambda lr: last(begun(lr, seed)[1]))
     each = (
-        min(FORK_RATES[way], key=lambda lr, way=way: last(branch(way, lr, seed, begin)[1]))
+        min(FORK_RATES, key=lambda lr, way=way: last(branch(way, lr, seed, begin)[1]))
         for way in ("prompt", "freed")
     )
     return begin, *each
@@ -427,4 +423,5 @@ if __name__ == "__main__":
     fill_table("prefix_parts", key, columns, apart, lambda *point: parts_of(*point)[0])
     columns = ("part", "first", "last", "gate", "loss", "targets")
     fill_table("prefix_places", key, columns, apart, lambda *point: parts_of(*point)[1])
-    fill_table("prefix_study", KEY, COLUMNS, points(LATER), run)
+    for due in (points(LATER), ONCE):
+        fill_table("prefix_study", KEY, COLUMNS, due, run)

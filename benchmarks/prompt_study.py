@@ -9,8 +9,8 @@ standard deviation of its numbers. `angle` is the mean angle between a row and i
 `norm_ratio` the mean ratio of their norms. Controls: every row scaled back to its first norm after
 each step ("norm fixed"), and only a factor of each row trained ("direction frozen"). Scored on 48
 test blocks; nothing is chosen by them.
-prompt_game.csv: prompts of real tokens, and the trained prompt of prefix_study.csv, on 96 test
-blocks. The searches see 12 training blocks, and score a candidate on them as often as `evaluations`
+prompt_game.csv: prompts of real tokens, and the trained prompt of prefix_study.csv, on 64 test
+blocks. The searches see 8 training blocks, and score a candidate on them as often as `evaluations`
 says. "swaps": one token becomes another one, drawn from the training text or from those that the
 gradient prefers, and stays if the loss falls. "passages": the best of so many passages of the
 training text."""
@@ -33,7 +33,7 @@ TEXTS = {
     "told": "Please continue this novel by Jane Austen in her own style, with her characters",
     "shown": "he said that she would not have her, and he did not know her, but she",
 }
-TRIES, NOTED, SHORTLIST, SEEN = 120, (0, 40, 120), 8, 12
+TRIES, NOTED, SHORTLIST, SEEN = 80, (20, 80), 8, 8
 RATE, TRAINED = 0.1, 40  # of the trained prompt, as prefix_study.csv chose it
 
 
@@ -64,7 +64,7 @@ def blocks(split: str, size: int, seed: int) -> list[dict]:
 
 
 @torch.no_grad()
-def perplexity(rows: torch.Tensor, split: str = "test", size: int = 96, seed: int = 19) -> float:
+def perplexity(rows: torch.Tensor, split: str = "test", size: int = 64, seed: int = 19) -> float:
     """Return the perplexity of blocks of a split after a prompt (p, d)."""
     total = count = 0
     for batch in blocks(split, size, seed):
@@ -211,7 +211,7 @@ def game(way: str, seed: int) -> list[dict]:
 
 GAME = {  # way: seeds
     "no prompt": 1,
-    "random tokens": 8,
+    "random tokens": 4,
     "told": 1,
     "shown": 1,
     "passages": 3,

@@ -40,7 +40,10 @@ def test_a_stored_prompt_predicts_as_the_prompt():
 
 
 def test_every_arm_has_three_seeds_at_a_learning_rate_inside_those_tried():
+    once = {tuple(map(str, point[:3])) for point in prefix_study.ONCE}
     for setting, runs in RUNS.groupby(["arm", "tokens", "steps"]):
+        if tuple(map(str, setting)) in once:
+            continue
         first = runs[runs["seed"] == SEEDS[0]].set_index("lr")["validation"]
         best = first.idxmin()
         assert first.index.min() < best < first.index.max(), setting
