@@ -5,12 +5,12 @@
 tinylm on Jane Austen's novels, with three seeds; learning rates on both sides of the best one are
 tried with one seed, and the validation split chooses.
 
-prefix_study.csv: prefixes and prompts, one vector of biases after each attention, and LoRA of rank 1;
-40 steps of 4 blocks, and for some of them the 100 steps of 16 blocks of additive_study.csv. Prefixes
-also with a constant gate for each head, trained from 0.3 ("gate constant") or fixed there ("gate
-fixed"), and with a gate as always but a trained number for each head added to its log-odds, so that
-it is 0.3 on average at the start ("gate shifted"). Short runs are scored on 48 blocks of either split,
-long ones as in that table.
+prefix_study.csv: prefixes and prompts, one vector of biases after each attention, and LoRA of rank
+1; 40 steps of 4 blocks, and for some of them the 100 steps of 16 blocks of additive_study.csv.
+Prefixes also with a constant gate for each head, trained from 0.3 ("gate constant") or fixed there
+("gate fixed"), and with a gate as always but a trained number for each head added to its log-odds,
+so that it is 0.3 on average at the start ("gate shifted"). Short runs are scored on 48 blocks of
+either split, long ones as in that table.
 prefix_parts.csv: the trained ones with gate or content held constant, at the mean over validation
 blocks of each layer and head. "place": the gate's mean at each place of a block.
 prefix_places.csv: the same by place, with the mean gate. Places count the text's tokens read.
