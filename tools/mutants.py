@@ -221,6 +221,9 @@ peft_lessons/checks/diagnosis.py: exercises
     if run not in right → if run in right
 peft_lessons/checks/adalora.py: exercises
     function = adalora_step.reference → pass
+peft_lessons/checks/adapters.py: exercises
+    p.zero_() → p.mul_(1.0)
+    if not torch.equal(four[name], start[name])] → if name]
 peft_lessons/checks/dora.py: exercises
     linear.weight.copy_(2 * V - alpha / rank * B @ A) → linear.weight.copy_(2 * V)
 peft_lessons/checks/qlora.py: exercises

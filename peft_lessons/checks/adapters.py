@@ -159,8 +159,8 @@ class ResidualAdapter(nn.Module):
 
 _KINDS = ("houlsby", "pfeiffer", "parallel")
 _ZERO = (
-    "W_up was zero when the sublayer was called: a new adapter returns 0 whatever it reads, so the "
-    "three kinds compute the same"
+    "W_up was zero when the sublayer was called: then an adapter returns the same whatever it "
+    "reads, and so do the three kinds"
 )
 _CONSTANT = (
     "all rows of W_up were the same when the sublayer was called: the adapter then adds one number "
@@ -564,7 +564,7 @@ def _inserted(layer):
             output.adapter = a = → a =
         the base is not frozen: only the adapters may train
             layer.requires_grad_(False) → ∅
-        both sublayers share one adapter: give each its own
+        there is one adapter: each of the two sublayers has one of its own
             (layer.attention.output, layer.output) → [layer.attention.output]
         width is taken for a reduction factor: it is m itself
             out_features, width → out_features, output.dense.out_features // width

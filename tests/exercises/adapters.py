@@ -145,6 +145,42 @@ def by_a_copy_of_its_own(sublayer, norm, adapter):
     return dict(zip(said, ("houlsby", "pfeiffer", "parallel"), strict=True)).get(True)
 
 
+@right("identify")
+def by_silence(sublayer, norm, adapter):
+    """Inputs of zeros, on which an adapter without biases is silent."""
+    d, kept = len(norm.weight), deepcopy(adapter.state_dict())
+    v, nothing = torch.randn(3, d), torch.zeros(3, d)
+    with torch.no_grad():
+        adapter.up.weight.normal_()
+        adapter.up.bias.zero_()
+        adapter.down.bias.zero_()
+        of_x, of_h, a = sublayer(v, nothing), sublayer(nothing, v), adapter(norm(v))
+        silent = norm(v), norm(v + adapter(v)), norm(v + a)
+    adapter.load_state_dict(kept)
+    for kind, (x_alone, h_alone) in {
+        "houlsby": (0, 1),
+        "parallel": (1, 0),
+        "pfeiffer": (2, 2),
+    }.items():
+        agree = torch.dist(of_x, silent[x_alone]), torch.dist(of_h, silent[h_alone])
+        if max(agree) < 1e-4:
+            return kind
+    return None
+
+
+@wrong("identify", "W_up was zero when the sublayer was called")
+def with_a_bias(sublayer, norm, adapter):
+    """Another bias is the same for whatever the adapter reads."""
+    kept, (x, h) = adapter.up.bias.detach().clone(), torch.randn(2, len(norm.weight))
+    with torch.no_grad():
+        adapter.up.bias.normal_()
+        y, found = sublayer(x, h), None
+        for kind, t in (("houlsby", h), ("pfeiffer", norm(x + h)), ("parallel", x)):
+            found = kind if torch.allclose(y, norm(x + h + adapter(t)), atol=1e-4) else found
+        adapter.up.bias.copy_(kept)
+    return found
+
+
 @wrong("identify", "the adapter or the norm is not as it was")
 def left_behind(sublayer, norm, adapter):
     nn.init.normal_(adapter.up.weight)
