@@ -5,25 +5,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def ia3_sizes(config) -> dict[str, int]:
-    """Return the widths of l_k, l_v and l_ff of one block, {"k": ..., "v": ..., "ff": ...}."""
-    n_h = config.num_attention_heads
-    n_kv = getattr(config, "num_key_value_heads", None) or n_h
-    d_h = getattr(config, "head_dim", None) or config.hidden_size // n_h
-    return {"k": n_kv * d_h, "v": n_kv * d_h, "ff": config.intermediate_size}
-
-
-def ia3_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    vector: torch.Tensor,
-    feedforward: bool,
-) -> torch.Tensor:
-    """Return the output (..., out) of a linear layer whose output, or input, is scaled."""
-    if feedforward:
-        return F.linear(x * vector, weight, bias)             # the input
-    return F.linear(x, weight, bias) * vector                 # the output, bias included
+def recombine(amounts: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Return knobs as far from 1 as `amounts`, each on the side of 1 where `directions` has it."""
+    return 1 + (amounts - 1).abs() * torch.sign(directions - 1)
 
 
 def merge_ia3(
@@ -43,6 +27,22 @@ def ia3_as_lora(weight: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tenso
         return weight.clone(), torch.diag(change)             # (out, in), (out, out)
     identity = torch.eye(in_, dtype=weight.dtype)
     return identity, change[:, None] * weight                 # (in, in), (out, in)
+
+
+def worth(vector: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return how much the loss would grow, to first order, if a knob went back to 1, for each."""
+    return (1 - vector) * gradient
+
+
+def diagnose_knobs() -> dict[str, str]:
+    """Return {run: fault} for the runs A to E."""
+    return {
+        "A": "stored as l − 1",
+        "B": "weight decay is on",
+        "C": "the output of the feed-forward is scaled",
+        "D": "the vectors start at zero",
+        "E": "trained at LoRA's learning rate",
+    }
 
 
 class IA3Attention(nn.Module):

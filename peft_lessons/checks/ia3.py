@@ -1,190 +1,136 @@
 """Checks of lesson 07."""
 
-from functools import cache
-
 import torch
 from torch import nn
 
 from .calls import gradients_or_zeros
+from .diagnosis import diagnosis
 from .kit import Case, check_for
 from .mistakes import mistakes
 
-# ------------------------------------------------------------------ ia3_sizes
+# ------------------------------------------------------------------ recombine
 
 
-def _llama(hidden, heads, kv, ff, **more):
-    from transformers import LlamaConfig
-
-    sizes = dict(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv)
-    return LlamaConfig(**sizes, intermediate_size=ff, num_hidden_layers=3, **more)
-
-
-def _gemma():
-    from transformers import GemmaConfig
-
-    sizes = dict(hidden_size=96, num_attention_heads=4, num_key_value_heads=1, head_dim=32)
-    return GemmaConfig(**sizes, intermediate_size=160, num_hidden_layers=2)
+def _knobs(n, at_one=(), near=0.6):
+    """Return knobs around 1, some of them below 0, and those at some places exactly 1."""
+    vector = 1 + near * torch.randn(n)
+    vector[list(at_one)] = 1.0
+    return vector
 
 
-def _qwen2():
-    from transformers import Qwen2Config
-
-    sizes = dict(hidden_size=112, num_attention_heads=14, num_key_value_heads=2)
-    return Qwen2Config(**sizes, intermediate_size=304, num_hidden_layers=2)
-
-
-def _bert():
-    from transformers import BertConfig
-
-    sizes = dict(hidden_size=96, num_attention_heads=6, intermediate_size=384)
-    return BertConfig(**sizes, num_hidden_layers=3)
-
-
-@cache
-def _measured(text):
-    """Measure the widths of the layers themselves, in a model without values."""
-    import json
-
-    from transformers import AutoConfig, AutoModel
-
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(**json.loads(text)))
-    layers = [m for m in model.named_modules() if isinstance(m[1], nn.Linear)]
-
-    def one(*endings):
-        return next(layer for path, layer in layers if path.endswith(endings))
-
-    k, v = one("k_proj", "self.key"), one("v_proj", "self.value")
-    ff = one("down_proj", "0.output.dense")
-    return {"k": k.out_features, "v": v.out_features, "ff": ff.in_features}
+def _same(n):
+    vector = _knobs(n)
+    return [vector, vector.clone()]
 
 
 @check_for(
     cases=[
-        Case(lambda: [_llama(128, 8, 2, 352)], note="a Llama: 8 query heads, 2 key-value heads"),
-        Case(lambda: [_llama(96, 4, 4, 256)], note="a Llama without groups"),
-        Case(lambda: [_qwen2()], note="a Qwen2: 14 query heads, 2 key-value heads"),
-        Case(lambda: [_gemma()], note="a Gemma: head_dim=32 is not hidden_size / heads = 24"),
-        Case(lambda: [_bert()], note="a BERT: its config has no num_key_value_heads"),
+        Case(lambda: [_knobs(12), _knobs(12)]),
+        Case(lambda: [torch.full((9,), 1.3), _knobs(9, near=0.9)], note="every amount is 1.3"),
+        Case(lambda: [_knobs(10), _knobs(10, at_one=(2, 7))], note="directions 2 and 7 are 1"),
+        Case(lambda: [_knobs(8, at_one=(0,)), _knobs(8)], note="amount 0 is 1"),
+        Case(lambda: _same(11), note="amounts and directions are the same knobs"),
+        Case(lambda: [torch.full((6,), 0.8), _knobs(6)], note="every amount is 0.8"),
     ],
     causes=mistakes(
         """
-        def ia3_sizes(config):
-            n_h = config.num_attention_heads
-            n_kv = getattr(config, "num_key_value_heads", n_h)
-            d_h = getattr(config, "head_dim", None) or config.hidden_size // n_h
-            k = v = n_kv * d_h
-            return dict(k=k, v=v, ff=config.intermediate_size)
+        def recombine(amounts, directions):
+            far = (amounts - 1).abs()
+            side = (directions - 1).sign()
+            return 1 + far * side
         """,
         """
-        keys and values are counted as wide as the model: there are fewer key-value heads than query
-        heads
-            n_kv * d_h → config.hidden_size
-        the query heads are counted: keys and values have num_key_value_heads
-            n_kv * d_h → n_h * d_h
-        only the keys are counted as narrow: the values have as many heads as the keys
-            v=v → v=config.hidden_size
-        this is the number of key-value heads: multiply it by the width of a head
-            n_kv * d_h → n_kv
-        this is the width of one head: multiply it by the number of key-value heads
-            n_kv * d_h → d_h
-        head_dim is ignored: use it where the config has one
-            getattr(config, "head_dim", None) or → ∅
-        these are the sizes for all layers: return those of one block
-            n_kv * d_h → config.num_hidden_layers * n_kv * d_h
-            config.intermediate_size → config.num_hidden_layers * config.intermediate_size
-        ff is the output of the feed-forward: its inner activations are scaled
-            config.intermediate_size → config.hidden_size
-        ff is not always four times the model's width: use the config's intermediate_size
-            config.intermediate_size → 4 * config.hidden_size
-        ff is counted twice: gate and up are multiplied with each other, before the vector
-            config.intermediate_size → 2 * config.intermediate_size
+        the idea is right, but a direction of exactly 1 has no side: there the knob is 1
+            (directions - 1).sign() → torch.where(directions > 1, 1.0, -1.0)
+        the idea is right, but a direction of exactly 1 has no side, not even the upper one: there
+        the knob is 1
+            (directions - 1).sign() → torch.where(directions >= 1, 1.0, -1.0)
+        the sides are those of 0: the side of 1 on which a knob is tells its direction
+            (directions - 1).sign() → directions.sign()
+        the amounts keep a sign of their own: how far a knob is from 1 is never negative
+            .abs() → ∅
+        the amounts are taken from 0, not from 1
+            (amounts - 1).abs() → amounts.abs()
+        the 1 is missing: this is the change, not the knob
+            1 + far → far
+        amounts and directions are swapped
+            amounts - 1 → directions - 1
+            side = (directions - 1) → side = (amounts - 1)
+        the directions bring their own amounts along: take the sign alone
+            .sign() → ∅
+        the directions are turned round
+            1 + far → 1 - far
+        only those above 1 are moved: a knob below 1 goes as far down
+            .sign() → .sign().clamp(min=0)
         """,
     ),
 )
-def ia3_sizes(config):
-    """The widths of the layers that the three vectors of a block belong to."""
-    return dict(_measured(config.to_json_string(use_diff=False)))
+def recombine(amounts, directions):
+    """Every knob is as far from 1 as its amount, on the side of its direction."""
+    knobs = []
+    for amount, direction in zip(amounts.tolist(), directions.tolist(), strict=True):
+        far = max(amount - 1, 1 - amount)
+        knobs.append(1 + far if direction > 1 else 1 - far if direction < 1 else 1.0)
+    return torch.tensor(knobs, dtype=amounts.dtype)
 
 
-# ------------------------------------------------------------------ ia3_linear
-
-
-def _scaled_linear(out, in_, feedforward, bias=True, leading=(2, 5)):
-    vector = 1 + 0.6 * torch.randn(in_ if feedforward else out)
-    offset = torch.randn(out) if bias else None
-    x, weight = torch.randn(*leading, in_), torch.randn(out, in_)
-    return [x, weight, offset, vector, feedforward]
+# ------------------------------------------------------------------ worth
 
 
 @check_for(
     cases=[
-        # Square ones first: there a vector on the wrong side gives numbers, and can be named.
-        Case(lambda: _scaled_linear(16, 16, False), note="a square weight"),
-        Case(lambda: _scaled_linear(16, 16, True), note="a square weight"),
-        Case(lambda: _scaled_linear(12, 20, False)),
-        Case(lambda: _scaled_linear(12, 20, True)),
-        Case(lambda: _scaled_linear(20, 12, False, leading=(7,))),
-        Case(lambda: _scaled_linear(20, 12, True, leading=(7,))),
-        Case(lambda: _scaled_linear(9, 14, False, bias=False), note="a layer without a bias"),
-        Case(lambda: _scaled_linear(9, 14, True, bias=False), note="a layer without a bias"),
+        Case(lambda: [_knobs(12), torch.randn(12)]),
+        Case(lambda: [_knobs(9, at_one=(1, 4)), torch.randn(9)], note="knobs 1 and 4 are at 1"),
+        Case(lambda: [1.5 + torch.rand(7), torch.rand(7)], note="all knobs up, all gradients > 0"),
+        Case(lambda: [_knobs(10), torch.randn(10) * 0.01]),
     ],
     causes=mistakes(
         """
-        def ia3_linear(x, weight, bias, vector, feedforward):
-            if feedforward:
-                return F.linear(x * vector, weight, bias)
-            return F.linear(x, weight, bias) * vector
+        def worth(vector, gradient):
+            back = 1 - vector
+            return back * gradient
         """,
         """
-        the flag is read the wrong way round: with feedforward the input is scaled
-            if feedforward → if not feedforward
-        the output is scaled in both cases: with feedforward it is the input
-            if feedforward → if False
-        the input is scaled in both cases: for keys and values it is the output
-            if feedforward → if True
-        the bias of k and v is added after the scaling: the output that is scaled includes it
-            F.linear(x, weight, bias) * vector →
-                F.linear(x, weight) * vector + (0 if bias is None else bias)
-        with feedforward the bias is scaled too: only the input is
-            F.linear(x * vector, weight, bias) →
-                F.linear(x * vector, weight, None if bias is None else bias * vector)
-        the bias is left out
-            F.linear(x * vector, weight, bias) → F.linear(x * vector, weight)
-            F.linear(x, weight, bias) → F.linear(x, weight)
-        the vector is left out with feedforward
-            x * vector → x
-        the vector is left out for keys and values
-            bias) * vector → bias)
-        the vector is added: multiply by it, entry by entry
-            x * vector → x + vector
-            bias) * vector → bias) + vector
-        1 is added to the vector: it starts at ones, not at zeros
-            x * vector → x * (1 + vector)
-            bias) * vector → bias) * (1 + vector)
-        the weight is not transposed: y = x Wᵀ + b
-            F.linear(x * vector, weight, bias) → F.linear(x * vector, weight.T, bias)
-            F.linear(x, weight, bias) → F.linear(x, weight.T, bias)
+        the sign is reversed: the loss changes by the gradient times (new knob − old knob)
+            1 - vector → vector - 1
+        the knob is set to 0 here: set it back to 1
+            1 - vector → -vector
+        the absolute value is taken: to set a knob back may lower the loss, too
+            back * gradient → (back * gradient).abs()
+        the gradient's sign is lost
+            back * gradient → back * gradient.abs()
+        this is how far the knobs were turned, without the gradient
+            back * gradient → back.abs()
+        this is the gradient times the knob: multiply it by how far the knob moves
+            1 - vector → vector
+        the gradient alone is the change for a step of 1, wherever the knob is
+            back * gradient → gradient
+        the gradient is squared: to first order the loss changes by the gradient times the step
+            back * gradient → back * gradient**2
+        this is one number for all knobs together: each has its own
+            back * gradient → (back * gradient).sum()
+        the gradient is that of a knob at 1 already: a product of both is not halved
+            back * gradient → back * gradient / 2
         """,
     ),
 )
-def ia3_linear(x, weight, bias, vector, feedforward):
-    """The output is scaled for keys and values, the input for the feed-forward."""
-    scale = vector.double()
-    inputs = x.double() * scale if feedforward else x.double()
-    columns = [inputs @ row for row in weight.double()]
-    if bias is not None:
-        columns = [y + b for y, b in zip(columns, bias.double(), strict=True)]
-    if not feedforward:
-        columns = [y * s for y, s in zip(columns, scale, strict=True)]
-    return torch.stack(columns, dim=-1).to(x.dtype)
+def worth(vector, gradient):
+    """Each knob's worth is what the loss gains, to first order, if this knob goes back to 1."""
+    flat, g = vector.double(), gradient.double()
+    losses = []
+    for i in range(len(flat)):  # of the linear loss with this gradient
+        one_back = flat.clone()
+        one_back[i] = 1.0
+        losses.append(g @ (one_back - flat))
+    return torch.stack(losses).to(vector.dtype)
 
 
 # ------------------------------------------------------------------ merge_ia3
 
 
 def _layer(out, in_, feedforward, bias=True):
-    return _scaled_linear(out, in_, feedforward, bias)[1:]
+    vector = 1 + 0.6 * torch.randn(in_ if feedforward else out)
+    return [torch.randn(out, in_), torch.randn(out) if bias else None, vector, feedforward]
 
 
 @check_for(
@@ -308,21 +254,59 @@ def ia3_as_lora(weight, vector):
     return V.to(weight.dtype), (U * S).to(weight.dtype)
 
 
+# ------------------------------------------------------------------ diagnose_knobs
+
+# Of each run of data/results/broken_knobs.csv: what is wrong, and what its knobs show of it.
+_FAULTY_RUNS = {
+    "A": (
+        "stored as l − 1",
+        "the knobs lie around 0, and yet the model is as good as the healthy one: it was trained "
+        "well, and the file holds the changes",
+    ),
+    "B": ("weight decay is on", "the middle of all three kinds has sunk below 1, towards 0"),
+    "C": (
+        "the output of the feed-forward is scaled",
+        "the third vector has 192 entries, as many as the model is wide, and not 512",
+    ),
+    "D": (
+        "the vectors start at zero",
+        "the knobs lie around 0, and the model is far worse than the healthy one",
+    ),
+    "E": (
+        "trained at LoRA's learning rate",
+        "no knob has come far from 1, and the model has learned less than the healthy one",
+    ),
+}
+
+
+@check_for(**diagnosis(_FAULTY_RUNS))
+def diagnose_knobs():
+    """Every run has its fault. What shows it:"""
+
+
 # ------------------------------------------------------------------ IA3Attention
 
 _WIDTH = 20  # of what goes in, in every case: a view sees the module alone
 
 
-def _projections(n_heads, n_kv, d_h=6, bias=True):
+def _projections(n_heads, n_kv, d_h=6, bias=True, look=()):
     layers = []
     for n in (n_heads, n_kv, n_kv):
         layer = nn.Linear(_WIDTH, n * d_h, bias=bias).requires_grad_(False)
         layer.weight.mul_(3)  # so that attention prefers some tokens
+        layer.look = look
         layers.append(layer)
     return [*layers, n_heads]
 
 
 _TRAINED = ["l_k", "l_v"]
+_ON_THE_QUERY = "the query has a vector too: (IA)³ scales keys and values only"
+_TOO_WIDE = (
+    "the vectors are as wide as the query: under grouped queries keys and values are narrower"
+)
+_ORDER = (
+    "the key-value heads are in another order: neighbouring query heads share one key-value head"
+)
 _PARTS = (
     "the list of trainable parameters",
     "l_k",
@@ -337,25 +321,29 @@ _PARTS = (
 
 def _used(module):
     """Return what an IA3Attention holds and computes, from its start to its gradients; a part that
-    earlier parts make impossible is None."""
-    trained = {n.rpartition(".")[2]: p for n, p in module.named_parameters() if p.requires_grad}
-    seen = dict.fromkeys(_PARTS)
+    earlier parts make impossible, and one that is not looked at, is None."""
+    named = {n.rpartition(".")[2]: p for n, p in module.named_parameters()}
+    trained = sorted(n for n, p in named.items() if p.requires_grad)
+    looks = [m.look for m in module.modules() if getattr(m, "look", ())]
+    look, seen = looks[0] if looks else _PARTS, dict.fromkeys(_PARTS)
     trains, k, v, first, start_k, start_v, output, *gradients = _PARTS
-    seen[trains] = sorted(trained)
-    if seen[trains] != _TRAINED:
+    seen[trains] = trained if trains in look else _TRAINED
+    if seen[trains] != _TRAINED or not named.keys() >= {*_TRAINED}:
         return seen
-    l_k, l_v = (trained[name] for name in _TRAINED)
-    # For their widths alone; (1, n) and (heads, d_h) are the same entries in the same order.
-    seen[k], seen[v] = torch.zeros(l_k.numel()), torch.zeros(l_v.numel())
-    seen[start_k], seen[start_v] = (n.detach().flatten().clone() for n in (l_k, l_v))
+    l_k, l_v = (named[name] for name in _TRAINED)
+    if k in look:
+        # For their widths alone; (1, n) and (heads, d_h) are the same entries in the same order.
+        seen[k], seen[v] = torch.zeros(l_k.numel()), torch.zeros(l_v.numel())
+    if start_k in look:
+        seen[start_k], seen[start_v] = (n.detach().flatten().clone() for n in (l_k, l_v))
     widths = [m.out_features for m in module.modules() if isinstance(m, nn.Linear)]
-    if any(vector.numel() != min(widths, default=0) for vector in (l_k, l_v)):
+    if k in look and any(vector.numel() != min(widths, default=0) for vector in (l_k, l_v)):
         return seen
     torch.random.default_generator.manual_seed(0)
     x = torch.randn(2, 7, _WIDTH, requires_grad=True)
     with torch.no_grad():
-        seen[first] = module(x)
-        if not isinstance(seen[first], torch.Tensor):
+        seen[first] = module(x) if first in look else None
+        if output not in look or not isinstance(seen[first], torch.Tensor):
             return seen
         for vector in (l_k, l_v):
             vector.copy_(1 + 0.6 * torch.randn(vector.shape))
@@ -368,6 +356,21 @@ def _used(module):
 
 @check_for(
     cases=[
+        Case(
+            lambda: _projections(4, 2, look=_PARTS[:1]),
+            note="4 query heads, 2 key-value heads",
+            bug=_ON_THE_QUERY,
+        ),
+        Case(
+            lambda: _projections(4, 2, look=_PARTS[1:3]),
+            note="4 query heads, 2 key-value heads",
+            bug=_TOO_WIDE,
+        ),
+        Case(
+            lambda: _projections(4, 2, look=_PARTS[3:4]),
+            note="4 query heads, 2 key-value heads",
+            bug=_ORDER,
+        ),
         Case(lambda: _projections(4, 2), note="4 query heads, 2 key-value heads"),
         Case(lambda: _projections(6, 1), note="6 query heads, 1 key-value head"),
         Case(lambda: _projections(4, 4), note="4 heads each"),

@@ -455,6 +455,21 @@ def test_what_is_said_of_the_broken_rows_is_in_them():
     assert turns["E"].min() > 4 and (turns["healthy"] < 4).sum() > 30
 
 
+def test_what_is_said_of_the_broken_knobs_is_in_them():
+    rows = load_results("broken_knobs").set_index("run")
+    knobs = {
+        kind: rows[kind].str.split().map(lambda q: np.array(q, dtype=float))
+        for kind in ("k", "v", "ff")
+    }
+    middle = {kind: quantiles.map(np.median) for kind, quantiles in knobs.items()}
+    score, healthy = rows["perplexity"], rows["perplexity"]["healthy"]
+    assert score["A"] == healthy and score["D"] > 5 * healthy and score["E"] > 1.1 * healthy
+    for kind, found in middle.items():
+        assert 0.85 < found["healthy"] < 1.2 and found["B"] < 0.8 and abs(found["A"]) < 0.2
+        assert abs(found["D"]) < 0.5 and np.abs(knobs[kind]["E"] - 1).max() < 0.5
+    assert rows["widths"].to_dict() == dict.fromkeys(rows.index, "96 96 512") | {"C": "96 96 192"}
+
+
 def test_serve_lora_equals_a_mixed_batch_of_peft(peft_adapted):
     layer, names = peft_adapted[1], ["default", "other"]
     x, served = torch.randn(4, 3, 10), ["other", "__base__", "default", "other"]

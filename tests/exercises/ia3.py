@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from peft_lessons.methods.ia3 import IA3Layer
+from peft_lessons.studies import load_results
 
 from . import Answers
 
@@ -14,104 +15,90 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
-# ------------------------------------------------------------------ ia3_sizes
+# ------------------------------------------------------------------ recombine
 
 
-@wrong("ia3_sizes", "the result['k'] is 128, expected 32")
-def one_dim_for_all(config):
-    return dict.fromkeys(("k", "v", "ff"), config.hidden_size)
+@right("recombine")
+def by_where(amounts, directions):
+    far = torch.maximum(amounts, 2 - amounts)
+    return torch.where(directions == 1, 1.0, torch.where(directions < 1, 2 - far, far))
 
 
-@wrong("ia3_sizes", "raised AttributeError")
-def llama_only(config):
-    d_h = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_key_value_heads * d_h
-    return {"k": width, "v": width, "ff": config.intermediate_size}
+@right("recombine")
+def by_copysign(amounts, directions):
+    change = torch.copysign(amounts - 1, directions - 1)
+    return 1 + change.masked_fill(directions == 1, 0)
 
 
-@wrong("ia3_sizes", "raised TypeError")
-def head_dim_of_nothing(config):
-    n_kv = getattr(config, "num_key_value_heads", None)
-    d_h = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    return {"k": n_kv * d_h, "v": n_kv * d_h, "ff": config.intermediate_size}
+@right("recombine")
+def knob_by_knob(amounts, directions):
+    sides = [(d > 1) - (d < 1) for d in directions.tolist()]
+    return torch.tensor(
+        [1 + side * abs(a - 1) for a, side in zip(amounts.tolist(), sides, strict=True)]
+    )
 
 
-@wrong("ia3_sizes", "the argument config was changed")
-def head_dim_written_down(config):
-    n_h = config.num_attention_heads
-    if getattr(config, "head_dim", None) is None:
-        config.head_dim = config.hidden_size // n_h
-    width = getattr(config, "num_key_value_heads", n_h) * config.head_dim
-    return {"k": width, "v": width, "ff": config.intermediate_size}
+@wrong("recombine", "holds nan")
+def by_division(amounts, directions):
+    change = directions - 1
+    return 1 + (amounts - 1).abs() * change / change.abs()
 
 
-@right("ia3_sizes")
-def from_the_model(config):
-    from transformers import AutoModel
+# ------------------------------------------------------------------ worth
 
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    found = {}
-    for path, module in model.named_modules():
-        leaf = path.rpartition(".")[2]
-        if leaf in ("k_proj", "key"):
-            found["k"] = module.out_features
-        elif leaf in ("v_proj", "value"):
-            found["v"] = module.out_features
-        elif leaf == "down_proj" or (path.endswith(".output.dense") and "attention" not in path):
-            found["ff"] = module.in_features
+
+@right("worth")
+def by_two_products(vector, gradient):
+    return gradient - vector * gradient
+
+
+@right("worth")
+def with_autograd(vector, gradient):
+    """Of the linear loss with this gradient."""
+    leaf = vector.clone().requires_grad_()
+    (g,) = torch.autograd.grad(gradient @ leaf, leaf)
+    return torch.einsum("n,n->n", torch.ones_like(vector) - vector, g)
+
+
+# ------------------------------------------------------------------ diagnose_knobs
+
+
+@right("diagnose_knobs")
+def from_the_knobs():
+    rows, found = load_results("broken_knobs").set_index("run"), {}
+    for run, row in rows.drop("healthy").iterrows():
+        ff = torch.tensor([float(q) for q in row["ff"].split()])
+        if row["widths"].endswith(" 192"):
+            found[run] = "the output of the feed-forward is scaled"
+        elif (ff - 1).abs().max() < 0.5:
+            found[run] = "trained at LoRA's learning rate"
+        elif ff.median() > 0.5:
+            found[run] = "weight decay is on"
+        elif row["perplexity"] > 2 * rows["perplexity"]["healthy"]:
+            found[run] = "the vectors start at zero"
+        else:
+            found[run] = "stored as l − 1"
     return found
 
 
-@right("ia3_sizes")
-def with_true_division(config):
-    n_h = config.num_attention_heads
-    d_h = getattr(config, "head_dim", None) or config.hidden_size / n_h
-    width = getattr(config, "num_key_value_heads", n_h) * d_h
-    return {"k": width, "v": width, "ff": config.intermediate_size}
+@wrong("diagnose_knobs", "3 of 5 are right")
+def both_around_zero_exchanged():
+    return from_the_knobs() | {"A": "the vectors start at zero", "D": "stored as l − 1"}
 
 
-@right("ia3_sizes")
-def by_the_share(config):
-    if hasattr(config, "head_dim"):
-        wide = config.num_attention_heads * config.head_dim
-    else:
-        wide = config.hidden_size
-    kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    width = wide * kv // config.num_attention_heads
-    return dict(k=width, v=width, ff=config.intermediate_size)
+@wrong("diagnose_knobs", "Given to several runs: the vectors start at zero")
+def zero_twice():
+    return from_the_knobs() | {"A": "the vectors start at zero"}
 
 
-# ------------------------------------------------------------------ ia3_linear
+@wrong("diagnose_knobs", "there is no run 'F': the broken runs are A to E")
+def a_sixth_run():
+    return from_the_knobs() | {"F": "weight decay is on"}
 
 
-@wrong("ia3_linear", "your function raised TypeError")
-def bias_is_always_there(x, weight, bias, vector, feedforward):
-    return x * vector @ weight.T + bias if feedforward else (x @ weight.T + bias) * vector
-
-
-@right("ia3_linear")
-@torch.no_grad()
-def without_a_graph(x, weight, bias, vector, feedforward):
-    before, after = (vector, 1) if feedforward else (1, vector)
-    return F.linear(before * x, weight, bias) * after
-
-
-@right("ia3_linear")
-def through_the_weight(x, weight, bias, vector, feedforward):
-    if feedforward:
-        return torch.einsum("...i,i,oi->...o", x, vector, weight) + (0 if bias is None else bias)
-    y = torch.einsum("...i,oi,o->...o", x, weight, vector)
-    return y if bias is None else y + vector * bias
-
-
-@right("ia3_linear")
-def with_a_layer(x, weight, bias, vector, feedforward):
-    layer = nn.Linear(*weight.T.shape, bias=bias is not None, dtype=weight.dtype)
-    layer.weight.data = weight
-    if bias is not None:
-        layer.bias.data = bias
-    return layer(vector * x) if feedforward else vector * layer(x)
+@wrong("diagnose_knobs", "Look at run E: no knob has come far from 1")
+def nothing_given():
+    return {}
 
 
 # ------------------------------------------------------------------ merge_ia3
@@ -207,6 +194,44 @@ def with_signs(weight, vector):
 
 
 # ------------------------------------------------------------------ IA3Attention
+
+
+@answers.hunt("IA3Attention")
+def attention_with(bugs):
+    query, wide, order = (
+        any(words in bug for bug in bugs)
+        for words in ("query has a vector", "as wide as the query", "in another order")
+    )
+
+    class IA3Attention(nn.Module):
+        def __init__(self, q_proj, k_proj, v_proj, n_heads):
+            super().__init__()
+            self.q, self.k, self.v = q_proj, k_proj, v_proj
+            self.d_h = q_proj.out_features // n_heads
+            narrow = q_proj if wide else k_proj
+            self.l_k = nn.Parameter(torch.ones(narrow.out_features))
+            self.l_v = nn.Parameter(torch.ones(narrow.out_features))
+            if query:
+                self.l_q = nn.Parameter(torch.ones(q_proj.out_features))
+
+        def forward(self, x):
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            if query:
+                q = q * self.l_q
+            if not wide:
+                k, v = k * self.l_k, v * self.l_v
+            q, k, v = (t.unflatten(-1, (-1, self.d_h)).transpose(1, 2) for t in (q, k, v))
+            n = q.shape[1] // k.shape[1]
+            k, v = (
+                t.repeat(1, n, 1, 1) if order else t.repeat_interleave(n, dim=1) for t in (k, v)
+            )
+            if wide:
+                k = k * self.l_k.view(-1, 1, self.d_h)
+                v = v * self.l_v.view(-1, 1, self.d_h)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return y.transpose(1, 2).flatten(2)
+
+    return IA3Attention
 
 
 @right("IA3Attention")
