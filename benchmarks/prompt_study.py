@@ -27,6 +27,7 @@ from peft_lessons.methods.prompt import prepend, prompt_of
 
 P, STEPS, BLOCKS = 16, 15, 4
 STARTS = {"vocabulary": None, "N(0, 0.17²)": 0.17, "N(0, 1)": 1.0, "N(0, 5²)": 5.0}
+HUGE = {"N(0, 125²)": 125.0}  # rows that outweigh what the blocks add; with fixed norms only
 RELATIVE = (0.02, 0.08, 0.3, 1.2, 5.0)  # learning rates, in standard deviations of the start
 FACTORS = (0.1,)  # learning rates of a factor of each row
 TEXTS = {
@@ -87,7 +88,7 @@ def turn(start: str, control: str, relative: float, seed: int) -> dict:
         rows = table()[:0]
         return {"lr": 0, "steps": 0, "test": f"{perplexity(rows, size=48):.5f}"}
     torch.manual_seed(seed)
-    std = STARTS[start]
+    std = (STARTS | HUGE)[start]
     first = table()[tokens_at_random()] if std is None else std * torch.randn(P, table().shape[1])
     norms, frozen = first.norm(dim=1, keepdim=True), control == "direction frozen"
     lr = relative if frozen else relative * first.std().item()
@@ -115,6 +116,7 @@ def turns() -> list[tuple]:
     """Return all points of prompt_turns.csv, seed by seed."""
     points = [("none", "none", 0, 0)]
     for seed in SEEDS:
+        points += [(start, "norm fixed", rate, seed) for start in HUGE for rate in RELATIVE]
         for start in STARTS:
             for control in ("free", "norm fixed"):
                 points += [(start, control, relative, seed) for relative in RELATIVE]
