@@ -226,6 +226,8 @@ peft_lessons/checks/adapters.py: exercises
     if not torch.equal(four[name], start[name])] → if name]
 peft_lessons/checks/dora.py: exercises
     linear.weight.copy_(2 * V - alpha / rank * B @ A) → linear.weight.copy_(2 * V)
+peft_lessons/checks/ia3.py: exercises
+    seen[trains] = trained if trains in look else _TRAINED → seen[trains] = trained
 peft_lessons/checks/qlora.py: exercises
     return _packed(codes.repeat_interleave(2)), absmax → return _packed(codes.repeat(2)), absmax
 peft_lessons/checks/kit.py: kit

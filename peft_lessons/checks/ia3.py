@@ -45,6 +45,10 @@ def _same(n):
         the idea is right, but a direction of exactly 1 has no side, not even the upper one: there
         the knob is 1
             (directions - 1).sign() → torch.where(directions >= 1, 1.0, -1.0)
+        the idea is right, but a direction of exactly 1 has no side, not even that of the amount:
+        there the knob is 1
+            (directions - 1).sign() →
+                torch.where(directions == 1, (amounts - 1).sign(), (directions - 1).sign())
         the sides are those of 0: the side of 1 on which a knob is tells its direction
             (directions - 1).sign() → directions.sign()
         the amounts keep a sign of their own: how far a knob is from 1 is never negative
