@@ -4,13 +4,13 @@ import torch
 import torch.nn as nn
 
 
-def split_prefix(
-    flat: torch.Tensor, layers: int, n_kv: int, d_h: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return for each layer its keys and its values, each (n_kv, p, d_h)."""
-    P = flat.reshape(len(flat), layers, 2, n_kv, d_h)         # (p, L, 2, n_kv, d_h)
-    P = P.permute(1, 2, 3, 0, 4)                              # (L, 2, n_kv, p, d_h)
-    return [(layer[0], layer[1]) for layer in P]
+def merge_prefix(
+    weight: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor, content: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight and bias of the one layer that gate, content and output projection make."""
+    share = (1 - gate).repeat_interleave(content.shape[1])    # (n_h·d_h,), one for each column
+    added = weight @ (gate[:, None] * content).flatten()      # (d,)
+    return weight * share, added if bias is None else bias + added
 
 
 def prefix_gate(q: torch.Tensor, k: torch.Tensor, prefix_k: torch.Tensor) -> torch.Tensor:

@@ -6,68 +6,78 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from .kit import Case, check_for
 from .mistakes import mistakes
 
-# ------------------------------------------------------------------ split_prefix
+# ------------------------------------------------------------------ merge_prefix
 
 
-def _flat(p, layers, n_kv, d_h):
-    return [torch.randn(p, 2 * layers * n_kv * d_h), layers, n_kv, d_h]
+def _output(heads, d_h, out, bias=True, gate=None):
+    """Return the output projection of an attention, and a gate and a content of each head."""
+    gate = torch.rand(heads) if gate is None else torch.tensor(gate)
+    weight, content = torch.randn(out, heads * d_h), 2 * torch.randn(heads, d_h)
+    return [weight, torch.randn(out) if bias else None, gate, content]
 
 
 @check_for(
     cases=[
-        Case(lambda: _flat(5, 3, 2, 4)),
-        Case(lambda: _flat(4, 2, 4, 4), note="p = n_kv = d_h"),
-        Case(lambda: _flat(1, 2, 3, 5), note="a single virtual token"),
-        Case(lambda: _flat(6, 1, 1, 8), note="one layer, one head"),
-        Case(lambda: _flat(3, 2, 2, 2)),
+        Case(lambda: _output(3, 4, 10)),
+        Case(lambda: _output(2, 8, 16, bias=False), note="a layer without a bias, and square"),
+        Case(lambda: _output(4, 4, 16), note="square; as many heads as they are wide"),
+        Case(lambda: _output(3, 2, 5, gate=[0.0, 1.0, 0.25]), note="gates 0, 1 and 0.25"),
+        Case(lambda: _output(1, 6, 7, bias=False), note="a single head"),
     ],
-    returns="the list",
+    returns=("weight", "bias"),
     causes=mistakes(
         """
-        def split_prefix(flat, layers, n_kv, d_h):
-            parts = flat.reshape(len(flat), 2 * layers, n_kv, d_h)
-            parts = parts.permute(1, 2, 0, 3)
-            return list(zip(parts[::2], parts[1::2], strict=True))
+        def merge_prefix(weight, bias, gate, content):
+            d_h = content.shape[1]
+            left = (1 - gate).repeat_interleave(d_h)
+            added = weight @ (gate[:, None] * content).flatten()
+            return weight * left, added if bias is None else bias + added
         """,
         """
-        keys and values are swapped: the key of a layer comes first
-            parts[::2], parts[1::2] → parts[1::2], parts[::2]
-        the keys are returned twice: a pair is a key and a value
-            parts[::2], parts[1::2] → parts[::2], parts[::2]
-        the heads are read as if they came before keys and values: a layer has all heads of its keys
-        first
-            flat.reshape(len(flat), 2 * layers, n_kv, d_h) →
-                flat.reshape(len(flat), layers, n_kv, 2, d_h).transpose(2, 3).flatten(1, 2)
-        all keys are read as if they came before all values: each layer has its keys, then its
-        values
-            parts[::2], parts[1::2] → parts[:layers], parts[layers:]
-        heads and their width are swapped in the view: d_h is the last dimension
-            2 * layers, n_kv, d_h) → 2 * layers, d_h, n_kv)
-            permute(1, 2, 0, 3) → permute(1, 3, 0, 2)
-        a row of flat is one virtual token: a view cannot move p after the heads, permute can
-            flat.reshape(len(flat), 2 * layers, n_kv, d_h) →
-                flat.reshape(2 * layers, n_kv, len(flat), d_h)
-            parts.permute(1, 2, 0, 3) → parts
-        a reshape to (n_kv, p, d_h) mixes tokens and heads: move the dimensions instead
-            parts.permute(1, 2, 0, 3) → parts.transpose(0, 1).reshape(-1, n_kv, len(flat), d_h)
-        each of them is (p, n_kv, d_h): the heads come first
-            permute(1, 2, 0, 3) → transpose(0, 1)
-        the pairs overlap: layer l has the entries 2l and 2l + 1
-            parts[::2], parts[1::2], strict=True → parts, parts[1 : layers + 1]
-        there is no batch yet: each of them is (n_kv, p, d_h)
-            permute(1, 2, 0, 3) → permute(1, 2, 0, 3)[:, None]
+        the rows of the weight are scaled: a row is an output of the layer, and a head is d_h of its
+        columns
+            weight * left → weight * torch.ones(len(weight))[:, None] * left[: len(weight), None]
+        the gates are repeated as a whole: the d_h columns of a head lie next to one another
+        (repeat_interleave)
+            (1 - gate).repeat_interleave(d_h) → (1 - gate).repeat(d_h)
+        the text gets λ, and the content λ too: the text has the share 1 − λ that the prefix leaves
+            (1 - gate) → gate
+        λ and 1 − λ are swapped: λ is the share of the prefix
+            (1 - gate) → gate
+            (gate[:, None] → ((1 - gate)[:, None]
+        the weight is left as it is: the text's attention keeps only the share 1 − λ
+            weight * left, → weight + 0,
+        the content is not multiplied by λ
+            (gate[:, None] * content) → content
+        the content goes through the new weight, which has 1 − λ in it: it meets the old one
+            added = weight → added = (weight * left)
+        the content does not go through the weight: W_o comes after the attention
+            weight @ (gate[:, None] * content).flatten() →
+                F.pad((gate[:, None] * content).flatten(), (0, len(weight)))[: len(weight)]
+        a layer without a bias still has none: the content needs one
+            added if bias is None → None if bias is None
+        the layer's own bias is lost
+            added if bias is None else bias + added → added
+        the layer's own bias is scaled as well: it comes after the attention, whatever the gate
+            bias + added → (1 - gate.mean()) * bias + added
+        the order is reversed: return the weight first
+            weight * left, added if bias is None else bias + added →
+                added if bias is None else bias + added, weight * left
         """,
     ),
 )
-def split_prefix(flat, layers, n_kv, d_h):
-    """Keys and values of every layer and head, from where PEFT stores them."""
-    width = n_kv * d_h
+def merge_prefix(weight, bias, gate, content):
+    """One linear layer on the text's attention gives what gate, content and layer gave."""
 
-    def part(at):
-        block = flat[:, at * width : (at + 1) * width]
-        return torch.stack([block[:, h * d_h : (h + 1) * d_h] for h in range(n_kv)])
+    def layer(text):
+        heads = text.view(content.shape).double()
+        shares = zip(gate, heads, content, strict=True)
+        mixed = torch.stack([(1 - g) * a + g * c for g, a, c in shares])
+        return weight.double() @ mixed.flatten() + (0 if bias is None else bias.double())
 
-    return [(part(2 * layer), part(2 * layer + 1)) for layer in range(layers)]
+    nothing = layer(torch.zeros(content.numel()))
+    columns = [layer(unit) - nothing for unit in torch.eye(content.numel())]
+    return torch.stack(columns, dim=1).to(weight.dtype), nothing.to(weight.dtype)
 
 
 # ------------------------------------------------------------------ prefix_gate
@@ -287,12 +297,37 @@ def _zero(heads, T, p, d_h):
     return [q, k, v, torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)]
 
 
+def _alone(heads, T, zeros=False):
+    """One virtual token, and no token gives itself a weight: its score is very low. So a mask that
+    begins one position too early hides nothing that counts."""
+    q, k, v, prefix_k, prefix_v = _text(heads, T, 1, T + 6)
+    q[..., :T], k[..., :T] = torch.eye(T), -1e3 * torch.eye(T)
+    if zeros:
+        return [q, k, v, torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)]
+    return [q, k, v, prefix_k, prefix_v]
+
+
+def _same(heads, T, p, d_h):
+    q, k, v, prefix_k, _ = _text(heads, T, p, d_h)
+    return [q, k, v, prefix_k, prefix_k.clone()]
+
+
+_OVER_THE_PREFIX = "the causal mask covers the prefix: every token sees all of the prefix"
+_SWAPPED = "the prefix's keys and values are swapped"
+_ZERO_IS_NONE = (
+    "prefix keys of zeros are treated as no prefix: they score 0, not −∞, and take their share of "
+    "the attention"
+)
+
 _FIRST_N = "prefix_k, prefix_v = prefix_k[:, :n], prefix_v[:, :n]"
 _TWO_SOFTMAXES = "torch.cat([scores[..., :p].softmax(-1), scores[..., p:].softmax(-1)], -1)"
 
 
 @check_for(
     cases=[
+        Case(lambda: _alone(2, 3), "no token gives itself a weight", bug=_SWAPPED),
+        Case(lambda: _same(3, 6, 4, 8), "prefix_k and prefix_v are equal", bug=_OVER_THE_PREFIX),
+        Case(lambda: _alone(2, 3, zeros=True), "a prefix of zeros", bug=_ZERO_IS_NONE),
         Case(lambda: _text(3, 6, 4, 8)),
         Case(lambda: _text(2, 3, 7, 4), note="a prefix longer than the text"),
         Case(lambda: _text(4, 4, 4, 4), note="heads = T = p = d_h"),
@@ -313,21 +348,16 @@ _TWO_SOFTMAXES = "torch.cat([scores[..., :p].softmax(-1), scores[..., p:].softma
             return weights @ V
         """,
         f"""
-        the causal mask covers the prefix: every token sees all of the prefix
+        {_OVER_THE_PREFIX}
             triu(p + 1) → triu(1)
         the prefix's keys are among the values too
             [prefix_v, v] → [prefix_k, v]
         the prefix's values are among the keys too
             [prefix_k, k] → [prefix_v, k]
-        the prefix's keys and values are swapped
+        {_SWAPPED}
             [prefix_k, k] → [prefix_v, k]
             [prefix_v, v] → [prefix_k, v]
-        the prefix's keys are among the values, and its values among the keys: fix that first
-            [prefix_k, k] → [prefix_v, k]
-            [prefix_v, v] → [prefix_k, v]
-            triu(p + 1) → triu(1)
-        prefix keys of zeros are treated as no prefix: they score 0, not −∞, and take their share of
-        the attention
+        {_ZERO_IS_NONE}
             K, V = → n = len(prefix_k[0]) * bool(prefix_k.any()); {_FIRST_N}; K, V =
         a prefix of zeros is treated as no prefix: its keys score 0, not −∞, and take their share of
         the attention

@@ -10,35 +10,45 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
-# ------------------------------------------------------------------ split_prefix
+# ------------------------------------------------------------------ merge_prefix
 
 
-@wrong("split_prefix", "is a tensor, expected a tuple of 2")
-def not_pairs(flat, layers, n_kv, d_h):
-    return list(flat.view(-1, layers, 2, n_kv, d_h).permute(1, 2, 3, 0, 4))
+@right("merge_prefix")
+def by_a_view(weight, bias, gate, content):
+    heads = weight.view(len(weight), *content.shape)
+    added = torch.einsum("ohd,h,hd->o", heads, gate, content)
+    return (heads * (1 - gate)[:, None]).flatten(1), added + (0 if bias is None else bias)
 
 
-@wrong("split_prefix", "the list is a tensor, expected a list of 3")
-def a_tensor(flat, layers, n_kv, d_h):
-    return flat.view(-1, layers, 2, n_kv, d_h).permute(1, 2, 3, 0, 4)
+@right("merge_prefix")
+def by_blocks(weight, bias, gate, content):
+    new, added = weight.clone(), torch.zeros(len(weight)) if bias is None else bias.clone()
+    for h, (share, value) in enumerate(zip(gate, content, strict=True)):
+        columns = slice(h * len(value), (h + 1) * len(value))
+        new[:, columns] *= 1 - share
+        added += share * weight[:, columns] @ value
+    return new, added
 
 
-@right("split_prefix")
-def by_einsum(flat, layers, n_kv, d_h):
-    P = torch.einsum("plkhd->lkhpd", flat.reshape(-1, layers, 2, n_kv, d_h))
-    return [(k, v) for k, v in P]
+@right("merge_prefix")
+def by_a_diagonal(weight, bias, gate, content):
+    lam = gate.repeat_interleave(content.shape[1])
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    return weight @ torch.diag(1 - lam), torch.addmv(bias, weight @ lam.diag(), content.flatten())
 
 
-@right("split_prefix")
-@torch.no_grad()
-def without_a_graph(flat, layers, n_kv, d_h):
-    return by_einsum(flat, layers, n_kv, d_h)
+@wrong("merge_prefix", "a layer without a bias still has none")
+def no_bias_before_none_after(weight, bias, gate, content):
+    share = (1 - gate).repeat_interleave(content.shape[1])
+    added = weight @ (gate[:, None] * content).flatten()
+    return weight * share, None if bias is None else bias + added
 
 
-@right("split_prefix")
-def by_an_index(flat, layers, n_kv, d_h):
-    at = torch.arange(2 * layers * n_kv * d_h).view(layers, 2, n_kv, d_h)
-    return [tuple(flat[:, at[i, j]].transpose(0, 1) for j in (0, 1)) for i in range(layers)]
+@wrong("merge_prefix", "the argument weight was changed")
+def in_place(weight, bias, gate, content):
+    added = weight @ (gate[:, None] * content).flatten()
+    weight *= (1 - gate).repeat_interleave(content.shape[1])
+    return weight, added if bias is None else bias + added
 
 
 # ------------------------------------------------------------------ prefix_gate
@@ -152,7 +162,34 @@ def in_two_parts(model, ids):
 # ------------------------------------------------------------------ attend
 
 
-@wrong("attend", "expected (3, 6, 8)")
+def hunted(zeros=False, swapped=False, covered=False):
+    """The given code, with some of its faults left."""
+
+    def attend(q, k, v, prefix_k, prefix_v):
+        if zeros and not prefix_k.any():
+            prefix_k, prefix_v = prefix_k[:, :0], prefix_v[:, :0]
+        first, second = (prefix_v, prefix_k) if swapped else (prefix_k, prefix_v)
+        K, V = torch.cat([first, k], dim=1), torch.cat([second, v], dim=1)
+        scores = q @ K.mT / q.shape[-1] ** 0.5
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool)
+        seen = seen.tril(0 if covered else prefix_k.shape[1])
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ V
+
+    return attend
+
+
+@answers.hunt("attend")
+def with_bugs(bugs):
+    text = " ".join(bugs)
+    return hunted("zeros" in text, "swapped" in text, "causal" in text)
+
+
+wrong("attend", "the prefix's keys and values are swapped")(hunted(True, True, True))
+wrong("attend", "the causal mask covers the prefix")(hunted(True, False, True))
+wrong("attend", "prefix keys of zeros are treated as no prefix")(hunted(True))
+
+
+@wrong("attend", "expected (2, 3, 9)")
 def queries_for_the_prefix(q, k, v, prefix_k, prefix_v):
     q, K, V = (torch.cat(pair, 1) for pair in ((prefix_k, q), (prefix_k, k), (prefix_v, v)))
     return F.scaled_dot_product_attention(q, K, V, is_causal=True)
