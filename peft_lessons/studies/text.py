@@ -21,7 +21,8 @@ def words(
     limit: float | None = None,
 ) -> Shown:
     """Return a text, a line for each sentence, with every word on the color of its number: red
-    below zero, blue above. A token that begins with ## is joined to the one before it.
+    below zero, blue above; without negative numbers the scale begins at zero. A token that begins
+    with ## is joined to the one before it.
 
     Args:
         tokens: the words of each sentence.
@@ -48,7 +49,10 @@ def words(
         for ax, (title, rows) in zip(axes[0], panels.items(), strict=True):
             _draw(ax, tokens, rows, limit, width)
             ax.set_title(title)
-        scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(-limit, limit), "RdBu")
+        low = -limit if min(numbers) < 0 else 0.0
+        shades = mpl.colormaps["RdBu"].resampled(512)(range(0 if low else 256, 512))
+        look = mpl.colors.Normalize(low, limit), mpl.colors.ListedColormap(shades)
+        scale = mpl.cm.ScalarMappable(*look)
         look = {"orientation": "horizontal", "fraction": 0.06, "aspect": 45, "pad": 0.02}
         fig.colorbar(scale, ax=list(axes[0]), label=label, **look)
     parts = []

@@ -44,3 +44,10 @@ def test_red_is_below_zero_and_blue_above_up_to_the_limit():
 def test_numbers_that_do_not_fit_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         words(LINES, values, "z")
+
+
+def test_without_negative_numbers_the_scale_begins_at_zero(monkeypatch):
+    monkeypatch.setattr(text, "still", lambda fig, *_: fig)
+    shares = [[0.2, 0.9, 0.0], [0.5, 0.4]]
+    assert words(LINES, shares, "share", limit=1.0).axes[-1].get_xlim() == (0, 1)
+    assert words(LINES, NUMBERS, "z").axes[-1].get_xlim() == (-3, 3)
