@@ -18,8 +18,9 @@ def _output(heads, d_h, out, bias=True, gate=None):
 
 @check_for(
     cases=[
+        Case(lambda: _output(2, 8, 16), note="a square weight"),
         Case(lambda: _output(3, 4, 10)),
-        Case(lambda: _output(2, 8, 16, bias=False), note="a layer without a bias, and square"),
+        Case(lambda: _output(3, 6, 18, bias=False), note="a layer without a bias"),
         Case(lambda: _output(4, 4, 16), note="square; as many heads as they are wide"),
         Case(lambda: _output(3, 2, 5, gate=[0.0, 1.0, 0.25]), note="gates 0, 1 and 0.25"),
         Case(lambda: _output(1, 6, 7, bias=False), note="a single head"),
@@ -40,6 +41,10 @@ def _output(heads, d_h, out, bias=True, gate=None):
         the gates are repeated as a whole: the d_h columns of a head lie next to one another
         (repeat_interleave)
             (1 - gate).repeat_interleave(d_h) → (1 - gate).repeat(d_h)
+        all heads get the mean of the gates: each head has its own
+            (1 - gate).repeat_interleave(d_h) → (1 - gate.mean())
+        the content is read column after column: the projection reads head after head
+            content).flatten() → content).T.flatten()
         the text gets λ, and the content λ too: the text has the share 1 − λ that the prefix leaves
             (1 - gate) → gate
         λ and 1 − λ are swapped: λ is the share of the prefix
