@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from .kit import Case, check_for, refused
+from .kit import Case, check_for
 from .mistakes import mistakes
 
 
@@ -145,60 +145,316 @@ def init_from_text(ids, embeddings, p):
     return torch.stack(rows[:p])
 
 
-# ------------------------------------------------------------------ prompt_ensemble
+# ------------------------------------------------------------------ best_swaps
 
 
-def _prompts(weights, p, width):
-    scales = torch.logspace(-0.5, 0.5, len(weights))
-    return [[s * torch.randn(p, width) for s in scales], weights]
+def _swap_case(p, vocabulary, width, k, tokens=None, note="", dtype=torch.float32):
+    def make():
+        table = _table(vocabulary, width, dtype=dtype)
+        gradient = torch.randn(p, width, dtype=dtype)
+        now = torch.randperm(vocabulary)[:p] if tokens is None else torch.tensor(tokens)
+        # The tokens that are there now differ much in what they contribute.
+        table[now] *= torch.logspace(1, -1, p, dtype=dtype)[:, None]
+        return [gradient, table, now, k]
+
+    return Case(make, note=note)
 
 
 @check_for(
     cases=[
-        Case(lambda: _prompts([0.3, 0.7], 4, 6)),
-        Case(lambda: _prompts([1.0, 2.0, 5.0], 5, 3), note="weights that do not sum to 1"),
-        Case(lambda: _prompts([2, 0, 1, 4], 4, 4), note="one weight is 0"),
-        Case(lambda: _prompts([3.0], 2, 7), note="a single prompt"),
-        Case(lambda: _prompts([2.0, -0.5, 1.0], 3, 5), note="one weight is negative"),
-        refused(lambda: [_prompts([1, 1], 3, 4)[0], [1.0]], "", "one weight for two prompts"),
-        refused(lambda: [_prompts([1], 3, 4)[0], [1.0, 2.0]], "", "two weights for one prompt"),
+        _swap_case(5, 40, 8, 6),
+        _swap_case(3, 30, 6, 1, note="the best swap alone"),
+        _swap_case(2, 4, 5, 6, note="all six swaps that there are"),
+        _swap_case(4, 50, 4, 20, tokens=[7, 7, 31, 7], note="a token is there three times"),
+        _swap_case(6, 12, 7, 9, dtype=torch.float64),
+        _swap_case(1, 25, 5, 3, note="a single position"),
     ],
-    returns="the prompt",
-    gradients=("prompts",),
+    returns="the swaps",
+    form="any",
     causes=mistakes(
         """
-        def prompt_ensemble(prompts, weights):
-            if len(prompts) != len(weights):
-                raise ValueError("give one weight for each prompt")
-            shares = torch.tensor(weights) / sum(weights)
-            return (shares[:, None, None] * torch.stack(prompts)).sum(0)
+        def best_swaps(gradient, embeddings, tokens, k):
+            change = gradient @ embeddings.T
+            now = change.gather(1, tokens[:, None])
+            gain = (now - change).clone()
+            gain[torch.arange(len(tokens)), tokens] = -math.inf
+            best = gain.flatten().topk(k).indices
+            return torch.stack([best // len(embeddings), best % len(embeddings)], dim=1)
         """,
         """
-        the weights are not divided by their sum: a mean of equal prompts must be that prompt
-            / sum(weights) → ∅
-        the weighted sum is divided by the number of prompts: divide by the sum of weights
-            / sum(weights) → / len(weights)
-        the weights are not used: this is the plain mean
-            (shares[:, None, None] * torch.stack(prompts)).sum(0) → torch.stack(prompts).mean(0)
-        the weights lose their sign: a single one may be negative, if the sum is positive
-            torch.tensor(weights) / sum(weights) →
-                torch.tensor(weights).abs() / sum(map(abs, weights))
-        the weights go through a softmax: 1 and 2 must count as one third and two thirds
-            torch.tensor(weights) / sum(weights) → torch.tensor(weights).float().softmax(0)
-        the prompts are put one after the other: the mean has p rows
-            .sum(0) → .flatten(0, 1)
-        the prompts are stacked, not summed
-            .sum(0) → ∅
+        the sign is reversed: the gradient points to where the loss rises, so the best swap has the
+        most negative change
+            (now - change) → (change - now)
+        the token that is there now is left out: a swap takes its embedding away, so subtract it
+            (now - change) → (-change)
+        a token is swapped for itself: that is no swap, leave it out
+            gain[torch.arange(len(tokens)), tokens] = -math.inf → ∅
+        all positions lose the first token's contribution: each position has its own token
+            change.gather(1, tokens[:, None]) → change[:, tokens[:1]]
+        the embeddings are divided by their norms: the change of the loss is a dot product, in
+        which the norm counts
+            gradient @ embeddings.T → gradient @ F.normalize(embeddings).T
+        the gradients are divided by their norms: a position with a large gradient promises more
+            gradient @ embeddings.T → F.normalize(gradient) @ embeddings.T
+        the size of the change counts, not its sign: a swap that raises the loss is no good one
+            (now - change) → (now - change).abs()
+        the pairs are (token, position): give the position first
+            best // len(embeddings), best % len(embeddings) →
+                best % len(embeddings), best // len(embeddings)
+        the positions are one row and the tokens another: a pair is a row, (k, 2)
+            % len(embeddings)], dim=1) → % len(embeddings)], dim=0)
+        the index of a flattened table (p, V) is divided by p: a row has V entries
+            best // len(embeddings), best % len(embeddings) →
+                best // len(tokens), best % len(tokens)
+        every position gives one swap at most: the k best may share a position
+            gain.flatten() →
+                gain.masked_fill(gain < gain.amax(1, keepdim=True), -math.inf).flatten()
+        the least promising comes first
+            topk(k).indices → topk(k).indices.flip(0)
+        these are the gains: return which swaps they belong to
+            best = gain → values = gain
+            topk(k).indices → topk(k).values
+            return → return values; best = None; return
         """,
     ),
 )
-def prompt_ensemble(prompts, weights):
-    """The weighted mean of prompts, row by row."""
-    if len(prompts) != len(weights):
-        raise ValueError("weights")
-    total = math.fsum(weights)
-    shares = torch.tensor([w / total for w in weights], dtype=prompts[0].dtype)
-    return torch.einsum("k,kpd->pd", shares, torch.stack(prompts))
+def best_swaps(gradient, embeddings, tokens, k):
+    """The swaps that promise the most to first order, a token that stays not among them."""
+    table, slope = embeddings.double(), gradient.double()
+    found = []
+    for position, now in enumerate(tokens.tolist()):
+        for token in range(len(table)):
+            if token != now:
+                change = float(slope[position] @ (table[token] - table[now]))
+                found.append((change, position, token))
+    return torch.tensor([[position, token] for _, position, token in sorted(found)[:k]])
+
+
+# ------------------------------------------------------------------ visible
+
+
+class _Predictor:
+    """Stand for a model: the logits at each position depend on some tokens of a text, as `sees`
+    says for every position and token. They are rounded a little differently in every call."""
+
+    def __init__(self, sees, vocabulary, rounding=0.0):
+        self.sees, self.vocabulary, self.rounding = sees.float(), vocabulary, rounding
+        self.table = torch.randn(len(sees), vocabulary, vocabulary)
+
+    def __call__(self, ids):
+        T = len(self.sees)
+        if not isinstance(ids, torch.Tensor) or ids.shape != (T,):
+            shape = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ValueError(f"predict takes the ids of one text, ({T},), and got {shape}")
+        if bool((ids < 0).any() | (ids >= self.vocabulary).any()):
+            known = f"0 to {self.vocabulary - 1}"
+            raise IndexError(f"predict knows the tokens {known}, and got {ids.tolist()}")
+        said = self.table[torch.arange(T), ids]  # (T, V): what each token says
+        noise = self.rounding * torch.sin(1e3 * (ids.float() @ torch.arange(1.0, T + 1) + 1))
+        return self.sees @ said + noise
+
+
+def _text_case(T, vocabulary, at, hidden=(), ids=None, rounding=0.0, seen=(), note=""):
+    """Return a case of a causal predictor, to which some tokens are hidden, and which sees some
+    later ones. Its last prediction sees only the last two, unless it is asked for."""
+
+    def make():
+        sees = torch.ones(T, T).tril()
+        if at < T - 1:
+            sees[-1, :-2] = 0
+        sees[:, list(hidden)] = 0
+        sees[:, list(seen)] = 1
+        text = torch.randint(0, vocabulary, (T,)) if ids is None else torch.tensor(ids)
+        return [_Predictor(sees, vocabulary, rounding), text, at, vocabulary]
+
+    return Case(make, note=note)
+
+
+def _asked(note, predict, ids, at, vocabulary):
+    told = f"ids={ids.tolist()}, at={at}, vocabulary={vocabulary}"
+    return f"{told} ({note})" if note else told
+
+
+@check_for(
+    cases=[
+        _text_case(6, 9, 3, note="a prediction in the middle, of a causal model"),
+        _text_case(7, 8, 6, hidden=(4, 5), note="two tokens are hidden"),
+        _text_case(5, 6, 4, hidden=(4,), note="the last prediction does not see its own token"),
+        _text_case(6, 5, 2, seen=(5,), note="the prediction sees a later token"),
+        _text_case(6, 4, 5, ids=[3, 0, 3, 1, 0, 2], note="the tokens 0 and 3 are in the text"),
+        _text_case(5, 3, 4, hidden=(1,), ids=[1, 1, 2, 1, 0], note="token 1 is there three times"),
+        _text_case(6, 7, 4, hidden=(0, 2), rounding=1e-6, note="predictions are rounded"),
+        _text_case(4, 5, 3, hidden=(0, 1, 2, 3), note="nothing is seen"),
+        _text_case(1, 4, 0, note="a text of one token"),
+    ],
+    returns="the result",
+    form="any",
+    describe=_asked,
+    causes=mistakes(
+        """
+        def visible(predict, ids, at, vocabulary):
+            before, found = predict(ids)[at], []
+            for j in range(len(ids)):
+                other = ids.clone()
+                other[j] = (ids[j] + 1) % vocabulary
+                change = (predict(other)[at] - before).abs().max()
+                found.append(bool(change > 1e-4))
+            return torch.tensor(found)
+        """,
+        """
+        a token that is 0 is replaced by 0, so nothing changes: the new token must differ
+            (ids[j] + 1) % vocabulary → 0
+        the last token of the vocabulary is replaced by itself: the new token must differ
+            (ids[j] + 1) % vocabulary → vocabulary - 1
+        the changes are compared exactly, and rounding counts as a change: allow for a small one
+            change > 1e-4 → change > 0
+        only the most likely token is compared: a prediction can change without it
+            (predict(other)[at] - before).abs().max() →
+                float(predict(other)[at].argmax() != before.argmax())
+        the predictions at all positions are compared: look at the one at `at`
+            predict(ids)[at] → predict(ids)
+            predict(other)[at] → predict(other)
+        the last prediction is looked at, not the one at `at`
+            predict(ids)[at] → predict(ids)[-1]
+            predict(other)[at] → predict(other)[-1]
+        the replaced tokens stay replaced, so one that is seen makes all later ones look seen:
+        begin with the text each time
+            before, found = predict(ids)[at], [] →
+                before, found, other = predict(ids)[at], [], ids.clone()
+            other = ids.clone() → pass
+        only the tokens before `at` are tried: a prediction depends on its own token, too
+            range(len(ids)) → range(at)
+            torch.tensor(found) → torch.tensor(found + [False] * (len(ids) - at))
+        only the tokens up to `at` are tried: a fault may let later ones through
+            range(len(ids)) → range(at + 1)
+            torch.tensor(found) → torch.tensor(found + [False] * (len(ids) - at - 1))
+        True marks the tokens that are hidden: it must mark those that are seen
+            change > 1e-4 → change <= 1e-4
+        the changes are summed with their signs, and can cancel
+            .abs().max() → .sum()
+        these are the indices of the tokens that are seen: return True or False for each token
+            torch.tensor(found) → torch.tensor(found).nonzero().flatten()
+        """,
+    ),
+)
+def visible(predict, ids, at, vocabulary):
+    """The result marks the tokens on which the prediction depends."""
+    right = predict(ids)[at].double()
+    changes = []
+    for j, token in enumerate(ids.tolist()):
+        tried = [
+            predict(torch.tensor([*ids[:j].tolist(), new, *ids[j + 1 :].tolist()]))[at].double()
+            for new in range(vocabulary)
+            if new != token
+        ]
+        changes.append(max(float((row - right).norm()) for row in tried))
+    return torch.tensor([change > 1e-3 for change in changes])
+
+
+# ------------------------------------------------------------------ serve_prompts
+
+
+def _served(which, sizes, T=4, width=3):
+    """Return a batch with a text for each entry of `which`, padded on the right, and prompts."""
+    mask = torch.ones(len(which), T)  # floats, so that ones of any dtype fit before them
+    for row in range(len(which)):
+        mask[row, T - row % T :] = 0
+    prompts = [2 * torch.randn(p, width) for p in sizes]
+    return [torch.randn(len(which), T, width), mask, prompts, torch.tensor(which)]
+
+
+def _shown_to_the_model(result):
+    """Return the mask, and the embeddings with those that it hides set to zero."""
+    embeddings, mask = result
+    return {"the mask": mask, "what the mask shows": embeddings * mask[..., None]}
+
+
+def _rows(embeddings, mask, prompts, which, place):
+    """Put each text's prompt where `place(p, longest, T, text's tokens)` says, as the list of
+    positions of prompt and text."""
+    longest, T = max(map(len, prompts)), embeddings.shape[1]
+    joined = embeddings.new_zeros(len(which), longest + T, embeddings.shape[2])
+    shown = mask.new_zeros(len(which), longest + T)
+    for row, (text, seen, i) in enumerate(zip(embeddings, mask, which.tolist(), strict=True)):
+        prompt = prompts[i] if i >= 0 else embeddings.new_zeros(0, embeddings.shape[2])
+        start, after = place(len(prompt), longest)
+        joined[row, after : after + T], shown[row, after : after + T] = text, seen
+        joined[row, start : start + len(prompt)], shown[row, start : start + len(prompt)] = (
+            prompt,
+            1,
+        )
+    return joined, shown
+
+
+def _gap(embeddings, mask, prompts, which):
+    return _rows(embeddings, mask, prompts, which, lambda p, longest: (0, longest))
+
+
+def _left(embeddings, mask, prompts, which):
+    return _rows(embeddings, mask, prompts, which, lambda p, longest: (0, p))
+
+
+@check_for(
+    cases=[
+        Case(lambda: _served([1, 0, 1], (2, 5)), note="which = [1, 0, 1]"),
+        Case(lambda: _served([-1, 2, 0, -1], (3, 1, 4)), note="which = [-1, 2, 0, -1]"),
+        Case(lambda: _served([0, -1], (2,), T=6, width=4), note="which = [0, -1], one prompt"),
+        Case(lambda: _served([1, 1, 0], (3, 3)), note="which = [1, 1, 0], equally long prompts"),
+        Case(lambda: _served([-1, -1], (2, 3)), note="which = [-1, -1]: nobody has a prompt"),
+    ],
+    returns=("embeddings", "mask"),
+    view=_shown_to_the_model,
+    staged=True,
+    causes=mistakes(
+        """
+        def serve_prompts(embeddings, mask, prompts, which):
+            longest, rows, masks = max(map(len, prompts)), [], []
+            for text, seen, i in zip(embeddings, mask, which.tolist()):
+                prompt = prompts[i] if i >= 0 else text[:0]
+                left = longest - len(prompt)
+                rows.append(torch.cat([F.pad(prompt, (0, 0, left, 0)), text]))
+                ones = seen.new_ones(longest)
+                ones[:left] = 0
+                masks.append(torch.cat([ones, seen]))
+            return torch.stack(rows), torch.stack(masks)
+        """,
+        """
+        the padding is put between a short prompt and its text, which moves the text away from the
+        prompt: put it before the prompt
+            = gap
+        the text moves to the left behind a short prompt: its tokens belong in the last T positions
+            = left
+        -1 picks the last prompt, as an index does: a text with -1 has none
+            prompts[i] if i >= 0 else text[:0] → prompts[i]
+        a text with -1 gets the first prompt: it has none
+            else text[:0] → else prompts[0]
+        the mask shows the padding before a short prompt: its entries are 0
+            ones[:left] = 0 → ∅
+        the mask hides the prompts: a text must see its own
+            ones[:left] = 0 → ones[:] = 0
+        the mask is all ones, so the padding of the texts is seen
+            torch.cat([ones, seen]) → torch.cat([ones, seen.new_ones(len(seen))])
+        the prompts are put in the order of the list, not as `which` says
+            in zip(embeddings, mask, which.tolist()) →
+                in zip(embeddings, mask, [k % len(prompts) for k in range(len(which))])
+        the prompts are cut to the shortest: each text gets all of its prompt
+            longest, rows, masks = max( → longest, rows, masks = min(
+            left = longest - len(prompt) → prompt = prompt[:longest]; left = longest - len(prompt)
+        """,
+        gap=_gap,
+        left=_left,
+    ),
+)
+def serve_prompts(embeddings, mask, prompts, which):
+    """Every text has its own prompt right before it, and sees nothing of the padding."""
+    longest = max(map(len, prompts))
+    rows, masks = [], []
+    for text, seen, i in zip(embeddings, mask, which.tolist(), strict=True):
+        own = list(prompts[i]) if i >= 0 else []
+        filling = [torch.zeros_like(text[0])] * (longest - len(own))
+        rows.append(torch.stack([*filling, *own, *text]))
+        masks.append([0] * len(filling) + [1] * len(own) + seen.tolist())
+    return torch.stack(rows), torch.tensor(masks)
 
 
 # ------------------------------------------------------------------ prepend_prompt
@@ -221,7 +477,23 @@ _PARTS = ("the embeddings", "the mask", "the labels")
 
 
 def _seen(result):
-    return dict(zip(_PARTS, result, strict=True))
+    parts = dict(zip(_PARTS, result, strict=True))
+    return parts | {"whether a gradient can reach the prompt": result[0].requires_grad}
+
+
+def _trained(args):
+    args[3].requires_grad_()
+    return args
+
+
+_MASK_BEHIND = "the mask's ones are put after the text: the prompt comes before the text"
+_SHIFTED = (
+    "the labels are shifted by hand, so that each position holds the next token: a Hugging Face "
+    "model shifts labels itself, and these would be shifted twice"
+)
+_NO_GRADIENT = (
+    "no gradient reaches the prompt, so it learns nothing: detach(), .data and no_grad() cut it off"
+)
 
 
 def _between(embeddings, mask, labels, prompt):
@@ -240,16 +512,20 @@ def _between(embeddings, mask, labels, prompt):
 
 @check_for(
     cases=[
+        Case(lambda: _batch(3, 5, 4, 2, labels=False), "padded on the left", bug=_MASK_BEHIND),
+        Case(lambda: _batch(3, 4, 3, 2, mask=False), "no mask", bug=_SHIFTED),
+        Case(
+            lambda: _trained(_batch(2, 4, 3, 2, mask=False, labels=False)),
+            "the prompt is trained",
+            bug=_NO_GRADIENT,
+        ),
         Case(lambda: _batch(3, 5, 4, 2), note="padded on the left"),
         Case(lambda: _batch(4, 3, 6, 5, left=False), note="padded on the right"),
         Case(lambda: _batch(1, 6, 6, 6), note="a single text"),
-        Case(lambda: _batch(3, 4, 3, 1, mask=False), note="no mask"),
-        Case(lambda: _batch(2, 4, 5, 3, labels=False), note="no labels"),
     ],
     returns=("embeddings", "mask", "labels"),
     view=_seen,
     staged=True,
-    gradients=("embeddings", "prompt"),
     causes=mistakes(
         """
         def prepend_prompt(embeddings, mask, labels, prompt):
@@ -261,10 +537,10 @@ def _between(embeddings, mask, labels, prompt):
                 labels = F.pad(labels, (p, 0), value=-100)
             return torch.cat([rows, embeddings], 1), mask, labels
         """,
-        """
+        f"""
         the mask is not extended: p ones belong before each of its rows
             mask = F.pad(mask, (p, 0), value=1) → pass
-        the mask's ones are put after the text: the prompt comes before the text
+        {_MASK_BEHIND}
             F.pad(mask, (p, 0) → F.pad(mask, (0, p)
         the mask hides the prompt: the prompt's positions get ones
             value=1) → value=0)
@@ -272,8 +548,7 @@ def _between(embeddings, mask, labels, prompt):
             F.pad(mask, (p, 0), value=1) → F.pad(mask, (p, 0)).fill_(1)
         the prompt's labels are put after the text: the p values of -100 come first
             F.pad(labels, (p, 0) → F.pad(labels, (0, p)
-        the labels are shifted by hand, so that each position holds the next token: a Hugging Face
-        model shifts labels itself, and these would be shifted twice
+        {_SHIFTED}
             F.pad(labels, (p, 0) → F.pad(labels[:, 1:], (p, 1)
         the labels are shifted by hand, so that the last virtual token holds the first token of the
         text: a Hugging Face model shifts labels itself, and these would be shifted twice
@@ -299,8 +574,7 @@ def _between(embeddings, mask, labels, prompt):
         expanded rows all share the memory of prompt, so a write into one row changes every row
             .repeat(n, 1, 1) → .expand(n, -1, -1)
             mask = F → [r.detach().mul_(m.float().mean()) for r, m in zip(rows, mask)]; mask = F
-        no gradient reaches the prompt, so it learns nothing: detach(), .data and no_grad() cut it
-        off
+        {_NO_GRADIENT}
             prompt.to( → prompt.detach().to(
         """,
         between=_between,

@@ -56,33 +56,139 @@ def by_embedding(ids, embeddings, p):
     return F.embedding(ids[:p], embeddings)
 
 
-# ------------------------------------------------------------------ prompt_ensemble
+# ------------------------------------------------------------------ best_swaps
 
 
-@wrong("prompt_ensemble", "nothing was raised, where ValueError was expected")
-def zip_stops(prompts, weights):
-    return sum(w * p for w, p in zip(weights, prompts, strict=False)) / sum(weights)
+def changes(gradient, embeddings, tokens):
+    return torch.einsum("pd,pvd->pv", gradient, embeddings[None] - embeddings[tokens][:, None])
 
 
-@wrong("prompt_ensemble", "wrong values")
-def one_after_the_other(prompts, weights):
-    mean, *others = prompts
-    for prompt, weight in zip(others, weights[1:], strict=True):
-        mean = (1 - weight) * mean + weight * prompt
-    return mean
+@right("best_swaps")
+def as_pairs(gradient, embeddings, tokens, k):
+    """A list of pairs, sorted."""
+    table = changes(gradient, embeddings, tokens)
+    pairs = itertools.product(range(len(tokens)), range(len(embeddings)))
+    swaps = [(i, v) for i, v in pairs if v != tokens[i]]
+    return sorted(swaps, key=lambda swap: table[swap])[:k]
 
 
-@right("prompt_ensemble")
-def by_zip(prompts, weights):
-    return sum(w * p for w, p in zip(weights, prompts, strict=True)) / sum(weights)
+@right("best_swaps")
+def by_unravelling(gradient, embeddings, tokens, k):
+    gain = -changes(gradient, embeddings, tokens)
+    gain[F.one_hot(tokens, len(embeddings)).bool()] = float("-inf")
+    best = gain.ravel().argsort(descending=True)[:k]
+    return torch.stack(torch.unravel_index(best, gain.shape), dim=1)
 
 
-@right("prompt_ensemble")
-def by_matmul(prompts, weights):
-    if len(prompts) != len(weights):
-        raise ValueError("as many weights as prompts, please")
-    row, flat = torch.tensor([weights]).float(), torch.stack(prompts).flatten(1)
-    return (row @ flat / row.sum()).view_as(prompts[0])
+@wrong("best_swaps", "the positions are one row and the tokens another")
+def both_apart(gradient, embeddings, tokens, k):
+    swaps = by_unravelling(gradient, embeddings, tokens, k)
+    return swaps[:, 0], swaps[:, 1]
+
+
+@wrong("best_swaps", "wrong values")
+def the_position_first(gradient, embeddings, tokens, k):
+    """The position with the largest gradient, and the best tokens there."""
+    position = gradient.norm(dim=1).argmax()
+    gain = -changes(gradient, embeddings, tokens)[position]
+    gain[tokens[position]] = float("-inf")
+    best = gain.topk(min(k, len(gain))).indices
+    best = best.repeat(k)[:k]
+    return torch.stack([position.expand(k), best], dim=1)
+
+
+# ------------------------------------------------------------------ visible
+
+
+@right("visible")
+def with_random_tokens(predict, ids, at, vocabulary):
+    """A new token drawn until it differs, and a list of truth values."""
+    seen = []
+    for j, token in enumerate(ids.tolist()):
+        while (new := int(torch.randint(vocabulary, ()))) == token:
+            pass
+        other = torch.cat([ids[:j], torch.tensor([new]), ids[j + 1 :]])
+        seen.append(not torch.allclose(predict(other)[at], predict(ids)[at], atol=1e-4))
+    return seen
+
+
+@right("visible")
+def by_every_other_token(predict, ids, at, vocabulary):
+    seen = torch.zeros(len(ids), dtype=torch.bool)
+    for j in range(len(ids)):
+        for shift in range(1, vocabulary):
+            other = ids.clone()
+            other[j] = (other[j] + shift) % vocabulary
+            off = (predict(other) - predict(ids))[at].norm() / predict(ids)[at].norm()
+            seen[j] |= off > 1e-4
+    return seen
+
+
+@wrong("visible", "IndexError")
+def beyond_the_vocabulary(predict, ids, at, vocabulary):
+    seen = []
+    for j in range(len(ids)):
+        other = ids.clone()
+        other[j] += 1
+        seen.append(not torch.allclose(predict(other)[at], predict(ids)[at], atol=1e-4))
+    return torch.tensor(seen)
+
+
+@wrong("visible", "predict takes the ids of one text")
+def as_a_batch(predict, ids, at, vocabulary):
+    others = (ids + torch.eye(len(ids), dtype=torch.long)) % vocabulary
+    return (predict(others)[:, at] - predict(ids[None])[:, at]).abs().amax(1) > 1e-4
+
+
+@wrong("visible", "the argument ids was changed")
+def in_place(predict, ids, at, vocabulary):
+    before, seen = predict(ids)[at], []
+    for j in range(len(ids)):
+        ids[j] = (ids[j] + 1) % vocabulary
+        seen.append((predict(ids)[at] - before).abs().max() > 1e-4)
+        before = predict(ids)[at]
+    return torch.stack(seen)
+
+
+# ------------------------------------------------------------------ serve_prompts
+
+
+@right("serve_prompts")
+def one_long_table(embeddings, mask, prompts, which):
+    """All prompts are padded first, with an empty one at the end, which −1 picks."""
+    P, d = max(map(len, prompts)), embeddings.shape[2]
+    table = [F.pad(prompt, (0, 0, P - len(prompt), 0)) for prompt in prompts]
+    table = torch.stack([*table, torch.zeros(P, d)])
+    lengths = torch.tensor([*map(len, prompts), 0])
+    shown = torch.arange(P) >= (P - lengths[which])[:, None]
+    return torch.cat([table[which], embeddings], 1), torch.cat([shown.long(), mask], 1)
+
+
+@right("serve_prompts")
+def with_anything_in_the_padding(embeddings, mask, prompts, which):
+    P = max(map(len, prompts))
+    rows = torch.cat([torch.randn(len(which), P, embeddings.shape[2]), embeddings], dim=1)
+    shown = F.pad(mask.double(), (P, 0))
+    for row, i in enumerate(which):
+        if i != -1:
+            rows[row, P - len(prompts[i]) : P] = prompts[i]
+            shown[row, P - len(prompts[i]) : P] = 1
+    return rows, shown
+
+
+@wrong("serve_prompts", "RuntimeError")
+def as_if_all_were_equally_long(embeddings, mask, prompts, which):
+    rows = torch.stack([prompts[i] for i in which])
+    return torch.cat([rows, embeddings], 1), F.pad(mask, (rows.shape[1], 0), value=1)
+
+
+@wrong("serve_prompts", "the padding is put between a short prompt and its text")
+def padded_by_torch(embeddings, mask, prompts, which):
+    from torch.nn.utils.rnn import pad_sequence
+
+    table = pad_sequence([*prompts, prompts[0][:0]], batch_first=True)
+    shown = pad_sequence([torch.ones(len(p)).long() for p in [*prompts, []]], batch_first=True)
+    return torch.cat([table[which], embeddings], 1), torch.cat([shown[which], mask], 1)
 
 
 # ------------------------------------------------------------------ prepend_prompt
@@ -114,6 +220,12 @@ right("prepend_prompt")(mended)
 wrong("prepend_prompt", "the mask's ones are put after the text")(hunted())  # the stub as given
 wrong("prepend_prompt", "each position holds the next token: a Hugging")(hunted(mask=True))
 wrong("prepend_prompt", "no gradient reaches the prompt")(hunted(mask=True, labels=True))
+
+
+@answers.hunt("prepend_prompt")
+def with_bugs(bugs):
+    text = " ".join(bugs)
+    return hunted("mask" not in text, "shifted" not in text, "gradient" not in text)
 
 
 @wrong("prepend_prompt", "your function raised AttributeError: 'NoneType'")
