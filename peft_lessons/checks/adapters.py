@@ -78,6 +78,7 @@ def _constructed(note, d, m, f):
     view=_lived,
     staged=True,
     describe=_constructed,
+    verified=lambda facts: f"Verified: {facts[0]}.",
     causes=mistakes(
         """
         class ResidualAdapter(nn.Module):
