@@ -2,8 +2,8 @@
 
     python benchmarks/adapters_study.py    # half an hour on one core
 
-Trains adapters, the same adapters without their nonlinearity f, adapters elsewhere and LoRA with
-about as many parameters: tinylm on Jane Austen's novels, 50 steps of 8 blocks, and minilm on movie
+Trains adapters, the same adapters without their nonlinearity f, and LoRA with about as many
+parameters: tinylm on Jane Austen's novels, 50 steps of 8 blocks, and minilm on movie
 sentiment as in `additive_study.py`, at its rate for Houlsby's adapters. Other learning rates are
 chosen with seed 0, by `validation`. data/results/adapters_study.csv gets a row for each run:
 `right` has one bit for each test sentence, as a hexadecimal number, and `losses` are the nats per
@@ -11,15 +11,14 @@ token in each of 20 stretches of the test blocks, so that two rows can be paired
 `test` once more, with a line in place of f in every unit, the line that is nearest to f over
 training texts, and `constant` with the mean of f; nothing trains in between. The variants:
 
-    no f              an adapter without its nonlinearity
-    doubled           an adapter with s = 2
-    after attention   Houlsby's adapter at the end of attention only, twice as wide
-    down              LoRA on the feed-forward's last layer only
+    no f       an adapter without its nonlinearity
+    doubled    an adapter with s = 2
+    down       LoRA on the feed-forward's last layer only
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -41,7 +40,7 @@ from qlora_bases import losses
 from torch import nn
 
 from peft_lessons import fit, inject, load_task, measure
-from peft_lessons.methods.adapters import Bottleneck, BottleneckAdapter, places
+from peft_lessons.methods.adapters import Bottleneck
 
 STEPS = {"sentiment": (200, 16), "austen": (50, 8)}  # of so many examples
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -57,22 +56,11 @@ ON_AUSTEN = [  # (task, method, variant, width or rank), those that matter most 
     ("austen", "adapter", "houlsby, doubled", 32),
     ("austen", "adapter", "pfeiffer", 64),
     ("austen", "adapter", "pfeiffer, no f", 64),
-    ("austen", "adapter", "after attention", 64),
 ]
 ON_SENTIMENT = [("sentiment", "lora", "down", 7), ("sentiment", "adapter", "houlsby, no f", 8)]
 CHOSEN = [("sentiment", "adapter", "houlsby", 8, 3e-3, seed) for seed in SEEDS]
 MEASURED = ("trainable", "validation", "test", "test_loss", "losses")
 COLUMNS = (*MEASURED, "straight", "constant", "sentences", "right")
-
-
-@dataclass(frozen=True)
-class AfterAttention(BottleneckAdapter):
-    """The first of Houlsby's two adapters."""
-
-    kind: str = "houlsby"
-
-    def find(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {path: end for path, end in places(model, "houlsby").items() if "att" in path}
 
 
 def build(model: nn.Module, task: str, method: str, variant: str, size: int) -> None:
@@ -83,8 +71,6 @@ def build(model: nn.Module, task: str, method: str, variant: str, size: int) -> 
     if variant == "down":
         layers = setting("ia3", task).feedforward
         inject(model, replace(described(task, "lora", "qv", size), targets=layers))
-    elif variant == "after attention":
-        inject(model, AfterAttention(size))
     else:
         description = described(task, method, kind, size)
         inject(model, replace(description, scale=2.0) if part == "doubled" else description)
@@ -162,11 +148,11 @@ def run(name: str, method: str, variant: str, size: int, lr: float, seed: int) -
     return row
 
 
-def bracketed(results: Results, settings: Mapping[tuple, float]) -> list[tuple]:
+def bracketed(rows: list[dict[str, str]], settings: Mapping[tuple, float]) -> list[tuple]:
     """Return the points that are due by now of {setting: a rate to begin with}: its neighbours are
     tried, and further ones until the best lies inside."""
     tried, due = {}, []
-    for row in results.rows():
+    for row in rows:
         if row["seed"] == str(SEEDS[0]):
             names, sign = tuple(row[c] for c in NAMES), -1 if row["task"] == "sentiment" else 1
             tried.setdefault(names, {})[float(row["lr"])] = sign * float(row["validation"])
@@ -181,9 +167,10 @@ def bracketed(results: Results, settings: Mapping[tuple, float]) -> list[tuple]:
 
 def points(results: Results) -> list[tuple]:
     """Return the points that are due by now."""
-    base = ("austen", "base", "", 0, 0.0, SEEDS[0])
-    due = [base, *bracketed(results, dict.fromkeys(ON_AUSTEN, 1e-2)), *CHOSEN]
-    return due + bracketed(results, dict.fromkeys(ON_SENTIMENT, 3e-3))
+    rows, base = results.rows(), ("austen", "base", "", 0, 0.0, SEEDS[0])
+    on_austen = bracketed(rows, dict.fromkeys(ON_AUSTEN, 1e-2))
+    on_sentiment = bracketed(rows, dict.fromkeys(ON_SENTIMENT, 3e-3))
+    return [base, *on_austen, *on_sentiment, *CHOSEN]
 
 
 if __name__ == "__main__":

@@ -40,15 +40,12 @@ def adds(function, t, u) -> bool:
     return torch.allclose(function(t + u), function(t) + function(u), atol=1e-4)
 
 
-def test_an_adapter_without_f_adds_its_answers_up_and_one_elsewhere_follows_attention():
+def test_an_adapter_without_f_adds_its_answers_up():
     t, u = torch.randn(2, 5, 192)
     for variant in ("pfeiffer", "pfeiffer, no f"):
         for adapter in adapters_of(built("austen", "adapter", variant, 64)):
             torch.nn.init.normal_(adapter.up.weight)
             assert adds(adapter, t, u) == ("no f" in variant)
-    for task, end in (("austen", "o_proj"), ("sentiment", "attention.output")):
-        found = adapters_study.AfterAttention(16).find(load_model(catalogue.BASES[task]))
-        assert len(found) == 6 and all(path.endswith(end) for path in found)
 
 
 @pytest.mark.parametrize("name", catalogue.BASES)

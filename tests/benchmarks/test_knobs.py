@@ -12,7 +12,7 @@ from tools.environment import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import knob_signs
 import knobs_study
-from common import NAMES, RUN, SEEDS, Results
+from common import NAMES, SEEDS, Results
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -52,10 +52,10 @@ def test_changed_knobs_are_what_their_names_say():
 
 
 def test_the_stored_pairs_lack_no_run_and_their_rates_lie_inside_those_that_were_tried():
-    results = Results("knobs_study", (*NAMES, *RUN), knobs_study.MEASURED)
-    assert not results.missing(knobs_study.bracketed(results, knobs_study.SETTINGS))
+    results = Results("knobs_study", knobs_study.KEY, knobs_study.MEASURED)
+    assert not results.missing(knobs_study.points(results))
     for names in knobs_study.SETTINGS:
-        runs = load_results("knobs_study", **dict(zip(NAMES, names, strict=True)))
+        runs = load_results("knobs_study", **dict(zip(NAMES, names, strict=True)), steps=50)
         rate, chosen = best_lr(runs)
         assert min(runs["lr"]) < rate < max(runs["lr"])
         assert set(chosen["seed"]) == set(SEEDS)
