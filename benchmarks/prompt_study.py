@@ -7,8 +7,9 @@ tinylm on Jane Austen's novels, prompts of 16 rows, three seeds.
 prompt_turns.csv: 15 steps of 4 blocks from four starts, each at learning rates in proportion to the
 standard deviation of its numbers. `angle` is the mean angle between a row and its start in degrees,
 `norm_ratio` the mean ratio of their norms. Controls: every row scaled back to its first norm after
-each step ("norm fixed"), and only a factor of each row trained ("direction frozen"). Scored on 48
-test blocks; nothing is chosen by them.
+each step ("norm fixed", and "norm huge" for rows that outweigh what the blocks add), and only a
+factor of each row trained ("direction frozen"). Scored on 48 test blocks; nothing is chosen by
+them.
 prompt_game.csv: prompts of real tokens, and the trained prompt of prefix_study.csv, on 64 test
 blocks. The searches see 8 training blocks, and score a candidate on them as often as `evaluations`
 says. "swaps": one token becomes another one, drawn from the training text or from those that the
@@ -98,7 +99,7 @@ def turn(start: str, control: str, relative: float, seed: int) -> dict:
         loss(trained * first if frozen else trained, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if control == "norm fixed":
+        if control.startswith("norm"):
             with torch.no_grad():
                 trained.mul_(norms / trained.norm(dim=1, keepdim=True))
     rows = (trained * first if frozen else trained).detach()
@@ -116,7 +117,7 @@ def turns() -> list[tuple]:
     """Return all points of prompt_turns.csv, seed by seed."""
     points = [("none", "none", 0, 0)]
     for seed in SEEDS:
-        points += [(start, "norm fixed", rate, seed) for start in HUGE for rate in RELATIVE]
+        points += [(start, "norm huge", rate, seed) for start in HUGE for rate in RELATIVE]
         for start in STARTS:
             for control in ("free", "norm fixed"):
                 points += [(start, control, relative, seed) for relative in RELATIVE]
