@@ -13,7 +13,7 @@ so that it is 0.3 on average at the start ("gate shifted"). Short runs are score
 either split, long ones as in that table.
 prefix_parts.csv: the trained ones with gate or content held constant, at the mean over validation
 blocks of each layer and head. "place": the gate's mean at each place of a block.
-prefix_places.csv: the same by place, with the mean gate. Places count the text's tokens read.
+prefix_places.csv: some of them by place, with the mean gate. Places count the text's tokens read.
 prefix_fork.csv: a prompt that goes on as a prompt, or as free keys and values."""
 
 import math
@@ -289,7 +289,7 @@ TAKEN_APART = (
 
 @cache
 def parts_of(arm: str, tokens: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Return the rows of prefix_parts.csv and prefix_places.csv of one trained model."""
+    """Return the rows of prefix_parts.csv, and those of prefix_places.csv of every part."""
     rows, places = [], []
 
     def add(way: str, model, of_gate=None) -> None:
@@ -328,6 +328,15 @@ def parts_of(arm: str, tokens: int, seed: int) -> tuple[list[dict], list[dict]]:
         add(way, model, of_gate if way == "all" else None)
     model.set_attn_implementation("sdpa")
     return rows, places
+
+
+ALONG = (("prefix", 16), ("prompt", 16))
+
+
+def places_of(arm: str, tokens: int, seed: int) -> list[dict]:
+    """Return the rows of prefix_places.csv of one trained model."""
+    _, places = parts_of(arm, tokens, seed)
+    return [row for row in places if row["part"] in ("all", "gate constant")]
 
 
 # ------------------------------------------------------------------ from prompt to prefix
@@ -422,6 +431,7 @@ if __name__ == "__main__":
     key, columns = ("arm", "tokens", "seed"), ("part", "test")
     fill_table("prefix_parts", key, columns, apart, lambda *point: parts_of(*point)[0])
     columns = ("part", "first", "last", "gate", "loss", "targets")
-    fill_table("prefix_places", key, columns, apart, lambda *point: parts_of(*point)[1])
+    along = [point for point in apart if point[:2] in (("base", 0), *ALONG)]
+    fill_table("prefix_places", key, columns, along, places_of)
     for due in (points(LATER), ONCE):
         fill_table("prefix_study", KEY, COLUMNS, due, run)
