@@ -1,8 +1,6 @@
 """Prompt tuning: learned embeddings before the text's embeddings, and a hook that extends mask and
 labels."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,27 +77,6 @@ class PromptTuning(nn.Module):
         return lengthen(labels, len(self.prompt_embeddings), -100)
 
 
-def refuse_count(prompts: torch.Tensor, embeddings: torch.Tensor) -> None:
-    """Raise ValueError unless there is one prompt for each sequence of the batch."""
-    if len(prompts) != len(embeddings):
-        raise ValueError(
-            f"prompts_for_rows: {len(prompts)} prompts for a batch of {len(embeddings)} texts: "
-            "give each text its own, prompts[which] with one number per text"
-        )
-
-
-class PromptPerSequence(PromptTuning):
-    """Prepend one prompt to all sequences of a batch, or a prompt of its own to each."""
-
-    each = None  # (batch, p, d)
-
-    def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
-        if self.each is None:
-            return super().forward(input_embeddings)
-        refuse_count(self.each, input_embeddings)
-        return prepend(self.each, input_embeddings)  # (batch, p + T, d)
-
-
 def refuse_last_place(model: nn.Module, inputs: dict, text: torch.Tensor) -> None:
     """Raise ValueError for right padding in a classifier that finds a text's last token by its id:
     embeddings have no ids, so it would read the last position, which is padding."""
@@ -136,7 +113,7 @@ def put_first(prompt: PromptTuning, model: nn.Module, inputs: dict) -> None:
             inputs[name] = places.where(places < 0, places + p)
 
 
-class PromptHook(PromptPerSequence):
+class PromptHook(PromptTuning):
     """Insert the prompt into every call of a model, by two hooks."""
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -271,18 +248,3 @@ class Prompt(Method):
 def prompt_of(model: nn.Module) -> PromptTuning:
     """Return the module that `inject(model, Prompt(...))` attached. ValueError if there is none."""
     return attached_to(model, PromptTuning, "prompt_of")
-
-
-@contextmanager
-def prompts_for_rows(model: nn.Module, prompts: torch.Tensor) -> Iterator[nn.Module]:
-    """Use one prompt per sequence, (batch, p, d), inside `with prompts_for_rows(model, prompts):`,
-    so that one batch holds many tasks. ValueError for another shape."""
-    prompt, shape = prompt_of(model), tuple(prompts.shape)
-    expected = tuple(prompt.prompt_embeddings.shape)
-    if len(shape) != 3 or shape[1:] != expected:
-        raise ValueError(f"prompts_for_rows: prompts of shape {shape} must be (batch, *{expected})")
-    before, prompt.each = prompt.each, prompts
-    try:
-        yield model
-    finally:
-        prompt.each = before

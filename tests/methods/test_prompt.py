@@ -42,7 +42,7 @@ from peft_lessons import (
     unload,
 )
 from peft_lessons.engine import CONFIG
-from peft_lessons.methods.prompt import prepend, prompt_of, prompts_for_rows
+from peft_lessons.methods.prompt import prepend, prompt_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Position ids are not supported", "ignore:Could not save base model config"
@@ -244,45 +244,6 @@ def test_a_text_start_is_pefts(tmp_path):
     inject(model, Prompt(4, "good or bad", tokenizer))
     table = model.get_input_embeddings().weight
     assert torch.equal(prompt_of(model).prompt_embeddings[0], table[tokenizer.cls_token_id])
-
-
-# ------------------------------------------------------------------ a batch of different prompts
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_each_row_with_a_prompt_of_its_own(name):
-    base, batch = MODELS[name](), text_of(batch_of(name))
-    ours = prompted(base)
-    torch.manual_seed(2)
-    prompts = torch.randn(2, P, 64)
-    which = torch.tensor([1, 0, 1])
-    with prompts_for_rows(ours, prompts[which]):
-        got = ours(**batch).logits
-    before = ours(**batch).logits
-    for row, i in enumerate(which):
-        one = deepcopy(ours)
-        with torch.no_grad():
-            prompt_of(one).prompt_embeddings.copy_(prompts[i])
-        close(one(**batch).logits[row], got[row], 2e-6)
-    assert not torch.equal(got, before)
-    with refused(ours, "2 prompts for a batch of 3 texts"), prompts_for_rows(ours, prompts):
-        ours(**batch)
-    assert torch.equal(ours(**batch).logits, before), "the block is left, whatever happened"
-    block = prompts_for_rows(ours, torch.zeros(3, P + 1, 64))
-    with pytest.raises(ValueError, match="must be"), block:
-        raise AssertionError("entered")
-
-
-def test_each_row_generates_with_its_prompt():
-    ours, text = prompted(tiny_llama()), text_of(batch_of("llama"))
-    prompts = torch.randn(3, P, 64)
-    with prompts_for_rows(ours, prompts):
-        got = greedy(ours, text)
-        assert torch.equal(greedy(ours, text, use_cache=False), got)
-    for row in range(3):
-        with torch.no_grad():
-            prompt_of(ours).prompt_embeddings.copy_(prompts[row])
-        assert torch.equal(greedy(ours, text)[row], got[row])
 
 
 def test_a_model_without_a_prompt_is_refused():
