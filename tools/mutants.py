@@ -228,6 +228,11 @@ peft_lessons/checks/dora.py: exercises
     linear.weight.copy_(2 * V - alpha / rank * B @ A) → linear.weight.copy_(2 * V)
 peft_lessons/checks/ia3.py: exercises
     seen[trains] = trained if trains in look else _TRAINED → seen[trains] = trained
+peft_lessons/checks/prefix.py: exercises
+    torch.eye(T), -1e3 * torch.eye(T) → torch.eye(T), torch.eye(T)
+peft_lessons/checks/prompt.py: exercises
+    sees[-1, :-2] = 0 → pass
+    noise = self.rounding * → noise = 0.0 *
 peft_lessons/checks/qlora.py: exercises
     return _packed(codes.repeat_interleave(2)), absmax → return _packed(codes.repeat(2)), absmax
 peft_lessons/checks/kit.py: kit
