@@ -12,7 +12,7 @@ Prefixes also with a constant gate for each head, trained from 0.3 ("gate consta
 so that it is 0.3 on average at the start ("gate shifted"). Short runs are scored on 48 blocks of
 either split, long ones as in that table.
 prefix_parts.csv: the trained ones with gate or content held constant, at the mean over validation
-blocks of each layer and head. "place": the gate's mean at each place of a block.
+blocks of each layer and head.
 prefix_places.csv: some of them by place, with the mean gate. Places count the text's tokens read.
 prefix_fork.csv: a prompt that goes on as a prompt, or as free keys and values."""
 
@@ -278,13 +278,9 @@ WAYS = {  # what is constant: (gate, content)
     "all": ("", ""),
     "content constant": ("", "content"),
     "gate constant": ("gate", ""),
-    "gate by place": ("place", ""),
     "both constant": ("gate", "content"),
 }
-TAKEN_APART = (
-    *(("prefix", 16), ("prefix", 1), ("prompt", 16), ("prefix", 4), ("freed", 16)),
-    *(("bias", 0), ("prefix, gate constant", 16)),
-)
+TAKEN_APART = (("prefix", 16), ("prefix", 1), ("prompt", 16))
 
 
 @cache
@@ -305,21 +301,11 @@ def parts_of(arm: str, tokens: int, seed: int) -> tuple[list[dict], list[dict]]:
                 | {"targets": int(count[here].sum())}
             )
 
-    if arm == "prefix, gate constant":
-        model = best(arm, tokens, seed)
-        parts = model.model.layers[0].self_attn.parts
-        add("all", model)
-        parts.contents = means(model, parts)["content"]
-        add("content constant", model)
+    if arm == "base":
+        add("all", load_model("tinylm"))
         return rows, places
-    if arm in ("base", "bias"):
-        add("all", load_model("tinylm") if arm == "base" else best(arm, tokens, seed))
-        return rows, places
-    if arm == "freed":
-        model = fork(seed)[1]
-    else:
-        model = best(arm, tokens, seed)
-        model = stored(model) if arm == "prompt" else model
+    model = best(arm, tokens, seed)
+    model = stored(model) if arm == "prompt" else model
     parts = split(model, tokens)
     mean = means(model, parts)
     of_gate = torch.stack(list(mean["place"].values())).mean((0, 1))[:127]  # over layers, heads
@@ -407,14 +393,14 @@ def chosen() -> tuple[float, float, float]:
     return begin, *each
 
 
-def fork(seed: int) -> tuple[list[dict], torch.nn.Module]:
-    """Return the rows of prefix_fork.csv for a seed, and the freed prefix."""
+def fork(seed: int) -> list[dict]:
+    """Return the rows of prefix_fork.csv for a seed."""
     begin, *lrs = chosen()
     rows = [{"way": "begun", "lr": begin} | row for row in begun(begin, seed)[1]]
     for way, lr in zip(("prompt", "freed"), lrs, strict=True):
-        model, found = branch(way, lr, seed, begin)
+        _, found = branch(way, lr, seed, begin)
         rows += [{"way": way, "lr": lr} | row for row in found]
-    return rows, model
+    return rows
 
 
 if __name__ == "__main__":
@@ -425,7 +411,7 @@ if __name__ == "__main__":
         ("seed",),
         ("way", "lr", "step", "validation", "test"),
         [(seed,) for seed in SEEDS],
-        lambda seed: fork(seed)[0],
+        fork,
     )
     apart = [("base", 0, 0), *((*each, seed) for each in TAKEN_APART for seed in SEEDS)]
     key, columns = ("arm", "tokens", "seed"), ("part", "test")
