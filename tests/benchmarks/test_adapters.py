@@ -7,11 +7,13 @@ import torch
 
 from peft_lessons import load_model, load_task, measure
 from peft_lessons.methods.adapters import Bottleneck
+from peft_lessons.studies import best_lr, load_results
 from tools.environment import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import adapters_study
 import catalogue
+from common import NAMES, RUN, SEEDS, Results
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -69,3 +71,14 @@ def test_a_straightened_unit_is_the_nearest_line_and_a_constant_one_the_mean(nam
         each.activation = torch.nn.functional.gelu
     adapters_study.straighten(model, task, constant=True)
     assert torch.allclose(adapter.activation(z), f.mean(0).expand_as(z), atol=1e-5)
+
+
+def test_the_table_lacks_no_run_and_its_best_rates_lie_inside_those_that_were_tried():
+    results = Results("adapters_study", (*NAMES, *RUN), adapters_study.COLUMNS)
+    assert not results.missing(adapters_study.points(results))
+    for names in adapters_study.ON_AUSTEN + adapters_study.ON_SENTIMENT:
+        runs = load_results("adapters_study", **dict(zip(NAMES, names, strict=True)))
+        rate, chosen = best_lr(runs)
+        assert min(runs["lr"]) < rate < max(runs["lr"]) and set(chosen["seed"]) == set(SEEDS)
+    for row in load_results("adapters_study", task="sentiment").itertuples():
+        assert abs(int(row.right, 16).bit_count() / row.sentences - row.test) < 1e-5
