@@ -13,6 +13,7 @@ training texts, and `constant` with the mean of f; nothing trains in between. Th
 
     no f       an adapter without its nonlinearity
     doubled    an adapter with s = 2
+    attention  one adapter a block, after attention; `network` after the feed-forward
     down       LoRA on the feed-forward's last layer only
 """
 
@@ -46,6 +47,7 @@ STEPS = {"sentiment": (200, 16), "austen": (50, 8)}  # of so many examples
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 BLOCKS, STRETCHES = {"validation": 100, "test": 400}, 20
 TEXTS = 400  # of the training split, to draw the lines by
+POSITIONS = {"attention": "self_attn", "network": "mlp"}  # what the place's name holds in tinylm
 WITH_F = ("parallel", "houlsby", "pfeiffer")
 ON_AUSTEN = [  # (task, method, variant, width or rank), those that matter most first
     ("austen", "adapter", "parallel", 64),
@@ -56,6 +58,8 @@ ON_AUSTEN = [  # (task, method, variant, width or rank), those that matter most 
     ("austen", "adapter", "houlsby, doubled", 32),
     ("austen", "adapter", "pfeiffer", 64),
     ("austen", "adapter", "pfeiffer, no f", 64),
+    ("austen", "adapter", "houlsby, attention", 64),
+    ("austen", "adapter", "houlsby, network", 64),
 ]
 ON_SENTIMENT = [("sentiment", "lora", "down", 7), ("sentiment", "adapter", "houlsby, no f", 8)]
 CHOSEN = [("sentiment", "adapter", "houlsby", 8, 3e-3, seed) for seed in SEEDS]
@@ -77,6 +81,9 @@ def build(model: nn.Module, task: str, method: str, variant: str, size: int) -> 
         if part == "no f":
             for adapter in (m for m in model.modules() if isinstance(m, Bottleneck)):
                 adapter.activation = nn.Identity()
+        for name, adapter in model.named_modules():  # one that does not train adds zero
+            if isinstance(adapter, Bottleneck) and part in POSITIONS:
+                adapter.requires_grad_(POSITIONS[part] in name)
 
 
 @cache

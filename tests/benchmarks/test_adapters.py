@@ -50,6 +50,13 @@ def test_an_adapter_without_f_adds_its_answers_up():
             assert adds(adapter, t, u) == ("no f" in variant)
 
 
+def test_an_adapter_at_one_place_trains_there_alone():
+    for part, place in (("attention", "self_attn"), ("network", "mlp")):
+        model = built("austen", "adapter", f"houlsby, {part}", 64)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert len(trained) == 6 * 4 and all(place in name for name in trained)
+
+
 @pytest.mark.parametrize("name", catalogue.BASES)
 def test_a_straightened_unit_is_the_nearest_line_and_a_constant_one_the_mean(name, monkeypatch):
     monkeypatch.setattr(adapters_study, "TEXTS", 8)
