@@ -88,7 +88,8 @@ def still(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> Shown:
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=dpi)
     # A palette takes a third of the room, which counts in a notebook; a figure has few colours.
-    palette = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    # (Without k-means, a colour that fills little, such as one end of a scale, may come out grey.)
+    palette = Image.open(drawn).convert("RGB").quantize(64, kmeans=4, dither=Image.Dither.NONE)
     palette.save(small, "PNG", optimize=True)
     return Shown(small.getvalue(), alt, caption, round(palette.width * 100 / max(dpi, 100)))
 
