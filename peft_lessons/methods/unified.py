@@ -1,17 +1,18 @@
 """One view of all: every method as a change to a hidden state, and one more made by mixing."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
+from transformers import DynamicCache
 
 from ..engine import Method, PeftFiles, inject, injection_of, register, registered_methods
 from ..engine.design import Design, Site, calls_of, designs_of, gap, linears  # noqa: F401  lesson 11 imports them from here
 from ..engine.facts import Facts, Point
 from .adapters import BottleneckAdapter, ends  # noqa: F401
-from .prefix import Prefix, attention  # noqa: F401
+from .prefix import Prefix, PrefixTuning, attention, fill  # noqa: F401
 from .selective import of_head, own_change, own_layers  # noqa: F401
 
 
@@ -67,6 +68,34 @@ def perturbed(model: nn.Module, method: Method) -> nn.Module:
             if p.requires_grad:
                 p.mul_(torch.rand_like(p) / 2).add_(0.05 * torch.randn_like(p))
     return changed
+
+
+def prober(base: nn.Module, changed: nn.Module, block: int) -> Callable:
+    """Return probe(where, x) -> (h, new) for one block of a BERT: what its "value" layer, its
+    "attention" or the whole "block" gives for the input x (batch, T, d) of the block, in the base
+    and in a changed model of the same dtype. Nothing is padded, and every token sees all others."""
+    prefix = injection_of(changed).attached
+
+    def given(model: nn.Module, where: str, x: torch.Tensor) -> torch.Tensor:
+        layer, cache = model.base_model.encoder.layer[block], None
+        if model is changed and isinstance(prefix, PrefixTuning):
+            cache = DynamicCache()
+            fill(cache, *prefix(len(x)), x.dtype)
+        match where:
+            case "value":
+                return layer.attention.self.value(x)
+            case "attention":
+                return layer.attention.self(x, past_key_values=cache)[0]
+            case "block":
+                return layer(x, past_key_values=cache)
+        raise ValueError(f'{where!r} is not "value", "attention" or "block"')
+
+    @torch.no_grad()
+    def probe(where: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = x.to(base.dtype).reshape(-1, *x.shape[-2:])  # (batch, T, d)
+        return tuple(given(model, where, rows).reshape(x.shape) for model in (base, changed))
+
+    return probe
 
 
 CHOICES = ("form", "insertion", "modified", "composition")

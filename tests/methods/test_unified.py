@@ -41,6 +41,7 @@ from peft_lessons.methods.unified import (
     linears,
     own_layers,
     perturbed,
+    prober,
     unified_table,
 )
 from tools import notebooks
@@ -54,6 +55,32 @@ BASE = tiny_bert(intermediate_size=128)  # which 4-bit layers accept
 
 
 # ------------------------------------------------------------------ the table
+
+
+@pytest.mark.parametrize("method", [LoRA(4, 8), BitFit(), Prefix(3), BottleneckAdapter(4)])
+def test_a_probe_gives_what_the_modules_of_the_running_models_give(method):
+    base = deepcopy(BASE).double()
+    changed = perturbed(base, method)
+    batch = {"input_ids": torch.arange(14).view(2, 7)}
+    seen = []
+    layer = changed.bert.encoder.layer[1]
+    modules = (layer.attention.self.value, layer.attention.self, layer)
+    hooks = [m.register_forward_hook(lambda m, args, out: seen.append(out)) for m in modules]
+    hooks.append(layer.register_forward_pre_hook(lambda m, args: seen.append(args[0])))
+    with torch.no_grad():
+        changed(**batch)
+        for hook in hooks:
+            hook.remove()
+        x, value, (attention_output, _), output = seen
+        probe, h = prober(base, changed, 1), base.bert.encoder.layer[1](x)
+    expected = {"value": value, "attention": attention_output, "block": output}
+    for where, new in expected.items():
+        close(probe(where, x)[1], new, EXACT, where)
+    close(probe("block", x)[0], h, EXACT)
+    assert (h - output).abs().max() > 1e-3
+    assert torch.equal(probe("block", x[0].float())[1], probe("block", x[:1].float())[1][0])
+    with pytest.raises(ValueError, match="'key' is not"):
+        probe("key", x)
 
 
 @pytest.mark.parametrize("kind", COURSE, ids=lambda kind: kind.__name__)
