@@ -164,15 +164,21 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
-def _groups(model: nn.Module, injection: Injection | None) -> list[dict]:
-    """Return the optimizer's groups: what trains, by its factor of the learning rate."""
-    factors, groups = {}, {}
+def rate_factors(model: nn.Module, injection: Injection | None) -> dict[str, float]:
+    """Return {name of a trainable parameter: factor of the learning rate by its method, or 1}."""
+    factors = {}
     for path, module in (injection.modules() if injection else {}).items():
         for name, _ in module.named_parameters():
             factors[f"{path}.{name}"] = injection.method.rate_factors.get(name, 1.0)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(factors.get(name, 1.0), []).append(parameter)
+    named = (name for name, p in model.named_parameters() if p.requires_grad)
+    return {name: factors.get(name, 1.0) for name in named}
+
+
+def _groups(model: nn.Module, injection: Injection | None) -> list[dict]:
+    """Return the optimizer's groups: what trains, by its factor of the learning rate."""
+    groups, parameters = {}, dict(model.named_parameters())
+    for name, factor in rate_factors(model, injection).items():
+        groups.setdefault(factor, []).append(parameters[name])
     return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
 
@@ -184,23 +190,24 @@ def _stream(task, batch_size: int, seed: int) -> Iterable[dict]:
     return itertools.cycle(task)
 
 
-def _refuse_unready(model: nn.Module, injection: Injection | None) -> None:
-    """Raise if `fit` would train nothing, or leave out or spoil the method in the model."""
+def _refuse_unready(model: nn.Module, injection: Injection | None, owner: str) -> None:
+    """Raise if `owner` would train nothing, or leave out or spoil the method in the model."""
     for path, inner in model.named_modules():
         if path and injection_of(inner):
             raise ValueError(
-                f"fit: the method is in model.{path}, not in the model itself, so its part in the "
-                f"training would be left out; fit(model.{path}, ...)"
+                f"{owner}: the method is in model.{path}, not in the model itself, so its part in "
+                f"the training would be left out; {owner}(model.{path}, ...)"
             )
     if injection:
-        refuse_off(injection, "fit")
+        refuse_off(injection, owner)
         if injection.merged:
             raise RuntimeError(
-                "fit: the method is merged, so its parameters are not used; unmerge(model) first"
+                f"{owner}: the method is merged, so its parameters are not used; "
+                "unmerge(model) first"
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            "fit: nothing in the model trains, all is frozen (an adapter loads frozen: "
+            f"{owner}: nothing in the model trains, all is frozen (an adapter loads frozen: "
             "load_adapter(..., trainable=True) trains on)"
         )
 
@@ -283,7 +290,7 @@ def fit(
         lr = injection.method.learning_rate if injection else FULL_LEARNING_RATE
     validate("fit", steps=steps, lr=lr, batch_size=batch_size, warmup=warmup, clip=clip)
     validate("fit", weight_decay=weight_decay)
-    _refuse_unready(model, injection)
+    _refuse_unready(model, injection, "fit")
     batches = _stream(task, batch_size, seed)
     if injection:
         injection.method.before_fit(injection, steps)
