@@ -144,8 +144,9 @@ def benchmark() -> DataFrame:
     """Return the 63 runs of PEFT's method_comparison, one each, the named ones first.
 
     Columns: `run` (its name, or ""), `layers` (the adapted ones), `accuracy` on GSM8K in %,
-    `seconds`, `gigabytes` at the peak, `forgetting` (the rise of the loss on Wikipedia). A LoRA has
-    alpha = 2 r but rsLoRA, which has alpha = r = 64: its scale is 8, that of the others 2."""
+    `seconds`, `gigabytes` at the peak, `forgetting` (the rise of the loss on Wikipedia), `trained`
+    numbers, and the gigabytes `held` between two steps. A LoRA has alpha = 2 r but rsLoRA, which
+    has alpha = r = 64: its scale is 8, that of the others 2."""
     return load_results("peft_benchmark")
 
 
