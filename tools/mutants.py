@@ -224,6 +224,12 @@ peft_lessons/checks/adalora.py: exercises
 peft_lessons/checks/adapters.py: exercises
     p.zero_() → p.mul_(1.0)
     if not torch.equal(four[name], start[name])] → if name]
+peft_lessons/checks/beyond.py: exercises
+    if used:  # a frozen one, too, which may have trained before → if False:
+    self.head.weight = self.table.weight → pass
+peft_lessons/checks/choosing.py: exercises
+    if parts[told] < 0.95 * max(parts.values()): → if False:
+    if half >= page["margin"]: → if False:
 peft_lessons/checks/dora.py: exercises
     linear.weight.copy_(2 * V - alpha / rank * B @ A) → linear.weight.copy_(2 * V)
 peft_lessons/checks/ia3.py: exercises

@@ -1,25 +1,38 @@
 """Solutions of lesson 14."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
 
-def rslora_scaling(alpha: float, rank: int) -> float:
-    """Return the scaling that makes gradient descent's first step the same at every rank."""
-    return alpha / math.sqrt(rank)
+def gradient_sum(
+    model: torch.nn.Module, batches: list[dict], factors: dict[str, float]
+) -> float:
+    """Return the sum of |gradient| over all trainable parameters, each times its factor."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    loss = sum(model(**batch).loss for batch in batches) / len(batches)
+    # autograd.grad returns the gradients and leaves every .grad alone.
+    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return sum(
+        factors.get(name, 1) * gradient.abs().sum().item()
+        for (name, _), gradient in zip(named, gradients, strict=True)
+        if gradient is not None
+    )
 
 
-def loraplus_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], lr: float, ratio: float
-) -> list[dict]:
-    """Return an optimiser's two groups: all parameters but B at lr, then every B at ratio · lr."""
-    others, ups = [], []
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            (ups if "lora_B" in name else others).append(parameter)
-    return [{"params": others, "lr": lr}, {"params": ups, "lr": lr * ratio}]
+def fair_comparison(runs: list[dict], a: str, b: str) -> dict:
+    """Return each learning rate, the pairs of test scores, and whether a rate is at an edge."""
+    lr, at_edge, test = {}, {}, {}
+    for method in (a, b):
+        own = [run for run in runs if run["method"] == method]
+        tried = {run["lr"]: run["validation"] for run in own if run["seed"] == 0}
+        ended = [rate for rate, score in tried.items() if not math.isnan(score)]
+        lr[method] = min(ended, key=tried.get)                # by validation, never by test
+        at_edge[method] = lr[method] in (min(tried), max(tried))
+        test[method] = {run["seed"]: run["test"] for run in own if run["lr"] == lr[method]}
+    pairs = {seed: test[a][seed] - test[b][seed] for seed in test[a] if seed in test[b]}
+    return {"lr": lr, "pairs": pairs, "at_edge": at_edge}
 
 
 def pissa_init(

@@ -6,19 +6,6 @@ import statistics
 from peft_lessons.studies import student_t
 
 
-def pareto_front(costs: list[float], scores: list[float]) -> list[int]:
-    """Return the indices of the points that no other dominates, the cheapest first."""
-    points = list(zip(costs, scores, strict=True))
-
-    def dominates(j: int, i: int) -> bool:
-        (cost, score), (other_cost, other_score) = points[j], points[i]
-        return cost <= other_cost and score >= other_score and points[j] != points[i]
-
-    every = range(len(points))
-    front = [i for i in every if not any(dominates(j, i) for j in every)]
-    return sorted(front, key=lambda i: costs[i])  # equal points stay in their order
-
-
 def fits(n_params: int, n_trainable: int, gpu_gb: float, bits: int) -> bool:
     """Return whether weights and what trains take at most seven eighths of a GPU."""
     stored = 16 if bits == 16 else 4 + 8 / 64 + 32 / (64 * 256)   # bits of a frozen weight
@@ -26,16 +13,26 @@ def fits(n_params: int, n_trainable: int, gpu_gb: float, bits: int) -> bool:
     return frozen + 16 * n_trainable <= 7 / 8 * gpu_gb * 2**30
 
 
-def paired_difference(
-    scores_a: list[float], scores_b: list[float]
-) -> tuple[float, float, float]:
-    """Return the mean of a − b and the ends of its 95 % interval."""
-    if len(scores_a) != len(scores_b) or len(scores_a) < 2:
-        raise ValueError("the scores must be pairs, at least two")
-    gaps = [a - b for a, b in zip(scores_a, scores_b, strict=True)]
-    n, mean = len(gaps), statistics.fmean(gaps)
-    half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
-    return mean, mean - half, mean + half
+def seeds_needed(
+    pilot_a: list[float], pilot_b: list[float], margin: float, most: int
+) -> int | None:
+    """Return the fewest seeds whose interval of a − b ends below the margin, or None."""
+    gaps = [a - b for a, b in zip(pilot_a, pilot_b, strict=True)]
+    mean, spread = statistics.fmean(gaps), statistics.stdev(gaps)
+    for n in range(2, most + 1):                      # t falls with n, so try one after another
+        if mean + student_t(n - 1) * spread / math.sqrt(n) < margin:
+            return n
+    return None
+
+
+def my_page() -> dict:
+    """Return what I train, where and how, and the measurement that would change my mind."""
+    return {
+        "model": "Llama-3-8B", "gpu": 24, "tokens": 4096,
+        "method": "LoRA", "levers": ["checkpointing", "chunked loss"],
+        "largest": "base", "learning rate": 2e-4,
+        "rival": "DoRA", "margin": 1.0, "spread": 0.5, "seeds": 5,
+    }
 
 
 def defend_choice(

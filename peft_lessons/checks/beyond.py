@@ -1,186 +1,327 @@
 """Checks of lesson 14."""
 
+import copy
+import math
+
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput
 
 from ..methods.qlora import dequantize_nf4, quantize_nf4
 from .kit import Case, check_for
 from .mistakes import mistakes
 
-# ------------------------------------------------------------------ rslora_scaling
+# ------------------------------------------------------------------ gradient_sum
 
 
-@check_for(
-    cases=[(24, 36), (16, 9), (6, 2), (32.0, 32), (8, 1), (0.5, 100), (12, 12)],
-    causes=mistakes(
-        """
-        def rslora_scaling(alpha, rank):
-            return alpha / rank**0.5
-        """,
-        """
-        this is LoRA's alpha / rank, which suits Adam's first step: gradient descent has s²
-            rank**0.5 → rank
-        rank is squared: r · s² must be constant, so s falls like 1 / √r
-            rank**0.5 → rank**2
-        this does not change with the rank: s must fall as the rank grows, so that r · s² stays the
-        same
-            / rank**0.5 → ∅
-        alpha is left out: the scaling is α/rᵖ
-            alpha / → 1 /
-        this is the exponent p: return the scaling α/rᵖ
-            alpha / rank**0.5 → 0.5
-        this is s²: return its root, which is s
-            alpha / rank**0.5 → alpha**2 / rank
-        alpha is under the root too
-            alpha / rank**0.5 → (alpha / rank) ** 0.5
-        alpha is multiplied by the root: divide by it
-            / → *
-        the fraction is upside down: this is √rank / alpha
-            alpha / rank**0.5 → rank**0.5 / alpha
-        rank**1/2 is (rank**1) / 2: the exponent needs brackets
-            0.5 → 1 / 2
-        the root is rounded down to a whole number
-            rank**0.5 → int(rank**0.5)
-        the result is rounded down to a whole number
-            / → //
-        """,
-    ),
-)
-def rslora_scaling(alpha, rank):
-    """With this scaling, the first step of gradient descent is the same at every rank."""
-    return float(alpha * rank**-0.5)
+class _Net(nn.Module):
+    """Predict tokens with a frozen layer and a LoRA beside it, a head tied to the embedding, and a
+    parameter that no loss needs. `found` holds the gradients with which it was handed out."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+        self.head.weight = self.table.weight
+        self.fc = nn.Linear(6, 6).requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(6, 3))
+        self.norm, self.unused = nn.LayerNorm(6), nn.Parameter(torch.randn(4))
+        if used:  # a frozen one, too, which may have trained before
+            for p in self.parameters():
+                p.grad = torch.randn(p.shape)
+        self.found = self.gradients()
+
+    def gradients(self):
+        return {n: None if p.grad is None else p.grad.clone() for n, p in self.named_parameters()}
+
+    def forward(self, input_ids, labels):
+        x = self.table(input_ids)
+        x = self.norm(x + torch.tanh(self.fc(x) + x @ self.lora_A.T @ self.lora_B.T))
+        logits = self.head(x)
+        return CausalLMOutput(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits)
 
 
-# ------------------------------------------------------------------ loraplus_groups
+def _measured(batches, used=False, **factors):
+    """Return a net, batches and factors by the names of parameters."""
+    ids = [torch.randint(0, 11, (2, 2, 5)) for _ in range(batches)]
+    named = [{"input_ids": x, "labels": y} for x, y in ids]
+    return [_Net(used), named, factors]
 
 
-def _named(*rows):
-    """Make [(name, parameter)] of "name" or "name, frozen"; each is known by its tag."""
-    found = []
-    for row in rows:
-        name, _, frozen = row.partition(", ")
-        size = (5,) if name.endswith("bias") else (5, 5)
-        p = nn.Parameter(torch.randn(size), requires_grad=not frozen)
-        p.tag = name
-        found.append((name, p))
-    return found
+def _gradients_left(model, batches, factors):
+    """Return what is wrong with the gradients that a parameter has afterwards."""
+    for name, grad in model.gradients().items():
+        before = model.found[name]
+        if (grad is None) != (before is None):
+            left = "has a gradient now" if before is None else "has lost its gradient"
+            return f"the parameter {name} {left}: leave each .grad as it was"
+        if grad is not None and not torch.allclose(grad, before):
+            return f"the .grad of {name} was changed: leave it as it was"
+    return None
 
 
-def _peft():
-    at = "base_model.model.Block_B.q_proj"  # a B that is not LoRA's
-    return _named(
-        f"{at}.base_layer.weight, frozen",
-        f"{at}.lora_A.default.weight",
-        f"{at}.lora_B.default.weight",
-        "base_model.model.classifier.modules_to_save.default.weight",
-    )
+def _batch_by_batch(model, batches, factors):
+    """Take absolute values before the mean over the batches."""
+    return sum(_old_ones_too(model, [batch], factors, 0.0) for batch in batches) / len(batches)
 
 
-def _ours():
-    return _named(
-        "embedding.weight, frozen",
-        "q_proj.base.weight, frozen",
-        "q_proj.lora.lora_A",
-        "q_proj.lora.lora_B",
-        "v_proj.lora.lora_A, frozen",
-        "v_proj.lora.lora_B, frozen",
-        "classifier.weight",
-        "classifier.bias",
-    )
+def _old_ones_too(model, batches, factors, old=1.0):
+    """Add the gradients to those of before, as backward() does."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss = sum(model(**batch).loss for batch in batches) / len(batches)
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    total = 0.0
+    for (name, p), g in zip(named.items(), found, strict=True):
+        g = torch.zeros_like(p) if g is None else g
+        g = g if p.grad is None else g + old * p.grad
+        total += factors.get(name, 1) * g.abs().sum().item()
+    return total
 
 
-def _by_group(groups):
-    """Tell the learning rates of the groups, and the names of the very parameters they hold."""
-    seen = {"the learning rates": [float(group["lr"]) for group in groups]}
-    for which, group in zip(("first", "second"), groups, strict=False):
-        tags = [getattr(p, "tag", "a copy of one") for p in group["params"]]
-        seen[f"the list of parameters in the {which} group"] = tags
-    return seen
+def _numbers(note, model, batches, factors):
+    told = ", ".join(f"{name}: {factor:g}" for name, factor in factors.items())
+    call = f"a small language model, {len(batches)} batch{'es' * (len(batches) > 1)}"
+    return f"{call}, factors={{{told}}}" + (f" ({note})" if note else "")
 
 
 @check_for(
     cases=[
-        Case(lambda: [_peft(), 1e-3, 16], note="PEFT's names"),
-        Case(lambda: [_ours(), 2e-4, 4.0], note="the course's names, and a head with a bias"),
-        Case(lambda: [iter(_ours()), 1e-2, 8], note="a generator, as model.named_parameters() is"),
+        Case(lambda: _measured(1, lora_B=16.0), note="LoRA+"),
+        Case(lambda: _measured(1), note="every parameter has the same learning rate"),
+        Case(lambda: _measured(3)),
+        Case(lambda: _measured(2, lora_A=0.5, lora_B=8.0)),
+        Case(lambda: _measured(1, used=True), note="gradients of an earlier step are still there"),
     ],
-    view=_by_group,
+    afterwards=_gradients_left,
+    describe=_numbers,
+    tolerance=1e-4,
+    causes=mistakes(
+        """
+        def gradient_sum(model, batches, factors):
+            named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            loss = sum(model(**batch).loss for batch in batches) / len(batches)
+            found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+            total = 0.0
+            for (name, _), g in zip(named, found):
+                if g is not None:
+                    total += factors.get(name, 1) * g.abs().sum().item()
+            return total
+        """,
+        """
+        absolute values are taken batch by batch, so that noise counts, too: first the gradient of
+        the mean loss, then the absolute values
+            = batch_by_batch
+        gradients from before the call are added: backward() adds to each .grad
+            = old_ones_too
+        the losses of the batches are added: take their mean
+            / len(batches) → ∅
+        only the first batch is used
+            for batch in batches → for batch in batches[:1]
+            / len(batches) → ∅
+        only the last batch is used
+            for batch in batches → for batch in batches[-1:]
+            / len(batches) → ∅
+        the gradients are added with their signs, and cancel
+            .abs() → ∅
+        the absolute value of each parameter's sum is taken: take that of every entry
+            g.abs().sum() → g.sum().abs()
+        the squares are added: they belong to gradient descent, and Adam's first step is η for
+        every entry
+            g.abs() → g.square()
+        the norm of each gradient is added: Adam's first step is η for every entry, so add up
+        absolute values
+            g.abs().sum() → g.norm()
+        each parameter counts with its mean: add up all of its entries
+            g.abs().sum() → g.abs().mean()
+        the entries are counted: add up the absolute values of their gradients
+            g.abs() → g.sign().abs()
+        the factors are left out
+            factors.get(name, 1) * → ∅
+        a parameter without a factor is left out: its factor is 1
+            factors.get(name, 1) → factors.get(name, 0)
+        the sum is divided by the factor: a larger learning rate goes further
+            factors.get(name, 1) * → 1 / factors.get(name, 1) *
+        the head is tied to the embedding, and is counted twice
+            model.named_parameters() → model.named_parameters(remove_duplicate=False)
+        only LoRA's parameters are counted: every trainable one counts
+            if p.requires_grad → if name.startswith("lora_")
+        the norms are left out: every trainable parameter counts
+            if p.requires_grad → if p.requires_grad and p.dim() > 1
+        """,
+        batch_by_batch=_batch_by_batch,
+        old_ones_too=_old_ones_too,
+    ),
+)
+def gradient_sum(model, batches, factors):
+    """To first order, Adam's first step lowers the loss by this number times the learning rate."""
+    own, total = copy.deepcopy(model), 0.0
+    own.zero_grad()
+    for batch in batches:
+        (own(**batch).loss / len(batches)).backward()
+    for name, p in own.named_parameters():
+        if p.grad is not None:
+            total += factors.get(name, 1.0) * torch.linalg.vector_norm(p.grad.double(), 1).item()
+    return total
+
+
+# ------------------------------------------------------------------ fair_comparison
+
+_COLUMNS = ("method", "lr", "seed", "validation", "test")
+
+
+def _runs(text):
+    """Return the runs of a text: method, learning rate, seed, validation and test of each."""
+    rows = []
+    for line in text.split(";"):
+        method, lr, seed, *scores = line.split()
+        values = method, float(lr), int(seed), *map(float, scores)
+        rows.append(dict(zip(_COLUMNS, values, strict=True)))
+    return rows
+
+
+def _audited(text, a="lora", b="pissa", note=""):
+    return Case(lambda: [_runs(text), a, b], note=note)
+
+
+def _with_runs(note, runs, a, b):
+    rows = "; ".join(
+        " ".join(f"{value:g}" if value != row["method"] else value for value in row.values())
+        for row in runs
+    )
+    return f"a={a!r}, b={b!r}" + (f" ({note})" if note else "") + f", {', '.join(_COLUMNS)}: {rows}"
+
+
+def _in_this_order(answer):
+    """Return the parts in the order in which a fault is named: the learning rates decide the
+    rest."""
+    first = {name: answer[name] for name in ("lr", "pairs", "at_edge") if name in answer}
+    return first | dict(answer)
+
+
+@check_for(
+    form="any",
+    cases=[
+        _audited(
+            "lora 0.01 0 40 39; lora 0.03 0 38 37; lora 0.1 0 60 58; lora 0.03 1 39 38;"
+            "pissa 0.003 0 39 38; pissa 0.01 0 36 36; pissa 0.01 1 37 35"
+        ),
+        _audited(
+            "lora 0.01 0 41 36; lora 0.03 0 40 39; lora 0.1 0 44 45; lora 0.03 1 42 43;"
+            "pissa 0.001 0 43 41; pissa 0.003 0 39 40; pissa 0.01 0 42 35; pissa 0.003 1 41 41",
+            note="test and validation disagree",
+        ),
+        _audited(
+            "lora 0.01 0 40 39; lora 0.03 0 38 37; lora 0.1 0 45 43; lora 0.03 2 36 34;"
+            "lora 0.03 1 39 38; pissa 0.003 0 39 38; pissa 0.01 0 36 35.5; pissa 0.03 0 50 48;"
+            "pissa 0.01 1 33 31; pissa 0.01 3 30 29; pissa 0.01 2 38 37",
+            note="not the same seeds, nor the same order",
+        ),
+        _audited(
+            "lora 0.1 0 nan nan; lora 0.01 0 40 39; lora 0.03 0 38 37; lora 0.03 1 39 38;"
+            "pissa 0.03 0 nan nan; pissa 0.003 0 36 35.5; pissa 0.01 0 39 38; pissa 0.003 1 37 35",
+            note="two runs have diverged",
+        ),
+        _audited(
+            "vera 0.1 0 50 49; lora 0.01 0 40 39; lora 0.03 0 42 44; lora 0.1 0 41 40;"
+            "lora 0.01 1 43 45; lora 0.03 1 30 31; full 0.001 0 36 37; full 0.003 0 33 31;"
+            "full 0.001 1 34 32; full 0.003 1 35 30; full 0.001 2 20 20",
+            "full",
+            "lora",
+            note="seed 1 ran at more than one learning rate",
+        ),
+        _audited(
+            "oft 0.003 0 39 37; oft 0.001 0 41 40; oft 0.003 1 42 39; lora 0.03 1 36 39;"
+            "lora 0.03 0 37 38",
+            "oft",
+            "lora",
+            note="LoRA was tried at one learning rate",
+        ),
+    ],
+    describe=_with_runs,
+    view=_in_this_order,
     staged=True,
     causes=mistakes(
         """
-        def loraplus_groups(named_parameters, lr, ratio):
-            def is_b(name):
-                return "lora_B" in name
-
-            rows = [(name, p) for name, p in named_parameters if p.requires_grad]
-            rest = [p for name, p in rows if not is_b(name)]
-            ups = [p for name, p in rows if is_b(name)]
-            return [{"params": rest, "lr": lr}, {"params": ups, "lr": lr * ratio}]
+        def fair_comparison(runs, a, b):
+            lr, at_edge, test = {}, {}, {}
+            for method in (a, b):
+                own = [run for run in runs if run["method"] == method]
+                first = {run["lr"]: run["validation"] for run in own if run["seed"] == 0}
+                ended = {rate: score for rate, score in first.items() if not math.isnan(score)}
+                lr[method] = min(ended, key=ended.get)
+                at_edge[method] = lr[method] in (min(first), max(first))
+                chosen = [run for run in own if run["lr"] == lr[method]]
+                test[method] = {run["seed"]: run["test"] for run in chosen}
+            both = [seed for seed in test[a] if seed in test[b]]
+            pairs = {seed: test[a][seed] - test[b][seed] for seed in both}
+            return {"lr": lr, "pairs": pairs, "at_edge": at_edge}
         """,
         """
-        A gets the higher learning rate: B is what learns faster
-            rest, "lr": lr → rest, "lr": lr * ratio
-            ups, "lr": lr * ratio → ups, "lr": lr
-        both groups get lr, which is plain LoRA
-            lr * ratio → lr
-        lr is divided by the ratio for A: A keeps lr, and B gets ratio · lr
-            rest, "lr": lr → rest, "lr": lr / ratio
-            ups, "lr": lr * ratio → ups, "lr": lr
-        lr is divided by the ratio for B: multiply
-            lr * ratio → lr / ratio
-        the ratio is added to lr: multiply
-            lr * ratio → lr + ratio
-        the ratio alone is B's learning rate: multiply it by lr
-            lr * ratio → ratio
-        the lists are swapped: the first group, at lr, has all but B
-            "lora_B" in → "lora_B" not in
-        the groups are in the other order: B's comes second
-            lr * ratio}] → lr * ratio}][::-1]
-        frozen parameters are in a group: leave them out
-            if p.requires_grad → ∅
-        a frozen B is in the second group: leave it out too
-            if p.requires_grad → ∅
-            if not is_b(name) → if p.requires_grad and not is_b(name)
-        the head is left out, so it would not learn: put it in the first group
-            if not is_b(name) → if "lora_A" in name.split(".")
-        the head is in B's group: only B gets the higher learning rate
-            "lora_B" in → "lora_A" not in
-        a bias is in B's group: only B belongs there
-            if not is_b(name) → if not is_b(name) and p.dim() > 1
-            if is_b(name) → if is_b(name) or p.dim() == 1
-        B is in both groups: an optimiser refuses that
-            if not is_b(name) → ∅
-        A is in B's group too: only names with lora_B belong there
-            "lora_B" in → "lora_" in
-        other names have a capital B too: look for lora_B
-            "lora_B" in → "B" in
-        no B is found: look for lora_B, with a capital B, inside the longer name
-            "lora_B" in name → name.startswith("lora_B")
-        lora_B is looked for at the end of a name, but PEFT's names continue after lora_B
-            "lora_B" in name → name.endswith("lora_B")
-        only PEFT's names are found, which continue after lora_B: the course's names end with lora_B
-            "lora_B" in name → ".lora_B." in name
-        named_parameters() is a generator, empty after one pass: use one loop, or make a list
-            [(name, p) for name, p in named_parameters if p.requires_grad] → named_parameters
-            if not is_b(name) → if p.requires_grad and not is_b(name)
-            if is_b(name) → if p.requires_grad and is_b(name)
-        named_parameters() is a generator, empty after the pass for B: use one loop, or make a list
-            [(name, p) for name, p in named_parameters if p.requires_grad] → named_parameters
-            rest = [p for name, p in rows if not is_b(name)] →
-                ups = [p for name, p in rows if p.requires_grad and is_b(name)]
-            ups = [p for name, p in rows if is_b(name)] →
-                rest = [p for name, p in rows if p.requires_grad and not is_b(name)]
+        the learning rate is chosen by the test score: choose by validation, and report test
+            run["validation"] → run["test"]
+        all seeds choose the learning rate, the last run at each rate: seed 0 alone chooses
+            if run["seed"] == 0} → }
+        all seeds choose the learning rate, by their best run: seed 0 alone chooses
+            first = {run["lr"]: run["validation"] for run in own if run["seed"] == 0} →
+                first = lowest(own)
+        the highest perplexity is treated as the best: lower is better
+            min(ended → max(ended
+        a run that diverged is chosen: its validation is NaN
+            if not math.isnan(score) → ∅
+        learning rates that diverged are left out of the grid: they were tried, too, so the one
+        below them is no edge
+            min(first), max(first) → min(ended), max(ended)
+        only the largest learning rate is treated as an edge
+            min(first), max(first) → max(first),
+        only the smallest learning rate is treated as an edge
+            min(first), max(first) → min(first),
+        `at_edge` is reversed: it is True at an edge
+            lr[method] in → lr[method] not in
+        the edge is that of all methods' learning rates: take those of the method itself
+            min(first), max(first) →
+                min(run["lr"] for run in runs), max(run["lr"] for run in runs)
+        both methods get the learning rate of b: each has its own
+            chosen = → lr = {a: lr[method], b: lr[method]}; chosen =
+        `pairs` holds the validation scores: choose by validation, and report test
+            run["seed"]: run["test"] → run["seed"]: run["validation"]
+        `pairs` also holds runs at other learning rates: take those at the chosen one
+            if run["lr"] == lr[method]] → ]
+        the sign of `pairs` is reversed: subtract b from a
+            test[a][seed] - test[b][seed] → test[b][seed] - test[a][seed]
+        the pairs are made by the order of the runs: a pair has the same seed
+            test[a][seed] - test[b][seed] for seed in both →
+                x - y for seed, x, y in zip(test[a], test[a].values(), test[b].values())
         """,
+        lowest=lambda own: {
+            run["lr"]: min(
+                (other["validation"] for other in own if other["lr"] == run["lr"]),
+                key=lambda score: (math.isnan(score), score),
+            )
+            for run in own
+        },
     ),
 )
-def loraplus_groups(named_parameters, lr, ratio):
-    """Every B has its own learning rate, every other trainable parameter has lr, and no frozen one
-    is in a group."""
-    groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr * ratio}]
-    for name, p in named_parameters:
-        if p.requires_grad:
-            groups["lora_B" in name]["params"].append(p)
-    return groups
+def fair_comparison(runs, a, b):
+    """Each method has its own learning rate, the pairs are fair, and an edge is named."""
+    found = {"lr": {}, "pairs": {}, "at_edge": {}}
+    for method in (a, b):
+        grid = sorted(
+            (run["lr"], run["validation"])
+            for run in runs
+            if run["method"] == method and run["seed"] == 0
+        )
+        _, place = min((s, i) for i, (_, s) in enumerate(grid) if s == s)
+        found["lr"][method] = grid[place][0]
+        found["at_edge"][method] = place in (0, len(grid) - 1)
+    for x in runs:
+        for y in runs:
+            if (
+                x["seed"] == y["seed"]
+                and (x["method"], x["lr"]) == (a, found["lr"][a])
+                and (y["method"], y["lr"]) == (b, found["lr"][b])
+            ):
+                found["pairs"][x["seed"]] = x["test"] - y["test"]
+    return found
 
 
 # ------------------------------------------------------------------ pissa_init
@@ -296,6 +437,7 @@ def _nf4(weight):
         Case(lambda: [_weight(10, 8), 1, torch.sign, 3], note="one bit: the sign alone"),
     ],
     returns=("A", "B", "the quantised weight"),
+    calls={"pissa_init": "Write exercise 14.1 first, or take the factors from torch.linalg.svd."},
     view=lambda r: _factors(r) | {"the quantised weight": r[2]},
     staged=True,
     tolerance=1e-4,

@@ -2,113 +2,18 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from numbers import Real
+from typing import Any
 
+from ..costs.estimate import GB, Memory, Shape, activations, training_memory
+from ..costs.recommend import CANDIDATES, usable_bytes
 from ..studies import student_t
-from .compare import difference
-from .kit import Case, check_for, refused
+from ..testing.wording import kind
+from .compare import difference, few
+from .kit import Case, Refused, check_for
 from .mistakes import mistakes
-
-# ------------------------------------------------------------------ pareto_front
-
-
-@check_for(
-    form="any",
-    cases=[
-        Case(lambda: [[3.0, 1.0, 2.0, 4.0, 2.5], [80.0, 70.0, 79.0, 78.0, 75.0]]),
-        Case(lambda: [[5, 2, 9, 4], [0.90, 0.70, 0.91, 0.89]], note="none dominates another"),
-        Case(lambda: [[2.0, 2.0, 3.0, 1.0], [0.6, 0.8, 0.8, 0.5]], note="equal costs and scores"),
-        Case(lambda: [[2.0, 2.0, 1.0], [0.8, 0.6, 0.5]], note="the same, the better one first"),
-        Case(lambda: [[7, 3, 7, 5], [9, 4, 9, 1]], note="two equal points"),
-        Case(lambda: [[1.0, 2.0, 3.0, 4.0], [-50.0, -40.0, -39.9, -45.0]], note="negated losses"),
-        Case(lambda: [[6.0], [0.1]], note="a single point"),
-    ],
-    causes=mistakes(
-        """
-        def pareto_front(costs, scores):
-            points = list(zip(costs, scores))
-            front = []
-            for i, (c, s) in enumerate(points):
-                others = points[:i] + points[i + 1 :]
-                if not any(d <= c and t >= s and (d, t) != (c, s) for d, t in others):
-                    front.append(i)
-            return sorted(front, key=lambda i: costs[i])
-        """,
-        """
-        the lower score is treated as the better one
-            t >= s → t <= s
-        the higher cost is treated as the better one
-            d <= c → d >= c
-        one point dominates another only if it is better in both: better in one and equal in the
-        other is enough
-            d <= c and t >= s → d < c and t > s
-        of two points of equal cost both stay: the one with the lower score is dominated
-            d <= c → d < c
-        of two points of equal score both stay: the one with the higher cost is dominated
-            t >= s → t > s
-        one point dominates another if it is better in one of the two: in the other it must be no
-        worse
-            d <= c and t >= s and (d, t) != (c, s) → d < c or t > s
-        two equal points dominate each other: neither is better than the other
-            and (d, t) != (c, s) → ∅
-        each point is compared with itself and dominates itself: it is no better than itself
-            others = points[:i] + points[i + 1 :] → others = points
-            and (d, t) != (c, s) → ∅
-        of equal points only the first is kept: keep all of them
-            if not any( → if (c, s) not in points[:i] and not any(
-        of equal points only the last is kept: keep all of them
-            if not any( → if (c, s) not in points[i + 1 :] and not any(
-        the order is that of the lists: the cheapest point must come first
-            sorted(front, key=lambda i: costs[i]) → front
-        the most expensive point comes first: the cheapest must
-            sorted(front, key=lambda i: costs[i]) →
-                sorted(front, key=lambda i: costs[i], reverse=True)
-        equal points are reordered: they must keep the order of the lists
-            sorted(front, → sorted(front[::-1],
-        the result holds costs: return the indices of these points
-            sorted(front, key=lambda i: costs[i]) → sorted(costs[i] for i in front)
-        the result holds points: return their indices
-            sorted(front, key=lambda i: costs[i]) → sorted((costs[i], scores[i]) for i in front)
-        the result holds pairs of cost and index: return the indices alone
-            sorted(front, key=lambda i: costs[i]) → sorted((costs[i], i) for i in front)
-        the result is a mask with an entry for each point: return the indices of those on the front
-            sorted(front, key=lambda i: costs[i]) → [i in front for i in range(len(points))]
-        the indices begin at 1: the first is 0
-            sorted(front, key=lambda i: costs[i]) →
-                [i + 1 for i in sorted(front, key=lambda i: costs[i])]
-        the dominated points are returned: return the other ones
-            if not any( → if any(
-        `costs.index` always finds the first of several equal costs
-            sorted(front → sorted([costs.index(costs[i]) for i in front]
-        the best score begins at 0, which no negative score exceeds: begin at -math.inf
-            if not any( → if s > 0 and not any(
-        the sweep by cost meets points of equal cost in the order of the lists: it must meet the
-        better score first, and keep points equal to it
-            enumerate(points) → sorted(enumerate(points), key=lambda point: point[1][0])
-            not any(d <= c and t >= s and (d, t) != (c, s) for d, t in others) →
-                all(s > scores[j] for j in front)
-        with >= the sweep by cost also keeps a more expensive point that only equals the best score,
-        and among points of equal cost it must meet the better score first
-            enumerate(points) → sorted(enumerate(points), key=lambda point: point[1][0])
-            not any(d <= c and t >= s and (d, t) != (c, s) for d, t in others) →
-                all(s >= scores[j] for j in front)
-        """,
-    ),
-)
-def pareto_front(costs, scores):
-    """The front holds every point that no other point dominates, the cheapest first."""
-    order = sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i], i))
-    front = []
-    for i in order:
-        last = front[-1] if front else None
-        if (
-            last is None
-            or scores[i] > scores[last]
-            or (costs[i] == costs[last] and scores[i] == scores[last])
-        ):
-            front.append(i)
-    return front
-
 
 # ------------------------------------------------------------------ fits
 
@@ -260,101 +165,288 @@ def fits(n_params, n_trainable, gpu_gb, bits):
     return bool((n_params - n_trainable) * _BITS[bits] <= free)
 
 
-# ------------------------------------------------------------------ paired_difference
+# ------------------------------------------------------------------ seeds_needed
 
-_SEEDS = "a and b rise and fall together from seed to seed"
+_STUDY = [[87.13, 87.24, 87.59], [86.38, 86.90, 86.44]]  # full fine-tuning and LoRA on sentiment
+_NOISY = [[61.0, 60.0, 66.0, 64.5], [60.8, 60.9, 65.2, 65.1]]
 
 
 @check_for(
-    form="any",
     cases=[
-        Case(lambda: [[84.7, 85.6, 83.9], [84.1, 84.8, 83.4]], note=_SEEDS),
-        Case(lambda: [[0.81, 0.79, 0.84, 0.80, 0.86], [0.83, 0.78, 0.83, 0.84, 0.85]]),
-        Case(lambda: [[3.0, 7.5], [1.0, 2.0]], note="two seeds"),
-        Case(lambda: [[-39.1, -40.2, -38.0, -41.0], [-42.0, -42.5, -42.2, -41.9]]),
-        Case(lambda: [[0.5, 0.7, 0.6], [0.4, 0.6, 0.5]], note="the same gap for every seed"),
-        Case(
-            lambda: [
-                [61.0, 60.0, 66.0, 64.5, 63.0, 61.5, 62.0, 65.0],
-                [60.5, 61.0, 65.0, 65.0, 62.0, 60.0, 62.5, 63.0],
-            ]
-        ),
-        refused(lambda: [[0.8], [0.7]], "", "one seed"),
-        refused(lambda: [[0.8, 0.7, 0.6], [0.7, 0.8]], "", "one method has one more seed"),
+        Case(lambda: [*_STUDY[::-1], 0.9, 50], note="a is LoRA, b full fine-tuning"),
+        Case(lambda: [*_STUDY, 1.5, 50], note="a is full fine-tuning, b LoRA"),
+        Case(lambda: [*_STUDY, 1.0, 50]),
+        Case(lambda: [*_STUDY, 0.9, 50]),
+        Case(lambda: [*_STUDY, 0.5, 50], note="the mean is above the margin"),
+        Case(lambda: [*_NOISY, 1.0, 30], note="a and b rise and fall together"),
+        Case(lambda: [*_NOISY, 0.3, 15], note="15 seeds are too few"),
+        Case(lambda: [*_NOISY, 0.6, 7], note="the limit itself is allowed"),
+        Case(lambda: [[3.0, 7.5], [2.9, 6.0], 2.0, 60], note="a pilot of two seeds"),
+        Case(lambda: [[-39.1, -40.2, -38.0], [-39.3, -39.8, -38.9], 1.5, 40]),
     ],
-    returns=("the mean", "the lower end", "the upper end"),
-    tolerance=1e-3,
     causes=mistakes(
         """
-        def paired_difference(scores_a, scores_b):
-            n = len(scores_a)
-            if n < 2 or n != len(scores_b):
-                raise ValueError("both methods need the same seeds, at least two")
-            gaps = [a - b for a, b in zip(scores_a, scores_b)]
-            mean = sum(gaps) / n
-            half = student_t(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
-            return mean, mean - half, mean + half
+        def seeds_needed(pilot_a, pilot_b, margin, most):
+            gaps = [a - b for a, b in zip(pilot_a, pilot_b)]
+            mean, spread = statistics.mean(gaps), statistics.stdev(gaps)
+            for n in range(2, most + 1):
+                half = student_t(n - 1) * spread / math.sqrt(n)
+                if mean + half < margin:
+                    return n
+            return None
         """,
         """
         1.96 holds for many seeds: with few, Student's t is larger
             student_t(n - 1) → 1.96
         two, the rule of thumb, holds for many seeds: with few, Student's t is larger
             student_t(n - 1) → 2
-        the squares are divided by n, not by n − 1 (statistics.stdev)
-            stdev → pstdev
-        the two lists are treated as independent samples: the scores come in pairs
-            student_t(n - 1) → student_t(2 * n - 2)
-            statistics.stdev(gaps) →
-                math.hypot(statistics.stdev(scores_a), statistics.stdev(scores_b))
-        the spreads of the two lists are combined: take the spread of the pairs' differences
-            statistics.stdev(gaps) →
-                math.hypot(statistics.stdev(scores_a), statistics.stdev(scores_b))
-        the spreads of the two lists are added: take the spread of the pairs' differences
-            statistics.stdev(gaps) → (statistics.stdev(scores_a) + statistics.stdev(scores_b))
-        the spread is not divided by √n: this is the spread of one seed, not of the mean
-            / math.sqrt(n) → ∅
-        the spread is divided by n: divide it by √n
-            math.sqrt(n) → n
-        the spread is divided by √(n − 1): divide it by √n
-            math.sqrt(n) → math.sqrt(n - 1)
-        the sign is reversed: subtract b from a
-            a - b → b - a
-        the differences have lost their signs: leave out abs
-            a - b → abs(a - b)
-        the lists are sorted, and the pairs are lost
-            zip(scores_a, scores_b) → zip(sorted(scores_a), sorted(scores_b))
+        t is that of the pilot: with more seeds it falls
+            student_t(n - 1) → student_t(len(gaps) - 1)
         n differences have n − 1 degrees of freedom, not n
             student_t(n - 1) → student_t(n)
-        n differences have n − 1 degrees of freedom, not n − 2
-            student_t(n - 1) → student_t(max(n - 2, 1))
-        n differences have n − 1 degrees of freedom: 2 n − 2 is for two independent samples
-            student_t(n - 1) → student_t(2 * n - 2)
-        this is the standard error: t is missing
-            student_t(n - 1) * → ∅
-        the variance is used instead of the standard deviation: its square root is missing
-            stdev → variance
-        the ends are the smallest and the largest difference: compute them by the formula
-            mean - half, mean + half → min(gaps), max(gaps)
-        the ends are swapped: the lower end comes first
-            mean, mean - half, mean + half → mean, mean + half, mean - half
-        the order is wrong: the mean comes first, then the two ends
-            mean, mean - half, mean + half → mean - half, mean, mean + half
-        this is half the width of the interval: return its two ends
-            mean, mean - half, mean + half → mean, half
+        the squares are divided by the pilot's number of seeds, not by one less (statistics.stdev)
+            stdev → pstdev
+        the spreads of the two lists are combined: take the spread of the pairs' differences
+            statistics.stdev(gaps) →
+                math.hypot(statistics.stdev(pilot_a), statistics.stdev(pilot_b))
+        the lists are sorted, and the pairs are lost
+            zip(pilot_a, pilot_b) → zip(sorted(pilot_a), sorted(pilot_b))
+        the spread is divided by the pilot's √n: divide it by the root of the number that you try
+            math.sqrt(n) → math.sqrt(len(gaps))
+        the spread is divided by n: divide it by √n
+            math.sqrt(n) → n
+        the mean is left out: the upper end is the mean and half the interval's width
+            mean + half → half
+        the mean has lost its sign: where a is behind b, fewer seeds are enough
+            mean + half → abs(mean) + half
+        the sign is reversed: subtract b from a
+            a - b → b - a
+        the lower end is compared with the margin: the upper end decides
+            mean + half → mean - half
+        the mean alone is compared with the margin: the upper end decides
+            mean + half → mean
+        the upper end is compared with 0: a may be ahead by less than the margin
+            < margin → < 0
+        this is the number of seeds to add to the pilot: return the number in all
+            return n → return n - len(gaps)
+        the last number of seeds is left out: `most` seeds are allowed
+            most + 1 → most
+        `most` is returned where even that many are too few: return None
+            return None → return most
+        this is the first number that is too few: return the next one
+            return n → return n - 1
+        this is one more than needed
+            return n → return n + 1
         """,
         statistics=statistics,
         student_t=student_t,
     ),
 )
-def paired_difference(scores_a, scores_b):
-    """The mean of the pairs' differences comes with its 95 % interval by Student's t."""
-    n = len(scores_a)
-    if n != len(scores_b) or n < 2:
-        raise ValueError("give pairs of at least two seeds")
-    mean = math.fsum([*scores_a, *(-b for b in scores_b)]) / n
-    squares = math.fsum((a - b - mean) ** 2 for a, b in zip(scores_a, scores_b, strict=True))
-    half = student_t(n - 1) * math.sqrt(squares / (n * (n - 1)))
-    return mean, mean - half, mean + half
+def seeds_needed(pilot_a, pilot_b, margin, most):
+    """It is the smallest study whose interval would end below the margin."""
+    n = len(pilot_a)
+    mean = math.fsum([*pilot_a, *(-b for b in pilot_b)]) / n
+    squares = math.fsum((a - b - mean) ** 2 for a, b in zip(pilot_a, pilot_b, strict=True))
+    room = margin - mean
+    enough = [
+        k
+        for k in range(2, most + 1)
+        if room > 0 and student_t(k - 1) ** 2 * squares / (n - 1) < k * room**2
+    ]
+    return min(enough, default=None)
+
+
+# ------------------------------------------------------------------ my_page
+
+_ENTRIES = {
+    "model": "Llama-3-8B",
+    "gpu": 24,
+    "tokens": 4096,
+    "method": "LoRA",
+    "levers": ["checkpointing", "chunked loss"],
+    "largest": "base",
+    "learning rate": 2e-4,
+    "rival": "DoRA",
+    "margin": 1.0,
+    "spread": 0.5,
+    "seeds": 5,
+}
+_LEVERS = ("checkpointing", "chunked loss")
+_PARTS = ("base", "trainable", "blocks", "logits")
+_START = {"full fine-tuning": 2e-5} | dict.fromkeys(("LoRA", "QLoRA", "DoRA", "AdaLoRA"), 2e-4)
+
+
+def _read(function: Callable) -> dict[str, Any]:
+    """Return the page, its entries of the right kind; Refused if they are not."""
+    if not callable(function):
+        raise Refused(f"pass the function itself, not {kind(function)}")
+    result = function()
+    if not isinstance(result, Mapping):
+        raise Refused(difference(result, {}) or "the result is no dict")
+    page = {str(key): value for key, value in result.items()}
+    if missing := [key for key in _ENTRIES if key not in page]:
+        raise Refused(f"the page lacks {few(missing)}")
+    for key in ("gpu", "tokens", "learning rate", "margin", "spread", "seeds"):
+        value = page[key]
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+            raise Refused(f"{key!r} is {value!r}, expected a number above 0")
+    for key in ("method", "rival"):
+        if page[key] not in CANDIDATES:
+            raise Refused(f"{key!r} is {page[key]!r}", f"The methods are: {', '.join(CANDIDATES)}.")
+    levers = page["levers"]
+    page["levers"] = [levers] if isinstance(levers, str) else list(levers or ())
+    if unknown := [lever for lever in page["levers"] if lever not in _LEVERS]:
+        raise Refused(f"there is no lever {few(unknown)}", f"The levers are: {', '.join(_LEVERS)}.")
+    if page["largest"] not in _PARTS:
+        known = f"The components are: {', '.join(_PARTS)}."
+        raise Refused(f"'largest' is {page['largest']!r}", known)
+    for key in ("tokens", "seeds"):
+        if page[key] != int(page[key]):
+            raise Refused(f"{key!r} is {page[key]!r}, expected a whole number")
+        page[key] = int(page[key])
+    if page["seeds"] < 2:
+        raise Refused("'seeds' is 1: one difference has no spread, and so no interval")
+    for key in ("model", "rival model"):
+        page.setdefault(key, page["model"])
+        try:
+            Shape.of(page[key])
+        except ValueError as error:
+            raise Refused(str(error), "A configuration serves, too.") from None
+    return page
+
+
+def _settings(page: Mapping, method: str) -> tuple[Any, dict[str, Any]]:
+    """Return a candidate's method and the settings of its training on a page."""
+    one = CANDIDATES[method]
+    on = {name: name in page["levers"] for name in _LEVERS}
+    checkpointing = on["checkpointing"] and one.checkpointing
+    more = {"context": page["tokens"], "checkpointing": checkpointing}
+    return one.method, more | {"chunked": on["chunked loss"]}
+
+
+def _memory(page: Mapping, method: str) -> Memory:
+    method, more = _settings(page, method)
+    return training_memory(page["model"], method, **more)
+
+
+def _components(page: Mapping) -> dict[str, float]:
+    """Return the bytes of the four components of the formula, with the levers of a page."""
+    method, more = _settings(page, page["method"])
+    memory = training_memory(page["model"], method, **more)
+    logits = activations(page["model"], method, **more)["head"]
+    lean = training_memory(page["model"], method, **more | {"chunked": True})
+    if memory.at_work > lean.at_work:  # than the block that is at work otherwise
+        logits += memory.at_work
+    trainable = memory.adapter + memory.gradients + memory.optimizer
+    parts = {"base": memory.weights, "trainable": trainable, "logits": logits}
+    return parts | {"blocks": memory.total - sum(parts.values())}
+
+
+def _fits(page: Mapping, method: str) -> bool:
+    return _memory(page, method).total <= usable_bytes(page["gpu"])
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f} GB"
+
+
+def _it_fits(page: Mapping) -> str:
+    need, usable = _memory(page, page["method"]).total, usable_bytes(page["gpu"])
+    told = f"{page['method']} needs {_gb(need)}, and {_gb(usable)} are usable"
+    if need > usable:
+        raise Refused(f"it does not fit: {told}", "Print training_memory(...): what is large?")
+    return told
+
+
+def _lora_comes_first(page: Mapping) -> str:
+    lean = page | {"levers": _LEVERS}
+    if not _fits(lean, "LoRA"):
+        return "LoRA does not fit, not even with both levers"
+    if page["method"] == "QLoRA":
+        need = _gb(_memory(lean, "LoRA").total)
+        raise Refused(
+            f"with both levers LoRA would fit as well, in {need}",
+            "The levers leave the result as it is, and QLoRA rounds the base.",
+        )
+    if "LoRA" not in (page["method"], page["rival"]):
+        raise Refused("LoRA would fit, and is neither your method nor its rival")
+    return f"LoRA would fit, and is your {'method' if page['method'] == 'LoRA' else 'rival'}"
+
+
+def _it_is_the_largest(page: Mapping) -> str:
+    parts, told = _components(page), page["largest"]
+    if parts[told] < 0.95 * max(parts.values()):
+        sizes = f"It takes {_gb(parts[told])}, another one {_gb(max(parts.values()))}."
+        raise Refused(f"{told!r} is not the largest component with these levers", sizes)
+    return f"the largest component is {told!r}, {_gb(parts[told])}"
+
+
+def _the_rate_is_a_start(page: Mapping) -> str:
+    start, rate = _START.get(page["method"]), page["learning rate"]
+    if start and not 1 / 5.5 < rate / start < 5.5:
+        raise Refused(
+            f"a learning rate of {rate:g} is no start for {page['method']}",
+            f"Section 3 has {start:g} for fine-tuning on given texts; a factor of 5 is a search.",
+        )
+    return f"a learning rate of {rate:g} is a start"
+
+
+def _it_can_decide(page: Mapping) -> str:
+    rival, n = page["rival"], page["seeds"]
+    theirs = page | {"model": page["rival model"]}
+    if rival == page["method"] and theirs["model"] == page["model"]:
+        raise Refused("the rival is your method itself")
+    if not _fits(theirs, rival):
+        need = _gb(_memory(theirs, rival).total)
+        raise Refused(
+            f"nobody can run the comparison: {rival} needs {need} and does not fit",
+            "If no other method fits, let a smaller model be the 'rival model'.",
+        )
+    half = student_t(n - 1) * page["spread"] / math.sqrt(n)
+    if half >= page["margin"]:
+        raise Refused(
+            f"with {n} seeds the interval reaches {half:.2f} points to either side",
+            f"If the two are equally good, it still holds your margin of {page['margin']:g}, and "
+            "decides nothing. Take more seeds or another margin.",
+        )
+    return f"{n} seeds reach {half:.2f} points to either side, less than your margin"
+
+
+_RULES = (_it_fits, _lora_comes_first, _it_is_the_largest, _the_rate_is_a_start, _it_can_decide)
+
+
+def _kept(function: Callable) -> Iterator[str]:
+    """Yield what is right of a page; raise Refused at the first rule that it breaks."""
+    page = _read(function)
+    for rule in _RULES:
+        yield rule(page)
+
+
+def _holds_together(function: Callable) -> str:
+    return "; ".join(_kept(function))
+
+
+def _share_kept(function: Callable) -> float:
+    kept = 0
+    with suppress(Exception):
+        page = _read(function)
+        for rule in _RULES:
+            with suppress(Refused):
+                kept += bool(rule(page))
+    return kept / len(_RULES)
+
+
+@check_for(
+    trials={_holds_together: "your page"},
+    share=_share_kept,
+    causes=mistakes(f"""
+        def my_page():
+            return {_ENTRIES!r}
+        """),
+    verified=lambda facts: f"{facts[0]}.",
+)
+def my_page():
+    """The page does not contradict itself:"""
 
 
 # ------------------------------------------------------------------ defend_choice
@@ -403,7 +495,7 @@ _TOLERANCE = 1e-3
 
 
 def _of_the_intervals(got, expected):
-    """Ask for exercise 13.2 where the values of `behind` are wrong."""
+    """Speak of the intervals where the values of `behind` are wrong."""
     behind = got.get("behind") if isinstance(got, dict) else None
 
     def off(values: bool) -> str | None:
@@ -411,7 +503,16 @@ def _of_the_intervals(got, expected):
 
     if off(values=False) or not off(values=True):
         return None
-    return "Does your paired_difference pass its check in exercise 13.2?"
+    return "Is each interval (mean, lower end, upper end) of best − method, by section 4's formula?"
+
+
+def _interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    """Return the mean of a − b and the ends of its 95 % interval."""
+    n = len(a)
+    mean = math.fsum([*a, *(-score for score in b)]) / n
+    squares = math.fsum((x - y - mean) ** 2 for x, y in zip(a, b, strict=True))
+    half = student_t(n - 1) * math.sqrt(squares / (n * (n - 1)))
+    return mean, mean - half, mean + half
 
 
 def _in_order(answer: dict) -> dict:
@@ -422,7 +523,6 @@ def _in_order(answer: dict) -> dict:
 
 @check_for(
     form="any",
-    calls={"paired_difference": "Write exercise 13.2 first, or compute the interval here."},
     describe=_with_means,
     hint=_of_the_intervals,
     cases=[
@@ -494,21 +594,20 @@ def _in_order(answer: dict) -> dict:
             statistics.mean(scores[name]) → max(scores[name])
         `behind` has the opposite sign: subtract the other method's scores from the best one's
             x - y → y - x
-        the interval in `behind` uses 1.96: with few seeds Student's t is larger (exercise 13.2)
+        the interval in `behind` uses 1.96: with few seeds Student's t is larger
             student_t(len(d) - 1) → 1.96
-        the interval in `behind` uses 2: with few seeds Student's t is larger (exercise 13.2)
+        the interval in `behind` uses 2: with few seeds Student's t is larger
             student_t(len(d) - 1) → 2
-        the interval in `behind` is not paired: take the spread of the differences (exercise 13.2)
+        the interval in `behind` is not paired: take the spread of the differences
             statistics.stdev(d) → math.hypot(statistics.stdev(a), statistics.stdev(b))
-        the interval in `behind` takes two independent samples: the scores come in pairs (exercise
-        13.2)
+        the interval in `behind` takes two independent samples: the scores come in pairs
             student_t(len(d) - 1) → student_t(2 * len(d) - 2)
             statistics.stdev(d) → math.hypot(statistics.stdev(a), statistics.stdev(b))
-        the interval in `behind` lacks the division by √n (exercise 13.2)
+        the interval in `behind` lacks the division by √n
             / math.sqrt(len(d)) → ∅
-        the interval in `behind` lacks Student's t (exercise 13.2)
+        the interval in `behind` lacks Student's t
             student_t(len(d) - 1) * → ∅
-        the interval in `behind` divides the squares by n, not by n − 1 (exercise 13.2)
+        the interval in `behind` divides the squares by n, not by n − 1
             statistics.stdev(d) → statistics.pstdev(d)
         `behind` is counted from the method chosen: count it from the best
             left = →
@@ -548,6 +647,6 @@ def defend_choice(needs, gpu_gb, scores):
         left = usable - min(needs.values())
         return {"behind": {}, "method": "does not fit", "left": left}
     best = max(cheap, key=lambda name: math.fsum(scores[name]))
-    behind = {n: paired_difference.reference(scores[best], scores[n]) for n in cheap if n != best}
+    behind = {n: _interval(scores[best], scores[n]) for n in cheap if n != best}
     method = next(name for name in cheap if name == best or behind[name][2] <= 1)
     return {"behind": behind, "method": method, "left": usable - needs[method]}

@@ -470,6 +470,24 @@ def test_what_is_said_of_the_broken_knobs_is_in_them():
     assert rows["widths"].to_dict() == dict.fromkeys(rows.index, "96 96 512") | {"C": "96 96 192"}
 
 
+def test_adam_s_first_step_lowers_the_loss_by_the_gradient_sum():
+    one, lr = CHECKS["beyond"]["gradient_sum"], 1e-6
+    model, batches, factors = one.arguments(3)
+    model.double()
+    g = SOLUTIONS["beyond"]["gradient_sum"](model, batches, factors)
+    groups = [
+        {"params": [p], "lr": lr * factors.get(name, 1)}
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    optimizer = torch.optim.Adam(groups, eps=1e-16)
+    before = sum(model(**batch).loss for batch in batches) / len(batches)
+    before.backward()
+    optimizer.step()
+    after = sum(model(**batch).loss for batch in batches) / len(batches)
+    assert (before - after).item() / lr == pytest.approx(g, rel=1e-3)
+
+
 def test_serve_lora_equals_a_mixed_batch_of_peft(peft_adapted):
     layer, names = peft_adapted[1], ["default", "other"]
     x, served = torch.randn(4, 3, 10), ["other", "__base__", "default", "other"]

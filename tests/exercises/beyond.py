@@ -1,8 +1,11 @@
 """Answers to the exercises of lesson 14."""
 
+import copy
 import math
+import statistics
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -14,86 +17,174 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
-# ------------------------------------------------------------------ rslora_scaling
+# ------------------------------------------------------------------ gradient_sum
 
 
-@right("rslora_scaling")
-def as_a_tensor(alpha, rank):
-    return alpha / torch.tensor(float(rank)).sqrt()
+def mean_loss(model, batches):
+    return torch.stack([model(**batch).loss for batch in batches]).mean()
 
 
-@right("rslora_scaling")
-def by_power(alpha, rank):
-    return alpha * rank**-0.5
+@wrong("gradient_sum", "has a gradient now: leave each .grad as it was")
+def with_traces(model, batches, factors):
+    model.zero_grad()
+    mean_loss(model, batches).backward()
+    named = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
+    return sum(factors.get(n, 1) * p.grad.abs().sum() for n, p in named)
 
 
-@right("rslora_scaling")
-def from_lora_s(alpha, rank):
-    return alpha / rank * math.sqrt(rank)
+@wrong("gradient_sum", "has lost its gradient: leave each .grad as it was")
+def tidied_up(model, batches, factors):
+    found = by_backward(model, batches, factors)
+    model.zero_grad()
+    return found
 
 
-# ------------------------------------------------------------------ loraplus_groups
+@wrong("gradient_sum", "was changed: leave it as it was")
+def cleared_with_zeros(model, batches, factors):
+    kept = [p.grad for p in model.parameters()]
+    found = by_backward(model, batches, factors)
+    for p, grad in zip(model.parameters(), kept, strict=True):
+        p.grad = None if grad is None else grad.zero_()
+    return found
 
 
-def b(name):
-    return "lora_B" in name.split(".")
+@wrong("gradient_sum", "the argument model was changed: leave it as it was")
+def thawed(model, batches, factors):
+    found = by_backward(model, batches, factors)
+    model.requires_grad_(True)
+    return found
 
 
-def split(is_b):
-    """Two groups by the name alone, all else as it should be."""
-
-    def answer(named_parameters, lr, ratio):
-        groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr * ratio}]
-        for name, p in named_parameters:
-            if p.requires_grad:
-                groups[is_b(name)]["params"].append(p)
-        return groups
-
-    return answer
+@wrong("gradient_sum", "the argument model was changed: leave it as it was")
+def in_eval_mode(model, batches, factors):
+    return by_backward(model.eval(), batches, factors)
 
 
-first = wrong("loraplus_groups", "no B is found")(split(lambda n: n.startswith("lora_B")))
-found = right("loraplus_groups")(split(lambda n: n.find("lora_B") >= 0))
+@wrong("gradient_sum", "appears to not have been used")
+def all_must_be_used(model, batches, factors):
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(mean_loss(model, batches), list(named.values()))
+    return sum(factors.get(n, 1) * g.abs().sum() for n, g in zip(named, found, strict=True))
 
 
-@wrong("loraplus_groups", "is a string, expected a tensor")
-def names(named_parameters, lr, ratio):
-    rows = [n for n, p in named_parameters if p.requires_grad]
-    return [
-        {"params": [n for n in rows if not b(n)], "lr": lr},
-        {"params": [n for n in rows if b(n)], "lr": lr * ratio},
+@wrong("gradient_sum", "the result is a dict")
+def by_name(model, batches, factors):
+    return {n: by_backward(model, batches, {n: 1}) for n in factors}
+
+
+@right("gradient_sum")
+def by_backward(model, batches, factors):
+    kept = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        (model(**batch).loss / len(batches)).backward()
+    for (name, p), grad in zip(model.named_parameters(), kept, strict=True):
+        if p.grad is not None:
+            total += factors.get(name, 1.0) * p.grad.double().abs().sum()
+        p.grad = grad
+    return total
+
+
+@right("gradient_sum")
+def on_a_copy(model, batches, factors):
+    twin, total = copy.deepcopy(model), 0.0
+    with torch.enable_grad():
+        for p in twin.parameters():
+            p.grad = None
+        mean_loss(twin, batches).backward()
+    for name, p in twin.named_parameters():
+        if p.requires_grad and p.grad is not None:
+            total += np.abs(p.grad.numpy()).sum() * factors.get(name, 1)
+    return total
+
+
+@right("gradient_sum")
+def functionally(model, batches, factors):
+    named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters):
+        losses = [torch.func.functional_call(model, parameters, (), b).loss for b in batches]
+        return sum(losses) / len(losses)
+
+    gradients = torch.func.grad(loss)(named)
+    return float(sum(factors.get(n, 1) * g.norm(p=1) for n, g in gradients.items()))
+
+
+@right("gradient_sum")
+def batch_after_batch(model, batches, factors):
+    """With one graph in memory at a time."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    sums = [torch.zeros_like(p) for _, p in named]
+    for batch in batches:
+        found = torch.autograd.grad(
+            model(**batch).loss, [p for _, p in named], materialize_grads=True, allow_unused=True
+        )
+        sums = [s + g for s, g in zip(sums, found, strict=True)]
+    parts = [s.abs().sum() * factors.get(n, 1) for s, (n, _) in zip(sums, named, strict=True)]
+    return torch.stack(parts).sum() / len(batches)
+
+
+# ------------------------------------------------------------------ fair_comparison
+
+
+@wrong("fair_comparison", "the keys of the result differ: missing 'at_edge'")
+def not_audited(runs, a, b):
+    found = with_tables(runs, a, b)
+    del found["at_edge"]
+    return found
+
+
+@wrong("fair_comparison", "expected a dict")
+def the_mean_pair(runs, a, b):
+    found = with_tables(runs, a, b)
+    return found | {"pairs": statistics.fmean(found["pairs"].values())}
+
+
+@wrong("fair_comparison", "expected a dict")
+def edges_by_name(runs, a, b):
+    found = with_tables(runs, a, b)
+    return found | {"at_edge": [name for name, edge in found["at_edge"].items() if edge]}
+
+
+@wrong("fair_comparison", "is a tuple")
+def as_a_tuple(runs, a, b):
+    return tuple(with_tables(runs, a, b).values())
+
+
+@right("fair_comparison")
+def with_tables(runs, a, b):
+    table, lr, edge = pd.DataFrame(runs), {}, {}
+    for method in (a, b):
+        first = table[(table["method"] == method) & (table["seed"] == 0)].set_index("lr")
+        lr[method] = first["validation"].idxmin()
+        edge[method] = lr[method] in (first.index.min(), first.index.max())
+    test = [
+        table[(table["method"] == m) & (table["lr"] == lr[m])].set_index("seed")["test"]
+        for m in (a, b)
     ]
+    gaps = (test[0] - test[1]).dropna()
+    return {"pairs": gaps.to_dict(), "at_edge": edge, "lr": lr}
 
 
-@wrong("loraplus_groups", "is a generator, expected a list")
-def lazily(named_parameters, lr, ratio):
-    rows = [(n, p) for n, p in named_parameters if p.requires_grad]
-    return [
-        {"params": (p for n, p in rows if not b(n)), "lr": lr},
-        {"params": (p for n, p in rows if b(n)), "lr": lr * ratio},
-    ]
-
-
-@wrong("loraplus_groups", "the result is an AdamW")
-def an_optimiser(named_parameters, lr, ratio):
-    return torch.optim.AdamW(one_loop(named_parameters, lr, ratio))
-
-
-@right("loraplus_groups")
-def one_loop(named_parameters, lr, ratio):
-    groups = {False: [], True: []}
-    for name, p in named_parameters:
-        if p.requires_grad:
-            groups[".lora_B." in f".{name}."].append(p)
-    return [dict(params=groups[False], lr=lr), dict(params=groups[True], lr=ratio * lr)]
-
-
-@right("loraplus_groups")
-def as_tuples(named_parameters, lr, ratio):
-    rows = tuple(named_parameters)
-    ups = tuple(p for n, p in rows if b(n) and p.requires_grad)
-    rest = tuple(p for n, p in rows if not b(n) and p.requires_grad)
-    return ({"lr": lr, "params": rest}, {"lr": float(lr * ratio), "params": ups})
+@right("fair_comparison")
+def in_loops(runs, a, b):
+    best, tried, at = {}, {a: [], b: []}, {}
+    for run in runs:
+        method, score = run["method"], run["validation"]
+        if method in tried and run["seed"] == 0:
+            tried[method].append(run["lr"])
+            if math.isfinite(score) and (method not in best or score < best[method][0]):
+                best[method] = score, run["lr"]
+    for run in runs:
+        at[run["method"], run["lr"], run["seed"]] = run["test"]
+    ours, theirs = best[a][1], best[b][1]
+    pairs = {}
+    for seed in {run["seed"] for run in runs}:
+        if (a, ours, seed) in at and (b, theirs, seed) in at:
+            pairs[seed] = np.float64(at[a, ours, seed]) - at[b, theirs, seed]
+    edges = {m: bool(np.isin(best[m][1], [min(tried[m]), max(tried[m])])) for m in (a, b)}
+    return {"lr": {a: ours, b: theirs}, "pairs": pairs, "at_edge": edges}
 
 
 # ------------------------------------------------------------------ pissa_init
@@ -152,6 +243,16 @@ def from_eigenvectors(weight, rank):
 @wrong("loftq_init", "A has shape (12, 12), expected (3, 12)")
 def full_rank(weight, rank, quantize, steps):
     return alternate(weight, min(weight.shape), quantize, steps)
+
+
+def pissa_init(weight, rank):
+    """A stub of another exercise."""
+    raise NotImplementedError
+
+
+@wrong("loftq_init", "your pissa_init is not written yet")
+def before_its_helper(weight, rank, quantize, steps):
+    return pissa_init(weight - quantize(weight), rank)
 
 
 @right("loftq_init")

@@ -1,10 +1,10 @@
 """Answers to the exercises of lesson 13."""
 
-import math
 import statistics
 
 import numpy as np
 import torch
+from transformers import Qwen3Config
 
 from peft_lessons.costs.estimate import GIB, NF4_BITS
 from peft_lessons.studies import student_t
@@ -13,38 +13,6 @@ from . import Answers
 
 answers = Answers()
 wrong, right = answers.wrong, answers.right
-
-
-# ------------------------------------------------------------------ pareto_front
-
-
-@right("pareto_front")
-def pareto_by_a_sweep(costs, scores):
-    best, front = (math.inf, -math.inf), []
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
-        if scores[i] > best[1] or (costs[i], scores[i]) == best:
-            best = costs[i], scores[i]
-            front.append(i)
-    return front
-
-
-@right("pareto_front")
-def as_an_array(costs, scores):
-    return np.array(with_numpy(costs, scores))
-
-
-@right("pareto_front")
-def as_a_tensor(costs, scores):
-    return torch.tensor(pareto_by_a_sweep(costs, scores))
-
-
-@right("pareto_front")
-def with_numpy(costs, scores):
-    c, s = np.array(costs, dtype=float), np.array(scores, dtype=float)
-    no_worse = (c[:, None] <= c) & (s[:, None] >= s)  # row dominates column
-    better = (c[:, None] < c) | (s[:, None] > s)
-    found = np.flatnonzero(~(no_worse & better).any(axis=0))
-    return list(found[np.argsort(c[found], kind="stable")])
 
 
 # ------------------------------------------------------------------ fits
@@ -89,38 +57,140 @@ def with_a_branch(n_params, n_trainable, gpu_gb, bits):
     return bool(base + 16 * n_trainable <= 7 * gpu_gb * 2**27)
 
 
-# ------------------------------------------------------------------ paired_difference
+# ------------------------------------------------------------------ seeds_needed
 
 
-@wrong("paired_difference", "nothing was raised, where ValueError was expected")
-def any_length(scores_a, scores_b):
-    d = [a - b for a, b in zip(scores_a, scores_b, strict=False)]
-    if len(d) == 1:
-        return d[0], -math.inf, math.inf
-    half = student_t(len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d))
-    return statistics.fmean(d), statistics.fmean(d) - half, statistics.fmean(d) + half
+@wrong("seeds_needed", ", expected 3")
+def by_a_formula(pilot_a, pilot_b, margin, most):
+    """The formula of many seeds: n would have to be known for its t."""
+    gaps = np.subtract(pilot_a, pilot_b)
+    n = (student_t(len(gaps) - 1) * gaps.std(ddof=1) / (margin - gaps.mean())) ** 2
+    return float(n) if n <= most and margin > gaps.mean() else None
 
 
-@right("paired_difference")
+@wrong("seeds_needed", "expected None")
+def without_a_limit(pilot_a, pilot_b, margin, most):
+    return with_arrays(pilot_a, pilot_b, margin, 10_000)
+
+
+@wrong("seeds_needed", "is None: is a return statement missing?")
+def printed(pilot_a, pilot_b, margin, most):
+    with_arrays(pilot_a, pilot_b, margin, most)
+
+
+@wrong("seeds_needed", "the result is a list of 2")
+def with_its_end(pilot_a, pilot_b, margin, most):
+    return [with_arrays(pilot_a, pilot_b, margin, most), margin]
+
+
+@right("seeds_needed")
+def with_arrays(pilot_a, pilot_b, margin, most):
+    gaps = np.array(pilot_a) - np.array(pilot_b)
+    n = np.arange(2, most + 1)
+    t = np.array([student_t(int(k) - 1) for k in n])
+    enough = n[gaps.mean() + t * gaps.std(ddof=1) / np.sqrt(n) < margin]
+    return enough[0] if len(enough) else None
+
+
+@right("seeds_needed")
+def from_the_pilot_on(pilot_a, pilot_b, margin, most):
+    """The runs of the pilot are there already."""
+    d = torch.tensor(pilot_a, dtype=torch.float64) - torch.tensor(pilot_b, dtype=torch.float64)
+    n = len(d)
+    while n <= most and d.mean() + student_t(n - 1) * d.std() / n**0.5 >= margin:
+        n += 1
+    return n if n <= most else None
+
+
+@right("seeds_needed")
+def by_next(pilot_a, pilot_b, margin, most):
+    gaps = [a - b for a, b in zip(pilot_a, pilot_b, strict=True)]
+    room = margin - statistics.fmean(gaps)
+    error = statistics.variance(gaps)
+    if room <= 0:
+        return None
+    tried = range(2, most + 1)
+    return next((float(n) for n in tried if student_t(n - 1) ** 2 * error / n < room**2), None)
+
+
+# ------------------------------------------------------------------ my_page
+
+
+def page(**changes):
+    """Return a function of a page with other entries, an underscore for each space in a key."""
+    entries = {
+        "model": "Llama-3-8B", "gpu": 24, "tokens": 4096, "method": "LoRA",
+        "levers": ["chunked loss", "checkpointing"], "largest": "base", "learning rate": 1e-4,
+        "rival": "DoRA", "margin": 1, "spread": 0.5, "seeds": 5,
+    }  # fmt: skip
+    entries |= {key.replace("_", " "): value for key, value in changes.items()}
+
+    def my_page():
+        return {key: value for key, value in entries.items() if value is not None}
+
+    return my_page
+
+
+QWEN = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+QWEN |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936}
+SMALL = {"model": "SmolLM3-3B", "gpu": 80, "method": "full fine-tuning", "rival": "LoRA"}
+LARGE = {"model": "Llama-3.3-70B", "gpu": 80, "tokens": 2048, "method": "QLoRA"}
+
+# Without a name of their own, they have the one of what they answer.
+for right_page in (
+    page(),
+    page(server="vLLM", date="today"),
+    page(levers=("checkpointing",), gpu=32.0),
+    page(levers=[], tokens=32_768, gpu=288, largest="blocks", rival="QLoRA"),
+    page(levers="checkpointing", tokens=32_768, gpu=80, largest="logits"),
+    page(method="(IA)³", rival="LoRA", learning_rate=0.01),
+    page(**SMALL, largest="trainable", learning_rate=1e-5, seeds=torch.tensor(6).item()),
+    page(**LARGE, rival="LoRA", rival_model="Qwen3-32B"),
+    page(model=Qwen3Config(**QWEN, tie_word_embeddings=True), gpu=8, seeds=np.int64(9)),
+):
+    right("my_page")(right_page)
+
+for wrong_page, words in (
+    (page(gpu=16), "it does not fit: LoRA needs 19.0 GB, and 15.5 GB are usable"),
+    (page(levers=None), "the page lacks 'levers'"),
+    (page(levers=[]), "it does not fit"),
+    (page(levers=["4 bits"]), "there is no lever '4 bits'"),
+    (page(method="QLoRA", rival="LoRA"), "with both levers LoRA would fit as well"),
+    (page(method="QLoRA", gpu=40, levers=[]), "with both levers LoRA would fit as well, in 19.0"),
+    (page(method="DoRA", rival="(IA)³"), "LoRA would fit, and is neither"),
+    (page(method="lora"), "'method' is 'lora'"),
+    (page(largest="logits"), "'logits' is not the largest component with these levers"),
+    (page(largest="activations"), "The components are: base, trainable, blocks, logits"),
+    (page(levers="checkpointing", tokens=32_768, gpu=80), "It takes 16.1 GB, another one 50.4 GB"),
+    (page(learning_rate=2e-5), "a learning rate of 2e-05 is no start for LoRA"),
+    (page(**SMALL, largest="trainable", learning_rate=2e-4), "no start for full fine-tuning"),
+    (page(rival="LoRA"), "the rival is your method itself"),
+    (page(rival="full fine-tuning"), "full fine-tuning needs 130.8 GB and does not fit"),
+    (page(**LARGE, rival="LoRA"), "let a smaller model be the 'rival model'"),
+    (page(seeds=3), "with 3 seeds the interval reaches 1.24 points to either side"),
+    (page(spread=2), "with 5 seeds the interval reaches 2.48 points"),
+    (page(seeds=1), "one difference has no spread"),
+    (page(seeds=4.5), "expected a whole number"),
+    (page(margin="a point"), "'margin' is 'a point', expected a number above 0"),
+    (page(tokens=0), "'tokens' is 0, expected a number above 0"),
+    (page(model="gpt2"), "must be one of 'SmolLM3-3B'"),
+    (page, "the result is a function, expected a dict"),
+):
+    wrong("my_page", words)(wrong_page)
+
+
+# ------------------------------------------------------------------ defend_choice
+
+
 def with_torch_and_a_table(scores_a, scores_b):
-    if not 2 <= len(scores_a) == len(scores_b):
-        raise ValueError("needs two seeds or more, the same in both")
     d = torch.tensor(scores_a).double() - torch.tensor(scores_b).double()
     t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)[len(d) - 2]
     half = (t * d.std() / d.numel() ** 0.5).item()
     return d.mean().item(), d.mean().item() - half, d.mean().item() + half
 
 
-@right("paired_difference")
-def as_one_tensor(scores_a, scores_b):
-    return torch.tensor(with_torch_and_a_table(scores_a, scores_b), dtype=torch.float64)
-
-
-@right("paired_difference")
 def in_a_loop(scores_a, scores_b):
     n = len(scores_a)
-    if n != len(scores_b) or n == 1:
-        raise ValueError
     total = squares = 0.0
     for i in range(n):
         gap = scores_a[i] - scores_b[i]
@@ -130,21 +200,7 @@ def in_a_loop(scores_a, scores_b):
     return [total / n, total / n - half, total / n + half]
 
 
-# ------------------------------------------------------------------ defend_choice
-
-
-def paired_difference():
-    """A stub of another exercise."""
-    raise NotImplementedError
-
-
-@wrong("defend_choice", "your paired_difference is not written yet")
-def before_its_helper(needs, gpu_gb, scores):
-    answer = with_a_sweep(needs, gpu_gb, scores)
-    return answer | {"behind": {name: paired_difference() for name in answer["behind"]}}
-
-
-@wrong("defend_choice", "Does your paired_difference pass its check in exercise 13.2?")
+@wrong("defend_choice", "Is each interval (mean, lower end, upper end) of best − method")
 def rounded_intervals(needs, gpu_gb, scores):
     answer = with_a_sweep(needs, gpu_gb, scores)
     behind = {n: [round(v, 1) for v in interval] for n, interval in answer["behind"].items()}
