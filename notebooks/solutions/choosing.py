@@ -28,7 +28,7 @@ def seeds_needed(
 def my_page() -> dict:
     """Return what I train, where and how, and the measurement that would change my mind."""
     return {
-        "model": "Llama-3-8B", "gpu": 24, "tokens": 4096,
+        "model": "Llama-3-8B", "gpu": 24, "tokens": 4096, "server": "vLLM",
         "method": "LoRA", "levers": ["checkpointing", "chunked loss"],
         "largest": "base", "learning rate": 2e-4,
         "rival": "DoRA", "margin": 1.0, "spread": 0.5, "seeds": 5,

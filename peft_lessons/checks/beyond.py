@@ -1,7 +1,6 @@
 """Checks of lesson 14."""
 
 import copy
-import math
 
 import torch
 from torch import nn
@@ -259,11 +258,8 @@ def _in_this_order(answer):
         """
         the learning rate is chosen by the test score: choose by validation, and report test
             run["validation"] → run["test"]
-        all seeds choose the learning rate, the last run at each rate: seed 0 alone chooses
+        runs of other seeds take part in the choice of a learning rate: seed 0 alone chooses
             if run["seed"] == 0} → }
-        all seeds choose the learning rate, by their best run: seed 0 alone chooses
-            first = {run["lr"]: run["validation"] for run in own if run["seed"] == 0} →
-                first = lowest(own)
         the highest perplexity is treated as the best: lower is better
             min(ended → max(ended
         a run that diverged is chosen: its validation is NaN
@@ -292,13 +288,6 @@ def _in_this_order(answer):
             test[a][seed] - test[b][seed] for seed in both →
                 x - y for seed, x, y in zip(test[a], test[a].values(), test[b].values())
         """,
-        lowest=lambda own: {
-            run["lr"]: min(
-                (other["validation"] for other in own if other["lr"] == run["lr"]),
-                key=lambda score: (math.isnan(score), score),
-            )
-            for run in own
-        },
     ),
 )
 def fair_comparison(runs, a, b):

@@ -128,6 +128,22 @@ def batch_after_batch(model, batches, factors):
 # ------------------------------------------------------------------ fair_comparison
 
 
+@wrong("fair_comparison", "runs of other seeds take part in the choice")
+def by_mean_validation(runs, a, b):
+    """With the mean of all seeds in the place of seed 0."""
+    means = pd.DataFrame(runs).groupby(["method", "lr"])["validation"].mean().to_dict()
+    first = [
+        run | {"validation": means[run["method"], run["lr"]]} for run in runs if run["seed"] == 0
+    ]
+    return with_tables([*first, *(run for run in runs if run["seed"] != 0)], a, b)
+
+
+@wrong("fair_comparison", "the argument runs was changed")
+def sorted_in_place(runs, a, b):
+    runs.sort(key=lambda run: run["lr"])
+    return with_tables(runs, a, b)
+
+
 @wrong("fair_comparison", "the keys of the result differ: missing 'at_edge'")
 def not_audited(runs, a, b):
     found = with_tables(runs, a, b)
