@@ -28,7 +28,7 @@ DTYPES = {"all float32": torch.float32}  # of the base, else bfloat16
 
 
 def llama(width: int, feedforward: int, layers: int, heads: int, vocabulary: int) -> LlamaConfig:
-    """Return the configuration of a small Llama, one key for three queries or so."""
+    """Return the configuration of a small Llama with three heads of keys and values."""
     return LlamaConfig(
         hidden_size=width,
         intermediate_size=feedforward,
