@@ -81,7 +81,7 @@ def main() -> None:
         bar.close()
         rows += triples
     content = table(("split", "prompt", "chosen", "rejected"), rows)
-    (folder_of(FOLDER) / "pairs.csv").write_bytes(content)
+    (folder_of(FOLDER) / "pairs.csv.bz2").write_bytes(bz2.compress(content))
     record(FOLDER, "python data/build_preferences.py")
 
 

@@ -549,12 +549,11 @@ def _load_definitions(name, tokenizer, max_length) -> ChatTask:
     return ChatTask(name, splits, tokenizer, max_length, WORDNET_SOURCE)
 
 
-PREFERENCES = "tasks/preferences/pairs.csv"
+PREFERENCES = "tasks/preferences/pairs.csv.bz2"
 
 
 def _load_preferences(name, tokenizer, max_length) -> PreferenceTask:
-    with bundled_path(PREFERENCES).open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = _table(PREFERENCES)
     columns, header = ("split", "prompt", "chosen", "rejected"), [*rows[0]] if rows else []
     if missing := [column for column in columns if column not in header]:
         raise ValueError(f"{PREFERENCES} lacks the columns {', '.join(missing)}: it has {header}")

@@ -1,5 +1,6 @@
 """Conversations: what is learned of them, the chat tasks, and every refusal."""
 
+import bz2
 import csv
 import json
 
@@ -218,14 +219,14 @@ def preferences(tmp_path, monkeypatch, tokenizer):
     """Load the preferences from a data folder with these rows."""
 
     def load(rows, columns=("split", "prompt", "chosen", "rejected"), **options):
-        file = tmp_path / "tasks/preferences/pairs.csv"
+        file = tmp_path / "tasks/preferences/pairs.csv.bz2"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w", encoding="utf-8", newline="") as stream:
+        with bz2.open(file, "wt", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         entry = {"bytes": file.stat().st_size, "sha256": "", "rebuild": "python build.py"}
-        listed = {"tasks/preferences/pairs.csv": entry}
+        listed = {"tasks/preferences/pairs.csv.bz2": entry}
         (tmp_path / "checksums.json").write_text(json.dumps(listed), encoding="utf-8")
         monkeypatch.setenv("PEFT_LESSONS_DATA", str(tmp_path))
         return load_task("preferences", tokenizer, **options)
@@ -274,8 +275,8 @@ def test_wrong_preferences_are_refused(preferences, change, message):
 
 
 def test_preferences_without_a_column_or_a_file(preferences, tmp_path, monkeypatch, tokenizer):
-    with pytest.raises(ValueError, match=r"pairs.csv lacks the columns rejected: it has \['split'"):
+    with pytest.raises(ValueError, match=r"lacks the columns rejected: it has \['split'"):
         preferences(ROWS, columns=("split", "prompt", "chosen"))
-    (tmp_path / "tasks/preferences/pairs.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"pairs.csv is missing.*python build.py"):
+    (tmp_path / "tasks/preferences/pairs.csv.bz2").unlink()
+    with pytest.raises(FileNotFoundError, match=r"pairs.csv.bz2 is missing.*python build.py"):
         load_task("preferences", tokenizer)

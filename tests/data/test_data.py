@@ -236,7 +236,9 @@ def test_definitions_have_26_categories_in_each_split(nouns):
         assert table_rows("wordnet", split) == [["wordnet", split, *(f"{n:,}" for n in numbers)]]
 
 
-@pytest.mark.parametrize("table", ["sentiment/movies", "sentiment/tweets", "wordnet/nouns"])
+@pytest.mark.parametrize(
+    "table", ["preferences/pairs", "sentiment/movies", "sentiment/tweets", "wordnet/nouns"]
+)
 def test_compressed_tables_have_level_9_and_lf_line_ends(table):
     assert (DATA / f"tasks/{table}.csv.bz2").read_bytes().startswith(b"BZh9")
     text = unpacked(table).read()
@@ -251,10 +253,9 @@ def sentences(text: str) -> int:
 @pytest.fixture(scope="module")
 def pairs():
     """Return every row of the preferences: a prompt with a chosen and a rejected answer."""
-    with (DATA / "tasks/preferences/pairs.csv").open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        assert reader.fieldnames == ["split", "prompt", "chosen", "rejected"]
-        return list(reader)
+    reader = csv.DictReader(unpacked("preferences/pairs"))
+    assert reader.fieldnames == ["split", "prompt", "chosen", "rejected"]
+    return list(reader)
 
 
 def test_every_preference_keeps_the_rule(pairs):

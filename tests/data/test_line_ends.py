@@ -42,7 +42,7 @@ def test_a_clone_that_converts_line_ends_has_every_bundled_file(tmp_path, monkey
 
 def test_the_error_names_line_ends_and_commands_that_restore_the_files(tmp_path, monkeypatch):
     source, clone = tmp_path / "source", tmp_path / "clone"
-    for folder in ("models/tinylm", "tasks/preferences"):
+    for folder in ("models/tinylm", "tasks/wordnet"):
         shutil.copytree(ROOT / "data" / folder, source / "data" / folder)
     shutil.copy(ROOT / "data/checksums.json", source / "data")
     git(source, "init", "-q")
@@ -50,8 +50,8 @@ def test_the_error_names_line_ends_and_commands_that_restore_the_files(tmp_path,
     git(source, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "-m", "x")
     git(tmp_path, "clone", "-q", *CONVERT, source.as_uri(), "clone")
     monkeypatch.setenv("PEFT_LESSONS_DATA", str(clone / "data"))
-    with pytest.raises(ValueError, match=r"pairs\.csv is damaged: .* converted from LF to CRLF"):
-        bundled_path("tasks/preferences/pairs.csv")
+    with pytest.raises(ValueError, match=r"LICENSE is damaged: .* converted from LF to CRLF"):
+        bundled_path("tasks/wordnet/LICENSE")
     with pytest.raises(ValueError, match=r"json is damaged: .* converted from LF to CRLF") as error:
         load_tokenizer("tinylm")
     commands = [line for line in str(error.value).splitlines() if line.startswith("    git ")]
@@ -59,5 +59,5 @@ def test_the_error_names_line_ends_and_commands_that_restore_the_files(tmp_path,
     for command in commands:
         git(clone, *command.split()[1:])
     load_tokenizer("tinylm")
-    bundled_path("tasks/preferences/pairs.csv", verify=True)
+    bundled_path("tasks/wordnet/LICENSE", verify=True)
     assert "w/crlf" not in git(clone, "ls-files", "--eol", "data/models", "data/tasks")
