@@ -42,7 +42,6 @@ from .methods.variants import OFT, LoftQ, LoRAPlus, PiSSA, VeRA
 from .studies import Study, plots, table
 from .train.generate import generate_text
 from .train.loop import evaluate, fit
-from .train.rates import gradient_sum
 
 __all__ = [
     "IA3",
@@ -79,7 +78,6 @@ __all__ = [
     "fit",
     "freeze",
     "generate_text",
-    "gradient_sum",
     "inject",
     "load_adapter",
     "load_and_merge_adapter",
