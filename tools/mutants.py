@@ -97,6 +97,8 @@ peft_lessons/methods/selective.py: selective
     endswith((".bias", "_bias")) → endswith(".bias")
     ((2 * s - 1) * stretch).clamp(0, 1) → ((2 * s - 1) * stretch).clamp(min=0)
     layer.w.copy_(layer.delta_weight() * mask) → layer.w.copy_(layer.w * mask)
+peft_lessons/methods/unified.py: unified
+    if model is changed and isinstance(prefix → if isinstance(prefix
 peft_lessons/methods/variants.py: variants
     "lora.lora_B": self.lr_ratio → "lora.lora_A": self.lr_ratio
     torch.cat([B, -B0], dim=1) → torch.cat([B, B0], dim=1)

@@ -9,22 +9,24 @@ from peft_lessons.engine import AdapterLayer, Method, PeftFiles
 from peft_lessons.methods.unified import Design
 
 
+def name_the_kind(probe, x: torch.Tensor) -> str:
+    """Return "lora", "bitfit", "ia3", "prefix" or "adapter": what the probed model holds."""
+    h, new = probe("value", x)                                 # (batch, T, d)
+    if torch.allclose(h, new):
+        return "adapter" if torch.allclose(*probe("attention", x)) else "prefix"
+    if torch.allclose(new - h, (new - h)[:1, :1]):             # one vector for all tokens
+        return "bitfit"
+    # new / h is the same for two tokens, written without a quotient: h may be near 0.
+    fixed = torch.allclose(new * h[:1, :1], new[:1, :1] * h)
+    return "ia3" if fixed else "lora"
+
+
 def prefix_as_adapter(
     x: torch.Tensor, w_q: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor
 ) -> torch.Tensor:
     """Return u = softmax(x W_downᵀ) W_upᵀ of a prefix in one head, (..., T, d_h)."""
     w_down = prefix_k @ w_q / w_q.shape[0] ** 0.5              # (p, d)
     return (x @ w_down.T).softmax(-1) @ prefix_v               # (..., T, d_h)
-
-
-def compose(
-    h: torch.Tensor, delta: torch.Tensor, scale: float, gate: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return the new hidden state, (..., T, d)."""
-    if gate is None:
-        return h + scale * delta                                           # (..., T, d)
-    share = gate.repeat_interleave(h.shape[-1] // gate.shape[-1], dim=-1)  # (..., T, d)
-    return (1 - share) * h + share * scale * delta                         # (..., T, d)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..engine import Method
+from ..engine import Method, injected_copy, injection_of
+from ..methods.adapters import BottleneckAdapter
+from ..methods.ia3 import IA3, ON_BERT
+from ..methods.lora import LoRA
+from ..methods.prefix import Prefix
+from ..methods.selective import BitFit
+from ..methods.unified import prober
 from ..testing.conformance import CHECKS, OF_A_LESSON, Bench, MethodError
+from ..testing.tiny import perturb, tiny_bert
 from ..testing.wording import kind, summary
-from .calls import is_stub, lines_of
+from .calls import is_stub, lines_of, seeded
+from .compare import difference
 from .kit import Case, Refused, check_for
 from .mistakes import mistakes
 
@@ -141,100 +149,143 @@ def prefix_as_adapter(x, w_q, prefix_k, prefix_v):
     return torch.stack(rows).reshape(*x.shape[:-1], -1)
 
 
-# ------------------------------------------------------------------ compose
+# ------------------------------------------------------------------ name_the_kind
+
+_KINDS = {"lora": "LoRA", "bitfit": "BitFit", "ia3": "(IA)³", "prefix": "prefix"}
+_KINDS |= {"adapter": "adapter"}
+_ON_VALUE = ("lora", "bitfit", "ia3")
+_VARIES = "at the value layer, Δh differs from token to token, and a bias adds the same to all"
+_EVIDENCE = {  # of (what it is, what an answer says)
+    ("lora", "bitfit"): _VARIES,
+    ("lora", "ia3"): "at the value layer, no fixed factor for each channel makes h the new h",
+    ("ia3", "bitfit"): _VARIES,
+    ("ia3", "lora"): "at the value layer, the new h is h times a fixed factor for each channel",
+    ("bitfit", "lora"): "at the value layer, Δh is the same vector for every token, so no matrix "
+    "made it of x",
+    ("bitfit", "ia3"): "at the value layer, Δh is the same vector for every token, whatever h is",
+    ("prefix", "adapter"): "the attention has changed, and an adapter comes after the attention",
+    ("adapter", "prefix"): "the attention has not changed, and the block has",
+}
+_FEW = "(IA)³ with all but four knobs at 1"
+_UNBIASED = "(IA)³ on a base whose value biases are 0"
 
 
-def _states(*shape, scale, heads=None, gate=None):
-    """Return h, a change, and one λ for each token and head, all equal to `gate` if given."""
-    h, delta = torch.randn(shape), torch.randn(shape)
-    if heads is None:
-        return [h, delta, scale]
-    shares = torch.rand(*shape[:-1], heads)
-    return [h, delta, scale, shares if gate is None else torch.full_like(shares, gate)]
+def _shown(held: str, result: str) -> str:
+    """Return what a probe shows that speaks for what it holds and against what an answer says."""
+    if held in _ON_VALUE:
+        other = "a prefix leaves" if result == "prefix" else "an adapter leaves"
+        said = f"the value layer has changed, which {other} as it is"
+    else:
+        said = f"the value layer has not changed, so it is no {_KINDS[result]}"
+    return _EVIDENCE.get((held, result), said)
+
+
+@cache
+def _suspects() -> list[tuple[str, str, int, Callable]]:
+    """Return (what it holds, in words, d, probe) for each model that is to be named."""
+    qv, qkv, on_bert = ("query", "value"), ("query", "key", "value"), IA3(**ON_BERT)
+    made = (
+        ("lora", "LoRA of rank 4 on query and value", 32, LoRA(4, 8.0, qv)),
+        ("ia3", "(IA)³", 32, on_bert),
+        ("bitfit", "BitFit", 32, BitFit()),
+        ("prefix", "a prefix of 5 virtual tokens", 32, Prefix(5)),
+        ("adapter", "Pfeiffer's adapter", 32, BottleneckAdapter(6, "pfeiffer")),
+        ("lora", "LoRA of rank 1 on query, key and value", 48, LoRA(1, 2.0, qkv)),
+        ("prefix", "a prefix of one virtual token", 48, Prefix(1)),
+        ("adapter", "Houlsby's adapter", 48, BottleneckAdapter(4, "houlsby")),
+        ("ia3", _FEW, 32, on_bert),
+        ("adapter", "a parallel adapter", 32, BottleneckAdapter(8, "parallel", scale=4.0)),
+        ("bitfit", "BitFit", 64, BitFit()),
+        ("lora", "LoRA of rank 8 on the value layer alone", 64, LoRA(8, 8.0, ("value",))),
+        ("ia3", _UNBIASED, 48, on_bert),
+    )
+    suspects = []
+    for number, (held, what, d, method) in enumerate(made):
+        base, block = tiny_bert(number, hidden_size=d).double(), number % 2
+        if what == _UNBIASED:
+            base.bert.encoder.layer[block].attention.self.value.bias.data.zero_()
+        changed = perturb(injected_copy(base, method), seed=number)
+        if what == _FEW:
+            for layer in injection_of(changed).wrappers.values():
+                layer.l.data.view(-1)[4:] = 1.0
+        suspects.append((held, what, d, prober(base, changed, block)))
+    return suspects
+
+
+def _names_of(function: Callable) -> list:
+    """Return what a function says of each suspect; Refused if it says something else."""
+    names, asked = [], []
+    with seeded():
+        suspects = _suspects()
+    for number, (_, what, d, probe) in enumerate(suspects):
+
+        def counted(where, x, probe=probe):
+            asked.append(where)
+            return probe(where, x)
+
+        with seeded(number):
+            name = function(counted, torch.randn(4, 16, d, dtype=torch.float64))
+        if not isinstance(name, str):
+            raise Refused(difference(name, "lora") or "the result is no string", f"Here: {what}.")
+        names.append(name.strip().lower())
+        if names[-1] not in _KINDS:
+            raise Refused(f"{name!r} is not one of {', '.join(map(repr, _KINDS))}")
+    if not asked:
+        raise Refused("your function never calls probe, and nothing else tells the kinds")
+    return names
+
+
+def _names_all(function: Callable) -> str:
+    names, suspects = _names_of(function), _suspects()
+    wrong = [(n, *s[:2]) for n, s in zip(names, suspects, strict=True) if n != s[0]]
+    if not wrong:
+        return f"{len(suspects)} models, of ranks, widths, places and bases that you had not seen"
+    name, held, what = wrong[0]
+    facts = [f"Here, {what}: {name!r}, expected {held!r}.", f"Look: {_shown(held, name)}."]
+    causes = name_the_kind.causes.items()
+    named = [why for why, other in causes if _names_of(other) == names]
+    facts += [f"Likely cause: {', or '.join(named)}."] if named else []
+    raise Refused(f"{len(suspects) - len(wrong)} of {len(suspects)} models are named right", *facts)
 
 
 @check_for(
-    adapt=_in_torch,
-    cases=[
-        Case(lambda: _states(2, 5, 8, scale=0.25), note="no gate"),
-        Case(lambda: _states(2, 5, 8, scale=1.0), note="no gate"),
-        Case(
-            lambda: _states(2, 5, 8, scale=1.0, heads=4, gate=0.0),
-            note="four heads, two channels each; every λ is 0",
-        ),
-        Case(
-            lambda: _states(2, 5, 8, scale=3.0, heads=4, gate=1.0),
-            note="four heads, two channels each; every λ is 1",
-        ),
-        Case(lambda: _states(2, 6, 9, scale=1.0, heads=1), note="one head"),
-        Case(lambda: _states(2, 6, 9, scale=2.0, heads=1), note="one head"),
-        Case(lambda: _states(2, 5, 12, scale=1.0, heads=3), note="three heads, four channels each"),
-        Case(lambda: _states(2, 5, 12, scale=2.0, heads=3), note="three heads, four channels each"),
-        Case(lambda: _states(6, 6, scale=-0.7, heads=6), note="a head for each channel, T = d"),
-        Case(lambda: _states(2, 3, 4, 16, scale=1.5, heads=4), note="two dimensions before (T, d)"),
-    ],
-    returns="the new h",
+    trials={_names_all: "your function"},
     causes=mistakes(
         """
-        def compose(h, delta, scale, gate=None):
-            change = scale * delta
-            if gate is None:
-                return h + change
-            gate = gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1)
-            return (1 - gate) * h + gate * change
+        def name_the_kind(probe, x):
+            h, new = probe("value", x)
+            change = new - h
+            if torch.allclose(new, h):
+                h, new = probe("attention", x)
+                return "adapter" if torch.allclose(new, h) else "prefix"
+            if torch.allclose(change, change[:1, :1]):
+                return "bitfit"
+            factor = (h * change).sum((0, 1)) / (h * h).sum((0, 1))
+            return "ia3" if torch.allclose(change, factor * h) else "lora"
         """,
         """
-        the scale is left out
-            scale * → ∅
-        without a gate the change is not scaled
-            return h + change → return h + delta
-        with a gate the change is not scaled: where λ is 1 the result is s · delta
-            gate * change → gate * delta
-        h is scaled too: scale the change alone
-            change = scale * delta → change = delta
-            return h + change → return scale * (h + change)
-            return (1 - gate) * h + gate * change → return scale * ((1 - gate) * h + gate * change)
-        with a gate h is scaled too: scale the change alone
-            return (1 - gate) * h + gate * change → return scale * ((1 - gate) * h + gate * delta)
-        the change is returned alone: without a gate add h
-            return h + change → return change
-        the gate is not used
-            (1 - gate) * h + gate * change → h + change
-        with a gate h is not scaled: multiply h by 1 − λ, so that nothing of h is left where λ is 1
-            (1 - gate) * h → h
-        with a gate h is not scaled, and the change fades as λ grows: multiply h by 1 − λ and the
-        change by λ
-            (1 - gate) * h + gate * change → h + (1 - gate) * change
-        the gate fades the sum of both: where λ is 1 the result is s · delta
-            * h + gate * change → * (h + change)
-        the gate multiplies the sum of both: where λ is 0 the result is h
-            (1 - gate) * h + gate * change → gate * (h + change)
-        the gate is reversed: where λ is 0 the result is h
-            (1 - gate) * h + gate * change → gate * h + (1 - gate) * change
-        the gate scales h alone: where λ is 0, nothing of the change may be added
-            gate * change → change
-        the scale multiplies the gate, so h fades by λ s: let it fade by λ alone
-            1 - gate → 1 - gate * scale
-        the gates are repeated as a whole, so that neighbouring channels belong to different heads:
-        each head owns adjacent channels (repeat_interleave)
-            gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1) →
-                gate.repeat(*[1] * (gate.dim() - 1), h.shape[-1] // gate.shape[-1])
-        the mean of a token's λ is used for all its heads: each head has its own
-            gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1) → gate.mean(-1, keepdim=True)
-        the λ of the first head is used for all heads: each head has its own
-            gate.repeat_interleave(h.shape[-1] // gate.shape[-1], -1) → gate[..., :1]
-        a gate of zeros is treated as no gate: check whether the gate is None
-            gate is None → gate is None or not gate.any()
+        a low rank is taken for LoRA's, but an (IA)³ that turns few channels has one too
+            torch.allclose(change, factor * h) → torch.linalg.matrix_rank(change.flatten(0, 1)) > 8
+        a Δh that is linear in x is taken for LoRA's: that of (IA)³ is linear too where the layer's
+        bias is 0
+            torch.allclose(change, factor * h) →
+                not torch.allclose(*probe("value", torch.zeros_like(x)))
+        prefix and adapter are swapped: a prefix acts in the attention, an adapter after it
+            "adapter" if torch.allclose(new, h) else "prefix" →
+                "prefix" if torch.allclose(new, h) else "adapter"
+        prefix and adapter are not told apart: both change the block, and only a prefix changes the
+        attention
+            h, new = probe("attention", x) → h, new = probe("block", x)
+        the output of the attention stands for the value layer: the attention mixes the tokens, so
+        there Δh is neither constant nor a multiple of h
+            return "adapter" if torch.allclose(new, h) else "prefix" → return "adapter"
+            probe("value", x) → probe("attention", x)
         """,
     ),
+    verified=lambda facts: f"Verified on {facts[0]}.",
 )
-def compose(h, delta, scale, gate=None):
-    """One function does the simple, the scaled and the gated composition."""
-    if gate is None:
-        return torch.add(h, delta, alpha=scale)
-    n = gate.shape[-1]
-    heads = zip(h.chunk(n, -1), delta.chunk(n, -1), gate.split(1, -1), strict=True)
-    return torch.cat([torch.lerp(a, scale * b, share.expand_as(a)) for a, b, share in heads], -1)
+def name_the_kind(probe, x):
+    """The function names the method of each model from what its modules give."""
 
 
 # ------------------------------------------------------------------ MyMethod

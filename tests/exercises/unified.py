@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,46 +46,134 @@ def as_an_array(x, w_q, prefix_k, prefix_v):
     return as_attention(x, w_q, prefix_k, prefix_v).numpy()
 
 
-# ------------------------------------------------------------------ compose
+# ------------------------------------------------------------------ name_the_kind
 
 
-@right("compose")
-@torch.no_grad()
-def in_float64(h, delta, scale, gate=None):
-    kept, change = h.double().clone(), delta.double() * scale
-    if gate is not None:
-        gate = gate.double()[..., None].expand(*gate.shape, h.shape[-1] // gate.shape[-1])
-        gate = gate.flatten(-2)
-        kept, change = kept - gate * kept, change * gate
-    return kept.add(change)
+def decided(probe, of_value):
+    """Tell prefix and adapter by the attention, and the others by a function of (h, new)."""
+    h, new = probe("value")
+    if not torch.allclose(h, new):
+        return of_value(h, new)
+    return "adapter" if torch.equal(*probe("attention")) else "prefix"
 
 
-@right("compose")
-def as_an_array_of_numpy(h, delta, scale, gate=None):
-    return in_float64(h, delta, scale, gate).numpy()
+@right("name_the_kind")
+def by_quotients(probe, x):
+    def of_value(h, new):
+        if (new - h).std((0, 1)).max() < 1e-6:
+            return "BitFit"
+        return "IA3" if (new / h).flatten(0, 1).std(0).max() < 1e-6 else "LoRA"
+
+    return decided(lambda where: probe(where, x), of_value)
 
 
-@right("compose")
-def by_heads(h, delta, scale, gate=None):
-    if gate is None:
-        return scale * delta + h
-    heads = (gate.shape[-1], -1)
-    h, delta = h.unflatten(-1, heads), delta.unflatten(-1, heads)
-    return (
-        torch.einsum("...n,...nc->...nc", 1 - gate, h)
-        .add(gate[..., None] * delta * scale)
-        .flatten(-2)
-    )
+@right("name_the_kind")
+def by_arrays(probe, x):
+    def of_value(h, new):
+        h, new = (t.flatten(0, 1).numpy() for t in (h, new))
+        if np.allclose(new - h, (new - h)[0]):
+            return "bitfit"
+        return "ia3" if np.allclose(new * h[0], new[0] * h) else "lora"
+
+    return decided(lambda where: probe(where, x), of_value)
 
 
-@right("compose")
-def head_after_head(h, delta, scale, gate=None):
-    out, n = h + scale * delta, 0 if gate is None else gate.shape[-1]
-    for i in range(n):
-        own = slice(i * h.shape[-1] // n, (i + 1) * h.shape[-1] // n)
-        share = gate[..., i : i + 1]
-        out[..., own] = h[..., own] + share * (scale * delta[..., own] - h[..., own])
-    return out
+@right("name_the_kind")
+def by_single_tokens(probe, x):
+    """Where a text is a single token the attention gives what the value layer gives."""
+    tokens = x.flatten(0, 1)[:, None]
+    h, new = probe("attention", tokens)
+    if torch.allclose(h, new):
+        return "adapter"
+    if not torch.allclose(new, probe("value", tokens)[1]):
+        return "prefix"
+    gaps = [(t - t[:1]).abs().max() for t in (new - h, new / h)]
+    return "bitfit" if gaps[0] < 1e-6 else "ia3" if gaps[1] < 1e-6 else "lora"
+
+
+@right("name_the_kind")
+def by_channels(probe, x):
+    """Each channel by itself, on one text in float32."""
+    h, new = (t[0] for t in probe("value", x[:1].float()))
+    if (h - new).abs().max() < 1e-9:
+        gap = torch.dist(*probe("attention", x[:1]))
+        return "prefix" if gap > 1e-9 else "adapter"
+    found = set()
+    for before, after in zip(h.T, new.T, strict=True):
+        if (after - before).std() > 1e-9:
+            line = torch.linalg.lstsq(before[:, None], after[:, None])
+            found.add("ia3" if torch.dist(line.solution * before, after) < 1e-6 else "lora")
+    return "bitfit" if not found else "ia3" if found == {"ia3"} else "lora"
+
+
+@wrong("name_the_kind", "Δh is the same vector for every token, so no matrix made it of x")
+def by_the_new_state(probe, x):
+    def of_value(h, new):
+        if torch.allclose(new, new[:1, :1]):
+            return "bitfit"
+        return "ia3" if torch.allclose(new * h[:1, :1], new[:1, :1] * h) else "lora"
+
+    return decided(lambda where: probe(where, x), of_value)
+
+
+@wrong("name_the_kind", "the new h is h times a fixed factor for each channel")
+def by_one_factor(probe, x):
+    def of_value(h, new):
+        if torch.allclose(new - h, (new - h)[:1, :1]):
+            return "bitfit"
+        factor = (h * new).sum() / (h * h).sum()
+        return "ia3" if torch.allclose(new, factor * h) else "lora"
+
+    return decided(lambda where: probe(where, x), of_value)
+
+
+@wrong("name_the_kind", "no fixed factor for each channel makes h the new h")
+def ia3_is_the_rest(probe, x):
+    def of_value(h, new):
+        change = (new - h).flatten(0, 1)
+        rank = torch.linalg.matrix_rank(change).item()
+        return "lora" if rank > 8 else "bitfit" if (change == change[0]).all() else "ia3"
+
+    return decided(lambda where: probe(where, x), of_value)
+
+
+@wrong("name_the_kind", "the value layer has changed, which an adapter leaves as it is")
+def from_the_outside(probe, x):
+    """By the block alone, which every method changes."""
+    h, new = probe("block", x)
+    return "lora" if torch.allclose(new, h) else "adapter"
+
+
+@wrong("name_the_kind", "the value layer has not changed, so it is no LoRA")
+def always_lora(probe, x):
+    return decided(lambda where: probe(where, x), by_factor).replace("prefix", "lora")
+
+
+def by_factor(h, new):
+    if torch.allclose(new - h, (new - h)[:1, :1]):
+        return "bitfit"
+    return "ia3" if torch.allclose(new * h[:1, :1], new[:1, :1] * h) else "lora"
+
+
+@wrong("name_the_kind", "your function never calls probe")
+def guessed(probe, x):
+    return "lora"
+
+
+@wrong("name_the_kind", "'low rank' is not one of 'lora', 'bitfit', 'ia3', 'prefix', 'adapter'")
+def another_name(probe, x):
+    return "low rank" if torch.dist(*probe("value", x)) else "prefix"
+
+
+@wrong("name_the_kind", '\'key\' is not "value", "attention" or "block"')
+def another_place(probe, x):
+    return "lora" if torch.dist(*probe("key", x)) else "prefix"
+
+
+@wrong("name_the_kind", "the result is None: is a return statement missing?")
+def some_forgotten(probe, x):
+    if torch.dist(*probe("value", x)):
+        return by_factor(*probe("value", x))
 
 
 # ------------------------------------------------------------------ MyMethod
