@@ -41,6 +41,8 @@ PAIRED = (
     ("last", "", 2, 3e-4),
     ("sparse", "random", 8, 3e-3),
     ("sparse", "largest", 8, 3e-3),
+    ("mixed", "", 8, 1e-3),
+    ("adapter", "parallel, scaled", 16, 1e-3),
 )
 # The other runs of "random" have the same entries, drawn once; these have other ones, and seed 0.
 DRAWN = [("sparse", f"random, draw {number}", 8, 3e-3, SEEDS[0]) for number in range(1, 4)]

@@ -105,13 +105,13 @@ def designs_of(kind: type[Method]) -> tuple:
 
 
 def gap(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> float:
-    """Return max|new − h − Δh| / max|new − h| over all sites, infinite if new = h everywhere."""
-    ran = [site.new - site.h for site in sites]  # (..., d) each
-    size = max(change.abs().max().item() for change in ran)
-    off = max(
-        (change - delta(site)).abs().max().item() for change, site in zip(ran, sites, strict=True)
-    )
-    return off / size if size else float("inf")
+    """Return the largest max|new − h − Δh| / max|new − h| of a site, infinite where new = h."""
+    worst = 0.0
+    for site in sites:
+        change = site.new - site.h  # (..., d)
+        off, size = ((change - zero).abs().max().item() for zero in (delta(site), 0))
+        worst = max(worst, off / size if size else float("inf"))
+    return worst
 
 
 def standardised(x: torch.Tensor, eps: float) -> torch.Tensor:

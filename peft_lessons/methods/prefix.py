@@ -209,7 +209,7 @@ class Prefix(Method):
     projection: int | None = None
     learning_rate = 1e-2  # none suits all: lesson 09
     design = Design(
-        form="softmax(x W_qᵀ P_kᵀ / √d_h) P_v",
+        form="softmax(q P_kᵀ / √d_h) P_v",
         insertion="parallel",
         modified="attention heads",
         composition="(1 − λ) h + λ u",

@@ -181,7 +181,7 @@ class Prompt(Method):
     init: str = "vocab"
     tokenizer: Any = field(default=None, repr=False, compare=False)
     learning_rate = 3e-2  # for minilm; tinylm needs 0.1 or more (lesson 08)
-    design = replace(Prefix.design, form="softmax(x W_qᵀ (H W_kᵀ)ᵀ / √d_h) H W_vᵀ")
+    design = replace(Prefix.design, form="softmax(q k(H)ᵀ / √d_h) v(H)")
     files = PeftFiles(
         "PROMPT_TUNING",
         write=to_file,

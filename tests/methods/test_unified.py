@@ -189,6 +189,19 @@ def test_h_of_a_quantised_layer_is_that_of_the_quantised_weight():
 # ------------------------------------------------------------------ what is noticed
 
 
+def test_the_gap_is_that_of_the_worst_site():
+    """A formula that is wrong where the change is small must not hide behind a large change."""
+    sites = linears(perturbed(BASE, LoRA(4, 8.0)), BATCH)
+    small = replace(sites[0], new=sites[0].h + 1e-6 * (sites[0].new - sites[0].h))
+    wrong = {id(small): 0.0}  # no change at all at this site
+
+    def delta(site):
+        return wrong.get(id(site), 1.0) * (site.new - site.h)
+
+    assert gap([*sites[1:], small], delta) == 1.0
+    assert gap(sites[1:], delta) == 0.0
+
+
 def test_a_wrong_declaration_is_seen_in_the_table(monkeypatch):
     def without_scale(site):
         return site.x @ site.module.lora.lora_A.T @ site.module.lora.lora_B.T
