@@ -37,6 +37,7 @@ from peft_lessons.train.rates import gradient_sum
 SEEDS = (0, 1)
 PRODUCTS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of a rate and the gradient, on Austen
 LADDER = tuple(float(f"{m}e{k}") for k in range(-6, 2) for m in (1, 2, 5))
+KEY, COLUMNS = ("task", "method"), ("seed", "trainable", "gradient", "rates", "losses")
 STEPS = {"austen": (20, 2), "reviews": (40, 8), "sentiment": (40, 16)}  # of so many examples
 
 
@@ -45,9 +46,9 @@ def named(name: str, task: str, **changes) -> Callable[[], Method]:
     return partial(setting, name, "sentiment" if task == "sentiment" else "austen", **changes)
 
 
-def lora(rank: int, alpha: float, targets="all-linear", **more) -> Callable[[], Method]:
-    """Return what makes a LoRA."""
-    return partial(LoRA, rank, alpha, targets, **more)
+def lora(rank: int, alpha: float, **more) -> Callable[[], Method]:
+    """Return what makes a LoRA on all linear layers."""
+    return partial(LoRA, rank, alpha, "all-linear", **more)
 
 
 METHODS = {  # {task: {method: (what makes its description, a rate to begin with)}}
@@ -178,6 +179,4 @@ def run(name: str, method: str) -> list[dict]:
 
 if __name__ == "__main__":
     points = [(name, method) for name, methods in METHODS.items() for method in methods]
-    points = points[:20] + points[-5:] + points[20:-5]
-    columns = ("seed", "trainable", "gradient", "rates", "losses")
-    fill_table("rates_study", ("task", "method"), columns, points, run)
+    fill_table("rates_study", KEY, COLUMNS, points, run)
