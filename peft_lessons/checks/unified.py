@@ -159,10 +159,12 @@ _EVIDENCE = {  # of (what it is, what an answer says)
     ("lora", "bitfit"): _VARIES,
     ("lora", "ia3"): "at the value layer, no fixed factor for each channel makes h the new h",
     ("ia3", "bitfit"): _VARIES,
-    ("ia3", "lora"): "at the value layer, the new h is h times a fixed factor for each channel",
-    ("bitfit", "lora"): "at the value layer, Δh is the same vector for every token, so no matrix "
-    "made it of x",
-    ("bitfit", "ia3"): "at the value layer, Δh is the same vector for every token, whatever h is",
+    ("ia3", "lora"): "at the value layer, the new h is up to rounding h times a fixed factor for "
+    "each channel",
+    ("bitfit", "lora"): "at the value layer, Δh is up to rounding the same vector for every token, "
+    "so no matrix made it of x",
+    ("bitfit", "ia3"): "at the value layer, Δh is up to rounding the same vector for every token, "
+    "whatever h is",
     ("prefix", "adapter"): "the attention has changed, and an adapter comes after the attention",
     ("adapter", "prefix"): "the attention has not changed, and the block has",
 }

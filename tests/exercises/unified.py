@@ -106,7 +106,7 @@ def by_channels(probe, x):
     return "bitfit" if not found else "ia3" if found == {"ia3"} else "lora"
 
 
-@wrong("name_the_kind", "Δh is the same vector for every token, so no matrix made it of x")
+@wrong("name_the_kind", "the same vector for every token, so no matrix made it of x")
 def by_the_new_state(probe, x):
     def of_value(h, new):
         if torch.allclose(new, new[:1, :1]):
@@ -116,13 +116,23 @@ def by_the_new_state(probe, x):
     return decided(lambda where: probe(where, x), of_value)
 
 
-@wrong("name_the_kind", "the new h is h times a fixed factor for each channel")
+@wrong("name_the_kind", "up to rounding h times a fixed factor for each channel")
 def by_one_factor(probe, x):
     def of_value(h, new):
         if torch.allclose(new - h, (new - h)[:1, :1]):
             return "bitfit"
         factor = (h * new).sum() / (h * h).sum()
         return "ia3" if torch.allclose(new, factor * h) else "lora"
+
+    return decided(lambda where: probe(where, x), of_value)
+
+
+@wrong("name_the_kind", "the new h is up to rounding h times a fixed factor for each channel")
+def without_rounding(probe, x):
+    def of_value(h, new):
+        if torch.equal(new - h, (new - h)[:1, :1].expand_as(h)):
+            return "bitfit"
+        return "ia3" if torch.equal(new / h, (new / h)[:1, :1].expand_as(h)) else "lora"
 
     return decided(lambda where: probe(where, x), of_value)
 
