@@ -229,8 +229,8 @@ def _names_of(function: Callable) -> list:
             name = function(counted, torch.randn(4, 16, d, dtype=torch.float64))
         if not isinstance(name, str):
             raise Refused(difference(name, "lora") or "the result is no string", f"Here: {what}.")
-        names.append(name.strip().lower())
-        if names[-1] not in _KINDS:
+        names.append(name)
+        if name not in _KINDS:
             raise Refused(f"{name!r} is not one of {', '.join(map(repr, _KINDS))}")
     if not asked:
         raise Refused("your function never calls probe, and nothing else tells the kinds")

@@ -61,8 +61,8 @@ def decided(probe, of_value):
 def by_quotients(probe, x):
     def of_value(h, new):
         if (new - h).std((0, 1)).max() < 1e-6:
-            return "BitFit"
-        return "IA3" if (new / h).flatten(0, 1).std(0).max() < 1e-6 else "LoRA"
+            return "bitfit"
+        return "ia3" if (new / h).flatten(0, 1).std(0).max() < 1e-6 else "lora"
 
     return decided(lambda where: probe(where, x), of_value)
 
@@ -170,9 +170,9 @@ def guessed(probe, x):
     return "lora"
 
 
-@wrong("name_the_kind", "'low rank' is not one of 'lora', 'bitfit', 'ia3', 'prefix', 'adapter'")
+@wrong("name_the_kind", "'LoRA' is not one of 'lora', 'bitfit', 'ia3', 'prefix', 'adapter'")
 def another_name(probe, x):
-    return "low rank" if torch.dist(*probe("value", x)) else "prefix"
+    return "LoRA" if torch.dist(*probe("value", x)) else "prefix"
 
 
 @wrong("name_the_kind", '\'key\' is not "value", "attention" or "block"')
