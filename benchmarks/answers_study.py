@@ -7,8 +7,6 @@ the other studies, with three seeds. Adds a row for each run to data/results/sen
 `right` has one bit for each test sentence, as a hexadecimal number.
 """
 
-from dataclasses import replace
-
 from additive_study import described
 from catalogue import TOKENS
 from common import SEEDS, base_of, fill_table, hexadecimal, load, plain, right_answers
@@ -44,8 +42,6 @@ PAIRED = (
     ("mixed", "", 8, 1e-3),
     ("adapter", "parallel, scaled", 16, 1e-3),
 )
-# The other runs of "random" have the same entries, drawn once; these have other ones, and seed 0.
-DRAWN = [("sparse", f"random, draw {number}", 8, 3e-3, SEEDS[0]) for number in range(1, 4)]
 KEY = ("method", "variant", "size", "lr", "seed")
 
 
@@ -56,14 +52,12 @@ def run(method: str, variant: str, size: int, lr: float, seed: int) -> dict:
     if method == "head":
         freeze(model)
     elif method != "full":
-        variant, _, draw = variant.partition(", draw ")
-        description = described(task.name, method, variant, size)
-        inject(model, replace(description, seed=int(draw)) if draw else description)
+        inject(model, described(task.name, method, variant, size))
     plain(model, task, STEPS, lr, seed)
     right = right_answers(model, task)
     return {"sentences": len(right), "right": hexadecimal(right)}
 
 
 if __name__ == "__main__":
-    points = [(*point, seed) for seed in SEEDS for point in PAIRED] + DRAWN
+    points = [(*point, seed) for seed in SEEDS for point in PAIRED]
     fill_table("sentiment_answers", KEY, ("sentences", "right"), points, run)
