@@ -2,8 +2,9 @@
 
     recommend_peft_method(8, 24, "generation", 5_000)
 
-returns a name of `NAMES` that shows a configuration to paste, a learning rate to start with, what
-fits by `estimate`, which servers load the result, and what was measured nearest in size. The order
+returns a name of `NAMES` that prints at most eight lines: what it takes and leaves by `estimate`,
+which part is the largest and what shrinks it, a learning rate to start with, which servers load the
+result, and what was measured nearest in size. It also has lines to paste and two tables. The order
 is fixed: it depends neither on the GPU nor on a ranking of small models. So more memory never makes
 the advice worse, and a method that does not fit is never recommended.
 
@@ -15,9 +16,8 @@ from __future__ import annotations
 
 import html
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,8 +83,8 @@ _REFUSED = f"{_SERVED} refuse this adapter (November 2026)"
 
 # A classifier's new head is saved with its adapter, in `modules_to_save`.
 _HEAD = (
-    "vLLM loads the adapter with its new head; SGLang leaves the head out and llama.cpp refuses it "
-    "(November 2026)."
+    "vLLM loads adapter and new head, SGLang leaves the head out, llama.cpp refuses it "
+    "(November 2026)"
 )
 # As the course loads a base in 4 bits, see `Advice.quantization`.
 _NF4 = (
@@ -169,7 +169,7 @@ class Advice:
 
     name: str  # which str() gives too
     learning_rate: float | None = None  # to start with, None for "does not fit"
-    sentences: tuple[str, ...] = ()  # on memory, alternatives, server, data and evidence
+    reasons: Mapping[str, str] = field(default_factory=dict)  # at most seven, {about what: a line}
     fits: Table | None = None  # bytes by component: LoRA, QLoRA, full fine-tuning, alternatives
     evidence: Table | None = None  # what was measured nearest in size
     alternatives: tuple[str, ...] = ()  # two other names
@@ -218,32 +218,24 @@ class Advice:
         return nf4(torch.bfloat16) if self.candidate.four_bit else None
 
     @property
-    def why(self) -> str:
-        """Return the sentences and both tables as text."""
-        paragraphs = (textwrap.fill(sentence, 100) for sentence in self.sentences)
-        return "\n".join((*paragraphs, *map(repr, self._tables)))
-
-    @property
-    def _tables(self) -> list[Table]:
-        return [each for each in (self.fits, self.evidence) if each is not None]
-
-    @property
-    def _first(self) -> str:
-        rate = self.learning_rate
-        return self.name if rate is None else f"{self.name}, learning rate {rate:g} to start with"
+    def lines(self) -> dict[str, str]:
+        """Return what is printed, {about what: a line}: the method and the reasons for it."""
+        return {"method": self.name, **self.reasons}
 
     def __str__(self) -> str:
         return self.name
 
     def __repr__(self) -> str:
-        lines = (part for line in self.code.splitlines() for part in textwrap.wrap(line, 100))
-        return "\n".join(filter(None, (self._first, *lines, self.why)))
+        width = max(map(len, self.lines))
+        return "\n".join(f"{about:<{width}}  {line}" for about, line in self.lines.items())
 
     def _repr_html_(self) -> str:
-        paragraphs = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
-        code = f"<pre>{html.escape(self.code)}</pre>" if self.code else ""
-        tables = "".join(each._repr_html_() for each in self._tables)
-        return f"<p><strong>{html.escape(self._first)}</strong></p>{code}{paragraphs}{tables}"
+        rows = (
+            f'<tr><th style="text-align:left">{html.escape(about)}</th>'
+            f'<td style="text-align:left">{html.escape(line)}</td></tr>'
+            for about, line in self.lines.items()
+        )
+        return f"<table>{''.join(rows)}</table>"
 
 
 def _script(advice: Advice) -> str:
@@ -347,18 +339,20 @@ def recommend_peft_method(
     alternatives = _alternatives(chosen, fitting)
     studied = {name: candidate.study for name, candidate in CANDIDATES.items()}
     measured, evidence_table = evidence(kind, model_size_b, num_examples, studied)
-    sentences = (
-        _decision(chosen, needs, asked),
-        _others(alternatives, needs, asked),
-        _full(needs, asked),
-        _server(chosen, kind),
-        _data(num_examples),
-        measured,
-    )
+    rate = _rate(chosen, asked)
+    reasons = {
+        "memory": _decision(chosen, needs, asked),
+        "largest part": _largest_part(needs[chosen], chosen, asked) if fitting else "",
+        "learning rate": _first_rates(rate),
+        "instead": _others(alternatives, needs, asked),
+        "server": _server(chosen, kind),
+        "data": _data(num_examples),
+        "measured": measured,
+    }
     return Advice(
         chosen,
-        learning_rate=_rate(chosen, asked),
-        sentences=tuple(filter(None, sentences)),
+        learning_rate=rate,
+        reasons={about: line for about, line in reasons.items() if line},
         fits=_fits({name: needs[name] for name in (*_SHOWN, *alternatives)}, asked),
         evidence=evidence_table,
         alternatives=alternatives,
@@ -388,64 +382,67 @@ def _rate(chosen: str, asked: _Asked) -> float | None:
     return (FULL_RATES if row is None else row.rates)[asked.size >= SPEAKS[asked.kind]]
 
 
+def _first_rates(rate: float | None) -> str:
+    if rate is None:
+        return ""
+    return f"{rate:g} to start with, then a third and three times that"
+
+
 def _decision(chosen: str, needs: Mapping[str, Memory], asked: _Asked) -> str:
-    usable, size = asked.usable, f"a model of {asked.size:g} billion"
-    room = f"{asked.gpu:g} GiB ({asked.gpu * GIB / GB:.1f} GB), {usable / GB:.1f} GB can be used"
+    room = f"{asked.usable / GB:.1f} GB usable of {asked.gpu:g} GiB"
     if chosen == NOTHING:
         least, need = min(needs.items(), key=lambda pair: pair[1].total)
-        shorter = need.total - need.activations - need.at_work < usable
+        shorter = need.total - need.activations - need.at_work < asked.usable
         texts = ", or shorter texts" if shorter else ""
         return (
-            f"Nothing fits {size}: of {room}, and even {least} lacks {-asked.left(need):.1f} GB. "
-            f"{_at_most(asked.largest())}. Or take a larger GPU or several{texts}."
+            f"{room}, and even {least} lacks {-asked.left(need):.1f} GB; {_at_most(asked.largest())}; "
+            f"or take a larger GPU or several{texts}"
         )
     need = needs[chosen]
-    tight = is_tight(need.total, asked.gpu)
-    longest = " That is tight, so try the longest text first." if tight else ""
-    return (
-        f"{chosen} takes {need.total / GB:.1f} GB for {size}. Of {room}, "
-        f"so {asked.left(need):.1f} GB are left.{longest}"
-    )
+    tight = "; tight, so try the longest text first" if is_tight(need.total, asked.gpu) else ""
+    return f"{need.total / GB:.1f} of {room}, {asked.left(need):.1f} GB left{tight}"
+
+
+def _largest_part(need: Memory, chosen: str, asked: _Asked) -> str:
+    """Name the largest part of a training's memory, and what shrinks it."""
+    four_bit = CANDIDATES[chosen].four_bit
+    trained = need.adapter + need.gradients + need.optimizer
+    parts = {
+        "base": (need.weights, "a smaller model" if four_bit else "4 bits (QLoRA)"),
+        "trained weights and Adam": (trained, "LoRA" if chosen == FULL else "a lower rank"),
+        "text, in blocks and logits": (
+            need.activations + need.at_work,
+            "shorter texts" if asked.labels or asked.sizes["chunked"] else "a chunked loss",
+        ),
+    }
+    name, (size, lever) = max(parts.items(), key=lambda part: part[1][0])
+    return f"the {name}: {size / GB:.1f} GB, which {lever} would shrink"
 
 
 def _at_most(size: float) -> str:
     if size < 1e-3:
-        return "On this GPU no language model of this kind fits"
+        return "no language model of this kind fits"
     unit = 10 ** (math.floor(math.log10(size)) - 1)  # rounded down to two digits, so that it fits
-    return f"On this GPU a model of at most {math.floor(size / unit) * unit:.3g} billion fits"
+    return f"at most {math.floor(size / unit) * unit:.3g} billion parameters fit"
 
 
 def _others(alternatives: Sequence[str], needs: Mapping[str, Memory], asked: _Asked) -> str:
+    """Say what the alternatives leave or lack, and what full fine-tuning would take at least."""
     left = {name: asked.left(needs[name]) for name in alternatives}
-    fitting = [
-        f"{name} (leaves {room:.1f} GB; {CANDIDATES[name].advice.reason})"
-        for name, room in left.items()
-        if room >= 0
-    ]
-    lacking = [f"{name} (lacks {-room:.1f} GB)" for name, room in left.items() if room < 0]
-    groups = {"Alternatives": fitting, "Too large": lacking}
-    lines = [f"{what}: {', '.join(names)}." for what, names in groups.items() if names]
-    if set(alternatives) & {"DoRA", FULL}:
-        lines.append(
-            "If LoRA falls short, first try a third and three times its learning rate, rank 64 and "
-            "more data."
-        )
-    return " ".join(lines)
-
-
-def _full(needs: Mapping[str, Memory], asked: _Asked) -> str:
-    """Say what full fine-tuning lacks, and what a leaner recipe would take."""
-    left = asked.left(needs[FULL])
-    if left >= 0:
-        return ""
+    line = " or ".join(f"{name} ({_room(room)})" for name, room in left.items())
+    if FULL in left or asked.left(needs[FULL]) >= 0:
+        return line
     shape = Shape.of_size(asked.size * 1e9, tied=asked.labels)
     more = asked.sizes | {"labels": asked.labels}
     lean = training_memory(shape, None, LEAN, checkpointing=True, **more)
     return (
-        f"Full fine-tuning lacks {-left:,.0f} GB on one such GPU with 16 bytes a parameter. With "
-        f"bfloat16 weights and 8-bit Adam it takes {lean.total / GB:,.0f} GB in all, and several "
-        "GPUs can share it (FSDP)."
+        f"{line}; {FULL} {_room(asked.left(needs[FULL]))}, and takes {lean.total / GB:,.0f} GB "
+        "with 8-bit Adam"
     )
+
+
+def _room(gigabytes: float) -> str:
+    return f"{gigabytes:.1f} GB left" if gigabytes >= 0 else f"lacks {-gigabytes:,.1f} GB"
 
 
 def _server(chosen: str, kind: str) -> str:
@@ -454,36 +451,25 @@ def _server(chosen: str, kind: str) -> str:
         return ""
     candidate = CANDIDATES[chosen]
     if candidate.row is None:
-        return "It is a plain model, which every server loads."
+        return "a plain model, which every server loads"
     if not candidate.advice.served:
-        reason = candidate.advice.no_merge
-        return f"{_REFUSED}, {f'and {reason}' if reason else 'so merge it before serving'}."
+        return f"{_REFUSED}; {candidate.advice.no_merge or 'merge it first'}"
     if kind == "classification":
         return _HEAD
-    tested = " It was trained on a 4-bit base, so test it on the base that you serve."
-    return f"{_SERVED} load the adapter (November 2026).{tested if candidate.four_bit else ''}"
+    tested = "; test it on the base that you serve" if candidate.four_bit else ""
+    return f"{_SERVED} load the adapter (November 2026){tested}"
 
 
 def _data(examples: int) -> str:
     if examples < FEW:
-        return (
-            f"{examples:,} examples are few. Keep some for a test, and compare with the base that "
-            "reads a few of them in its prompt."
-        )
+        return f"{examples:,} examples are few: also try the base with a few of them in its prompt"
     if examples >= MANY:
-        return (
-            f"{examples:,} examples are many. LoRA falls behind full fine-tuning where the data "
-            "exceed its capacity (Schulman et al. 2025), so try a higher rank."
-        )
+        return f"{examples:,} examples are many: also try a higher rank (Schulman et al. 2025)"
     return ""
 
 
 def _fits(needs: Mapping[str, Memory], asked: _Asked) -> Table:
     plain = asked.needs(checkpointing=False)
-
-    def left(need: Memory) -> str:
-        gigabytes = asked.left(need)
-        return f"{gigabytes:.1f} GB" if gigabytes >= 0 else f"lacks {-gigabytes:.1f} GB"
 
     rows = [
         {
@@ -492,8 +478,9 @@ def _fits(needs: Mapping[str, Memory], asked: _Asked) -> Table:
             "trained": (need.adapter + need.gradients + need.optimizer) / GB,
             "in a step": (need.activations + need.at_work) / GB,
             "in all": need.total / GB,
-            "left": left(need),
-            "without checkpointing": left(plain[name]),
+            "": _room(asked.left(need)),
+            "without checkpointing": _room(asked.left(plain[name])),
+            "reason to take it": CANDIDATES[name].advice.reason,
         }
         for name, need in needs.items()
     ]

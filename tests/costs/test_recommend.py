@@ -30,16 +30,11 @@ def ask(size, gpu, task="generation", examples=1000, **more):
     return recommend_peft_method(size, gpu, task, examples, **more)
 
 
-def told(advice):
-    """Return the sentences of an advice as one line."""
-    return " ".join(advice.why.split())
-
-
 def only(name, monkeypatch):
     """Leave one candidate, so that it is the advice where it fits."""
     monkeypatch.setattr(module, "CANDIDATES", {name: CANDIDATES[name]})
     monkeypatch.setattr(module, "_SHOWN", (name,))
-    monkeypatch.setattr(module, "_full", lambda *_: "")
+    monkeypatch.setattr(module, "_others", lambda *_: "")
 
 
 # ------------------------------------------------------------------ what fits
@@ -96,26 +91,27 @@ def test_known_gpus():
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "model"),
+    ("kind", "size", "model", "at"),
     [
         # On both sides of the geometric means of 3.2 million, 135 million and 3.2 billion.
-        ("generation", 0.020, "tinylm"),
-        ("generation", 0.022, "SmolLM2"),
-        ("generation", 0.65, "SmolLM2"),
-        ("generation", 0.66, "Llama-3.2-3B"),
-        ("generation", 70, "Llama-3.2-3B"),
+        ("generation", 0.020, "tinylm", "3.2 million parameters, yours has 6.2 times as many"),
+        ("generation", 0.022, "SmolLM2", "135 million parameters, yours has 0.16 times as many"),
+        ("generation", 0.65, "SmolLM2", "135 million parameters, yours has 4.8 times as many"),
+        ("generation", 0.66, "Llama-3.2-3B", "3.2 billion parameters, yours has 0.21 times"),
+        ("generation", 70, "Llama-3.2-3B", "3.2 billion parameters, yours has 22 times as many"),
         # And of 22.6 million and 3.2 billion.
-        ("classification", 0.26, "minilm"),
-        ("classification", 0.28, "Llama-3.2-3B"),
-        ("classification", 8, "Llama-3.2-3B"),
+        ("classification", 0.26, "minilm", "22.6 million parameters, yours has 12 times as many"),
+        ("classification", 0.28, "Llama-3.2-3B", "3.2 billion parameters"),
+        ("classification", 8, "Llama-3.2-3B", "3.2 billion parameters, yours has 2.5 times"),
     ],
 )
-def test_the_evidence_is_of_the_model_nearest_in_size(kind, size, model, monkeypatch):
+def test_the_evidence_is_of_the_model_nearest_in_size(kind, size, model, at, monkeypatch):
+    """And says at which size it was measured."""
     runs = assistant(lora=(3.0, 3.1, 2.9), full=(2.9, 3.0, 2.8))
     monkeypatch.setattr(evidence, "load_results", stored_and(runs))
     advice = ask(size, 80, kind)
-    assert model in advice.sentences[-1] and model in advice.evidence.columns[0]
-    assert ("yours is a classifier" in advice.why) == (kind == "classification" and size > 0.27)
+    assert list(advice.lines)[-1] == "measured" and advice.lines["measured"].startswith(f"at {at}")
+    assert model in advice.evidence.columns[0]
 
 
 def test_without_the_assistant_the_benchmark_is_shown(monkeypatch):
@@ -146,7 +142,7 @@ def test_methods_with_three_seeds_are_shown_or_the_first_seed_of_all():
     runs = assistant(lora=(3.0, 3.1, 2.9), full=(2.9, 3.0), dora=(3.2, 3.2, 3.2))
     assert list(assistant_runs(runs)) == ["base", "lora", "dora"]
     assert [row[0] for row in assistant_table(runs).cells] == ["base, untouched", "LoRA", "DoRA"]
-    assert "+20.0" in repr(assistant_table(runs)) and "answers" in repr(assistant_table(runs))
+    assert "+0.200 (+0.200 to +0.200)" in repr(assistant_table(runs))
     early = assistant_runs(assistant(lora=(3.0, 3.1, 2.9), full=(2.9,)))
     assert {name: len(at) for name, at in early.items()} == {"base": 1, "lora": 1, "full": 1}
     with pytest.raises(ValueError, match="no run of LoRA"):
@@ -184,8 +180,8 @@ def test_the_study_at_the_nearest_size_is_shown():
     assert nearest_size([100, 1000], 316) == 100 and nearest_size([100, 1000], 317) == 1000
     names = {name: c.study for name, c in CANDIDATES.items()}
     for examples, size in ((100, "100"), (400, "1,000"), (10**6, "7,695")):
-        sentence, measured = evidence.evidence("generation", 0.003, examples, names)
-        assert f"on {size} blocks" in sentence and f"{size} examples" in measured.columns[0]
+        line, measured = evidence.evidence("generation", 0.003, examples, names)
+        assert f"{size} blocks" in line and f"{size} examples" in measured.columns[0]
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
@@ -207,29 +203,50 @@ def test_what_diverged_is_not_shown(score):
 # ------------------------------------------------------------------ what it says
 
 
-def test_it_explains_itself_as_text_and_as_a_page():
+def test_it_says_at_most_eight_lines_as_text_and_as_a_page():
     advice = ask(8, 24, "CAUSAL_LM")
-    assert str(advice) == f"{advice}" == advice.name == "LoRA"
-    for words in ("25.8 GB", "are left", "Alternatives", "FSDP", "vLLM", "Schulman", "rank 64",
-                  "DoRA (leaves", "ahead of LoRA on one", "16 bytes a parameter"):  # fmt: skip
-        assert words in told(advice), words
-    assert repr(advice).startswith("LoRA, learning rate 0.0002") and advice.why in repr(advice)
-    page = advice._repr_html_()
-    assert page.count("<table>") == 2 and "25.8 GB" in page and "<pre>peft_config" in page
-    for examples, words in ((499, "499 examples are few"), (500, ""), (99_999, ""),
+    assert str(advice) == f"{advice}" == advice.name == advice.lines["method"] == "LoRA"
+    for about, words in (
+        ("memory", "17.4 of 23.7 GB usable of 24 GiB, 6.3 GB left"),
+        ("largest part", "the base: 16.0 GB, which 4 bits (QLoRA) would shrink"),
+        ("learning rate", "0.0002 to start with"),
+        ("instead", "QLoRA (16.6 GB left) or DoRA (5.8 GB left); full fine-tuning lacks 105.0 GB"),
+        ("server", "vLLM"),
+        ("measured", "July 2026"),
+    ):
+        assert words in advice.lines[about], about
+    for size, gpu, examples in ((8, 24, 499), (8, 160, 10**6), (70, 24, 10), (0.01, 8, 10)):
+        for task in TASKS:
+            said = ask(size, gpu, task, examples)
+            assert repr(said).count("\n") + 1 == len(said.lines) <= 8
+            assert said._repr_html_().count("<tr>") == len(said.lines)
+    for examples, words in ((499, "499 examples are few"), (500, None), (99_999, None),
                             (100_000, "100,000 examples are many")):  # fmt: skip
-        why = ask(8, 24, examples=examples).why
-        assert words in why and ("examples are" in why) == bool(words)
-    assert "8-bit Adam it takes 49 GB" in told(ask(8, 80))
+        data = ask(8, 24, examples=examples).lines.get("data")
+        assert data.startswith(words) if words else data is None
+    assert "takes 49 GB with 8-bit Adam" in ask(8, 80).lines["instead"]
+
+
+def test_the_largest_part_of_the_memory_has_its_lever():
+    for words, case, more in (
+        ("the base: 16.0 GB, which 4 bits", (8, 24), {}),
+        ("the base: 5.7 GB, which a smaller model", (8, 16), {}),
+        ("the text, in blocks and logits: 59.5 GB, which a chunked loss",
+         (8, 80), {"context": 32_768, "chunked": False}),
+        ("the text, in blocks and logits: 17.8 GB, which shorter texts",
+         (8, 48), {"context": 32_768}),
+    ):  # fmt: skip
+        assert ask(*case, **more).lines["largest part"].startswith(words), ask(*case, **more)
+    assert "largest part" not in ask(70, 24).lines
 
 
 def test_an_alternative_fits_if_one_does():
     assert ask(8, 24).alternatives == ("QLoRA", "DoRA")
     large, small = ask(8, 160), ask(8, 16)
     assert large.alternatives == (FULL, "QLoRA")
-    assert "beats LoRA on your task" in large.why and "FSDP" not in large.why
-    assert small.name == "QLoRA" and small.alternatives[0] == "LoRA"
-    assert "Alternatives" not in small.why and "Too large: LoRA (lacks" in small.why
+    assert "lacks" not in large.lines["instead"] and "8-bit" not in large.lines["instead"]
+    assert small.name == "QLoRA" and small.lines["instead"].startswith("LoRA (lacks 1.8 GB) or")
+    assert "if it beats LoRA on your task" in repr(large.fits)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -242,7 +259,7 @@ def test_the_pasted_code_loads_the_base_in_the_bytes_that_are_counted(task):
 
 def test_little_room_is_called_tight():
     for size, gpu, tight in ((6.9, 16, True), (8, 24, False), (70, 48, True)):
-        assert ("That is tight" in ask(size, gpu, context=2048).sentences[0]) == tight
+        assert ("tight" in ask(size, gpu, context=2048).lines["memory"]) == tight
     room = module.usable_bytes(24)
     assert not module.is_tight(room - 0.1001 * 24 * GIB, 24)
     assert module.is_tight(room - 0.0999 * 24 * GIB, 24)
@@ -253,8 +270,8 @@ def test_whether_a_server_loads_it():
         words = module._server(name, "generation")
         assert ("November 2026" in words) == (name != FULL), name
         assert ("refuse" in words) == (name not in ("LoRA", "QLoRA", FULL)), name
-        assert ("merge it before" in words) == (name in ("DoRA", "AdaLoRA", "(IA)³")), name
-    assert "new head" in ask(8, 24, "SEQ_CLS").why
+        assert ("merge it first" in words) == (name in ("DoRA", "AdaLoRA", "(IA)³")), name
+    assert "new head" in ask(8, 24, "SEQ_CLS").lines["server"]
     assert module._server(NOTHING, "generation") == ""
 
 
@@ -272,10 +289,10 @@ def test_the_table_is_in_gigabytes_of_a_billion_bytes():
     base, trained, step, total, left = advice.fits.cells[0][1:6]
     need = needs_of(8, False)["LoRA"].total
     assert (base, total) == ("16.0 GB", f"{need / GB:.1f} GB")
-    assert left == f"{(module.usable_bytes(24) - need) / GB:.1f} GB"
+    assert left == f"{(module.usable_bytes(24) - need) / GB:.1f} GB left"
     parts = sum(float(cell.removesuffix(" GB")) for cell in (base, trained, step))
     assert parts == pytest.approx(float(total.removesuffix(" GB")), abs=0.1)
-    assert f"so {left} are left" in advice.sentences[0]
+    assert left in advice.lines["memory"]
     for task, chunked, end in (
         ("generation", True, "gradient checkpointing, chunked loss"),
         ("generation", False, "gradient checkpointing, whole logits"),
@@ -286,14 +303,14 @@ def test_the_table_is_in_gigabytes_of_a_billion_bytes():
 
 def test_what_does_not_fit_says_what_would():
     advice = ask(70, 24)
-    first = advice.sentences[0]
+    first = advice.lines["memory"]
     assert advice.name == NOTHING and advice.config is None and "QLoRA lacks" in first
-    assert advice.code == "" and repr(advice).startswith("does not fit\n")
+    assert advice.code == "" and advice.lines["method"] == "does not fit"
     assert "shorter texts" not in first  # the weights alone are too large
-    assert "shorter texts" in ask(8, 8, context=32_768).sentences[0]
+    assert "shorter texts" in ask(8, 8, context=32_768).lines["memory"]
     largest = float(first.partition("at most ")[2].partition(" billion")[0])
     assert ask(largest, 24).name != NOTHING == ask(1.1 * largest, 24).name
-    assert "no language model of this kind fits" in ask(1, 0.3).sentences[0]
+    assert "no language model of this kind fits" in ask(1, 0.3).lines["memory"]
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
@@ -349,9 +366,9 @@ def test_the_pasted_trainer_is_given_all_that_is_defined():
 
 
 def test_a_task_has_several_names():
-    why = ask(7, 24, TaskType.SEQ_CLS).why
+    lines = ask(7, 24, TaskType.SEQ_CLS).lines
     for task_type in ("Classification", "SEQ_CLS", "seq-cls", "text classification"):
-        assert ask(7, 24, task_type).why == why
+        assert ask(7, 24, task_type).lines == lines
 
 
 def test_an_advice_can_be_made_by_its_name():
@@ -359,7 +376,8 @@ def test_an_advice_can_be_made_by_its_name():
     assert Advice("LoRA").arguments["method"] == "lora"
     for name in module.NAMES:
         advice = Advice(name)
-        assert repr(advice) == name and name in advice._repr_html_() and advice.code == ""
+        assert advice.lines == {"method": name} and name in advice._repr_html_()
+        assert advice.code == ""
 
 
 GOOD = {"model_size_b": 7, "gpu_memory_gb": 24, "task_type": "generation", "num_examples": 1000}
