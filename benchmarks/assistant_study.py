@@ -7,7 +7,9 @@ once through, in 40 steps of 8; only the answer and its end token count in the l
 each run to data/results/assistant_study.csv. The learning rate is chosen by the validation split,
 and more are tried as long as the best lies at the edge of those that were tried.
 
-What is frozen is in bfloat16, or in 4 bits, what trains in float32, and products are in bfloat16.
+What is frozen is in bfloat16, what trains in float32, and products are in bfloat16. There is no
+QLoRA: the bundled weights were rounded to another 4-bit format before, and a second rounding says
+nothing of the first.
 `validation` and `test` are means, over answers, of the loss per token of an answer, in nats;
 `losses` holds those of the test split, so that any two runs can be paired. `memory` is the
 perplexity of Jane Austen's novels, of which no step has seen anything.
@@ -18,7 +20,6 @@ from functools import cache
 import torch
 from choosing_study import widened
 from common import RUN, Results, at_best, fill_table, in_float32
-from peft import LoraConfig, get_peft_model
 
 from peft_lessons import evaluate, fit, freeze, inject, load_task, measure
 from peft_lessons.data.base_models import load_model, load_tokenizer
@@ -36,7 +37,6 @@ RATES = {
     "base": (0.0,),
     "lora": MIDDLE,
     "full": LOW,
-    "qlora": MIDDLE,
     "dora": MIDDLE,
     "rslora": (1e-4, 3e-4, 1e-3),
     "ia3": HIGH,
@@ -62,13 +62,10 @@ def described(method: str) -> Method:
 
 def build(method: str, seed: int) -> torch.nn.Module:
     """Return the assistant with a method in it, what trains in float32, ready to train."""
-    model = load_model("smollm2", dtype=torch.bfloat16, four_bit=method == "qlora")
+    model = load_model("smollm2", dtype=torch.bfloat16)
     torch.manual_seed(seed)
     if method == "base":
         freeze(model)
-    elif method == "qlora":  # bitsandbytes' layers, which the course's methods do not take
-        config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
-        model = get_peft_model(model, config)
     elif method != "full":
         inject(model, described(method))
     in_float32(model)

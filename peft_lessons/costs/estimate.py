@@ -552,3 +552,25 @@ def training_memory(
         activations=sum(kept.values()),
         at_work=at_work,
     )
+
+
+def components(
+    model: str | Shape | PreTrainedConfig,
+    method: Method | None = None,
+    recipe: str = "mixed precision",
+    **sizes: Any,
+) -> dict[str, float]:
+    """Return `training_memory` in bytes as the four terms of lesson 13: {"base", "trainable",
+    "blocks", "logits"}. What is at work where the backward pass begins belongs to the blocks or to
+    the logits, whichever it is. Arguments and errors as there."""
+    memory = training_memory(model, method, recipe, **sizes)
+    lean = training_memory(model, method, recipe, **sizes | {"chunked": True})
+    per = RECIPES[recipe]
+    widths = {"weight": int(per.frozen), "adapter": None if method is None else int(per.weight)}
+    logits = activations(model, method, **widths, **sizes)["head"]
+    if memory.at_work > lean.at_work:  # than the block that is at work otherwise
+        logits += memory.at_work
+    frozen = memory.weights if method is not None else 0.0
+    trainable = memory.weights - frozen + memory.adapter + memory.gradients + memory.optimizer
+    blocks = memory.total - frozen - trainable - logits
+    return {"base": frozen, "trainable": trainable, "blocks": blocks, "logits": logits}

@@ -21,16 +21,13 @@ if TYPE_CHECKING:
 QUESTIONS = 1319  # of GSM8K's test split
 # {model: billions of parameters}; from one to the next at the geometric mean.
 MINILM, TINYLM, SMOLLM2, LLAMA = 0.0226, 0.0032, 0.135, 3.2
-# {method of assistant_study.csv: its name in a table}, in the order of the table. Without QLoRA: the
-# bundled weights were rounded to another 4-bit format before, so its rows say nothing of NF4.
+# {method of assistant_study.csv: its name in a table}, in the order of the table.
 ASSISTANT = {
     "base": "base, untouched",
     "lora": "LoRA",
     "full": "full fine-tuning",
     "dora": "DoRA",
     "rslora": "rsLoRA, rank 64",
-    "lora, rank 64": "LoRA, rank 64",
-    "lora, query and value": "LoRA, query and value",
     "last two": "last two blocks",
     "ia3": "(IA)³",
     "prompt": "prompt",

@@ -27,7 +27,7 @@ from ..engine import Method, method_facts, validate
 from ..engine.facts import InPeft, Recommended
 from ..methods.lora import FACTORS
 from ..studies import Explorer, Table, explore, table
-from .estimate import GB, GIB, Memory, Shape, training_memory
+from .estimate import GB, GIB, Memory, Shape, components, training_memory
 from .evidence import evidence
 
 FULL, NOTHING = "full fine-tuning", "does not fit"
@@ -342,7 +342,7 @@ def recommend_peft_method(
     rate = _rate(chosen, asked)
     reasons = {
         "memory": _decision(chosen, needs, asked),
-        "largest part": _largest_part(needs[chosen], chosen, asked) if fitting else "",
+        "largest part": _largest_part(chosen, asked) if fitting else "",
         "learning rate": _first_rates(rate),
         "instead": _others(alternatives, needs, asked),
         "server": _server(chosen, kind),
@@ -395,28 +395,32 @@ def _decision(chosen: str, needs: Mapping[str, Memory], asked: _Asked) -> str:
         shorter = need.total - need.activations - need.at_work < asked.usable
         texts = ", or shorter texts" if shorter else ""
         return (
-            f"{room}, and even {least} lacks {-asked.left(need):.1f} GB; {_at_most(asked.largest())}; "
-            f"or take a larger GPU or several{texts}"
+            f"{room}, and even {least} lacks {-asked.left(need):.1f} GB; "
+            f"{_at_most(asked.largest())}; or take a larger GPU or several{texts}"
         )
     need = needs[chosen]
     tight = "; tight, so try the longest text first" if is_tight(need.total, asked.gpu) else ""
     return f"{need.total / GB:.1f} of {room}, {asked.left(need):.1f} GB left{tight}"
 
 
-def _largest_part(need: Memory, chosen: str, asked: _Asked) -> str:
+def _largest_part(chosen: str, asked: _Asked) -> str:
     """Name the largest part of a training's memory, and what shrinks it."""
-    four_bit = CANDIDATES[chosen].four_bit
-    trained = need.adapter + need.gradients + need.optimizer
-    parts = {
-        "base": (need.weights, "a smaller model" if four_bit else "4 bits (QLoRA)"),
-        "trained weights and Adam": (trained, "LoRA" if chosen == FULL else "a lower rank"),
-        "text, in blocks and logits": (
-            need.activations + need.at_work,
-            "shorter texts" if asked.labels or asked.sizes["chunked"] else "a chunked loss",
-        ),
+    candidate, shape = CANDIDATES[chosen], Shape.of_size(asked.size * 1e9, tied=asked.labels)
+    parts = components(
+        shape,
+        candidate.method,
+        checkpointing=candidate.checkpointing,
+        labels=asked.labels,
+        **asked.sizes,
+    )
+    name = max(parts, key=parts.get)
+    lever = {
+        "base": "a smaller model" if candidate.four_bit else "4 bits (QLoRA)",
+        "trainable": "LoRA" if chosen == FULL else "a lower rank",
+        "blocks": "a shorter text",
+        "logits": "a chunked loss",
     }
-    name, (size, lever) = max(parts.items(), key=lambda part: part[1][0])
-    return f"the {name}: {size / GB:.1f} GB, which {lever} would shrink"
+    return f"{name}, {parts[name] / GB:.1f} GB; to shrink: {lever[name]}"
 
 
 def _at_most(size: float) -> str:

@@ -22,7 +22,15 @@ from peft_lessons import (
     measure,
 )
 from peft_lessons.costs import estimate
-from peft_lessons.costs.estimate import GB, MODELS, NF4_BITS, Shape, activations, training_memory
+from peft_lessons.costs.estimate import (
+    GB,
+    MODELS,
+    NF4_BITS,
+    Shape,
+    activations,
+    components,
+    training_memory,
+)
 from peft_lessons.engine import injected_copy, registered_methods
 
 PUBLISHED = {
@@ -254,6 +262,26 @@ def test_parts_make_up_the_peak_of_a_step():
     step = measure.training_step(model, batch, repeats=1)
     predicted = memory.gradients + memory.activations + memory.at_work
     assert predicted == pytest.approx(step.peak, rel=0.07)
+
+
+def test_the_four_terms_are_those_of_the_formula():
+    shape, tokens = Shape.of("Llama-3-8B"), 32_768
+    for levers in ({}, {"checkpointing": True}, {"checkpointing": True, "chunked": True}):
+        for method, base, trained in (
+            (LoRA(), 2 * shape.parameters, 16 * shape.added(LoRA())),
+            (None, 0, 16 * shape.parameters),
+        ):
+            parts = components("Llama-3-8B", method, context=tokens, **levers)
+            memory = training_memory("Llama-3-8B", method, context=tokens, **levers)
+            assert sum(parts.values()) == pytest.approx(memory.total)
+            assert (parts["base"], parts["trainable"]) == pytest.approx((base, trained))
+            whole = 12 * shape.vocabulary * tokens
+            if "chunked" in levers:
+                assert parts["logits"] < whole / 100 and memory.at_work < parts["blocks"]
+            else:
+                read = 0 if method else 2 * shape.width * tokens  # by the head, which trains
+                assert parts["logits"] == pytest.approx(whole + read)
+    assert components("Llama-3-8B", LoRA(), labels=True)["logits"] < 1e6 * 2048
 
 
 def test_what_cannot_be_is_refused():
