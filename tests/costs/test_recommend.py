@@ -233,7 +233,7 @@ def test_the_largest_part_of_the_memory_has_its_lever():
         ("base, 16.0 GB; to shrink: 4 bits (QLoRA)", (8, 24), {}),
         ("base, 5.7 GB; to shrink: a smaller model", (8, 16), {}),
         ("logits, 50.4 GB; to shrink: a chunked loss", (8, 80), long | {"chunked": False}),
-        ("blocks, 10.3 GB; to shrink: a shorter text", (8, 24), {"context": 16_384}),
+        ("blocks, 8.9 GB; to shrink: a shorter text", (8, 24), {"context": 16_384}),
     ):
         assert ask(*case, **more).lines["largest part"] == words
     assert "largest part" not in ask(70, 24).lines
