@@ -20,9 +20,9 @@ import common
 import torch
 from catalogue import BASES, SETTINGS, schedule, setting
 from common import CHOICES, MEASURED, RUN, STEPS, Results, at_best, base_of, load, measured
-from selective_study import Watched, train_in_halves
+from selective_study import train_in_halves
 
-from peft_lessons import evaluate, freeze, inject, load_task, load_tokenizer
+from peft_lessons import DiffPruning, evaluate, freeze, inject, load_task, load_tokenizer
 from peft_lessons.data.tasks import LanguageTask, Split
 
 ALL = 0  # examples; a row says how many they are
@@ -125,7 +125,7 @@ def build(task: str, method: str, steps: int, seed: int) -> torch.nn.Module:
     """Return the base with a method in it, ready to train."""
     model, plan = base_of(task, seed), schedule(steps) if method == "adalora" else {}
     if method == "diff":
-        inject(model, Watched())
+        inject(model, DiffPruning())
     elif (name := NAMED.get(method, method)) in SETTINGS:
         inject(model, setting(name, task, **plan))
     elif method != "full":  # the head, or nothing
@@ -174,7 +174,7 @@ def run(name: str, method: str, examples: int, lr: float, seed: int) -> dict:
     steps = FEW_STEPS[name] if examples == 100 else STEPS[name]
     model, train = build(name, method, steps, seed), common.plain
     if method == "diff":
-        train = partial(train_in_halves, path=[], one_in=ONE_IN)
+        train = partial(train_in_halves, one_in=ONE_IN)
     row = measured(model, task, lr, seed, train, steps)
     return row | {"memory": f"{memory(model, known):.5f}"}
 
