@@ -143,9 +143,10 @@ def test_a_model_without_biases_is_refused():
     assert fingerprint(model) == digest
 
 
-def test_bitfit_chooses_what_the_exercise_asks_for():
+def test_bitfit_chooses_all_biases_in_order():
     for model in (tiny_qwen2(), tiny_opt()):
-        assert list(BitFit().select(model)) == check.selective.select_bitfit.reference(model)
+        names = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+        assert list(BitFit().select(model)) == names
     model = nn.TransformerEncoderLayer(8, 2, 12)  # which calls one of them in_proj_bias
     inject(model, BitFit())
     named = ("self_attn.out_proj", "linear1", "linear2", "norm1", "norm2")
@@ -406,8 +407,8 @@ def logistic_draws(log_alpha, low, high, temperature, n, seed):
 
 
 @pytest.mark.parametrize("settings", [(-1.5, 1.5, 1.0), (-0.4, 2.0, 1.7)])
-def test_the_exercises_expectations_agree_with_draws(settings):
-    """What two checks take for right, against a sampler that shares nothing with them."""
+def test_the_exercises_expectation_agrees_with_draws(settings):
+    """What the check takes for right, against a sampler that shares nothing with them."""
     log_alpha = torch.tensor([-4.0, -1.0, 0.0, 0.7, 3.0], requires_grad=True)
     n = 200_000
     z = logistic_draws(log_alpha.detach(), *settings, n, seed=5)
@@ -418,10 +419,6 @@ def test_the_exercises_expectations_agree_with_draws(settings):
     sides = [log_alpha.detach() + step for step in (0.25, -0.25)]
     up, down = ((logistic_draws(a, *settings, n, 6) > 0).mean(0) for a in sides)
     assert np.abs((up - down) / 0.5 - gradient.numpy()).max() < 0.01
-    u = torch.rand(n, 5, generator=torch.Generator().manual_seed(0))
-    drawn = check.selective.hard_concrete.reference(log_alpha.detach().expand(n, 5), u, *settings)
-    assert np.abs(drawn.numpy().mean(0) - z.mean(0)).max() < 0.01
-    assert np.abs((drawn.numpy() == 1).mean(0) - (z == 1).mean(0)).max() < 0.01
 
 
 # ------------------------------------------------------------------ one layer with a difference
