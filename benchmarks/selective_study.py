@@ -10,6 +10,9 @@ before training: at random, or the largest weights.
 `diff` is diff pruning in two halves: the first finds where to keep one number in `size`, by the
 gates or by the magnitude of a difference that trains without them, the second trains these alone.
 `trainable` counts what trains in the first half.
+
+`mask` trains one number in `size` from the first step: entries drawn at random, or those of largest
+gradient in each matrix, shared out over its rows.
 """
 
 from functools import partial
@@ -17,6 +20,7 @@ from functools import partial
 import common
 from catalogue import named, setting
 from common import BEFORE_TOO, NAMES, RUN, at_best, fill_table, load, measured, plain
+from entries_study import only, weights_of
 
 from peft_lessons import DiffPruning, fit, inject
 from peft_lessons.engine import injection_of
@@ -34,6 +38,7 @@ SETTINGS = {  # (task, method, variant, blocks, one in how many numbers, or rank
     ("austen", "last", "", 2): MIDDLE,
     **{("austen", "diff", kind, 200): (*HIGH, 1e-1) for kind in DIFFS},
     **{("austen", "sparse", kind, 8): (1e-2, 3e-2, 1e-1) for kind in SPARSE},
+    **{("austen", "mask", kind, 200): (3e-2, 1e-1, 3e-1) for kind in ("random", "rows")},
 }
 KEY = (*NAMES, *RUN)
 
@@ -48,14 +53,17 @@ def train_in_halves(model, task, steps: int, lr: float, seed: int, one_in: int):
 
 def run(name: str, method: str, variant: str, size: int, lr: float, seed: int) -> dict:
     """Train one point and return its measured columns."""
-    model, train = common.base_of(name, seed), plain
-    if method == "diff":
+    model, train, counted = common.base_of(name, seed), plain, {}
+    if method == "mask":
+        entries = sum(weight.numel() for weight in weights_of(model)) // size
+        counted = {"trainable": only(model, variant, entries, 0, seed)}
+    elif method == "diff":
         inject(model, DiffPruning(gates=variant != "magnitude"))
         train = partial(train_in_halves, one_in=size)
     else:
         changes = {"last": size} if method == "last" else {}
         inject(model, setting(named(method, variant), name, **changes))
-    return measured(model, load(name), lr, seed, train, before=True)
+    return measured(model, load(name), lr, seed, train, before=True) | counted
 
 
 if __name__ == "__main__":
