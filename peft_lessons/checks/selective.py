@@ -25,7 +25,7 @@ def _curve(n, first=3_000):
 def _at(curve, number, share):
     """Return a curve and a fall between its points `number` and `number` + 1."""
     low, high = list(curve.values())[number : number + 2]
-    return [curve, low + share * (high - low)]
+    return [curve, high if share == 1 else low + share * (high - low)]
 
 
 def _beyond(curve, step):
