@@ -49,10 +49,9 @@ SETTINGS = [  # (model, method, recipe, batch, context, lever)
     ("tinylm", "LoRA", "all float32", 16, 128, ""),
     ("tinylm", "full", "all float32", 16, 128, ""),
     ("SmolLM2", "LoRA", "all float32", 1, 1024, ""),
-    ("tinylm", "LoRA", "all float32", 64, 128, ""),
-    ("SmolLM2", "full", "all float32", 1, 256, ""),
-    ("SmolLM2", "LoRA", "all float32", 1, 512, "checkpointing"),
-    ("SmolLM2", "full", "pure bfloat16", 1, 256, ""),
+    ("SmolLM2", "full", "all float32", 1, 1024, ""),
+    ("tinylm", "LoRA", "all float32", 16, 128, "checkpointing"),
+    ("tinylm", "LoRA", "all float32", 16, 128, "chunked"),
 ]
 KEY = ("model", "method", "recipe", "batch", "context", "lever")
 COLUMNS = ("formula", "traced", "allocated", "resident")
