@@ -22,3 +22,6 @@ def test_lora_s_seconds_give_a_cheaper_method_more_steps_and_its_bytes_more_text
         assert (row.steps, row.batch) == spends[budget_study.BUDGETS.index(row.budget)]
         assert (row.budget == "bytes") <= ((row.batch > standard[1]) == (row.method != "full"))
         assert row.seed in SEEDS
+    for budget, seeds in (("seconds", SEEDS), ("bytes", SEEDS[:1])):
+        found = rows[rows["budget"] == budget].groupby("seed").size()
+        assert tuple(found.index) == tuple(seeds) and set(found) == {3}
