@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -92,11 +92,14 @@ def marks() -> dict[str, Mark]:
 
 class _Map:
     """Draw the parts of a transformer block, those of the `lit` places in their colours; LoRA
-    beside the linear maps named in `targets`."""
+    beside the linear maps named in `targets`. `colors` replaces the colours of some places."""
 
-    def __init__(self, ax: Axes, lit: Sequence[str], targets: Sequence[str]):
+    def __init__(
+        self, ax: Axes, lit: Sequence[str], targets: Sequence[str], colors: Mapping[str, str]
+    ):
         self.ax, self.lit, self.targets, self.places = ax, lit, targets, places()
         self.colors = {name: COLORS[place.color] for name, place in self.places.items()}
+        self.colors |= colors
 
     def part(self, place: str, *args: Any, text: str = "", **kw: Any) -> None:
         """Draw a box of a place: coloured if lit, else grey in the base and a dashed outline for
@@ -205,25 +208,31 @@ class _Map:
         self.linear(504, 222, "down", side=1)
 
 
-def block_map(*lit: str, caption: str = "", targets: Iterable[str] = LINEAR_MAPS) -> None:
+def block_map(
+    *lit: str,
+    caption: str = "",
+    targets: Iterable[str] = LINEAR_MAPS,
+    colors: Mapping[str, str] | None = None,
+) -> None:
     """Show a transformer block with the named places lit: trainable parts are coloured and
     labelled, the rest is grey. Without a name all places are lit, as a map of the course.
 
     Places: "prompt", "prefix", "LoRA", "adapter", "IA3", "BitFit", "norms" and "head". Beside
     "LoRA", the names "DoRA" and "QLoRA" mark its magnitudes m and the weights in 4 bits. `targets`
-    names the linear maps that LoRA is beside, all unless given. Raises ValueError for another
-    name, or for targets that are a string or empty."""
+    names the linear maps that LoRA is beside, all unless given. `colors` is {place: colour}, for
+    places that take another colour than their own. Raises ValueError for another name, or for
+    targets that are a string or empty."""
     if isinstance(targets, str) or not (targets := tuple(targets)):
         raise ValueError(f"targets={targets!r} must be a sequence, such as ('query', 'value')")
     if other := [name for name in targets if name not in LINEAR_MAPS]:
         raise ValueError(f"targets: {other[0]!r} must be one of {', '.join(LINEAR_MAPS)}")
     known = (*PLACES, *marks())
-    if unknown := [name for name in lit if name not in known]:
+    if unknown := [name for name in (*lit, *(colors or {})) if name not in known]:
         raise ValueError(f"block_map: {unknown[0]!r} must be one of {', '.join(known)}")
     chosen = [place for place in PLACES if place in (lit or PLACES)]
     signs = [marks()[name] for name in lit if name not in PLACES]
     fig, ax = canvas(776, 326, 7.76)
-    draw = _Map(ax, [*chosen, *(mark.name for mark in signs)], targets)
+    draw = _Map(ax, [*chosen, *(mark.name for mark in signs)], targets, colors or {})
     box(ax, 88, 36, 590, 266, color=_FRAME, dashed=True)
     ax.text(676, 306, "× L blocks", ha="right", va="bottom", size=9, color=INK)
     draw.embeddings()

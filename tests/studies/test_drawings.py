@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -91,6 +92,15 @@ def test_the_marks_of_dora_and_qlora_are_shown_where_they_are_named(drawn):
     packed = [sum("4 bit" in text for text in texts(fig)) for fig, *_ in drawn]
     assert packed == [0, 0, 7, 0]  # six linear maps and the key
     assert "Marked: the magnitudes m of DoRA" in drawn[2][1] and "Marked" not in drawn[0][1]
+
+
+def test_places_take_the_colours_that_are_given(drawn):
+    plots.block_map("prompt", "head", colors={"prompt": "#ff0000"})
+    ((fig, *_),) = drawn
+    edges = [to_hex(patch.get_edgecolor()) for patch in fig.axes[0].patches]
+    assert "#ff0000" in edges and figures.COLORS[places()["head"].color].lower() in edges
+    with pytest.raises(ValueError, match="'lora' must be one of"):
+        plots.block_map("head", colors={"lora": "#ff0000"})
 
 
 # ------------------------------------------------------------------ the growing chart
