@@ -52,6 +52,10 @@ SETTINGS = [  # (model, method, recipe, batch, context, lever)
     ("SmolLM2", "full", "all float32", 1, 1024, ""),
     ("tinylm", "LoRA", "all float32", 16, 128, "checkpointing"),
     ("tinylm", "LoRA", "all float32", 16, 128, "chunked"),
+    ("tinylm", "LoRA", "all float32", 64, 128, ""),
+    ("SmolLM2", "full", "all float32", 1, 128, ""),
+    ("SmolLM2", "LoRA", "all float32", 1, 256, "checkpointing"),
+    ("SmolLM2", "full", "pure bfloat16", 1, 128, ""),
 ]
 KEY = ("model", "method", "recipe", "batch", "context", "lever")
 COLUMNS = ("formula", "traced", "allocated", "resident")
@@ -59,7 +63,7 @@ COLUMNS = ("formula", "traced", "allocated", "resident")
 
 def resident(name: str) -> int:
     """Return what Linux says of this process, in bytes: VmRSS is what it holds, VmHWM the most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
