@@ -101,7 +101,7 @@ def most(setting: tuple, by_linux: bool) -> int:
         step()
     optimizer.zero_grad()
     if by_linux:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the most so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the most so far
         step()
         return resident("VmHWM") - before
     return measure.held_bytes(model, optimizer).total + measure.peak_bytes(step)

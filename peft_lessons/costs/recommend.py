@@ -231,7 +231,7 @@ class Advice:
 
     def _repr_html_(self) -> str:
         rows = (
-            f'<tr><th style="text-align:left">{html.escape(about)}</th>'
+            f'<tr><th scope="row" style="text-align:left">{html.escape(about)}</th>'
             f'<td style="text-align:left">{html.escape(line)}</td></tr>'
             for about, line in self.lines.items()
         )
