@@ -131,3 +131,10 @@ def test_a_lesson_exports_nothing_and_imports_neither_tools_nor_tests():
 def test_a_lesson_needs_few_names_and_each_is_there():
     assert len(peft_lessons.__all__) == len(set(peft_lessons.__all__)) <= 52
     assert all(hasattr(peft_lessons, name) for name in peft_lessons.__all__)
+
+
+def test_each_file_of_tests_has_a_name_of_its_own():
+    """Two of one name can't be collected together, which a run of one folder doesn't show."""
+    names = [path.name for folder in ("tests", "classroom/tests") for path in sources(folder)]
+    tests = [name for name in names if name.startswith("test_")]
+    assert len(tests) > 50 and len(tests) == len(set(tests))
