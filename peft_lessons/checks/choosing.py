@@ -7,7 +7,7 @@ from contextlib import suppress
 from numbers import Real
 from typing import Any
 
-from ..costs.estimate import GB, Memory, Shape, activations, training_memory
+from ..costs.estimate import GB, Memory, Shape, components, training_memory
 from ..costs.recommend import CANDIDATES, usable_bytes
 from ..studies import student_t
 from ..testing.wording import kind
@@ -313,31 +313,20 @@ def _read(function: Callable) -> dict[str, Any]:
     return page
 
 
-def _settings(page: Mapping, method: str) -> tuple[Any, dict[str, Any]]:
-    """Return a candidate's method and the settings of its training on a page."""
-    one = CANDIDATES[method]
-    on = {name: name in page["levers"] for name in _LEVERS}
-    checkpointing = on["checkpointing"] and one.checkpointing
-    more = {"context": page["tokens"], "checkpointing": checkpointing}
-    return one.method, more | {"chunked": on["chunked loss"]}
+def _settings(page: Mapping, method: str) -> dict[str, Any]:
+    """Return a candidate's training on a page, as arguments of an estimate."""
+    one, levers = CANDIDATES[method], page["levers"]
+    return {
+        "model": page["model"],
+        "method": one.method,
+        "context": page["tokens"],
+        "checkpointing": one.checkpointing and "checkpointing" in levers,
+        "chunked": "chunked loss" in levers,
+    }
 
 
 def _memory(page: Mapping, method: str) -> Memory:
-    method, more = _settings(page, method)
-    return training_memory(page["model"], method, **more)
-
-
-def _components(page: Mapping) -> dict[str, float]:
-    """Return the bytes of the four components of the formula, with the levers of a page."""
-    method, more = _settings(page, page["method"])
-    memory = training_memory(page["model"], method, **more)
-    logits = activations(page["model"], method, **more)["head"]
-    lean = training_memory(page["model"], method, **more | {"chunked": True})
-    if memory.at_work > lean.at_work:  # than the block that is at work otherwise
-        logits += memory.at_work
-    trainable = memory.adapter + memory.gradients + memory.optimizer
-    parts = {"base": memory.weights, "trainable": trainable, "logits": logits}
-    return parts | {"blocks": memory.total - sum(parts.values())}
+    return training_memory(**_settings(page, method))
 
 
 def _fits(page: Mapping, method: str) -> bool:
@@ -372,7 +361,7 @@ def _lora_comes_first(page: Mapping) -> str:
 
 
 def _it_is_the_largest(page: Mapping) -> str:
-    parts, told = _components(page), page["largest"]
+    parts, told = components(**_settings(page, page["method"])), page["largest"]
     if parts[told] < 0.95 * max(parts.values()):
         sizes = f"It takes {_gb(parts[told])}, another one {_gb(max(parts.values()))}."
         raise Refused(f"{told!r} is not the largest component with these levers", sizes)

@@ -151,6 +151,7 @@ def page(**changes):
 QWEN = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
 QWEN |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936}
 SMALL = {"model": "SmolLM3-3B", "gpu": 80, "method": "full fine-tuning", "rival": "LoRA"}
+WIDE = SMALL | {"gpu": 160, "tokens": 32_768}  # 16 bytes a weight are level with the logits
 LARGE = {"model": "Llama-3.3-70B", "gpu": 80, "tokens": 2048, "method": "QLoRA"}
 
 # Without a name of their own, they have the one of what they answer.
@@ -162,6 +163,7 @@ for right_page in (
     page(levers="checkpointing", tokens=32_768, gpu=80, largest="logits"),
     page(method="(IA)³", rival="LoRA", learning_rate=0.01),
     page(**SMALL, largest="trainable", learning_rate=1e-5, seeds=torch.tensor(6).item()),
+    page(**WIDE, levers="checkpointing", largest="trainable", learning_rate=1e-5),
     page(**LARGE, rival="LoRA", rival_model="Qwen3-32B"),
     page(model=Qwen3Config(**QWEN, tie_word_embeddings=True), gpu=8, seeds=np.int64(9)),
 ):
