@@ -565,9 +565,7 @@ def components(
     the logits, whichever it is. Arguments and errors as there."""
     memory = training_memory(model, method, recipe, **sizes)
     lean = training_memory(model, method, recipe, **sizes | {"chunked": True})
-    per = RECIPES[recipe]
-    widths = {"weight": int(per.frozen), "adapter": None if method is None else int(per.weight)}
-    logits = activations(model, method, **widths, **sizes)["head"]
+    logits = activations(model, method, weight=int(RECIPES[recipe].frozen), **sizes)["head"]
     if memory.at_work > lean.at_work:  # than the block that is at work otherwise
         logits += memory.at_work
     frozen = memory.weights if method is not None else 0.0

@@ -109,7 +109,8 @@ def gap(sites: list[Site], delta: Callable[[Site], torch.Tensor]) -> float:
     worst = 0.0
     for site in sites:
         change = site.new - site.h  # (..., d)
-        off, size = ((change - zero).abs().max().item() for zero in (delta(site), 0))
+        off = (change - delta(site)).abs().max().item()
+        size = change.abs().max().item()
         worst = max(worst, off / size if size else float("inf"))
     return worst
 

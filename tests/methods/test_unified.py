@@ -198,7 +198,7 @@ def test_the_gap_is_that_of_the_worst_site():
     def delta(site):
         return wrong.get(id(site), 1.0) * (site.new - site.h)
 
-    assert gap([*sites[1:], small], delta) == 1.0
+    assert gap([*sites[1:], small], delta) == gap([small, *sites[1:]], delta) == 1.0
     assert gap(sites[1:], delta) == 0.0
 
 

@@ -7,7 +7,8 @@ import torch
 from tiny import TinyTask, same, state, tiny_bert
 from torch import nn
 
-from peft_lessons import LoRA, disabled, evaluate, fit, freeze, inject, merge
+from peft_lessons import AdaLoRA, LoRA, disabled, evaluate, fit, freeze, inject, merge
+from peft_lessons.engine import injection_of
 from peft_lessons.methods.variants import LoRAPlus
 from peft_lessons.train.rates import gradient_sum
 
@@ -42,6 +43,17 @@ def test_the_sum_is_that_of_the_mean_gradient_of_the_batches():
     both = {name: torch.cat([batch[name] for batch in BATCHES]) for name in BATCHES[0]}
     assert gradient_sum(model, BATCHES) == pytest.approx(gradient_sum(model, [both]))
     assert gradient_sum(model, BATCHES) < sum(gradient_sum(model, [b]) for b in BATCHES) / 2
+
+
+def test_the_penalty_of_a_method_is_part_of_the_loss():
+    schedule = {"tinit": 1, "tfinal": 1, "delta": 1, "total_steps": 5}
+    model = injected(AdaLoRA(4, 2, 6, ("query", "value"), orthogonal=0.5, **schedule))
+    loss = sum(model.eval()(**batch).loss for batch in BATCHES) / 2
+    injection = injection_of(model)
+    (loss + injection.method.penalty(injection)).backward()
+    expected = sum(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+    assert gradient_sum(model, BATCHES) == pytest.approx(expected)
 
 
 def test_refusals():
