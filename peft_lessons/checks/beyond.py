@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..methods.qlora import dequantize_nf4, quantize_nf4
-from .kit import Case, check_for
+from .kit import Case, check_for, first_of
 from .mistakes import mistakes
 
 # ------------------------------------------------------------------ gradient_sum
@@ -190,13 +190,6 @@ def _with_runs(note, runs, a, b):
     return f"a={a!r}, b={b!r}" + (f" ({note})" if note else "") + f", {', '.join(_COLUMNS)}: {rows}"
 
 
-def _in_this_order(answer):
-    """Return the parts in the order in which a fault is named: the learning rates decide the
-    rest."""
-    first = {name: answer[name] for name in ("lr", "pairs", "at_edge") if name in answer}
-    return first | dict(answer)
-
-
 @check_for(
     form="any",
     cases=[
@@ -237,7 +230,7 @@ def _in_this_order(answer):
         ),
     ],
     describe=_with_runs,
-    view=_in_this_order,
+    view=first_of("lr", "pairs", "at_edge"),  # the learning rates decide the rest
     staged=True,
     causes=mistakes(
         """

@@ -10,9 +10,8 @@ from typing import Any
 from ..costs.estimate import GB, Memory, Shape, components, training_memory
 from ..costs.recommend import CANDIDATES, usable_bytes
 from ..studies import student_t
-from ..testing.wording import kind
 from .compare import difference, few
-from .kit import Case, Refused, check_for
+from .kit import Case, Refused, check_for, dict_of, first_of
 from .mistakes import mistakes
 
 # ------------------------------------------------------------------ fits
@@ -275,12 +274,7 @@ _START = {"full fine-tuning": 2e-5} | dict.fromkeys(("LoRA", "QLoRA", "DoRA", "A
 
 def _read(function: Callable) -> dict[str, Any]:
     """Return the page, its entries of the right kind; Refused if they are not."""
-    if not callable(function):
-        raise Refused(f"pass the function itself, not {kind(function)}")
-    result = function()
-    if not isinstance(result, Mapping):
-        raise Refused(difference(result, {}) or "the result is no dict")
-    page = {str(key): value for key, value in result.items()}
+    page = {str(key): value for key, value in dict_of(function).items()}
     if missing := [key for key in _ENTRIES if key not in page]:
         raise Refused(f"the page lacks {few(missing)}")
     for key in ("gpu", "tokens", "learning rate", "margin", "spread", "seeds"):
@@ -502,12 +496,6 @@ def _interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def _in_order(answer: dict) -> dict:
-    """Return the parts in the order in which a fault is named: the intervals decide the rest."""
-    first = {name: answer[name] for name in ("behind", "method", "left") if name in answer}
-    return first | dict(answer)
-
-
 @check_for(
     form="any",
     describe=_with_means,
@@ -525,7 +513,7 @@ def _in_order(answer: dict) -> dict:
         _called({"lora": (17.9, 85.4), "prompt": (15.5, 50.0)}, 24),
     ],
     returns="the answer",
-    view=_in_order,
+    view=first_of("behind", "method", "left"),  # the intervals decide the rest
     staged=True,
     tolerance=_TOLERANCE,
     causes=mistakes(

@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ..testing.wording import kind
-from .check import Refused
-from .compare import difference, few
+from .compare import few
+from .kit import Refused, dict_of
 
 
 def diagnosis(broken: Mapping[str, tuple[str, str]], what: str = "run") -> dict[str, Any]:
@@ -20,11 +19,7 @@ def diagnosis(broken: Mapping[str, tuple[str, str]], what: str = "run") -> dict[
 
     def named(function: Callable) -> dict[str, str]:
         # Leaves out what the answer leaves open.
-        if not callable(function):
-            raise Refused(f"pass the function itself, not {kind(function)}")
-        result = function()
-        if not isinstance(result, Mapping):
-            raise Refused(difference(result, {}) or "the result is no dict")
+        result = dict_of(function)
         texts = {run: "" if cause is None else str(cause) for run, cause in result.items()}
         given = {str(run).strip().upper(): cause for run, cause in texts.items() if cause.strip()}
         if unknown := sorted(given.keys() - broken.keys()):

@@ -11,9 +11,10 @@ from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from ..testing.wording import summary
+from ..testing.wording import kind, summary
 from .calls import is_stub, lines_of, module_of, outcome
 from .check import Check, Refused, Verdict, WrongAnswer
+from .compare import difference
 from .compared import Case, Compared, Forbid, refused
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "Verdict",
     "WrongAnswer",
     "check_for",
+    "dict_of",
     "draw_variant",
+    "first_of",
     "refused",
 ]
 
@@ -82,6 +85,26 @@ def check_for(**settings: Any) -> Callable[[Callable], Check]:
     if it has trials, else those of `Compared`; and those of `Check`."""
     form = Tried if "trials" in settings else Compared
     return lambda reference: form(reference, **settings)
+
+
+def dict_of(function: Callable) -> Mapping:
+    """Return the dict that an answer without arguments returns; Refused if it is none."""
+    if not callable(function):
+        raise Refused(f"pass the function itself, not {kind(function)}")
+    result = function()
+    if not isinstance(result, Mapping):
+        raise Refused(difference(result, {}) or "the result is no dict")
+    return result
+
+
+def first_of(*names: str) -> Callable[[Mapping], dict]:
+    """Return a view of a dict whose first parts are these: a fault is named in this order."""
+
+    def view(answer: Mapping) -> dict:
+        first = {name: answer[name] for name in names if name in answer}
+        return first | dict(answer)
+
+    return view
 
 
 def draw_variant(checks: ModuleType, number: int) -> SimpleNamespace:
