@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,26 +11,20 @@ from ..engine import injection_of
 from .loop import _device, _loss, _refuse_batches, _refuse_unready, rate_factors
 
 
-def gradient_sum(
-    model: nn.Module,
-    batches: list[dict[str, torch.Tensor]],
-    factors: Mapping[str, float] | None = None,
-) -> float:
+def gradient_sum(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
     """Return Σ|∂ℓ/∂θ| over all that trains: by how many nats the first step of Adam promises to
-    lower the loss, for each unit of the learning rate.
+    lower the loss, for each unit of the learning rate; with the factors of the rate that the method
+    in the model has, as LoRA+ for B.
 
     ℓ is the mean of the losses of the batches, dicts of tensors with `labels` as for `fit`, with
     dropout off, and the method's penalty. Weights, `.grad` and mode stay as they are.
-
-    factors: {name of a parameter: factor of its learning rate}, the others have 1; None for those
-    of the method in the model, as LoRA+ gives B.
 
     Raises ValueError for batches as `fit`, and where nothing trains or the gradient is not finite;
     RuntimeError while a method is merged or switched off."""
     injection, device, was_training = injection_of(model), _device(model), model.training
     _refuse_batches("gradient_sum", batches)
     _refuse_unready(model, injection, "gradient_sum")
-    factors = rate_factors(model, injection) if factors is None else factors
+    factors = rate_factors(model, injection)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p) for name, p in trained.items()}
     model.eval()
@@ -46,7 +39,7 @@ def gradient_sum(
                     sums[name] += gradient / len(batches)
     finally:
         model.train(was_training)
-    found = sum(factors.get(name, 1.0) * total.abs().sum().item() for name, total in sums.items())
+    found = sum(factors[name] * total.abs().sum().item() for name, total in sums.items())
     if not math.isfinite(found):
         raise ValueError(f"gradient_sum: the gradient is {found}: look at the batches")
     return found
