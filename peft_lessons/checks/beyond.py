@@ -64,6 +64,11 @@ def _batch_by_batch(model, batches, factors):
     return sum(_old_ones_too(model, [batch], factors, 0.0) for batch in batches) / len(batches)
 
 
+def _frozen_too(model, batches, factors):
+    """Thaw a copy, and count all of its parameters."""
+    return _old_ones_too(copy.deepcopy(model).requires_grad_(True), batches, factors, 0.0)
+
+
 def _old_ones_too(model, batches, factors, old=1.0):
     """Add the gradients to those of before, as backward() does."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -144,11 +149,14 @@ def _numbers(note, model, batches, factors):
             model.named_parameters() → model.named_parameters(remove_duplicate=False)
         only LoRA's parameters are counted: every trainable one counts
             if p.requires_grad → if name.startswith("lora_")
+        frozen parameters are counted: only trainable ones take a step
+            = frozen_too
         the norms are left out: every trainable parameter counts
             if p.requires_grad → if p.requires_grad and p.dim() > 1
         """,
         batch_by_batch=_batch_by_batch,
         old_ones_too=_old_ones_too,
+        frozen_too=_frozen_too,
     ),
 )
 def gradient_sum(model, batches, factors):
@@ -228,6 +236,11 @@ def _with_runs(note, runs, a, b):
             "lora",
             note="LoRA was tried at one learning rate",
         ),
+        _audited(
+            "lora 0.01 0 40 39; lora 0.03 0 38 37; lora 0.03 1 39 38; lora 0.1 1 37 36;"
+            "pissa 0.003 0 39 38; pissa 0.01 0 36 36; pissa 0.03 0 41 40; pissa 0.01 1 37 35",
+            note="seed 1 ran at a learning rate of its own",
+        ),
     ],
     describe=_with_runs,
     view=first_of("lr", "pairs", "at_edge"),  # the learning rates decide the rest
@@ -269,6 +282,9 @@ def _with_runs(note, runs, a, b):
         the edge is that of all methods' learning rates: take those of the method itself
             min(first), max(first) →
                 min(run["lr"] for run in runs), max(run["lr"] for run in runs)
+        the edge is that of all seeds' learning rates: take those that seed 0 ran at
+            min(first), max(first) →
+                min(run["lr"] for run in own), max(run["lr"] for run in own)
         both methods get the learning rate of b: each has its own
             chosen = → lr = {a: lr[method], b: lr[method]}; chosen =
         `pairs` holds the validation scores: choose by validation, and report test

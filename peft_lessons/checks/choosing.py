@@ -206,6 +206,8 @@ _NOISY = [[61.0, 60.0, 66.0, 64.5], [60.8, 60.9, 65.2, 65.1]]
             student_t(n - 1) → student_t(n)
         the squares are divided by the pilot's number of seeds, not by one less (statistics.stdev)
             stdev → pstdev
+        the spread is the variance: take its root (statistics.stdev)
+            stdev → variance
         the spreads of the two lists are combined: take the spread of the pairs' differences
             statistics.stdev(gaps) →
                 math.hypot(statistics.stdev(pilot_a), statistics.stdev(pilot_b))
@@ -213,6 +215,8 @@ _NOISY = [[61.0, 60.0, 66.0, 64.5], [60.8, 60.9, 65.2, 65.1]]
             zip(pilot_a, pilot_b) → zip(sorted(pilot_a), sorted(pilot_b))
         the spread is divided by n: divide it by √n
             math.sqrt(n) → n
+        the spread is divided by √(n − 1): divide it by √n
+            math.sqrt(n) → math.sqrt(n - 1)
         the mean is left out: the upper end is the mean and half the interval's width
             mean + half → half
         the mean has lost its sign: where a is behind b, fewer seeds are enough
@@ -221,6 +225,9 @@ _NOISY = [[61.0, 60.0, 66.0, 64.5], [60.8, 60.9, 65.2, 65.1]]
             a - b → b - a
         the lower end is compared with the margin: the upper end decides
             mean + half → mean - half
+        the lower end is compared with 0, as if a had to be ahead: compare the upper end with the
+        margin
+            mean + half < margin → mean - half > 0
         the mean alone is compared with the margin: the upper end decides
             mean + half → mean
         this is the number of seeds to add to the pilot: return the number in all
@@ -285,6 +292,8 @@ def _read(function: Callable) -> dict[str, Any]:
         if page[key] not in list(CANDIDATES):
             raise Refused(f"{key!r} is {page[key]!r}", f"The methods are: {', '.join(CANDIDATES)}.")
     levers = page["levers"]
+    if isinstance(levers, Mapping):
+        raise Refused("'levers' is a dict, expected a list: name those that are on")
     listed = isinstance(levers, Iterable) and not isinstance(levers, str)
     page["levers"] = list(levers) if listed else [levers] if levers else []
     if unknown := [lever for lever in page["levers"] if lever not in _LEVERS]:

@@ -76,6 +76,8 @@ def _read(note, curve, fall):
             / (falls[i] - falls[i - 1]) → / (falls[i] - falls[i - 1]); share = min(share, 1)
         the ends of the curve are measured, too: leave out only what lies beyond them
             falls[0] <= fall <= falls[-1] → falls[0] < fall < falls[-1]
+        a point of the curve is left out, but is measured: return its count
+            if not falls[0] → if fall in falls or not falls[0]
         this is the logarithm of the number
             return counts[i - 1] * → return math.log10(counts[i - 1] *
             ** share → ** share)
@@ -83,6 +85,10 @@ def _read(note, curve, fall):
             ** share → ** round(share)
         this is the next measured point: draw a line between two neighbours
             ** share → ** (share > 0)
+        this is the previous measured point: draw a line between two neighbours
+            ** share → ** (share == 1)
+        the share of the way is counted from the wrong neighbour
+            ** share → ** (1 - share)
         one line goes through the ends of the whole curve: draw it between neighbours
             i = min(max(sum(f < fall for f in falls), 1), len(falls) - 1) →
                 counts, falls, i = counts[:: len(counts) - 1], falls[:: len(falls) - 1], 1

@@ -67,6 +67,18 @@ def all_must_be_used(model, batches, factors):
     return sum(factors.get(n, 1) * g.abs().sum() for n, g in zip(named, found, strict=True))
 
 
+@wrong("gradient_sum", "frozen parameters are counted")
+def all_thawed(model, batches, factors):
+    """Frozen parameters, too, and what was frozen is so again."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad = True
+    found = by_backward(model, batches, factors)
+    for p in frozen:
+        p.requires_grad = False
+    return found
+
+
 @wrong("gradient_sum", "the result is a dict")
 def by_name(model, batches, factors):
     return {n: by_backward(model, batches, {n: 1}) for n in factors}
@@ -136,6 +148,15 @@ def by_mean_validation(runs, a, b):
         run | {"validation": means[run["method"], run["lr"]]} for run in runs if run["seed"] == 0
     ]
     return with_tables([*first, *(run for run in runs if run["seed"] != 0)], a, b)
+
+
+@wrong("fair_comparison", "the edge is that of all seeds' learning rates")
+def edges_of_all_seeds(runs, a, b):
+    found = with_tables(runs, a, b)
+    for method, lr in found["lr"].items():
+        tried = sorted({run["lr"] for run in runs if run["method"] == method})
+        found["at_edge"][method] = lr in (tried[0], tried[-1])
+    return found
 
 
 @wrong("fair_comparison", "the argument runs was changed")

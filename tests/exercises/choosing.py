@@ -85,6 +85,34 @@ def of_two_samples(pilot_a, pilot_b, margin, most):
     return next((n for n in tried if mean + student_t(2 * n - 2) * both / n**0.5 < margin), None)
 
 
+@wrong("seeds_needed", "the spread is the variance: take its root")
+def by_the_variance(pilot_a, pilot_b, margin, most):
+    gaps = np.subtract(pilot_a, pilot_b)
+    tried = range(2, most + 1)
+    return next(
+        (n for n in tried if gaps.mean() + student_t(n - 1) * gaps.var(ddof=1) / n**0.5 < margin),
+        None,
+    )
+
+
+@wrong("seeds_needed", "the lower end is compared with 0, as if a had to be ahead")
+def until_significant(pilot_a, pilot_b, margin, most):
+    gaps = np.subtract(pilot_a, pilot_b)
+    for n in range(2, most + 1):
+        if gaps.mean() - student_t(n - 1) * gaps.std(ddof=1) / n**0.5 > 0:
+            return n
+    return None
+
+
+@wrong("seeds_needed", "the spread is divided by √(n − 1)")
+def by_degrees_of_freedom(pilot_a, pilot_b, margin, most):
+    gaps = np.subtract(pilot_a, pilot_b)
+    for df in range(1, most):
+        if gaps.mean() + student_t(df) * gaps.std(ddof=1) / df**0.5 < margin:
+            return df + 1
+    return None
+
+
 @wrong("seeds_needed", "expected None")
 def without_a_limit(pilot_a, pilot_b, margin, most):
     return with_arrays(pilot_a, pilot_b, margin, 10_000)
@@ -173,6 +201,8 @@ for wrong_page, words in (
     (page(gpu=16), "it does not fit: LoRA needs 19.0 GB, and 15.5 GB are usable"),
     (page(levers=None), "the page lacks 'levers'"),
     (page(levers=[]), "it does not fit"),
+    (page(levers={"checkpointing": True, "chunked loss": False}), "'levers' is a dict"),
+    (page(seeds=[0, 1, 2, 3, 4]), "'seeds' is [0, 1, 2, 3, 4], expected a number above 0"),
     (page(levers=["4 bits"]), "there is no lever '4 bits'"),
     (page(method="QLoRA", rival="LoRA"), "with both levers LoRA would fit as well"),
     (page(method="QLoRA", gpu=40, levers=[]), "with both levers LoRA would fit as well, in 19.0"),

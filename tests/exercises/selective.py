@@ -1,6 +1,7 @@
 """Answers to the exercises of lesson 10."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -66,6 +67,30 @@ def by_interp_alone(curve, fall):
 def by_the_wrong_axis(curve, fall):
     """A straight line against the square root."""
     return by_numpy({math.exp(k**0.5): y for k, y in curve.items()}, fall)
+
+
+@wrong("worth_in_entries", "this is the previous measured point")
+def the_last_that_falls_less(curve, fall):
+    if not min(curve.values()) <= fall <= max(curve.values()):
+        return None
+    return max(k for k, y in curve.items() if y <= fall)
+
+
+@wrong("worth_in_entries", "the share of the way is counted from the wrong neighbour")
+def with_weights_swapped(curve, fall):
+    for (k0, y0), (k1, y1) in pairwise(curve.items()):
+        if y0 <= fall <= y1:
+            share = (y1 - fall) / (y1 - y0)
+            return k0 ** (1 - share) * k1**share
+    return None
+
+
+@wrong("worth_in_entries", "a point of the curve is left out")
+def strictly_between(curve, fall):
+    for (k0, y0), (k1, y1) in pairwise(curve.items()):
+        if y0 < fall < y1:
+            return k0 * (k1 / k0) ** ((fall - y0) / (y1 - y0))
+    return None
 
 
 @wrong("worth_in_entries", "KeyError: 0.5")
