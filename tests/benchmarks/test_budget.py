@@ -7,7 +7,7 @@ from tools.environment import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import budget_study
-from common import SEEDS, STEPS
+from common import SEEDS, STEPS, Results
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -25,3 +25,5 @@ def test_lora_s_seconds_give_a_cheaper_method_more_steps_and_its_bytes_more_text
     for budget, seeds in (("seconds", SEEDS), ("bytes", SEEDS[:1])):
         found = rows[rows["budget"] == budget].groupby("seed").size()
         assert tuple(found.index) == tuple(seeds) and set(found) == {3}
+    stored = Results("budget_study", budget_study.KEY, budget_study.COLUMNS)
+    assert not stored.missing(budget_study.points())
