@@ -7,6 +7,7 @@ import html
 import io
 
 import matplotlib as mpl
+import numpy as np
 from cycler import cycler
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -67,6 +68,18 @@ class Shown:
         return data, {"image/png": {"alt": self.alt}}
 
 
+def _palette(picture: Image.Image) -> Image.Image:
+    """Return a picture with a palette, which takes a third of the room in a notebook: of 16
+    colours, or of up to 64 where fewer would show."""
+    for colors in (16, 24, 32, 64):
+        # Without k-means, a colour that fills little, such as the end of a scale, may be grey.
+        few = picture.quantize(colors, kmeans=4, dither=Image.Dither.NONE)
+        gaps = np.abs(np.asarray(few.convert("RGB"), int) - np.asarray(picture, int)).max(-1)
+        if (gaps > 24).mean() < 1e-3:
+            break
+    return few
+
+
 # The style must hold while things are drawn: titles, lines and legends read it only then.
 @mpl.rc_context(STYLE)
 def still(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> Shown:
@@ -87,9 +100,7 @@ def still(fig: Figure, alt: str, caption: str = "", dpi: int = 100) -> Shown:
         fig.suptitle(title, x=0.01, ha="left", weight="bold")
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=dpi)
-    # A palette takes a third of the room, which counts in a notebook; a figure has few colours.
-    # (Without k-means, a colour that fills little, such as one end of a scale, may come out grey.)
-    palette = Image.open(drawn).convert("RGB").quantize(64, kmeans=4, dither=Image.Dither.NONE)
+    palette = _palette(Image.open(drawn).convert("RGB"))
     palette.save(small, "PNG", optimize=True)
     return Shown(small.getvalue(), alt, caption, round(palette.width * 100 / max(dpi, 100)))
 
