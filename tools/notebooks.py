@@ -40,6 +40,7 @@ MODULES = {
     "13_choosing": "choosing",
     "14_beyond_lora": "beyond",
     "15_assistant": "assistant",
+    "16_rewards": "rewards",
 }
 
 # Of an output with sliders a page without a kernel shows the other forms, and this one has an id

@@ -20,7 +20,7 @@ from tools.rules import RULES, executed_in_order
 
 EXAMPLE = ROOT / "docs" / "example"
 LINES = {  # {file: (a line that is there, the line that comes below it)}
-    "tools/notebooks.py": ('    "15_assistant": "assistant",', '    "16_lora_xs": "lora_xs",'),
+    "tools/notebooks.py": ('    "16_rewards": "rewards",', '    "18_lora_xs": "lora_xs",'),
     "peft_lessons/checks/__init__.py": ("from . import (", "    lora_xs,"),
     "peft_lessons/__init__.py": (
         "from .methods.lora import LinearWithLoRA, LoRA, LoRALayer, apply_lora_to_model",
@@ -71,8 +71,8 @@ def run(folder, *command):
 @pytest.fixture
 def lesson(course, monkeypatch):
     """Yield the path of the example's lesson in the copy, while it is in the map of lessons."""
-    monkeypatch.setitem(notebooks.MODULES, "16_lora_xs", "lora_xs")
-    return course / "notebooks" / "16_lora_xs.ipynb"
+    monkeypatch.setitem(notebooks.MODULES, "18_lora_xs", "lora_xs")
+    return course / "notebooks" / "18_lora_xs.ipynb"
 
 
 def test_the_example_keeps_the_rules(lesson):
@@ -101,21 +101,21 @@ def test_the_example_s_check_knows_its_mistakes(lesson):
 
 @pytest.mark.every_lesson
 def test_a_new_lesson_is_executed_and_tested(course):
-    run(course, "tools.notebooks", "outputs", "16")
+    run(course, "tools.notebooks", "outputs", "18")
     tests = ["tests/notebooks", "tests/checks", "tests/methods"]
-    chosen = "16_lora_xs or lora_xs or affordable_rank or lora-xs or LoRAXS or has_a_row"
+    chosen = "18_lora_xs or lora_xs or affordable_rank or lora-xs or LoRAXS or has_a_row"
     report = run(course, "pytest", "-v", "-k", chosen, *tests)
     ran = (
         "does_all_that_a_method_does[lora-xs",
         "is_its_formula[LoRAXS",
-        "rules[16",
-        "solved[16",
+        "rules[18",
+        "solved[18",
         "named_alone[affordable_rank-0",
     )
     for test in ran:
         assert re.search(rf"{re.escape(test)}.*PASSED", report), test
-    fresh = notebooks.read(course / "notebooks" / "16_lora_xs.ipynb")
-    stored = notebooks.read(EXAMPLE / "notebooks" / "16_lora_xs.ipynb")
+    fresh = notebooks.read(course / "notebooks" / "18_lora_xs.ipynb")
+    stored = notebooks.read(EXAMPLE / "notebooks" / "18_lora_xs.ipynb")
     assert [cell.source for cell in fresh.cells] == [cell.source for cell in stored.cells]
     (proof,) = [c for c in fresh.cells if "nbval-check-output" in notebooks.tags(c)]
     assert proof.outputs[0].text == "True True True\n"

@@ -1,4 +1,4 @@
-"""Solutions of lesson 16."""
+"""Solutions of lesson 18."""
 
 
 def affordable_rank(matrices: int, budget: int) -> int:

@@ -1,4 +1,4 @@
-"""Checks of lesson 16."""
+"""Checks of lesson 18."""
 
 import math
 
