@@ -154,7 +154,7 @@ def _assistant() -> Row:
     """Report the size of the assistant; it may be missing, not damaged."""
     from .data.bundled import ASSISTANT_COMMAND, assistant_folder
 
-    what = "assistant of lessons 03, 12 and 15"
+    what = "assistant of lessons 03, 12, 15 and 16"
     try:
         files = [*assistant_folder(verify=True).iterdir()]
     except FileNotFoundError:

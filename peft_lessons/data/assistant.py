@@ -296,8 +296,8 @@ def main() -> int:
         print(fetch_assistant(), flush=True)
     except NotFetched as reason:
         print(
-            f"The assistant was not fetched: {reason}.\nLessons 03, 12 and 15 need it; all else "
-            f"works without. Try again with: {ASSISTANT_COMMAND}",
+            f"The assistant was not fetched: {reason}.\nLessons 03, 12, 15 and 16 need it; all "
+            f"else works without. Try again with: {ASSISTANT_COMMAND}",
             file=sys.stderr,
         )
         return 1
