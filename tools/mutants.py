@@ -106,6 +106,11 @@ peft_lessons/methods/variants.py: variants
 peft_lessons/train/preferences.py: preferences
     .logits[:, :-1], batch → .logits[:, 1:], batch
     chosen - rejected → rejected - chosen
+peft_lessons/train/rewards.py: rewards
+    divergence * ratio if weighted_kl → divergence
+    kept.mask.sum() / answers.mask.sum() → 1.0
+    cache.batch_select_indices(going) → pass
+    ratio.clamp(1 - clip, 1 + clip) → ratio
 peft_lessons/engine/injection.py: frozen_heads
     flat[:: max(1, flat.numel() // 64)] → flat[:64]
 peft_lessons/engine/injection.py: injection every_method
