@@ -8,10 +8,13 @@ from transformers import PreTrainedTokenizerBase
 from peft_lessons import disabled
 
 
-def answer_labels(ids: torch.Tensor, answer_start: int) -> torch.Tensor:
-    """Return labels (T,) that leave only the answer to learn, for a chat of tokens (T,)."""
+def answer_labels(ids: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Return labels (T,) that leave only the answer to learn, for a chat (T,) and its prompt."""
+    n = len(prompt)
+    if not torch.equal(ids[:n], prompt):
+        raise ValueError("the prompt's tokens are no prefix of the chat's")
     labels = ids.clone()
-    labels[:answer_start] = -100
+    labels[:n] = -100
     return labels
 
 
@@ -44,11 +47,11 @@ def preference_step(
     """Return the DPO loss of one pair; the reference is the model with its adapter off."""
     chat = [{"role": "user", "content": pair["prompt"]}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    start = len(tokenizer(prompt).input_ids)           # the position of the answer's first token
+    asked = tokenizer(prompt, return_tensors="pt").input_ids[0]
 
     def logprob(answer):
         ids = tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt").input_ids
-        labels = answer_labels(ids[0], start).unsqueeze(0)
+        labels = answer_labels(ids[0], asked).unsqueeze(0)
         return sequence_logprob(model(ids).logits, labels)
 
     chosen, rejected = logprob(pair["chosen"]), logprob(pair["rejected"])

@@ -4,32 +4,36 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
-from peft import (
-    AdaLoraConfig,
-    IA3Config,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-)
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 
-def config_for(method: str, model: nn.Module) -> PeftConfig:
-    """Return PEFT's config of a method by its name, for a causal model or a classifier."""
-    second = r".*\.(down_proj|layer\.\d+\.output\.dense)"    # not attention.output.dense
-    scaled = rf".*\.(k_proj|v_proj|key|value)|{second}"
-    linear = {"target_modules": "all-linear", "lora_alpha": 16}
-    known = {
-        "lora": (LoraConfig, {"r": 8, **linear}),
-        "dora": (LoraConfig, {"r": 8, "use_dora": True, **linear}),
-        "adalora": (AdaLoraConfig, {"init_r": 12, "target_r": 8, "total_step": 200, **linear}),
-        "ia3": (IA3Config, {"target_modules": scaled, "feedforward_modules": second}),
-        "prefix": (PrefixTuningConfig, {"num_virtual_tokens": 8}),
-        "prompt": (PromptTuningConfig, {"num_virtual_tokens": 8}),
-    }
-    config, settings = known[method]
-    return config(task_type="CAUSAL_LM" if model.can_generate() else "SEQ_CLS", **settings)
+def row_faults(
+    messages: list[dict[str, str]],
+    ids: list[int],
+    labels: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> set[str]:
+    """Return the faults of one training row, made from a chat; an empty set if it is sound."""
+    faults, may_learn = set(), set()
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        text = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True,
+                                             tokenize=False)
+        prompt = tokenizer(text).input_ids                       # what the server would send
+        answer = tokenizer(message["content"] + tokenizer.eos_token).input_ids
+        start, stop = len(prompt), len(prompt) + len(answer)
+        if ids[:start] != prompt:
+            return {"other prompt"}
+        if ids[start:stop] != answer or labels[stop - 1] == -100:
+            faults.add("no end")
+        if -100 in labels[start:stop - 1]:
+            faults.add("answer not learned")
+        may_learn.update(range(start, stop + 1))                 # and the template's line break
+    if any(label != -100 and i not in may_learn for i, label in enumerate(labels)):
+        faults.add("question learned")
+    return faults
 
 
 def mixed_batch(
@@ -37,6 +41,7 @@ def mixed_batch(
 ) -> torch.Tensor:
     """Return the logits of a batch in which each row has its own adapter, or none."""
     active = model.active_adapter
+    trained = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     logits = {}
     for name in set(adapters):
@@ -51,6 +56,9 @@ def mixed_batch(
                 answers = model(**part).logits
         logits |= dict(zip(rows, answers, strict=True))
     model.set_adapter(active)
+    model.requires_grad_(False)            # set_adapter and disable_adapter have thawed parameters
+    for p in trained:
+        p.requires_grad_(True)
     return torch.stack([logits[i] for i in range(len(adapters))])
 
 

@@ -13,47 +13,65 @@ from ..data.base_models import load_tokenizer
 from ..engine import inject
 from ..methods.lora import LoRA
 from ..testing.tiny import perturb, tiny_llama
-from .kit import Case, check_for
+from .kit import Case, check_for, refused
 from .mistakes import mistakes
 
 # ------------------------------------------------------------------ answer_labels
 
 
-def _chat(length, answer_start):
-    return [torch.randint(3, 400, (length,)), answer_start]
+def _chat(length, asked, swapped=None):
+    """Return the tokens of a chat and of its prompt; with `swapped`, one token of that differs."""
+    ids = torch.randint(3, 400, (length,))
+    prompt = ids[:asked].clone()
+    if swapped is not None:
+        prompt[swapped] += 1
+    return [ids, prompt]
 
 
 @check_for(
-    cases=[Case(lambda: _chat(12, 7)), Case(lambda: _chat(30, 11)), Case(lambda: _chat(9, 2))],
+    cases=[
+        Case(lambda: _chat(12, 7)),
+        Case(lambda: _chat(30, 11)),
+        Case(lambda: _chat(9, 2)),
+        refused(lambda: _chat(14, 6, swapped=5), "prefix", "the last token of prompt differs"),
+        refused(lambda: _chat(14, 6, swapped=2), "prefix", "a token inside of prompt differs"),
+        refused(lambda: _chat(5, 5, swapped=0)[::-1], "prefix", "the first token differs"),
+    ],
     returns="the labels",
     causes=mistakes(
         """
-        def answer_labels(ids, answer_start):
+        def answer_labels(ids, prompt):
+            n = len(prompt)
+            if not torch.equal(ids[:n], prompt):
+                raise ValueError("the prompt is no prefix of the chat")
             labels = ids.clone()
-            labels[:answer_start] = -100
+            labels[:n] = -100
             return labels
         """,
         """
         the labels are shifted by one position: the model shifts them by itself
             return labels → return F.pad(labels[1:], (0, 1), value=-100)
         the answer's first token is masked too
-            [:answer_start] → [:answer_start + 1]
+            labels[:n] = → labels[:n + 1] =
         the last token before the answer is a label
-            [:answer_start] → [:answer_start - 1]
+            labels[:n] = → labels[:n - 1] =
         the end token is masked, and the model never learns to stop
             return labels → labels[-1] = -100; return labels
         the whole chat is labelled: mask what comes before the answer
-            labels[:answer_start] = -100 → ∅
+            labels[:n] = -100 → ∅
         the answer is masked, and the prompt is labelled
-            [:answer_start] → [answer_start:]
+            labels[:n] = → labels[n:] =
         0 is a token like any other: the loss leaves out -100
-            -100 → 0
+            labels[:n] = -100 → labels[:n] = 0
         """,
     ),
 )
-def answer_labels(ids, answer_start):
-    """The answer and its end token are labels, and nothing before them."""
-    return torch.tensor([-100] * answer_start + ids[answer_start:].tolist())
+def answer_labels(ids, prompt):
+    """The answer and its end token are labels, nothing before them is, and a prompt that the chat
+    does not begin with is refused."""
+    if ids.tolist()[: len(prompt)] != prompt.tolist():
+        raise ValueError("prompt must be a prefix of ids")
+    return torch.tensor([-100] * len(prompt) + ids[len(prompt) :].tolist())
 
 
 # ------------------------------------------------------------------ sequence_logprob
@@ -74,12 +92,19 @@ def _gaps():
     return [logits, labels]
 
 
+def _unlikely():
+    logits, labels = _predicted((2, 1), 6, 8)
+    logits[0, 3, labels[0, 4]] = -200
+    return [logits, labels]
+
+
 @check_for(
     cases=[
         Case(lambda: _predicted((3, 1, 5), 9, 11)),
         Case(_gaps, note="-100 also between and after the answers"),
         Case(lambda: _predicted((0, 2), 6, 17), note="a label at position 0"),
         Case(lambda: _predicted((4,), 7, 5, torch.float64), note="one sequence"),
+        Case(_unlikely, note="a token of probability e^-200"),
     ],
     gradients=("logits",),
     causes=mistakes(
@@ -110,6 +135,9 @@ def _gaps():
             .log_softmax(-1) → .log_softmax(1)
         probabilities are summed: take their logarithm
             .log_softmax(-1) → .softmax(-1)
+        the softmax rounds an unlikely token's probability to 0, and its logarithm is −∞:
+        log_softmax computes both in one
+            .log_softmax(-1) → .softmax(-1).log()
         this is the loss: the log-probability has the opposite sign
             return (picked → return -(picked
         """,
@@ -178,6 +206,9 @@ def _scored(result):
         the reference is added: the logarithm of a ratio is a difference
             policy_chosen - reference_chosen → policy_chosen + reference_chosen
             policy_rejected - reference_rejected → policy_rejected + reference_rejected
+        the log-probabilities are divided: the logarithm of a ratio is a difference
+            policy_chosen - reference_chosen → policy_chosen / reference_chosen
+            policy_rejected - reference_rejected → policy_rejected / reference_rejected
         the loss lacks the reference: it does not cancel, since each answer has its own
             (chosen - rejected)) → (policy_chosen - policy_rejected))
         the losses of the pairs are summed: return their mean

@@ -71,7 +71,7 @@ class Compared(Check):
         results and gradients together tell apart.
 
     In a hunt whose cases name their bugs, a bug is mended once all its cases are right. A verdict
-    counts the mended ones and shows one call; what explains that call it says on request."""
+    of a hunt counts the mended ones and shows one call; what explains it, it says on request."""
 
     def __init__(
         self,
@@ -174,6 +174,12 @@ class Compared(Check):
         case = self.cases[number]
         called = f"Called with: {self.describe(case.note, *self.arguments(number))}"
         here = f"Here, {sentence(fault.problem)}", called, *fault.facts
+        if self.bugs and (left := self._left(yours, number)):
+            mended = len(self.bugs) - left
+            headline = (
+                f"{mended} of {len(self.bugs)} faults {'is' if mended == 1 else 'are'} mended"
+            )
+            return self._wrong(headline, *here, on_request=fault.explains)
         if self.hunted:
             mended, bugs = self._mended(yours), len(self.hunted)
             headline = f"{mended} of {bugs} faults {'is' if mended == 1 else 'are'} mended"
@@ -201,8 +207,7 @@ class Compared(Check):
         except Refused:
             return 0.0
         if self.bugs:
-            named = " ".join(likely(yours, 0))
-            left = sum(bug in named for bug in self.bugs)
+            left = self._left(yours, 0)
             return 1 - left / len(self.bugs) if left else 0.0
         if self.hunted:
             mended = self._mended(yours) / len(self.hunted)
@@ -212,6 +217,11 @@ class Compared(Check):
                 return 0.75
         shares = [self._share(yours, number) for number in range(len(self.cases))]
         return sum(shares) / len(shares) * (1.0 if self.staged else 0.5)
+
+    def _left(self, yours: Runs, number: int) -> int:
+        """Return how many bugs that no case shows alone explain what an answer does in a case."""
+        named = " ".join(likely(yours, number))
+        return sum(bug in named for bug in self.bugs)
 
     def _mended(self, yours: Runs) -> int:
         """Return how many bugs of a hunt an answer has mended."""

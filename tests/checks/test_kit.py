@@ -225,7 +225,10 @@ def test_in_a_bug_hunt_the_bugs_count_that_are_mended():
     }
     settings = dict(gradients=("x",), bugs=(added, cut), causes=causes)
     same = check_for(cases=[Case(lambda: [torch.ones(2)])], **settings)(lambda x: x * 1)
-    assert refusal(same, causes[added]).endswith(f"Still wrong: {added}.")
+    told = refusal(same, causes[added])
+    assert "1 of 2 faults is mended" in told and added not in told
+    with pytest.raises(WrongAnswer, match=f"Still wrong: {added}."):
+        same(causes[added], help=True)
     assert same.credit(causes[added]) == 0.5 and same.credit(lambda x: x + 2) == 0
 
 

@@ -17,19 +17,40 @@ wrong, right = answers.wrong, answers.right
 # ------------------------------------------------------------------ answer_labels
 
 
-@right("answer_labels")
-def by_position(ids, answer_start):
-    return torch.where(torch.arange(len(ids)) < answer_start, -100, ids)
+def labelled(ids, start):
+    return torch.where(torch.arange(len(ids)) < start, -100, ids)
 
 
 @right("answer_labels")
-def joined(ids, answer_start):
-    return torch.cat([ids.new_full((answer_start,), -100), ids[answer_start:]])
+def by_position(ids, prompt):
+    if (ids[: len(prompt)] != prompt).any():
+        raise ValueError("prompt is no prefix of ids")
+    return labelled(ids, len(prompt))
+
+
+@right("answer_labels")
+def joined(ids, prompt):
+    start, rest = ids.split([len(prompt), len(ids) - len(prompt)])
+    if start.tolist() != prompt.tolist():
+        raise ValueError(f"not a prefix: {prompt.tolist()}")
+    return torch.cat([torch.full_like(prompt, -100), rest])
 
 
 @wrong("answer_labels", "shape")
-def answer_alone(ids, answer_start):
-    return ids[answer_start:]
+def answer_alone(ids, prompt):
+    return ids[len(prompt) :]
+
+
+@wrong("answer_labels", "nothing was raised, where ValueError was expected")
+def by_the_length(ids, prompt):
+    """Trust that the chat begins with the prompt."""
+    return labelled(ids, len(prompt))
+
+
+@wrong("answer_labels", "your function raised AssertionError")
+def asserts(ids, prompt):
+    assert torch.equal(ids[: len(prompt)], prompt), "no prefix"
+    return labelled(ids, len(prompt))
 
 
 # ------------------------------------------------------------------ sequence_logprob
@@ -105,7 +126,7 @@ def by_whole_chats(model, tokenizer, pair, policy, reference, beta):
         def of(which):
             whole = [*chat, {"role": "assistant", "content": pair[which]}]
             tokens = tokenizer.apply_chat_template(whole, return_tensors="pt", return_dict=True)
-            labels = by_position(tokens["input_ids"][0], start)[None]
+            labels = labelled(tokens["input_ids"][0], start)[None]
             return answer_logprob(network, {**tokens, "labels": labels})
 
         return of

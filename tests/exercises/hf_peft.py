@@ -2,22 +2,16 @@
 
 import torch
 from peft import (
-    AdaLoraConfig,
-    IA3Config,
-    LoraConfig,
     PeftConfig,
     PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    TaskType,
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
 from safetensors.torch import save_file
-from torch import nn
+
+from peft_lessons.data.chat import chat_tokens
 
 from . import Answers
 
@@ -25,155 +19,109 @@ answers = Answers()
 wrong, right = answers.wrong, answers.right
 
 
-# ------------------------------------------------------------------ config_for
-
-SECOND = r".*layer\.\d+\.output\.dense"
-IA3 = {
-    "llama": dict(target_modules=["k_proj", "v_proj", "down_proj"]),
-    "bert": dict(target_modules=rf".*self\.(key|value)|{SECOND}", feedforward_modules=SECOND),
-}
+# ------------------------------------------------------------------ row_faults
 
 
-def family(model):
-    return "bert" if hasattr(model, "classifier") else "llama"
+def turns(messages, tokenizer):
+    """Yield the prompt of each answer as a server sends it, and the answer's text."""
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant":
+            sent = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True)
+            yield sent["input_ids"], message["content"]
 
 
-def made(method, model, own=None, low_rank=None, **changes):
-    """A right config, but for `changes` of all methods, those of the low-rank ones, and those of
-    some by name, {"ia3": {...}}, or for one model, {"bert ia3": {...}}; what is ... is left out."""
-    low = dict(target_modules="all-linear", lora_alpha=16) | (low_rank or {})
-    config, settings = {
-        "lora": (LoraConfig, low),
-        "dora": (LoraConfig, low | dict(use_dora=True)),
-        "adalora": (AdaLoraConfig, low | dict(total_step=200)),
-        "ia3": (IA3Config, IA3[family(model)]),
-        "prefix": (PrefixTuningConfig, dict(num_virtual_tokens=5)),
-        "prompt": (PromptTuningConfig, dict(num_virtual_tokens=5)),
-    }[method]
-    settings = {"task_type": "SEQ_CLS" if family(model) == "bert" else "CAUSAL_LM"} | settings
-    settings |= changes
-    for name in (method, f"{family(model)} {method}"):
-        settings |= (own or {}).get(name, {})
-    return config(**{name: value for name, value in settings.items() if value is not ...})
+@right("row_faults")
+def by_the_labels_that_are_due(messages, ids, labels, tokenizer):
+    due, ends = [], []
+    for sent, text in turns(messages, tokenizer):
+        if sent != ids[: len(sent)]:
+            return {"other prompt"}
+        due += [-100] * (len(sent) - len(due)) + tokenizer(text + tokenizer.eos_token).input_ids
+        ends.append(len(due) - 1)
+    pairs = list(zip(due, labels, strict=False))
+    wrongs = {i for i, (wanted, label) in enumerate(pairs) if wanted != label}
+    missing = {i for i in wrongs if due[i] != -100 and i not in ends}
+    found = {"answer not learned"} if any(labels[i] == -100 for i in missing) else set()
+    cut = any(ids[i] != due[i] for i in range(min(len(due), len(ids))) if due[i] != -100)
+    if cut or len(ids) < len(due) or any(labels[i] == -100 for i in ends):
+        found.add("no end")
+    spare = {i for i, label in enumerate(labels) if label != -100} - {e + 1 for e in ends}
+    if any(i >= len(due) or due[i] == -100 for i in spare):
+        found.add("question learned")
+    return found
 
 
-def rejected(told, own=None, low_rank=None, **changes):
-    """A wrong answer with these changes of a right one."""
-
-    def config_for(method, model):
-        return made(method, model, own, low_rank, **changes)
-
-    wrong("config_for", told)(config_for)
-
-
-def targets(*names, **more):
-    return dict(target_modules=list(names), **more)
-
-
-LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FROZEN = "PEFT then leaves the new classification head frozen"
-rejected(FROZEN, task_type=...)
-rejected("raises KeyError: None", {"prompt": dict(task_type=None)})
-rejected("task_type is 'CAUSAL_LM', but the model's class says 'SEQ_CLS'", task_type="CAUSAL_LM")
-rejected("task_type is 'SEQ_CLS', but the model's class says 'CAUSAL_LM'", task_type="SEQ_CLS")
-rejected("use_dora is False", {"dora": dict(use_dora=False)})
-rejected("use_dora is True: use_dora=True makes a DoRA", {"lora": dict(use_dora=True)})
-rejected("AdaLoRA does not work when `total_step` is None", {"adalora": dict(total_step=None)})
-rejected("get_peft_model refuses this config", {"prefix": dict(num_virtual_tokens=...)})
-rejected("PEFT takes its default for this architecture", low_rank=dict(target_modules=...))
-rejected("layers are left out: 'bert.encoder", low_rank=targets("query", "value"))
-rejected("No layer is called 'dens'", low_rank=targets("query", "key", "value", "dens"))
-rejected("it is tied to the embedding", {"llama lora": targets(*LLAMA, "lm_head")})
-rejected(
-    "PEFT's default for a BERT does", {"ia3": dict(target_modules=..., feedforward_modules=...)}
-)
-rejected(
-    "output.dense also matches attention.output.dense.",
-    {"bert ia3": targets("key", "value", "output.dense", feedforward_modules=["output.dense"])},
-)
-rejected(
-    "the output is scaled: for the second feed-forward matrix scale the input",
-    {"ia3": dict(feedforward_modules=[])},
-)
-rejected(
-    "layers are adapted that should not be: 'bert.encoder.layer.0.intermediate.dense'",
-    {"bert ia3": dict(target_modules=rf".*(key|value|intermediate\.dense)|{SECOND}")},
-)
+@right("row_faults")
+def by_texts(messages, ids, labels, tokenizer):
+    """Decode what comes between the prompt and the next end token."""
+    end, found, seen = tokenizer.eos_token_id, set(), 0
+    for sent, _ in turns(messages, tokenizer):
+        if tokenizer.decode(ids[: len(sent)]) != tokenizer.decode(sent):
+            return {"other prompt"}
+    for sent, text in turns(messages, tokenizer):
+        start = len(sent)
+        stop = start + (ids[start:].index(end) if end in ids[start:] else len(ids[start:]))
+        found |= {"question learned"} if set(labels[seen:start]) - {-100} else set()
+        found |= {"answer not learned"} if -100 in labels[start:stop] else set()
+        if tokenizer.decode(ids[start:stop]) != text or labels[stop : stop + 1] != [end]:
+            found.add("no end")
+        seen = stop + 2
+    return found | ({"question learned"} if set(labels[seen:]) - {-100} else set())
 
 
-@wrong("config_for", "lora, dora: right; the config for adalora is missing")
-def config_for(method, model):
-    if method not in ("lora", "dora"):
-        raise NotImplementedError
-    return made(method, model)
+@wrong("row_faults", "too many 'other prompt'")
+def against_the_whole_chat(messages, ids, labels, tokenizer):
+    """Compare with the chat as the template writes it, which is not what is served."""
+    whole = tokenizer.apply_chat_template(messages)["input_ids"]
+    if whole[: len(ids)] != ids[: len(whole)]:
+        return {"other prompt"}
+    return by_texts(messages, ids, labels, tokenizer)
 
 
-@wrong("config_for", "the head 'classifier' is a target too: it trains in full already")
-def every_linear_layer(method, model):
-    """The names of all linear layers, as many recipes collect them."""
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return made(method, model, low_rank=dict(target_modules=layers))
+@wrong("row_faults", "the line break after the end token counts as a part of the question")
+def against_our_own_rows(messages, ids, labels, tokenizer):
+    """Trust the labels that the course's own function makes."""
+    _, own, due = chat_tokens(tokenizer, messages)
+    if own[: len(ids)] != ids[: len(own)]:
+        return {"other prompt"}
+    return set() if due[: len(labels)] == labels else {"question learned"}
 
 
-@wrong("config_for", "this is a config of P_TUNING, expected one of PROMPT_TUNING")
-def p_tuning(method, model):
-    if method == "prompt":
-        return PromptEncoderConfig(num_virtual_tokens=5, task_type="SEQ_CLS")
-    return made(method, model)
+@wrong("row_faults", "a list of 0, expected a set")
+def a_list(messages, ids, labels, tokenizer):
+    return sorted(by_texts(messages, ids, labels, tokenizer))
 
 
-@wrong("config_for", "the model was changed")
-def tries_it_out(method, model):
-    config = LoraConfig(task_type="SEQ_CLS")
-    get_peft_model(model, config).print_trainable_parameters()
-    return config
-
-
-@right("config_for")
-def by_the_class_and_with_an_exclusion(method, model):
-    kind = TaskType.CAUSAL_LM if "CausalLM" in type(model).__name__ else TaskType.SEQ_CLS
-    if method == "ia3" and kind == TaskType.SEQ_CLS:
-        return IA3Config(
-            task_type=kind,
-            target_modules=["key", "value", "output.dense"],
-            feedforward_modules=["output.dense"],
-            exclude_modules=r".*attention\.output\.dense",
-        )
-    if method == "ia3":  # PEFT's own choice
-        return IA3Config(task_type=kind)
-    return made(method, model, task_type=kind)
-
-
-@right("config_for")
-def other_numbers(method, model):
-    own = {
-        "lora": dict(r=4, lora_alpha=3, lora_dropout=0.05, use_rslora=True),
-        "dora": dict(r=64, lora_alpha=128, init_lora_weights="gaussian"),
-        "adalora": dict(init_r=6, target_r=2, tinit=10, tfinal=60, deltaT=5),
-        "prefix": dict(num_virtual_tokens=100, prefix_projection=True, encoder_hidden_size=8),
-        "prompt": dict(num_virtual_tokens=1, prompt_tuning_init="SAMPLE_VOCAB"),
-    }
-    return made(method, model, own)
+@wrong("row_faults", "your function raised ValueError")
+def by_the_position_of_the_end(messages, ids, labels, tokenizer):
+    """Look for the end token behind the prompt, though a cut row has none."""
+    for sent, _ in turns(messages, tokenizer):
+        ids.index(tokenizer.eos_token_id, len(sent))
+    return by_texts(messages, ids, labels, tokenizer)
 
 
 # ------------------------------------------------------------------ mixed_batch
 
 
 def kept(mixed_batch):
-    """The function, made to leave the same adapter active."""
+    """The function, made to leave the model as it was."""
 
     def wrapped(model, inputs, adapters):
         active = model.active_adapter
+        trained = [p for p in model.parameters() if p.requires_grad]
         with torch.no_grad():
             logits = mixed_batch(model.eval(), inputs, adapters)
         model.set_adapter(active)
+        model.requires_grad_(False)
+        for p in trained:
+            p.requires_grad_(True)
         return logits
 
     wrapped.__name__ = mixed_batch.__name__
     return wrapped
 
 
-def row_by_row(model, inputs, adapters):
+def row_by_row(model, inputs, adapters, **how):
     rows = []
     for i, name in enumerate(adapters):
         row = {key: t[i : i + 1] for key, t in inputs.items()}
@@ -181,7 +129,7 @@ def row_by_row(model, inputs, adapters):
             with model.disable_adapter():
                 rows.append(model(**row).logits)
         else:
-            model.set_adapter(name)
+            model.set_adapter(name, **how)
             rows.append(model(**row).logits)
     return torch.cat(rows)
 
@@ -199,7 +147,26 @@ def leaves_them_off(model, inputs, adapters):
     return logits
 
 
-@right("mixed_batch")
+@wrong("mixed_batch", "parameters that were frozen require a gradient afterwards")
+@torch.no_grad()
+def thaws(model, inputs, adapters):
+    active = model.active_adapter
+    logits = row_by_row(model.eval(), inputs, adapters)
+    model.set_adapter(active)
+    return logits
+
+
+@wrong("mixed_batch", "parameters that trained are frozen afterwards")
+@torch.no_grad()
+def freezes(model, inputs, adapters):
+    active = model.active_adapter
+    logits = row_by_row(model.eval(), inputs, adapters, inference_mode=True)
+    model.set_adapter(active, inference_mode=True)
+    model.requires_grad_(False)
+    return logits
+
+
+@wrong("mixed_batch", "Cannot pass `adapter_names` when DoRA is enabled")
 @torch.no_grad()
 def by_adapter_names(model, inputs, adapters):
     names = [name or "__base__" for name in adapters]
@@ -210,6 +177,17 @@ def by_adapter_names(model, inputs, adapters):
 @kept
 def one_row_at_a_time(model, inputs, adapters):
     return row_by_row(model, inputs, adapters)
+
+
+@right("mixed_batch")
+@torch.no_grad()
+def by_inference_mode(model, inputs, adapters):
+    active, flags = model.active_adapter, [p.requires_grad for p in model.parameters()]
+    logits = row_by_row(model.eval(), inputs, adapters, inference_mode=True)
+    model.set_adapter(active, inference_mode=True)
+    for p, flag in zip(model.parameters(), flags, strict=True):
+        p.requires_grad_(flag)
+    return logits
 
 
 # ------------------------------------------------------------------ resume
@@ -236,17 +214,14 @@ def start(base, path):
     return PeftModel.from_pretrained(base, path, is_trainable=True).train()
 
 
-SCRATCH = "it starts from scratch: the adapter is not that of the file"
-
-
-@wrong("resume", SCRATCH)
+@wrong("resume", "from_pretrained alone makes a PEFT model of a base")
 def wiped(base, path, data, lr=1e-2):
     loaded = start(base, path)
     model = get_peft_model(loaded.get_base_model(), loaded.peft_config["default"])
     return finish(steps(model, data, lr), path)
 
 
-@wrong("resume", "the head is still that of the file")
+@wrong("resume", "three batches leave lm_head as it was.\n  from_pretrained loads")
 def frozen_head(base, path, data, lr=1e-2):
     model = PeftModel.from_pretrained(base, path)
     for name, p in model.named_parameters():
@@ -254,7 +229,7 @@ def frozen_head(base, path, data, lr=1e-2):
     return finish(steps(model, data, lr), path)
 
 
-@wrong("resume", "the head is not in the file")
+@wrong("resume", "the file in path lacks 'base_model.model.lm_head.weight'")
 def headless(base, path, data, lr=1e-2):
     model = steps(start(base, path), data, lr)
     tensors = get_peft_model_state_dict(model)
@@ -274,7 +249,7 @@ def all_in_the_optimiser(base, path, data, lr=1e-2):
     return finish(steps(model, data, lr, list(model.parameters())), path)
 
 
-@wrong("resume", "nothing has been trained")
+@wrong("resume", "The adapter is as it was, too.")
 def never_steps(base, path, data, lr=1e-2):
     model = start(base, path)
     for batch in data:
@@ -288,7 +263,7 @@ def everything_awake(base, path, data, lr=1e-2):
     return finish(steps(model, data, lr), path)
 
 
-@wrong("resume", "but the head is not")
+@wrong("resume", "modules_to_save names it")
 def without_the_task(base, path, data, lr=1e-2):
     config = PeftConfig.from_pretrained(path)
     config.task_type, config.modules_to_save, config.inference_mode = None, None, False
@@ -296,7 +271,7 @@ def without_the_task(base, path, data, lr=1e-2):
     return finish(steps(model, data, lr), path)
 
 
-@wrong("resume", "the result is a module (BertForSequenceClassification)")
+@wrong("resume", "the result is a module (LlamaForCausalLM)")
 def gives_the_base(base, path, data, lr=1e-2):
     return finish(steps(start(base, path), data, lr), path).get_base_model()
 
@@ -304,6 +279,37 @@ def gives_the_base(base, path, data, lr=1e-2):
 @wrong("resume", "path still holds what it held before")
 def saved_too_early(base, path, data, lr=1e-2):
     return steps(finish(start(base, path), path), data, lr)
+
+
+@wrong("resume", "0 of 3 faults are mended")
+def as_given(base, path, data, lr=1e-2):
+    model = PeftModel.from_pretrained(base, path)
+    model = get_peft_model(model.get_base_model(), model.peft_config["default"])
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.requires_grad_(True)
+    steps(model, data, lr)
+    tensors = get_peft_model_state_dict(model)
+    adapter = {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+    save_file(adapter, f"{path}/adapter_model.safetensors")
+    return model
+
+
+@wrong("resume", "three batches do not make three steps of AdamW, each with its own gradient")
+def adds_gradients_up(base, path, data, lr=1e-2):
+    model = start(base, path)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for batch in data:
+        model(**batch).loss.backward()
+        optimizer.step()
+    return finish(model, path)
+
+
+@wrong("resume", "load it into the bare base")
+def into_a_wrapped_model(base, path, data, lr=1e-2):
+    model = get_peft_model(base, PeftConfig.from_pretrained(path))
+    model = PeftModel.from_pretrained(model, path, is_trainable=True)
+    return finish(steps(model, data, lr), path)
 
 
 @right("resume")
