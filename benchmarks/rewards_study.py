@@ -31,19 +31,18 @@ MEASURED = ("steps", "trainable", "validation", "greedy", "chance", "larger", "l
 CURVES = ("reward", "flat", "length", "surprisal")
 COLUMNS = (*MEASURED, "paid", "seconds", *CURVES, "texts", "right", "chances")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+CONTROL = 3e-4  # the best one of rank 8
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYER = tuple(f"layers.15.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for name in LINEAR)
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 LEARNERS = {  # what trains, and the learning rate that the search begins with
     ("matrix", 1): (LoRA(rank=1, alpha=16, targets=LAYER[-1:]), 3e-3),
-    ("lora", 8): (LoRA(rank=8, alpha=16, targets=LINEAR), 1e-3),
-    ("lora", 1): (LoRA(rank=1, alpha=16, targets=LINEAR), 1e-3),
+    ("lora", 8): (LoRA(rank=8, alpha=16, targets=LINEAR), 3e-4),
+    ("lora", 1): (LoRA(rank=1, alpha=16, targets=LINEAR), 3e-4),
+    ("sft", 8): (LoRA(rank=8, alpha=16, targets=LINEAR), 3e-4),
+    ("norms", 0): (PartialFineTuning(patterns=NORMS), 3e-3),
+    ("lora", 64): (LoRA(rank=64, alpha=16, targets=LINEAR), 3e-4),
     ("layer", 1): (LoRA(rank=1, alpha=16, targets=LAYER), 3e-3),
-    ("norms", 0): (
-        PartialFineTuning(patterns=("input_layernorm", "post_attention_layernorm", "norm")),
-        3e-3,
-    ),
-    ("sft", 8): (LoRA(rank=8, alpha=16, targets=LINEAR), 1e-3),
-    ("lora", 64): (LoRA(rank=64, alpha=16, targets=LINEAR), 1e-3),
 }
 
 
@@ -207,24 +206,27 @@ def points(results) -> list[tuple]:
         if row["seed"] == "0" and row["validation"]:
             named = tried.setdefault((row["arm"], int(row["size"])), {})
             named[float(row["lr"])] = -float(row["validation"])
-    first = [("base", 1, 0.0, 0), ("base", 2, 0.0, 0)]
-    first += [(*setting, rate, 0) for setting, (_, rate) in LEARNERS.items()]
-    first += [(arm, 8, 1e-3, 0) for arm in ("number", "random")] + [("mode", 1, 0.0, 0)]
-    searches = []
-    for setting, (_, center) in LEARNERS.items():
-        found = tried.get(setting, {})
-        due = around(found, RATES, RATES.index(center))
-        searches += [(*setting, rate, 0) for rate in due]
-        if all(rate in found for rate in due):
-            best = min(due, key=found.get)
-            searches += [(*setting, best, seed) for seed in SEEDS[1:]]
-    controls = [("base", size, 0.0, 0) for size in (4, 8)]
-    controls += [("other", 1, 0.0, seed) for seed in range(1, 8)]
-    controls += [(arm, 8, 1e-3, seed) for seed in SEEDS for arm in ("number", "random")]
-    controls += [(arm, 8, 1e-3, seed) for seed in SEEDS for arm in ("occurs", "swapped")]
-    controls += [("lora", 8, 3e-3, seed) for seed in SEEDS]
-    controls += [("kl", 8, 1e-3, seed) for seed in SEEDS]
-    return list(dict.fromkeys(first + searches + controls))
+
+    def search(*setting) -> list[tuple]:
+        found, center = tried.get(setting, {}), RATES.index(LEARNERS[setting][1])
+        rates = around(found, RATES, center)
+        seeds = SEEDS[1:] if all(rate in found for rate in rates) else ()
+        first = [(*setting, rate, 0) for rate in rates]
+        return first + [(*setting, min(rates, key=found.get), seed) for seed in seeds]
+
+    def controls(*arms: str, seeds=SEEDS) -> list[tuple]:
+        return [(arm, 8, CONTROL, seed) for seed in seeds for arm in arms]
+
+    due = [("base", 1, 0.0, 0), ("mode", 1, 0.0, 0)]
+    due += search("matrix", 1) + search("lora", 8) + search("lora", 1)
+    due += controls("number", "random", "occurs", seeds=(0,))
+    due += search("sft", 8) + search("norms", 0) + search("lora", 64)
+    due += controls("number", "random") + search("layer", 1)
+    due += [("base", size, 0.0, 0) for size in (2, 4, 8)]
+    due += [("other", 1, 0.0, seed) for seed in range(1, 8)]
+    due += [("lora", 8, lr, seed) for lr in (1e-3, 3e-3) for seed in SEEDS]
+    due += controls("occurs") + controls("swapped", "kl")
+    return list(dict.fromkeys(due))
 
 
 if __name__ == "__main__":
