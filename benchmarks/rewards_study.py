@@ -214,18 +214,20 @@ def points(results) -> list[tuple]:
         first = [(*setting, rate, 0) for rate in rates]
         return first + [(*setting, min(rates, key=found.get), seed) for seed in seeds]
 
-    def controls(*arms: str, seeds=SEEDS) -> list[tuple]:
-        return [(arm, 8, CONTROL, seed) for seed in seeds for arm in arms]
+    def controls(*arms: str, seeds=SEEDS, lr: float = CONTROL) -> list[tuple]:
+        return [(arm, 8, lr, seed) for seed in seeds for arm in arms]
 
     due = [("base", 1, 0.0, 0), ("mode", 1, 0.0, 0)]
     due += search("matrix", 1) + search("lora", 8) + search("lora", 1)
     due += controls("number", "random", "occurs", seeds=(0,))
     due += search("sft", 8) + search("norms", 0) + search("lora", 64)
-    due += controls("number", "random") + search("layer", 1)
+    due += controls("occurs", seeds=(0,), lr=1e-3)
     due += [("base", size, 0.0, 0) for size in (2, 4, 8)]
-    due += [("other", 1, 0.0, seed) for seed in range(1, 8)]
-    due += [("lora", 8, lr, seed) for lr in (1e-3, 3e-3) for seed in SEEDS]
-    due += controls("occurs") + controls("swapped", "kl")
+    due += controls("number", "random") + search("layer", 1)
+    due += controls("swapped", seeds=(0,)) + controls("lora", lr=3e-3)
+    due += [("other", 1, 0.0, seed) for seed in range(1, 5)]
+    due += controls("random", seeds=(0,), lr=1e-4) + controls("number", "occurs", lr=1e-3)
+    due += controls("kl", seeds=(0,))
     return list(dict.fromkeys(due))
 
 
