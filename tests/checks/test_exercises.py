@@ -470,6 +470,24 @@ def test_what_is_said_of_the_broken_knobs_is_in_them():
     assert rows["widths"].to_dict() == dict.fromkeys(rows.index, "96 96 512") | {"C": "96 96 192"}
 
 
+def test_what_is_said_of_the_broken_rewards_is_in_their_curves():
+    curves = {
+        name: {
+            run: np.array(text.split(), dtype=float)
+            for run, text in load_results("broken_rewards").set_index("run")[name].items()
+        }
+        for name in ("reward", "flat", "surprisal")
+    }
+    reward, flat, surprisal = curves.values()
+    first, healthy = surprisal["healthy"][0], surprisal["healthy"][-3:].mean()
+    assert reward["healthy"][-3:].mean() > 2 * reward["healthy"][0] and healthy < first / 2
+    assert reward["A"][-6:].min() > 0.95 and surprisal["A"][-3:].min() > 2 * healthy
+    assert (reward["B"] == 0).all() and (flat["B"] == 1).all()
+    assert (reward["C"][-3:] == 0).all() and reward["C"].max() > 0.5
+    assert surprisal["C"][-3:].max() < first / 4
+    assert (reward["D"] > 0).all() and surprisal["D"][-3:].mean() > 0.8 * first
+
+
 def test_adam_s_first_step_lowers_the_loss_by_the_gradient_sum():
     one, lr = CHECKS["beyond"]["gradient_sum"], 1e-6
     model, batches, factors = one.arguments(3)
