@@ -32,7 +32,9 @@ SEEDS = (0, 1, 2)
 class Results:
     """A table data/results/<name>.csv that grows row by row, shared by two processes if need be.
 
-    key: the columns that name a point; a point may have several rows."""
+    key: the columns that name a point; a point may have several rows. Where torch, machine and date
+    are those of the row above, their cells are empty: repeated, they would fill a fifth of all
+    tables."""
 
     def __init__(self, name: str, key: Sequence[str], columns: Iterable[str], anew: bool = False):
         self.path, self.key = FOLDER / f"{name}.csv", tuple(key)
@@ -42,9 +44,12 @@ class Results:
             self.path.write_text(",".join(self.columns) + "\n", encoding="utf-8")
 
     def rows(self) -> list[dict[str, str]]:
-        """Return all rows."""
+        """Return all rows, each with its stamp."""
         with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+        for above, row in itertools.pairwise(rows):
+            row |= {column: row[column] or above[column] for column in stamp()}
+        return rows
 
     def missing(self, points: Iterable[tuple]) -> list[tuple]:
         """Return the points without a row yet."""
@@ -55,9 +60,14 @@ class Results:
         """Append the rows of a point, stamped, all at once: a run that is stopped leaves none.
         Names without a column are left out."""
         named = stamp() | dict(zip(self.key, point, strict=True))
+        above = self.rows()[-1:] or [dict.fromkeys(stamp())]
+        shown = [
+            row | {column: "" for column in stamp() if row[column] == before[column]}
+            for before, row in itertools.pairwise([*above, *(named | row for row in rows)])
+        ]
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n")
-            writer.writerows([named | row for row in rows])
+            writer.writerows(shown)
 
 
 def fill_table(

@@ -87,6 +87,8 @@ def load_results(name: str, **where) -> DataFrame:
         known = ", ".join(sorted(p.stem for p in folder.glob("*.csv"))) or "none"
         raise FileNotFoundError(f"no table {name!r} in data/results; there are: {known}")
     rows = pd.read_csv(path, keep_default_na=False, na_values="nan")
+    origin = rows.columns.intersection([*stamp()])  # left out where it is that of the row above
+    rows[origin] = rows[origin].replace("", None).ffill()
     if "validation" in rows and "task" not in rows:
         rows.insert(0, "task", "austen" if name == "qlora_study" else "sentiment")
     return _where(rows, where).reset_index(drop=True)

@@ -1,8 +1,6 @@
 """The runner of the benchmarks: it runs what a table lacks, once, and adds rows that say where."""
 
-import csv
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -26,8 +24,8 @@ def rows(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark"])
 
     def read(*columns):
-        with Path(tmp_path, "tried.csv").open(encoding="utf-8") as file:
-            return [tuple(row[c] for c in columns) for row in csv.DictReader(file)]
+        table = common.Results("tried", KEY, ("validation",)).rows()
+        return [tuple(row[c] for c in columns) for row in table]
 
     return read
 
@@ -47,6 +45,8 @@ def test_all_rates_run_with_one_seed_and_the_best_one_with_the_others(rows, caps
     assert first == [("lora", "0.1", "0"), ("lora", "0.3", "0"), ("base", "0.0", "0")]
     assert others == [("lora", "0.3", "1"), ("lora", "0.3", "2")], "a perplexity: the least is best"
     assert all(machine and date for machine, date in rows("machine", "date"))
+    written = (common.FOLDER / "tried.csv").read_text(encoding="utf-8")
+    assert written.count("thread") == 1, "a stamp is written where it differs from the row above"
     capsys.readouterr()
     fill(common.at_best(SETTINGS), by_rate)
     assert rows("method", "lr", "seed") == seen and not capsys.readouterr().out
