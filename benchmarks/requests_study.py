@@ -4,22 +4,19 @@
 
 The assistant answers all short movie reviews of the test split (at most ten words), and 42
 requests that have nothing to do with reviews. Adds a row for each run to
-data/results/requests_study.csv: the untrained assistant with three wordings of the question, alone
-and after two examples, with the lesson's wording also after eight and after 48 (three draws); LoRA
-as the lesson trains it on 48, 12 steps of 4, at three learning rates and three ranks, alpha twice
-the rank; and the same with a quarter of the 48 replaced by unrelated questions, with the answers
-that the untrained assistant gave.
+data/results/requests_study.csv: the untrained assistant, alone and after two or eight examples
+(three draws); LoRA as the lesson trains it on 48, 12 steps of 4, at a higher learning rate, and at
+a higher rank, alpha twice the rank; and at the higher learning rate with a quarter of the 48
+replaced by unrelated questions, with the answers that the untrained assistant gave.
 
-The base computes in bfloat16, what trains is in float32. `first` is the share of answers that begin
-with the token of the right word, `words` the mean number of words of the answers to the requests,
-`answers` the beginnings of five of them. The other columns have one bit for each review or request,
-the first one the lowest, in hexadecimal: `found` (untrained only), the right word is the first of
-the two words that occurs in the answer; `choice`, of the two words the right one is likelier;
-`shifted`, the same with a shift chosen on 48 labelled reviews, one number for each seed; `exact`,
-the whole answer is the right word, apart from capitals and a full stop; `says`, the answer to a
-request begins with one of the two words; `short`, it has at most two words; `kept`, it does what
-was asked for. The last twelve requests end in "Answer with one word", as the question about reviews
-does.
+The base computes in bfloat16, what trains is in float32. `answers` has the beginnings of five
+answers to requests. The other columns have one bit for each review or request, the first one the
+lowest, in hexadecimal: `found` (untrained only), the right word is the first of the two words that
+occurs in the answer; `choice`, of the two words the right one is likelier; `shifted`, the same with
+a shift chosen on the labelled reviews that are not shown, one number for each seed; `exact`, the
+whole answer is the right word, apart from capitals and a full stop; `short`, the answer to a
+request has at most two words; `kept`, it does what was asked for. The last twelve requests end in
+"Answer with one word", as the question about reviews does.
 """
 
 import copy
@@ -38,25 +35,9 @@ from peft_lessons.train.generate import answer_questions
 
 STEPS, SIZE, TOKENS, WORDS = 12, 4, 40, ("negative", "positive")
 KEY = ("kind", "lr", "rank", "seed")
-COLUMNS = (
-    "first",
-    "found",
-    "choice",
-    "shifted",
-    "exact",
-    "says",
-    "short",
-    "kept",
-    "words",
-    "answers",
-)
-SHOTS = {"two": 2, "eight": 8, "all": STEPS * SIZE}
-QUESTIONS = {
-    "lesson": "Is this movie review positive or negative? Answer with one word.\n\n{}",
-    "strict": "Reply with exactly one lower-case word, positive or negative, and nothing else. "
-    "What does this movie review say about the movie?\n\n{}",
-    "form": "Review: {}\nSentiment (positive or negative):",
-}
+COLUMNS = ("found", "choice", "shifted", "exact", "short", "kept", "answers")
+SHOTS = {"two": 2, "eight": 8}
+QUESTION = "Is this movie review positive or negative? Answer with one word.\n\n{}"
 
 
 def long(text: str) -> bool:
@@ -155,11 +136,10 @@ def short(split: str, seed: int = 0) -> list[tuple[str, int]]:
     return rows
 
 
-def asked(text: str, wording: str = "lesson", shown: tuple = ()) -> list[dict]:
+def asked(text: str, shown: tuple = ()) -> list[dict]:
     """Return a review as messages, after the reviews that are shown with their answers."""
-    question = QUESTIONS[wording]
-    before = [m for t, label in shown for m in (user(question.format(t)), assistant(WORDS[label]))]
-    return [*before, user(question.format(text))]
+    before = [m for t, label in shown for m in (user(QUESTION.format(t)), assistant(WORDS[label]))]
+    return [*before, user(QUESTION.format(text))]
 
 
 def as_text(messages: list[dict]) -> str:
@@ -211,18 +191,18 @@ def shift(margins: torch.Tensor, classes: torch.Tensor) -> float:
     return tried[right == right.max()].median().item()
 
 
-def on_reviews(model, wording: str = "lesson", shown: tuple = (), seeds: tuple = ()) -> dict:
+def on_reviews(model, shown: tuple = (), seeds: tuple = ()) -> dict:
     """Return the columns of a model on the reviews of the test split; with seeds, also what a shift
     gives that is chosen on the 48 reviews of each."""
     rows, (_, first) = short("test"), reader()
     classes = torch.tensor([label for _, label in rows])
 
     def margins(chats: list, tokens: int) -> tuple:
-        logits, texts = answers(model, chats, tokens, size=16 if len(shown) > 8 else 64)
-        return logits[:, first[1]] - logits[:, first[0]], logits.argmax(-1), texts
+        logits, texts = answers(model, chats, tokens)
+        return logits[:, first[1]] - logits[:, first[0]], texts
 
-    chats = [asked(text, wording, shown) for text, _ in rows]
-    margin, likeliest, texts = margins(chats, tokens=6 if shown or not seeds else 16)
+    chats = [asked(text, shown) for text, _ in rows]
+    margin, texts = margins(chats, tokens=6 if shown or not seeds else 16)
     whole = [text.strip().lower().removesuffix(".") for text in texts]
     bits = {
         "choice": ((margin > 0).long() == classes).tolist(),
@@ -231,15 +211,14 @@ def on_reviews(model, wording: str = "lesson", shown: tuple = (), seeds: tuple =
     columns, shifted = {name: hexadecimal(right) for name, right in bits.items()}, []
     for seed in seeds:
         known = [row for row in short("train", seed)[: STEPS * SIZE] if row not in shown]
-        found, *_ = margins([asked(text, wording, shown) for text, _ in known], tokens=1)
+        found, _ = margins([asked(text, shown) for text, _ in known], tokens=1)
         at = shift(found, torch.tensor([label for _, label in known]))
         shifted.append(hexadecimal(((margin > at).long() == classes).tolist()))
     if not shown and seeds:
         mentions = [re.search("|".join(WORDS), text.lower()) for text in texts]
         found = [said and said[0] == WORDS[k] for said, k in zip(mentions, classes, strict=True)]
         columns["found"] = hexadecimal(found)
-    begins = (likeliest == first[classes]).double().mean().item()
-    return columns | {"first": f"{begins:.4f}", "shifted": " ".join(shifted)}
+    return columns | {"shifted": " ".join(shifted)}
 
 
 def done(request: str, text: str) -> bool:
@@ -252,12 +231,10 @@ def on_requests(model) -> dict:
     """Return the columns of a model on the requests."""
     written = [text for text, _ in answer_questions(model, reader()[0], list(REQUESTS), TOKENS, 40)]
     kept = [done(request, text) for request, text in zip(REQUESTS, written, strict=True)]
-    says = [re.match(r"\W*(positive|negative)\b", text.lower()) is not None for text in written]
-    bits = {"says": says, "short": [len(text.split()) <= 2 for text in written], "kept": kept}
+    bits = {"short": [len(text.split()) <= 2 for text in written], "kept": kept}
     few = [written[list(REQUESTS).index(request)] for request in QUOTED]
     return {name: hexadecimal(found) for name, found in bits.items()} | {
-        "answers": " | ".join(" ".join(text.split())[:40] for text in few),
-        "words": f"{sum(len(text.split()) for text in written) / len(written):.2f}",
+        "answers": " | ".join(" ".join(text.split())[:40] for text in few)
     }
 
 
@@ -312,26 +289,19 @@ def run(kind: str, lr: float, rank: int, seed: int) -> dict:
     if kind in ("lora", "mixed"):
         model = trained(lr, rank, seed, kind == "mixed")
         return on_reviews(model) | on_requests(model)
-    model, (wording, shots) = base(), kind.split(", ")
-    if shots == "none":
-        row = on_reviews(model, wording, seeds=SEEDS)
-        return row | (on_requests(model) if wording == "lesson" else {})
-    rows = short("train", seed)[: STEPS * SIZE]
-    if shots != "all":  # as many of each class, in turn
-        halves = ([row for row in rows if row[1] == label] for label in (seed % 2, 1 - seed % 2))
-        rows = [row for pair in zip(*halves, strict=False) for row in pair][: SHOTS[shots]]
-    return on_reviews(model, wording, tuple(rows), seeds=(seed,) * (shots != "all"))
+    if kind == "none":
+        return on_reviews(base(), seeds=SEEDS) | on_requests(base())
+    rows = short("train", seed)[: STEPS * SIZE]  # as many of each class, in turn
+    halves = ([row for row in rows if row[1] == label] for label in (seed % 2, 1 - seed % 2))
+    shown = [row for pair in zip(*halves, strict=False) for row in pair][: SHOTS[kind]]
+    return on_reviews(base(), tuple(shown), seeds=(seed,))
 
 
 def points() -> list[tuple]:
     """Return all points: the prompts, and the trained ones with three seeds each."""
-    none, two = ([(f"{name}, {shots}", 0.0, 0) for name in QUESTIONS] for shots in ("none", "two"))
-    lora = [("lora", 5e-4, 8), ("mixed", 5e-4, 8), ("lora", 2e-3, 8), ("mixed", 2e-3, 8)]
-    lora += [("lora", 1e-4, 8), ("lora", 5e-4, 1), ("lora", 5e-4, 64)]
-    shown = [("lesson, eight", 0.0, 0), ("lesson, all", 0.0, 0)]
-    once = [(*setting, 0) for setting in (*none, *two)]
-    drawn = [(*setting, seed) for seed in SEEDS for setting in (two[0], *lora, *shown)]
-    return list(dict.fromkeys(once + drawn))
+    drawn = [("two", 0.0, 0), ("eight", 0.0, 0), ("lora", 5e-4, 8), ("lora", 5e-4, 64)]
+    drawn += [("lora", 2e-3, 8), ("mixed", 2e-3, 8)]
+    return [("none", 0.0, 0, 0), *((*setting, seed) for seed in SEEDS for setting in drawn)]
 
 
 if __name__ == "__main__":

@@ -36,4 +36,4 @@ def test_the_stored_table_is_complete():
     assert not results.missing(requests_study.points())
     assert len(results.rows()) == len(requests_study.points())
     for row in results.rows():
-        assert (row["says"] != "") == (row["kind"] in ("lora", "mixed", "lesson, none"))
+        assert (row["short"] != "") == (row["kind"] in ("lora", "mixed", "none"))
