@@ -196,7 +196,9 @@ def run(arm: str, size: int, lr: float, seed: int) -> dict:
     if arm == "mode":
         chances, right = likeliest(model, tokenizer, shown)
         return row | tested(chances, right)
-    return row | scores(model, tokenizer, shown, reward, tokens)
+    row |= scores(model, tokenizer, shown, reward, tokens)
+    learner = arm == "base" or (arm, size) in LEARNERS
+    return row if learner else row | {"chances": ""}
 
 
 def points(results) -> list[tuple]:
@@ -227,7 +229,7 @@ def points(results) -> list[tuple]:
     due += controls("number", lr=1e-3) + controls("swapped", seeds=(0,))
     due += controls("number", "random") + search("layer", 1)
     due += controls("lora", lr=3e-3) + [("other", 1, 0.0, seed) for seed in range(1, 5)]
-    due += controls("random", seeds=(0,), lr=1e-4) + controls("random", seeds=(0,), lr=1e-3)
+    due += controls("random", lr=1e-4) + controls("random", seeds=(0,), lr=1e-3)
     due += controls("kl", seeds=(0,))
     return list(dict.fromkeys(due))
 
