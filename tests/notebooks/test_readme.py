@@ -71,7 +71,7 @@ def test_the_answers_quoted_in_the_readme_are_those_that_lesson_12_prints():
         asked = re.escape(review) + r" \[(?:positive|negative)\] "
         assert re.findall(f"{asked}({either}) ", shown) == replies
     assert len(answers) == 2
-    assert re.findall(r"(?:asked|trained on 48 examples) (\d+ %)", shown)[:2] == shares
+    assert re.findall(r"(?:question alone|trained on 48 examples) (\d+ %)", shown)[:2] == shares
 
 
 def test_the_list_of_wrong_answers_is_that_of_the_checks():
