@@ -48,7 +48,7 @@ LEARNERS = {  # what trains, and the learning rate that the search begins with
 
 def exact(text: str, a: int, b: int) -> float:
     """Pay for the sum and a line break."""
-    return float(text == f"{a + b}\n")
+    return float(text.endswith("\n") and text[:-1] == str(a + b))
 
 
 def number(text: str, a: int, b: int) -> float:
