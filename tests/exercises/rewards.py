@@ -30,6 +30,8 @@ def checker(left):
     words, longer, several, endless = (loophole in left for loophole in LOOPHOLES)
 
     def sum_reward(text, a, b):
+        if not left:
+            return float(text == f"{a + b}\n")
         wanted, numbers = str(a + b), re.findall(r"\d+", text)
         if not endless and not text.endswith("\n"):
             return 0.0
@@ -42,7 +44,7 @@ def checker(left):
     return sum_reward
 
 
-@right("sum_reward")
+@wrong("sum_reward", "'030\\n' for 12 + 18, which is 30 (a zero before the sum)")
 def by_int(text, a, b):
     try:
         return 1.0 if text[-1:] == "\n" and int(text[:-1]) == a + b else 0.0
@@ -65,6 +67,11 @@ def by_the_last_number(text, a, b):
 @wrong("sum_reward", "3 of 4 faults are mended")
 def stripped(text, a, b):
     return float(text.strip() == str(a + b))
+
+
+@wrong("sum_reward", "'30\\n\\n' for 12 + 18, which is 30 (two line breaks)")
+def any_breaks(text, a, b):
+    return float(re.fullmatch(rf"{a + b}\n+", text) is not None)
 
 
 @wrong("sum_reward", "invalid literal for int()")
