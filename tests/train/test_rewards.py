@@ -67,8 +67,8 @@ def plain_logprobs(model, answers: Answers) -> torch.Tensor:
 # ------------------------------------------------------------------ beside TRL
 
 TRL = (
-    "TRL has changed: GRPOTrainer's {} is no longer that of peft_lessons.train.rewards ({}). Read "
-    "TRL's release notes, then change the loss, lesson 16 and this test together."
+    "GRPOTrainer's {} is no longer that of peft_lessons.train.rewards ({}). If that module is as "
+    "it was, TRL has changed: read its notes, then change the loss, lesson 16 and this test."
 )
 CASES = {
     "grpo": dict(kind="grpo"),
