@@ -43,9 +43,10 @@ MODULES = {
     "16_rewards": "rewards",
 }
 
-# Of an output with sliders a page without a kernel shows the other forms, and this one has an id
-# that is drawn again each time.
-WIDGET = "application/vnd.jupyter.widget-view+json"
+# {a form of an output that is not stored: the form that is stored in its place}. Pages without a
+# kernel show no sliders, whose id is drawn again each time. The HTML of a figure holds the picture;
+# the image/png is for the PDF of a lesson that was run.
+NOT_STORED = {"application/vnd.jupyter.widget-view+json": "text/plain", "image/png": "text/html"}
 
 # A block of code in markdown, to its end or to that of the cell, and a heading outside of blocks.
 FENCED = re.compile(r"^[ \t]*(`{3,}|~{3,})[^`\n]*\n.*?(?:^[ \t]*\1|\Z)", re.S | re.M)
@@ -224,7 +225,8 @@ def cell_metadata(nb: NotebookNode) -> list[dict]:
 
 
 def clean(nb: NotebookNode, stem: str) -> NotebookNode:
-    """Clean a notebook: no metadata of the machine, no sliders, and an id for every cell."""
+    """Clean a notebook: no metadata of the machine, no sliders, each picture once, and an id for
+    every cell."""
     nb = copy.deepcopy(nb)
     nb.metadata = nbformat.from_dict(CLEAN_METADATA)
     nb.nbformat, nb.nbformat_minor = 4, 5
@@ -233,8 +235,10 @@ def clean(nb: NotebookNode, stem: str) -> NotebookNode:
         cell.metadata = nbformat.from_dict(metadata)
         for output in cell.get("outputs", []):
             output.pop("transient", None)
-            if len(output.get("data", ())) > 1:
-                output.data.pop(WIDGET, None)
+            for form, instead in NOT_STORED.items():
+                if instead in output.get("data", ()):
+                    output.data.pop(form, None)
+                    output.metadata.pop(form, None)
     return nb
 
 

@@ -138,6 +138,14 @@ def pictures_have_alt_text(nb: NotebookNode, path: Path) -> Complaints:
                     yield f"{label} has a picture with alt text {alt!r}, below {MIN_ALT} characters"
 
 
+def pictures_are_stored_once(nb: NotebookNode, path: Path) -> Complaints:
+    for label, cell in _numbered(nb, "code"):
+        if any(
+            {"image/png", "text/html"} <= output.get("data", {}).keys() for output in cell.outputs
+        ):
+            yield f"{label} stores a figure twice, as HTML and as image/png: {_remake(path)}"
+
+
 # --- code ---------------------------------------------------------------------------------------
 
 
@@ -330,6 +338,7 @@ RULES = (
     no_machine_paths,
     small_file,
     pictures_have_alt_text,
+    pictures_are_stored_once,
     short_cells,
     folded_cells_say_what_they_are,
     imports_in_setup,

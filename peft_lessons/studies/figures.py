@@ -56,7 +56,8 @@ class Shown:
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict[str, str], dict]:
         png = base64.b64encode(self.png).decode()
         # JupyterLab and the site show the HTML: their <img> of an image/png has no alt text. A PDF
-        # takes the image/png, for which nbconvert reads the alt text from the metadata.
+        # takes the image/png, for which nbconvert reads the alt text from the metadata. Outputs
+        # stored by `make outputs` have the HTML only.
         data = {
             "text/html": f'<figure style="margin:0">\n<img src="data:image/png;base64,{png}" '
             f'width="{self.width}" style="max-width:100%;height:auto" '

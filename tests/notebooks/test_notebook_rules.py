@@ -20,10 +20,14 @@ SOLUTION = "def row_norms(weight, eps=0.0):\n    return weight\n"
 STUB = "def row_norms(weight, eps=0.0):\n    raise NotImplementedError"
 
 
-def picture(alt, page=f'<img src="data:,x" alt="{ALT}">'):
-    """Return an image with its alt text in the metadata, and with HTML as a second form."""
-    data = {"image/png": "aGk=", "text/html": page}
-    return new_output("display_data", data, metadata={"image/png": {"alt": alt}})
+def picture(alt):
+    """Return an image with its alt text in the metadata."""
+    return new_output("display_data", {"image/png": "aGk="}, metadata={"image/png": {"alt": alt}})
+
+
+def page(text=f'<img src="data:,x" alt="{ALT}">', **other):
+    """Return an output of HTML, by default with a picture and its alt text."""
+    return new_output("display_data", {"text/html": text, **other})
 
 
 def text(value, name="stdout"):
@@ -49,7 +53,7 @@ def good():
             "## Deeper · Beyond (3 min)", metadata={"jp-MarkdownHeadingCollapsed": True}
         ),
         code("print('https://example.org/tmp/x')", text("https://example.org/tmp/x\n")),
-        code("# Source of this figure\nshow()", picture(ALT), tags=["plumbing"]),
+        code("# Source of this figure\nshow()", page(), tags=["plumbing"]),
         code(
             "1 / 0", new_output("error", ename="E", evalue="", traceback=["E"]),
             tags=["raises-exception"],
@@ -135,9 +139,10 @@ BAD = {
     "pictures_have_alt_text": {
         "none": add(code("x", new_output("display_data", {"image/png": "aGk="}))),
         "short": add(code("x", picture("a plot"))),
-        "in HTML": add(code("x", picture(ALT, f'<img alt="{ALT}"><img>'))),
-        "svg": add(code("x", picture(ALT, "<svg></svg>"))),
+        "in HTML": add(code("x", page(f'<img alt="{ALT}"><img>'))),
+        "svg": add(code("x", page("<svg></svg>"))),
     },
+    "pictures_are_stored_once": {"run by hand": add(code("x", page(**{"image/png": "aGk="})))},
     "short_cells": {
         "26 lines": add(code("x\n" * 25 + "x")),
         "26 folded": add(code("# Helper: x\n" + "x\n" * 26, tags=["plumbing"])),

@@ -1,19 +1,22 @@
 """Every lesson keeps the rules and runs with its solutions."""
 
 import base64
-import html
 import re
 import subprocess
 import sys
 
 import pytest
 from nbconvert import LatexExporter, MarkdownExporter
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from peft_lessons.studies.figures import figure, still
 from tools import notebooks
 from tools.environment import ROOT
 from tools.rules import RULES
 
 LESSONS = notebooks.lessons()
+# The bytes and the alternative text of a picture in a page.
+PICTURE = re.compile(r'<img src="data:image/png;base64,(\S+)"[^>]* alt="([^"]+)"')
 
 
 def test_there_are_lessons():
@@ -39,24 +42,32 @@ def test_ruff_finds_nothing_unsafe():
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_every_figure_reaches_a_pdf_and_markdown(path):
+def test_every_figure_reaches_markdown(path):
     nb = notebooks.read(path)
     # The text between them would need pandoc, and to colour the code takes longest.
     nb.cells = [cell for cell in notebooks.code_cells(nb) if "<img" in str(cell.outputs)]
     for cell in nb.cells:
         cell.source = ""
-    outputs = [out for cell in nb.cells for out in cell.outputs if "data" in out]
-    figures = [
-        (re.search(r"base64,([^\"]+)", out.data["text/html"])[1], out.metadata["image/png"]["alt"])
-        for out in outputs
-        if "<img" in out.data.get("text/html", "")
+    pages = [
+        out.data.get("text/html", "") for cell in nb.cells for out in cell.outputs if "data" in out
     ]
-    latex, made = LatexExporter().from_notebook_node(nb)
-    drawn = [made["outputs"][name] for name in re.findall(r"\\adjustimage.*\{(\S+?)\}", latex)]
-    assert drawn == [base64.b64decode(picture) for picture, _ in figures]
     page, _ = MarkdownExporter().from_notebook_node(nb)
-    pictures = re.findall(r'<img src="data:image/png;base64,(\S+)"[^>]* alt="([^"]+)"', page)
-    assert [(picture, html.unescape(alt)) for picture, alt in pictures] == figures
+    figures = PICTURE.findall("".join(pages))
+    assert figures and PICTURE.findall(page) == figures
+
+
+def test_a_figure_that_was_run_reaches_a_pdf_and_is_stored_once():
+    fig, ax = figure()
+    ax.plot([1, 2])
+    data, metadata = still(fig, "A line that rises from one to two")._repr_mimebundle_()
+    run = new_output("display_data", data, metadata=metadata)
+    nb = new_notebook(cells=[new_code_cell("show()", outputs=[run])])
+    latex, made = LatexExporter().from_notebook_node(nb)
+    (name,) = re.findall(r"\\adjustimage.*\{(\S+?)\}", latex)
+    assert made["outputs"][name] == base64.b64decode(data["image/png"])
+    (stored,) = notebooks.clean(nb, "02_lora").cells[0].outputs
+    assert stored.data == {form: data[form] for form in ("text/html", "text/plain")}
+    assert data["image/png"] in stored.data["text/html"] and not stored.metadata
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
