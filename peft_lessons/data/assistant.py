@@ -168,8 +168,8 @@ def _move(checkpoint: Path, folder: Path) -> None:
 # ------------------------------------------------------------------ the conversion
 
 # {name in the GGUF file: name in transformers' Llama}
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-_IN_LAYER = {
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+IN_LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -213,7 +213,7 @@ def _write_weights(reader, folder: Path) -> None:
         values = dequantize(tensor.data, tensor.tensor_type)
         if name in ("attn_q", "attn_k"):
             values = _rotary_halves(values, HEADS if name == "attn_q" else KEY_VALUE_HEADS)
-        path = f"model.layers.{layer[1]}.{_IN_LAYER[name]}" if layer else _OUTSIDE[name]
+        path = f"model.layers.{layer[1]}.{IN_LAYER[name]}" if layer else OUTSIDE[name]
         weights[f"{path}.weight"] = torch.tensor(values, dtype=torch.bfloat16)
     # Not save_file: a full disk is no OSError there, and only the owner may read the file.
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))

@@ -259,6 +259,13 @@ def load_model(
     return model.eval()
 
 
+def load_config(name: str):
+    """Load the configuration of a model, named as for `load_model`, without its weights.
+
+    Raises TypeError, ValueError and FileNotFoundError as `load_model` does."""
+    return _source(_resolve(name), None, verify=False)[2]
+
+
 def _source(name: str, labels: int | None, verify: bool) -> tuple[type, str | Path, Any, dict]:
     """Return the class that loads a model, where from, the config, and options of the class."""
     if name in BUNDLED:

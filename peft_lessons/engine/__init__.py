@@ -6,7 +6,7 @@ saves. It knows no single method, holds no mathematics of one, and loads no mode
 
 # ruff: noqa: F401
 
-from .atomic import write_atomically
+from .atomic import write_atomically, written_whole
 from .files import (
     CONFIG,
     WEIGHTS,

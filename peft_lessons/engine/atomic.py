@@ -4,8 +4,28 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+
+def _beside(path: Path) -> Path:
+    """Return the temporary name of a file, which no other process or thread gives it."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary name for the block to write a large file to; move the file to `path` when
+    the block ends. After an exception the temporary file is gone and an older file unchanged."""
+    part = _beside(path)
+    try:
+        yield part
+        if path.is_file():
+            part.chmod(path.stat().st_mode | stat.S_IWRITE)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_atomically(files: Mapping[Path, bytes]) -> None:
@@ -14,8 +34,7 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
     Every file is complete under a temporary name beside its place before the first one is moved
     there. If a move fails, the old files return: old and new ones never mix. A file that is
     replaced keeps its permissions; Windows replaces none that is read-only or open."""
-    writer = f"{os.getpid()}-{threading.get_native_id()}"
-    parts = {path: path.with_name(f".{path.name}.{writer}.tmp") for path in files}
+    parts = {path: _beside(path) for path in files}
     old = {path: part.with_suffix(".old") for path, part in parts.items() if path.is_file()}
     last = [*files][-1]
     try:
