@@ -391,9 +391,7 @@ _OFF = (None, False, {}, [], "none", "")
 _OFF_FOR = {"init_lora_weights": (True, False, "gaussian")}  # others change the base
 
 
-def adapter_to_gguf(
-    folder: str | os.PathLike, file: str | os.PathLike, base: Any = None
-) -> Path:
+def adapter_to_gguf(folder: str | os.PathLike, file: str | os.PathLike, base: Any = None) -> Path:
     """Write a LoRA adapter, saved by the course or by Hugging Face PEFT, to a GGUF file in F32,
     and return its path. rsLoRA's scale is written as the alpha that gives it.
 

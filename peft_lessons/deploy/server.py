@@ -203,7 +203,8 @@ class Server:
         grammar: str | None = None,
         chat: bool = True,
     ) -> str:
-        """Return the likeliest answer, token by token (temperature 0).
+        """Return the likeliest answer, token by token (temperature 0). Prompts that begin alike are
+        cheaper one after the other: the server keeps what it has computed.
 
         `choices` allows these texts alone, `grammar` what a grammar in llama.cpp's GBNF derives
         from its `root`. ValueError for a wrong prompt, one longer than the context, an unknown
@@ -212,7 +213,7 @@ class Server:
             raise ValueError("ask takes choices=... or grammar=..., not both")
         if choices is not None:
             grammar = _grammar_of(choices)
-        body = {"temperature": 0, "cache_prompt": False, "lora": self.lora(adapter)}
+        body = {"temperature": 0, "lora": self.lora(adapter)}
         if grammar is not None:
             body["grammar"] = grammar
         if not chat:
@@ -240,6 +241,24 @@ class Server:
         body |= {"temperature": 0, "cache_prompt": False, "lora": self.lora(adapter)}
         first = self._post("/completion", body)["completion_probabilities"][0]
         return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
+
+    def score(
+        self,
+        prompt: Prompt,
+        completion: str | Sequence[int],
+        adapter: Adapter = None,
+        chat: bool = True,
+    ) -> list[float]:
+        """Return the log-probability of each token of a completion after a prompt. A text becomes
+        tokens by itself, without an end token. Errors as `ask`."""
+        ids = self.tokens(completion, chat=False)
+        # A grammar that allows just these tokens; the log-probabilities are those without it.
+        grammar = "root ::= " + " ".join(f"<[{number}]>" for number in ids)
+        body = {"prompt": self.tokens(prompt, chat), "n_predict": len(ids), "n_probs": 1}
+        body |= {"temperature": 0, "lora": self.lora(adapter), "grammar": grammar}
+        body |= {"cache_prompt": False}
+        answer = self._post("/completion", body)
+        return [entry["logprob"] for entry in answer["completion_probabilities"]]
 
     def _messages(self, prompt: Prompt) -> list[Mapping[str, str]]:
         messages = [user(prompt)] if isinstance(prompt, str) else prompt
@@ -271,7 +290,7 @@ class Server:
             return answer
         reason = answer.get("error", {}).get("message", answer)
         if "context" in str(reason):
-            reason = f"{reason} (a longer one: serve(..., context=...))"
+            reason = f"{reason}. The model's own limit aside, serve(..., context=...) sets it"
         raise (ValueError if status < 500 else RuntimeError)(f"llama.cpp refuses this: {reason}")
 
 
