@@ -248,6 +248,12 @@ peft_lessons/checks/prompt.py: exercises
     noise = self.rounding * → noise = 0.0 *
 peft_lessons/checks/qlora.py: exercises
     return _packed(codes.repeat_interleave(2)), absmax → return _packed(codes.repeat(2)), absmax
+peft_lessons/checks/deploy.py: exercises
+    if _key(a) == _key(b) → if a["prompt"] == b["prompt"]
+    for x in both: → for x in (both[0], both[0]):
+    if which == "b" and module in → if module in
+peft_lessons/checks/diagnosis.py: exercises
+    sorted([*others, *(cause → sorted([*(cause
 peft_lessons/checks/kit.py: kit
     return passed / len(self.trials) / 2 → return 0.0
 peft_lessons/costs/evidence.py: recommend

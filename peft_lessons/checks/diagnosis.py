@@ -1,7 +1,7 @@
 """Exercises that ask for a diagnosis: of each broken run its fault, from what the run shows."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -9,13 +9,15 @@ from .compare import few
 from .kit import Refused, dict_of
 
 
-def diagnosis(broken: Mapping[str, tuple[str, str]], what: str = "run") -> dict[str, Any]:
+def diagnosis(
+    broken: Mapping[str, tuple[str, str]], what: str = "run", others: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the settings of a check whose answer returns {letter: cause}.
 
     broken: {letter: (its cause, what it shows of it)}; each cause belongs to one of them. what: the
-    word for one of them. A verdict counts those that are right, and says where to look on
-    request."""
-    causes = sorted(cause for cause, _ in broken.values())
+    word for one of them. others: causes that are offered and belong to none. A verdict counts those
+    that are right, and says where to look on request."""
+    causes = sorted([*others, *(cause for cause, _ in broken.values())])
 
     def named(function: Callable) -> dict[str, str]:
         # Leaves out what the answer leaves open.
@@ -24,7 +26,7 @@ def diagnosis(broken: Mapping[str, tuple[str, str]], what: str = "run") -> dict[
         given = {str(run).strip().upper(): cause for run, cause in texts.items() if cause.strip()}
         if unknown := sorted(given.keys() - broken.keys()):
             letters = sorted(broken)
-            known = f"the broken {what}s are {letters[0]} to {letters[-1]}"
+            known = f"the {what}s to judge are {letters[0]} to {letters[-1]}"
             raise Refused(f"there is no {what} {few(unknown)}: {known}")
         given = {run: " ".join(cause.lower().split()) for run, cause in given.items()}
         canonical = {cause.lower(): cause for cause in causes}

@@ -192,7 +192,7 @@ def frozen_twice():
     return from_the_rows() | {"A": "m is frozen"}
 
 
-@wrong("diagnose_rows", "there is no run 'F': the broken runs are A to E")
+@wrong("diagnose_rows", "there is no run 'F': the runs to judge are A to E")
 def a_sixth_run():
     return from_the_rows() | {"F": "m is frozen"}
 

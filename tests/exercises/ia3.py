@@ -91,7 +91,7 @@ def zero_twice():
     return from_the_knobs() | {"A": "the vectors start at zero"}
 
 
-@wrong("diagnose_knobs", "there is no run 'F': the broken runs are A to E")
+@wrong("diagnose_knobs", "there is no run 'F': the runs to judge are A to E")
 def a_sixth_run():
     return from_the_knobs() | {"F": "weight decay is on"}
 

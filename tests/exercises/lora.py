@@ -121,7 +121,7 @@ def in_other_words():
     return {"D": "the head was frozen"}
 
 
-@wrong("diagnose", "there is no run 'F': the broken runs are A to E")
+@wrong("diagnose", "there is no run 'F': the runs to judge are A to E")
 def a_sixth_run():
     return dict(zip("BCDEF", CAUSES, strict=True))
 
