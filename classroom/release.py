@@ -100,7 +100,7 @@ def release(folder: Path, colab: str | None = None) -> Path:
     for file in STUDENT.iterdir():
         shutil.copy(file, folder / file.name)
     conda = (ROOT / "environment.yml").read_text(encoding="utf-8")
-    (folder / "environment.yml").write_text(conda.replace(".[dev]", "."), encoding="utf-8")
+    (folder / "environment.yml").write_text(conda.replace(".[dev,", ".["), encoding="utf-8")
     for path in notebooks.lessons():
         nb = without_answers(notebooks.read(path))
         if colab is not None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -50,10 +51,10 @@ OFFLINE = {
 
 # As measured, in GB, packages and assistant: (to download, on disk).
 SIZES = {
-    ("cpu", "[dev]"): (0.6, 2.5),
-    ("cpu", ""): (0.5, 2.1),
-    ("cuda", "[dev]"): (3.2, 6.5),
-    ("cuda", ""): (3.1, 6.1),
+    ("cpu", "[dev]"): (0.6, 2.6),
+    ("cpu", ""): (0.6, 2.2),
+    ("cuda", "[dev]"): (3.2, 6.6),
+    ("cuda", ""): (3.2, 6.2),
 }
 
 
@@ -91,6 +92,7 @@ COMMANDS = read("""
 lab [LESSON]: open lesson 00, or the one named, in JupyterLab
 setup: set up .venv, where it is missing or out of date
 here: install into this Python instead: for hubs, Colab, containers
+chat FOLDER [BASE]: talk to the adapter in FOLDER, beside its base or the one named
 assistant: fetch the assistant, 93 MB to download and 260 MiB on disk
 update NEW [COPY]: bring this copy, or COPY, up to date from NEW, a ZIP or a folder
 clean: remove caches and what was built; .venv stays
@@ -134,7 +136,7 @@ lint: check the style of all Python code
     -m ruff check .
 constraints: write the newest versions that fit to constraints.txt
     -m uv pip compile --quiet --universal --upgrade --no-header --no-annotate \
---python-version 3.11 --extra dev --output-file constraints.txt pyproject.toml
+--python-version 3.11 --extra dev --extra serve --output-file constraints.txt pyproject.toml
 """)
 if FOR_STUDENTS:
     COMMANDS = {name: command for name, command in COMMANDS.items() if not command.programs}
@@ -186,6 +188,16 @@ def lab(arguments: list[str]) -> int:
     # In a container everybody is root, whom JupyterLab refuses unless told.
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     return wait([python, "-m", "jupyterlab", *root, *arguments, lesson], folder, threads)
+
+
+def chat(arguments: list[str]) -> int:
+    """Open a prompt with an adapter, whose path is the caller's; return the exit status."""
+    if len(arguments) not in (1, 2):
+        raise Trouble("Which adapter? python course.py chat FOLDER [BASE]")
+    paths = [os.path.expanduser(name) for name in arguments]
+    paths = [os.path.abspath(path) if os.path.exists(path) else path for path in paths]
+    python = ready()
+    return wait([python, "-m", "peft_lessons.deploy.chat", *paths], ROOT, {"HF_HUB_OFFLINE": "1"})
 
 
 def assistant() -> int:
@@ -414,7 +426,30 @@ def announce(extra: str) -> None:
 
 
 def install(python: str, uv: str | None, extra: str) -> None:
-    """Install the course and what it needs for an interpreter.
+    """Install the course and what it needs for an interpreter, and what can be missing."""
+    uv = install_course(python, uv, extra)
+    install_server(python, uv)
+
+
+def install_server(python: str, uv: str | None) -> None:
+    """Install the server of lesson 17, or say that it is missing: only a ready-made package will
+    do, and not every system has one."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    packages = tomllib.loads(text)["project"]["optional-dependencies"]["serve"]
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
+    command = [uv, "pip", "install", "--python", python] if uv else pip
+    what = ["--only-binary", ":all:", *packages]
+    if failure := attempt([*command, *constraints(), *what], must=False):
+        print(
+            f"The server of lesson 17 is not installed ({failure}). The lesson shows stored "
+            "results instead, and all else works without. To try again:\n"
+            + subprocess.list2cmdline([*pip, *what]),
+            flush=True,
+        )
+
+
+def install_course(python: str, uv: str | None, extra: str) -> str | None:
+    """Install the course and what it needs for an interpreter; return uv where it is there.
 
     PyTorch's builds without CUDA lie in an index of their own, which uv knows by name. Where that
     index, or uv, cannot be reached, pip takes the build of the ordinary index."""
@@ -428,13 +463,14 @@ def install(python: str, uv: str | None, extra: str) -> None:
         if uv:
             failure = attempt([uv, "pip", "install", "--python", python, *choice, *target], False)
             if not failure:
-                return
+                return uv
             why = f"uv cannot install from PyTorch's own index ({failure})"
         print(f"{why}: pip takes the ordinary build.", flush=True)
     elif uv:
         attempt([uv, "pip", "install", "--python", python, *target])
-        return
+        return uv
     attempt(pip + target)
+    return uv
 
 
 def attempt(command: list[str], must: bool = True) -> str:
@@ -576,8 +612,8 @@ def main(arguments: list[str]) -> int:
         show_help()
         return 0
     undo_unfinished_update()
-    if command in ("lab", "update"):
-        return {"lab": lab, "update": update}[command](rest)
+    if command in ("lab", "chat", "update"):
+        return {"lab": lab, "chat": chat, "update": update}[command](rest)
     if command == "assistant":
         return assistant()
     if command in ("setup", "here", "clean"):

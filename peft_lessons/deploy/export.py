@@ -268,10 +268,10 @@ def _tokenizer_of(model: nn.Module):
             "to_gguf: the model has no name, by which its tokenizer could be found: pass "
             "tokenizer=..."
         )
-    return load_tokenizer(_bundled(name))
+    return load_tokenizer(bundled_name(name))
 
 
-def _bundled(name: str) -> str:
+def bundled_name(name: str) -> str:
     """Return the bundled name of a model that files call by its published name."""
     names = {bundled.published_as: own for own, bundled in BUNDLED.items()}
     return names.get(name, name)
@@ -470,7 +470,7 @@ def _base_config(said: Mapping, base: Any) -> PretrainedConfig:
             f"adapter_to_gguf: {CONFIG} names no base, whose numbers of heads the export needs: "
             "pass base=model, or base='smollm2'"
         )
-    return load_config(_bundled(os.fspath(name)))
+    return load_config(bundled_name(os.fspath(name)))
 
 
 def _lora_path(key: str) -> tuple[str, str]:

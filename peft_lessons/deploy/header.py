@@ -29,6 +29,11 @@ class Header:
     shapes: dict[str, tuple[int, ...]]
 
 
+def is_adapter(header: Header) -> bool:
+    """Return whether a file holds an adapter, not a whole model."""
+    return header.fields.get("general.type", "model") == "adapter"
+
+
 class _Cursor:
     def __init__(self, data):
         self.data, self.place = data, 0

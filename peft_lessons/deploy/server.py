@@ -19,7 +19,7 @@ from typing import Any
 from ..data.chat import refuse_messages, user
 from ..machine import cores
 from .export import BASE
-from .header import Header, read_header
+from .header import Header, is_adapter, read_header
 
 INSTALL = f"{sys.executable} -m pip install --only-binary :all: xllamacpp openai"
 
@@ -120,7 +120,7 @@ def _refuse_settings(port: int | None, context: int) -> None:
 
 
 def _refuse_model(model: Header, file: str | os.PathLike) -> None:
-    if model.fields.get("general.type", "model") == "adapter":
+    if is_adapter(model):
         raise ValueError(
             f"file={os.fspath(file)!r} is an adapter: serve its base, with adapters={{name: file}}"
         )
@@ -132,7 +132,7 @@ def _refuse_adapter(
     """Raise ValueError for an adapter that does not fit the model, in shapes or, with `check`, in
     the weights that it was trained beside."""
     what = f"adapters[{name!r}]"
-    if adapter.fields.get("general.type") != "adapter":
+    if not is_adapter(adapter):
         raise ValueError(f"{what} is a whole model, not an adapter: serve it as the file itself")
     for key, shape in adapter.shapes.items():
         weight, _, letter = key.rpartition(".lora_")

@@ -78,10 +78,11 @@ def cores(command):
 
 def installed(course, *words):
     """Run a command if one is given; return the installers' command lines, without what comes
-    before `install`."""
+    before `install` and without the server's."""
     if words:
         course.main([*words])
-    return [line[line.index("install") + 1 :] for line in course.ran if "install" in line]
+    lines = [line for line in course.ran if "install" in line and "--only-binary" not in line]
+    return [line[line.index("install") + 1 :] for line in lines]
 
 
 def refuses(course, words, message):
@@ -198,6 +199,16 @@ def test_lab_opens_a_lesson(course):
     assert "--no-browser" in command
 
 
+def test_chat_takes_paths_of_the_caller_and_names_of_models(course, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    course.main(["chat", "mine", "smollm2"])
+    command = [course.PYTHON, "-m", "peft_lessons.deploy.chat"]
+    adapter = str(tmp_path / "elsewhere" / "mine")
+    assert course.ran[-1] == ([*command, adapter, "smollm2"], course.ROOT, {"HF_HUB_OFFLINE": "1"})
+    refuses(course, "chat", r"Which adapter\? python course.py chat FOLDER")
+
+
 def test_lab_gives_torch_the_cores_that_it_may_use(course, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     course.main(["lab"])
@@ -239,10 +250,10 @@ def test_it_says_how_much_before_it_downloads(course, monkeypatch, capsys):
     refuses(course, "setup", "it failed")
     output = capsys.readouterr().out
     assert "Setting up .venv with Python 3.13.0: once" in output
-    assert "About 0.6 GB to download, 2.5 GB on disk. (Up to 3.2 and 6.5 GB" in output
+    assert "About 0.6 GB to download, 2.6 GB on disk. (Up to 3.2 and 6.6 GB" in output
     monkeypatch.setattr(course, "nvidia", lambda: True)
     refuses(course, "setup", "it failed")
-    assert "About 3.2 GB to download, 6.5 GB on disk.\n" in capsys.readouterr().out
+    assert "About 3.2 GB to download, 6.6 GB on disk.\n" in capsys.readouterr().out
 
 
 def test_the_build_without_cuda_is_taken_through_uv_where_no_driver_answers(course, monkeypatch):
@@ -252,15 +263,15 @@ def test_the_build_without_cuda_is_taken_through_uv_where_no_driver_answers(cour
     monkeypatch.setattr(course, "nvidia", lambda: True)
     course.programs["uv"] = "/bin/uv"
     course.set_up(anew=True)
-    assert "--seed" in course.ran[-2], "pip must be there to fall back upon"
-    assert course.ran[-1][0] == "/bin/uv" and "auto" in course.ran[-1]
+    assert "--seed" in course.ran[-3], "pip must be there to fall back upon"
+    assert course.ran[-2][0] == "/bin/uv" and "auto" in course.ran[-2]
 
 
 @pytest.mark.parametrize("failing", ["--torch-backend", "uv"])
 def test_pip_takes_over_where_that_index_or_uv_cannot_be_reached(course, failing, capsys):
     course.failing = (failing,)
     assert installed(course, "setup")[-1] == ["-e", ".[dev]"]
-    assert [line for line in course.ran if "install" in line][-1][1:3] == ["-m", "pip"]
+    assert [line for line in course.ran if "-e" in line][-1][1:3] == ["-m", "pip"]
     reason = {
         "--torch-backend": "uv cannot install from PyTorch's own index (no route to the index)",
         "uv": "pip cannot install uv",
@@ -273,7 +284,7 @@ def test_other_systems_take_the_ordinary_build(course, monkeypatch):
     assert installed(course, "setup") == [["-e", ".[dev]"]]
     course.programs["uv"] = "/bin/uv"
     course.set_up(anew=True)
-    assert course.ran[-1][0] == "/bin/uv" and "--torch-backend" not in course.ran[-1]
+    assert course.ran[-2][0] == "/bin/uv" and "--torch-backend" not in course.ran[-2]
 
 
 def test_a_second_run_changes_nothing_and_a_newer_list_of_packages_updates(course, tmp_path):
@@ -324,6 +335,20 @@ def test_here_installs_into_the_python_that_runs(course):
     line = installed(course, "here")[-1]
     assert line[:2] == ["--python", sys.executable] and line[-2:] == ["-e", "."]
     assert not course.VENV.exists()
+
+
+@pytest.mark.parametrize("uv", [None, "/bin/uv"])
+@pytest.mark.parametrize("command", ["setup", "here"])
+def test_the_server_comes_ready_made_and_the_set_up_goes_on_without_it(course, capsys, uv, command):
+    course.programs["uv"], course.failing = uv, ("--only-binary",)
+    course.main([command])
+    (line,) = [line for line in course.ran if "--only-binary" in line]
+    where = line[line.index("--only-binary") :]
+    assert where[1] == ":all:" and [name[:9] for name in where[2:]] == ["xllamacpp", "openai>=3"]
+    output = capsys.readouterr().out
+    assert "The server of lesson 17 is not installed (no route to the index)." in output
+    assert "-m pip" in output.splitlines()[-2] and "--only-binary :all:" in output
+    assert command == "here" or course.READY.exists(), "the lessons before need no server"
 
 
 def test_two_starts_at_once_set_up_once(course, monkeypatch, capsys):
@@ -410,7 +435,7 @@ def test_without_venv_the_python_that_has_the_course_fetches_it(course, monkeypa
 
 def test_a_full_disk_is_one_sentence(course, monkeypatch):
     monkeypatch.setattr(course.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    refuses(course, "setup", r"needs 2\.5 GB here, and 0\.0 GB are free")
+    refuses(course, "setup", r"needs 2\.6 GB here, and 0\.0 GB are free")
     assert not course.ran
 
 

@@ -21,7 +21,7 @@ TOPS = ("benchmarks", "classroom", "data", "docs", "notebooks", "peft_lessons", 
 def test_conda_takes_its_packages_from_pyproject():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     python, installer, pip = conda["dependencies"]
-    assert installer == "pip" and pip == {"pip": ["-e .[dev]"]}
+    assert installer == "pip" and pip == {"pip": ["--only-binary=xllamacpp", "-e .[dev,serve]"]}
     assert Requirement(python.replace("=", "==")).specifier.contains("3.13")
 
 
@@ -143,7 +143,8 @@ def test_the_exact_versions_fit_and_name_no_address():
     assert all(re.fullmatch(r"==[\w.!+-]+", str(one.specifier)) for one in exact)
     assert not [one.name for one in exact if one.url]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    extras = project["optional-dependencies"]
+    for text in project["dependencies"] + extras["dev"] + extras["serve"]:
         wanted = Requirement(text)
         found = [one for one in exact if one.name.lower() == wanted.name.lower()]
         assert found, f"{wanted.name}: run `make constraints`"
