@@ -4,10 +4,12 @@ import bz2
 import csv
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +17,8 @@ import torch
 from . import chat
 from .base_models import load_tokenizer
 from .bundled import bundled_path
+from .own import SPLITS, is_file, read_splits
 
-SPLITS = ("train", "validation", "test")
 LABEL_NAMES = ("negative", "positive")
 
 
@@ -498,12 +500,21 @@ def chat_split(tokenizer, pairs, max_length: int, where: str, labels=None) -> Ch
     Raises ValueError for a tokenizer without a chat template, wrong messages, or an answer that
     does not fit into `max_length` tokens; `where` and the number name the example."""
     chat.refuse_no_template(tokenizer)
-    rows = []
-    for number, (prompt, completion) in enumerate(pairs):
-        place = f"{where}[{number}]"
-        text, *made = chat.pair_tokens(tokenizer, prompt, completion, place)
-        ids, targets = chat.fitted(*made, max_length, place)
-        rows.append((text, tuple(ids), tuple(targets), prompt, completion))
+    rows = [
+        _chat_row(tokenizer, max_length, *pair, f"{where}[{number}]")
+        for number, pair in enumerate(pairs)
+    ]
+    return _chat_columns(rows, labels)
+
+
+def _chat_row(tokenizer, max_length: int, prompt, completion, place: str) -> tuple:
+    """Return text, ids, targets, prompt and completion of one example."""
+    text, *made = chat.pair_tokens(tokenizer, prompt, completion, place)
+    ids, targets = chat.fitted(*made, max_length, place)
+    return text, tuple(ids), tuple(targets), prompt, completion
+
+
+def _chat_columns(rows: list[tuple], labels=None) -> ChatSplit:
     texts, tokens, targets, prompts, completions = zip(*rows, strict=True) if rows else [()] * 5
     return ChatSplit(
         texts, tokens, labels, targets=targets, prompts=prompts, completions=completions
@@ -588,6 +599,47 @@ def _load_preferences(name, tokenizer, max_length) -> PreferenceTask:
     return PreferenceTask(name, splits, tokenizer, max_length, PREFERENCE_SOURCE)
 
 
+def _load_own(file, tokenizer, max_length, share=None, seed=None) -> ChatTask:
+    """Load a file of one's own; `own` describes it. Each answer must end with the end token."""
+    chat.refuse_no_template(tokenizer)
+    end, template = tokenizer.eos_token, str(tokenizer.chat_template)
+    special = [t for t in tokenizer.all_special_tokens if t == end or t in template]
+
+    def encode(prompt, completion, place):
+        written = [t for m in (*prompt, *completion) for t in special if t in m["content"]]
+        if written:
+            raise ValueError(
+                f"the text contains {written[0]!r}, which the chat template writes itself: give "
+                "the messages without the template"
+            )
+        row = _chat_row(tokenizer, max_length, prompt, completion, place)
+        last = [i for i in row[2] if i != -100][-1]
+        if last != tokenizer.eos_token_id:
+            raise ValueError(
+                f"the chat template ends an answer with {tokenizer.decode([last])!r} and not with "
+                f"the end token {end!r}, so an assistant would learn to talk on: take the chat "
+                "template of the assistant that you train"
+            )
+        return row
+
+    splits = read_splits(file, encode, share, seed)
+    return ChatTask(
+        Path(file).name,
+        {split: _chat_columns(rows) for split, rows in splits.items()},
+        tokenizer,
+        max_length,
+    )
+
+
+DESK_SOURCE = "written for this course (MIT)"
+
+
+def _load_desk(name, tokenizer, max_length) -> ChatTask:
+    task = _load_own(bundled_path("tasks/desk/desk.jsonl", verify=True), tokenizer, max_length)
+    task.name, task.source = name, DESK_SOURCE
+    return task
+
+
 @dataclass(frozen=True)
 class Loader:
     """Describe how to load a task: a function of (name, tokenizer, max_length), and the defaults:
@@ -606,28 +658,51 @@ LOADERS = {
     "reviews": Loader(_load_reviews, model="smollm2", max_length=256),
     "definitions": Loader(_load_definitions, model="smollm2", max_length=256),
     "preferences": Loader(_load_preferences, model="smollm2", max_length=512),
+    "desk": Loader(_load_desk, model="smollm2", max_length=256),
 }
 
 
-def load_task(name: str, tokenizer=None, max_length: int | None = None) -> Task:
-    """Load a bundled task, its texts truncated to `max_length` tokens; `LOADERS` has the names.
+def load_task(
+    name: str | os.PathLike,
+    tokenizer=None,
+    max_length: int | None = None,
+    share: float | None = None,
+    seed: int | None = None,
+) -> Task:
+    """Load a bundled task, its texts truncated to `max_length` tokens, or a file of your own;
+    `LOADERS` has the names of the bundled tasks.
 
     The sentiment tasks have two classes, "wordnet" 26 in alphabetical order: the category of a noun
     from its definition. "austen" is a `LanguageTask`: running text in blocks of `max_length`.
 
     "reviews" (the sentences of "sentiment") and "definitions" (of "wordnet") are `ChatTask`s, and
     "preferences" a `PreferenceTask`: questions and answers in the chat template of an assistant, in
-    which no answer is ever truncated.
+    which no answer is ever truncated. So is "desk", messages to a shop.
+
+    A file of your own, such as "my.jsonl" or "my.csv", is a `ChatTask` of its rows, {"prompt":
+    "...", "completion": "..."} or {"messages": [...]}; a CSV file has the columns prompt and
+    completion. It may name the split of each row, train, validation or test. Else `share` (0.2) of
+    the different prompts are tested, drawn by `seed` (0); prompts that are equal up to case and
+    white space stay on one side. All of the file is checked first.
 
     `tokenizer` is the model's, by default the bundled encoder's, for "austen" the bundled
     decoder's, for chats the assistant's. `max_length` None is 128, for chats 256, for preferences
-    512. Raises ValueError for an unknown name, a max_length that leaves no room for text, exceeds
-    the model's positions or would cut an answer, or a tokenizer without the token or the chat
-    template that a task needs; TypeError if `tokenizer` is not a tokenizer; FileNotFoundError for a
-    missing file."""
-    if name not in LOADERS:
-        raise ValueError(f"there is no task {name!r}; known are {', '.join(sorted(LOADERS))}")
-    loader = LOADERS[name]
+    and files of your own 512. Raises ValueError for an unknown name, for what is wrong with your
+    file, with its lines, for share or seed where the splits are fixed, a max_length that leaves no
+    room for text, exceeds the model's positions or would cut an answer, or a tokenizer without the
+    token or the chat template that a task needs; TypeError if `tokenizer` is not a tokenizer;
+    FileNotFoundError for a missing file."""
+    if is_file(name):
+        loader = Loader(partial(_load_own, share=share, seed=seed), "smollm2", 512)
+    elif name not in LOADERS:
+        known = ", ".join(sorted(LOADERS))
+        raise ValueError(
+            f"there is no task {name!r}; known are {known}, and files that end in .jsonl or .csv"
+        )
+    elif (share, seed) != (None, None):
+        raise ValueError(f"the splits of {name!r} are fixed: leave out share and seed")
+    else:
+        loader = LOADERS[name]
     tokenizer = load_tokenizer(loader.model) if tokenizer is None else tokenizer
     max_length = loader.max_length if max_length is None else max_length
     if not hasattr(tokenizer, "num_special_tokens_to_add"):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_lessons.data.bundled import ASSISTANT
+from peft_lessons.data.own import read_rows
 from peft_lessons.train.generate import keeps_rule
 from tools.environment import ROOT
 
@@ -320,3 +321,30 @@ def test_what_people_download_stays_small():
     assert len(files) > 50
     assert not [name for name in tracked.split("\0") if name.startswith(f"data/{ASSISTANT}")]
     assert sum(file.stat().st_size for file in files if file.exists()) < 60 * 2**20
+
+
+def test_the_desk_is_balanced_and_its_copies_stay_on_the_side_of_their_originals():
+    rows = read_rows(DATA / "tasks/desk/desk.jsonl")
+    sides = {s: [row for row in rows if row["split"] == s] for s in ("train", "test")}
+    assert len(rows) == sum(map(len, sides.values()))
+    told = [row["prompt"].partition("\n\n") for row in rows]
+    assert len({instruction for instruction, _, _ in told}) == 1
+    answers = [
+        f"{topic}, {mood}"
+        for topic in ("returns", "delivery", "payment", "product")
+        for mood in ("happy", "unhappy")
+    ]
+    prompts = {}
+    for split, mine in sides.items():
+        prompts[split] = [" ".join(row["prompt"].split()).casefold() for row in mine]
+        counts = Counter(row["completion"] for row in mine)
+        assert sorted(counts) == sorted(answers) and len(set(counts.values())) == 1
+        figures = len(mine), len(set(prompts[split])), len(mine) // len(answers)
+        assert table_rows("desk", split) == [["desk", split, *map(str, figures)]]
+    assert not set(prompts["train"]) & set(prompts["test"])
+    copied = [prompt for prompt, n in Counter(prompts["train"]).items() if n == 2]
+    pairs = [[row for row in rows if " ".join(row["prompt"].split()).casefold() == p]
+             for p in copied]  # fmt: skip
+    assert sorted(pair[0]["completion"] for pair in pairs) == sorted(answers)
+    assert all(len({row["prompt"] for row in pair}) == 2 for pair in pairs)
+    assert all(len({row["completion"] for row in pair}) == 1 for pair in pairs)
