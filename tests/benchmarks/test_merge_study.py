@@ -1,0 +1,46 @@
+"""The study of merging and rounding: what its measures say of known changes, and a whole table."""
+
+import sys
+
+import pytest
+import torch
+
+from tools.environment import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import merge_study
+
+sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def weight():
+    """A weight that lies on Q4_1's grid."""
+    torch.manual_seed(0)
+    return merge_study.rounded(torch.randn(16, 128), "Q4_1")
+
+
+def kept(weight, change, kind, adapter="merged"):
+    _, found = merge_study.moved({"": (None, weight)}, {"": change}, kind, adapter)
+    return {name: float(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0", "NF4"])
+def test_a_rounded_weight_is_on_its_grid(weight, kind):
+    once = merge_study.rounded(weight, kind)
+    assert torch.allclose(once, merge_study.rounded(once, kind), atol=2e-3)
+
+
+def test_a_small_change_is_lost_on_the_own_grid_but_for_the_ends_of_each_block(weight):
+    change = 0.01 * torch.randn(16, 128)
+    lost = kept(weight, change, "Q4_1")
+    assert lost["share"] < 0.12 and lost["share"] == pytest.approx(lost["ends"], abs=0.02)
+    for cure in merge_study.CURES:
+        assert kept(weight, change, cure)["share"] == pytest.approx(1, abs=0.5)
+    assert kept(weight, change, "F32") == pytest.approx(lost | {"share": 1, "ends": 0, "noise": 0})
+    assert kept(weight, change, "Q4_1", "beside")["share"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_change_that_is_equal_within_each_block_is_kept_by_the_offsets(weight):
+    change = merge_study.InBlocks()(0.01 * torch.randn(16, 128))
+    assert kept(weight, change, "Q4_1")["share"] == pytest.approx(1, abs=0.1)
