@@ -25,12 +25,11 @@ import numpy as np
 import requests_study as reviews
 import torch
 from common import SEEDS, fill_table
-from gguf import GGMLQuantizationType, quants
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils import parametrize
 from transformers import DataCollatorForSeq2Seq
 
-from peft_lessons import evaluate, fit, load_model, load_task
+from peft_lessons import deploy, evaluate, fit, load_model, load_task
 from peft_lessons.methods.qlora import dequantize_nf4, quantize_nf4
 
 KEY = ("model", "base", "change", "lr", "rank", "seed")
@@ -40,7 +39,7 @@ COLUMNS = ("steps", "train_loss", "scale", "export", "adapter", *MOVED, *SCORES)
 SIZE, BLOCK, REVIEWS = 4, 32, 64
 LR, RANK = 5e-4, 8  # lesson 12's
 EXPORTS = {  # of a base: merged onto these, and the adapter beside the base rounded to these
-    "own": (("F32", "Q4_1", "Q4_0", "NF4", "Q8_0", "BF16", "Q5_1"), ("Q4_1", "Q4_0")),
+    "own": (("F32", "Q4_1", "Q4_0", "NF4", "Q8_0", "BF16"), ("Q4_1", "Q4_0")),
     "Q4_1": (("F32", "Q4_1", "Q4_0", "NF4"), ("Q4_0",)),  # tinylm alone
     "Q4_0": (("F32", "Q4_1", "Q4_0", "NF4"), ()),
     "NF4": (("F32", "Q4_1", "Q4_0", "NF4"), ()),
@@ -52,14 +51,11 @@ CURES = ("Q4_1, blocks moved by half", "Q4_1, drawn at random")
 
 def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """Return a weight (out, in) as a file of a kind gives it back, in float32."""
-    if kind == "F32":
-        return weight.clone()
     if kind == "BF16":
         return weight.bfloat16().float()
     if kind == "NF4":
         return dequantize_nf4(*quantize_nf4(weight), weight.shape)
-    grid = GGMLQuantizationType[kind]
-    return torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), grid), grid))
+    return deploy.rounded(weight, kind)
 
 
 def blocks_of(weight: torch.Tensor, kind: str) -> torch.Tensor:

@@ -25,7 +25,7 @@ def kept(weight, change, kind, adapter="merged"):
     return {name: float(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0", "NF4"])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_1", "Q4_0", "NF4"])
 def test_a_rounded_weight_is_on_its_grid(weight, kind):
     once = merge_study.rounded(weight, kind)
     assert torch.allclose(once, merge_study.rounded(once, kind), atol=2e-3)
