@@ -158,6 +158,12 @@ peft_lessons/data/assistant.py: assistant
     if not _whole():  # nor was → if False:  # nor was
 peft_lessons/data/bundled.py: assistant
     return verify and sha256_of(file) != entry["sha256"] → return False
+peft_lessons/data/own.py: own
+    " ".join(m["content"].split()).casefold() → m["content"]
+    if split != split_before: → if False:
+    raw.decode("utf-8-sig") → raw.decode("utf-8")
+    max(1, round(share * len(keys))) → round(share * len(keys))
+    line = reader.line_num + 1 → line += 1
 peft_lessons/checks/compare.py: kit
     if gap.max() <= tolerance → if gap.mean() <= tolerance
     tolerance = tolerance and max(tolerance, 4 * torch.finfo(expected.dtype).eps) → pass
