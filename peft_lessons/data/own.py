@@ -272,8 +272,8 @@ def _compare(rows: list[tuple], problems: Problems) -> None:
             problems.add(
                 line,
                 f"the prompt of line {line_before} again, up to case and white space, here in "
-                f"{split} and there in {split_before}: move one or remove it, or the score is of "
-                "what was learned by heart",
+                f"{split} and there in {split_before}: keep both in one split, or you test on text "
+                "that was trained",
             )
         if answer != answer_before:
             two.append(f"{line_before} and {line}")

@@ -130,7 +130,7 @@ def test_equal_prompts_stay_on_one_side_and_the_draw_depends_on_the_seed(load):
 def test_a_prompt_in_two_splits_is_refused(load):
     rows = [pair(1, split="train"), pair(2, split="test"), pair(1, split="test")]
     rows[2]["prompt"] = "question  1?"
-    with pytest.raises(ValueError, match=r"^my.jsonl, line 3: the prompt of line 1 again, .*heart"):
+    with pytest.raises(ValueError, match=r"^my.jsonl, line 3: the prompt of line 1 again, "):
         load(rows)
 
 
