@@ -180,7 +180,7 @@ def read_rows(file: str | os.PathLike) -> list[dict]:
 
     Raises FileNotFoundError for no such file, ValueError with file and line for a file that is not
     UTF-8, not JSON, or not CSV."""
-    file = Path(file)
+    file = Path(file).expanduser()
     problems = Problems(file)
     rows = _numbered(file, problems)
     problems.refuse()
@@ -310,7 +310,7 @@ def read_splits(
 
     Raises FileNotFoundError for no such file; ValueError with up to five problems of the file, each
     with its line. Warns of prompts with two answers."""
-    file = Path(file)
+    file = Path(file).expanduser()
     problems = Problems(file)
     pairs, encoded = [], []
     numbered = _numbered(file, problems)
