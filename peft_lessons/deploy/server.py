@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..data.chat import refuse_messages, user
@@ -99,7 +99,8 @@ def _threads() -> int:
 
 def _refuse_settings(port: int | None, context: int) -> None:
     for name, value in (("port", port), ("context", context)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        given = value is not None or name == "context"
+        if given and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name} must be an integer, got {value!r}")
     if context < 1:
         raise ValueError(f"context={context} must be at least 1 token, such as 2048")
@@ -176,7 +177,15 @@ class Server:
         self.url = self._native.listening_address
 
     def _stop(self) -> None:
-        self._native = None  # the last reference: llama.cpp's threads end here
+        if self._native is None:
+            return
+        try:
+            # llama.cpp's loop never ends if it is told to before it begins. An answer that comes
+            # out of the loop says that it has begun.
+            with suppress(RuntimeError):
+                self._send("GET", "/lora-adapters", timeout=10)
+        finally:
+            self._native = None  # the last reference: llama.cpp's threads end here
 
     def lora(self, adapter: Adapter = None) -> list[dict[str, float]]:
         """Return what a request must say so that just this adapter counts: the field "lora", with
@@ -271,27 +280,32 @@ class Server:
         return list(messages)
 
     def _post(self, path: str, body: Mapping) -> dict:
-        """Send a request to the server and return its answer. No proxy is asked: the server is on
-        this machine."""
+        """Send a request and return its answer. Errors as `ask`."""
         if self._native is None:
             raise RuntimeError("the server is stopped: ask inside the block of `with serve(...)`")
-        address = self.url.partition("://")[2]
-        connection = http.client.HTTPConnection(address, timeout=_SECONDS)
-        try:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", path, json.dumps(body), headers)
-            response = connection.getresponse()
-            status, answer = response.status, json.loads(response.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise RuntimeError(f"the server at {self.url} does not answer: {error}") from None
-        finally:
-            connection.close()
+        status, answer = self._send("POST", path, json.dumps(body))
         if status == 200:
             return answer
         reason = answer.get("error", {}).get("message", answer)
         if "context" in str(reason):
             reason = f"{reason}. The model's own limit aside, serve(..., context=...) sets it"
         raise (ValueError if status < 500 else RuntimeError)(f"llama.cpp refuses this: {reason}")
+
+    def _send(
+        self, method: str, path: str, body: str | None = None, timeout: float = _SECONDS
+    ) -> tuple[int, Any]:
+        """Return status and content of an answer. RuntimeError if none comes. No proxy is asked:
+        the server is on this machine."""
+        address = self.url.partition("://")[2]
+        connection = http.client.HTTPConnection(address, timeout=timeout)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise RuntimeError(f"the server at {self.url} does not answer: {error}") from None
+        finally:
+            connection.close()
 
 
 def _raw(prompt: Prompt) -> str | Sequence[int]:
