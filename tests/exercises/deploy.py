@@ -190,9 +190,28 @@ def places(rows, share, seed):
     return sides
 
 
-@wrong("split_without_leaks", "expected the pair (train, test) of two lists")
+@wrong("split_without_leaks", "expected the pair (train, test)")
 def test_alone(rows, share, seed):
     return divided(rows, drawn({*map(normal, rows)}, share, seed))[1]
+
+
+@wrong("split_without_leaks", "train is a filter, expected a list of rows")
+def lazily(rows, share, seed):
+    held = drawn({*map(normal, rows)}, share, seed)
+    return [filter(lambda row: (normal(row) in held) == side, rows) for side in (False, True)]
+
+
+@wrong("split_without_leaks", "Return the rows as they are")
+def spelled_alike(rows, share, seed):
+    rows = [row | {"prompt": normal(row)} for row in rows]
+    return divided(rows, drawn({*map(normal, rows)}, share, seed))
+
+
+@wrong("split_without_leaks", "Still missing: unchanged arguments")
+def with_a_key(rows, share, seed):
+    for row in rows:
+        row["key"] = normal(row)
+    return divided(rows, drawn({row["key"] for row in rows}, share, seed))
 
 
 # ------------------------------------------------------------------ surviving_share
@@ -226,6 +245,16 @@ def in_double_precision(weight, delta, levels, block):
     change = delta.double().reshape(-1, block)
     share = torch.einsum("bi,bi->", q(weight + delta) - q(weight), change)
     return float(share / torch.einsum("bi,bi->", change, change))
+
+
+@wrong("surviving_share", "the share is 1, expected 10")
+def at_most_one(weight, delta, levels, block):
+    return min(1.0, block_after_block(weight, delta, levels, block).item())
+
+
+@wrong("surviving_share", "shape '[24, -1, 32]' is invalid")
+def blocks_in_each_row(weight, delta, levels, block):
+    return block_after_block(weight.view(len(weight), -1, block), delta, levels, block)
 
 
 @wrong("surviving_share", "shape (24,)")
