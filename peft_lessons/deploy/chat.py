@@ -50,9 +50,10 @@ def _lines() -> Iterator[str]:
     """Yield the lines of the standard input until an empty one or its end."""
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        line = line.removeprefix("\ufeff").strip()  # PowerShell may begin a pipe with this mark
         if not line:
             return
         yield line
@@ -64,6 +65,8 @@ def main(arguments: list[str]) -> int:
         print("Which adapter? python course.py chat FOLDER [BASE]", file=sys.stderr)
         return 2
     adapter, base = (*arguments, None)[:2]
+    if hasattr(sys.stdout, "reconfigure"):  # a Windows pipe may have no sign for an emoji
+        sys.stdout.reconfigure(errors="replace")
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             file, adapters = _files(adapter, base, Path(folder))
