@@ -1,6 +1,7 @@
 """A file of one's own: pairs and conversations, splits without leaks, and what each fault says."""
 
 import json
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 
@@ -275,3 +276,11 @@ def test_a_template_that_does_not_write_the_end_is_refused_once(load, tokenizer,
         ValueError, match=r"^my.jsonl, lines 1 and 2: the chat template ends an answer"
     ):
         load_task(tmp_path / "my.jsonl", other)
+
+
+def test_the_first_held_out_messages_of_the_desk_have_each_answer_equally_often(tokenizer):
+    task = load_task("desk", tokenizer)
+    assert (task.name, task.size("train"), task.size("test")) == ("desk", 48, 72)
+    assert "MIT" in task.source
+    assert set(Counter(answers(task, "test")[:24]).values()) == {3}
+    assert set(Counter(answers(task, "train")[:8]).values()) == {1}
