@@ -164,6 +164,22 @@ peft_lessons/data/own.py: own
     raw.decode("utf-8-sig") → raw.decode("utf-8")
     max(1, round(share * len(keys))) → round(share * len(keys))
     line = reader.line_num + 1 → line += 1
+peft_lessons/deploy/export.py: export
+    return _side_by_side(values, config.num_key_value_heads) → return values
+    path if letter == "B" else "", config → "", config
+    math.sqrt(said["r"]) if said.get("use_rslora") else 1.0 → 1.0
+    if injection is not None and not injection.merged: → if False:
+    return "smollm" if steps → return "gpt-2" if steps
+    or (tied and path == _HEAD) → or False
+    elif path in _OUTSIDE and → elif False and
+peft_lessons/deploy/server.py: server
+    float(scales.get(name, 0.0)) → float(scales.get(name, 1.0))
+    if check and "meta" not in → if False and "meta" not in
+    int(wanted)) if wanted.isdecimal() and int(wanted) else cores() → 64)
+peft_lessons/deploy/header.py: server
+    if end > size: → if False:
+peft_lessons/deploy/chat.py: talk
+    line.removeprefix("\\ufeff") → line
 peft_lessons/checks/compare.py: kit
     if gap.max() <= tolerance → if gap.mean() <= tolerance
     tolerance = tolerance and max(tolerance, 4 * torch.finfo(expected.dtype).eps) → pass
