@@ -15,8 +15,8 @@ that set the scale of their block; `noise`, the norm of what else has moved, rel
 `half_steps`, the norm of ΔW relative to that of half a step of Q4_1; `crossed`, the share of
 weights that move by more than a quarter of a step of Q4_1: in four bits, to another level. `right`,
 of 64 held-out reviews, the likeliest first word is the right one; `likelier`, of the two words it
-is the right one; `p` and `logprob`, the means of the right word; `perplexity` of four passages of
-Austen, for tinylm of 60 blocks held out.
+is the right one; `p` and `logprob`, the means of the right word; `perplexity`, with seed 0, of
+four passages of Austen, for tinylm of 60 blocks held out.
 """
 
 from functools import cache, lru_cache
@@ -41,8 +41,8 @@ LR, RANK = 5e-4, 8  # lesson 12's
 EXPORTS = {  # of a base: merged onto these, and the adapter beside the base rounded to these
     "own": (("F32", "Q4_1", "Q4_0", "NF4", "Q8_0", "BF16"), ("Q4_1", "Q4_0")),
     "Q4_1": (("F32", "Q4_1", "Q4_0", "NF4"), ("Q4_0",)),  # tinylm alone
-    "Q4_0": (("F32", "Q4_1", "Q4_0", "NF4"), ()),
-    "NF4": (("F32", "Q4_1", "Q4_0", "NF4"), ()),
+    "Q4_0": (("F32", "Q4_0", "NF4", "Q4_1"), ()),
+    "NF4": (("F32", "NF4", "Q4_1", "Q4_0"), ()),
     "noise": (("F32", "Q4_1", "Q4_0", "NF4"), ()),
     "Q8_0": (("F32", "Q8_0"), ()),
 }
@@ -117,8 +117,8 @@ def held_out() -> tuple[list, torch.Tensor, list[dict]]:
     return chats, torch.tensor([k for _, k in rows]), [{"input_ids": ids, "labels": ids}]
 
 
-def scored(name: str, model) -> dict:
-    """Return what a row says of a model's answers and of its prose."""
+def scored(name: str, model, prose: bool) -> dict:
+    """Return what a row says of a model's answers and, if asked for, of its prose."""
     if name == "tinylm":
         scores = evaluate(model, load_task("austen").limit(test=60))
         return {"perplexity": f"{scores.perplexity:.3f}"}
@@ -126,12 +126,12 @@ def scored(name: str, model) -> dict:
     logits, _ = reviews.answers(model, chats, tokens=1)
     words = logits.log_softmax(-1)[:, reviews.reader()[1]]  # (n, 2)
     chosen, right = logits.argmax(-1), words.gather(1, classes[:, None]).squeeze(1)
-    return {
+    found = {"perplexity": f"{evaluate(model, passages).perplexity:.2f}"} if prose else {}
+    return found | {
         "right": int((chosen == reviews.reader()[1][classes]).sum()),
         "likelier": int((words.argmax(1) == classes).sum()),
         "p": f"{right.exp().mean():.3f}",
         "logprob": f"{right.mean():.3f}",
-        "perplexity": f"{evaluate(model, passages).perplexity:.2f}",
     }
 
 
@@ -208,10 +208,8 @@ def trained(name: str, base: str, lr: float, rank: int, seed: int, in_blocks: bo
     return changes, len(losses), sum(losses[-4:]) / 4
 
 
-def exports_of(base: str, change: str, usual: bool) -> list[tuple[float, str, str]]:
-    """Return what is made of a change: (scale, kind of file, "merged" or "beside").
-
-    usual: whether the learning rate and the rank are lesson 12's."""
+def exports_of(name: str, base: str, change: str, lr: float, rank: int, seed: int) -> list[tuple]:
+    """Return what is made of a point: (scale, kind of file, "merged" or "beside")."""
     merged, beside = EXPORTS[base]
     if change == "none":
         return [(0.0, kind, "none") for kind in merged]
@@ -221,8 +219,10 @@ def exports_of(base: str, change: str, usual: bool) -> list[tuple[float, str, st
         return [(1.0, kind, "merged") for kind in CURES]
     if change == "shuffled":
         return [(1.0, kind, "merged") for kind in ("F32", "Q4_1", "Q4_0")]
-    if change == "in blocks" or not usual:
-        return [(1.0, kind, "merged") for kind in ("F32", "Q4_1")]
+    if (name == "smollm2" and (lr, rank) != (LR, RANK)) or change == "in blocks":
+        return [(1.0, kind, "merged") for kind in merged[:2]]
+    if name == "smollm2" and seed:
+        return [(1.0, kind, "merged") for kind in merged[:3]]
     return [(1.0, kind, "merged") for kind in merged] + [(1.0, k, "beside") for k in beside]
 
 
@@ -273,7 +273,7 @@ def run(name: str, base: str, change: str, lr: float, rank: int, seed: int) -> l
         weights, found = moved(layers, scaled, kind, adapter)
         hold(layers, weights)
         named = {"scale": scale, "export": kind, "adapter": adapter}
-        rows.append(row | named | found | scored(name, model))
+        rows.append(row | named | found | scored(name, model, prose=seed == 0))
     return rows
 
 
@@ -288,20 +288,22 @@ def points() -> list[tuple]:
         return [("tinylm", base, change, lr, RANK, seed) for base in ("own", "Q4_1", "NF4")]
 
     due = smollm2("own", "lora", "shuffled", "cured", seed=0)
+    due += smollm2("NF4", "lora", seed=0) + smollm2("Q4_0", "lora", seed=0)
+    due += smollm2("noise", "lora", seed=0)
+    for seed in SEEDS[1:]:
+        due += smollm2("own", "lora", "cured", seed=seed) + smollm2("NF4", "lora", seed=seed)
     for seed in SEEDS:
-        for base in ("NF4", "Q4_0", "noise"):
-            due += smollm2(base, "lora", seed=seed)
-        due += smollm2("own", "in blocks", seed=seed) if not seed else []
-        due += smollm2("own", "lora", "shuffled", "cured", seed=seed) if seed else []
         due += tinylm("lora", seed) + (tinylm("none", 0) if not seed else [])
-    due += smollm2("own", "none", "scaled", seed=0)
+    due += smollm2("own", "in blocks", seed=0) + smollm2("own", "none", "scaled", seed=0)
+    for seed in SEEDS[1:]:
+        due += smollm2("noise", "lora", seed=seed) + smollm2("Q4_0", "lora", seed=seed)
     for seed in SEEDS:
         due += smollm2("own", "lora", seed=seed, lr=4 * LR)
         due += smollm2("own", "lora", seed=seed, rank=64)
-        due += smollm2("own", "lora", seed=seed, rank=1)
         due += smollm2("Q8_0", "lora", seed=seed)
         due += smollm2("own", "in blocks", seed=seed) if seed else []
-        due += smollm2("own", "lora", seed=seed, lr=1.7e-4)
+        due += smollm2("own", "lora", seed=seed, rank=1)
+    due += smollm2("own", "lora", seed=0, lr=1.7e-4)
     due += [point for base in ("NF4", "Q4_0", "noise") for point in smollm2(base, "none", seed=0)]
     return due
 
