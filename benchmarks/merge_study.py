@@ -7,18 +7,20 @@ other bases: its weights rounded to another grid, or with noise of half a step o
 assistant was published in Q4_1, so its own weights lie on that grid. Each trained change ΔW is
 merged, and every linear layer is rounded to each of the grids; or the base W alone is rounded, and
 the adapter stays beside it. Embeddings and norms are not rounded. The decoder tinylm does the same
-with Austen. The controls: no change, and the trained change with its entries shuffled.
+with Austen, and the assistant also learns lesson 17's messages to a shop ("desk"). The controls: no
+change, and the trained change with its entries shuffled.
 
 Adds a row for each export to data/results/merge_study.csv. With q for rounding, over all layers:
 `share`, <q(W+ΔW) - q(W), ΔW> / <ΔW, ΔW>; `ends`, the part of the share that comes from the weights
 that set the scale of their block; `noise`, the norm of what else has moved, relative to ΔW's;
 `half_steps`, the norm of ΔW relative to that of half a step of Q4_1; `crossed`, the share of
 weights that move by more than a quarter of a step of Q4_1: in four bits, to another level. `right`,
-of 64 held-out reviews, the likeliest first word is the right one; `likelier`, of the two words it
-is the right one; `p` and `logprob`, the means of the right word; `perplexity`, with seed 0, of
-four passages of Austen, for tinylm of 60 blocks held out.
+of 64 held-out reviews, the likeliest first word is the right one, or of 72 messages the whole
+answer; `likelier`, of the two words it is the right one; `p` and `logprob`, the means of the right
+word; `perplexity`, with seed 0, of four passages of Austen, for tinylm of 60 blocks held out.
 """
 
+import random
 from functools import cache, lru_cache
 
 import numpy as np
@@ -32,15 +34,15 @@ from transformers import DataCollatorForSeq2Seq
 from peft_lessons import deploy, evaluate, fit, load_model, load_task
 from peft_lessons.methods.qlora import dequantize_nf4, quantize_nf4
 
-KEY = ("model", "base", "change", "lr", "rank", "seed")
+KEY = ("task", "base", "change", "lr", "rank", "seed")
 MOVED = ("share", "ends", "noise", "half_steps", "crossed")
 SCORES = ("right", "likelier", "p", "logprob", "perplexity")
 COLUMNS = ("steps", "train_loss", "scale", "export", "adapter", *MOVED, *SCORES)
 SIZE, BLOCK, REVIEWS = 4, 32, 64
-LR, RANK = 5e-4, 8  # lesson 12's
+LR, RANK = {"reviews": 5e-4, "desk": 3e-3, "austen": 3e-2}, 8  # lesson 12's, 17's, the best one
 EXPORTS = {  # of a base: merged onto these, and the adapter beside the base rounded to these
     "own": (("F32", "Q4_1", "Q4_0", "NF4", "Q8_0", "BF16"), ("Q4_1", "Q4_0")),
-    "Q4_1": (("F32", "Q4_1", "Q4_0", "NF4"), ("Q4_0",)),  # tinylm alone
+    "Q4_1": (("F32", "Q4_1", "Q4_0", "NF4"), ("Q4_0",)),  # Austen alone
     "Q4_0": (("F32", "Q4_0", "NF4", "Q4_1"), ()),
     "NF4": (("F32", "NF4", "Q4_1", "Q4_0"), ()),
     "noise": (("F32", "Q4_1", "Q4_0", "NF4"), ()),
@@ -100,8 +102,12 @@ class InBlocks(torch.nn.Module):
         return weight[:, ::BLOCK].repeat_interleave(BLOCK, dim=1)
 
 
-def encoded(seed: int) -> list[dict]:
-    """Return the 48 reviews of a seed to learn from."""
+def encoded(task: str, seed: int) -> list[dict]:
+    """Return the 48 reviews of a seed, or messages in its order, to learn from."""
+    if task == "desk":
+        rows = load_task("desk").examples("train")
+        random.Random(seed).shuffle(rows)
+        return [reviews.encode(row["prompt"], row["completion"][0]["content"]) for row in rows]
     rows = reviews.short("train", seed)[: reviews.STEPS * SIZE]
     return [reviews.encode(reviews.asked(text), reviews.WORDS[label]) for text, label in rows]
 
@@ -117,11 +123,16 @@ def held_out() -> tuple[list, torch.Tensor, list[dict]]:
     return chats, torch.tensor([k for _, k in rows]), [{"input_ids": ids, "labels": ids}]
 
 
-def scored(name: str, model, prose: bool) -> dict:
+def scored(task: str, model, prose: bool) -> dict:
     """Return what a row says of a model's answers and, if asked for, of its prose."""
-    if name == "tinylm":
+    if task == "austen":
         scores = evaluate(model, load_task("austen").limit(test=60))
         return {"perplexity": f"{scores.perplexity:.3f}"}
+    if task == "desk":
+        rows = load_task("desk").examples("test")
+        _, texts = reviews.answers(model, [row["prompt"] for row in rows])
+        said = [row["completion"][0]["content"] for row in rows]
+        return {"right": sum(a.strip() == b for a, b in zip(texts, said, strict=True))}
     chats, classes, passages = held_out()
     logits, _ = reviews.answers(model, chats, tokens=1)
     words = logits.log_softmax(-1)[:, reviews.reader()[1]]  # (n, 2)
@@ -136,11 +147,11 @@ def scored(name: str, model, prose: bool) -> dict:
 
 
 @lru_cache(maxsize=1)
-def base_of(name: str, base: str) -> tuple:
+def base_of(task: str, base: str) -> tuple:
     """Return a model, and its linear layers with the weights of the base {path: (layer, weight)}.
 
     Which weights the layers hold is up to the caller."""
-    model = load_model(name)
+    model = load_model("tinylm" if task == "austen" else "smollm2")
     layers = {
         path: layer
         for path, layer in model.named_modules()
@@ -181,10 +192,10 @@ def learned(model, rows: list[dict], lr: float, steps: int) -> list[float]:
 
 
 @lru_cache(maxsize=1)
-def trained(name: str, base: str, lr: float, rank: int, seed: int, in_blocks: bool) -> tuple:
+def trained(task: str, base: str, lr: float, rank: int, seed: int, in_blocks: bool) -> tuple:
     """Return the trained change of each layer {path: (out, in)}, the steps, and the mean loss of
     the last four."""
-    model, layers = base_of(name, base)
+    model, layers = base_of(task, base)
     hold(layers, {path: weight for path, (_, weight) in layers.items()})
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -195,11 +206,11 @@ def trained(name: str, base: str, lr: float, rank: int, seed: int, in_blocks: bo
     if in_blocks:
         for layer in adapted.values():
             parametrize.register_parametrization(layer.lora_A["default"], "weight", InBlocks())
-    if name == "tinylm":
+    if task == "austen":
         losses = fit(tuned, load_task("austen"), 40, lr=lr, seed=seed, show=False).loss
     else:
-        steps = 3 * reviews.STEPS if lr < LR / 2 else reviews.STEPS
-        losses = learned(tuned, encoded(seed), lr, steps)
+        steps = 3 * reviews.STEPS if lr < LR["reviews"] / 2 else reviews.STEPS
+        losses = learned(tuned, encoded(task, seed), lr, steps)
     changes = {
         path.removeprefix("base_model.model."): layer.get_delta_weight("default").detach()
         for path, layer in adapted.items()
@@ -208,7 +219,7 @@ def trained(name: str, base: str, lr: float, rank: int, seed: int, in_blocks: bo
     return changes, len(losses), sum(losses[-4:]) / 4
 
 
-def exports_of(name: str, base: str, change: str, lr: float, rank: int, seed: int) -> list[tuple]:
+def exports_of(task: str, base: str, change: str, lr: float, rank: int, seed: int) -> list[tuple]:
     """Return what is made of a point: (scale, kind of file, "merged" or "beside")."""
     merged, beside = EXPORTS[base]
     if change == "none":
@@ -219,9 +230,9 @@ def exports_of(name: str, base: str, change: str, lr: float, rank: int, seed: in
         return [(1.0, kind, "merged") for kind in CURES]
     if change == "shuffled":
         return [(1.0, kind, "merged") for kind in ("F32", "Q4_1", "Q4_0")]
-    if (name == "smollm2" and (lr, rank) != (LR, RANK)) or change == "in blocks":
+    if (lr, rank) != (LR[task], RANK) or change == "in blocks":
         return [(1.0, kind, "merged") for kind in merged[:2]]
-    if name == "smollm2" and seed:
+    if task == "desk" or (task == "reviews" and seed):
         return [(1.0, kind, "merged") for kind in merged[:3]]
     return [(1.0, kind, "merged") for kind in merged] + [(1.0, k, "beside") for k in beside]
 
@@ -251,60 +262,57 @@ def moved(layers: dict, changes: dict, kind: str, adapter: str) -> tuple[dict, d
     }
 
 
-def run(name: str, base: str, change: str, lr: float, rank: int, seed: int) -> list[dict]:
+def run(task: str, base: str, change: str, lr: float, rank: int, seed: int) -> list[dict]:
     """Return a row for each export of a point."""
     if change == "none":
-        _, layers = base_of(name, base)
+        _, layers = base_of(task, base)
         changes, row = {path: torch.zeros_like(w) for path, (_, w) in layers.items()}, {"steps": 0}
     else:
-        changes, steps, loss = trained(name, base, lr, rank, seed, change == "in blocks")
+        changes, steps, loss = trained(task, base, lr, rank, seed, change == "in blocks")
         row = {"steps": steps, "train_loss": f"{loss:.4f}"}
-    model, layers = base_of(name, base)
+    model, layers = base_of(task, base)
     torch.manual_seed(seed)
     if change == "shuffled":
         changes = {
             path: d.flatten()[torch.randperm(d.numel())].view_as(d) for path, d in changes.items()
         }
     rows = []
-    for scale, kind, adapter in exports_of(
-        base, change, name == "tinylm" or (lr, rank) == (LR, RANK)
-    ):
+    for scale, kind, adapter in exports_of(task, base, change, lr, rank, seed):
         scaled = {path: scale * d for path, d in changes.items()}
         weights, found = moved(layers, scaled, kind, adapter)
         hold(layers, weights)
         named = {"scale": scale, "export": kind, "adapter": adapter}
-        rows.append(row | named | found | scored(name, model, prose=seed == 0))
+        rows.append(row | named | found | scored(task, model, prose=seed == 0))
     return rows
 
 
 def points() -> list[tuple]:
     """Return all points, those that decide first."""
 
-    def smollm2(base: str, *changes: str, seed: int, lr: float = LR, rank: int = RANK) -> list:
-        return [("smollm2", base, c, lr if c != "none" else 0.0, rank, seed) for c in changes]
+    def due_of(task: str, bases: str, *changes: str, seed: int, lr: float = 0.0, rank: int = RANK):
+        named = [(change, lr or LR[task] if change != "none" else 0.0) for change in changes]
+        return [(task, base, *pair, rank, seed) for base in bases.split() for pair in named]
 
-    def tinylm(change: str, seed: int) -> list:
-        lr = 3e-2 if change != "none" else 0.0  # the best learning rate of choosing_study.py
-        return [("tinylm", base, change, lr, RANK, seed) for base in ("own", "Q4_1", "NF4")]
-
-    due = smollm2("own", "lora", "shuffled", "cured", seed=0)
-    due += smollm2("NF4", "lora", seed=0) + smollm2("Q4_0", "lora", seed=0)
-    due += smollm2("noise", "lora", seed=0)
+    due = due_of("reviews", "own", "lora", "shuffled", "cured", seed=0)
+    due += due_of("reviews", "NF4 Q4_0 noise", "lora", seed=0)
     for seed in SEEDS[1:]:
-        due += smollm2("own", "lora", "cured", seed=seed) + smollm2("NF4", "lora", seed=seed)
-    for seed in SEEDS:
-        due += tinylm("lora", seed) + (tinylm("none", 0) if not seed else [])
-    due += smollm2("own", "in blocks", seed=0) + smollm2("own", "none", "scaled", seed=0)
+        due += due_of("reviews", "own", "lora", "cured", seed=seed)
+        due += due_of("reviews", "NF4", "lora", seed=seed)
+    due += due_of("austen", "own Q4_1 NF4", "lora", "none", seed=0)
     for seed in SEEDS[1:]:
-        due += smollm2("noise", "lora", seed=seed) + smollm2("Q4_0", "lora", seed=seed)
+        due += due_of("austen", "own Q4_1 NF4", "lora", seed=seed)
+    due += [point for seed in SEEDS for point in due_of("desk", "own", "lora", "cured", seed=seed)]
+    due += due_of("reviews", "own", "in blocks", "scaled", "none", seed=0)
+    for seed in SEEDS[1:]:
+        due += due_of("reviews", "noise Q4_0", "lora", seed=seed)
     for seed in SEEDS:
-        due += smollm2("own", "lora", seed=seed, lr=4 * LR)
-        due += smollm2("own", "lora", seed=seed, rank=64)
-        due += smollm2("Q8_0", "lora", seed=seed)
-        due += smollm2("own", "in blocks", seed=seed) if seed else []
-        due += smollm2("own", "lora", seed=seed, rank=1)
-    due += smollm2("own", "lora", seed=0, lr=1.7e-4)
-    due += [point for base in ("NF4", "Q4_0", "noise") for point in smollm2(base, "none", seed=0)]
+        due += due_of("reviews", "own", "lora", seed=seed, lr=2e-3)
+        due += due_of("reviews", "own", "lora", seed=seed, rank=64)
+        due += due_of("reviews", "Q8_0", "lora", seed=seed)
+        due += due_of("reviews", "own", "in blocks", seed=seed) if seed else []
+        due += due_of("reviews", "own", "lora", seed=seed, rank=1)
+    due += due_of("reviews", "own", "lora", seed=0, lr=1.7e-4)
+    due += due_of("reviews", "NF4 Q4_0 noise", "none", seed=0)
     return due
 
 
