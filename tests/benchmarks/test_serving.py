@@ -3,7 +3,6 @@
 import sys
 
 import numpy as np
-import pytest
 
 from tools.environment import ROOT
 
@@ -45,9 +44,8 @@ def test_inside_a_mistake_the_rows_of_queries_keep_their_order():
     assert (export._side_by_side(rows, 2) != rows).any()
 
 
-@pytest.mark.parametrize("task", serving_study.TASKS)
-def test_all_held_out_prompts_begin_alike_and_none_is_learned(task):
-    learned = {serving_study.text_of(row) for row in serving_study.examples(task, "train")}
-    held_out = [serving_study.text_of(row) for row in serving_study.examples(task, "test")]
+def test_all_held_out_messages_begin_alike_and_none_is_learned():
+    learned = {serving_study.text_of(row) for row in serving_study.examples("desk", "train")}
+    held_out = [serving_study.text_of(row) for row in serving_study.examples("desk", "test")]
     assert len({text.splitlines()[0] for text in held_out}) == 1
     assert not learned & set(held_out)
