@@ -95,6 +95,7 @@ def answer_of(row: dict) -> str:
 
 
 @cache
+@torch.enable_grad()
 def adapter(task: str, seed: int) -> Path:
     """Train an adapter as lesson 12 does, and return its folder."""
     tokenizer, rows = load_tokenizer("smollm2"), examples(task, "train", seed)[: STEPS * SIZE]
@@ -263,6 +264,11 @@ def in_transformers(task: str, seed: int, scale: float) -> dict:
     return found | {"loss": model(batch, labels=batch).loss.item()}
 
 
+def reads_prose(seed: int, way: str) -> bool:
+    """Return whether a point has a perplexity."""
+    return seed == SEEDS[0] and way in ("alone", "merged", "beside")
+
+
 def in_server(task: str, seed: int, kind: str, way: str) -> dict:
     """Return the same of a file in llama.cpp's server, and the share of prompts in other ids."""
     file, loaded = model_file(task, seed, kind, way)
@@ -284,7 +290,7 @@ def in_server(task: str, seed: int, kind: str, way: str) -> dict:
                 text = server.ask(row["prompt"], choices=choices)
                 likeliest = [text == answer_of(row)]
             found["right"].append(all(likeliest))
-        if seed == SEEDS[0]:
+        if reads_prose(seed, way):
             prose = [score(server.url, ids[:1], ids[1:], lora)[0] for ids in passages()]
             found["loss"] = -sum(map(sum, prose)) / sum(map(len, prose))
     return found
@@ -303,7 +309,7 @@ def run(task: str, seed: int, kind: str, way: str) -> dict:
         "largest": f"{max(apart):.2g}",
         "mean": f"{sum(apart) / count:.2g}",
         "other_ids": f"{found.get('other', 0):.4g}",
-        "perplexity": f"{math.exp(found['loss']):.2f}" if seed == SEEDS[0] else "",
+        "perplexity": f"{math.exp(found['loss']):.2f}" if reads_prose(seed, way) else "",
         "sentences": count,
         "right": hexadecimal(found["right"]),
     }
