@@ -329,11 +329,7 @@ def test_the_desk_is_balanced_and_its_copies_stay_on_the_side_of_their_originals
     assert len(rows) == sum(map(len, sides.values()))
     told = [row["prompt"].partition("\n\n") for row in rows]
     assert len({instruction for instruction, _, _ in told}) == 1
-    answers = [
-        f"{topic}, {mood}"
-        for topic in ("returns", "delivery", "payment", "product")
-        for mood in ("happy", "unhappy")
-    ]
+    answers = ["happy, answer later", "unhappy, answer today"]
     prompts = {}
     for split, mine in sides.items():
         prompts[split] = [" ".join(row["prompt"].split()).casefold() for row in mine]
@@ -345,6 +341,6 @@ def test_the_desk_is_balanced_and_its_copies_stay_on_the_side_of_their_originals
     copied = [prompt for prompt, n in Counter(prompts["train"]).items() if n == 2]
     pairs = [[row for row in rows if " ".join(row["prompt"].split()).casefold() == p]
              for p in copied]  # fmt: skip
-    assert sorted(pair[0]["completion"] for pair in pairs) == sorted(answers)
+    assert Counter(pair[0]["completion"] for pair in pairs) == dict.fromkeys(answers, 4)
     assert all(len({row["prompt"] for row in pair}) == 2 for pair in pairs)
     assert all(len({row["completion"] for row in pair}) == 1 for pair in pairs)
