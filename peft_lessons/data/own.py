@@ -31,15 +31,15 @@ class Problems:
     """Collect what is wrong with a file, line by line, for one message."""
 
     def __init__(self, file: Path):
-        self.name, self._lines = file.name, {}
+        self.name, self.found = file.name, {}
 
     def add(self, line: int | None, text: str) -> None:
         """Note a problem of a line, or of the whole file."""
-        self._lines.setdefault(text, []).append(line)
+        self.found.setdefault(text, []).append(line)
 
     def listed(self) -> str:
         """Return the problems in the order of their lines, one each, equal ones together."""
-        found = [(lines, text) for text, lines in self._lines.items()]
+        found = [(lines, text) for text, lines in self.found.items()]
         found.sort(key=lambda problem: problem[0][0] or 0)
         told = [f"{self.place(lines)}: {text}" for lines, text in found[:SHOWN]]
         if len(found) > SHOWN:
@@ -58,7 +58,7 @@ class Problems:
 
     def refuse(self) -> None:
         """Raise ValueError if there are problems."""
-        if self._lines:
+        if self.found:
             raise ValueError(self.listed())
 
 
@@ -98,7 +98,7 @@ def _text_of(file: Path) -> str:
 
 def _json_hint(text: str) -> str:
     if re.search(r",\s*[}\]]|[}\]]\s*,\s*$", text):
-        return "; a comma stands before a closing bracket or behind the last one: remove it"
+        return "; remove the comma before or after the closing bracket"
     if re.match(r"\s*\{\s*'", text):
         return '; JSON has double quotes ("): write the rows with json.dumps'
     if text.strip() in ("{", "}"):
@@ -170,7 +170,7 @@ def _numbered(file: Path, problems: Problems) -> list[tuple[int, dict]]:
     """Return the rows of a file with the number of the line on which each begins."""
     text = _text_of(file)
     rows = (_csv_rows if file.suffix.lower() == ".csv" else _json_rows)(text, problems)
-    if not text.strip():
+    if not rows and not problems.found:
         problems.add(None, "the file is empty")
     return rows
 
@@ -209,7 +209,7 @@ def _messages(value, role: str, what: str) -> list[dict]:
                 f"{where} has the role {message['role']!r}: the roles are {', '.join(chat.ROLES)}"
             )
         if not isinstance(message["content"], str) or not message["content"].strip():
-            raise ValueError(f"{where} is empty: {message['content']!r:.40} is no text to read")
+            raise ValueError(f"{where} has no text: {message['content']!r:.40}")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -258,7 +258,7 @@ def _refuse_splits(rows: list[tuple[int, dict]], problems: Problems) -> None:
     for split in ("train", "test"):
         if split not in found.values():
             problems.add(
-                None, f'no line has the split "{split}": leave "split" out, and the file is split'
+                None, f'no line has the split "{split}": add one, or leave "split" out of all lines'
             )
 
 
@@ -279,9 +279,9 @@ def _compare(rows: list[tuple], problems: Problems) -> None:
             two.append(f"{line_before} and {line}")
     if two:
         warnings.warn(
-            f"{problems.name}: the same prompt has two answers in the lines "
+            f"{problems.name}: the same prompt has different answers in lines "
             f"{', '.join(two[:SHOWN])}{f' and {len(two) - SHOWN} more' if two[SHOWN:] else ''}. "
-            "Keep them if both are meant; a score by the one right answer needs one",
+            "Keep both if you mean both; to score against one right answer, keep one",
             stacklevel=5,
         )
 
@@ -290,9 +290,10 @@ def _divided(rows: list[tuple], share: float, seed: int, problems: Problems) -> 
     """Return the split of each row: equal prompts are on one side, a share of them is tested."""
     keys = list(dict.fromkeys(same_prompt(prompt) for _, prompt, _, _ in rows))
     if len(keys) < 2:
-        problems.add(None, f"{len(keys)} different prompts: one to train and one to test are due")
-    tested = random.Random(seed).sample(keys, min(max(1, round(share * len(keys))), len(keys) - 1))
-    tested = set(tested)
+        problems.add(None, "only one prompt, and a file needs one to train and another to test")
+        problems.refuse()
+    count = min(max(1, round(share * len(keys))), len(keys) - 1)
+    tested = set(random.Random(seed).sample(keys, count))
     return ["test" if same_prompt(prompt) in tested else "train" for _, prompt, _, _ in rows]
 
 
@@ -334,7 +335,6 @@ def read_splits(
     sides = [split for *_, split in pairs]
     if not declared:
         sides = _divided(pairs, share, seed or 0, problems)
-        problems.refuse()
     return {
         split: [row for row, side in zip(encoded, sides, strict=True) if side == split]
         for split in SPLITS

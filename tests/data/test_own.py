@@ -136,7 +136,7 @@ def test_a_prompt_in_two_splits_is_refused(load):
 
 
 def test_a_prompt_with_two_answers_is_a_warning(load):
-    with pytest.warns(UserWarning, match=r"two answers in the lines 1 and 3\. ") as caught:
+    with pytest.warns(UserWarning, match=r"different answers in lines 1 and 3\. ") as caught:
         task = load([pair(1), pair(2), pair(1, completion="Another."), pair(2)])
     assert Path(caught[0].filename).name == Path(__file__).name
     assert sorted(map(task.size, task.splits)) == [2, 2]
@@ -157,8 +157,8 @@ def test_share_and_seed_are_for_files_without_splits(load, tokenizer):
 
 GOOD, TURN = json.dumps(pair(0)), [user("Hi."), assistant("Hello.")]
 LINES = {  # a line, and what the error says of it
-    '{"prompt": "a", "completion": "b",}': "not valid JSON .*comma stands before a closing",
-    '{"prompt": "a", "completion": "b"},': "not valid JSON .*behind the last one: remove it",
+    '{"prompt": "a", "completion": "b",}': "not valid JSON .*remove the comma before or",
+    '{"prompt": "a", "completion": "b"},': "not valid JSON .*remove the comma .*after the",
     "{'prompt': 'a', 'completion': 'b'}": "not valid JSON .*double quotes",
     '{"prompt": "a", "completion"': "not valid JSON .* at column 29",
     "{": "each object must stand on one line",
@@ -169,8 +169,8 @@ LINES = {  # a line, and what the error says of it
     '{"prompt": "a", "completion": 5}': '"completion" is 5, not a text: .* in double quotes, "5"',
     '{"prompt": "a", "completion": NaN}': '"completion" is nan, not a text',
     '{"prompt": "a", "completion": null}': r'"completion" is empty \(null\)',
-    '{"prompt": "a", "completion": " "}': "\"completion\" is empty: ' '",
-    '{"prompt": "", "completion": "b"}': "\"prompt\" is empty: ''",
+    '{"prompt": "a", "completion": " "}': "\"completion\" has no text: ' '",
+    '{"prompt": "", "completion": "b"}': "\"prompt\" has no text: ''",
     '{"prompt": [], "completion": "b"}': '"prompt" has no messages',
     '{"messages": "hello"}': "'hello', not a list of messages",
     json.dumps({"messages": [*TURN, {"role": "bot", "content": "x"}]}): "message 3 .* role 'bot': "
@@ -179,7 +179,9 @@ LINES = {  # a line, and what the error says of it
     json.dumps({"messages": TURN[:1]}): "the roles are user: .* the last word",
     json.dumps({"messages": TURN[::-1]}): "the roles are assistant, user: ",
     json.dumps({"messages": [*TURN, TURN[1]]}): "user, assistant, assistant: .*take turns",
-    json.dumps({"messages": [TURN[0], {"role": "assistant", "content": ""}]}): "message 2 .* empty",
+    json.dumps(
+        {"messages": [TURN[0], {"role": "assistant", "content": ""}]}
+    ): "message 2 .* has no text",
     json.dumps({"prompt": TURN, "completion": TURN}): '"completion" must begin with',
     json.dumps(pair(1, prompt="user<eos>")): "contains '<eos>', which the chat",
     json.dumps(pair(1, completion="far " * 600)): "its answer ends at token .* max_length=512",
@@ -197,7 +199,9 @@ CSV = {
     "prompt,completion\na,b,c\n": "line 2: 3 cells, and the header has 2",
     'prompt,completion\n"a\nb",c\nd\n': "line 4: 1 cells",
     'prompt,completion\na,b\n"c,d\n': "line 3: not valid CSV",
-    "prompt,completion\na,\n": 'line 2: "completion" is empty',
+    "prompt,completion\na,\n": 'line 2: "completion" has no text',
+    "": "the file is empty",
+    "prompt,completion\n": "the file is empty",
     "a,b\nc,d\n": "line 1: the header has no column prompt and no column completion, but a, b",
     "prompt,split\na,train\n": "line 1: the header has no column completion",
     "prompt,completion,split\na,b,train\nc,d,\n": "line 3: no split",
@@ -207,7 +211,7 @@ CSV = {
 
 @pytest.mark.parametrize("text", CSV)
 def test_an_error_in_a_table_names_file_and_line(load, text):
-    with pytest.raises(ValueError, match=rf"(?m)^my.csv, {CSV[text]}"):
+    with pytest.raises(ValueError, match=rf"(?m)^my.csv[,:] {CSV[text]}"):
         load(text, "my.csv")
 
 
@@ -216,8 +220,9 @@ def test_an_error_in_a_table_names_file_and_line(load, text):
     [
         (b"", "^my.jsonl: the file is empty"),
         (b"\n \n", "^my.jsonl: the file is empty"),
+        (b"\xef\xbb\xbf", "^my.jsonl: the file is empty"),
         (f"[{GOOD},\n{GOOD}]".encode(), "^my.jsonl: the file is one JSON list, .* json.dumps"),
-        (GOOD.encode(), "^my.jsonl: 1 different prompts"),
+        (GOOD.encode(), "^my.jsonl: only one prompt"),
         (GOOD.encode("utf-16"), "is in UTF-16: save it as UTF-8"),
         (GOOD.encode("utf-16-le"), "is in UTF-16"),
         (f"{GOOD}\n{GOOD}é".encode("latin-1"), "my.jsonl, line 2: the byte 0xe9 is not UTF-8"),
@@ -242,7 +247,7 @@ def test_all_faults_of_a_file_are_listed_at_once_and_equal_ones_together(load):
 
 
 def test_splits_without_train_or_test_are_refused(load):
-    with pytest.raises(ValueError, match=r"^my.jsonl: no line has the split \"test\": leave"):
+    with pytest.raises(ValueError, match=r"^my.jsonl: no line has the split \"test\": add one"):
         load([pair(1, split="train"), pair(2, split="validation")])
     rows = [pair(k, **({"split": "train"} if k == 3 else {})) for k in range(9)]
     said = r"my.jsonl, lines 1, 2, 3, 5, 6 and 3 more: no split, and other lines have one"
