@@ -248,6 +248,7 @@ peft_lessons/checks/diagnosis.py: exercises
     if given.get(run) == cause] → if run in given]
     if count > 1] → if count > 5]
     if run not in right → if run in right
+    sorted([*others, *(cause → sorted([*(cause
 peft_lessons/checks/adalora.py: exercises
     function = adalora_step.reference → pass
 peft_lessons/checks/adapters.py: exercises
@@ -274,8 +275,6 @@ peft_lessons/checks/deploy.py: exercises
     if _key(a) == _key(b) → if a["prompt"] == b["prompt"]
     for x in both: → for x in (both[0], both[0]):
     if which == "b" and module in → if module in
-peft_lessons/checks/diagnosis.py: exercises
-    sorted([*others, *(cause → sorted([*(cause
 peft_lessons/checks/kit.py: kit
     return passed / len(self.trials) / 2 → return 0.0
 peft_lessons/costs/evidence.py: recommend

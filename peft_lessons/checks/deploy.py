@@ -455,13 +455,13 @@ _FILES = {
     "A": ("size", "nothing is wrong with its answers, and it is larger than the limit"),
     "B": (
         "right answers",
-        "no other file that is small enough has so low a perplexity, and hardly an answer is "
-        "right: prose does not show what was trained",
+        "its perplexity is that of the files that answer, and hardly an answer is right: prose "
+        "does not show what was trained",
     ),
     "C": (
         "log-probabilities",
-        "its answers are right as often as the trainer's, and its probabilities are off by several "
-        "times as much as those of any other file that answers well",
+        "its answers are right about as often as the trainer's, and its probabilities are off by "
+        "several times as much as those of a file with the same rounding",
     ),
     "D": (
         "ships",
@@ -476,6 +476,6 @@ _FILES = {
 }
 
 
-@check_for(**diagnosis(_FILES, what="file", others=("perplexity", "side effects")))
+@check_for(**diagnosis(_FILES, what="file", others=("perplexity",)))
 def defend_release():
     """One file ships, and one number rules out each other one:"""
