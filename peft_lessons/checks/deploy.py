@@ -455,23 +455,23 @@ _FILES = {
     "A": ("size", "nothing is wrong with its answers, and it is larger than the limit"),
     "B": (
         "right answers",
-        "its perplexity is that of the files that answer, and hardly an answer is right: prose "
-        "does not show what was trained",
+        "its perplexity is close to the trainer's, and hardly an answer is right: prose does not "
+        "show what was trained",
     ),
     "C": (
         "log-probabilities",
-        "its answers are right about as often as the trainer's, and its probabilities are off by "
-        "several times as much as those of a file with the same rounding",
+        "it has the lowest perplexity and as many right answers as the trainer, and yet its "
+        "log-probabilities are off by many times as much as those of D",
     ),
     "D": (
         "ships",
-        "it is small enough, it reads the trainer's token ids, its probabilities are close, and "
-        "zero is within its interval",
+        "it is small enough, it reads the trainer's token ids, its log-probabilities are close, "
+        "and zero is within its interval",
     ),
     "E": (
         "token ids",
-        "its answers are right as often as the trainer's, and some of its prompts arrive in other "
-        "tokens",
+        "its answers are right about as often as the trainer's, and some of its prompts arrive in "
+        "other tokens",
     ),
 }
 
