@@ -260,14 +260,15 @@ class Server:
     ) -> list[float]:
         """Return the log-probability of each token of a completion after a prompt. A text becomes
         tokens by itself, without an end token. Errors as `ask`."""
-        ids = self.tokens(completion, chat=False)
-        # A grammar that allows just these tokens; the log-probabilities are those without it.
-        grammar = "root ::= " + " ".join(f"<[{number}]>" for number in ids)
-        body = {"prompt": self.tokens(prompt, chat), "n_predict": len(ids), "n_probs": 1}
-        body |= {"temperature": 0, "lora": self.lora(adapter), "grammar": grammar}
-        body |= {"cache_prompt": False}
-        answer = self._post("/completion", body)
-        return [entry["logprob"] for entry in answer["completion_probabilities"]]
+        known, found = self.tokens(prompt, chat), []
+        for number in self.tokens(completion, chat=False):
+            # The bias makes the token the answer; the log-probability is that without a bias.
+            body = {"prompt": known, "n_predict": 1, "n_probs": 1, "temperature": 0}
+            body |= {"lora": self.lora(adapter), "logit_bias": [[number, 1000]]}
+            answer = self._post("/completion", body)["completion_probabilities"][0]
+            found.append(answer["logprob"])
+            known = [*known, number]
+        return found
 
     def _messages(self, prompt: Prompt) -> list[Mapping[str, str]]:
         messages = [user(prompt)] if isinstance(prompt, str) else prompt

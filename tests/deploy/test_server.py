@@ -80,7 +80,7 @@ def test_choices_and_grammars_bind_the_answer(server):
 
 @SERVER
 def test_a_completion_is_scored_token_by_token(server, base, tokenizer):
-    ids = tokenizer("A wide river, and a boat.")["input_ids"]
+    ids = tokenizer("A wide river, and a boat.<eos> And")["input_ids"]
     with torch.no_grad():
         ours = base(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     ours = [row[number].item() for row, number in zip(ours, ids[1:], strict=True)]
