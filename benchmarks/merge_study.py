@@ -229,9 +229,9 @@ def exports_of(task: str, base: str, change: str, lr: float, rank: int, seed: in
     if change == "shuffled":
         return [(1.0, kind, "merged") for kind in ("F32", "Q4_1", "Q4_0")]
     unusual = (lr, rank) != (LR[task], RANK) or change == "in blocks"
-    if unusual or (task == "austen" and seed):
+    if unusual or task == "desk" or (seed and (task == "austen" or base == "noise")):
         return [(1.0, kind, "merged") for kind in merged[:2]]
-    if task == "desk" or seed:
+    if seed:
         return [(1.0, kind, "merged") for kind in merged[:3]]
     return [(1.0, kind, "merged") for kind in merged] + [(1.0, k, "beside") for k in beside]
 
@@ -301,24 +301,22 @@ def points() -> list[tuple]:
     due += due_of("austen", "own Q4_1 NF4", "lora", "none", seed=0)
     for lr in (1e-3, 3e-3, 1e-2):
         due += due_of("austen", "Q4_1 NF4", "lora", seed=0, lr=lr)
-    due += due_of("reviews", "own", "scaled", seed=0) + due_of(
-        "desk", "own", "lora", "cured", seed=0
-    )
-    due += [point for seed in SEEDS[1:] for point in due_of("desk", "own", "lora", seed=seed)]
+    due += due_of("reviews", "own", "scaled", seed=0)
     due += due_of("reviews", "own", "lora", seed=0, lr=2e-3)
+    due += due_of("desk", "own", "lora", seed=0)
     for seed in SEEDS[1:]:
-        due += due_of("reviews", "noise Q4_0", "lora", seed=seed)
+        due += due_of("reviews", "noise", "lora", seed=seed)
+    due += due_of("reviews", "own", "lora", seed=0, rank=64)
     due += due_of("reviews", "own", "none", seed=0)
+    due += due_of("reviews", "Q8_0", "lora", seed=0)
     for seed in SEEDS[1:]:
-        due += due_of("austen", "Q4_1 NF4", "lora", seed=seed)
+        due += due_of("reviews", "own", "in blocks", seed=seed)
         due += due_of("austen", "Q4_1 NF4", "lora", seed=seed, lr=1e-3)
-    for seed in SEEDS:
+    due += due_of("reviews", "own", "lora", seed=0, rank=1)
+    for seed in SEEDS[1:]:
+        due += due_of("desk", "own", "lora", seed=seed)
+        due += due_of("reviews", "own", "lora", seed=seed, lr=2e-3)
         due += due_of("reviews", "own", "lora", seed=seed, rank=64)
-        due += due_of("reviews", "own", "lora", seed=seed, rank=1)
-        due += due_of("reviews", "Q8_0", "lora", seed=seed)
-        due += due_of("reviews", "own", "lora", seed=seed, lr=2e-3) if seed else []
-        due += due_of("reviews", "own", "in blocks", seed=seed) if seed else []
-    due += due_of("reviews", "NF4 Q4_0 noise", "none", seed=0)
     return due
 
 
