@@ -2,13 +2,12 @@
 
     python benchmarks/serving_study.py     # three quarters of an hour on one core
 
-The assistant trains as in lesson 12, in float32, on the short movie reviews (task "reviews") and,
-with twice the learning rate, on the messages to a shop (task "desk"), with three seeds each.
-Then llama.cpp's server, on one thread, scores the right answers to 128 held-out reviews and to all
-held-out messages. Adds a row for each file and way to data/results/serving_study.csv. `file` is the
-format of the base or of the merged model; "published" is the file in which the assistant was
-published (Q4_1), and "transformers" is no file: the same measured in transformers, in float32. The
-ways:
+The assistant trains in float32 on the short movie reviews as in lesson 12 (task "reviews") and on
+messages to a shop as in lesson 17 (task "desk"), with three seeds each. Then llama.cpp's server, on
+one thread, scores the right answers to 128 held-out reviews and to all held-out messages. Adds a
+row for each file and way to data/results/serving_study.csv. `file` is the format of the base or of
+the merged model; "published" is the file in which the assistant was published (Q4_1), and
+"transformers" is no file: the same measured in transformers, in float32. The ways:
 
 - alone, merged, beside: the base without the adapter; the adapter merged and the sum rounded to the
   file's format; the adapter in a file of its own beside the base
@@ -36,6 +35,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -74,12 +74,10 @@ def folder() -> Path:
 
 
 def examples(task: str, split: str, seed: int = 0) -> list[dict]:
-    """Return the examples of a task, of the reviews those with at most ten words; to learn in
-    random order, to test at most 128."""
+    """Return the examples of a task; of the reviews 128 with at most ten words, in random order."""
     rows = load_task(task).examples(split)
     if task == "reviews":
         rows = [row for row in rows if len(text_of(row).splitlines()[-1].split()) <= 10]
-    if task == "reviews" or split == "train":
         random.Random(seed).shuffle(rows)
     return rows[:REVIEWS]
 
@@ -94,23 +92,31 @@ def answer_of(row: dict) -> str:
     return row["completion"][-1]["content"]
 
 
+def batches(task: str, seed: int) -> Iterator[dict]:
+    """Yield the batches of a training run: those of lesson 12, and those of lesson 17."""
+    if task == "desk":
+        yield from islice(load_task(task).stream(SIZE, seed), STEPS)
+        return
+    tokenizer, rows = load_tokenizer("smollm2"), examples(task, "train", seed)[: STEPS * SIZE]
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    made = [pair_tokens(tokenizer, row["prompt"], row["completion"])[1:] for row in rows]
+    encoded = [{"input_ids": ids, "labels": labels} for ids, labels in made]
+    for k in range(0, len(rows), SIZE):
+        yield collate(encoded[k : k + SIZE])
+
+
 @cache
 @torch.enable_grad()
 def adapter(task: str, seed: int) -> Path:
-    """Train an adapter as lesson 12 does, and return its folder."""
-    tokenizer, rows = load_tokenizer("smollm2"), examples(task, "train", seed)[: STEPS * SIZE]
+    """Train an adapter as the lesson does, and return its folder."""
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(load_model("smollm2"), config).train()
-    made = [pair_tokens(tokenizer, row["prompt"], row["completion"])[1:] for row in rows]
-    encoded = [{"input_ids": ids, "labels": labels} for ids, labels in made]
-    collate = DataCollatorForSeq2Seq(tokenizer)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=TASKS[task]
-    )
+    training = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(training, lr=TASKS[task])
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
-    for step in range(STEPS):
-        model(**collate(encoded[SIZE * step : SIZE * (step + 1)])).loss.backward()
+    for batch in batches(task, seed):
+        model(**batch).loss.backward()
         optimizer.step()
         decay.step()
         optimizer.zero_grad()
