@@ -327,7 +327,7 @@ def points() -> list[tuple]:
     most = [("transformers", "beside"), *((kind, "merged") for kind in ("Q8_0", "Q4_1", "Q4_0"))]
     most += [("published", "beside"), ("Q4_0", "beside")]
     more = [("F16", way) for way in ("merged", "beside", *MISTAKES)]
-    more += [("Q8_0", "beside"), ("Q8_0", "adapter unpermuted"), ("Q4_1", "other pre-tokenizer")]
+    more += [("F32", "merged"), ("Q8_0", "beside"), ("Q8_0", "adapter unpermuted")]
     more += [(kind, "alone") for kind in ("published", "Q4_0", "transformers")]
     more += [("published", "grammar"), ("F16", "scale 0"), ("F16", "scale 0.5")]
     more += [("transformers", "scale 0.5"), ("F16", "both loaded"), ("F16", "empty list")]
