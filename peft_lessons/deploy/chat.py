@@ -8,6 +8,7 @@ assistant. A line is a question by itself; an empty one, Ctrl+D or Ctrl+C ends.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -88,4 +89,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGHUP"):  # a closed window ends it as Ctrl+C does, with no file left
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(1))
     raise SystemExit(main(sys.argv[1:]))

@@ -60,17 +60,26 @@ def talk(monkeypatch, capfd, tmp_path):
 
 
 @SERVER
-def test_every_line_of_a_pipe_gets_an_answer(adapter, wanted):
+def test_every_line_of_a_pipe_gets_an_answer_and_a_closed_window_leaves_no_file(
+    adapter, wanted, tmp_path
+):
     """In a process of its own, with Windows' line ends and the mark that its shells put first."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "peft_lessons.deploy.chat", str(adapter)],
-        input="\ufeffhello\r\nwho are you?\r\n".encode(),
-        capture_output=True,
-        env=os.environ | {"PYTHONUTF8": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONUTF8": "1", "TMPDIR": str(tmp_path), "TEMP": str(tmp_path)},
     )
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode().split() == "\n".join(wanted["a"]).split()
-    assert done.stderr.decode().splitlines()[-1].startswith("Writing ")
+    process.stdin.write("\ufeffhello\r\nwho are you?\r\n".encode())
+    process.stdin.flush()
+    due = "\n".join(wanted["a"]).split("\n")
+    lines = [process.stdout.readline().decode().rstrip() for _ in due]
+    assert lines == [line.rstrip() for line in due]
+    assert [*tmp_path.iterdir()], "the files that it has written"
+    process.terminate()
+    process.stdin.close()
+    process.wait()
+    assert sys.platform == "win32" or not [*tmp_path.iterdir()]
 
 
 @SERVER
