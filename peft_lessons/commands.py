@@ -440,12 +440,13 @@ def install_server(python: str, uv: str | None) -> None:
     packages = tomllib.loads(text)["project"]["optional-dependencies"]["serve"]
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
     command = [uv, "pip", "install", "--python", python] if uv else pip
-    what = ["--only-binary", ":all:", *packages]
-    if failure := attempt([*command, *constraints(), *what], must=False):
+    what = ["--only-binary", ":all:"]
+    if failure := attempt([*command, *constraints(), *what, *packages], must=False):
+        names = [re.split("[<>=;]", package)[0] for package in packages]
         print(
             f"The server of lesson 17 is not installed ({failure}). The lesson shows stored "
             "results instead, and all else works without. To try again:\n"
-            + subprocess.list2cmdline([*pip, *what]),
+            + subprocess.list2cmdline([*pip, *what, *names]),
             flush=True,
         )
 
