@@ -7,9 +7,23 @@ import numpy as np
 from tools.environment import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import release_files
 import serving_study
+from common import Results
 
 sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def stored(study, points: list[tuple], name: str) -> list[dict]:
+    """Return the rows of a stored table, which lacks no point."""
+    results = Results(name, study.KEY, study.COLUMNS)
+    rows = results.rows()
+    assert not results.missing(points) and len(rows) == len(points)
+    return rows
+
+
+def test_the_stored_table_of_releases_is_complete():
+    stored(release_files, [(letter,) for letter in release_files.FILES], "release_files")
 
 
 def test_inside_a_mistake_the_rows_of_queries_keep_their_order():
