@@ -405,7 +405,7 @@ def fetch(python: str) -> int:
     """Fetch the assistant with an interpreter that has the packages; return 0, or what failed.
 
     The program says itself what it did, or what is missing and how to try again."""
-    print("The assistant of lessons 03, 12, 15 and 16: 93 MB, unless it is here.", flush=True)
+    print("The assistant of lessons 03, 12, 15, 16 and 17: 93 MB, unless it is here.", flush=True)
     return wait([python, "-m", "peft_lessons.data.assistant"], ROOT, OFFLINE)
 
 

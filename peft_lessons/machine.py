@@ -154,7 +154,7 @@ def _assistant() -> Row:
     """Report the size of the assistant; it may be missing, not damaged."""
     from .data.bundled import ASSISTANT_COMMAND, assistant_folder
 
-    what = "assistant of lessons 03, 12, 15 and 16"
+    what = "assistant of lessons 03, 12, 15, 16 and 17"
     try:
         files = [*assistant_folder(verify=True).iterdir()]
     except FileNotFoundError:

@@ -33,7 +33,7 @@ EXERCISE = re.compile(r"Exercise .* (\d+) min")  # the title of its heading
 ROW = re.compile(r"(\]\(\S*?(\d\d_\w+)\.ipynb\)[^|\n]*\|[^|\n]*\|) *\d* *\| *\d* *\| *\d* *\|")
 PLAN = re.compile(r"(\]\(\S*?(\d\d_\w+)\.ipynb\) \| (core|core and exercises|all) \|) (\d+) \|")
 TOGETHER = re.compile(r"(\| \*\*together\*\* \|) \*\*\d+\*\*")
-PATH = re.compile(r"(\*\*(Half a day|Two days|All)\b[^\n]*?)\d+ h(?: \d+ min)?")
+PATH = re.compile(r"(\*\*(Two hours|Half a day|Two days|All)\b[^\n]*?)\d+ h(?: \d+ min)?")
 
 
 @dataclass

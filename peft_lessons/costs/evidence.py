@@ -149,6 +149,12 @@ def benchmark() -> DataFrame:
     return load_results("peft_benchmark")
 
 
+def noise(runs: DataFrame) -> float:
+    """Return from how many points on two accuracies near that of the first run differ clearly."""
+    p = runs["accuracy"].iloc[0] / 100
+    return 200 * math.sqrt(2 * p * (1 - p) / QUESTIONS)
+
+
 def benchmark_table(first: int | None = None) -> Table:
     """Return a table of the named runs of `benchmark`, or the first of them."""
     runs = benchmark()
@@ -164,13 +170,11 @@ def benchmark_table(first: int | None = None) -> Table:
         }
         for row in runs.itertuples()
     ]
-    p = runs["accuracy"].iloc[0] / 100
-    noise = 200 * math.sqrt(2 * p * (1 - p) / QUESTIONS)
     return table(
         lines,
         {"GSM8K": "{:.1f} %", "peak": "{:.1f} GB", "forgetting": "{:.3f}"},
         note=f"PEFT's method_comparison, July 2026, commit 51c2ff666; one run each, no "
-        f"checkpointing;\ntwo accuracies that differ by less than {noise:.1f} points are within "
+        f"checkpointing;\ntwo accuracies that differ by less than {noise(runs):.1f} points are within "
         "the noise; forgetting: rise\nof the loss on Wikipedia",
     )
 

@@ -303,7 +303,7 @@ def main() -> int:
         print(fetch_assistant(), flush=True)
     except NotFetched as reason:
         print(
-            f"The assistant was not fetched: {reason}.\nLessons 03, 12, 15 and 16 need it; all "
+            f"The assistant was not fetched: {reason}.\nLessons 03, 12, 15, 16 and 17 need it; all "
             f"else works without. Try again with: {ASSISTANT_COMMAND}",
             file=sys.stderr,
         )

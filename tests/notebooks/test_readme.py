@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from peft_lessons import commands
+from peft_lessons.costs import evidence
 from peft_lessons.data.bundled import sha256_of
+from peft_lessons.studies import paired_losses
 from tools import guide
 from tools.environment import ROOT
 
@@ -72,6 +74,31 @@ def test_the_answers_quoted_in_the_readme_are_those_that_lesson_12_prints():
         assert re.findall(f"{asked}({either}) ", shown) == replies
     assert len(answers) == 2
     assert re.findall(r"(?:question alone|trained on 48 examples) (\d+ %)", shown)[:2] == shares
+
+
+def test_the_evidence_in_the_readme_is_that_of_the_studies():
+    rows = dict(re.findall(r"(?m)^\| ([\d.]+ [mb]illion) \| (.+) \|$", README))
+    for size, task, ways, form in (
+        ("3 million", "austen", ("full", "lora, all linear", "base"), "{:.1f}"),
+        ("22 million", "sentiment", ("full", "lora, all linear", "head"), "{:.1%}"),
+    ):
+        runs = evidence.study(task)
+        largest = runs[max(runs)]
+        means = [form.format(largest[way]["test"].mean()).replace("%", " %") for way in ways]
+        assert re.findall(r"\d+\.\d(?: %)?", rows[size]) == means
+        assert f"{len(largest.keys() - {'base'})} ways" in rows[size]
+    trained = {way: runs for way, runs in evidence.assistant_runs().items() if way != "base"}
+    gaps = [paired_losses(trained[way], trained["lora"]).mean / 100 for way in ("dora", "full")]
+    assert f"{len(trained)} ways" in rows["135 million"]
+    assert f"within {max(map(abs, gaps)):.2f} nats" in rows["135 million"]
+    assert f"noise of {evidence.noise(evidence.benchmark()):.1f} points" in rows["3.2 billion"]
+
+
+def test_the_versions_in_the_readme_are_those_of_the_constraints():
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    named = re.findall(r"(torch|transformers|peft|trl|bitsandbytes) (\d+\.\d+\.\d+)", README)
+    assert len(named) == 5
+    assert all(f"\n{name}=={version}\n" in constraints for name, version in named)
 
 
 def test_the_list_of_wrong_answers_is_that_of_the_checks():
