@@ -41,6 +41,7 @@ MODULES = {
     "14_beyond_lora": "beyond",
     "15_assistant": "assistant",
     "16_rewards": "rewards",
+    "17_your_own": "deploy",
 }
 
 # {a form of an output that is not stored: the form that is stored in its place}. Pages without a
