@@ -174,8 +174,8 @@ def benchmark_table(first: int | None = None) -> Table:
         lines,
         {"GSM8K": "{:.1f} %", "peak": "{:.1f} GB", "forgetting": "{:.3f}"},
         note=f"PEFT's method_comparison, July 2026, commit 51c2ff666; one run each, no "
-        f"checkpointing;\ntwo accuracies that differ by less than {noise(runs):.1f} points are within "
-        "the noise; forgetting: rise\nof the loss on Wikipedia",
+        f"checkpointing;\ntwo accuracies that differ by less than {noise(runs):.1f} points are "
+        "within the noise; forgetting: rise\nof the loss on Wikipedia",
     )
 
 
