@@ -20,8 +20,8 @@ answer; `likelier`, of the two words it is the right one; `p` and `logprob`, the
 word; `perplexity`, with seed 0, of four passages of Austen, for tinylm of 60 blocks held out.
 """
 
-import random
 from functools import cache, lru_cache
+from itertools import islice
 
 import numpy as np
 import requests_study as reviews
@@ -102,14 +102,15 @@ class InBlocks(torch.nn.Module):
         return weight[:, ::BLOCK].repeat_interleave(BLOCK, dim=1)
 
 
-def encoded(task: str, seed: int) -> list[dict]:
-    """Return the 48 reviews of a seed, or messages in its order, to learn from."""
+def batches_of(task: str, seed: int) -> list[dict]:
+    """Return what the assistant learns from, in twelve batches: 48 reviews of a seed in lesson 12's
+    order, or the messages to a shop in lesson 17's."""
     if task == "desk":
-        rows = load_task("desk").examples("train")
-        random.Random(seed).shuffle(rows)
-        return [reviews.encode(row["prompt"], row["completion"][0]["content"]) for row in rows]
+        return list(islice(load_task("desk").stream(SIZE, seed), reviews.STEPS))
     rows = reviews.short("train", seed)[: reviews.STEPS * SIZE]
-    return [reviews.encode(reviews.asked(text), reviews.WORDS[label]) for text, label in rows]
+    rows = [reviews.encode(reviews.asked(text), reviews.WORDS[label]) for text, label in rows]
+    collate = DataCollatorForSeq2Seq(reviews.reader()[0])
+    return [collate(rows[at : at + SIZE]) for at in range(0, len(rows), SIZE)]
 
 
 @cache
@@ -175,13 +176,13 @@ def hold(layers: dict, weights: dict) -> None:
         layers[path][0].weight.copy_(weight)
 
 
-def learned(model, rows: list[dict], lr: float) -> list[float]:
-    """Train once on each chat, as lesson 12 does; return the losses."""
-    collate, losses = DataCollatorForSeq2Seq(reviews.reader()[0]), []
+def learned(model, batches: list[dict], lr: float) -> list[float]:
+    """Train once on each batch, as lesson 12 does; return the losses."""
+    losses = []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(rows) // SIZE)
-    for at in range(0, len(rows), SIZE):
-        loss = model(**collate(rows[at : at + SIZE])).loss
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
+    for batch in batches:
+        loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         decay.step()
@@ -208,7 +209,7 @@ def trained(task: str, base: str, lr: float, rank: int, seed: int, in_blocks: bo
     if task == "austen":
         losses = fit(tuned, load_task("austen"), 40, lr=lr, seed=seed, show=False).loss
     else:
-        losses = learned(tuned, encoded(task, seed), lr)
+        losses = learned(tuned, batches_of(task, seed), lr)
     changes = {
         path.removeprefix("base_model.model."): layer.get_delta_weight("default").detach()
         for path, layer in adapted.items()
@@ -303,20 +304,16 @@ def points() -> list[tuple]:
         due += due_of("austen", "Q4_1 NF4", "lora", seed=0, lr=lr)
     due += due_of("reviews", "own", "scaled", seed=0)
     due += due_of("reviews", "own", "lora", seed=0, lr=2e-3)
-    due += due_of("desk", "own", "lora", seed=0)
     for seed in SEEDS[1:]:
         due += due_of("reviews", "noise", "lora", seed=seed)
-    due += due_of("reviews", "own", "lora", seed=0, rank=64)
     due += due_of("reviews", "own", "none", seed=0)
+    due += due_of("desk", "own", "lora", seed=0)
+    due += due_of("reviews", "own", "lora", seed=0, rank=64)
+    due += due_of("reviews", "own", "lora", seed=0, rank=1)
     due += due_of("reviews", "Q8_0", "lora", seed=0)
     for seed in SEEDS[1:]:
         due += due_of("reviews", "own", "in blocks", seed=seed)
         due += due_of("austen", "Q4_1 NF4", "lora", seed=seed, lr=1e-3)
-    due += due_of("reviews", "own", "lora", seed=0, rank=1)
-    for seed in SEEDS[1:]:
-        due += due_of("desk", "own", "lora", seed=seed)
-        due += due_of("reviews", "own", "lora", seed=seed, lr=2e-3)
-        due += due_of("reviews", "own", "lora", seed=seed, rank=64)
     return due
 
 
