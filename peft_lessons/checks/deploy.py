@@ -465,13 +465,13 @@ _FILES = {
     ),
     "D": (
         "ships",
-        "it is small enough, it reads the trainer's token ids, its log-probabilities are close, "
-        "and zero is within its interval",
+        "it is small enough, answers as the trainer does, and its log-probabilities are as close "
+        "to the trainer's as those of the largest file",
     ),
     "E": (
         "token ids",
-        "its answers are right about as often as the trainer's, and some of its prompts arrive in "
-        "other tokens",
+        "its answers are right as often as the trainer's, and some of its prompts arrive in other "
+        "tokens",
     ),
 }
 
