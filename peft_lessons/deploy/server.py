@@ -216,8 +216,10 @@ class Server:
         cheaper one after the other: the server keeps what it has computed.
 
         `choices` allows these texts alone, `grammar` what a grammar in llama.cpp's GBNF derives
-        from its `root`. ValueError for a wrong prompt, one longer than the context, an unknown
-        adapter, a wrong grammar; RuntimeError if the server has been stopped."""
+        from its `root`; either may cut a text into more tokens than a free answer has.
+
+        Raises ValueError for a wrong prompt, one longer than the context, an unknown adapter or a
+        wrong grammar, RuntimeError if the server has been stopped."""
         if choices is not None and grammar is not None:
             raise ValueError("ask takes choices=... or grammar=..., not both")
         if choices is not None:

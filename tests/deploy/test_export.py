@@ -168,6 +168,17 @@ def test_a_merged_model_computes_as_in_transformers(base, tokenizer, tmp_path, m
         assert not method or gap(server, base, ids) > 0.1, "the change is large enough to see"
 
 
+def test_what_peft_has_merged_is_a_plain_model(base, tokenizer, tmp_path):
+    from peft import get_peft_model
+
+    theirs = perturb(get_peft_model(deepcopy(base), lora_config(LoRA(rank=2, targets=("q_proj",)))))
+    merged = theirs.merge_and_unload()
+    held = tensors_of(to_gguf(merged, tmp_path / "m.gguf", "F32", tokenizer))
+    weight = merged.model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(held["blk.0.attn_q.weight"][0], side_by_side(weight, 4))
+    assert not torch.equal(weight, base.model.layers[0].self_attn.q_proj.weight)
+
+
 @SERVER
 def test_tied_models_from_a_folder_compute_as_in_transformers(tokenizer, tmp_path):
     model = tiny_llama(vocab_size=4096, tie_word_embeddings=True)
