@@ -1,7 +1,7 @@
 """Read the header of a GGUF file: its fields, and the shapes of its tensors.
 
 `gguf.GGUFReader` does this too, but takes seconds for the vocabulary of a model. The format is that
-of versions 2 and 3 (ggml's docs/gguf.md).
+of versions 2 and 3, as ggml's documentation describes it.
 """
 
 from __future__ import annotations
