@@ -25,11 +25,11 @@ TASK, SEED, KEY = "reviews", 0, ("file",)
 COLUMNS = ("mb", "right", "of", "behind", "low", "high", "gap", "other_ids", "perplexity")
 FILES = {
     "trainer": ("transformers", "beside"),
-    "A": ("F32", "merged"),
+    "A": ("Q8_0", "merged"),
     "B": ("Q4_1", "merged"),
-    "C": ("F16", "adapter unpermuted"),
-    "D": ("F16", "merged"),
-    "E": ("F16", "other pre-tokenizer"),
+    "C": ("published", "adapter unscaled"),
+    "D": ("published", "beside"),
+    "E": ("Q4_1", "other pre-tokenizer"),
 }
 
 

@@ -18,6 +18,8 @@ the merged model; "published" is the file in which the assistant was published (
 - adapter unpermuted, model unpermuted, other pre-tokenizer, no chat template: an export's mistakes.
   In the first two, the rows of queries and keys keep transformers' order, in the adapter beside or
   in the merged model; in the others, the adapter is beside.
+- adapter unscaled: one more mistake: alpha / r, which is 2, is forgotten, so that the adapter
+  beside has half its strength
 
 `whole` is the share of the held-out examples whose right answer is, to the letter and with the
 token that ends it, the one that greedy generation gives, and `right` has one bit for each of the
@@ -54,6 +56,7 @@ from peft_lessons.deploy import adapter_to_gguf, serve, to_gguf
 
 TASKS, STEPS, SIZE, REVIEWS = {"reviews": 5e-4, "desk": 1e-3}, 12, 4, 128  # learning rates
 MISTAKES = ("adapter unpermuted", "model unpermuted", "other pre-tokenizer", "no chat template")
+UNSCALED = "adapter unscaled"
 SCALES = {"alone": 0.0, "grammar": 0.0, "scale 0": 0.0, "empty list": 0.0, "scale 0.5": 0.5}
 KEY = ("task", "seed", "file", "way")
 SCORES = ("whole", "first", "logp", "largest", "mean", "other_ids", "perplexity")
@@ -272,7 +275,7 @@ def in_transformers(task: str, seed: int, scale: float) -> dict:
 
 def reads_prose(seed: int, way: str) -> bool:
     """Return whether a point has a perplexity."""
-    return seed == SEEDS[0] and way in ("alone", "merged", "beside", *MISTAKES)
+    return seed == SEEDS[0] and way in ("alone", "merged", "beside", UNSCALED, *MISTAKES)
 
 
 def in_server(task: str, seed: int, kind: str, way: str) -> dict:
@@ -281,7 +284,8 @@ def in_server(task: str, seed: int, kind: str, way: str) -> dict:
     rows, found = examples(task, "test"), {"logp": [], "first": [], "right": [], "other": 0}
     choices = sorted({answer_of(row) for row in rows})
     with serve(file, loaded, check=way != "no chat template") as server:
-        lora = server.lora({task: SCALES.get(way, 1.0)} if loaded else None)
+        scale = 0.5 if way == UNSCALED else SCALES.get(way, 1.0)
+        lora = server.lora({task: scale} if loaded else None)
         if way == "empty list":
             on = server.lora(dict.fromkeys(loaded, 1.0))  # as llama.cpp loads adapters by itself
             requests.post(f"{server.url}/lora-adapters", json=on, timeout=600).raise_for_status()
@@ -328,6 +332,7 @@ def points() -> list[tuple]:
     most += [("published", "beside"), ("Q4_0", "beside")]
     more = [("F16", way) for way in ("merged", "beside", *MISTAKES)]
     more += [("F32", "merged"), ("Q8_0", "beside"), ("Q8_0", "adapter unpermuted")]
+    more += [("published", UNSCALED), ("Q4_1", "other pre-tokenizer")]
     more += [(kind, "alone") for kind in ("published", "Q4_0", "transformers")]
     more += [("published", "grammar"), ("F16", "scale 0"), ("F16", "scale 0.5")]
     more += [("transformers", "scale 0.5"), ("F16", "both loaded"), ("F16", "empty list")]

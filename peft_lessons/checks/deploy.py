@@ -452,7 +452,7 @@ def lora_to_gguf(tensors, heads, kv_heads):
 
 # Of each file in data/results/release_files.csv: what rules it out, and what says so.
 _FILES = {
-    "A": ("size", "nothing is wrong with its answers, and it is larger than the limit"),
+    "A": ("size", "no perplexity is lower, and it is larger than the limit"),
     "B": (
         "right answers",
         "its perplexity is close to the trainer's, and hardly an answer is right: prose does not "
@@ -460,18 +460,17 @@ _FILES = {
     ),
     "C": (
         "log-probabilities",
-        "it has the lowest perplexity and as many right answers as the trainer, and yet its "
-        "log-probabilities are off by many times as much as those of D",
+        "no file has more right answers, and its log-probabilities are off by several times as "
+        "much as those of D, which is as large",
     ),
     "D": (
         "ships",
-        "it is small enough, answers as the trainer does, and its log-probabilities are as close "
-        "to the trainer's as those of the largest file",
+        "it is small enough, zero lies within its interval, and its log-probabilities are off by "
+        "about as much as those of A, which is larger",
     ),
     "E": (
         "token ids",
-        "its answers are right as often as the trainer's, and some of its prompts arrive in other "
-        "tokens",
+        "in all other numbers it is like D, and some of its prompts arrive in other tokens",
     ),
 }
 

@@ -493,14 +493,19 @@ def test_what_is_said_of_the_broken_rewards_is_in_their_curves():
 def test_what_is_said_of_the_release_files_is_in_their_table():
     rows = load_results("release_files").set_index("file")
     trainer, letters = rows.loc["trainer"], rows.loc[list("ABCDE")]
-    assert list(letters.index[letters["mb"] > 300]) == ["A"]
+    assert list(letters.index[letters["mb"] > 120]) == ["A"]
+    assert letters["perplexity"].idxmin() == "A"
+    assert list(letters.index[letters["high"] < 0]) == []
+    assert list(letters.index[letters["low"] > 0]) == ["B"]
+    assert letters.loc["B", "right"] < trainer["right"] / 2
+    assert letters.loc["B", "perplexity"] < 1.02 * trainer["perplexity"]
+    assert letters["right"].idxmax() == "C" and letters.loc["C", "mb"] == letters.loc["D", "mb"]
+    assert letters.loc["C", "gap"] > 5 * letters.loc["D", "gap"]
+    assert 0.8 < letters.loc["D", "gap"] / letters.loc["A", "gap"] < 1.25
     assert list(letters.index[letters["other_ids"] > 0]) == ["E"]
-    assert rows.loc["B", "right"] < trainer["right"] / 2
-    assert rows.loc["B", "perplexity"] < 1.02 * trainer["perplexity"]
-    assert (letters.drop("B")["right"] == trainer["right"]).all()
-    assert letters["perplexity"].idxmin() == "C"
-    assert rows.loc["C", "gap"] > 30 * rows.loc["D", "gap"]
-    assert rows.loc["D", "gap"] < 1.2 * rows.loc["A", "gap"]
+    like = ["mb", "right", "behind", "low", "high", "perplexity"]
+    assert (letters.loc["D", like] == letters.loc["E", like]).all()
+    assert letters.loc["E", "gap"] < 1.25 * letters.loc["D", "gap"]
 
 
 def test_adam_s_first_step_lowers_the_loss_by_the_gradient_sum():
