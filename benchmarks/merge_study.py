@@ -229,6 +229,8 @@ def exports_of(task: str, base: str, change: str, lr: float, rank: int, seed: in
         return [(1.0, kind, "merged") for kind in CURES]
     if change == "shuffled":
         return [(1.0, kind, "merged") for kind in ("F32", "Q4_1", "Q4_0")]
+    if (task, base, seed) == ("austen", "own", 0) and lr < LR[task]:
+        return [(1.0, kind, "merged") for kind in ("F32", "Q4_1", "NF4")]
     unusual = (lr, rank) != (LR[task], RANK) or change == "in blocks"
     if unusual or task == "desk" or (seed and (task == "austen" or base == "noise")):
         return [(1.0, kind, "merged") for kind in merged[:2]]
@@ -302,6 +304,8 @@ def points() -> list[tuple]:
     due += due_of("austen", "own Q4_1 NF4", "lora", "none", seed=0)
     for lr in (1e-3, 3e-3, 1e-2):
         due += due_of("austen", "Q4_1 NF4", "lora", seed=0, lr=lr)
+    for lr in (1e-3, 3e-3):
+        due += due_of("austen", "own", "lora", seed=0, lr=lr)
     due += due_of("reviews", "own", "scaled", seed=0)
     due += due_of("reviews", "own", "lora", seed=0, lr=2e-3)
     for seed in SEEDS[1:]:
