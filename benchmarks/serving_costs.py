@@ -33,8 +33,8 @@ KEY = ("file", "way")
 COLUMNS = ("mb", "start", "memory", "prompt", "generation")
 POINTS = [
     ("transformers", "alone"),
-    *((kind, "alone") for kind in ("F16", "Q8_0", "Q5_0", "Q4_1", "Q4_0")),
-    *((kind, "beside") for kind in ("F16", "Q8_0", "Q4_1", "Q4_0")),
+    *((kind, "alone") for kind in ("F16", "Q8_0", "Q4_1", "Q4_0")),
+    *((kind, "beside") for kind in ("F16", "Q8_0", "Q4_1")),
 ]
 
 

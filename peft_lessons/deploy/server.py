@@ -68,7 +68,9 @@ def serve(
         ) from None
     model = read_header(file)
     _refuse_model(model, file)
-    paths = {name: os.fspath(path) for name, path in dict(adapters or {}).items()}
+    if not isinstance(adapters, Mapping | None):
+        raise TypeError(f"adapters must be {{name: file}}, got {adapters!r:.60}")
+    paths = {name: os.fspath(path) for name, path in (adapters or {}).items()}
     for name, path in paths.items():
         _refuse_adapter(name, read_header(path, f"adapters[{name!r}]"), model, file, check)
     _refuse_settings(port, context)

@@ -8,6 +8,7 @@ from tools.environment import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import release_files
+import serving_costs
 import serving_study
 from common import Results
 
@@ -22,7 +23,8 @@ def stored(study, points: list[tuple], name: str) -> list[dict]:
     return rows
 
 
-def test_the_stored_table_of_releases_is_complete():
+def test_the_stored_tables_of_costs_and_of_releases_are_complete():
+    stored(serving_costs, serving_costs.POINTS, "serving_costs")
     stored(release_files, [(letter,) for letter in release_files.FILES], "release_files")
 
 

@@ -195,6 +195,7 @@ def test_a_server_that_went_away_is_an_error_not_a_hang(base_file):
         ({"port": "8000"}, "port must be an integer, got '8000'", TypeError),
         ({"context": 0}, "context=0 must be at least 1", ValueError),
         ({"context": None}, "context must be an integer, got None", TypeError),
+        ({"adapters": "a.gguf"}, "adapters must be {name: file}, got 'a.gguf'", TypeError),
     ],
 )
 def test_wrong_settings_are_refused(base_file, options, message, error):
