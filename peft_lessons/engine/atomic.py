@@ -1,6 +1,7 @@
 """Write files so that an interruption never leaves half of one."""
 
 import os
+import re
 import shutil
 import stat
 import threading
@@ -8,16 +9,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 
 def _beside(path: Path) -> Path:
     """Return the temporary name of a file, which no other process or thread gives it."""
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
 
 
+def _remove_stale(path: Path) -> None:
+    """Remove what processes that were killed left of a file, under its temporary names."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-\d+\.tmp")
+    for part in path.parent.iterdir():
+        if (found := name.fullmatch(part.name)) and not psutil.pid_exists(int(found[1])):
+            part.unlink(missing_ok=True)
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary name for the block to write a large file to; move the file to `path` when
-    the block ends. After an exception the temporary file is gone and an older file unchanged."""
+    the block ends. After an exception the temporary file is gone and an older file unchanged; what
+    a killed process left goes with the next one."""
+    _remove_stale(path)
     part = _beside(path)
     try:
         yield part

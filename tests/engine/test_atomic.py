@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from peft_lessons.engine import write_atomically
+from peft_lessons.engine import write_atomically, written_whole
 
 CALLS = {"open": builtins, "fsync": os, "copy2": shutil, "replace": os}
 NEW = {"a": b"new a", "b": b"new b", "c": b"new c"}
@@ -72,3 +72,15 @@ def test_a_replaced_file_keeps_its_permissions(tmp_path):
     file.chmod(0o640)
     write_atomically({file: b"new"})
     assert file.stat().st_mode & 0o777 == 0o640 and file.read_bytes() == b"new"
+
+
+def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path):
+    dead, alive, other = (
+        tmp_path / name
+        for name in (".a.gguf.4194305-1.tmp", f".a.gguf.{os.getppid()}-1.tmp", ".b.4194305-1.tmp")
+    )
+    for file in (dead, alive, other):
+        file.write_bytes(b"half")
+    with written_whole(tmp_path / "a.gguf") as part:
+        part.write_bytes(b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {alive.name, other.name, "a.gguf"}
