@@ -1,14 +1,18 @@
-"""What is left of a fine-tuned change when it is merged and rounded: the study behind lesson 17.
+"""What is left of a trained change when it is merged and rounded: the study behind lesson 17.
 
-    python benchmarks/merge_study.py     # an hour and a half on one core
+    python benchmarks/merge_study.py     # an hour on one core
 
-The bundled assistant learns movie reviews as in lesson 12, in float32, on its own weights and on
-other bases: its weights rounded to another grid, or with noise of half a step of Q4_1. The
-assistant was published in Q4_1, so its own weights lie on that grid. Each trained change ΔW is
-merged, and every linear layer is rounded to each of the grids; or the base W alone is rounded, and
-the adapter stays beside it. Embeddings and norms are not rounded. The decoder tinylm does the same
-with Austen, and the assistant also learns lesson 17's messages to a shop ("desk"). The controls: no
-change, and the trained change with its entries shuffled.
+The assistant learns movie reviews as in lesson 12 ("reviews") and messages to a shop ("desk", half
+of lesson 17's steps), tinylm learns from Austen's novels, all in float32. The assistant was published in
+Q4_1, so its own weights lie on that grid; tinylm's were never in four bits. Other bases are the own
+weights rounded to another grid, or with noise of half a step of Q4_1. The change ΔW of each linear
+layer is merged, and the layer is rounded to each of the grids; or W alone is rounded, and the
+adapter stays beside it. Embeddings and norms are not rounded.
+
+`change`: "lora" as it was trained; "shuffled", with its entries in random order; "scaled"; "none";
+"in blocks", from a LoRA whose ΔW is equal within each block of 32, so that the offsets of Q4_1 can
+hold it (after QA-LoRA, Xu et al. 2023); "cured", rounded to a grid of Q4_1 whose blocks begin 16
+weights later, or at random up or down to the levels of the base.
 
 Adds a row for each export to data/results/merge_study.csv. With q for rounding, over all layers:
 `share`, <q(W+ΔW) - q(W), ΔW> / <ΔW, ΔW>; `ends`, the part of the share that comes from the weights
@@ -104,7 +108,7 @@ class InBlocks(torch.nn.Module):
 
 def batches_of(task: str, seed: int) -> list[dict]:
     """Return what the assistant learns from, in twelve batches: 48 reviews of a seed in lesson 12's
-    order, or the messages to a shop in lesson 17's."""
+    order, or each message to a shop once, in lesson 17's."""
     if task == "desk":
         return list(islice(load_task("desk").stream(SIZE, seed), reviews.STEPS))
     rows = reviews.short("train", seed)[: reviews.STEPS * SIZE]
