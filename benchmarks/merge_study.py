@@ -3,11 +3,11 @@
     python benchmarks/merge_study.py     # an hour on one core
 
 The assistant learns movie reviews as in lesson 12 ("reviews") and messages to a shop ("desk", half
-of lesson 17's steps), tinylm learns from Austen's novels, all in float32. The assistant was published in
-Q4_1, so its own weights lie on that grid; tinylm's were never in four bits. Other bases are the own
-weights rounded to another grid, or with noise of half a step of Q4_1. The change ΔW of each linear
-layer is merged, and the layer is rounded to each of the grids; or W alone is rounded, and the
-adapter stays beside it. Embeddings and norms are not rounded.
+of lesson 17's steps), tinylm learns from Austen's novels, all in float32. The assistant was
+published in Q4_1, so its own weights lie on that grid; tinylm's were never in four bits. Other
+bases are the own weights rounded to another grid, or with noise of half a step of Q4_1. The change
+ΔW of each linear layer is merged, and the layer is rounded to each of the grids; or W alone is
+rounded, and the adapter stays beside it. Embeddings and norms are not rounded.
 
 `change`: "lora" as it was trained; "shuffled", with its entries in random order; "scaled"; "none";
 "in blocks", from a LoRA whose ΔW is equal within each block of 32, so that the offsets of Q4_1 can
