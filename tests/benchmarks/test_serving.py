@@ -23,6 +23,13 @@ def stored(study, points: list[tuple], name: str) -> list[dict]:
     return rows
 
 
+def test_the_stored_table_of_files_is_complete_and_its_bits_add_up():
+    for row in stored(serving_study, serving_study.points(), "serving_study"):
+        share = int(row["right"], 16).bit_count() / int(row["sentences"])
+        assert row["whole"] == f"{share:.4f}"
+        assert (row["perplexity"] != "") == serving_study.reads_prose(int(row["seed"]), row["way"])
+
+
 def test_the_stored_tables_of_costs_and_of_releases_are_complete():
     stored(serving_costs, serving_costs.POINTS, "serving_costs")
     stored(release_files, [(letter,) for letter in release_files.FILES], "release_files")
