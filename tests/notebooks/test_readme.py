@@ -114,7 +114,7 @@ def test_every_benchmark_is_run_by_a_command():
 
 
 def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
-    advice, with_peft, code = re.findall(r"```python\n(.*?)```", README, re.S)
+    advice, with_peft, code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     assert "steps=200" in code
     monkeypatch.chdir(tmp_path)
     short = code.replace("steps=200", "steps=2, show=False")
@@ -124,6 +124,19 @@ def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
     exec(with_peft.replace("steps=20", "steps=2"), {})
     assert (tmp_path / "my-run" / "adapter_config.json").is_file()
     exec(advice, {})
+
+
+@pytest.mark.assistant
+def test_the_way_from_a_file_to_an_answer_in_the_readme_runs(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("xllamacpp")
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[-1]
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"What is {k}?", "completion": f"It is {k}."} for k in range(8)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "my.jsonl").write_text(lines, encoding="utf-8")
+    exec(code.replace("steps=24", "steps=1, show=False"), {})
+    url, answer = capsys.readouterr().out.split("\n", 1)
+    assert url.startswith("http://127.0.0.1:") and answer.strip()
 
 
 def test_every_result_table_is_listed_with_the_command_that_makes_it():
