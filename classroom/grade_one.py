@@ -36,12 +36,15 @@ try:
 except ImportError:  # on Windows
     resource = None
 
-from IPython.core.interactiveshell import InteractiveShell
-from nbformat import NotebookNode
-from traitlets.config import Config
+# jsonschema, which nbformat imports, would build a grammar of addresses for a second and a half.
+sys.modules.setdefault("rfc3987_syntax", None)
 
-from tools import notebooks
-from tools.environment import ROOT
+from IPython.core.interactiveshell import InteractiveShell  # noqa: E402
+from nbformat import NotebookNode  # noqa: E402
+from traitlets.config import Config  # noqa: E402
+
+from tools import notebooks  # noqa: E402
+from tools.environment import ROOT  # noqa: E402
 
 LARGEST_FILE = 2**28
 TROUBLE = 75  # the status of a process that could not say what it found
