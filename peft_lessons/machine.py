@@ -165,6 +165,16 @@ def _assistant() -> Row:
     return Row(what, f"SmolLM2-135M-Instruct, {size:.0f} MiB, checksums right", True)
 
 
+def _server() -> Row:
+    """Report the version of llama.cpp's server; it may be missing, as there is no build for it on
+    every machine."""
+    what = "server of lesson 17"
+    try:
+        return Row(what, f"xllamacpp {metadata.version('xllamacpp')}", True)
+    except metadata.PackageNotFoundError:
+        return Row(what, "missing: lesson 17 shows stored results", None)
+
+
 def _processor() -> Row:
     """Report the cores this process may use; fail if PyTorch starts more threads than cores."""
     import torch
@@ -196,7 +206,7 @@ def check_environment() -> Readiness:
     rows = [Row("Python", _needs(platform.python_version(), fits, "3.11 or newer"), fits)]
     rows += [*_packages(), _processor(), *_memory()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (none is needed)"
-    rows += [Row("GPU", gpu, None), _files(), _assistant()]
+    rows += [Row("GPU", gpu, None), _files(), _assistant(), _server()]
     return Readiness(rows)
 
 

@@ -24,6 +24,7 @@ SPLITS = ("train", "validation", "test")
 SHOWN = 5  # problems that a message lists
 FORMATS = (".jsonl", ".csv")
 PAIR = '{"prompt": "...", "completion": "..."}'
+HALF = re.compile("[\ud800-\udfff]")  # JSON can spell half an emoji, and no tokenizer reads it
 CONVERSATION = '{"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
@@ -210,6 +211,8 @@ def _messages(value, role: str, what: str) -> list[dict]:
             )
         if not isinstance(message["content"], str) or not message["content"].strip():
             raise ValueError(f"{where} has no text: {message['content']!r:.40}")
+        if half := HALF.search(message["content"]):
+            raise ValueError(f"{where} holds half a character, {half[0]!r}: write it whole, or not")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 

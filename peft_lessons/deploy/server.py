@@ -194,12 +194,14 @@ class Server:
         the scale of every adapter.
 
         llama.cpp takes an adapter that is not named at its default, and an unknown number for none
-        at all. ValueError for an unknown name."""
+        at all. ValueError for an unknown name, TypeError for a scale that is no number."""
         scales = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
         for name in scales:
             if name not in self.adapters:
                 known = ", ".join(map(repr, self.adapters)) or "none"
                 raise ValueError(f"adapter={name!r} is unknown: this server has {known}")
+            if not isinstance(scales[name], int | float):
+                raise TypeError(f"the scale of {name!r} must be a number, got {scales[name]!r}")
         return [
             {"id": number, "scale": float(scales.get(name, 0.0))}
             for number, name in enumerate(self.adapters)

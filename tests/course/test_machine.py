@@ -120,8 +120,27 @@ def test_this_machine_is_ready_and_says_so():
     assert repr(readiness) == "This machine is ready."
     # The wheel's own version: torch adds +cpu or +cu130 to it only where the index has it, too.
     assert machine.metadata.version("torch") in str(readiness)
-    for name in ("transformers", "peft", "jupyterlab", "Python", "memory", "checksums right"):
+    for name in (
+        "transformers",
+        "peft",
+        "jupyterlab",
+        "Python",
+        "memory",
+        "checksums right",
+        "lesson 17",
+    ):
         assert name in str(readiness)
+
+
+def test_a_machine_without_the_server_of_lesson_17_is_ready(monkeypatch):
+    def version(name, real=machine.metadata.version):
+        if name == "xllamacpp":
+            raise machine.metadata.PackageNotFoundError
+        return real(name)
+
+    monkeypatch.setattr(machine.metadata, "version", version)
+    readiness = check_environment()
+    assert readiness.ready and "missing: lesson 17 shows stored results" in str(readiness)
 
 
 def test_a_wrong_version_and_a_damaged_file_are_named(monkeypatch):

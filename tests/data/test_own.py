@@ -170,6 +170,7 @@ LINES = {  # a line, and what the error says of it
     '{"prompt": "a", "completion": NaN}': '"completion" is nan, not a text',
     '{"prompt": "a", "completion": null}': r'"completion" is empty \(null\)',
     '{"prompt": "a", "completion": " "}': "\"completion\" has no text: ' '",
+    r'{"prompt": "a \ud83d", "completion": "b"}': r"\"prompt\" holds half a character, '.ud83d'",
     '{"prompt": "", "completion": "b"}': "\"prompt\" has no text: ''",
     '{"prompt": [], "completion": "b"}': '"prompt" has no messages',
     '{"messages": "hello"}': "'hello', not a list of messages",

@@ -125,6 +125,7 @@ def test_openais_client_works_unchanged(server):
             "adapter='third' is unknown.*'first', 'second'",
             ValueError,
         ),
+        ("hello", {"adapter": {"first": "half"}}, "scale of 'first' must be a number", TypeError),
         ("hello", {"choices": ["a"], "grammar": "root ::= [a]"}, "not both", ValueError),
         ("hello", {"choices": "yes"}, "choices='yes' must be a list", ValueError),
         ("hello", {"choices": []}, "must be a list of texts", ValueError),
