@@ -1,0 +1,3 @@
+from classroom.questions import main
+
+main()
