@@ -17,7 +17,7 @@ MAX_LINES = 25
 MIN_ALT = 20
 SET_UP = "# Set-up"
 # A misspelt tag would silently do nothing.
-TAGS = notebooks.SOLVED | {"long", "plumbing", "nbval-check-output", "raises-exception"}
+TAGS = notebooks.SOLVED | {"long", "plumbing", "cover", "nbval-check-output", "raises-exception"}
 
 _MACHINE_PATH = re.compile(
     r"(?<![\w.~-])/(?:home|root|tmp|work|Users|mnt|opt|usr|var|private)/|\b[A-Z]:\\[A-Z]"
