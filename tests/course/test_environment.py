@@ -25,6 +25,18 @@ def test_conda_takes_its_packages_from_pyproject():
     assert Requirement(python.replace("=", "==")).specifier.contains("3.13")
 
 
+def test_the_version_is_one_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.findall(r"(?m)^## (\d\S+) \((\S+)\)$", changes)[0]
+    assert newest == (project["version"], str(cited["date-released"]))
+    assert cited["version"] == project["version"] and cited["license"] == project["license"]
+    assert cited["authors"] == project["authors"]
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert f"(c) {newest[1][:4]} {cited['authors'][0]['name']}" in licence
+
+
 def test_this_machine_is_local_and_no_other():
     assert all(map(network_guard.is_local, ["localhost", "127.8.0.1", "::1", None, b""]))
     assert not any(map(network_guard.is_local, [b"example.org", "192.0.2.1", "2001:db8::1"]))
