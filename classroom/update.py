@@ -364,8 +364,8 @@ class Plan:
     """List what an update does: {name: the new content, or the file to copy}, and what to remove.
 
     `saved` is the folder for the student's files as they were, "" if the update changes none.
-    `recorded` says whether the copy had a record of itself, `broken` names the lessons that could
-    not be read."""
+    `recorded` says whether the copy had a record of itself. `broken` names the lessons that could
+    not be read, `added` those that the copy did not have."""
 
     write: dict[str, bytes | Path]
     remove: list[str]
@@ -373,6 +373,7 @@ class Plan:
     saved: str
     recorded: bool
     broken: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
 
 
 def notebook(data: bytes) -> Notebook | None:
@@ -412,8 +413,8 @@ def plan(copy: Path, new: dict, data: dict[str, bytes]) -> Plan:
         untouched = there is None or digest(there) in (old["files"].get(name), digest(fresh))
         mine = notebook(there) if there is not None and name in new["cells"] else None
         lesson = notebook(fresh) if mine else None
-        if name in new["cells"] and there is not None and mine is None:
-            done.broken.append(name)
+        if name in new["cells"] and mine is None:
+            (done.added if there is None else done.broken).append(name)
         if mine and lesson:
             merged, row = merge_lesson(mine, lesson, old["cells"].get(name, {}))
             done.rows[name] = row
@@ -549,6 +550,8 @@ def tell(todo: Plan) -> str:
     if not todo.write and not todo.remove:
         return "Your copy is up to date: nothing was changed."
     lines = [table(todo.rows)] if any(row != Tally() for row in todo.rows.values()) else []
+    if todo.added:
+        lines.append(f"New in your copy: {', '.join(todo.added)}.")
     lines.append(
         f"Your files as they were before: {todo.saved}."
         if todo.saved

@@ -330,6 +330,12 @@ def test_line_ends_of_windows_are_no_change_of_the_students(copy, new):
     assert saved == ["02_lora.ipynb"]
 
 
+def test_a_lesson_that_the_copy_lacks_is_named(copy, new):
+    (copy / LESSON).unlink()
+    assert f"New in your copy: {LESSON}." in update.tell(update.update(new, copy))
+    assert read_sources(copy)[0] == "# LoRA, corrected"
+
+
 def test_a_lesson_that_cannot_be_read_is_saved_and_replaced(copy, new):
     (copy / LESSON).write_bytes(b'{"cells": [')
     done = update.update(new, copy)
