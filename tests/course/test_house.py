@@ -62,6 +62,23 @@ def test_the_page_lists_the_rooms_and_what_each_imports():
     assert arrows() == table()
 
 
+def test_the_drawing_has_an_arrow_for_each_import():
+    svg = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    names = re.findall(r'class="name" x="(\d+)" y="(\d+)">(\w+)', svg)
+    boxes = re.findall(r'class="box" x="(\d+)" y="(\d+)" width="(\d+)" height="(\d+)"', svg)
+    at = {(int(x) - 12, int(y) - 21): name for x, y, name in names}
+
+    def room(x, y, edge):  # whose box has this point on its upper (0) or lower (1) edge
+        sides = [map(int, box) for box in boxes]
+        return next(at[a, b] for a, b, w, h in sides if a <= x <= a + w and y == b + edge * h)
+
+    drawn = {}
+    for line in re.findall(r'class="arrow" d="M(\d+) (\d+) L(\d+) (\d+)"', svg):
+        x, y, to_x, to_y = map(int, line)
+        drawn.setdefault(room(x, y, 1), set()).add(room(to_x, to_y, 0))
+    assert drawn == {room: rooms for room, rooms in arrows().items() if rooms}
+
+
 def test_no_room_imports_one_above_it():
     left = table()
     while left:
