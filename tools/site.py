@@ -25,6 +25,7 @@ CONFIGURATION = ROOT / "docs" / "site"
 START = CONFIGURATION / "start.md"
 GUIDES = (
     "README.md",
+    "docs/findings.md",
     "docs/instructors.md",
     "docs/hub.md",
     "docs/devices.md",
