@@ -313,6 +313,14 @@ def test_the_notice_names_every_bundled_component_and_claims_no_more_than_is_giv
         assert "quotations" in flat and "research and teaching" in flat, name
 
 
+def test_the_lessons_that_run_without_the_reviews_are_named():
+    lessons = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    loads = re.compile(r'load_task\(\\"(sentiment|reviews)')
+    without = [p.stem[:2] for p in lessons if not loads.search(p.read_text(encoding="utf-8"))]
+    (named,) = re.findall(r"lessons ([\d, and]+) still run, and", README)
+    assert re.findall(r"\d\d", named) == without
+
+
 @pytest.mark.skipif(not (DATA.parent / ".git").exists(), reason="no git checkout")
 def test_what_people_download_stays_small():
     command = ["git", "-C", str(DATA.parent), "ls-files", "-z"]

@@ -141,9 +141,16 @@ def test_the_way_from_a_file_to_an_answer_in_the_readme_runs(monkeypatch, tmp_pa
 
 def test_every_result_table_is_listed_with_the_command_that_makes_it():
     text = (ROOT / "data/README.md").read_text(encoding="utf-8")
-    listed = re.findall(r"\| (results/\S+) \| `python (\S+)` \|", text)
+    rows = re.findall(r"\| (results/\S+) \| `python (\S+)` \| lessons? (.+?) \|", text)
+    listed = [row[:2] for row in rows]
     stored = {f"results/{path.name}" for path in (ROOT / "data/results").iterdir()}
     published = "results/peft_benchmark.csv"  # which PEFT measured
     assert {table for table, _ in listed} == stored - {published}
     assert f"`{sha256_of(ROOT / 'data' / published)}`" in text
     assert all((ROOT / script).is_file() for _, script in listed)
+    texts = [(ROOT / "notebooks" / name).read_text(encoding="utf-8") for name in LESSONS]
+    quoted = [set(re.findall(r"[\"'](\w+)\\?[\"']", text)) for text in texts]
+    for table, _, named in rows:  # a lesson that names a table is listed, others may be
+        parts = re.findall(r"(\d\d)(?: to (\d\d))?", named)
+        spans = {k for a, b in parts for k in range(int(a), int(b or a) + 1)}
+        assert {k for k, names in enumerate(quoted) if Path(table).stem in names} <= spans, table
