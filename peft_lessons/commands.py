@@ -132,7 +132,7 @@ costs: measure times and bytes anew, on an idle machine: half an hour
     benchmarks/serving_costs.py
 browser [OPTIONS]: try all lessons, and the site, in a real browser (needs Chromium)
     -m pytest -q -rs -m browser {} tests/notebooks
-mutants [WORD ...]: apply one-line faults to a copy, and see which test notices each: 10 minutes
+mutants [WORD ...]: apply one-line faults to a copy, and see which test notices each: many minutes
     -m tools.mutants
 lint: check the style of all Python code
     -m ruff check .
