@@ -36,6 +36,13 @@ def test_the_maps_list_every_lesson():
     assert set(LESSONS[1:]) <= set(re.findall(r"\]\(([0-9][^)]+\.ipynb)\)", start))
 
 
+def test_the_table_of_lessons_begins_within_three_screens():
+    """A screen has 45 lines of 120 characters, and the picture takes 16 of them."""
+    before = README.partition("| lesson |")[0]
+    assert before.count("](docs/lesson.png)") == 1
+    assert sum(1 + len(line) // 120 for line in before.splitlines()) + 16 <= 3 * 45
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_named_in_a_guide_exists(page):
     text = (ROOT / page).read_text(encoding="utf-8")
