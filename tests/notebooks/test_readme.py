@@ -68,7 +68,8 @@ def test_the_minutes_of_the_tests_are_those_of_the_help(page):
 def printed(notebook):
     """Return what the code cells of a lesson print, in one line, without escapes or quotes."""
     cells = json.loads((ROOT / "notebooks" / notebook).read_text(encoding="utf-8"))["cells"]
-    texts = [text for c in cells for o in c.get("outputs", []) for text in o.get("text", [])]
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    texts = [t for o in outputs for t in o.get("text", o.get("data", {}).get("text/plain", []))]
     return " ".join("".join(texts).replace("\\n", " ").replace("'", " ").split())
 
 
@@ -81,6 +82,26 @@ def test_the_answers_quoted_in_the_readme_are_those_that_lesson_12_prints():
         assert re.findall(f"{asked}({either}) ", shown) == replies
     assert len(answers) == 2
     assert re.findall(r"(?:question alone|trained on 48 examples) (\d+ %)", shown)[:2] == shares
+
+
+def test_the_other_numbers_around_these_answers_are_those_of_lesson_12():
+    shown, said = printed("12_hf_peft.ipynb"), " ".join(QUOTED.split())
+    for form, stored in (
+        (r"(\d+) held-out reviews", r"(\d+) sentences, lines:"),
+        (r"on (\d+) examples\.", r"trained on (\d+) examples"),
+        (r"forced choice between the two words reach (\d+ %)", r"two examples, choice (\d+ %)"),
+    ):
+        assert re.findall(form, said) == re.findall(stored, shown)[:1], form
+    (losses,) = re.findall(r"loss: ([\d. ]+) ", shown)
+    assert f"after {len(losses.split())} steps" in said
+    assert f"{1000 * evidence.SMOLLM2:.0f} million parameters" in said
+
+
+@pytest.mark.parametrize(("page", "kind"), [("README.md", "[dev]"), ("docs/student/README.md", "")])
+def test_the_sizes_of_the_set_up_are_those_that_it_prints(page, kind):
+    named = set(re.findall(r"\d\.\d(?= GB)", (ROOT / page).read_text(encoding="utf-8")))
+    sizes = {f"{size}" for torch in ("cpu", "cuda") for size in commands.SIZES[torch, kind]}
+    assert sizes <= named
 
 
 def test_the_evidence_in_the_readme_is_that_of_the_studies():
@@ -98,7 +119,9 @@ def test_the_evidence_in_the_readme_is_that_of_the_studies():
     gaps = [paired_losses(trained[way], trained["lora"]).mean / 100 for way in ("dora", "full")]
     assert f"{len(trained)} ways" in rows["135 million"]
     assert f"within {max(map(abs, gaps)):.2f} nats" in rows["135 million"]
-    assert f"noise of {evidence.noise(evidence.benchmark()):.1f} points" in rows["3.2 billion"]
+    published = evidence.benchmark()
+    assert f"noise of {evidence.noise(published):.1f} points" in rows["3.2 billion"]
+    assert f"{(published['run'] != '').sum()} runs" in rows["3.2 billion"]
 
 
 def test_the_versions_in_the_readme_are_those_of_the_constraints():
