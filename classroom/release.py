@@ -59,11 +59,9 @@ if "COLAB_RELEASE_TAG" in os.environ:  # in Colab only, once a session
     import sys; sys.path.insert(0, "/content/course")"""
 
 
-COLAB_TITLE = "#@title Code in the background: double-click to see it"
-
-
 def folded_in_colab(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Mark, in place, what Colab folds: the source of plumbing cells and the deeper sections."""
+    """Mark, in place, what Colab folds: the source of plumbing cells, under the name that the cell
+    gives itself, and the deeper sections."""
     sections = [cell for cell in nb.cells if notebooks.deeper(cell)]
     for cell in sections:
         cell.metadata["id"] = cell.id
@@ -72,7 +70,7 @@ def folded_in_colab(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebooks.code_cells(nb):
         if "plumbing" in notebooks.tags(cell):
             cell.metadata["cellView"] = "form"
-            cell.source = f"{COLAB_TITLE}\n{cell.source}"
+            cell.source = f"#@title {notebooks.names_itself(cell)}\n{cell.source}"
     return nb
 
 

@@ -8,7 +8,9 @@ the students' copy is published, each lesson also has links that open it in Cola
 """
 
 import argparse
+import copy
 import html
+import re
 import shutil
 import sys
 import tempfile
@@ -17,7 +19,7 @@ from pathlib import Path
 import nbformat
 from sphinx.cmd.build import build_main
 
-from tools import notebooks
+from tools import minutes, notebooks
 from tools.environment import ROOT
 from tools.publish import clear, in_binder, in_colab, owner_and_name
 
@@ -36,6 +38,13 @@ GUIDES = (
     "data/README.md",
 )
 LINKED = ("LICENSE", "NOTICE", "docs/lesson.png", "docs/architecture.svg")
+# The answers of an exam are not published: a link to them becomes its words.
+UNPUBLISHED = re.compile(r"\[([^]]+)\]\((?:docs/)?questions\.md[^)]*\)")
+# What the first page shows of the README, and the picture in it.
+SHOWN = re.compile(r"<!-- On the site's first page, too: -->(.*)<!-- As far as here. -->", re.S)
+PICTURE = re.compile(r"!\[[^]]*\]\(docs/lesson\.png\)")
+FIGURE, IMAGE = re.compile(r"<figure\b.*?</figure>", re.S), re.compile(r"<img\b[^>]*>")
+QUESTION = re.compile(r"^\| \*\*Question\*\* \| (.+) \|$", re.M)
 
 
 def links(name: str, repository: str | None) -> str:
@@ -59,26 +68,53 @@ def titled(path: Path, repository: str | None = None) -> nbformat.NotebookNode:
 
 
 def folded(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Tag, in place, the sources and outputs that JupyterLab folds, so that myst-nb folds them.
+    """Mark, in place, the sources and outputs that JupyterLab folds, so that myst-nb folds them.
 
-    A box with a source bears the name that the cell gives itself in its first line."""
+    A box with a source bears the name that the cell gives itself in its first line. Where an output
+    is folded, too, it becomes a cell of its own, because myst-nb has one name for a cell."""
+    cells = []
     for cell, metadata in zip(nb.cells, notebooks.cell_metadata(nb), strict=True):
+        cells.append(cell)
         hidden = metadata.get("jupyter", {})
-        parts = [part for part in ("source", "outputs") if hidden.get(f"{part}_hidden")]
-        if parts:
-            names = {"source": "hide-input", "outputs": "hide-output"}
-            cell.metadata["tags"] = [*notebooks.tags(cell), *(names[part] for part in parts)]
-        if parts == ["source"] and (name := notebooks.names_itself(cell)):
+        if hidden.get("outputs_hidden") and hidden.get("source_hidden"):
+            cells.append(copy.deepcopy(cell))
+            cell.outputs, cells[-1].id = [], f"{cell.id}-output"
+            cells[-1].metadata["tags"] = ["remove-input", "hide-output"]
+        elif hidden.get("outputs_hidden"):
+            cell.metadata["tags"] = [*notebooks.tags(cell), "hide-output"]
+        if hidden.get("source_hidden"):
+            name = notebooks.names_itself(cell)
+            cell.metadata["tags"] = [*notebooks.tags(cell), "hide-input"]
             cell.metadata["mystnb"] = {"code_prompt_show": name, "code_prompt_hide": name}
+    nb.cells = cells
     return nb
+
+
+def figure(nb: nbformat.NotebookNode) -> str:
+    """Return the figure of the experiment that decides a lesson, as HTML: that of the cell tagged
+    cover."""
+    (cell,) = [cell for cell in notebooks.code_cells(nb) if "cover" in notebooks.tags(cell)]
+    (page,) = [o.data["text/html"] for o in cell.outputs if "<img" in str(o.get("data"))]
+    return FIGURE.search(page)[0]
+
+
+def short_title(nb: nbformat.NotebookNode) -> str:
+    """Return the title of a lesson as far as its colon."""
+    return nb.cells[0].source.partition("\n")[0].removeprefix("# ").partition(":")[0]
+
+
+def card(path: Path, nb: nbformat.NotebookNode) -> str:
+    """Return a lesson's card on the first page, as an item of a list."""
+    picture, time = IMAGE.search(figure(nb))[0], minutes.card(nb)
+    title, question = short_title(nb), QUESTION.search(nb.cells[0].source)[1]
+    stated = f"Core {time.core} min · deeper {time.deeper or 0} · exercises {time.exercises}"
+    parts = (picture, f"**[{title}](notebooks/{path.name})**", question, stated)
+    return "- " + "\n\n  ".join(parts)
 
 
 def contents(lessons: dict[Path, nbformat.NotebookNode]) -> str:
     """Return the sidebar: lessons by number and short title, guides by their own titles."""
-    titles = []
-    for path, nb in lessons.items():
-        title = nb.cells[0].source.splitlines()[0].removeprefix("# ")
-        titles.append(f"{title.partition(':')[0]} <notebooks/{path.stem}>")
+    titles = [f"{short_title(nb)} <notebooks/{path.stem}>" for path, nb in lessons.items()]
     readme, *others = (guide.removesuffix(".md") for guide in GUIDES)
     guides = [f"Overview and installation <{readme}>", *others]
     parts = []
@@ -88,14 +124,29 @@ def contents(lessons: dict[Path, nbformat.NotebookNode]) -> str:
     return "\n\n".join(parts)
 
 
+def first_page(lessons: dict[Path, nbformat.NotebookNode]) -> str:
+    """Return docs/site/start.md, filled with what the README shows, the cards and the sidebar."""
+    shown = SHOWN.search((ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    (picture, *_) = map(figure, lessons.values())
+    parts = {
+        "shown": PICTURE.sub(lambda _: picture, shown).strip(),
+        "cards": "\n".join(card(path, nb) for path, nb in lessons.items()),
+        "sidebar": contents(lessons),
+    }
+    page = START.read_text(encoding="utf-8").replace("](../../", "](")
+    return re.sub(r"<!-- (\w+) -->", lambda place: parts[place[1]], page)
+
+
 def lay_out(source: Path, repository: str | None) -> None:
-    """Copy the pages to a folder as Sphinx wants them: docs/site/start.md becomes the first."""
+    """Copy the pages to a folder as Sphinx wants them."""
     lessons = {path: folded(titled(path, repository)) for path in notebooks.lessons()}
-    start = START.read_text(encoding="utf-8").replace("](../../", "](")
-    (source / "index.md").write_text(f"{start}\n{contents(lessons)}\n", encoding="utf-8")
+    (source / "index.md").write_text(first_page(lessons), encoding="utf-8")
     for page in (*GUIDES, *LINKED):
         (source / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / page, source / page)
+    for page in GUIDES:
+        text = (source / page).read_text(encoding="utf-8")
+        (source / page).write_text(UNPUBLISHED.sub(r"\1", text), encoding="utf-8")
     (source / "notebooks").mkdir()
     for path, nb in lessons.items():
         nbformat.write(nb, source / "notebooks" / path.name)

@@ -25,8 +25,8 @@ html_theme_options = {
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 
 nb_execution_mode = "off"
-nb_code_prompt_show, nb_code_prompt_hide = "Show the {type}", "Hide the {type}"
-myst_enable_extensions = ["dollarmath", "amsmath"]
+nb_code_prompt_show, nb_code_prompt_hide = "Show the output", "Hide the output"
+myst_enable_extensions = ["dollarmath", "amsmath", "attrs_block"]
 myst_heading_anchors = 4
 suppress_warnings = ["misc.highlighting_failure"]  # a verdict is no Python traceback
 

@@ -1,5 +1,6 @@
 """The course as web pages: built without a warning, whole, and readable in a real browser."""
 
+import html
 import importlib.util
 import json
 import re
@@ -11,7 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
-from tools import notebooks, publish, site
+from tools import minutes, notebooks, publish, site
 from tools.environment import ROOT
 
 PAGES = ["index.html", *(f"notebooks/{path.stem}.html" for path in notebooks.lessons())]
@@ -91,6 +92,37 @@ def test_there_is_a_page_for_each_lesson_and_guide(built):
     assert all((built / page).is_file() for page in PAGES)
     links = Page(built / "index.html").links
     assert set(PAGES[1:]) <= set(links), "the map leads to each"
+
+
+def words(page: str) -> str:
+    """Return the text of some HTML, with straight quotes and one space between words."""
+    text = html.unescape(re.sub(r"<[^>]*>", "", page)).translate(str.maketrans("“”’", "\"\"'"))
+    return " ".join(text.split())
+
+
+def test_the_first_page_shows_what_the_readme_shows_and_a_card_for_each_lesson(built):
+    start = (built / "index.html").read_text(encoding="utf-8")
+    ways = [start.index(f"<strong>{way}</strong>") for way in ("Learn", "Teach", "Use")]
+    assert ways == sorted(ways) and "depressing movie of many missed" in start
+    (cards,) = re.findall(r'<ul class="lessons[^"]*">(.*?)</ul>', start, re.S)
+    cards = re.findall(r"<li>(.*?)</li>", cards, re.S)
+    for path, card in zip(notebooks.lessons(), cards, strict=True):
+        nb = notebooks.read(path)
+        (cover,) = [c for c in notebooks.code_cells(nb) if "cover" in notebooks.tags(c)]
+        (alt,) = re.findall(r'<img [^>]*alt="([^"]+)"', card)
+        shown = "".join(o.get("data", {}).get("text/html", "") for o in cover.outputs)
+        assert len(alt) >= 20 and f'alt="{alt}"' in shown
+        assert re.findall(r'href="([^"]+)"', card) == [f"notebooks/{path.stem}.html"]
+        (question,) = re.findall(r"\*\*Question\*\* \| (.+) \|", nb.cells[0].source)
+        time = minutes.card(nb)
+        stated = f"Core {time.core} min · deeper {time.deeper} · exercises {time.exercises}"
+        assert words(card).endswith(f"{question.replace('*', '')} {stated}")
+
+
+def test_the_answers_of_an_exam_are_not_published(built):
+    assert not list(built.rglob("questions*"))
+    text = site.UNPUBLISHED.sub(r"\1", "See [an exam](docs/questions.md#02-lora), [LoRA](02.md).")
+    assert text == "See an exam, [LoRA](02.md)."
 
 
 def test_no_link_is_broken_and_nothing_is_loaded_from_elsewhere(built):
@@ -196,9 +228,12 @@ def folding(tmp_path_factory):
         ),
         new_markdown_cell("## Deeper · Beyond (3 min)\n\nText with $a = b$."),
         new_markdown_cell("### A part of it\n\n" + "A long text.\n\n" * 40),
-        new_markdown_cell("## Deeper · Still further (2 min)\n\nMore text."),
+        new_markdown_cell("## Deeper · Still further (2 min)\n\n**Predict before you run:** x"),
+        new_code_cell("# Source of these lines\nx", outputs=[new_output("stream", text="is 7")]),
+        new_markdown_cell("More text."),
     ]
-    cells[2].metadata["tags"] = ["plumbing"]
+    for cell in (cells[2], cells[6]):
+        cell.metadata["tags"] = ["plumbing"]
     nb = site.folded(notebooks.clean(nbformat.v4.new_notebook(cells=cells), "index"))
     nbformat.write(nb, place / "source" / "index.ipynb")
     assert site.run_sphinx(place / "source", place / "pages") == 0
@@ -211,10 +246,15 @@ def test_what_jupyterlab_folds_is_folded_on_the_page(folding):
     first, second = deeper
     assert "Text with" in first and 'id="a-part-of-it"' in first and "More text." in second
     hidden = re.findall(r'<details class="admonition hide ([\w-]+)">(.*?)</details>', text, re.S)
-    assert [place for place, _ in hidden] == ["below-input", "above-input"]
-    assert "forty-two" in hidden[0][1] and "drawing" in hidden[1][1]
-    named = re.findall(r'<p class="(?:collapsed|expanded) [^"]*">(.*?)</p>', text)
-    assert named == ["Show the output", "Hide the output", *["Source of this figure"] * 2]
+    places = [place for place, _ in hidden]
+    assert places == ["below-input", "above-input", "above-input", "above-output"]
+    for (_, box), inside in zip(hidden, ("forty-two", "drawing", "x", "is 7"), strict=True):
+        assert inside in box
+    named = re.findall(r'<p class="(collapsed|expanded) [^"]*">(.*?)</p>', text)
+    show = ["Show the output", "Source of this figure", "Source of these lines", "Show the output"]
+    assert [name for state, name in named if state == "collapsed"] == show
+    hide = [name.replace("Show", "Hide") for name in show]
+    assert [name for state, name in named if state == "expanded"] == hide
     left = re.sub(r"<details.*?</details>", "", text, flags=re.S)
     assert "The core." in left and "a picture" in left
 
