@@ -96,7 +96,7 @@ def test_there_is_a_page_for_each_lesson_and_guide(built):
 
 def words(page: str) -> str:
     """Return the text of some HTML, with straight quotes and one space between words."""
-    text = html.unescape(re.sub(r"<[^>]*>", "", page)).translate(str.maketrans("“”’", "\"\"'"))
+    text = html.unescape(re.sub(r"<[^>]*>", "", page)).translate(str.maketrans("“”’", '""\''))
     return " ".join(text.split())
 
 
