@@ -43,12 +43,14 @@ def bound(cell) -> set[str]:
 
 
 def from_lesson(number: str, *names: str) -> dict[str, Any]:
-    """Run a lesson's set-up and the first cell that binds each of the names, in the lesson's order,
-    and return all that they define. A run with these names is the lesson's, with other settings.
+    """Run a lesson's set-up, its stubs, and the first cell that binds each of the names, in the
+    lesson's order, and return all that they define. A run with these names is the lesson's, with
+    other settings; the course's answers stand in for the stubs.
 
     Raises ValueError for a name that no cell binds."""
     cells = notebooks.code_cells(notebooks.read(LESSONS[number]))
-    chosen = {0}
+    stubs = {"exercise", "exercise-setup"}
+    chosen = {0} | {n for n, cell in enumerate(cells) if stubs & set(notebooks.tags(cell))}
     for name in names:
         found = [n for n, cell in enumerate(cells) if name in bound(cell)]
         if not found:
