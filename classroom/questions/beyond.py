@@ -32,8 +32,8 @@ def run() -> Run:
             optimizer.step()
             optimizer.zero_grad()
     fig, ax = plots.figure(size=(6.4, 3.0))
-    for (name, line), mark in zip(lines.items(), "os^x", strict=True):
-        ax.plot(AT, line, mark + "-", markersize=5, label=name)
-    ax.set(xlabel="training step", ylabel="test loss, nats")
+    for (name, line), mark, width in zip(lines.items(), "osxD", (5, 1.8, 1.8, 1.8), strict=True):
+        ax.plot(AT, line, mark + "-", markersize=5, linewidth=width, label=name)
+    ax.set(xticks=AT, xlabel="training step", ylabel="test loss, nats")
     ax.legend()
     return Run(fig, {"steps": AT, "loss": lines, "learning rate": RATE})
