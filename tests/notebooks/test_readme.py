@@ -84,6 +84,11 @@ def test_the_answers_quoted_in_the_readme_are_those_that_lesson_12_prints():
     assert re.findall(r"(?:question alone|trained on 48 examples) (\d+ %)", shown)[:2] == shares
 
 
+def test_the_gap_of_loved_and_hated_is_that_of_lesson_00():
+    ((before, after),) = re.findall(r"head reads, from (\d\.\d) to (\d\.\d):", README)
+    assert f" {before} → {after} apart" in printed("00_start_here.ipynb")
+
+
 def test_the_other_numbers_around_these_answers_are_those_of_lesson_12():
     shown, said = printed("12_hf_peft.ipynb"), " ".join(QUOTED.split())
     for form, stored in (
@@ -143,7 +148,7 @@ def test_every_benchmark_is_run_by_a_command():
     assert scripts - run == {"catalogue.py", "common.py"}, "which are no scripts"
 
 
-def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
+def test_the_code_in_the_readme_runs(monkeypatch, tmp_path, capsys):
     advice, with_peft, code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     assert "steps=200" in code
     monkeypatch.chdir(tmp_path)
@@ -153,7 +158,10 @@ def test_the_code_in_the_readme_runs(monkeypatch, tmp_path):
     assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
     exec(with_peft.replace("steps=20", "steps=2"), {})
     assert (tmp_path / "my-run" / "adapter_config.json").is_file()
+    capsys.readouterr()
     exec(advice, {})
+    (said,) = re.findall(r"print\(advice\)  # (.+)", advice)
+    assert capsys.readouterr().out.startswith(f"{said}\n")
 
 
 @pytest.mark.assistant
