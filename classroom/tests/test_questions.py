@@ -74,6 +74,14 @@ def test_its_numbers_are_those_of_its_run_or_of_its_lesson(number):
     assert not unknown
 
 
+@pytest.mark.parametrize("number", ["03", "12"])  # two that take a second
+def test_a_run_gives_the_numbers_that_are_stored(number):
+    made = questions.plain(questions.make(number).numbers)
+    stored = questions.stored()[number]
+    assert made.keys() == stored.keys()
+    assert flat(made) == pytest.approx(flat(stored), rel=0.05, abs=0.3)
+
+
 def test_neither_the_students_nor_the_site_have_them():
     assert not {"docs", "docs/questions.md", "classroom"} & set(release.COPIED)
     assert not any("questions" in page for page in (*site.GUIDES, *site.LINKED))
