@@ -7,7 +7,7 @@ from classroom.questions import Run, from_lesson
 from peft_lessons import evaluate, fit, load_task
 from peft_lessons.studies import load_results, plots
 
-SIZE, RATES, SEEDS = 10_000, (0.03, 0.1), (0, 1, 2)
+SIZE, RATES, SEEDS = 10_000, (0.03, 0.1, 0.3), (0, 1, 2)
 STORED = {"A": "gradient", "C": "shared", "D": "random"}  # of entries_study.csv
 
 
