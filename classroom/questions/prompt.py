@@ -11,6 +11,21 @@ from peft_lessons.studies import plots
 EDGES = (0, 8, 16, 32, 64, 127)
 
 
+def draw(by_place, changed):
+    """Return a figure of gains {places of a text: gain} and perplexities {change of the prompt: one
+    or several}."""
+    fig, (left, right) = plots.figure(1, 2, size=(7.8, 2.8))
+    left.bar([at.replace(" to ", "–") for at in by_place], by_place.values(), color=plots.COLORS[0])
+    left.set(xlabel="predictions at these places of a text", ylabel="gain, nats a token")
+    left.tick_params(axis="x", labelsize=8)
+    for y, values in enumerate(changed.values()):
+        values = values if isinstance(values, list) else [values]
+        right.plot(values, [-y] * len(values), "o", color=plots.COLORS[1])
+    right.set(yticks=[-y for y in range(len(changed))], yticklabels=[*changed])
+    right.set(xlabel="perplexity")
+    return fig
+
+
 def run() -> Run:
     """Train the lesson's prompt; measure its gain by position, and its rows moved or left out."""
     lesson = from_lesson("08", "base", "logits_after", "perplexity", "start", "P")
@@ -38,13 +53,4 @@ def run() -> Run:
         "rows 9 to 16 only": perplexity(P[8:]),
         "their mean, 16 times": perplexity(P.mean(dim=0, keepdim=True).expand(16, -1)),
     }
-    fig, (left, right) = plots.figure(1, 2, size=(7.8, 2.8))
-    left.bar([*by_place], [*by_place.values()], color=plots.COLORS[0])
-    left.set(xlabel="predictions at these places of a text", ylabel="gain, nats a token")
-    left.tick_params(axis="x", labelsize=8)
-    for y, values in enumerate(changed.values()):
-        values = values if isinstance(values, list) else [values]
-        right.plot(values, [-y] * len(values), "o", color=plots.COLORS[1])
-    right.set(yticks=[-y for y in range(len(changed))], yticklabels=[*changed])
-    right.set(xlabel="perplexity")
-    return Run(fig, {"gain": by_place, "perplexity": changed})
+    return Run(draw(by_place, changed), {"gain": by_place, "perplexity": changed})

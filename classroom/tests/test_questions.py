@@ -42,6 +42,10 @@ def lesson_text(number):
     return "\n".join([*(cell.source for cell in cells), *shown])
 
 
+def test_every_lesson_has_its_section_in_order():
+    assert [*SECTIONS] == [*questions.LESSONS] == [*questions.stored()]
+
+
 @pytest.mark.parametrize("number", SECTIONS)
 def test_a_lesson_has_four_questions_with_answers_and_two_have_a_figure(number):
     section = SECTIONS[number]
