@@ -21,8 +21,8 @@ from pathlib import Path
 SYSTEM = Path("/")
 
 _MARKS = {True: "✓", False: "✗", None: "·"}
-# A machine sold with 4 GB. The largest kernel of a lesson took 3.4 GiB, JupyterLab takes 0.2.
-_NEEDED_GIB = 3.6
+# A machine sold with 4 GB. The largest kernel of a lesson took 3.5 GiB, JupyterLab takes 0.2.
+_NEEDED_GIB = 3.7
 
 
 def _settings(system: Path, controller: str, file: str) -> Iterator[str]:
