@@ -76,7 +76,7 @@ class BitFit(Method):
 
     names_modules = ()
     files = PeftFiles("BITFIT")
-    learning_rate = 3e-3  # measured in lesson 10, section 7
+    learning_rate = 3e-3  # measured in lesson 10
     design = Design(
         form="Δb",
         insertion="reads nothing",
