@@ -189,7 +189,9 @@ def lab(arguments: list[str]) -> int:
     threads = {"OMP_NUM_THREADS": cores} if limited else {}
     # In a container everybody is root, whom JupyterLab refuses unless told.
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    return wait([python, "-m", "jupyterlab", *root, *arguments, lesson], folder, threads)
+    # The address that JupyterLab prints leads to the lesson, too, where no browser starts.
+    address = f"--LabApp.default_url=/lab/tree/{lesson}"
+    return wait([python, "-m", "jupyterlab", *root, address, *arguments, lesson], folder, threads)
 
 
 def chat(arguments: list[str]) -> int:

@@ -94,8 +94,13 @@ def figure(nb: nbformat.NotebookNode) -> str:
     """Return the figure of the experiment that decides a lesson, as HTML: that of the cell tagged
     cover."""
     (cell,) = [cell for cell in notebooks.code_cells(nb) if "cover" in notebooks.tags(cell)]
-    (page,) = [o.data["text/html"] for o in cell.outputs if "<img" in str(o.get("data"))]
-    return FIGURE.search(page)[0]
+    pages = [o.data["text/html"] for o in cell.outputs if "<img" in str(o.get("data"))]
+    if len(pages) != 1:
+        raise ValueError(
+            f"{nb.cells[0].source.partition(chr(10))[0].removeprefix('# ')}: the cell tagged cover "
+            f"has {len(pages)} figures stored, not one; python course.py outputs stores them again"
+        )
+    return FIGURE.search(pages[0])[0]
 
 
 def short_title(nb: nbformat.NotebookNode) -> str:

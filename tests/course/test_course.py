@@ -195,6 +195,7 @@ def test_lab_opens_a_lesson(course):
         command, folder, _ = course.ran[-1]
         assert command[:3] == [course.PYTHON, "-m", "jupyterlab"]
         assert command[-1].startswith(opened) and command[-1].endswith(".ipynb")
+        assert f"--LabApp.default_url=/lab/tree/{command[-1]}" in command, "for the address printed"
         assert folder == course.ROOT / "notebooks"
     assert "--no-browser" in command
 

@@ -119,6 +119,14 @@ def test_the_first_page_shows_what_the_readme_shows_and_a_card_for_each_lesson(b
         assert words(card).endswith(f"{question.replace('*', '')} {stated}")
 
 
+def test_a_lesson_whose_figure_was_not_stored_is_named():
+    nb = notebooks.read(notebooks.lessons(["02"])[0])
+    for cell in notebooks.code_cells(nb):
+        cell.outputs = []
+    with pytest.raises(ValueError, match="LoRA.*cover has 0 figures.*course.py outputs"):
+        site.figure(nb)
+
+
 def test_the_answers_of_an_exam_are_not_published(built):
     assert not list(built.rglob("questions*"))
     text = site.UNPUBLISHED.sub(r"\1", "See [an exam](docs/questions.md#02-lora), [LoRA](02.md).")
