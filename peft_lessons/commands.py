@@ -97,7 +97,7 @@ assistant: fetch the assistant, 93 MB to download and 260 MiB on disk
 update NEW [COPY]: bring this copy, or COPY, up to date from NEW, a ZIP or a folder
 clean: remove caches and what was built; .venv stays
 help: show this list
-test [OPTIONS]: run all tests, and every lesson as shipped and solved: about twelve minutes
+test [OPTIONS]: run all tests, and every lesson as shipped and solved: about twenty minutes
     -m pytest -q -n 2 --nbval-lax {} tests classroom notebooks
 outputs [LESSON ...]: execute lessons, all or 02 03, and store clean outputs
     -m tools.notebooks outputs
