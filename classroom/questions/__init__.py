@@ -35,11 +35,10 @@ class Run:
 
 def bound(cell) -> set[str]:
     """Return the names that a code cell binds at its top level."""
-    tree = ast.parse(cell.source)
-    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    kept = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    defined = notebooks.definitions(cell.source)
+    kept = [n for n in ast.parse(cell.source).body if getattr(n, "name", None) not in defined]
     names = {n for part in kept for n in ast.walk(part) if isinstance(n, ast.Name)}
-    return defined | {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    return {*defined} | {n.id for n in names if isinstance(n.ctx, ast.Store)}
 
 
 def from_lesson(number: str, *names: str) -> dict[str, Any]:

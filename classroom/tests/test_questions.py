@@ -1,6 +1,7 @@
 """The questions for an oral exam: four a lesson, with numbers that its run or its lesson shows."""
 
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -83,7 +84,17 @@ def test_a_run_gives_the_numbers_that_are_stored(number):
     made = questions.plain(questions.make(number).numbers)
     stored = questions.stored()[number]
     assert made.keys() == stored.keys()
-    assert flat(made) == pytest.approx(flat(stored), rel=0.05, abs=0.3)
+    assert flat(made) == pytest.approx(flat(stored), rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("number", SECTIONS)
+def test_the_names_that_a_run_takes_from_its_lesson_are_there(number):
+    path = questions.LESSONS[number]
+    module = Path(questions.__file__).with_name(f"{notebooks.MODULES[path.stem]}.py")
+    taken = re.findall(r"from_lesson\((.*?)\)", module.read_text(encoding="utf-8"))
+    named = {name for call in taken for name in re.findall(r'"(\w+)"', call)} - {number}
+    cells = notebooks.code_cells(notebooks.read(path))
+    assert named <= set().union(*map(questions.bound, cells))
 
 
 def test_neither_the_students_nor_the_site_have_them():
