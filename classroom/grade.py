@@ -899,6 +899,8 @@ def main(argv: list[str] | None = None) -> int:
     group = Class(options.folder, options.people, options.rules, pairs, notes, passed)
     times = times_of(options.folder)
     started, done = time.monotonic(), 0
+    # A notebook takes a while, and without a line the command would look dead until the first.
+    print(f"Notebooks: {len(entries)}. At once: {options.jobs}.", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = {
             pool.submit(

@@ -228,7 +228,9 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_class(tmp_path, monkeypatc
     rows = read(tmp_path)
     assert (rows["ann"]["outcome"], rows["bob"]["outcome"]) == (gradebook.UNMARKED, "right")
     assert rows["ann"]["told"].endswith("the file cannot be read: Permission denied")
-    assert "Not marked: ann (00_start_here). The same command" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("Notebooks: 2. At once: "), "before the first is marked"
+    assert "Not marked: ann (00_start_here). The same command" in printed
 
 
 def test_the_time_of_a_file_that_a_notebook_changed_is_set_back(tmp_path, monkeypatch, capsys):
